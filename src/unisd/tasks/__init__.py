@@ -1,0 +1,67 @@
+"""Tasks by name: `tasks.get("gsm8k")`.
+
+Importing this package is light; a task's module is imported when it is asked for. A package outside this one adds a
+task by the entry point group `unisd.tasks`:
+
+    [project.entry-points."unisd.tasks"]
+    mytask = "my_package.tasks:MyTask"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from unisd.errors import UserError
+from unisd.tasks.base import Grade, Row, Task
+
+__all__ = ["Grade", "Row", "Task", "get", "names"]
+
+ENTRY_POINT_GROUP = "unisd.tasks"
+
+_BUILT_IN: dict[str, str] = {
+    "pocket": "unisd.tasks.pocket:PocketTask",
+    "gsm8k": "unisd.tasks.gsm8k:GSM8KTask",
+}
+
+
+def _external() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def names() -> list[str]:
+    """Names of all tasks, sorted: the built-in ones and those of installed packages."""
+    return sorted({*_BUILT_IN, *_external()})
+
+
+def get(name: str, **options: Any) -> Task:
+    """The task called `name`, built with `options`; a built-in name wins over an entry point.
+
+    Raises `UserError` for an unknown name (with the nearest known ones) or options the task does not know.
+    """
+    factory: Any
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        factory = getattr(importlib.import_module(module), attribute)
+    elif (point := _external().get(name)) is not None:
+        factory = point.load()
+    else:
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known tasks: {', '.join(names())}"
+        raise UserError(f"unknown task {name!r}: {hint}")
+    return _build(name, factory, options)
+
+
+def _build(name: str, factory: Any, options: dict[str, Any]) -> Task:
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        accepted = [p.name for p in inspect.signature(factory).parameters.values()]
+        raise UserError(f"task {name}: {error}; its options are: {', '.join(accepted) or 'none'}") from None
+    task = factory(**options)
+    if not isinstance(task, Task):
+        raise UserError(f"task {name}: {type(task).__name__} is not a unisd.tasks.Task; make it a subclass")
+    return task

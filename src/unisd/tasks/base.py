@@ -1,0 +1,68 @@
+"""What a task is: rows to train and evaluate on, and a grader.
+
+A row is a plain dict. Columns that the library knows (design: the data contract):
+
+| column | type | meaning |
+|---|---|---|
+| `prompt` | str or list of chat messages | what the student sees; required |
+| `privileged_context` | str | the reference, shown to the teacher only |
+| `completion` | str | the reference as an answer (SFT, likelihood) |
+| `auxiliary_contexts` | list[str] | solved examples of other problems, for the agreement weights |
+| `negative_context` | str | a plausible wrong reference, for the contrast |
+| `id` | str or int | stable name of the row |
+| `skill` | str, optional | group of the per-group tables |
+
+Everything else is kept for the task's own grader. A task knows nothing of models or of training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict on one completion.
+
+    `extracted` is the answer read out of the completion, None where no answer could be found: so that an answer's
+    form and its content can be reported apart (the extraction rate).
+    """
+
+    correct: bool
+    extracted: str | None = None
+
+
+class Task:
+    """Base class of tasks: override `load` and `grade`; `retention_rows` where the task has skills it must not damage.
+
+    The attributes are defaults of the class; an instance may set its own in `__init__`.
+    """
+
+    name: str = ""
+    splits: tuple[str, ...] = ("train", "test")
+    teacher_prompt_template: str | None = None
+    """Joins {prompt} and {privileged_context}; None: the library's default."""
+    auxiliary_prompt_template: str | None = None
+    """Joins {prompt} and one auxiliary context; None: the library's default."""
+    max_new_tokens: int = 256
+    """Cap on the completion in evaluation, in tokens."""
+    evaluation_only: ClassVar[bool] = False
+    """True for benchmarks whose authors ask that nobody trains on them."""
+
+    def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
+        """The rows of `split`, at most `limit` of them; the same `seed` gives the same rows.
+
+        Raises `UserError` for an unknown split or unusable data.
+        """
+        raise NotImplementedError
+
+    def grade(self, row: Row, completion: str) -> Grade:
+        """The verdict on `completion` as an answer to `row`. Never raises, whatever the completion."""
+        raise NotImplementedError
+
+    def retention_rows(self, limit: int | None = None, seed: int = 0) -> list[Row]:
+        """Rows of skills that adaptation must not damage, graded by `grade`; none by default."""
+        return []
