@@ -1,0 +1,210 @@
+"""One view onto any causal LM: its final hidden states and the head that turns them into logits.
+
+The losses work on hidden states, so that the `[tokens, vocabulary]` logits never exist. Two things must then be true of a model and
+are *checked on the model itself* instead of being assumed from its name: that our head reproduces the model's logits (softcap, scale,
+bias), and that packed rows (one long row, restarting positions, no mask) give the hidden states of separate rows.
+
+Shapes: B rows, L padded length, N selected tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unisd.errors import UserError
+from unisd.losses import Head
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Batch:
+    """Sequences laid out for one forward pass, packed in one row or right-padded."""
+
+    input_ids: Tensor  # [B,L]; B = 1 when packed
+    position_ids: Tensor  # [B,L]
+    attention_mask: Tensor | None  # [B,L] when padded, None when packed
+    starts: list[int]  # flat index (into B*L) of each sequence's first token
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward."""
+        kept = {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": self.attention_mask}
+        return {name: value for name, value in kept.items() if value is not None}
+
+
+def lay_out(sequences: Sequence[Sequence[int]], packed: bool, pad_id: int, device: torch.device | str) -> Batch:
+    """Lay token sequences out for one forward pass: end to end with restarting positions, or padded on the right."""
+    lengths = [len(sequence) for sequence in sequences]
+    if packed:
+        flat = [token for sequence in sequences for token in sequence]
+        positions = [position for length in lengths for position in range(length)]
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        return Batch(torch.tensor([flat], device=device), torch.tensor([positions], device=device), None, starts)
+    longest = max(lengths)
+    ids = torch.full((len(sequences), longest), pad_id)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        ids[i, : lengths[i]] = torch.tensor(sequence)
+        mask[i, : lengths[i]] = 1
+    positions_BL = torch.arange(longest).expand(len(sequences), longest).contiguous()
+    starts = [i * longest for i in range(len(sequences))]
+    return Batch(ids.to(device), positions_BL.to(device), mask.to(device), starts)
+
+
+@dataclass
+class Captured:
+    """What one forward pass left behind: final hidden states `[B,L,H]`, and those of listed layers."""
+
+    final: Tensor | None = None
+    layers: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Backbone:
+    """The transformer below the head of `model` (plain, PEFT-wrapped or quantised).
+
+    Args:
+        model: the unwrapped model (no DDP/FSDP wrapper around it).
+
+    Raises:
+        UserError: if the head is not a plain linear layer, or does not reproduce the model's own logits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.causal_lm = causal_lm
+        self.decoder: nn.Module = causal_lm.get_decoder()
+        if self.decoder is None or self.decoder is causal_lm:
+            raise UserError(f"{type(causal_lm).__name__} has no separate decoder below its head: not a causal LM that can be trained here.")
+        parameters = inspect.signature(causal_lm.forward).parameters
+        # The head is applied to one position only: its full output is never needed.
+        self._forward_options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in parameters:
+            self._forward_options["logits_to_keep"] = 1
+        text_config = causal_lm.config.get_text_config()
+        self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        self._scale: float = 1.0
+        if getattr(text_config, "logit_scale", None):  # Cohere multiplies
+            self._scale = float(text_config.logit_scale)
+        elif getattr(text_config, "logits_scaling", None):  # Granite divides
+            self._scale = 1.0 / float(text_config.logits_scaling)
+
+    @property
+    def head_module(self) -> nn.Linear:
+        """The output embedding, unwrapped from PEFT's `modules_to_save`."""
+        module = self.causal_lm.get_output_embeddings()
+        saved = getattr(module, "modules_to_save", None)
+        if saved is not None:
+            module = saved[module.active_adapters[0]]
+        if not isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
+            raise UserError(
+                f"the model's head is a {type(module).__name__}, but a plain linear layer is needed: "
+                "take lm_head out of lora_target_modules."
+            )
+        return module
+
+    def head(self, weight: Tensor | None = None, bias: Tensor | None = None) -> Head:
+        """The head as the losses take it; `weight` and `bias` stand in for the module's own (a teacher's)."""
+        module = self.head_module
+        return Head(
+            weight=module.weight if weight is None else weight,
+            bias=module.bias if bias is None else bias,
+            scale=self._scale,
+            softcap=self._softcap,
+        )
+
+    @contextmanager
+    def capture(self, layers: Sequence[int] = ()) -> Iterator[Captured]:
+        """While active, a forward pass of the model (also through a wrapper) records hidden states."""
+        captured = Captured()
+
+        def keep_final(_module: nn.Module, _args: Any, output: Any) -> None:
+            captured.final = output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+        def keep_layer(index: int) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                captured.layers[index] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [self.decoder.register_forward_hook(keep_final)]
+        blocks = self.blocks() if layers else None
+        for index in layers:
+            assert blocks is not None
+            handles.append(blocks[index].register_forward_hook(keep_layer(index)))
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forward(self, model: nn.Module, batch: Batch, layers: Sequence[int] = ()) -> Captured:
+        """Forward pass through `model` (this model or a wrapper around it, whose hooks must run), keeping hidden states."""
+        with self.capture(layers) as captured:
+            model(**batch.inputs, **self._forward_options)
+        return captured
+
+    def blocks(self) -> nn.ModuleList:
+        """The list of transformer blocks."""
+        depth = self.causal_lm.config.get_text_config().num_hidden_layers
+        for module in self.decoder.children():
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                return module
+        raise UserError("feature_layers: the model's blocks could not be found; unset it to match the final layer.")
+
+    @torch.no_grad()
+    def check(self, pad_id: int, packing: str = "auto") -> bool:
+        """Check head and packing on the model itself; returns whether rows may be packed.
+
+        Raises:
+            UserError: if the head does not reproduce the model's logits, or `packing="packed"` is not exact.
+        """
+        was_training = self.causal_lm.training
+        self.causal_lm.eval()
+        try:
+            vocabulary = self.causal_lm.config.get_text_config().vocab_size
+            generator = torch.Generator().manual_seed(0)
+            rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 9, 3)]
+            device = self.head_module.weight.device
+            with self.capture() as captured:
+                logits = self.causal_lm(input_ids=torch.tensor([rows[1]], device=device), use_cache=False).logits
+            assert captured.final is not None
+            ours = self.head().logits(captured.final[0])
+            tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
+            if not _close(ours, logits[0].float(), tolerance):
+                raise UserError(
+                    f"the head of {type(self.causal_lm).__name__} does not reproduce its logits (an unknown scaling of logits): "
+                    "this architecture is not supported."
+                )
+            if packing == "padded":
+                return False
+            exact = self._packing_is_exact(rows, pad_id, device, tolerance)
+            if not exact and packing == "packed":
+                raise UserError("packing=packed is not exact for this architecture: use packing=auto or padded.")
+            if not exact:
+                logger.warning("Packed rows are not exact for %s: rows are padded.", type(self.causal_lm).__name__)
+            return exact
+        finally:
+            self.causal_lm.train(was_training)
+
+    def _packing_is_exact(self, rows: list[list[int]], pad_id: int, device: Any, tolerance: float) -> bool:
+        try:
+            packed = self.forward(self.causal_lm, lay_out(rows, True, pad_id, device)).final
+        except (RuntimeError, ValueError, TypeError):  # an architecture without position ids, for one
+            return False
+        assert packed is not None
+        separate = [self.forward(self.causal_lm, lay_out([row], True, pad_id, device)).final for row in rows]
+        return _close(packed[0], torch.cat([hidden[0] for hidden in separate if hidden is not None]), tolerance)
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    scale = b.float().abs().max().clamp_min(1e-6)
+    return bool((a.float() - b.float()).abs().max() <= tolerance * scale)

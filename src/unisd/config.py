@@ -1,0 +1,257 @@
+"""Every option of a run, grouped by mechanism. Flat fields, TRL's names where TRL has one, validated at construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from unisd.errors import UserError
+from unisd.losses import DivergenceSpec, check_token_clip
+
+GROUPS = ("rollout", "teacher", "divergence", "agreement", "contrast", "features", "clipping", "scoring", "evaluation")
+
+
+def option(group: str, help: str, default: Any = None, **kwargs: Any) -> Any:
+    """A dataclass field that knows its group and meaning; `unisd train --help` prints both."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"group": group, "help": help, **kwargs})
+    return field(default=default, metadata={"group": group, "help": help, **kwargs})
+
+
+@dataclass
+class UniSDConfig(TrainingArguments):
+    """Options of :class:`unisd.UniSDTrainer`: the five mechanisms of UniSD (arXiv 2605.06597) on top of `TrainingArguments`.
+
+    The defaults are the reference cell of any comparison: a fixed teacher (`teacher_model_kind="base"`), forward KL, and all
+    five mechanisms off. Each mechanism stands alone: agreement (`agreement`), EMA teacher (`teacher_model_kind="ema"`),
+    contrast (`contrastive_weight`), feature matching (`feature_weight`), clipping (`token_clip`, `token_clip_quantile`).
+    Inherited defaults that differ from transformers': learning rate 2e-5 with cosine decay and 10 % warm-up, 1 epoch,
+    batch 4 x accumulation 4 (the paper's set-up), and a log line every step.
+
+    Raises:
+        UserError: for a value out of range or options that contradict each other; the message says which and how to mend it.
+    """
+
+    # -- rollout: the student answers the prompt --------------------------------------------------------------------
+    temperature: float = option(
+        "rollout", "Temperature of the student's samples; the divergence divides all logits by it too.", 0.7
+    )
+    top_p: float = option("rollout", "Nucleus: sample from the smallest set of tokens that holds this probability.", 1.0)
+    top_k: int = option("rollout", "Sample from the k most likely tokens only; 0 means all.", 0)
+    min_p: float = option("rollout", "Sample only tokens at least this share as likely as the most likely one.", 0.0)
+    max_prompt_length: int | None = option(
+        "rollout", "Longest student prompt in tokens; unset: what the model's context leaves. Longer rows are errors."
+    )
+    max_completion_length: int = option("rollout", "Most tokens that the student may write per answer.", 256)
+    num_generations: int = option("rollout", "Answers sampled per prompt.", 1)
+    rollout_batch_size: int = option("rollout", "Rows generated at once, sorted by length.", 64)
+    num_loss_tokens_to_skip: int = option("rollout", "First tokens of each answer that carry no loss.", 0)
+    mask_truncated_completions: bool = option(
+        "rollout", "Leave answers that ran into max_completion_length out of the loss.", False
+    )
+
+    # -- teacher: the same model under the reference (and other weights) --------------------------------------------
+    teacher_model_kind: str = option(
+        "teacher", "Weights of the teacher: base (initial model), live (current student) or ema (Eq. 3).", "base"
+    )
+    teacher_update_rate: float = option(
+        "teacher", "EMA: weight of the student in each update, 1 - beta of Eq. 3 (0.01-0.05 is usual).", 0.02
+    )
+    teacher_sync_steps: int = option("teacher", "EMA: update the teacher every so many optimizer steps.", 1)
+    teacher_restart_steps: int | None = option(
+        "teacher", "base: copy the student into the teacher every so many optimizer steps (unset: never)."
+    )
+    teacher_prompt_layout: str = option(
+        "teacher",
+        "append: reference after the problem in one user turn; turn: reference as the assistant's answer, then the "
+        "problem again. `unisd probe` measures which one suits a model and task.",
+        "append",
+    )
+    teacher_prompt_template: str | None = option(
+        "teacher", "Free template of the append layout with {prompt} and {privileged_context}; unset: built in."
+    )
+    auxiliary_prompt_template: str | None = option(
+        "teacher", "Template of auxiliary views with {context} and {prompt}; unset: built in."
+    )
+    max_teacher_prompt_length: int | None = option(
+        "teacher", "Longest teacher prompt in tokens; unset: what the model's context leaves. Longer rows are errors."
+    )
+
+    # -- divergence (Eq. 7-8) ---------------------------------------------------------------------------------------
+    distillation_alpha: float = option(
+        "divergence", "0: forward KL(teacher||student); 1: reverse KL; between: generalised Jensen-Shannon.", 0.0
+    )
+    distillation_mode: str = option(
+        "divergence", "full vocabulary, topk (a support of distillation_topk tokens) or sampled (realised token).", "full"
+    )
+    distillation_topk: int = option("divergence", "topk: size of the support.", 100)
+    distillation_topk_support: str = option("divergence", "topk: whose most likely tokens: teacher or student.", "teacher")
+    distillation_add_tail: bool = option("divergence", "topk: one more bucket for all other tokens.", True)
+    loss_aggregation: str = option(
+        "divergence", "sequence: mean per answer, then over answers; token: mean over all tokens of the step.", "sequence"
+    )
+    loss_implementation: str = option(
+        "divergence", "chunked (never holds logits, gradient in the forward pass) or plain (the oracle).", "chunked"
+    )
+    loss_chunk_tokens: int | None = option("divergence", "Tokens projected to the vocabulary at once; unset: by memory.")
+
+    # -- A. agreement and other reliability weights -------------------------------------------------------------------
+    agreement: str = option(
+        "agreement", "Weigh by the model's agreement with itself over auxiliary contexts: none, token or sequence.", "none"
+    )
+    num_auxiliary_contexts: int = option("agreement", "Most auxiliary contexts used per row (K).", 3)
+    agreement_gamma: float = option("agreement", "Strength: the weight is 1 / (1 + gamma * scaled disagreement).", 0.01)
+    agreement_stat: str = option("agreement", "Disagreement of the K log-probabilities: var or range.", "var")
+    agreement_quantile: float = option("agreement", "token: quantile of disagreement that becomes the unit.", 0.95)
+    agreement_cap: float = option("agreement", "token: largest scaled disagreement.", 10.0)
+    token_weights: list[str] = option(
+        "agreement",
+        "More reliability weights by registered name, multiplied in order; options as name:key=value,key=value.",
+        [],
+    )
+    weight_normalizer: str | None = option(
+        "agreement", "Divide by the sum of weights (weights) or by the token count (tokens); unset: as published."
+    )
+
+    # -- C. contrast (Eq. 4-5) ------------------------------------------------------------------------------------------
+    contrastive_weight: float = option("contrast", "Weight of the hinge towards the reference, away from a wrong one.", 0.0)
+    contrastive_margin: float = option("contrast", "Margin of the hinge in nats.", 0.5)
+
+    # -- D. feature matching (Eq. 6) ------------------------------------------------------------------------------------
+    feature_weight: float = option("features", "Weight of the squared distance of hidden states (mean over hidden size).", 0.0)
+    feature_only: bool = option("features", "Match features alone, without the divergence.", False)
+    feature_layers: list[int] | None = option(
+        "features", "Layers to match (0 is the first block's output); unset: the head's input, after the final norm."
+    )
+
+    # -- E. clipping ----------------------------------------------------------------------------------------------------
+    token_clip: float | None = option("clipping", "Largest divergence of one token in nats (after the vocabulary sum).")
+    token_clip_quantile: float | None = option(
+        "clipping", "The same, as a quantile of the step's divergences (costs one student pass without gradient)."
+    )
+    entry_clip: float | None = option(
+        "clipping", "Largest summand of one vocabulary entry (OPSD: 0.05). Can make a token's loss negative."
+    )
+
+    # -- scoring ----------------------------------------------------------------------------------------------------------
+    packing: str = option(
+        "scoring", "auto: packed rows where that is exact for the architecture, else padded; or packed, padded.", "auto"
+    )
+    token_budget: int | None = option(
+        "scoring", "Tokens per forward pass without gradient; unset: 1024 on a CPU, 16384 elsewhere."
+    )
+
+    # -- evaluation -------------------------------------------------------------------------------------------------------
+    eval_max_new_tokens: int | None = option(
+        "evaluation", "Most tokens per greedy answer in evaluations; unset: max_completion_length."
+    )
+
+    # -- inherited, with this method's defaults ---------------------------------------------------------------------------
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a share of all steps if below 1."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per micro-batch and device."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches per optimizer step."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many optimizer steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are kept: the grader may need them."})
+
+    def __post_init__(self) -> None:
+        self.check()
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Raise `UserError` for the first option that is out of range or contradicts another."""
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}={getattr(self, name)!r} is not one of: {', '.join(map(str, choices))}.")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (low <= value <= high):
+                raise UserError(f"{name}={value} is outside [{low}, {high}].")
+        if self.temperature <= 0:
+            raise UserError("temperature must be above 0: the student's samples need spread; try 0.7.")
+        if self.token_clip is not None and self.token_clip_quantile is not None:
+            raise UserError("token_clip and token_clip_quantile exclude each other: unset one of them.")
+        if self.feature_only and self.feature_weight == 0:
+            raise UserError("feature_only needs a feature_weight above 0: there would be no loss.")
+        if self.feature_only and (self.token_clip or self.token_clip_quantile or self.entry_clip or self.contrastive_weight):
+            raise UserError("feature_only trains without the divergence: unset the clips and contrastive_weight.")
+        if self.teacher_restart_steps is not None and self.teacher_model_kind != "base":
+            raise UserError("teacher_restart_steps restarts a fixed teacher: set teacher_model_kind=base or unset it.")
+        if self.agreement != "none" and self.num_auxiliary_contexts < 2:
+            raise UserError("agreement needs num_auxiliary_contexts of 2 or more: one context cannot disagree with itself.")
+        if self.remove_unused_columns:
+            raise UserError("remove_unused_columns must stay false: the rows' columns are the teacher's context.")
+        check_token_clip(self.divergence_spec, self.token_clip)
+        if self.distillation_mode == "sampled" and self.token_clip_quantile is not None:
+            raise UserError("distillation_mode=sampled cannot be clipped: unset token_clip_quantile.")
+
+    @property
+    def divergence_spec(self) -> DivergenceSpec:
+        """The divergence part of the options, as the losses take it."""
+        return DivergenceSpec(
+            alpha=self.distillation_alpha,
+            mode=self.distillation_mode,
+            topk=self.distillation_topk,
+            add_tail=self.distillation_add_tail,
+            topk_support=self.distillation_topk_support,
+            entry_clip=self.entry_clip,
+            temperature=self.temperature,
+        )
+
+    @property
+    def reliability_weights(self) -> list[str]:
+        """Registered names (with options) of all reliability weights, agreement first."""
+        if self.agreement == "none":
+            return list(self.token_weights)
+        options = f"gamma={self.agreement_gamma},stat={self.agreement_stat}"
+        if self.agreement == "token":
+            options += f",quantile={self.agreement_quantile},cap={self.agreement_cap}"
+        return [f"agreement_{self.agreement}:{options}", *self.token_weights]
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "teacher_model_kind": ("base", "live", "ema"),
+    "teacher_prompt_layout": ("append", "turn"),
+    "distillation_mode": ("full", "topk", "sampled"),
+    "distillation_topk_support": ("teacher", "student"),
+    "loss_aggregation": ("sequence", "token"),
+    "loss_implementation": ("chunked", "plain"),
+    "agreement": ("none", "token", "sequence"),
+    "agreement_stat": ("var", "range"),
+    "weight_normalizer": (None, "weights", "tokens"),
+    "packing": ("auto", "packed", "padded"),
+}
+_INF = float("inf")
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_p": (1e-6, 1),
+    "top_k": (0, _INF),
+    "min_p": (0, 1),
+    "max_prompt_length": (1, _INF),
+    "max_teacher_prompt_length": (1, _INF),
+    "max_completion_length": (1, _INF),
+    "num_generations": (1, _INF),
+    "rollout_batch_size": (1, _INF),
+    "num_loss_tokens_to_skip": (0, _INF),
+    "teacher_update_rate": (0, 1),
+    "teacher_sync_steps": (1, _INF),
+    "teacher_restart_steps": (1, _INF),
+    "distillation_topk": (1, _INF),
+    "loss_chunk_tokens": (1, _INF),
+    "num_auxiliary_contexts": (0, _INF),
+    "agreement_gamma": (0, _INF),
+    "agreement_quantile": (0, 1),
+    "agreement_cap": (1e-6, _INF),
+    "contrastive_weight": (0, _INF),
+    "contrastive_margin": (0, _INF),
+    "feature_weight": (0, _INF),
+    "token_clip": (1e-9, _INF),
+    "token_clip_quantile": (1e-6, 1),
+    "entry_clip": (1e-9, _INF),
+    "token_budget": (1, _INF),
+    "eval_max_new_tokens": (1, _INF),
+}

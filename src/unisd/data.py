@@ -1,0 +1,203 @@
+"""The column contract of training rows, its checks, and reading the user's own files.
+
+| column | meaning |
+|---|---|
+| `prompt` | the problem: a string, or chat messages that end in a user turn (required) |
+| `privileged_context` | the reference solution, shown to the teacher only (required, unless `teacher_prompt` is there) |
+| `teacher_prompt` | a whole teacher prompt, instead of the template |
+| `completion` | the reference as an answer; default: `privileged_context` |
+| `auxiliary_contexts` | list of solved examples of *other* problems, or instructions (for agreement) |
+| `negative_context` | a plausible wrong reference (for contrast) |
+| `id` | the row's name in reports |
+
+Other columns are kept: a grader may need them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unisd.errors import UserError
+
+Row = dict[str, Any]
+
+COLUMNS = (
+    "prompt",
+    "privileged_context",
+    "teacher_prompt",
+    "completion",
+    "auxiliary_contexts",
+    "negative_context",
+    "id",
+)
+# Names that other projects use; never mapped silently, only suggested.
+FOREIGN = {
+    "prompt": ("question", "problem", "instruction", "query", "input", "messages"),
+    "privileged_context": ("golden_response", "golden_answer", "solution", "answer", "response", "output", "reference"),
+}
+
+
+def parse_column_mapping(text: str | None) -> dict[str, str]:
+    """`"prompt=question,privileged_context=answer"` -> `{"prompt": "question", ...}` (ours to theirs)."""
+    if not text:
+        return {}
+    mapping = {}
+    for part in text.split(","):
+        ours, equals, theirs = part.partition("=")
+        ours, theirs = ours.strip(), theirs.strip()
+        if not equals or not theirs or ours not in COLUMNS:
+            raise UserError(f"columns: {part!r} is not of the form ours=theirs with ours one of {', '.join(COLUMNS)}.")
+        mapping[ours] = theirs
+    return mapping
+
+
+def prepare_rows(dataset: Iterable[dict[str, Any]], mapping: dict[str, str] | None = None, name: str = "the dataset") -> list[Row]:
+    """Check every row against the contract and return plain dicts.
+
+    Args:
+        dataset: rows (a `datasets.Dataset`, or any iterable of dicts).
+        mapping: our column names to the dataset's.
+        name: what to call it in errors.
+
+    Raises:
+        UserError: empty dataset, missing column (with candidates), or the first bad row by its number (from 0).
+    """
+    rows = [dict(row) for row in dataset]
+    if not rows:
+        raise UserError(f"{name} is empty: give at least one row.")
+    for ours, theirs in (mapping or {}).items():
+        if theirs not in rows[0]:
+            close = difflib.get_close_matches(theirs, rows[0], n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Its columns: {', '.join(map(str, rows[0]))}."
+            raise UserError(f"{name} has no column {theirs!r} (mapped to {ours!r}).{hint}")
+        for row in rows:
+            if theirs in row:
+                row[ours] = row.pop(theirs)
+    _check_columns(rows[0], name)
+    for number, row in enumerate(rows):
+        _check_row(row, f"row {number} of {name}")
+        row.setdefault("id", str(number))
+    return rows
+
+
+def _check_columns(row: Row, name: str) -> None:
+    for column, alternative in (("prompt", None), ("privileged_context", "teacher_prompt")):
+        if column in row or (alternative is not None and alternative in row):
+            continue
+        candidates = [theirs for theirs in FOREIGN[column] if theirs in row]
+        hint = (
+            f"if it is {' or '.join(map(repr, candidates))}, pass --columns {column}={candidates[0]}"
+            if candidates
+            else f"its columns are {', '.join(map(str, row))}; name one with --columns {column}=NAME"
+        )
+        raise UserError(f"{name} has no column {column!r}: {hint}.")
+
+
+def _check_row(row: Row, where: str) -> None:
+    _check_prompt(row.get("prompt"), where)
+    teacher_prompt = row.get("teacher_prompt")
+    if teacher_prompt:
+        _check_prompt(teacher_prompt, where, "teacher_prompt")
+    else:
+        reference = row.get("privileged_context")
+        if not isinstance(reference, str) or not reference.strip():
+            raise UserError(
+                f"{where}: privileged_context is {_describe(reference)}, a non-empty string is needed: mend or remove the row."
+            )
+    if row.get("completion") is None:
+        row["completion"] = row.get("privileged_context")
+    contexts = row.get("auxiliary_contexts")
+    if contexts is not None and not (isinstance(contexts, (list, tuple)) and all(isinstance(c, str) for c in contexts)):
+        raise UserError(f"{where}: auxiliary_contexts is {_describe(contexts)}, a list of strings is needed.")
+    negative = row.get("negative_context")
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f"{where}: negative_context is {_describe(negative)}, a string is needed.")
+
+
+def _check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
+    if isinstance(prompt, str) and prompt.strip():
+        return
+    if isinstance(prompt, list) and prompt:
+        for turn in prompt:
+            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+                raise UserError(f"{where}: {column} holds {_describe(turn)}, messages with role and content are needed.")
+        if prompt[-1]["role"] != "user":
+            raise UserError(f"{where}: {column} ends in a {prompt[-1]['role']!r} turn, a user turn must come last.")
+        return
+    raise UserError(f"{where}: {column} is {_describe(prompt)}, a non-empty string or a list of messages is needed: mend or remove the row.")
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "missing"
+    if value == "" or (isinstance(value, str) and not value.strip()):
+        return "empty"
+    text = repr(value)
+    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
+
+
+def load_file(path: str | Path) -> list[Row]:
+    """Rows of a .jsonl, .json (also .gz), .csv or .parquet file.
+
+    Raises:
+        UserError: unreadable file or broken line, by its number (from 1).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: check the path.")
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    if kind in (".parquet", ".csv"):
+        from datasets import Dataset
+
+        load = Dataset.from_parquet if kind == ".parquet" else Dataset.from_csv
+        return [dict(row) for row in load(str(path))]
+    if kind not in (".jsonl", ".json"):
+        raise UserError(f"{path}: unknown kind {kind or 'of file'}: use .jsonl, .json, .csv or .parquet.")
+    try:
+        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+        with opened as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    return _parse_json(text, path) if kind == ".json" else _parse_jsonl(text, path)
+
+
+def _parse_json(text: str, path: Path) -> list[Row]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise UserError(f"{path} must hold a list of objects.")
+    return value
+
+
+def _parse_jsonl(text: str, path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error}.") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} is {_describe(row)}, an object is needed.")
+        rows.append(row)
+    return rows
+
+
+def hold_out(rows: Sequence[Row], share: float = 0.1, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Split into (train, evaluation) by a seeded shuffle; at least one row each where there are two or more."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    count = min(max(1, round(share * len(rows))), len(rows) - 1)
+    held = set(order[:count])
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

@@ -1,0 +1,219 @@
+"""The phase without gradient: every view of a whole optimizer step, in one sweep (Algorithm 1, line 2).
+
+All views of all rows are sorted by length and packed to a token budget under one switch of the teacher's weights. Kept are the primary
+teacher's hidden states (not logits: at 7B they are 42 times smaller) and one number per token for every other view.
+
+Shapes: B rows of the step on this rank, T longest completion, K auxiliary contexts, N tokens of a forward pass, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unisd.backbone import Backbone, lay_out
+from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_logprobs
+from unisd.mechanisms import StepScores
+from unisd.rollout import generating
+from unisd.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class ScoringRow:
+    """One completion and the prompts it is scored under."""
+
+    completion: list[int]
+    loss_mask: list[bool]
+    student: list[int]
+    teacher: list[int]
+    negative: list[int] | None = None
+    auxiliary: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class TeacherStates:
+    """What the student is compared with: per row the teacher's final hidden states `[T_i,H]`, and those of listed layers."""
+
+    final: list[Tensor]
+    layers: dict[int, list[Tensor]]
+
+
+def forward_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
+    """Group sequences, longest first, so that no forward pass holds more than `budget` tokens (or a single sequence)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    used = 0
+    for i in order:
+        cost = lengths[i] if packed or not batches else lengths[batches[-1][0]]
+        if not batches or used + cost > budget:
+            batches.append([])
+            used = 0
+            cost = lengths[i]
+        batches[-1].append(i)
+        used += cost
+    return batches
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One sequence to score: which view, of which row."""
+
+    view: str  # primary, negative, auxiliary or student
+    row: int
+    context: int  # number of the auxiliary context
+    prompt: list[int]
+
+
+class Scorer:
+    """Scores completions under teacher views.
+
+    Args:
+        backbone: the model, shared by student and teacher.
+        teacher: its other weights.
+        spec: divergence (its temperature applies to all views but the auxiliary ones).
+        needs: what the active reliability weights and clips declare: auxiliary, negative, student, entropy, divergence.
+        packed: rows end to end, or padded.
+        token_budget: most tokens per forward pass.
+        layers: further layers to keep of the primary teacher.
+        autocast: makes the context of a forward pass (mixed precision as in training).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        teacher: Teacher,
+        spec: DivergenceSpec,
+        *,
+        needs: frozenset[str],
+        packed: bool,
+        token_budget: int,
+        pad_id: int,
+        layers: Sequence[int] = (),
+        autocast: Any = None,
+    ) -> None:
+        self.backbone = backbone
+        self.teacher = teacher
+        self.spec = spec
+        self.needs = needs
+        self.packed = packed
+        self.token_budget = token_budget
+        self.pad_id = pad_id
+        self.layers = tuple(layers)
+        self._autocast = autocast
+
+    def _context(self) -> AbstractContextManager[Any]:
+        return self._autocast() if self._autocast is not None else torch.autocast("cpu", enabled=False)
+
+    def score(self, rows: Sequence[ScoringRow], device: torch.device | str) -> tuple[StepScores, TeacherStates]:
+        """All views of all rows. The returned scores live on the CPU, the hidden states on `device`."""
+        B = len(rows)
+        T = max((len(row.completion) for row in rows), default=0)
+        K = max((len(row.auxiliary) for row in rows), default=0)
+        zeros = torch.zeros(B, T)
+        mask, tokens = zeros.bool(), zeros.long()
+        for i, row in enumerate(rows):
+            mask[i, : len(row.loss_mask)] = torch.tensor(row.loss_mask, dtype=torch.bool)
+            tokens[i, : len(row.completion)] = torch.tensor(row.completion, dtype=torch.long)
+        teacher_logp, negative_logp, entropy = zeros.clone(), zeros.clone(), zeros.clone()
+        auxiliary_logp = torch.zeros(K, B, T)
+        states = TeacherStates([zeros] * B, {layer: [zeros] * B for layer in self.layers})
+
+        jobs = [_Job("primary", i, 0, row.teacher) for i, row in enumerate(rows)]
+        if "negative" in self.needs:
+            jobs += [_Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None]
+        if "auxiliary" in self.needs:
+            jobs += [_Job("auxiliary", i, k, prompt) for i, row in enumerate(rows) for k, prompt in enumerate(row.auxiliary)]
+
+        with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
+            head = self.backbone.head()
+            for job, hidden_TH, layers_TH in self._hidden_states(jobs, rows, device):
+                completion = rows[job.row].completion
+                target_T = torch.tensor(completion, device=hidden_TH.device)
+                temperature = 1.0 if job.view == "auxiliary" else self.spec.temperature
+                logp_T = token_logprobs(hidden_TH, head, target_T, temperature).cpu()
+                if job.view == "primary":
+                    teacher_logp[job.row, : len(completion)] = logp_T
+                    states.final[job.row] = hidden_TH
+                    for layer, value in layers_TH.items():
+                        states.layers[layer][job.row] = value
+                    if "entropy" in self.needs:
+                        own = _compare(hidden_TH, head, hidden_TH, head, target_T, self.spec)
+                        entropy[job.row, : len(completion)] = own.student_entropy_N.cpu()
+                elif job.view == "negative":
+                    negative_logp[job.row, : len(completion)] = logp_T
+                else:
+                    auxiliary_logp[job.context, job.row, : len(completion)] = logp_T
+
+        auxiliary_present = torch.tensor([[k < len(row.auxiliary) for row in rows] for k in range(K)], dtype=torch.bool)
+        scores = StepScores(
+            mask=mask,
+            tokens=tokens,
+            teacher_logp=teacher_logp,
+            auxiliary_logp=auxiliary_logp if "auxiliary" in self.needs else None,
+            auxiliary_present=auxiliary_present.reshape(K, B) if "auxiliary" in self.needs else None,
+            negative_logp=negative_logp if "negative" in self.needs else None,
+            negative_present=torch.tensor([row.negative is not None for row in rows]) if "negative" in self.needs else None,
+            student_logp=None,
+            teacher_entropy=entropy if "entropy" in self.needs else None,
+            divergence=None,
+        )
+        if self.needs & {"student", "divergence"}:
+            scores = self._add_student(scores, rows, states, device)
+        return scores, states
+
+    def _add_student(
+        self, scores: StepScores, rows: Sequence[ScoringRow], states: TeacherStates, device: torch.device | str
+    ) -> StepScores:
+        """One student pass without gradient: its log-probabilities and the divergence before any update."""
+        student_logp, divergence = torch.zeros_like(scores.teacher_logp), torch.zeros_like(scores.teacher_logp)
+        head_of_teacher = teacher_head(self.backbone, self.teacher)
+        jobs = [_Job("student", i, 0, row.student) for i, row in enumerate(rows)]
+        with generating(self.backbone.causal_lm), self._context():
+            head = self.backbone.head()
+            for job, hidden_TH, _ in self._hidden_states(jobs, rows, device):
+                length = len(rows[job.row].completion)
+                target_T = torch.tensor(rows[job.row].completion, device=hidden_TH.device)
+                compared = _compare(hidden_TH, head, states.final[job.row], head_of_teacher, target_T, self.spec)
+                student_logp[job.row, :length] = compared.student_logp_N.cpu()
+                divergence[job.row, :length] = compared.divergence_N.cpu()
+        return replace(scores, student_logp=student_logp, divergence=divergence)
+
+    def _hidden_states(
+        self, jobs: Sequence[_Job], rows: Sequence[ScoringRow], device: torch.device | str
+    ) -> Iterator[tuple[_Job, Tensor, dict[int, Tensor]]]:
+        """Each job's hidden states at the positions that predict the completion, `[T_i,H]`."""
+        jobs = [job for job in jobs if rows[job.row].completion]
+        sequences = [job.prompt + rows[job.row].completion for job in jobs]
+        for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
+            batch = lay_out([sequences[i] for i in chosen], self.packed, self.pad_id, device)
+            with self.backbone.capture(self.layers) as captured:
+                self.backbone.decoder(**batch.inputs, use_cache=False)
+            assert captured.final is not None
+            final_NH = captured.final.flatten(0, 1)
+            for start, i in zip(batch.starts, chosen, strict=True):
+                job = jobs[i]
+                first = start + len(job.prompt) - 1
+                span = slice(first, first + len(rows[job.row].completion))
+                # Cloned, so that a row's states do not keep the whole forward pass alive.
+                layers = {layer: h.flatten(0, 1)[span].clone() for layer, h in captured.layers.items()}
+                yield job, final_NH[span].clone(), layers if job.view == "primary" else {}
+
+
+def teacher_head(backbone: Backbone, teacher: Teacher) -> Head:
+    """The head with the teacher's weights (they differ from the student's when the head is trained)."""
+    module = backbone.head_module
+    weight, bias = module.weight, module.bias
+    return backbone.head(teacher.weight(weight), None if bias is None else teacher.weight(bias))
+
+
+def _compare(
+    student_TH: Tensor, student_head: Head, teacher_TH: Tensor, teacher_head: Head, target_T: Tensor, spec: DivergenceSpec
+) -> LossOutput:
+    """Divergence, log-probability and entropy per token, without gradient."""
+    nothing_T = torch.zeros(len(target_T), device=student_TH.device)
+    return chunked_loss(student_TH, student_head, teacher_TH, teacher_head, target_T, spec, nothing_T)

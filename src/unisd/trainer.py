@@ -1,0 +1,625 @@
+"""UniSD's Algorithm 1 on top of `transformers.Trainer`.
+
+`get_batch_samples` hands over all micro-batches of an optimizer step, so lines 1-3 (rollout, scores, weights) run there once for the
+whole step; `compute_loss` is line 4 (one student forward per micro-batch), and a callback is line 5 (teacher update).
+
+Shapes: B rows of the step, T longest completion, N loss tokens of a micro-batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, reduce
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, Trainer, TrainerCallback
+
+from unisd.backbone import Backbone, Batch, lay_out
+from unisd.config import UniSDConfig
+from unisd.data import Row, prepare_rows
+from unisd.errors import UserError
+from unisd.losses import Contrast, chunked_loss, plain_loss
+from unisd.mechanisms import (
+    StepScores,
+    feature_distance,
+    parse_weight,
+    quantile_clip,
+    step_coefficients,
+    term_coefficients,
+    weight_stats,
+)
+from unisd.prompts import PromptBuilder
+from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
+from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
+from unisd.teacher import STATE_FILE, Teacher
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class _RowNumbers(Dataset[int]):
+    """The dataset as the data loader sees it: row numbers. The rows themselves stay in `UniSDTrainer.rows`."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class UniSDTrainer(Trainer):  # type: ignore[misc]
+    """Self-distils a causal LM.
+
+    Args:
+        model: a path or hub id, or a causal LM (may be PEFT-wrapped or quantised).
+        args: options; default `UniSDConfig()`.
+        train_dataset: rows as in :mod:`unisd.data` (a `datasets.Dataset` or a list of dicts).
+        eval_dataset: rows for `evaluate`, or a dict of such.
+        processing_class: the tokenizer; default: the model's own.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        peft_config: trains an adapter instead of all weights.
+        grader: `(row, completion text) -> bool`; `evaluate` then reports greedy accuracy beside the reference's likelihood.
+        engine: writes the completions; default: transformers' `generate` on the student itself.
+
+    Raises:
+        UserError: bad rows, rows over a length limit, agreement without contexts, contrast without negatives.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: UniSDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        grader: Callable[[Row, str], bool] | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        args = args if args is not None else UniSDConfig()
+        if isinstance(model, str):
+            from unisd.models import load_model_and_tokenizer
+
+            loaded, tokenizer, _ = load_model_and_tokenizer(model)
+            model, processing_class = loaded, processing_class or tokenizer
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config, args)
+
+        from unisd.models import eos_ids
+
+        self.rows = prepare_rows(train_dataset, name="the training data") if train_dataset is not None else []
+        self.grader = grader
+        self.prompts = PromptBuilder(
+            processing_class, args.teacher_prompt_layout, args.teacher_prompt_template, args.auxiliary_prompt_template
+        )
+        self.weights = [parse_weight(spec) for spec in args.reliability_weights]
+        self.needs = _needs(args, self.weights)
+        _check_data_serves(args, self.rows, self.needs)
+        if not isinstance(eval_dataset, dict) and eval_dataset is not None:
+            eval_dataset = prepare_rows(eval_dataset, name="the evaluation data")
+
+        self.backbone = Backbone(model)
+        self.eos_ids = eos_ids(model, processing_class)
+        self.pad_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else self.eos_ids[0]
+        packed = self.backbone.check(self.pad_id, args.packing)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_collate,
+            train_dataset=_RowNumbers(len(self.rows)) if self.rows else None,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Our loss is normalised over the whole optimizer step already.
+        self.model_accepts_loss_kwargs = True
+        self.teacher = Teacher(
+            self.model, args.teacher_model_kind, args.teacher_update_rate, args.teacher_sync_steps, args.teacher_restart_steps
+        )
+        self.packed = packed
+        self.scorer = Scorer(
+            self.backbone,
+            self.teacher,
+            args.divergence_spec,
+            needs=self.needs,
+            packed=packed,
+            token_budget=args.token_budget or (1024 if args.device.type == "cpu" else 16384),
+            pad_id=self.pad_id,
+            layers=args.feature_layers or (),
+            autocast=self.accelerator.autocast,
+        )
+        self.engine: Engine = engine or TransformersEngine(model, self.eos_ids, self.pad_id, args.rollout_batch_size)
+        self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
+        self.phases: dict[str, float] = {"rollout": 0.0, "score": 0.0, "student": 0.0, "eval": 0.0}
+        self._metrics: dict[str, float] = {}  # of the step in progress
+        self._sums: dict[str, Tensor | float] = {}  # over its micro-batches, on this rank
+        self._logged: list[dict[str, float]] = []  # of the steps since the last log line
+        self._token_clip: float | None = args.token_clip
+        self.add_callback(_StepCallback(self))
+        if self.rows:
+            self._check_lengths()
+            self.prompts.check_generation_prefix(self.rows[0])
+
+    # -- set-up -----------------------------------------------------------------------------------------------------
+
+    def _check_lengths(self) -> None:
+        """Refuse rows whose prompts leave no room, by number: a cut prompt would teach another task."""
+        context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        room = None if context is None else context - self.args.max_completion_length
+        if room is not None and room < 1:
+            raise UserError(
+                f"max_completion_length={self.args.max_completion_length} leaves no room for a prompt in the model's context of {context} tokens: lower it."
+            )
+        limits = (
+            ("prompt", "max_prompt_length", self.args.max_prompt_length, self.prompts.student),
+            ("prompt with its reference", "max_teacher_prompt_length", self.args.max_teacher_prompt_length, self.prompts.teacher),
+        )
+        for what, option, own_limit, encode in limits:
+            limit = min(x for x in (own_limit, room, 1 << 60) if x is not None)
+            too_long = [(i, length) for i, row in enumerate(self.rows) if (length := _length_over(limit, encode, row))]
+            if too_long:
+                row, length = too_long[0]
+                name = option if limit == own_limit else "the model's context less max_completion_length"
+                raise UserError(
+                    f"row {row} of the training data: the {what} has {length} tokens, over the limit of {limit} ({name}); "
+                    f"{len(too_long)} such row(s): shorten or remove them, or raise {option}."
+                )
+
+    # -- lines 1-3: everything that a step knows before its first gradient -------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Tensor], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Rollout, scores and weights of a whole optimizer step; returns its micro-batches ready for the student."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        G = self.args.num_generations
+        numbers = [(int(row), g) for batch in batches for row in batch for g in range(G)]
+        rows, completions = self._rollout(numbers)
+        with self._timed("score"):
+            scores, states = self.scorer.score(rows, device)
+            own, everywhere = self._gather_scores(scores)
+            coefficients = self._coefficients(everywhere)
+            self._token_clip = self.args.token_clip
+            if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
+                self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
+            self._observe(completions, everywhere)
+        micro_batches, first = [], 0
+        for batch in batches:
+            part = range(first, first + len(batch) * G)
+            first = part.stop
+            micro_batches.append(self._micro_batch(part, own, rows, scores, states, coefficients, device))
+        # Not None, so that the Trainer does not divide the loss again.
+        return micro_batches, int(everywhere.mask.sum())
+
+    def _rollout(self, numbers: Sequence[tuple[int, int]]) -> tuple[list[ScoringRow], list[Completion]]:
+        args = self.args
+        with self._timed("rollout"):
+            prompts = [self.prompts.student(self.rows[row]) for row, _ in numbers]
+            keys = [(args.seed, self.state.global_step, row, generation) for row, generation in numbers]
+            self.engine.sync()
+            completions = self.engine.generate(prompts, keys, self.sampling)
+            self.engine.sleep()
+        rows = []
+        for (number, _), prompt, completion in zip(numbers, prompts, completions, strict=True):
+            row = self.rows[number]
+            dropped = completion.truncated and args.mask_truncated_completions
+            negative = row.get("negative_context")
+            rows.append(
+                ScoringRow(
+                    completion=completion.ids,
+                    loss_mask=[not dropped and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))],
+                    student=prompt,
+                    teacher=self.prompts.teacher(row),
+                    negative=self.prompts.negative(row) if negative and "negative" in self.needs else None,
+                    auxiliary=self.prompts.auxiliary(row, args.num_auxiliary_contexts) if "auxiliary" in self.needs else [],
+                )
+            )
+        return rows, completions
+
+    def _gather_scores(self, scores: StepScores) -> tuple[slice, StepScores]:
+        """The scores of all ranks, and which rows of them are ours: weights and normalisers are the step's, not the rank's."""
+        count = len(scores.mask)
+        if self.accelerator.num_processes == 1:
+            return slice(0, count), scores
+        parts: list[StepScores] = gather_object([scores])
+        first = sum(len(part.mask) for part in parts[: self.accelerator.process_index])
+        return slice(first, first + count), _concatenate(parts)
+
+    def _coefficients(self, scores: StepScores) -> dict[str, Tensor]:
+        """What each token's divergence, contrast and feature term is multiplied by in the step's loss, `[B,T]` each."""
+        args = self.args
+        B, T = scores.mask.shape
+        token_BT, sequence_B = torch.ones(B, T), torch.ones(B)
+        normalizer = "weights"
+        for weight in self.weights:
+            value = weight(scores)
+            if weight.level == "sequence":
+                sequence_B = sequence_B * value
+            else:
+                token_BT = token_BT * value
+                normalizer = weight.normalizer
+            prefix = "agreement" if weight.name.startswith("agreement_") else f"weight/{weight.name}"
+            spread = value if weight.level == "token" else value[:, None].expand(B, T)
+            self._metrics |= {f"{prefix}/{key}": number for key, number in weight_stats(spread, scores.mask).items()}
+        coefficients = {
+            "divergence": step_coefficients(
+                scores.mask, token_BT, sequence_B, args.loss_aggregation, args.weight_normalizer or normalizer
+            )
+        }
+        if args.feature_only:
+            coefficients["divergence"] = torch.zeros(B, T)
+        if args.contrastive_weight and scores.negative_present is not None:
+            unit = term_coefficients(scores.mask, scores.negative_present, args.loss_aggregation)
+            coefficients["contrast"] = args.contrastive_weight * unit
+        if args.feature_weight:
+            unit = term_coefficients(scores.mask, torch.ones(B, dtype=torch.bool), args.loss_aggregation)
+            coefficients["features"] = args.feature_weight * unit
+        return coefficients
+
+    def _micro_batch(
+        self,
+        part: range,
+        own: slice,
+        rows: Sequence[ScoringRow],
+        scores: StepScores,
+        states: TeacherStates,
+        coefficients: dict[str, Tensor],
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """Rows `part` of this rank laid out for the student, with everything the loss needs at its N loss tokens."""
+        batch = lay_out([rows[i].student + rows[i].completion for i in part], self.packed, self.pad_id, device)
+        mask_BT = scores.mask[part.start : part.stop]
+        positions = [
+            start + len(rows[i].student) - 1 + t
+            for start, i in zip(batch.starts, part, strict=True)
+            for t in range(len(rows[i].completion))
+            if rows[i].loss_mask[t]
+        ]
+
+        def at_loss_tokens(value_BT: Tensor) -> Tensor:
+            return value_BT[part.start : part.stop][mask_BT].to(device)
+
+        def states_at_loss_tokens(per_row: Sequence[Tensor]) -> Tensor:
+            if not positions:
+                return torch.zeros(0, self.backbone.head_module.weight.shape[1], device=device)
+            return torch.cat([per_row[i][torch.tensor(rows[i].loss_mask, device=device)] for i in part if rows[i].completion])
+
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "attention_mask": batch.attention_mask,
+            "positions_N": torch.tensor(positions, dtype=torch.long, device=device),
+            "targets_N": at_loss_tokens(scores.tokens),
+            "teacher_NH": states_at_loss_tokens(states.final),
+            "teacher_layers_NH": {layer: states_at_loss_tokens(per_row) for layer, per_row in states.layers.items()},
+        }
+        for name, value_BT in coefficients.items():
+            inputs[f"{name}_coefficient_N"] = at_loss_tokens(value_BT[own])
+        if "contrast" in coefficients and scores.negative_logp is not None:
+            inputs["teacher_logp_N"] = at_loss_tokens(scores.teacher_logp)
+            inputs["negative_logp_N"] = at_loss_tokens(scores.negative_logp)
+        return inputs
+
+    # -- line 4: the student's loss -----------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one micro-batch, already normalised over the whole optimizer step and all ranks."""
+        args = self.args
+        batch = Batch(inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"], [])
+        captured = self.backbone.forward(model, batch, args.feature_layers or ())
+        assert captured.final is not None
+        student_NH = captured.final.flatten(0, 1)[inputs["positions_N"]]
+        contrast = None
+        if "contrast_coefficient_N" in inputs:
+            contrast = Contrast(
+                inputs["teacher_logp_N"], inputs["negative_logp_N"], inputs["contrast_coefficient_N"], args.contrastive_margin
+            )
+        terms = (
+            student_NH,
+            self.backbone.head(),
+            inputs["teacher_NH"],
+            teacher_head(self.backbone, self.teacher),
+            inputs["targets_N"],
+            args.divergence_spec,
+            inputs["divergence_coefficient_N"],
+            self._token_clip,
+            contrast,
+        )
+        output = plain_loss(*terms) if args.loss_implementation == "plain" else chunked_loss(*terms, args.loss_chunk_tokens)
+        loss = output.loss
+        self._add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
+        self._add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
+        if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
+            has_negative_N = contrast.coefficient_N > 0
+            self._add(contrast=output.contrast_N[has_negative_N].sum(), contrast_tokens=has_negative_N.sum())
+            self._add(contrast_active=output.contrast_active_N.sum())
+        if "features_coefficient_N" in inputs:
+            pairs = [(student_NH, inputs["teacher_NH"])]
+            if args.feature_layers:
+                layers = {layer: h.flatten(0, 1)[inputs["positions_N"]] for layer, h in captured.layers.items()}
+                pairs = [(layers[layer], inputs["teacher_layers_NH"][layer]) for layer in args.feature_layers]
+            distance_N = torch.stack([feature_distance(student, teacher) for student, teacher in pairs]).mean(0)
+            loss = loss + (inputs["features_coefficient_N"] * distance_N).sum()
+            self._add(features=distance_N.detach().sum())
+        # DDP averages gradients over ranks, but this loss is already a share of one global sum.
+        loss = loss * self.accelerator.num_processes
+        self._add(loss=loss.detach())
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._timed("student"):
+            loss: Tensor = super().training_step(*args, **kwargs)
+            return loss
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
+    def _add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def _observe(self, completions: Sequence[Completion], scores: StepScores) -> None:
+        """Metrics that are known before the student's pass; all are means over all ranks."""
+        lengths = [len(completion.ids) for completion in completions]
+        ended = [not completion.truncated for completion in completions]
+        everywhere = gather_object([(lengths, ended)]) if self.accelerator.num_processes > 1 else [(lengths, ended)]
+        lengths = [length for part, _ in everywhere for length in part]
+        ended = [flag for _, part in everywhere for flag in part]
+        self._metrics |= {
+            "completions/mean_length": sum(lengths) / len(lengths),
+            "completions/max_length": float(max(lengths)),
+            "completions/truncated_share": 1 - sum(ended) / len(ended),
+            "teacher/logp": _masked_mean(scores.teacher_logp, scores.mask),
+        }
+        if scores.negative_logp is not None and scores.negative_present is not None:
+            mask = scores.mask & scores.negative_present[:, None]
+            self._metrics["contrastive/negative_logp"] = _masked_mean(scores.negative_logp, mask)
+        if self._token_clip is not None:
+            self._metrics["clip/threshold"] = self._token_clip
+
+    def finish_step(self) -> None:
+        """After an optimizer step: reduce its sums over ranks, append one line to `metrics.jsonl` (rank 0)."""
+        names = sorted(self._sums)
+        values = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float32, device=self.args.device) for name in names])
+        if self.accelerator.num_processes > 1:
+            values = reduce(values, "sum")
+        sums = dict(zip(names, values.tolist(), strict=True))
+        metrics = self._metrics
+        tokens = max(sums["tokens"], 1)
+        metrics["loss"] = sums["loss"] / self.accelerator.num_processes
+        metrics["teacher/divergence"] = sums["divergence"] / tokens
+        metrics["completions/loss_tokens"] = sums["tokens"]
+        metrics["student/entropy"] = sums["entropy"] / tokens
+        metrics["student/logp"] = sums["student_logp"] / tokens
+        if self.args.token_clip is not None or self.args.token_clip_quantile is not None:
+            metrics["clip/share"] = sums["clipped"] / tokens
+        if "contrast" in sums:
+            metrics["contrastive/loss"] = sums["contrast"] / max(sums["contrast_tokens"], 1)
+            metrics["contrastive/active_share"] = sums["contrast_active"] / max(sums["contrast_tokens"], 1)
+        if "features" in sums:
+            metrics["features/distance"] = sums["features"] / tokens
+        if self.teacher.kind != "live":
+            metrics["teacher/weight_distance"] = self.teacher.distance()
+        metrics["step_time"] = sum(value for name, value in metrics.items() if name.startswith("step_time/"))
+        if self.is_world_process_zero():
+            line = {"step": self.state.global_step, "loss": metrics["loss"], "learning_rate": metrics["learning_rate"], **metrics}
+            path = Path(self.args.output_dir) / METRICS_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self._logged.append(metrics)
+        self._metrics, self._sums = {}, {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mechanisms' metrics (means over the steps since the last line) to the Trainer's own log line."""
+        if "loss" in logs and self._logged:
+            names = {name for metrics in self._logged for name in metrics} - {"loss", "learning_rate"}
+            for name in sorted(names):
+                values = [metrics[name] for metrics in self._logged if name in metrics]
+                logs[name] = sum(values) / len(values)
+            self._logged = []
+        super().log(logs, start_time)
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Adds the wall time to a phase, in seconds; waits for the device, whose work is asynchronous."""
+        start = time.perf_counter()
+        yield
+        if self.args.device.type != "cpu" and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - start
+        self.phases[phase] += seconds
+        key = f"step_time/{phase}"
+        self._metrics[key] = self._metrics.get(key, 0.0) + seconds
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """`eval_loss` (nats per token of the reference, given the plain prompt) and, with a grader, greedy `eval_accuracy`."""
+        from unisd.evaluation import reference_nll
+
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in dataset.items()]
+            return {key: value for part in parts for key, value in part.items()}
+        if dataset is None:
+            raise UserError("evaluate needs rows: give eval_dataset.")
+        start = time.perf_counter()
+        rows = prepare_rows(dataset, name="the evaluation data")
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        nll, tokens = reference_nll(self.model, self.processing_class, mine) if mine else (0.0, 0)
+        correct = 0
+        if self.grader is not None and mine:
+            sampling = replace(self.sampling, max_new_tokens=self.args.eval_max_new_tokens or self.args.max_completion_length)
+            completions = self.engine.generate([self.prompts.student(row) for row in mine], None, sampling)
+            for row, completion in zip(mine, completions, strict=True):
+                text = self.processing_class.decode(completion.ids, skip_special_tokens=True)
+                correct += bool(self.grader(row, text))
+        sums = torch.tensor([nll, tokens, correct], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            sums = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(0)
+        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1].clamp_min(1))}
+        if self.grader is not None:
+            metrics[f"{metric_key_prefix}_accuracy"] = float(sums[2]) / len(rows)
+        seconds = time.perf_counter() - start
+        metrics[f"{metric_key_prefix}_runtime"] = seconds
+        self.phases["eval"] += seconds
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; a checkpoint also gets the teacher's state (before `trainer_state.json`, which completes it)."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.args.should_save:
+            self.teacher.save(output_dir)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in transformers. `True` resumes from the newest *complete* checkpoint of `output_dir`.
+
+        Raises:
+            UserError: no training rows, nothing to resume from, or a checkpoint of another kind of run.
+        """
+        if not self.rows:
+            raise UserError("there are no training rows: give train_dataset.")
+        if resume_from_checkpoint is True:
+            checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
+            resume_from_checkpoint = str(checkpoint)
+        if resume_from_checkpoint:
+            self.teacher.load(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+
+class _StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Line 5: what follows an optimizer step."""
+
+    def __init__(self, trainer: UniSDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop lines of steps that a resumed run does again."""
+        path = Path(args.output_dir) / METRICS_FILE
+        if self.trainer.is_world_process_zero() and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._metrics["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
+        self.trainer.teacher.update(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.finish_step()
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint whose last-written file is there: a run killed while saving leaves a broken one."""
+    found = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        number = folder.name.rpartition("-")[2]
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            if number.isdigit() and (folder / STATE_FILE).is_file():
+                found.append((int(number), folder))
+    return max(found)[1] if found else None
+
+
+def _with_adapter(model: nn.Module, peft_config: Any, args: UniSDConfig) -> nn.Module:
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    adapted: nn.Module = get_peft_model(model, peft_config)
+    return adapted
+
+
+def _needs(args: UniSDConfig, weights: Sequence[Any]) -> frozenset[str]:
+    """The views that this run's mechanisms use; no other is computed."""
+    needs = frozenset(need for weight in weights for need in weight.needs)
+    if args.contrastive_weight:
+        needs |= {"negative"}
+    if args.token_clip_quantile is not None:
+        needs |= {"divergence"}
+    return needs
+
+
+def _check_data_serves(args: UniSDConfig, rows: Sequence[Row], needs: frozenset[str]) -> None:
+    if args.feature_layers and args.gradient_checkpointing:
+        raise UserError("feature_layers cannot be read under gradient_checkpointing: unset one of them.")
+    if not rows:
+        return
+    if "auxiliary" in needs and not any(len(row.get("auxiliary_contexts") or []) >= 2 for row in rows):
+        raise UserError(
+            "agreement needs auxiliary contexts, but no row has two of them: add a column auxiliary_contexts (a list of solved "
+            "examples of other problems), or set agreement=none."
+        )
+    if "negative" in needs and not any(row.get("negative_context") for row in rows):
+        raise UserError(
+            "contrast needs wrong references, but no row has one: add a column negative_context, or set contrastive_weight=0."
+        )
+
+
+def _length_over(limit: int, encode: Callable[[Row], list[int]], row: Row) -> int:
+    """The encoded length if it exceeds `limit`, else 0; texts too short to exceed it are not tokenised."""
+    texts = [row.get("teacher_prompt"), row["prompt"], row["prompt"], row.get("privileged_context")]
+    if sum(len(str(text).encode()) for text in texts if text) + 1024 <= limit:
+        return 0
+    length = len(encode(row))
+    return length if length > limit else 0
+
+
+def _concatenate(parts: Sequence[StepScores]) -> StepScores:
+    """Stack the ranks' rows; completions and contexts are padded to the longest and most."""
+    T = max(part.mask.shape[1] for part in parts)
+    K = max((len(part.auxiliary_logp) for part in parts if part.auxiliary_logp is not None), default=0)
+
+    def merged(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        if values[0] is None:
+            return None
+        padded = []
+        for value in values:
+            if name.endswith("_present"):
+                grow = (0, 0, 0, K - len(value)) if name == "auxiliary_present" else (0, 0)
+            elif name == "auxiliary_logp":
+                grow = (0, T - value.shape[2], 0, 0, 0, K - len(value))
+            else:
+                grow = (0, T - value.shape[1])
+            padded.append(torch.nn.functional.pad(value, grow))
+        return torch.cat(padded, dim=1 if name.startswith("auxiliary") else 0)
+
+    return StepScores(**{item.name: merged(item.name) for item in fields(StepScores)})  # type: ignore[arg-type]
+
+
+def _masked_mean(value: Tensor, mask: Tensor) -> float:
+    return float(value[mask].mean()) if mask.any() else 0.0
+
+
+def _collate(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers)
