@@ -13,38 +13,30 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 
-from unisd.backbone import Backbone, Batch, lay_out
+from unisd.backbone import Backbone, Batch
 from unisd.config import UniSDConfig
 from unisd.data import Row, prepare_rows
 from unisd.errors import UserError
 from unisd.losses import Contrast, chunked_loss, plain_loss
-from unisd.mechanisms import (
-    StepScores,
-    feature_distance,
-    parse_weight,
-    quantile_clip,
-    step_coefficients,
-    term_coefficients,
-    weight_stats,
-)
+from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
+from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
-from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
+from unisd.scoring import Scorer, ScoringRow, teacher_head
+from unisd.step import check_data_serves, gather_scores, loss_coefficients, micro_batch, needed_views
 from unisd.teacher import STATE_FILE, Teacher
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class _RowNumbers(Dataset[int]):
@@ -110,8 +102,11 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             processing_class, args.teacher_prompt_layout, args.teacher_prompt_template, args.auxiliary_prompt_template
         )
         self.weights = [parse_weight(spec) for spec in args.reliability_weights]
-        self.needs = _needs(args, self.weights)
-        _check_data_serves(args, self.rows, self.needs)
+        self.needs = needed_views(args, self.weights)
+        if self.rows:
+            check_data_serves(self.needs, self.rows)
+        if args.feature_layers and args.gradient_checkpointing:
+            raise UserError("feature_layers cannot be read under gradient_checkpointing: unset one of them.")
         if not isinstance(eval_dataset, dict) and eval_dataset is not None:
             eval_dataset = prepare_rows(eval_dataset, name="the evaluation data")
 
@@ -149,10 +144,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         )
         self.engine: Engine = engine or TransformersEngine(model, self.eos_ids, self.pad_id, args.rollout_batch_size)
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
-        self.phases: dict[str, float] = {"rollout": 0.0, "score": 0.0, "student": 0.0, "eval": 0.0}
-        self._metrics: dict[str, float] = {}  # of the step in progress
-        self._sums: dict[str, Tensor | float] = {}  # over its micro-batches, on this rank
-        self._logged: list[dict[str, float]] = []  # of the steps since the last log line
+        self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
         self._token_clip: float | None = args.token_clip
         self.add_callback(_StepCallback(self))
         if self.rows:
@@ -194,25 +186,37 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         G = self.args.num_generations
         numbers = [(int(row), g) for batch in batches for row in batch for g in range(G)]
         rows, completions = self._rollout(numbers)
-        with self._timed("score"):
+        with self.metrics.timed("score"):
             scores, states = self.scorer.score(rows, device)
-            own, everywhere = self._gather_scores(scores)
-            coefficients = self._coefficients(everywhere)
-            self._token_clip = self.args.token_clip
+            own, everywhere = gather_scores(self.accelerator, scores)
+            coefficients, weight_metrics = loss_coefficients(self.args, self.weights, everywhere)
+            coefficients = {name: value_BT[own] for name, value_BT in coefficients.items()}
             if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
                 self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
-            self._observe(completions, everywhere)
-        micro_batches, first = [], 0
-        for batch in batches:
-            part = range(first, first + len(batch) * G)
-            first = part.stop
-            micro_batches.append(self._micro_batch(part, own, rows, scores, states, coefficients, device))
+            self.metrics.values |= weight_metrics | self._observe(completions, everywhere)
+            micro_batches, first = [], 0
+            for batch in batches:
+                part = range(first, first + len(batch) * G)
+                first = part.stop
+                micro_batches.append(
+                    micro_batch(
+                        part,
+                        rows,
+                        scores,
+                        states,
+                        coefficients,
+                        packed=self.packed,
+                        pad_id=self.pad_id,
+                        hidden_size=self.backbone.head_module.in_features,
+                        device=device,
+                    )
+                )
         # Not None, so that the Trainer does not divide the loss again.
         return micro_batches, int(everywhere.mask.sum())
 
     def _rollout(self, numbers: Sequence[tuple[int, int]]) -> tuple[list[ScoringRow], list[Completion]]:
         args = self.args
-        with self._timed("rollout"):
+        with self.metrics.timed("rollout"):
             prompts = [self.prompts.student(self.rows[row]) for row, _ in numbers]
             keys = [(args.seed, self.state.global_step, row, generation) for row, generation in numbers]
             self.engine.sync()
@@ -234,90 +238,6 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
                 )
             )
         return rows, completions
-
-    def _gather_scores(self, scores: StepScores) -> tuple[slice, StepScores]:
-        """The scores of all ranks, and which rows of them are ours: weights and normalisers are the step's, not the rank's."""
-        count = len(scores.mask)
-        if self.accelerator.num_processes == 1:
-            return slice(0, count), scores
-        parts: list[StepScores] = gather_object([scores])
-        first = sum(len(part.mask) for part in parts[: self.accelerator.process_index])
-        return slice(first, first + count), _concatenate(parts)
-
-    def _coefficients(self, scores: StepScores) -> dict[str, Tensor]:
-        """What each token's divergence, contrast and feature term is multiplied by in the step's loss, `[B,T]` each."""
-        args = self.args
-        B, T = scores.mask.shape
-        token_BT, sequence_B = torch.ones(B, T), torch.ones(B)
-        normalizer = "weights"
-        for weight in self.weights:
-            value = weight(scores)
-            if weight.level == "sequence":
-                sequence_B = sequence_B * value
-            else:
-                token_BT = token_BT * value
-                normalizer = weight.normalizer
-            prefix = "agreement" if weight.name.startswith("agreement_") else f"weight/{weight.name}"
-            spread = value if weight.level == "token" else value[:, None].expand(B, T)
-            self._metrics |= {f"{prefix}/{key}": number for key, number in weight_stats(spread, scores.mask).items()}
-        coefficients = {
-            "divergence": step_coefficients(
-                scores.mask, token_BT, sequence_B, args.loss_aggregation, args.weight_normalizer or normalizer
-            )
-        }
-        if args.feature_only:
-            coefficients["divergence"] = torch.zeros(B, T)
-        if args.contrastive_weight and scores.negative_present is not None:
-            unit = term_coefficients(scores.mask, scores.negative_present, args.loss_aggregation)
-            coefficients["contrast"] = args.contrastive_weight * unit
-        if args.feature_weight:
-            unit = term_coefficients(scores.mask, torch.ones(B, dtype=torch.bool), args.loss_aggregation)
-            coefficients["features"] = args.feature_weight * unit
-        return coefficients
-
-    def _micro_batch(
-        self,
-        part: range,
-        own: slice,
-        rows: Sequence[ScoringRow],
-        scores: StepScores,
-        states: TeacherStates,
-        coefficients: dict[str, Tensor],
-        device: torch.device,
-    ) -> dict[str, Any]:
-        """Rows `part` of this rank laid out for the student, with everything the loss needs at its N loss tokens."""
-        batch = lay_out([rows[i].student + rows[i].completion for i in part], self.packed, self.pad_id, device)
-        mask_BT = scores.mask[part.start : part.stop]
-        positions = [
-            start + len(rows[i].student) - 1 + t
-            for start, i in zip(batch.starts, part, strict=True)
-            for t in range(len(rows[i].completion))
-            if rows[i].loss_mask[t]
-        ]
-
-        def at_loss_tokens(value_BT: Tensor) -> Tensor:
-            return value_BT[part.start : part.stop][mask_BT].to(device)
-
-        def states_at_loss_tokens(per_row: Sequence[Tensor]) -> Tensor:
-            if not positions:
-                return torch.zeros(0, self.backbone.head_module.weight.shape[1], device=device)
-            return torch.cat([per_row[i][torch.tensor(rows[i].loss_mask, device=device)] for i in part if rows[i].completion])
-
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            "attention_mask": batch.attention_mask,
-            "positions_N": torch.tensor(positions, dtype=torch.long, device=device),
-            "targets_N": at_loss_tokens(scores.tokens),
-            "teacher_NH": states_at_loss_tokens(states.final),
-            "teacher_layers_NH": {layer: states_at_loss_tokens(per_row) for layer, per_row in states.layers.items()},
-        }
-        for name, value_BT in coefficients.items():
-            inputs[f"{name}_coefficient_N"] = at_loss_tokens(value_BT[own])
-        if "contrast" in coefficients and scores.negative_logp is not None:
-            inputs["teacher_logp_N"] = at_loss_tokens(scores.teacher_logp)
-            inputs["negative_logp_N"] = at_loss_tokens(scores.negative_logp)
-        return inputs
 
     # -- line 4: the student's loss -----------------------------------------------------------------------------------
 
@@ -348,12 +268,12 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         )
         output = plain_loss(*terms) if args.loss_implementation == "plain" else chunked_loss(*terms, args.loss_chunk_tokens)
         loss = output.loss
-        self._add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
-        self._add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
+        self.metrics.add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
+        self.metrics.add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
         if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
             has_negative_N = contrast.coefficient_N > 0
-            self._add(contrast=output.contrast_N[has_negative_N].sum(), contrast_tokens=has_negative_N.sum())
-            self._add(contrast_active=output.contrast_active_N.sum())
+            self.metrics.add(contrast=output.contrast_N[has_negative_N].sum(), contrast_tokens=has_negative_N.sum())
+            self.metrics.add(contrast_active=output.contrast_active_N.sum())
         if "features_coefficient_N" in inputs:
             pairs = [(student_NH, inputs["teacher_NH"])]
             if args.feature_layers:
@@ -361,96 +281,42 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
                 pairs = [(layers[layer], inputs["teacher_layers_NH"][layer]) for layer in args.feature_layers]
             distance_N = torch.stack([feature_distance(student, teacher) for student, teacher in pairs]).mean(0)
             loss = loss + (inputs["features_coefficient_N"] * distance_N).sum()
-            self._add(features=distance_N.detach().sum())
+            self.metrics.add(features=distance_N.detach().sum())
         # DDP averages gradients over ranks, but this loss is already a share of one global sum.
         loss = loss * self.accelerator.num_processes
-        self._add(loss=loss.detach())
+        self.metrics.add(loss=loss.detach())
         return (loss, None) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._timed("student"):
+        with self.metrics.timed("student"):
             loss: Tensor = super().training_step(*args, **kwargs)
             return loss
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
-    def _add(self, **values: Tensor | float) -> None:
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-
-    def _observe(self, completions: Sequence[Completion], scores: StepScores) -> None:
-        """Metrics that are known before the student's pass; all are means over all ranks."""
-        lengths = [len(completion.ids) for completion in completions]
-        ended = [not completion.truncated for completion in completions]
-        everywhere = gather_object([(lengths, ended)]) if self.accelerator.num_processes > 1 else [(lengths, ended)]
-        lengths = [length for part, _ in everywhere for length in part]
-        ended = [flag for _, part in everywhere for flag in part]
-        self._metrics |= {
-            "completions/mean_length": sum(lengths) / len(lengths),
-            "completions/max_length": float(max(lengths)),
-            "completions/truncated_share": 1 - sum(ended) / len(ended),
-            "teacher/logp": _masked_mean(scores.teacher_logp, scores.mask),
+    def _observe(self, completions: Sequence[Completion], scores: StepScores) -> dict[str, float]:
+        """Metrics that are known before the student's pass, over all ranks."""
+        pairs = [(len(completion.ids), completion.truncated) for completion in completions]
+        if self.accelerator.num_processes > 1:
+            pairs = gather_object(pairs)
+        values = {
+            "completions/mean_length": mean([length for length, _ in pairs]),
+            "completions/max_length": float(max(length for length, _ in pairs)),
+            "completions/truncated_share": mean([truncated for _, truncated in pairs]),
+            "teacher/logp": masked_mean(scores.teacher_logp, scores.mask),
         }
         if scores.negative_logp is not None and scores.negative_present is not None:
             mask = scores.mask & scores.negative_present[:, None]
-            self._metrics["contrastive/negative_logp"] = _masked_mean(scores.negative_logp, mask)
+            values["contrastive/negative_logp"] = masked_mean(scores.negative_logp, mask)
         if self._token_clip is not None:
-            self._metrics["clip/threshold"] = self._token_clip
-
-    def finish_step(self) -> None:
-        """After an optimizer step: reduce its sums over ranks, append one line to `metrics.jsonl` (rank 0)."""
-        names = sorted(self._sums)
-        values = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float32, device=self.args.device) for name in names])
-        if self.accelerator.num_processes > 1:
-            values = reduce(values, "sum")
-        sums = dict(zip(names, values.tolist(), strict=True))
-        metrics = self._metrics
-        tokens = max(sums["tokens"], 1)
-        metrics["loss"] = sums["loss"] / self.accelerator.num_processes
-        metrics["teacher/divergence"] = sums["divergence"] / tokens
-        metrics["completions/loss_tokens"] = sums["tokens"]
-        metrics["student/entropy"] = sums["entropy"] / tokens
-        metrics["student/logp"] = sums["student_logp"] / tokens
-        if self.args.token_clip is not None or self.args.token_clip_quantile is not None:
-            metrics["clip/share"] = sums["clipped"] / tokens
-        if "contrast" in sums:
-            metrics["contrastive/loss"] = sums["contrast"] / max(sums["contrast_tokens"], 1)
-            metrics["contrastive/active_share"] = sums["contrast_active"] / max(sums["contrast_tokens"], 1)
-        if "features" in sums:
-            metrics["features/distance"] = sums["features"] / tokens
-        if self.teacher.kind != "live":
-            metrics["teacher/weight_distance"] = self.teacher.distance()
-        metrics["step_time"] = sum(value for name, value in metrics.items() if name.startswith("step_time/"))
-        if self.is_world_process_zero():
-            line = {"step": self.state.global_step, "loss": metrics["loss"], "learning_rate": metrics["learning_rate"], **metrics}
-            path = Path(self.args.output_dir) / METRICS_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        self._logged.append(metrics)
-        self._metrics, self._sums = {}, {}
+            values["clip/threshold"] = self._token_clip
+        return values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mechanisms' metrics (means over the steps since the last line) to the Trainer's own log line."""
-        if "loss" in logs and self._logged:
-            names = {name for metrics in self._logged for name in metrics} - {"loss", "learning_rate"}
-            for name in sorted(names):
-                values = [metrics[name] for metrics in self._logged if name in metrics]
-                logs[name] = sum(values) / len(values)
-            self._logged = []
+        if "loss" in logs:
+            logs |= self.metrics.take_means()
         super().log(logs, start_time)
-
-    @contextlib.contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        """Adds the wall time to a phase, in seconds; waits for the device, whose work is asynchronous."""
-        start = time.perf_counter()
-        yield
-        if self.args.device.type != "cpu" and torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        seconds = time.perf_counter() - start
-        self.phases[phase] += seconds
-        key = f"step_time/{phase}"
-        self._metrics[key] = self._metrics.get(key, 0.0) + seconds
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -483,9 +349,8 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1].clamp_min(1))}
         if self.grader is not None:
             metrics[f"{metric_key_prefix}_accuracy"] = float(sums[2]) / len(rows)
-        seconds = time.perf_counter() - start
-        metrics[f"{metric_key_prefix}_runtime"] = seconds
-        self.phases["eval"] += seconds
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.metrics.phases["eval"] += metrics[f"{metric_key_prefix}_runtime"]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -524,18 +389,18 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop lines of steps that a resumed run does again."""
-        path = Path(args.output_dir) / METRICS_FILE
-        if self.trainer.is_world_process_zero() and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        if self.trainer.is_world_process_zero():
+            self.trainer.metrics.forget_after(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._metrics["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
+        self.trainer.metrics.values["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
         self.trainer.teacher.update(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.finish_step()
+        trainer = self.trainer
+        if trainer.teacher.kind != "live":
+            trainer.metrics.values["teacher/weight_distance"] = trainer.teacher.distance()
+        trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -559,32 +424,6 @@ def _with_adapter(model: nn.Module, peft_config: Any, args: UniSDConfig) -> nn.M
     return adapted
 
 
-def _needs(args: UniSDConfig, weights: Sequence[Any]) -> frozenset[str]:
-    """The views that this run's mechanisms use; no other is computed."""
-    needs = frozenset(need for weight in weights for need in weight.needs)
-    if args.contrastive_weight:
-        needs |= {"negative"}
-    if args.token_clip_quantile is not None:
-        needs |= {"divergence"}
-    return needs
-
-
-def _check_data_serves(args: UniSDConfig, rows: Sequence[Row], needs: frozenset[str]) -> None:
-    if args.feature_layers and args.gradient_checkpointing:
-        raise UserError("feature_layers cannot be read under gradient_checkpointing: unset one of them.")
-    if not rows:
-        return
-    if "auxiliary" in needs and not any(len(row.get("auxiliary_contexts") or []) >= 2 for row in rows):
-        raise UserError(
-            "agreement needs auxiliary contexts, but no row has two of them: add a column auxiliary_contexts (a list of solved "
-            "examples of other problems), or set agreement=none."
-        )
-    if "negative" in needs and not any(row.get("negative_context") for row in rows):
-        raise UserError(
-            "contrast needs wrong references, but no row has one: add a column negative_context, or set contrastive_weight=0."
-        )
-
-
 def _length_over(limit: int, encode: Callable[[Row], list[int]], row: Row) -> int:
     """The encoded length if it exceeds `limit`, else 0; texts too short to exceed it are not tokenised."""
     texts = [row.get("teacher_prompt"), row["prompt"], row["prompt"], row.get("privileged_context")]
@@ -592,33 +431,6 @@ def _length_over(limit: int, encode: Callable[[Row], list[int]], row: Row) -> in
         return 0
     length = len(encode(row))
     return length if length > limit else 0
-
-
-def _concatenate(parts: Sequence[StepScores]) -> StepScores:
-    """Stack the ranks' rows; completions and contexts are padded to the longest and most."""
-    T = max(part.mask.shape[1] for part in parts)
-    K = max((len(part.auxiliary_logp) for part in parts if part.auxiliary_logp is not None), default=0)
-
-    def merged(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        if values[0] is None:
-            return None
-        padded = []
-        for value in values:
-            if name.endswith("_present"):
-                grow = (0, 0, 0, K - len(value)) if name == "auxiliary_present" else (0, 0)
-            elif name == "auxiliary_logp":
-                grow = (0, T - value.shape[2], 0, 0, 0, K - len(value))
-            else:
-                grow = (0, T - value.shape[1])
-            padded.append(torch.nn.functional.pad(value, grow))
-        return torch.cat(padded, dim=1 if name.startswith("auxiliary") else 0)
-
-    return StepScores(**{item.name: merged(item.name) for item in fields(StepScores)})  # type: ignore[arg-type]
-
-
-def _masked_mean(value: Tensor, mask: Tensor) -> float:
-    return float(value[mask].mean()) if mask.any() else 0.0
 
 
 def _collate(numbers: list[int]) -> Tensor:

@@ -1,0 +1,266 @@
+"""Before anybody pays for training: is this teacher worth learning from?
+
+The teacher is the same model with the reference in its prompt. Measured is what it says (greedy accuracy in each layout, with a wrong
+reference, with auxiliary contexts) and, on the student's own answers, how far its distributions lie from the student's (nats per
+token). Without a grader only the latter speaks: a teacher that copies its reference makes the reference likely, which proves nothing.
+
+Shapes: T tokens of a completion, H hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unisd.backbone import Backbone
+from unisd.data import Row
+from unisd.evaluation import reference_nll, wilson
+from unisd.losses import DivergenceSpec, chunked_loss, token_logprobs
+from unisd.models import eos_ids
+from unisd.prompts import PromptBuilder
+from unisd.rollout import Completion, Sampling, generate
+from unisd.scoring import Scorer, ScoringRow
+from unisd.teacher import Teacher
+
+LAYOUTS = ("append", "turn")
+HEADROOM = 0.05  # least gain in accuracy that is worth a run
+NOTABLE = 0.05  # nats per token below which a teacher says what the student says
+
+
+class Probe:
+    """Measures one model on rows.
+
+    Args:
+        model, tokenizer: the student, untrained.
+        rows: as in :mod:`unisd.data`.
+        grade: `(row, completion) -> bool`, or None where there is no grader.
+        prompts: builds the prompts (its layout is varied here).
+        max_new_tokens: cap on each completion.
+        contexts: most auxiliary contexts per row.
+        on_phase: called with a name and the number of rows before each part, and `on_rows(count)` as rows finish.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: Sequence[Row],
+        grade: Callable[[Row, str], bool] | None,
+        prompts: PromptBuilder,
+        *,
+        max_new_tokens: int = 256,
+        contexts: int = 3,
+        batch_size: int = 64,
+        on_phase: Callable[[str, int], None] = lambda name, count: None,
+        on_rows: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.model, self.tokenizer, self.rows, self.grade = model, tokenizer, list(rows), grade
+        self.builders = {layout: replace(prompts, layout=layout) for layout in LAYOUTS}
+        self.max_new_tokens, self.contexts, self.batch_size = max_new_tokens, contexts, batch_size
+        self.on_phase, self.on_rows = on_phase, on_rows
+        self.eos_ids = eos_ids(model, tokenizer)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+        self.backbone = Backbone(model)
+        self.packed = self.backbone.check(self.pad_id)
+
+    # -- what it says ---------------------------------------------------------------------------------------------------
+
+    def answers(self, name: str, rows: Sequence[Row], prompts: Sequence[list[int]]) -> tuple[list[Completion], dict[str, Any]]:
+        """Greedy completions, and their figures."""
+        self.on_phase(name, len(prompts))
+        start = time.perf_counter()
+        completions = generate(
+            self.model,
+            prompts,
+            Sampling(self.max_new_tokens),
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            batch_size=self.batch_size,
+            on_batch=self.on_rows,
+        )
+        seconds = time.perf_counter() - start
+        lengths = [len(completion.ids) for completion in completions]
+        figures: dict[str, Any] = {
+            "n": len(rows),
+            "mean_length": sum(lengths) / len(lengths),
+            "truncated": sum(completion.truncated for completion in completions),
+            "tokens_per_s": sum(lengths) / seconds,
+        }
+        if self.grade is not None:
+            texts = [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+            figures["accuracy"] = wilson(sum(map(self.grade, rows, texts)), len(rows))
+        return completions, figures
+
+    # -- how far its distributions lie from the student's ---------------------------------------------------------------
+
+    def states(self, prompts: Sequence[list[int]], completions: Sequence[Completion]) -> list[Tensor]:
+        """Final hidden states `[T_i,H]` under each prompt, at the positions that predict the completion."""
+        rows = [ScoringRow(c.ids, [True] * len(c.ids), p, p) for p, c in zip(prompts, completions, strict=True)]
+        scorer = Scorer(
+            self.backbone,
+            Teacher(self.model, "live"),
+            DivergenceSpec(),
+            needs=frozenset(),
+            packed=self.packed,
+            token_budget=2048,
+            pad_id=self.pad_id,
+        )
+        _, states = scorer.score(rows, self.model.device)
+        return states.final
+
+    def divergence(self, teacher: Sequence[Tensor], student: Sequence[Tensor], completions: Sequence[Completion]) -> float:
+        """Mean KL(teacher || student) per token, in nats."""
+        head, total, count = self.backbone.head(), 0.0, 0
+        with torch.no_grad():
+            for teacher_TH, student_TH, completion in zip(teacher, student, completions, strict=True):
+                target_T = torch.tensor(completion.ids, device=student_TH.device)
+                zero_T = torch.zeros(len(target_T), device=student_TH.device)
+                output = chunked_loss(student_TH, head, teacher_TH, head, target_T, DivergenceSpec(), zero_T)
+                total += float(output.divergence_N.sum())
+                count += len(target_T)
+        return total / max(count, 1)
+
+    def spread(self, rows: Sequence[Row], completions: Sequence[Completion]) -> float | None:
+        """Mean over tokens of the range of log-probabilities over the auxiliary contexts, in nats; None without two contexts."""
+        ranges = []
+        for row, completion in zip(rows, completions, strict=True):
+            contexts = self.builders["append"].auxiliary(row, self.contexts)
+            if len(contexts) < 2 or not completion.ids:
+                continue
+            target_T = torch.tensor(completion.ids, device=self.model.device)
+            with torch.no_grad():
+                states = self.states(contexts, [completion] * len(contexts))
+                logp_KT = torch.stack([token_logprobs(hidden_TH, self.backbone.head(), target_T) for hidden_TH in states])
+            ranges.append((logp_KT.amax(0) - logp_KT.amin(0)).mean())
+        return float(torch.stack(ranges).mean()) if ranges else None
+
+    # -- the report -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """All figures (accuracies with 95 % intervals, divergences in nats per token) and the advice in plain words."""
+        rows = self.rows
+        student_prompts = [self.builders["append"].student(row) for row in rows]
+        teacher_prompts = {layout: [builder.teacher(row) for row in rows] for layout, builder in self.builders.items()}
+        completions, student = self.answers("student, plain prompt", rows, student_prompts)
+        teacher = {
+            layout: self.answers(f"teacher, {layout} layout", rows, prompts)[1] if self.grade else {"n": len(rows)}
+            for layout, prompts in teacher_prompts.items()
+        }
+        self.on_phase("divergences on the student's answers", len(rows))
+        start = time.perf_counter()
+        student_states = self.states(student_prompts, completions)
+        states = {layout: self.states(prompts, completions) for layout, prompts in teacher_prompts.items()}
+        scored = sum(len(p) + len(c.ids) for prompts in teacher_prompts.values() for p, c in zip(prompts, completions, strict=True))
+        scored += sum(len(p) + len(c.ids) for p, c in zip(student_prompts, completions, strict=True))
+        score_speed = scored / (time.perf_counter() - start)
+        for layout in LAYOUTS:
+            teacher[layout]["divergence"] = self.divergence(states[layout], student_states, completions)
+        if self.grade is None:
+            nll, tokens = reference_nll(self.model, self.tokenizer, list(rows))
+            student["nll"] = nll / max(tokens, 1)
+            for layout, prompts in teacher_prompts.items():
+                # Copying, not knowledge: reported under that name and never used for advice.
+                nll, tokens = reference_nll(self.model, self.tokenizer, list(rows), prompt_ids=prompts)
+                teacher[layout]["copying_nll"] = nll / max(tokens, 1)
+        best = max(LAYOUTS, key=lambda layout: self._merit(teacher[layout]))
+        report: dict[str, Any] = {
+            "n": len(rows),
+            "student": student,
+            "teacher": teacher,
+            "layout": best,
+            "wrong_reference": self._wrong_reference(best, states[best], completions),
+            "auxiliary": self._auxiliary(completions),
+            "score_tokens_per_s": score_speed,
+        }
+        report["advice"] = advice(report)
+        return report
+
+    def _merit(self, figures: dict[str, Any]) -> float:
+        if "accuracy" in figures:
+            return float(figures["accuracy"]["value"])
+        # Without a grader: the layout in which the reference moves the teacher further.
+        return float(figures["divergence"])
+
+    def _wrong_reference(self, layout: str, right: Sequence[Tensor], completions: Sequence[Completion]) -> dict[str, Any] | None:
+        chosen = [i for i, row in enumerate(self.rows) if row.get("negative_context")]
+        if not chosen:
+            return None
+        rows = [self.rows[i] for i in chosen]
+        prompts = [self.builders[layout].negative(row) for row in rows]
+        figures = self.answers("teacher, wrong reference", rows, prompts)[1] if self.grade is not None else {"n": len(rows)}
+        own = [completions[i] for i in chosen]
+        figures["divergence_from_right"] = self.divergence([right[i] for i in chosen], self.states(prompts, own), own)
+        return figures
+
+    def _auxiliary(self, completions: Sequence[Completion]) -> dict[str, Any] | None:
+        chosen = [i for i, row in enumerate(self.rows) if row.get("auxiliary_contexts")]
+        if not chosen:
+            return None
+        rows = [self.rows[i] for i in chosen]
+        figures: dict[str, Any] = {"n": len(rows)}
+        if self.grade is not None:
+            # One context per row, taken in turn: the accuracy of the typical context at the price of one generation.
+            views = [self.builders["append"].auxiliary(row, self.contexts) for row in rows]
+            figures = self.answers("auxiliary contexts", rows, [view[i % len(view)] for i, view in enumerate(views)])[1]
+        figures["spread"] = self.spread(rows, [completions[i] for i in chosen])
+        return figures
+
+
+def advice(report: dict[str, Any]) -> str:
+    """The figures in plain words: layout, headroom, whether agreement has anything to work with, or that this cannot help."""
+    layout, student, teacher = report["layout"], report["student"], report["teacher"][report["layout"]]
+    wrong, auxiliary = report["wrong_reference"], report["auxiliary"]
+    lines = []
+    if "accuracy" in student:
+        gain = teacher["accuracy"]["value"] - student["accuracy"]["value"]
+        if gain < HEADROOM:
+            lines.append(
+                f"Self-distillation cannot help here: with the reference in its prompt the model is right in "
+                f"{teacher['accuracy']['value']:.0%}, without it in {student['accuracy']['value']:.0%}. Try another prompt, better "
+                "references or a larger model."
+            )
+        else:
+            lines.append(
+                f"Use teacher_prompt_layout={layout}: the teacher is right in {teacher['accuracy']['value']:.0%}, the student in "
+                f"{student['accuracy']['value']:.0%}: a headroom of {gain * 100:.0f} points."
+            )
+            if teacher["accuracy"]["low"] <= student["accuracy"]["high"]:
+                lines.append(f"With {report['n']} rows the difference is not certain: probe more rows (--n).")
+    else:
+        moved = wrong["divergence_from_right"] if wrong else None
+        if teacher["divergence"] < NOTABLE:
+            lines.append(
+                f"The reference hardly changes what the model says ({teacher['divergence']:.3f} nats per token): "
+                "self-distillation has little to teach here."
+            )
+        elif moved is not None and moved < NOTABLE:
+            lines.append(
+                f"The teacher moves ({teacher['divergence']:.2f} nats per token), but hardly cares whether its reference is right "
+                f"or wrong ({moved:.3f}): self-distillation would teach style, not content."
+            )
+        else:
+            lines.append(
+                f"Use teacher_prompt_layout={layout}: the reference moves the teacher by {teacher['divergence']:.2f} nats per token"
+                + (f", a wrong one by {moved:.2f} from there." if moved is not None else ".")
+                + " Without a grader nothing says whether it moves in the right direction: name one with --grader."
+            )
+    if wrong and "accuracy" in wrong and "accuracy" in teacher:
+        fall = teacher["accuracy"]["value"] - wrong["accuracy"]["value"]
+        lines.append(
+            f"A wrong reference costs the teacher {fall * 100:.0f} points: the quality of your references "
+            + ("matters." if fall > 0.1 else "matters little.")
+        )
+    if auxiliary is None:
+        lines.append("There are no auxiliary contexts: agreement cannot run on these rows.")
+    elif auxiliary["spread"] is None or auxiliary["spread"] < NOTABLE:
+        lines.append("The auxiliary contexts hardly disagree: agreement has nothing to work with.")
+    else:
+        lines.append(f"The auxiliary contexts disagree by {auxiliary['spread']:.2f} nats per token: agreement has something to weigh.")
+    if student["truncated"] > 0.1 * report["n"]:
+        lines.append(f"{student['truncated']} of {report['n']} answers ran into the limit: raise max_completion_length.")
+    return " ".join(lines)
