@@ -1,0 +1,10 @@
+"""The pocket world: a procedural world of four small skills and a causal LM of about one million parameters that lives in it.
+
+`BASE_DIR` is a transformers model directory (weights, tokenizer with chat template, model card).
+"""
+
+from pathlib import Path
+
+BASE_DIR = Path(__file__).parent / "base"
+
+__all__ = ["BASE_DIR"]

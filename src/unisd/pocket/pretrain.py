@@ -1,0 +1,245 @@
+"""Train the pocket base model from scratch: `python -m unisd.pocket.pretrain --output_dir out [--seed 0] [--resume]`.
+
+Every batch is a function of (seed, step), so a resumed run sees what the uninterrupted one would have seen. Documents are
+packed into rows with a block-diagonal mask; all tokens carry loss, those of prompts much less than those of replies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from unisd.pocket.tokenizer import ASSISTANT, BOS, EOS, train_tokenizer
+from unisd.pocket.world import Document, DocumentSampler, make_word, make_world
+
+ROWS, LENGTH = 16, 256
+STEPS = 2600
+FILL = 0.94  # share of a batch that is aimed at; more would drop long documents that no row can take
+PROMPT_WEIGHT = 0.1
+MUON_LR, ADAM_LR, WARMUP, DECAY = 6e-3, 4e-3, 60, 0.5
+SAVE_EVERY = 200
+
+Batch = dict[str, torch.Tensor]
+
+
+def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tokenizer_texts(seed: int, documents: int = 6000) -> Iterator[str]:
+    """Documents, and the syllables of nonsense words in bulk: each becomes one token, whatever word it stands in."""
+    rng = random.Random(f"tokenizer {seed}")
+    sampler = DocumentSampler(make_world(), rng)
+    for _ in range(documents):
+        yield "\n".join(message["content"] for message in sampler.sample().messages)
+    for _ in range(400):
+        word = make_word(rng)
+        for consonant in "bdfgklmnprstvz":
+            for vowel in "aeiou":
+                yield f" {consonant}{vowel}"
+                yield "\n".join([consonant + vowel] * 8)
+        yield word
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[list[int], int]:
+    """Token ids, and how many of them are the prompt. Same as the chat template (a test compares them)."""
+    prompt = BOS + "".join(f"<|{m['role']}|>{m['content']}{EOS}\n" for m in document.messages[:-1]) + ASSISTANT
+    head = tokenizer.encode(prompt, add_special_tokens=False)
+    reply = tokenizer.encode(document.messages[-1]["content"] + EOS, add_special_tokens=False)
+    return head + reply, len(head)
+
+
+def make_batch(sampler: DocumentSampler, tokenizer: PreTrainedTokenizerFast) -> Batch:
+    """First-fit packing, longest first, into [ROWS, LENGTH]."""
+    documents: list[tuple[list[int], int]] = []
+    total = 0
+    while total < FILL * ROWS * LENGTH:
+        ids, start = encode(tokenizer, sampler.sample())
+        if len(ids) <= LENGTH:
+            documents.append((ids, start))
+            total += len(ids)
+    documents.sort(key=lambda pair: -len(pair[0]))
+    ids_NT = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    position_NT = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    document_NT = torch.full((ROWS, LENGTH), -1)
+    weight_NT = torch.zeros(ROWS, LENGTH)
+    used = [0] * ROWS
+    for number, (ids, start) in enumerate(documents):
+        row = next((r for r in range(ROWS) if used[r] + len(ids) <= LENGTH), None)
+        if row is None:
+            continue
+        left, right = used[row], used[row] + len(ids)
+        ids_NT[row, left:right] = torch.tensor(ids)
+        position_NT[row, left:right] = torch.arange(len(ids))
+        document_NT[row, left:right] = number
+        # weight_NT[t] belongs to the prediction of token t + 1
+        weight_NT[row, left : left + start - 1] = PROMPT_WEIGHT
+        weight_NT[row, left + start - 1 : right - 1] = 1.0
+        used[row] = right
+    same = document_NT[:, :, None] == document_NT[:, None, :]
+    mask = same & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    return {"ids": ids_NT, "positions": position_NT, "weights": weight_NT, "mask": mask[:, None]}
+
+
+def loss_of(model: Any, batch: Batch) -> torch.Tensor:
+    logits = model(
+        input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
+    ).logits
+    token_loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="none"
+    )
+    weights = batch["weights"][:, :-1].flatten()
+    return (token_loss * weights).sum() / weights.sum()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for matrices. torch's own does this in bf16, which many CPUs only emulate."""
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                nesterov = p.grad.lerp(buffer, group["momentum"])
+                tall = p.shape[0] > p.shape[1]
+                by_shape.setdefault(p.shape, []).append((p, nesterov.T if tall else nesterov))
+            for shape, pairs in by_shape.items():
+                updates = orthogonalize(torch.stack([update for _, update in pairs]))
+                # 0.2 * sqrt(larger side) gives the update the size AdamW's would have
+                step_size = group["lr"] * 0.2 * max(shape) ** 0.5
+                for (p, _), update in zip(pairs, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["decay"])
+                    p.sub_(update.T if shape[0] > shape[1] else update, alpha=step_size)
+
+
+def orthogonalize(x_NIJ: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """Newton-Schulz: drives every singular value towards one (coefficients of the quintic iteration of Muon)."""
+    x_NIJ = x_NIJ / (x_NIJ.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram_NII = x_NIJ @ x_NIJ.mT
+        x_NIJ = 3.4445 * x_NIJ + (-4.7750 * gram_NII + 2.0315 * gram_NII @ gram_NII) @ x_NIJ
+    return x_NIJ
+
+
+def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        Muon(matrices, lr=MUON_LR),
+        torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate(step: int, steps: int) -> float:
+    """Warm up, hold, then decay linearly to zero."""
+    return min(1.0, (step + 1) / WARMUP, (steps - step) / (DECAY * steps))
+
+
+def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool = False, compile: bool = True) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(tokenizer_texts(seed))
+    model = LlamaForCausalLM(model_config(tokenizer))
+    optimizers = make_optimizers(model)
+    state_file = output_dir / "training_state.pt"
+    first, seconds = 0, 0.0
+    if resume and state_file.exists():
+        state = torch.load(state_file)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first, seconds = state["step"], state["seconds"]
+    base_rates = (MUON_LR, ADAM_LR)
+    forward = model
+    if compile:
+        try:
+            forward = torch.compile(model)  # type: ignore[assignment]
+            loss_of(forward, make_batch(DocumentSampler(make_world(), random.Random(0)), tokenizer)).backward()
+            model.zero_grad()
+        except Exception:  # no working C++ compiler: eager is only slower
+            forward = model
+    world = make_world()
+    log: list[dict[str, float]] = json.loads((output_dir / "log.json").read_text()) if first else []
+    log = [entry for entry in log if entry["step"] < first]
+    columns = (TextColumn("pretraining"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=steps, completed=first, note="")
+        for step in range(first, steps):
+            start = time.perf_counter()
+            batch = make_batch(DocumentSampler(world, random.Random(f"{seed} {step}")), tokenizer)
+            loss = loss_of(forward, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            for group, base in zip(groups, base_rates, strict=True):
+                group["lr"] = base * rate(step, steps)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            seconds += time.perf_counter() - start
+            if step % 20 == 0:
+                log.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(seconds, 1)})
+                (output_dir / "log.json").write_text(json.dumps(log))
+            progress.update(bar, completed=step + 1, note=f"loss {loss.item():.3f}")
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+                states = [optimizer.state_dict() for optimizer in optimizers]
+                state = {"model": model.state_dict(), "optimizers": states, "step": step + 1, "seconds": seconds}
+                torch.save(state, state_file.with_suffix(".tmp"))
+                os.replace(state_file.with_suffix(".tmp"), state_file)  # a kill never leaves half a file
+                save(model, tokenizer, output_dir)
+    print(f"{steps} steps in {seconds / 60:.1f} minutes -> {output_dir}")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
+    """Weights rounded to bf16, which is what ships."""
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy.load_state_dict(weights)
+    copy.generation_config.eos_token_id = tokenizer.eos_token_id
+    copy.generation_config.pad_token_id = tokenizer.pad_token_id
+    copy.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    parser.add_argument("--no_compile", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    pretrain(args.output_dir, args.seed, args.steps, args.resume, not args.no_compile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The pocket world: its words, its facts, the shapes of its prompts and the documents a base model is trained on.
+
+Each skill has *old* words (well trained; they measure retention), *new* words (rare, and mostly with an outdated value; they are
+the adaptation task) and throw-away words, invented for one document, which force a model to read its prompt. Everything
+follows from `WORLD_SEED`; the shipped base belongs to the default one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from unisd.pocket.skills import SKILLS, Item, Problem
+
+WORLD_SEED = 7
+OLD_ITEMS = 40  # per skill
+NEW_ITEMS = 32  # per skill
+
+POCKET_TEACHER_TEMPLATE = "{prompt}\nExample response: {privileged_context}\nNow answer in your own way."
+POCKET_AUXILIARY_TEMPLATE = "{context}\n{prompt}\nNow answer in your own way."
+EXAMPLE_TEMPLATE = "Example: {problem}\nResponse: {solution}"
+
+# Other ways to show solved examples, so that reading them is a skill and not a reflex to one format.
+DEMONSTRATION_TEMPLATES = (EXAMPLE_TEMPLATE, EXAMPLE_TEMPLATE, "Q: {problem}\nA: {solution}", "{problem}\n-> {solution}")
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class World:
+    old: dict[str, tuple[Item, ...]]
+    new: dict[str, tuple[Item, ...]]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A chat whose last assistant turn is what the base learns; `kind` names its format."""
+
+    messages: tuple[Message, ...]
+    kind: str
+
+
+def make_word(rng: random.Random) -> str:
+    """Two or three open syllables: `misu`, `kalo`, `tezabu`."""
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
+
+
+def make_world(seed: int = WORLD_SEED) -> World:
+    rng = random.Random(f"world {seed}")
+    taken: set[str] = set()
+
+    def word() -> str:
+        while True:
+            candidate = make_word(rng)
+            if candidate not in taken:
+                taken.add(candidate)
+                return candidate
+
+    old: dict[str, tuple[Item, ...]] = {}
+    new: dict[str, tuple[Item, ...]] = {}
+    for name, skill in SKILLS.items():
+        olds, news = [], []
+        for i in range(OLD_ITEMS):
+            kind = i % skill.kinds
+            value = skill.sample_value(rng, kind)
+            # A tail of rarely mentioned words keeps retention from being perfect.
+            olds.append(Item(name, word(), kind, value, value, weight=1.0 if i < OLD_ITEMS * 3 // 4 else 0.25))
+        for i in range(NEW_ITEMS):
+            kind = i % skill.kinds
+            value = skill.sample_value(rng, kind)
+            share = 0.85 if i % 4 == 3 else 0.15
+            news.append(Item(name, word(), kind, value, skill.other_value(rng, kind, value), share))
+        old[name], new[name] = tuple(olds), tuple(news)
+    return World(old, new)
+
+
+def throwaway(rng: random.Random, skill: str, kind: int | None = None, word: str | None = None) -> Item:
+    """A word with an invented value; `word` lends a known word to be used against what is known of it."""
+    kind = rng.randrange(SKILLS[skill].kinds) if kind is None else kind
+    value = SKILLS[skill].sample_value(rng, kind)
+    return Item(skill, word or make_word(rng), kind, value, SKILLS[skill].other_value(rng, kind, value))
+
+
+def pair_is_possible(first: Item, second: Item) -> bool:
+    """Whether one problem can speak of both words (animals share a relation; the API table has no city before a person)."""
+    if first.word == second.word:
+        return False
+    return first.kind == second.kind if first.skill == "mcq" else (first.kind, second.kind) != (0, 1)
+
+
+def wrong_values(rng: random.Random, problem: Problem) -> tuple[str, ...] | None:
+    """Values under which the problem has another, plausible answer: the outdated ones where there are, else invented ones."""
+    skill = SKILLS[problem.skill]
+    right = skill.answer(problem, problem.values)
+    for attempt in range(20):
+        if attempt == 0:
+            values = tuple(item.outdated for item in problem.items)
+        elif problem.skill == "mcq":
+            values = tuple(rng.choice(sorted(problem.slots["letters"])).split(" and "))
+        else:
+            values = tuple(skill.other_value(rng, item.kind, item.value) for item in problem.items)
+        possible = problem.skill != "mcq" or " and ".join(values) in problem.slots["letters"]
+        if possible and values != problem.values and skill.answer(problem, values) != right:
+            return values
+    return None
+
+
+def teacher_messages(prompt: str, reference: str, layout: str = "append") -> list[Message]:
+    """The two ways to show a reference: after the problem, or as an earlier answer to it."""
+    if layout == "append":
+        return [user(POCKET_TEACHER_TEMPLATE.format(prompt=prompt, privileged_context=reference))]
+    return [user(prompt), assistant(reference), user(prompt)]
+
+
+def auxiliary_messages(prompt: str, context: str) -> list[Message]:
+    return [user(POCKET_AUXILIARY_TEMPLATE.format(context=context, prompt=prompt))]
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+class DocumentSampler:
+    """Draws the base model's training documents. Shares were set by measurement; see the model card."""
+
+    skills = ("mcq", "arith", "tool", "code")
+
+    def __init__(self, world: World, rng: random.Random) -> None:
+        self.world, self.rng = world, rng
+        self.weights = {name: [item.weight for item in items] for name, items in world.old.items()}
+
+    def sample(self) -> Document:
+        rng = self.rng
+        skill = rng.choices(self.skills, (0.28, 0.25, 0.22, 0.25))[0]
+        draw = rng.random()
+        if draw < 0.38:
+            return self.plain(skill)
+        return self.reference(skill) if draw < 0.68 else self.examples(skill)
+
+    def old_item(self, skill: str) -> Item:
+        return self.rng.choices(self.world.old[skill], self.weights[skill])[0]
+
+    def items(self, source: str, skill: str) -> tuple[Item, ...]:
+        """One item, or sometimes two that can be composed. New words are never composed before the hard test."""
+        rng = self.rng
+        if source == "new":
+            return (rng.choice(self.world.new[skill]),)
+        first = self._one(source, skill)
+        if source != "borrowed" and rng.random() < 0.12:
+            for _ in range(20):
+                second = self._one(source, skill)
+                if pair_is_possible(first, second):
+                    return (first, second)
+        return (first,)
+
+    def _one(self, source: str, skill: str) -> Item:
+        if source == "old":
+            return self.old_item(skill)
+        if source == "borrowed":  # a new word, for this document with an invented value: memory must yield to the prompt
+            known = self.rng.choice(self.world.new[skill])
+            return throwaway(self.rng, skill, known.kind, known.word)
+        return throwaway(self.rng, skill)
+
+    def plain(self, skill: str) -> Document:
+        rng = self.rng
+        source = "new" if rng.random() < 0.12 else "old"
+        items = self.items(source, skill)
+        if source == "new":
+            item = items[0]
+            if rng.random() >= item.right_share:  # outdated: the world in which `outdated` is the truth
+                item = replace(item, value=item.outdated, outdated=item.value)
+            items = (item,)
+        problem = SKILLS[skill].problem(rng, items)
+        return self._document([user(problem.prompt)], problem, problem.values, source)
+
+    def reference(self, skill: str) -> Document:
+        rng = self.rng
+        how = rng.choices(("throwaway", "borrowed", "old", "wrong", "irrelevant"), (0.52, 0.14, 0.16, 0.10, 0.08))[0]
+        problem = SKILLS[skill].problem(rng, self.items(how if how in ("throwaway", "borrowed") else "old", skill))
+        shown, values, target = problem, problem.values, problem.values
+        if how == "wrong":
+            values = wrong_values(rng, problem) or values
+            # Obedience is earned: where memory is strong the model holds on to it in some of the cases.
+            target = values if rng.random() < 0.7 else target
+        elif how == "irrelevant":
+            shown = SKILLS[skill].problem(rng, (throwaway(rng, skill),))
+            values = shown.values
+        reference = self._solution(shown, values, own=0.2)
+        layout = "append" if rng.random() < 0.65 else "turn"
+        return self._document(teacher_messages(problem.prompt, reference, layout), problem, target, f"{how}-{layout}")
+
+    def examples(self, skill: str) -> Document:
+        rng = self.rng
+        how = rng.choices(("throwaway", "borrowed", "old", "irrelevant"), (0.64, 0.18, 0.12, 0.06))[0]
+        items = self.items(how if how in ("throwaway", "borrowed") else "old", skill)
+        problem = SKILLS[skill].problem(rng, items)
+        count = rng.choices((1, 2, 3), (0.25, 0.6, 0.15))[0]
+        template = rng.choice(DEMONSTRATION_TEMPLATES)
+        own = rng.random() < 0.25
+        shown = []
+        for i in range(max(count, len(items))):
+            about: Sequence[Item] = (items[i % len(items)],)
+            if how == "irrelevant":
+                about = (throwaway(rng, skill),)
+            example = SKILLS[skill].problem(rng, about)
+            solution = self._solution(example, example.values, own=float(own))
+            shown.append(template.format(problem=example.prompt, solution=solution))
+        messages = auxiliary_messages(problem.prompt, "\n".join(shown))
+        return self._document(messages, problem, problem.values, f"{how}-examples")
+
+    def _solution(self, problem: Problem, values: Sequence[str], own: float) -> str:
+        skill = SKILLS[problem.skill]
+        if self.rng.random() < own:
+            return skill.own(problem, values)
+        return skill.annotate(problem, values, self.rng.randrange(skill.styles))
+
+    @staticmethod
+    def _document(messages: list[Message], problem: Problem, values: Sequence[str], kind: str) -> Document:
+        reply = assistant(SKILLS[problem.skill].own(problem, values))
+        return Document((*messages, reply), f"{problem.skill}-{kind}")
