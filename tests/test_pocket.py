@@ -117,8 +117,15 @@ def test_noise_and_reference_style():
     assert all(own.grade(row, row["privileged_context"]).correct for row in own.load("train"))
 
 
-@pytest.mark.parametrize("make", [lambda: PocketTask(noise=2), lambda: PocketTask(reference_style="x"),
-                                  lambda: PocketTask().load("dev"), lambda: PocketTask().load("test", color=1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PocketTask(noise=2),
+        lambda: PocketTask(reference_style="x"),
+        lambda: PocketTask().load("dev"),
+        lambda: PocketTask().load("test", color=1),
+    ],
+)
 def test_mistakes_are_user_errors(make):
     with pytest.raises(UserError):
         make()
@@ -141,8 +148,19 @@ def test_extraction():
     assert extract("tool", "no call") is None
 
 
-@pytest.mark.parametrize(("source", "value"), [("(x+3)*2", 16), ("max(x,9)-x%4", 8), ("-x//2", -3), ("x if x>3 else 0", 5),
-                                               ("abs(-x)**2", 25), ("not x", False), ("round(x/2)", 2), ("+int(2.5)", 2)])
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ("(x+3)*2", 16),
+        ("max(x,9)-x%4", 8),
+        ("-x//2", -3),
+        ("x if x>3 else 0", 5),
+        ("abs(-x)**2", 25),
+        ("not x", False),
+        ("round(x/2)", 2),
+        ("+int(2.5)", 2),
+    ],
+)
 def test_expressions(source, value):
     assert evaluate(source, {"x": 5}) == value
 

@@ -1,4 +1,4 @@
-"""The pocket world: a procedural world of four small skills and a causal LM of about one million parameters that lives in it.
+"""The pocket world: four small procedural skills, and a causal LM of about one million parameters that lives in them.
 
 `BASE_DIR` is a transformers model directory (weights, tokenizer with chat template, model card).
 """

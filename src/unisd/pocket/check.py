@@ -42,7 +42,9 @@ MEASURES: dict[str, tuple[str, Callable[[Row], list[Message]], float, float]] = 
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompts: list[list[Message]], max_new_tokens: int, batch: int = 125) -> list[str]:
+def complete(
+    model: Any, tokenizer: Any, prompts: list[list[Message]], max_new_tokens: int, batch: int = 125
+) -> list[str]:
     """Greedy completions, batched by length."""
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -50,7 +52,11 @@ def complete(model: Any, tokenizer: Any, prompts: list[list[Message]], max_new_t
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         inputs = tokenizer(
-            [texts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False,
+            [texts[i] for i in chosen],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
             return_token_type_ids=False,
         )
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -83,7 +89,8 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=BASE_DIR)
     args = parser.parse_args()
     model, tokenizer = load(args.model)
-    print(f"{'accuracy, n = ' + str(args.n) + ' per skill':<26}" + "".join(f"{skill:>8}" for skill in SKILLS) + "   bound")
+    title = f"accuracy, n = {args.n} per skill"
+    print(f"{title:<26}" + "".join(f"{skill:>8}" for skill in SKILLS) + "   bound")
     missed = False
     for name, (_, _, least, most) in MEASURES.items():
         accuracy = measure(model, tokenizer, name, args.n)

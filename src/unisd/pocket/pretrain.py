@@ -1,14 +1,13 @@
 """Train the pocket base model from scratch: `python -m unisd.pocket.pretrain --output_dir out [--seed 0] [--resume]`.
 
-Every batch is a function of (seed, step), so a resumed run sees what the uninterrupted one would have seen. Documents are
-packed into rows with a block-diagonal mask; all tokens carry loss, those of prompts much less than those of replies.
+Every batch is a function of (seed, step), so a resumed run sees what the uninterrupted one would have seen. Documents
+are packed into rows with a block-diagonal mask; all tokens carry loss, those of prompts much less than those of replies.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ STEPS = 2600
 FILL = 0.94  # share of a batch that is aimed at; more would drop long documents that no row can take
 PROMPT_WEIGHT = 0.1
 MUON_LR, ADAM_LR, WARMUP, DECAY = 6e-3, 4e-3, 60, 0.5
-SAVE_EVERY = 200
+SAVE_EVERY = 100
 
 Batch = dict[str, torch.Tensor]
 
@@ -117,7 +116,7 @@ def loss_of(model: Any, batch: Batch) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for matrices. torch's own does this in bf16, which many CPUs only emulate."""
 
-    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.05) -> None:
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.05):
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -165,12 +164,16 @@ def rate(step: int, steps: int) -> float:
 def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool = False, compile: bool = True) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(tokenizer_texts(seed))
+    state_file = output_dir / "training_state.pt"
+    resume = resume and state_file.exists()
+    if resume:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(output_dir)
+    else:
+        tokenizer = train_tokenizer(tokenizer_texts(seed))
     model = LlamaForCausalLM(model_config(tokenizer))
     optimizers = make_optimizers(model)
-    state_file = output_dir / "training_state.pt"
     first, seconds = 0, 0.0
-    if resume and state_file.exists():
+    if resume:
         state = torch.load(state_file)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -212,7 +215,7 @@ def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool =
                 states = [optimizer.state_dict() for optimizer in optimizers]
                 state = {"model": model.state_dict(), "optimizers": states, "step": step + 1, "seconds": seconds}
                 torch.save(state, state_file.with_suffix(".tmp"))
-                os.replace(state_file.with_suffix(".tmp"), state_file)  # a kill never leaves half a file
+                state_file.with_suffix(".tmp").replace(state_file)  # a kill never leaves half a file
                 save(model, tokenizer, output_dir)
     print(f"{steps} steps in {seconds / 60:.1f} minutes -> {output_dir}")
 

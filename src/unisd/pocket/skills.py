@@ -1,7 +1,7 @@
 """The four skills of the pocket world: how problems are worded, solved and answered.
 
-A problem is about one or two nonsense words (`Item`s); what a word stands for is its *value* (a string). Everything a problem
-needs besides the values is in its slots, so the same problem can be solved under the current, an outdated or an invented value.
+A problem is about one or two nonsense words (`Item`s); what a word stands for is its *value* (a string). Everything else
+is in its slots, so the same problem can be solved under the current, an outdated or an invented value.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class MCQ(Skill):
         rng.shuffle(options)
         letters = rng.sample(LETTERS, 3)
         texts = [" and ".join(option) for option in options]
-        listed = ", ".join(f"{text} ({letter})" for text, letter in zip(texts, letters, strict=True))
+        listed = ", ".join(f"{text} {letter}" for text, letter in zip(texts, letters, strict=True))
         noun, single, plural, _ = RELATIONS[kind]
         if len(items) == 1:
             template = rng.choice(self.hard_templates if hard else self.templates)
@@ -141,9 +141,9 @@ class MCQ(Skill):
     def own(self, problem: Problem, values: Sequence[str]) -> str:
         text, letter, verb = self._parts(problem, values)
         if len(values) == 1:
-            return f"The {problem.items[0].word} {verb} {text} ({letter}). Answer: {letter}"
+            return f"The {problem.items[0].word} {verb} {text} {letter}. Answer: {letter}"
         facts = " ".join(f"The {i.word} {verb} {v}." for i, v in zip(problem.items, values, strict=True))
-        return f"{facts} So {text} ({letter}). Answer: {letter}"
+        return f"{facts} So {text} {letter}. Answer: {letter}"
 
     def annotate(self, problem: Problem, values: Sequence[str], style: int) -> str:
         text, letter, verb = self._parts(problem, values)
@@ -193,9 +193,7 @@ class Arith(Skill):
         b = rng.randint(2, 6 if minus else 9)
         a = rng.randint(2, 9) if pair else rng.randint(b * 9 if minus else 3, 99)
         second = items[1].word if pair else ""
-        prompt = template.format(
-            N=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, w=items[0].word, u=second
-        )
+        prompt = template.format(N=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, w=items[0].word, u=second)
         return Problem(self.name, tuple(items), prompt, template, {"a": a, "b": b, "minus": minus})
 
     def own(self, problem: Problem, values: Sequence[str]) -> str:
@@ -276,7 +274,10 @@ class Tool(Skill):
             parameters, coded = list(names), list(names[:2])
         rng.shuffle(parameters)
         fill: dict[str, Any] = {
-            "day": rng.choice(DAYS), "n": rng.randint(2, 9), "hour": rng.randint(1, 12), "sum": rng.randint(2, 40),
+            "day": rng.choice(DAYS),
+            "n": rng.randint(2, 9),
+            "hour": rng.randint(1, 12),
+            "sum": rng.randint(2, 40),
             "topic": rng.choice(TOPICS),
         }
         template = rng.choice(self.hard_templates if hard else self.templates)

@@ -1,8 +1,8 @@
 """The pocket world: its words, its facts, the shapes of its prompts and the documents a base model is trained on.
 
-Each skill has *old* words (well trained; they measure retention), *new* words (rare, and mostly with an outdated value; they are
-the adaptation task) and throw-away words, invented for one document, which force a model to read its prompt. Everything
-follows from `WORLD_SEED`; the shipped base belongs to the default one.
+Each skill has *old* words (well trained; they measure retention), *new* words (rare, and mostly with an outdated value;
+they are the adaptation task) and throw-away words, invented for one document, which force a model to read its prompt.
+Everything follows from `WORLD_SEED`; the shipped base belongs to the default one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ POCKET_AUXILIARY_TEMPLATE = "{context}\n{prompt}\nNow answer in your own way."
 EXAMPLE_TEMPLATE = "Example: {problem}\nResponse: {solution}"
 
 # Other ways to show solved examples, so that reading them is a skill and not a reflex to one format.
-DEMONSTRATION_TEMPLATES = (EXAMPLE_TEMPLATE, EXAMPLE_TEMPLATE, "Q: {problem}\nA: {solution}", "{problem}\n-> {solution}")
+DEMONSTRATION_TEMPLATES = (
+    EXAMPLE_TEMPLATE,
+    EXAMPLE_TEMPLATE,
+    "Q: {problem}\nA: {solution}",
+    "{problem}\n-> {solution}",
+)
 
 Message = dict[str, str]
 
@@ -83,14 +88,14 @@ def throwaway(rng: random.Random, skill: str, kind: int | None = None, word: str
 
 
 def pair_is_possible(first: Item, second: Item) -> bool:
-    """Whether one problem can speak of both words (animals share a relation; the API table has no city before a person)."""
+    """Whether one problem can speak of both: animals share a relation; no API takes a city before a person."""
     if first.word == second.word:
         return False
     return first.kind == second.kind if first.skill == "mcq" else (first.kind, second.kind) != (0, 1)
 
 
 def wrong_values(rng: random.Random, problem: Problem) -> tuple[str, ...] | None:
-    """Values under which the problem has another, plausible answer: the outdated ones where there are, else invented ones."""
+    """Values that give another, plausible answer: the outdated ones where there are, else invented ones."""
     skill = SKILLS[problem.skill]
     right = skill.answer(problem, problem.values)
     for attempt in range(20):
@@ -161,7 +166,9 @@ class DocumentSampler:
     def _one(self, source: str, skill: str) -> Item:
         if source == "old":
             return self.old_item(skill)
-        if source == "borrowed":  # a new word, for this document with an invented value: memory must yield to the prompt
+        if (
+            source == "borrowed"
+        ):  # a new word, for this document with an invented value: memory must yield to the prompt
             known = self.rng.choice(self.world.new[skill])
             return throwaway(self.rng, skill, known.kind, known.word)
         return throwaway(self.rng, skill)

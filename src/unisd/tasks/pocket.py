@@ -1,7 +1,7 @@
 """The pocket task: teach the pocket model the facts that its pretraining had outdated.
 
-Four skills (`mcq`, `arith`, `tool`, `code`), each about its own made-up words. `train`, `validation` and `test` hold other
-problems about the same new words; `test_hard` composes two of them or words its problems as training never does;
+Four skills (`mcq`, `arith`, `tool`, `code`), each about its own made-up words. `train`, `validation` and `test` hold
+other problems about the same new words; `test_hard` composes two of them or words its problems as training never does;
 `retention` asks for the old words, which adaptation must not damage. No problem occurs in two splits.
 """
 
@@ -33,7 +33,7 @@ NUM_CONTEXTS = 3
 
 
 class PocketTask(Task):
-    """`noise`: share of wrong training references. `reference_style`: `annotators`, or `own` (the model's own wording)."""
+    """`noise`: share of wrong training references. `reference_style`: `annotators`, or `own` (the model's wording)."""
 
     name = "pocket"
     splits = ("train", "validation", "test", "test_hard", "retention")
@@ -49,7 +49,7 @@ class PocketTask(Task):
         self.noise, self.reference_style = noise, reference_style
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
-        """Rows in round-robin over the skills. `seed` draws annotators, noise and contexts; the problems are always the same."""
+        """Rows in round-robin over the skills. `seed` draws annotators, noise, contexts; the problems never change."""
         if split not in self.splits:
             raise UserError(f"the pocket task has no split {split!r}; it has {', '.join(self.splits)}")
         if options:
