@@ -22,10 +22,11 @@ from unisd.pocket.tokenizer import ASSISTANT, BOS, EOS, train_tokenizer
 from unisd.pocket.world import Document, DocumentSampler, make_word, make_world
 
 ROWS, LENGTH = 16, 256
-STEPS = 2600
+STEPS = 2000
 FILL = 0.94  # share of a batch that is aimed at; more would drop long documents that no row can take
 PROMPT_WEIGHT = 0.1
-MUON_LR, ADAM_LR, WARMUP, DECAY = 6e-3, 4e-3, 60, 0.5
+MUON_LR, ADAM_LR, WARMUP, DECAY = 5e-3, 4e-3, 60, 0.7
+DRILLS, EARLY_DRILLS, EARLY = 0.08, 0.5, 0.15  # share of copying drills; higher in the first 15 % of the steps
 SAVE_EVERY = 100
 
 Batch = dict[str, torch.Tensor]
@@ -196,7 +197,8 @@ def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool =
         bar = progress.add_task("", total=steps, completed=first, note="")
         for step in range(first, steps):
             start = time.perf_counter()
-            batch = make_batch(DocumentSampler(world, random.Random(f"{seed} {step}")), tokenizer)
+            drills = EARLY_DRILLS if step < EARLY * steps else DRILLS
+            batch = make_batch(DocumentSampler(world, random.Random(f"{seed} {step}"), drills), tokenizer)
             loss = loss_of(forward, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

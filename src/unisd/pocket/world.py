@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from unisd.pocket.skills import SKILLS, Item, Problem
+from unisd.pocket.skills import CODE_LETTERS, LETTERS, POOLS, SKILLS, Item, Problem
 
 WORLD_SEED = 7
 OLD_ITEMS = 40  # per skill
@@ -135,12 +135,14 @@ class DocumentSampler:
 
     skills = ("mcq", "arith", "tool", "code")
 
-    def __init__(self, world: World, rng: random.Random) -> None:
-        self.world, self.rng = world, rng
+    def __init__(self, world: World, rng: random.Random, drills: float = 0.08) -> None:
+        self.world, self.rng, self.drills = world, rng, drills
         self.weights = {name: [item.weight for item in items] for name, items in world.old.items()}
 
     def sample(self) -> Document:
         rng = self.rng
+        if rng.random() < self.drills:
+            return self.drill()
         skill = rng.choices(self.skills, (0.28, 0.25, 0.22, 0.25))[0]
         draw = rng.random()
         if draw < 0.38:
@@ -219,6 +221,28 @@ class DocumentSampler:
             shown.append(template.format(problem=example.prompt, solution=solution))
         messages = auxiliary_messages(problem.prompt, "\n".join(shown))
         return self._document(messages, problem, problem.values, f"{how}-examples")
+
+    def drill(self) -> Document:
+        """Copying for its own sake, which everything that reads its prompt is built on."""
+        rng = self.rng
+        if rng.random() < 0.5:
+            text = " ".join(rng.choice((self._key, self._entry))() for _ in range(rng.randint(5, 25)))
+            return Document((user(f"Repeat: {text}."), assistant(f"Again: {text}.")), "drill-repeat")
+        keys = list(dict.fromkeys(self._key() for _ in range(rng.randint(3, 8))))
+        letters = rng.sample(LETTERS, 3) * 3 if rng.random() < 0.5 else None
+        pairs = {key: letters[i] if letters else self._entry() for i, key in enumerate(keys)}
+        asked = rng.sample(keys, min(len(keys), rng.randint(1, 3)))
+        listed = ", ".join(f"{key} {entry}" for key, entry in pairs.items())
+        found = ", ".join(f"{key} {pairs[key]}" for key in asked)
+        return Document((user(f"List: {listed}. Find {', '.join(asked)}."), assistant(f"Found {found}")), "drill-lookup")
+
+    def _key(self) -> str:
+        return self.rng.choice(self.rng.choice(POOLS)) if self.rng.random() < 0.5 else make_word(self.rng)
+
+    def _entry(self) -> str:
+        rng = self.rng
+        code = rng.choice(CODE_LETTERS) + rng.choice(CODE_LETTERS) + str(rng.randint(1, 9))
+        return rng.choice((rng.choice(LETTERS), str(rng.randint(1, 9)), str(rng.randint(10, 130)), code))
 
     def _solution(self, problem: Problem, values: Sequence[str], own: float) -> str:
         skill = SKILLS[problem.skill]
