@@ -34,6 +34,10 @@ class Grade:
     correct: bool
     extracted: str | None = None
 
+    def __bool__(self) -> bool:
+        """A grade stands for its verdict, so that a grader may return a `Grade` or a plain bool."""
+        return self.correct
+
 
 class Task:
     """Base class of tasks: override `load` and `grade`; `retention_rows` where the task has skills it must not damage.

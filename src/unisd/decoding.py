@@ -1,0 +1,209 @@
+"""Batched decoding with a transformers model: left-padded, finished rows leave the batch, and no needless copies on a CPU.
+
+Three things make it faster than one plain `generate` call, none changes what is generated (beyond rounding):
+- rows that came to an end leave the batch and its cache every few tokens: the longest row does not hold up the others
+- the key/value cache grows by amortised doubling instead of one full copy per token
+- on a CPU, grouped-query attention under a padding mask reads the shared heads in place (transformers repeats them first)
+
+Measured in the shapes of a 135M Llama, batch 48, 300 tokens of context, one AVX2 core, per layer and token: attention
+23.5 -> 7.0 ms, cache 4.5 -> 0.04 ms, beside 13.9 ms for the linear maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+GROUPED = "unisd_grouped_sdpa"
+COMPACT_EVERY = 16  # tokens between two looks at which rows are done
+
+ProcessorFactory = Callable[[Sequence[int], int], LogitsProcessorList]
+"""(prompt indices of the batch's rows, padded prompt length) -> processors for exactly these rows."""
+
+
+def grouped_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa attention, without repeating key/value heads where a mask is given."""
+    if attention_mask is None or kwargs.get("position_bias") is not None or query.shape[1] == key.shape[1]:
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_sdpa)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer `[batch, heads, length, size]` in a buffer with room at the end: a new token is written, not concatenated."""
+
+    keys: Any
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.get_seq_length()
+        new = old + key_states.shape[-2]
+        buffers = self._buffers
+        # Rows may have been selected (another tensor then) since the last update.
+        if buffers is None or buffers[0].shape[-2] < new or (old and self.keys.data_ptr() != buffers[0].data_ptr()):
+            room = new + max(32, new // 4)
+            buffers = tuple(s.new_empty(*s.shape[:-2], room, s.shape[-1]) for s in (key_states, value_states))  # type: ignore[assignment]
+            assert buffers is not None
+            if old:
+                buffers[0][..., :old, :] = self.keys
+                buffers[1][..., :old, :] = self.values
+            self._buffers = buffers
+        buffers[0][..., old:new, :] = key_states
+        buffers[1][..., old:new, :] = value_states
+        self.keys, self.values = buffers[0][..., :new, :], buffers[1][..., :new, :]
+        return self.keys, self.values
+
+
+def _empty_cache(model: Any) -> DynamicCache | None:
+    """A growing cache for a plain attention model, None where the model wants a cache of its own kind."""
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: False)():
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache if cache.layers else None
+
+
+def _bare(model: Any) -> Any:
+    """The transformers model inside a peft wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """No gradient, evaluation mode, a neutral generation config and cheap attention; everything is put back afterwards.
+
+    The model's own generation defaults (penalties, top-k, ...) would fill every option that a given config leaves open.
+    """
+    bare = _bare(model)
+    owners = [bare] if bare is model else [model, bare]
+    own_configs = [owner.generation_config for owner in owners]
+    training = [module for module in model.modules() if module.training]
+    attention = bare.config._attn_implementation
+    grouped = attention == "sdpa" and bare.device.type == "cpu"
+    model.eval()
+    try:
+        for owner in owners:
+            owner.generation_config = config
+        if grouped:
+            bare.set_attn_implementation(GROUPED)
+        with torch.no_grad():
+            yield
+    finally:
+        if grouped:
+            bare.set_attn_implementation(attention)
+        for owner, own in zip(owners, own_configs, strict=True):
+            owner.generation_config = own
+        for module in training:
+            module.training = True
+
+
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    batch_size: int = 64,
+    processors: ProcessorFactory | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Completions of `prompts` (token ids), in their order, each up to and with its first end token; greedy.
+
+    `processors` builds the logits processors of the rows still in a batch (sampling by a processor that leaves one token);
+    a processor sees the padded prompts and everything generated so far. `on_rows(n)` is told of every `n` finished rows.
+    """
+    results: list[list[int]] = [[] for _ in prompts]
+    if not prompts or max_new_tokens <= 0:
+        return results
+    ends = sorted(set(eos_ids))
+    config = GenerationConfig(
+        do_sample=False, eos_token_id=ends or None, pad_token_id=pad_id, use_cache=True, return_dict_in_generate=True
+    )
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    with _decoding_mode(model, config):
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            _decode_batch(model, prompts, chosen, results, max_new_tokens, config, processors, on_rows)
+    return results
+
+
+def _decode_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    alive: list[int],
+    results: list[list[int]],
+    max_new_tokens: int,
+    config: GenerationConfig,
+    processors: ProcessorFactory | None,
+    on_rows: Callable[[int], None] | None,
+) -> None:
+    device = _bare(model).device
+    ends = set(config.eos_token_id or ())
+    width = max(len(prompts[i]) for i in alive)
+    ids_BT = torch.full((len(alive), width), config.pad_token_id, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, i in enumerate(alive):
+        ids_BT[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+        mask_BT[row, width - len(prompts[i]) :] = 1
+    ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+    cache = _empty_cache(_bare(model))
+    can_drop = cache is not None and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+    done = 0
+    while alive:
+        config.max_new_tokens = min(COMPACT_EVERY, max_new_tokens - done) if can_drop else max_new_tokens
+        extra = {} if cache is None else {"past_key_values": cache}
+        if processors is not None:
+            extra["logits_processor"] = processors(alive, width)
+        ids_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, **extra).sequences
+        done += config.max_new_tokens
+        kept: list[int] = []
+        for row, new in enumerate(ids_BT[:, width:].tolist()):
+            end = next((t for t, token in enumerate(new) if token in ends), None)
+            if end is None and done < max_new_tokens:
+                kept.append(row)
+            else:
+                results[alive[row]] = new if end is None else new[: end + 1]
+        if on_rows is not None:
+            on_rows(len(alive) - len(kept))
+        # A row that goes on has no end token, so its new tokens are all real.
+        new_mask = mask_BT.new_ones(len(alive), ids_BT.shape[1] - mask_BT.shape[1])
+        mask_BT = torch.cat([mask_BT, new_mask], dim=1)
+        if kept and len(kept) < len(alive):
+            index = torch.tensor(kept, device=device)
+            ids_BT, mask_BT = ids_BT[index], mask_BT[index]
+            assert cache is not None
+            cache.batch_select_indices(index)
+        alive = [alive[row] for row in kept]
