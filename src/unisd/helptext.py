@@ -11,7 +11,7 @@ from unisd.parsing import HEADINGS, OptionParser, group_of
 
 EXAMPLES = """\
 examples:
-  unisd train                              the embedded pocket model learns new facts, recipe unisd-star
+  unisd train                              the embedded pocket model learns new facts
   unisd train --recipe sdft --seed 1       another published method
   unisd train --train_file rows.jsonl --model_name_or_path DIR --use_peft
                                            your rows (prompt, privileged_context), your model, LoRA
@@ -42,7 +42,8 @@ def help_text(parser: OptionParser, everything: bool = False, width: int | None 
     """The help page; `everything` adds the options inherited from transformers."""
     width = width or max(80, min(120, shutil.get_terminal_size((110, 24)).columns))
     lines = [
-        f"usage: {parser.prog} [--config FILE.yaml] [--recipe NAME] [--model_name_or_path M] [--task T | --train_file F] ...",
+        f"usage: {parser.prog} [--config FILE.yaml] [--recipe NAME] [--model_name_or_path M]",
+        "                   [--task T | --train_file F | --dataset_name D] [--OPTION VALUE ...]",
         "",
         *_wrapped(
             "Self-distils a causal language model: it learns from itself under the reference, and what it gained and forgot is "
@@ -77,7 +78,7 @@ def _columns(left: str, right: str, width: int) -> list[str]:
     body = _wrapped(right, " " * COLUMN, width) or [""]
     if len(left) + 4 > COLUMN:
         return [f"  {left}", *body]
-    return [f"  {left}".ljust(COLUMN) + body[0].lstrip(), *body[1:]]
+    return [f"  {left}".ljust(COLUMN) + body[0].strip(), *body[1:]]
 
 
 def _wrapped(text: str, indent: str, width: int) -> list[str]:

@@ -1,0 +1,160 @@
+"""What a person sees: progress with live metrics, one coloured example, tables; plain and uncut where stdout is no terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback
+
+PLAIN_LINES = 20
+"""Progress lines of a run whose output is not a terminal."""
+
+
+def make_console() -> Console:
+    """A console on stdout: as wide as the terminal, or as any line where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=100_000, no_color=True, highlight=False)
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """To whatever `sys.stderr` is at the time: a live progress bar redirects it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def quiet_libraries() -> None:
+    """Silence the chatter of the foundations; our own notes and warnings go to stderr, one line each."""
+    import datasets
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    disable_progress_bars()
+    for name in ("accelerate", "peft", "huggingface_hub", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|datasets|huggingface_hub)(\.|$)")
+    ours = logging.getLogger("unisd")
+    if not ours.handlers:
+        handler = _Handler()
+        handler.setFormatter(logging.Formatter("note: %(message)s"))
+        ours.addHandler(handler)
+        ours.propagate = False
+
+
+def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """A table on a terminal; else aligned lines that begin with the name, uncut."""
+    if console.is_terminal:
+        table = Table(title=title or None, title_justify="left", header_style="bold")
+        for number, name in enumerate(header):
+            table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        return
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    if title:
+        print(title)
+    for line in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def show_example(console: Console, student: str, teacher: str, completion: str) -> None:
+    """What the student sees, what the teacher sees, and an answer sampled from the student."""
+    parts = (("student sees", student, "cyan"), ("teacher sees", teacher, "magenta"), ("student answers", completion, "green"))
+    if console.is_terminal:
+        console.print(Group(*(Panel(Text(text, style=colour), title=name, title_align="left") for name, text, colour in parts)))
+        return
+    for name, text, _ in parts:
+        print(f"{name}:")
+        print("\n".join(f"  {line}" for line in text.splitlines()))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _metrics_text(logs: dict[str, float], steps_per_second: float) -> str:
+    parts = [f"loss {logs['loss']:.4f}"] if "loss" in logs else []
+    if "teacher/divergence" in logs:
+        parts.append(f"divergence {logs['teacher/divergence']:.4f}")
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.1e}")
+    return "  ".join([*parts, f"{steps_per_second:.2f} steps/s"])
+
+
+class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
+    """Progress of the training with its latest metrics: a bar on a terminal, else about 20 plain lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+        self.bar: Any = None
+        self.logs: dict[str, float] = {}
+        self.started, self.first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first = time.perf_counter(), state.global_step
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        metrics = TextColumn("{task.fields[metrics]}")
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), metrics, TimeRemainingColumn())
+        self.progress = Progress(*columns, console=self.console)
+        self.bar = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, metrics="")
+        self.progress.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.logs = dict(logs)
+            self._show(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=state.global_step)
+
+    def _show(self, state: Any) -> None:
+        done, seconds = state.global_step - self.first, time.perf_counter() - self.started
+        text = _metrics_text(self.logs, done / seconds if seconds else 0.0)
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=state.global_step, metrics=text)
+        elif state.is_world_process_zero and not self.console.is_terminal:
+            stride = max(1, -(-state.max_steps // PLAIN_LINES))
+            if state.global_step == 1 or state.global_step % stride == 0 or state.global_step == state.max_steps:
+                left = (state.max_steps - state.global_step) * seconds / max(done, 1)
+                print(f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Also after an interruption: a live bar must give the terminal back."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def show_answers(console: Console, answers: Sequence[tuple[str, str]]) -> None:
+    """Answers of one or two models to the same prompt, side by side on a terminal."""
+    if len(answers) == 1:
+        print(answers[0][1])
+    elif console.is_terminal:
+        table = Table(*(name for name, _ in answers), expand=True)
+        table.add_row(*(Text(text) for _, text in answers))
+        console.print(table)
+    else:
+        for name, text in answers:
+            print(f"{name}:")
+            print("\n".join(f"  {line}" for line in text.splitlines()))

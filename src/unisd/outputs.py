@@ -1,0 +1,159 @@
+"""The output folder of a run: choosing it without losing anything, `results.json`, the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unisd import __version__
+from unisd.config import UniSDConfig
+from unisd.errors import UserError
+from unisd.options import RunOptions
+
+SCHEMA_VERSION = 1
+RESULTS = "results.json"
+METRICS = "metrics.jsonl"
+DEFAULT_ROOT = "unisd-output"
+
+
+def choose_output_dir(options: RunOptions, config: UniSDConfig, data_name: str) -> tuple[Path, str | None]:
+    """The output folder, and the checkpoint to resume from (None: start anew). Makes nothing.
+
+    Without `output_dir`, a run gets the first unused of `unisd-output/<recipe>-<model>-<data>`, `...-2`, `...-3`.
+
+    Raises:
+        UserError: a folder that holds another run, one that cannot be written, or nothing to resume from.
+    """
+    from unisd.trainer import last_complete_checkpoint
+
+    resume = str(config.resume_from_checkpoint or "")
+    if resume.lower() in ("", "false", "none"):
+        resume = ""
+    newest = resume.lower() == "true"
+    if resume and not newest and not Path(resume).is_dir():
+        raise UserError(f"resume_from_checkpoint: {resume} is no folder: give a checkpoint-N folder, or the flag alone.")
+    if "output_dir" in options.explicit:
+        folder = Path(str(config.output_dir))
+        if not resume and not options.overwrite_output_dir:
+            _refuse_used(folder)
+    else:
+        candidates = _candidates(options, data_name)
+        if newest:
+            interrupted = [path for path in candidates if last_complete_checkpoint(path) and not (path / RESULTS).exists()]
+            if not interrupted:
+                raise UserError(f"no interrupted run in {candidates[0].parent}: name its folder with --output_dir.")
+            folder = interrupted[-1]
+        elif resume:
+            folder = Path(resume).parent
+        else:
+            folder = next(path for path in candidates if not path.exists() or (path.is_dir() and not any(path.iterdir())))
+    if newest:
+        checkpoint = last_complete_checkpoint(folder)
+        if checkpoint is None:
+            raise UserError(f"{folder} holds no complete checkpoint to resume from: start without --resume_from_checkpoint.")
+        resume = str(checkpoint)
+    check_writable(folder)
+    return folder, resume or None
+
+
+def _candidates(options: RunOptions, data_name: str) -> list[Path]:
+    parts = (options.recipe, Path(options.model_name_or_path).name or "model", data_name)
+    name = "-".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts)
+    return [Path(DEFAULT_ROOT) / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000)]
+
+
+def _refuse_used(folder: Path) -> None:
+    if (folder / RESULTS).exists():
+        raise UserError(f"{folder} holds the results of another run: choose another --output_dir, or --overwrite_output_dir.")
+    if (folder / METRICS).exists() or any(folder.glob("checkpoint-*")):
+        raise UserError(
+            f"{folder} holds an unfinished run: go on with --resume_from_checkpoint, start over with --overwrite_output_dir, or "
+            "choose another --output_dir."
+        )
+
+
+def clear_earlier_run(folder: Path) -> None:
+    """Remove what a run writes, and nothing else: a checkpoint of the old run must not be resumed by the new one."""
+    for path in (folder / RESULTS, folder / METRICS):
+        path.unlink(missing_ok=True)
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir() and (path / "trainer_state.json").exists():
+            shutil.rmtree(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Find out now, not after an hour of training. Leaves nothing behind.
+
+    Raises:
+        UserError: not a folder, or not writable.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        if existing.is_symlink():
+            break
+        existing = existing.parent
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(0, "is not a folder")
+        with tempfile.TemporaryDirectory(prefix=".unisd-", dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder} cannot be written ({existing}: {error.strerror or error}): choose another --output_dir."
+        ) from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all: readers may look while the run writes."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def resolved(options: RunOptions, config: UniSDConfig) -> dict[str, Any]:
+    """Every option with its value in this run."""
+    own = {name: value for name, value in asdict(options).items() if name not in ("explicit", "command")}
+    inherited: dict[str, Any] = config.to_dict()
+    return {**own, **inherited}
+
+
+def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[str]]) -> str:
+    """The README.md of the output folder."""
+    hub_id = options.model_name_or_path if re.fullmatch(r"[\w.-]+/[\w.-]+", options.model_name_or_path) else None
+    front = ["library_name: " + ("peft" if options.use_peft else "transformers"), "tags: [unisd, self-distillation]"]
+    if hub_id is not None and not Path(hub_id).exists():
+        front.append(f"base_model: {hub_id}")
+    table = ["| measure | before | after | change |", "|---|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)]
+    load = (
+        'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "THIS_FOLDER")'
+        if options.use_peft
+        else 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
+    )
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            "",
+            f"# {results['model']} adapted to {results['task']} by self-distillation",
+            "",
+            f"Recipe `{results['recipe']}`, seed {results['seed']}, trained with unisd {__version__} "
+            "(UniSD, [arXiv 2605.06597](https://arxiv.org/abs/2605.06597)). Every option is in `results.json`, every step in "
+            "`metrics.jsonl`.",
+            "",
+            *table,
+            "",
+            "Accuracies: greedy answers, 95 % Wilson intervals in brackets. Perplexities: corpus level. One seed: differences "
+            "within the intervals mean nothing.",
+            "",
+            f"Load with transformers{' and peft' if options.use_peft else ''}: `{load}`",
+            "",
+            "Limits: measured on this task only; the model keeps its base's licence, knowledge and faults.",
+            "",
+        ]
+    )

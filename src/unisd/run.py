@@ -1,0 +1,258 @@
+"""`unisd train`: rows, model, trainer, a look at one example, before, training, after, report."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+
+from unisd import memory, outputs
+from unisd.config import UniSDConfig
+from unisd.console import ProgressDisplay, make_console, show_example, show_table
+from unisd.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
+from unisd.measure import change_lines, drift, measure
+from unisd.options import RunOptions
+from unisd.parsing import HEADINGS, group_of, train_parser
+from unisd.trainer import UniSDTrainer
+
+Results = dict[str, Any]
+
+
+class Interruption(TrainerCallback):  # type: ignore[misc]
+    """First Ctrl-C: finish the step, save a checkpoint, stop. Second: stop at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def ask(number: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            print("\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once", flush=True)
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@dataclass
+class Setting:
+    """A run that is ready to train."""
+
+    data: RunData
+    trainer: UniSDTrainer
+    tokenizer: Any
+    progress: ProgressDisplay
+    interruption: Interruption
+
+
+def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Console) -> Setting:
+    """Load the model and build the trainer, which checks the rows."""
+    fit_mechanisms(config, options, data.train)
+    set_seed(config.seed)  # a new adapter's factors are drawn below
+    model, tokenizer, _ = load_model(options)
+    progress, interruption = ProgressDisplay(console), Interruption()
+    trainer = UniSDTrainer(
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation if config.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        callbacks=[progress, interruption],
+        peft_config=adapter_config(options),
+        grader=data.grader,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return Setting(data, trainer, tokenizer, progress, interruption)
+
+
+def train(options: RunOptions, config: UniSDConfig) -> Results | None:
+    """The whole run; returns what `results.json` holds, or None if Ctrl-C stopped it.
+
+    Raises:
+        UserError: see `outputs.choose_output_dir`, `inputs.load_data`, `inputs.load_model` and `UniSDTrainer`.
+    """
+    started = time.perf_counter()
+    console = make_console()
+    data = load_data(options, config.seed)
+    chosen: list[Any] = [None]
+    if config.process_index == 0:
+        chosen = [outputs.choose_output_dir(options, config, data.name)]
+    if config.world_size > 1:  # a free folder would be taken as soon as one rank has made it
+        broadcast_object_list(chosen)
+    folder, checkpoint = chosen[0]
+    config.output_dir, config.resume_from_checkpoint = str(folder), checkpoint
+    setting = set_up(options, config, data, console)
+    trainer = setting.trainer
+    if trainer.is_world_process_zero():
+        if checkpoint is None and options.overwrite_output_dir:
+            outputs.clear_earlier_run(folder)
+        _introduce(console, options, config, setting)
+    phases = {"load": time.perf_counter() - started}
+
+    clock = time.perf_counter()
+    before = measure(trainer.model, setting.tokenizer, data, config)
+    phases["eval"] = time.perf_counter() - clock
+    try:
+        with setting.interruption.listening():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        setting.interruption.asked = True
+    finally:
+        setting.progress.close()
+    if setting.interruption.asked:
+        if trainer.is_world_process_zero():
+            _say_how_to_resume(options, folder)
+        return None
+
+    clock = time.perf_counter()
+    after = measure(trainer.model, setting.tokenizer, data, config)
+    after |= _drift(setting, options, config)
+    after["n_task"], after["n_retention"] = len(data.evaluation), len(data.retention)
+    phases["eval"] += time.perf_counter() - clock + trainer.metrics.phases["eval"]
+    results = {
+        "schema_version": outputs.SCHEMA_VERSION,
+        "recipe": options.recipe,
+        "model": options.model_name_or_path,
+        "task": data.name,
+        "seed": config.seed,
+        "steps": trainer.state.global_step,
+        "wall_s": time.perf_counter() - started,
+        "phases_s": {**trainer.metrics.phases, **phases},
+        "before": before,
+        "after": after,
+        "config": outputs.resolved(options, config),
+    }
+    _save(setting, options, config, folder, results)
+    if trainer.is_world_process_zero():
+        _report(console, results, folder, options)
+    return results
+
+
+def _drift(setting: Setting, options: RunOptions, config: UniSDConfig) -> Results:
+    """Distance from the initial model on the retention rows, or where the task has none, on the evaluation rows."""
+    model, rows = setting.trainer.model, setting.data.retention or setting.data.evaluation
+    base = None if options.use_peft else load_model(options)[0].to(model.device)
+    cap = config.eval_max_new_tokens or config.max_completion_length
+    return drift(model, base, setting.tokenizer, rows, cap, config.rollout_batch_size)
+
+
+def _save(setting: Setting, options: RunOptions, config: UniSDConfig, folder: Path, results: Results) -> None:
+    trainer = setting.trainer
+    # Pushed once, at the end, with our card: the Trainer would push each save and write a card of its own.
+    push, config.push_to_hub = config.push_to_hub, False
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        setting.tokenizer.save_pretrained(str(folder))
+        (folder / "README.md").write_text(outputs.model_card(results, options, change_lines(results)), encoding="utf-8")
+        outputs.write_json(folder / outputs.RESULTS, results)
+    if push:
+        trainer.create_model_card = lambda *args, **kwargs: None
+        trainer.push_to_hub()
+
+
+def dry_run(options: RunOptions, config: UniSDConfig) -> None:
+    """Check everything that `train` would, and print the resolved options, an example and sizes. Writes nothing.
+
+    Raises:
+        UserError: as `train`.
+    """
+    console = make_console()
+    data = load_data(options, config.seed)
+    folder, _ = outputs.choose_output_dir(options, config, data.name)
+    push, config.push_to_hub = config.push_to_hub, False
+    with tempfile.TemporaryDirectory() as nowhere:  # the Trainer makes its folder at construction
+        config.output_dir = nowhere
+        setting = set_up(options, config, data, console)
+        config.output_dir, config.push_to_hub = str(folder), push
+        _show_options(console, options, config)
+        _introduce(console, options, config, setting)
+    prompts = [len(setting.trainer.prompts.teacher(row)) for row in data.train[:64]]
+    sizes = memory.estimate(memory.ModelSize.of(setting.trainer.model), config, max(prompts))
+    lines = [[name.replace("_", " "), memory.readable(size)] for name, size in sizes.items()]
+    show_table(console, ("memory of one device", "estimate"), lines)
+    console.print("dry run: nothing was trained, nothing was written", markup=False)
+
+
+def _show_options(console: Console, options: RunOptions, config: UniSDConfig) -> None:
+    """All options but those that only transformers knows, with a star where they are not the default."""
+    values = outputs.resolved(options, config)
+    lines = []
+    fields = train_parser().fields
+    for heading in HEADINGS[:-1]:
+        for name, item in fields.items():
+            if group_of(name, item) == heading:
+                changed = "*" if values[name] != item.default and values[name] not in (None, [], ()) else ""
+                lines.append([name, heading, str(values[name]).replace("\n", "\\n"), changed])
+    show_table(console, ("option", "group", "value", "set"), lines)
+
+
+def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setting: Setting) -> None:
+    """What will run, and one example: the surest way to see a broken template."""
+    trainer, data = setting.trainer, setting.data
+    size = memory.ModelSize.of(trainer.model)
+    rows_per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    per_epoch = max(1, -(-len(data.train) // rows_per_step))
+    steps = config.max_steps if config.max_steps > 0 else round(per_epoch * config.num_train_epochs)
+    console.print(
+        f"{options.recipe}: model {options.model_name_or_path} ({size.parameters / 1e6:.1f}M parameters, "
+        f"{size.trained / 1e6:.1f}M trained), {data.name}: {len(data.train)} training rows, {len(data.evaluation)} to report on"
+        + (f", {len(data.retention)} on retention" if data.retention else "")
+        + f"; {steps} steps of {rows_per_step} rows",
+        markup=False,
+        highlight=False,
+    )
+    row = trainer.rows[0]
+    student = trainer.prompts.student(row)
+    completion = trainer.engine.generate([student], [(config.seed, 0, 0, 0)], trainer.sampling)[0]
+    decode = setting.tokenizer.decode
+    show_example(console, decode(student), decode(trainer.prompts.teacher(row)), decode(completion.ids))
+
+
+def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
+    from unisd.trainer import last_complete_checkpoint
+
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        print(f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps sets how often it would)")
+        return
+    command = list(options.command)
+    if "output_dir" not in options.explicit:
+        command += ["--output_dir", str(folder)]
+    print(f"interrupted; resume from {checkpoint.name} with:\n  unisd train {shlex.join([*command, '--resume_from_checkpoint'])}")
+
+
+def _report(console: Console, results: Results, folder: Path, options: RunOptions) -> None:
+    show_table(console, ("", "before", "after", "change"), change_lines(results))
+    seconds = results["phases_s"]
+    spent = ", ".join(f"{name} {seconds[name]:.0f}" for name in ("rollout", "score", "student", "eval"))
+    console.print(f"{results['wall_s']:.0f} s ({spent})", markup=False, highlight=False)
+    what = "adapter" if options.use_peft else "model"
+    console.print(f"written to {folder}: the {what}, results.json, metrics.jsonl, README.md", markup=False, highlight=False)
+    console.print(f"try it: unisd chat {folder} --compare base", markup=False, highlight=False)
