@@ -1,0 +1,554 @@
+"""The divergences against closed forms and hand-computed cases; the chunked loss against the plain one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unisd.divergences import log_probs
+from unisd.errors import UserError
+from unisd.losses import (
+    Contrast,
+    DivergenceSpec,
+    Head,
+    check_token_clip,
+    chunked_loss,
+    contrast_hinge,
+    default_chunk_tokens,
+    divergence,
+    divergence_bound,
+    plain_loss,
+    token_logprobs,
+    token_scores,
+)
+
+ALPHAS = [0.0, 0.3, 0.5, 1.0]
+F64 = torch.float64
+
+
+def logits_of(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities], dtype=F64).log()
+
+
+def naive(p: np.ndarray, q: np.ndarray, alpha: float, entry_clip: float = math.inf) -> float:
+    """Eq. 7-8, entry by entry."""
+    total = 0.0
+    for pv, qv in zip(p, q, strict=True):
+        m = (1 - alpha) * pv + alpha * qv
+        if alpha == 0:
+            summand = qv * math.log(qv / pv)
+        elif alpha == 1:
+            summand = pv * math.log(pv / qv)
+        else:
+            summand = alpha * qv * math.log(qv / m) + (1 - alpha) * pv * math.log(pv / m)
+        total += min(summand, entry_clip)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+def test_direction_of_alpha_by_hand() -> None:
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4): symmetric; q' = (1/2, 1/2 - tiny, tiny) tells the directions apart."""
+    p, q = logits_of(0.5, 0.25, 0.25), logits_of(0.25, 0.25, 0.5)
+    target = torch.tensor([0])
+    assert divergence(p, q, target, DivergenceSpec(alpha=0.0)).item() == pytest.approx(0.25 * math.log(2), rel=1e-12)
+    q = logits_of(0.5, 0.375, 0.125)
+    forward = 0.375 * math.log(1.5) + 0.125 * math.log(0.5)  # KL(q||p)
+    reverse = 0.25 * math.log(0.25 / 0.375) + 0.25 * math.log(2)  # KL(p||q)
+    assert divergence(p, q, target, DivergenceSpec(alpha=0.0)).item() == pytest.approx(forward, rel=1e-12)
+    assert divergence(p, q, target, DivergenceSpec(alpha=1.0)).item() == pytest.approx(reverse, rel=1e-12)
+    assert abs(forward - reverse) > 0.005
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("entry_clip", [None, 0.02])
+def test_divergence_is_the_published_formula(alpha: float, temperature: float, entry_clip: float | None) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 6, 9, dtype=F64) * 2
+    spec = DivergenceSpec(alpha=alpha, temperature=temperature, entry_clip=entry_clip)
+    p = (student / temperature).softmax(-1).numpy()
+    q = (teacher / temperature).softmax(-1).numpy()
+    expected = [naive(a, b, alpha, math.inf if entry_clip is None else entry_clip) for a, b in zip(p, q, strict=True)]
+    found = divergence(student, teacher, torch.zeros(6, dtype=torch.long), spec)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
+    assert found.dtype == F64 and divergence(student.float(), teacher.float(), torch.zeros(6).long(), spec).dtype == torch.float32
+
+
+@pytest.mark.parametrize("add_tail", [True, False])
+@pytest.mark.parametrize("support", ["teacher", "student"])
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_topk_is_the_formula_on_the_support(add_tail: bool, support: str, alpha: float) -> None:
+    torch.manual_seed(1)
+    student, teacher = torch.randn(2, 4, 12, dtype=F64) * 2
+    spec = DivergenceSpec(alpha=alpha, mode="topk", topk=3, add_tail=add_tail, topk_support=support)
+    found = divergence(student, teacher, torch.zeros(4).long(), spec)
+    for row in range(4):
+        p, q = student[row].softmax(-1).numpy(), teacher[row].softmax(-1).numpy()
+        kept = np.argsort(-(q if support == "teacher" else p))[:3]
+        p_kept, q_kept = p[kept], q[kept]
+        if add_tail:
+            p_kept, q_kept = np.append(p_kept, 1 - p_kept.sum()), np.append(q_kept, 1 - q_kept.sum())
+        else:
+            p_kept, q_kept = p_kept / p_kept.sum(), q_kept / q_kept.sum()
+        assert found[row].item() == pytest.approx(naive(p_kept, q_kept, alpha), rel=1e-9)
+
+
+@pytest.mark.parametrize("add_tail", [True, False])
+def test_topk_of_the_whole_vocabulary_is_full(add_tail: bool) -> None:
+    student, teacher = torch.randn(2, 3, 7, dtype=F64)
+    target = torch.zeros(3).long()
+    for k in (7, 50):
+        spec = DivergenceSpec(alpha=0.5, mode="topk", topk=k, add_tail=add_tail)
+        torch.testing.assert_close(
+            divergence(student, teacher, target, spec), divergence(student, teacher, target, DivergenceSpec(alpha=0.5))
+        )
+
+
+def test_topk_tail_of_vanishing_mass_is_exact() -> None:
+    """1 - sum(p on the support) is 0 in float32 here; the bucket summed from its own entries is not."""
+    student = torch.tensor([[0.0, -40.0, -41.0]], requires_grad=True)
+    teacher = torch.tensor([[0.0, -50.0, -50.0]])
+    spec = DivergenceSpec(alpha=1.0, mode="topk", topk=1)
+    value = divergence(student, teacher, torch.tensor([0]), spec)
+    p_tail = math.exp(-40) + math.exp(-41)
+    expected = p_tail * math.log(p_tail / (2 * math.exp(-50)))
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    assert torch.isfinite(torch.autograd.grad(value.sum(), student)[0]).all()
+
+
+def test_sampled_value_and_gradient() -> None:
+    torch.manual_seed(2)
+    student, teacher = torch.randn(5, 8, dtype=F64, requires_grad=True), torch.randn(5, 8, dtype=F64)
+    target = torch.tensor([0, 3, 3, 7, 1])
+    value = divergence(student, teacher, target, DivergenceSpec(alpha=1.0, mode="sampled"))
+    p, q = student.detach().softmax(-1), teacher.softmax(-1)
+    ratio = torch.stack([(p[n, v] / q[n, v]).log() for n, v in enumerate(target)])
+    torch.testing.assert_close(value.detach(), ratio)
+    onehot = torch.nn.functional.one_hot(target, 8).double()
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), student)[0], ratio[:, None] * (onehot - p))
+
+
+def test_sampled_is_the_reverse_kl_in_expectation() -> None:
+    """Averaged over y ~ p, its value and gradient are those of KL(p||q)."""
+    torch.manual_seed(3)
+    student, teacher = torch.randn(1, 6, dtype=F64, requires_grad=True), torch.randn(1, 6, dtype=F64)
+    p = student.detach().softmax(-1)[0]
+    every = torch.arange(6)
+    sampled = divergence(student.expand(6, 6), teacher.expand(6, 6), every, DivergenceSpec(alpha=1.0, mode="sampled"))
+    full = divergence(student, teacher, every[:1], DivergenceSpec(alpha=1.0))
+    torch.testing.assert_close((p * sampled).sum(), full.sum())
+    gradients = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in ((p * sampled).sum(), full.sum())]
+    torch.testing.assert_close(*gradients)
+
+
+def test_entry_clip_worked_example() -> None:
+    """q = (.9,.07,.03), p = (.1,.6,.3), kappa .05: negative loss, and the teacher's favourite is pushed down."""
+    student, teacher = logits_of(0.1, 0.6, 0.3).requires_grad_(), logits_of(0.9, 0.07, 0.03)
+    for kappa, loss, gradient in (
+        (0.05, -0.169, 0.010),
+        (None, naive(*map(np.array, ((0.1, 0.6, 0.3), (0.9, 0.07, 0.03))), 0.0), -0.80),
+    ):
+        value = divergence(student, teacher, torch.tensor([0]), DivergenceSpec(alpha=0.0, entry_clip=kappa))
+        assert value.item() == pytest.approx(loss, abs=5e-4)
+        assert torch.autograd.grad(value, student)[0][0, 0].item() == pytest.approx(gradient, abs=5e-4)
+
+
+@given(alpha=st.floats(0.01, 0.99), seed=st.integers(0, 10**6), scale=st.floats(0.1, 200))
+@settings(max_examples=60, deadline=None)
+def test_divergence_lies_between_zero_and_its_bound(alpha: float, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, 8, 5, generator=generator, dtype=F64) * scale
+    value = divergence(student, teacher, torch.zeros(8).long(), DivergenceSpec(alpha=alpha))
+    assert value.min() >= -1e-12 and value.max() <= divergence_bound(alpha) + 1e-12
+
+
+def test_bound_is_attained_and_the_clip_is_checked_against_it() -> None:
+    disjoint = torch.tensor([[0.0, -1e4]], dtype=F64), torch.tensor([[-1e4, 0.0]], dtype=F64)
+    value = divergence(*disjoint, torch.tensor([0]), DivergenceSpec(alpha=0.3))
+    assert value.item() == pytest.approx(divergence_bound(0.3), rel=1e-12)
+    assert divergence_bound(0.5) == pytest.approx(math.log(2))
+    assert divergence_bound(0.0) == divergence_bound(1.0) == math.inf
+    for alpha in (0.0, 1.0):
+        check_token_clip(DivergenceSpec(alpha=alpha), 10.0)
+    check_token_clip(DivergenceSpec(alpha=0.5), 0.69)
+    check_token_clip(DivergenceSpec(alpha=1.0, mode="sampled"), None)
+    with pytest.raises(UserError, match="never bind"):
+        check_token_clip(DivergenceSpec(alpha=0.5), 10.0)
+    with pytest.raises(UserError, match="sampled"):
+        check_token_clip(DivergenceSpec(alpha=1.0, mode="sampled"), 10.0)
+    with pytest.raises(UserError, match="positive"):
+        check_token_clip(DivergenceSpec(), 0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": -0.1},
+        {"alpha": 1.1},
+        {"alpha": math.nan},
+        {"alpha": 0.001},
+        {"alpha": 0.999},
+        {"mode": "half"},
+        {"topk": 0},
+        {"topk_support": "both"},
+        {"entry_clip": 0.0},
+        {"temperature": 0.0},
+        {"mode": "sampled"},
+        {"mode": "sampled", "alpha": 1.0, "entry_clip": 0.1},
+    ],
+)
+def test_spec_refuses(options: dict) -> None:
+    with pytest.raises(UserError):
+        DivergenceSpec(**options)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_value_is_finite_at_extremes(alpha: float) -> None:
+    extremes = torch.tensor([[0.0, -1e4, -math.inf], [1e4, 0.0, -1e4], [0.0, -math.inf, -90.0]], requires_grad=True)
+    value = divergence(extremes, extremes.detach().roll(1, 0), torch.tensor([0, 1, 2]), DivergenceSpec(alpha=alpha))
+    gradient = torch.autograd.grad(value.sum(), extremes)[0]
+    assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("spec", [DivergenceSpec(alpha=a, entry_clip=c) for a in ALPHAS for c in (None, 0.03)])
+def test_gradcheck(spec: DivergenceSpec) -> None:
+    torch.manual_seed(4)
+    student, teacher = torch.randn(3, 5, dtype=F64, requires_grad=True), torch.randn(3, 5, dtype=F64)
+    target = torch.tensor([0, 1, 4])
+    assert torch.autograd.gradcheck(lambda z: divergence(z, teacher, target, spec), student)
+
+
+# ---------------------------------------------------------------------------------------------------------- contrast
+
+
+def test_hinge_and_where_it_has_a_gradient() -> None:
+    l = torch.tensor([-2.0, -0.5, -4.0, -2.0], dtype=F64, requires_grad=True)  # noqa: E741
+    contrast = Contrast(
+        teacher_logp_N=torch.full((4,), -1.0, dtype=F64),
+        negative_logp_N=torch.tensor([-3.0, -3.0, -3.0, math.nan], dtype=F64),
+        coefficient_N=torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=F64),
+        margin=0.5,
+    )
+    hinge = contrast_hinge(l, contrast)
+    # 0.5 + |-2+1| - |-2+3|; 0.5 + .5 - 2.5 < 0; 0.5 + 3 - 1 (positive, but both distances move together); no negative
+    torch.testing.assert_close(hinge.detach(), torch.tensor([0.5, 0.0, 2.5, 0.0], dtype=F64))
+    torch.testing.assert_close(torch.autograd.grad(hinge.sum(), l)[0], torch.tensor([-2.0, 0.0, 0.0, 0.0], dtype=F64))
+
+
+# ----------------------------------------------------------------------------------------------------- chunked == plain
+
+
+def problem(
+    dtype: torch.dtype = torch.float32, tokens: int = 13, vocabulary: int = 37, seed: int = 0, **head: float
+) -> SimpleNamespace:
+    """Random hidden states, trainable head with bias, teacher of another width, mixed coefficients, partly negatives."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=F64).to(dtype)
+
+    value = SimpleNamespace(
+        hidden=normal(tokens, 16).requires_grad_(),
+        weight=(normal(vocabulary, 16) * 0.7).requires_grad_(),
+        bias=normal(vocabulary).requires_grad_(),
+        teacher_hidden=normal(tokens, 24),
+        teacher=Head(normal(vocabulary, 24) * 0.4, normal(vocabulary), **head),
+        targets=torch.randint(vocabulary, (tokens,), generator=g),
+        coefficient=torch.rand(tokens, generator=g, dtype=F64).to(dtype) / 50,
+        head=head,
+    )
+    value.coefficient[::5] = 0.0
+    with torch.no_grad():
+        student_l = log_probs(Head(value.weight, value.bias, **head).logits(value.hidden), 1.0)
+        student_l = student_l.gather(-1, value.targets[:, None])[:, 0]
+    negatives = student_l - 0.4
+    negatives[1::4] = math.nan
+    value.contrast = Contrast(
+        teacher_logp_N=student_l + torch.where(torch.arange(tokens) % 3 == 0, -0.3, 0.5),
+        negative_logp_N=negatives,
+        coefficient_N=torch.where(negatives.isnan(), 0.0, 0.013).to(dtype),
+        margin=0.5,
+    )
+    return value
+
+
+def run(loss_function: object, x: SimpleNamespace, spec: DivergenceSpec, scale: float = 1.7, **options: object) -> tuple:
+    student = Head(x.weight, x.bias, **x.head)
+    out = loss_function(x.hidden, student, x.teacher_hidden, x.teacher, x.targets, spec, x.coefficient, **options)  # type: ignore[operator]
+    leaves = [leaf for leaf in (x.hidden, x.weight, x.bias) if leaf is not None and leaf.requires_grad]
+    return out, torch.autograd.grad(out.loss * scale, leaves)
+
+
+def assert_same(
+    x: SimpleNamespace, spec: DivergenceSpec, tolerance: float, chunk_tokens: int | None = None, **options: object
+) -> None:
+    plain, plain_grads = run(plain_loss, x, spec, **options)
+    chunked, chunked_grads = run(chunked_loss, x, spec, chunk_tokens=chunk_tokens, **options)
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(chunked.loss, plain.loss, **close)
+    for name in ("divergence_N", "student_logp_N", "student_entropy_N", "contrast_N"):
+        torch.testing.assert_close(getattr(chunked, name), getattr(plain, name), **close)
+        assert getattr(plain, name) is None or not getattr(chunked, name).requires_grad
+    for name in ("clipped_N", "contrast_active_N"):
+        torch.testing.assert_close(getattr(chunked, name), getattr(plain, name))
+    for found, expected in zip(chunked_grads, plain_grads, strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, **close)
+
+
+SPECS = [
+    *[DivergenceSpec(alpha=alpha, temperature=0.7) for alpha in ALPHAS],
+    *[DivergenceSpec(alpha=alpha, entry_clip=0.02) for alpha in ALPHAS],
+    *[DivergenceSpec(alpha=alpha, mode="topk", topk=5, temperature=1.3) for alpha in ALPHAS],
+    DivergenceSpec(alpha=0.5, mode="topk", topk=5, add_tail=False, topk_support="student", entry_clip=0.05),
+    DivergenceSpec(alpha=1.0, mode="sampled", temperature=0.7),
+]
+HEADS = [{}, {"scale": 0.25}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 3.0}]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.mode}-{s.alpha}-{s.entry_clip}")
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (F64, 1e-10)])
+def test_chunked_equals_plain(spec: DivergenceSpec, head: dict, dtype: torch.dtype, tolerance: float) -> None:
+    x = problem(dtype, **head)
+    clip = None if spec.mode == "sampled" else run(plain_loss, x, spec)[0].divergence_N.quantile(0.55).item()
+    assert_same(x, spec, tolerance, chunk_tokens=5, token_clip=clip, contrast=x.contrast)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 12, 13, 100, None])
+@pytest.mark.parametrize("with_contrast", [True, False])
+def test_any_chunk_size(chunk_tokens: int | None, with_contrast: bool) -> None:
+    x = problem(F64)
+    for spec in (DivergenceSpec(), SPECS[8]):
+        assert_same(x, spec, 1e-10, chunk_tokens, contrast=x.contrast if with_contrast else None)
+
+
+def test_the_cases_above_reach_every_branch() -> None:
+    x = problem(F64)
+    clip = run(plain_loss, x, DivergenceSpec(alpha=0.5))[0].divergence_N.quantile(0.55).item()
+    out, _ = run(plain_loss, x, DivergenceSpec(alpha=0.5), token_clip=clip, contrast=x.contrast)
+    for flags in (out.clipped_N, out.contrast_active_N):
+        assert flags.any() and not flags.all()
+    assert torch.isfinite(out.loss) and (out.contrast_N[x.contrast.coefficient_N == 0] == 0).all()
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_chunked_gradient_by_finite_differences(alpha: float) -> None:
+    """Independent of the plain form: gradcheck through the custom backward, softcap, scale and contrast included."""
+    x = problem(F64, tokens=4, vocabulary=6, softcap=4.0, scale=1.5)
+    spec = DivergenceSpec(alpha=alpha, temperature=0.8)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        head = Head(weight, bias, **x.head)
+        return chunked_loss(
+            hidden, head, x.teacher_hidden, x.teacher, x.targets, spec, x.coefficient, contrast=x.contrast, chunk_tokens=3
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (x.hidden, x.weight, x.bias), fast_mode=True)
+
+
+def test_loss_is_the_weighted_sum_and_a_clamped_token_has_no_gradient() -> None:
+    x = problem(F64)
+    spec = DivergenceSpec(alpha=0.0)
+    for function in (plain_loss, chunked_loss):
+        out, (gradient, *_) = run(function, x, spec, scale=1.0, token_clip=1.0)
+        expected = sum(c * min(d, 1.0) for c, d in zip(x.coefficient.tolist(), out.divergence_N.tolist(), strict=True))
+        assert out.loss.item() == pytest.approx(expected, rel=1e-12)
+        still = out.clipped_N | (x.coefficient == 0)
+        assert out.clipped_N.any() and (gradient[still] == 0).all() and (gradient[~still] != 0).any(-1).all()
+        student, teacher = Head(x.weight, x.bias).logits(x.hidden), x.teacher.logits(x.teacher_hidden)
+        torch.testing.assert_close(out.divergence_N, divergence(student, teacher, x.targets, spec).detach())
+        logp = student.detach().log_softmax(-1)
+        torch.testing.assert_close(out.student_logp_N, logp[torch.arange(13), x.targets])
+        torch.testing.assert_close(out.student_entropy_N, torch.distributions.Categorical(logits=logp).entropy())
+
+
+@pytest.mark.parametrize("trainable", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
+def test_frozen_parts(trainable: tuple[bool, bool, bool]) -> None:
+    x = problem(F64)
+    for leaf, flag in zip((x.hidden, x.weight, x.bias), trainable, strict=True):
+        leaf.requires_grad_(flag)
+    assert_same(x, DivergenceSpec(alpha=0.5), 1e-10, chunk_tokens=4, contrast=x.contrast)
+
+
+def test_no_bias_and_head_shared_with_the_teacher() -> None:
+    """A live teacher projects with the student's own trainable head: no gradient may reach it from the teacher's side."""
+    x = problem(F64)
+    x.bias, x.teacher_hidden = None, torch.randn(13, 16, dtype=F64)
+    x.teacher = Head(x.weight)
+    for spec in (DivergenceSpec(alpha=0.3), SPECS[8]):
+        assert_same(x, spec, 1e-10, chunk_tokens=4)
+
+
+def test_tied_head_accumulates_both_gradients() -> None:
+    embedding = torch.nn.Parameter(problem(F64).weight.detach())
+    tokens, x = torch.arange(13), problem(F64)
+    gradients = []
+    for function in (plain_loss, chunked_loss):
+        embedding.grad = None
+        hidden = torch.tanh(embedding[tokens])
+        out = function(hidden, Head(embedding), x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient)
+        out.loss.backward()
+        gradients.append(embedding.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "spec", [SPECS[0], SPECS[2], SPECS[3], SPECS[8], SPECS[12], SPECS[13]], ids=lambda s: f"{s.mode}-{s.alpha}"
+)
+def test_no_tokens(spec: DivergenceSpec) -> None:
+    x = problem(tokens=0)
+    for function in (plain_loss, chunked_loss):
+        out, gradients = run(function, x, spec, contrast=x.contrast)
+        assert out.loss.item() == 0.0 and out.divergence_N.shape == (0,)
+        assert all((gradient == 0).all() for gradient in gradients)
+    assert token_logprobs(x.hidden, x.teacher, x.targets).shape == (0,)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("entry_clip", [None, 0.05])
+def test_extremes_stay_finite_and_equal(alpha: float, entry_clip: float | None) -> None:
+    """Logits of +-1e4 and -inf, probabilities that underflow on one side or on both."""
+    logits = torch.tensor([[0.0, -1e4, 5.0, -1e4], [1e4, 0.0, -1e4, -200.0], [3.0, 3.0, 3.0, 3.0], [0.0, 90.0, -90.0, -90.0]])
+    x = problem(tokens=4, vocabulary=4)
+    x.hidden, x.teacher_hidden = logits.clone().requires_grad_(), logits.roll(1, 0)
+    x.weight, x.bias = torch.eye(4), torch.tensor([0.0, 0.0, 0.0, -math.inf])
+    x.teacher = Head(torch.eye(4), x.bias)
+    spec = DivergenceSpec(alpha=alpha, entry_clip=entry_clip)
+    out, (gradient,) = run(chunked_loss, x, spec, chunk_tokens=3)
+    assert torch.isfinite(out.loss) and torch.isfinite(out.divergence_N).all() and torch.isfinite(gradient).all()
+    assert torch.isfinite(out.student_entropy_N).all() and torch.isfinite(out.student_logp_N).all()
+    assert_same(x, spec, 1e-5, chunk_tokens=3)
+
+
+def test_identical_sides_give_zero() -> None:
+    x = problem(F64)
+    x.teacher, x.teacher_hidden = Head(x.weight.detach(), x.bias.detach()), x.hidden.detach()
+    for alpha in ALPHAS:
+        out, (gradient, *_) = run(chunked_loss, x, DivergenceSpec(alpha=alpha))
+        assert out.divergence_N.abs().max() < 1e-12 and gradient.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(alpha: float, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool) -> None:
+    """Dtypes may differ between hidden states and head; gradients come back in the leaf's own dtype."""
+    x, exact = problem(), problem(F64)
+    x.hidden = x.hidden.detach().to(hidden_dtype).requires_grad_()
+    x.weight = x.weight.detach().to(weight_dtype).requires_grad_()
+    spec = DivergenceSpec(alpha=alpha, temperature=0.7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain, plain_grads = run(plain_loss, x, spec)
+        chunked, chunked_grads = run(chunked_loss, x, spec, chunk_tokens=5)
+        scored = token_logprobs(x.hidden, Head(x.weight, x.bias), x.targets, 0.7, chunk_tokens=5)
+    assert chunked.loss.dtype == torch.float32
+    torch.testing.assert_close(chunked.loss, plain.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scored, chunked.student_logp_N)
+    _, exact_grads = run(plain_loss, exact, spec)
+    for found, rounded, reference in zip(chunked_grads, plain_grads, exact_grads, strict=True):
+        assert found.dtype == rounded.dtype
+        error, size = (found.double() - reference).norm(), reference.norm()
+        assert error < 0.02 * size
+        assert error < 1.5 * (rounded.double() - reference).norm() + 1e-5 * size
+
+
+def test_float16_keeps_small_coefficients() -> None:
+    """With 1 / (a million tokens) the logits' gradient would round to zero in float16 before the loss scale arrives."""
+    x, exact = problem(torch.float16), problem(F64)
+    for y in (x, exact):
+        y.coefficient = torch.full((13,), 1e-6, dtype=F64).to(torch.float32 if y is x else F64)
+    _, found = run(chunked_loss, x, DivergenceSpec(), scale=2.0**20, chunk_tokens=5)
+    _, expected = run(plain_loss, exact, DivergenceSpec(), scale=2.0**20)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float16 and (a.double() - b).norm() < 0.01 * b.norm()
+
+
+def test_without_grad_only_values() -> None:
+    x = problem(F64)
+    with torch.no_grad():
+        arguments = (x.hidden, Head(x.weight, x.bias), x.teacher_hidden, x.teacher, x.targets)
+        for spec in (DivergenceSpec(), SPECS[8]):
+            out = chunked_loss(*arguments, spec, x.coefficient)
+            assert not out.loss.requires_grad
+            torch.testing.assert_close(out.divergence_N, plain_loss(*arguments, spec, x.coefficient).divergence_N)
+
+
+def test_backward_twice_and_accumulated() -> None:
+    x = problem(F64)
+    head = Head(x.weight, x.bias)
+    out = chunked_loss(x.hidden, head, x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient)
+    out.loss.backward(retain_graph=True)
+    once = x.hidden.grad.clone()
+    (3 * out.loss).backward()
+    torch.testing.assert_close(x.hidden.grad, 4 * once)
+
+
+def test_sum_over_micro_batches_is_the_whole() -> None:
+    x = problem(F64)
+    whole, whole_grads = run(chunked_loss, x, DivergenceSpec(alpha=0.5), contrast=x.contrast)
+    head, total = Head(x.weight, x.bias), 0.0
+    for rows in (slice(0, 4), slice(4, 4), slice(4, 13)):
+        total = total + chunked_loss(
+            x.hidden[rows], head, x.teacher_hidden[rows], x.teacher, x.targets[rows],
+            DivergenceSpec(alpha=0.5), x.coefficient[rows], contrast=x.contrast.rows(rows),
+        ).loss  # fmt: skip
+    torch.testing.assert_close(total, whole.loss)
+    for found, expected in zip(torch.autograd.grad(total * 1.7, (x.hidden, x.weight, x.bias)), whole_grads, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_token_scores(head: dict) -> None:
+    x = problem(F64, **head)
+    student = Head(x.weight, x.bias, **head)
+    logits = x.hidden @ x.weight.T + x.bias
+    logits = logits * head.get("scale", 1.0)
+    if "softcap" in head:
+        logits = head["softcap"] * torch.tanh(logits / head["softcap"])
+    reference = torch.distributions.Categorical(logits=logits.detach() / 0.7)
+    logp, entropy = token_scores(x.hidden, student, x.targets, 0.7, chunk_tokens=4)
+    torch.testing.assert_close(logp, reference.log_prob(x.targets))
+    torch.testing.assert_close(entropy, reference.entropy())
+    torch.testing.assert_close(token_logprobs(x.hidden, student, x.targets, 0.7), logp)
+    assert not logp.requires_grad
+
+
+def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation's result, watched: none in forward or backward is larger than a chunk (or the head)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            for value in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(value, Tensor):
+                    Watch.largest = max(Watch.largest, value.numel())
+            return result
+
+    x = problem(tokens=300, vocabulary=64)
+    for spec in SPECS[::3]:
+        with Watch():
+            run(chunked_loss, x, spec, chunk_tokens=20)
+            token_scores(x.teacher_hidden, x.teacher, x.targets, chunk_tokens=20)
+    assert Watch.largest <= max(300 * 24, 20 * 64)
+    assert 30 * 2**20 < default_chunk_tokens(151_936) * 151_936 * 4 <= 64 * 2**20 and default_chunk_tokens(10**9) == 1
+
+
+def test_contrast_slice_and_replace_keep_meaning() -> None:
+    x = problem(F64)
+    assert x.contrast.rows(slice(2, 5)).margin == 0.5 and len(x.contrast.rows(slice(2, 5)).coefficient_N) == 3
+    assert replace(DivergenceSpec(), alpha=1.0).alpha == 1.0
