@@ -152,9 +152,7 @@ def check_token_clip(spec: DivergenceSpec, token_clip: float | None) -> None:
     if not token_clip > 0.0:
         raise UserError(f"token_clip must be positive (unset it to switch it off), got {token_clip}.")
     if spec.mode == "sampled":
-        raise UserError(
-            "distillation_mode=sampled cannot be clipped (its value is one signed log-ratio): unset token_clip."
-        )
+        raise UserError("distillation_mode=sampled cannot be clipped (its value is one signed log-ratio): unset token_clip.")
     bound = divergence_bound(spec.alpha)
     if token_clip >= bound and bound < math.inf:
         raise UserError(
@@ -170,9 +168,7 @@ def divergence(student_logits_NV: Tensor, teacher_logits_NV: Tensor, targets_N: 
     return divergence_of_logp(student_logp_NV, teacher_logp_NV, targets_N, spec)
 
 
-def divergence_of_logp(
-    student_logp_NV: Tensor, teacher_logp_NV: Tensor, targets_N: Tensor, spec: DivergenceSpec
-) -> Tensor:
+def divergence_of_logp(student_logp_NV: Tensor, teacher_logp_NV: Tensor, targets_N: Tensor, spec: DivergenceSpec) -> Tensor:
     """The same from log-probabilities at the distillation temperature."""
     if spec.mode == "sampled":
         l_N, teacher_l_N = pick(student_logp_NV, targets_N), pick(teacher_logp_NV, targets_N)
