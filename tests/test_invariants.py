@@ -38,6 +38,9 @@ def trainer(tmp_path: Any, family: str = "llama", model: Any = None, rows: Any =
         "disable_tqdm": True,
         "save_strategy": "no",
         "seed": 3,
+        # Bytes are tokens here: the built-in templates would be most of every sequence.
+        "teacher_prompt_template": "{prompt} Ref: {privileged_context} Now you.",
+        "auxiliary_prompt_template": "{context} {prompt}",
     }
     args = UniSDConfig(**settings | options)
     return UniSDTrainer(
@@ -65,7 +68,7 @@ def gradients(built: UniSDTrainer, perturb: float = 0.05) -> tuple[float, dict[s
     for batch in batches:
         loss = built.compute_loss(built.model, batch, num_items_in_batch=count)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total, {name: p.grad.clone() for name, p in built.model.named_parameters() if p.grad is not None}
 
 
@@ -103,7 +106,7 @@ def naive_sdft(built: UniSDTrainer, alpha: float) -> tuple[float, dict[str, torc
         losses.append(per_token.mean())
     loss = torch.stack(losses).mean()
     loss.backward()
-    return float(loss), {name: p.grad.clone() for name, p in built.model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {name: p.grad.clone() for name, p in built.model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

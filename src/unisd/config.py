@@ -140,7 +140,7 @@ class UniSDConfig(TrainingArguments):
         "scoring", "auto: packed rows where that is exact for the architecture, else padded; or packed, padded.", "auto"
     )
     token_budget: int | None = option(
-        "scoring", "Tokens per forward pass without gradient; unset: 1024 on a CPU, 16384 elsewhere."
+        "scoring", "Tokens per forward pass without gradient; unset: 512 on a CPU (no block-sparse attention there), 16384 elsewhere."
     )
 
     # -- evaluation -------------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             args.divergence_spec,
             needs=self.needs,
             packed=packed,
-            token_budget=args.token_budget or (1024 if args.device.type == "cpu" else 16384),
+            token_budget=args.token_budget or (512 if args.device.type == "cpu" else 16384),
             pad_id=self.pad_id,
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
@@ -178,13 +178,13 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
 
     # -- lines 1-3: everything that a step knows before its first gradient -------------------------------------------
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Tensor], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+    def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Rollout, scores and weights of a whole optimizer step; returns its micro-batches ready for the student."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
         G = self.args.num_generations
-        numbers = [(int(row), g) for batch in batches for row in batch for g in range(G)]
+        numbers = [(int(row), g) for batch in batches for row in batch["row"] for g in range(G)]
         rows, completions = self._rollout(numbers)
         with self.metrics.timed("score"):
             scores, states = self.scorer.score(rows, device)
@@ -196,7 +196,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             self.metrics.values |= weight_metrics | self._observe(completions, everywhere)
             micro_batches, first = [], 0
             for batch in batches:
-                part = range(first, first + len(batch) * G)
+                part = range(first, first + len(batch["row"]) * G)
                 first = part.stop
                 micro_batches.append(
                     micro_batch(
@@ -433,5 +433,5 @@ def _length_over(limit: int, encode: Callable[[Row], list[int]], row: Row) -> in
     return length if length > limit else 0
 
 
-def _collate(numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers)
+def _collate(numbers: list[int]) -> dict[str, Tensor]:
+    return {"row": torch.tensor(numbers)}
