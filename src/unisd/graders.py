@@ -60,9 +60,7 @@ _NUMBER = r"[-+\u2212\u2013]?\s{0,2}[$\u20ac\u00a3\u00a5]?\s{0,2}[-\u2212]?(?:\d
 _PLAIN_NUMBER = re.compile(_NUMBER + r"(?:\s{0,2}/\s{0,2}\d{1,100})?(?:[eE][-+]?\d{1,3}(?!\w))?")
 _HASHES = re.compile(r"#{3,6}\s{0,5}")
 _BOXED = re.compile(r"\\boxed\s{0,3}\{([^{}]{0,200})")
-_SAID = re.compile(
-    r"answer(?:\s{1,3}to\s[^.:=\n]{0,80})?(?:\s{0,3}(?:is|was|=|:)){1,2}\s{0,3}(?:\*\*\s{0,2})?", re.IGNORECASE
-)
+_SAID = re.compile(r"answer(?:\s{1,3}to\s[^.:=\n]{0,80})?(?:\s{0,3}(?:is|was|=|:)){1,2}\s{0,3}(?:\*\*\s{0,2})?", re.IGNORECASE)
 
 
 def _parse(text: str) -> Decimal | None:
@@ -109,7 +107,7 @@ def extract_number(completion: str) -> str | None:
     # "5-3" ends in 3, not in -3: a sign that follows a digit or a letter is an operator.
     found = last[0]
     before = text[: last.start()].rstrip(" ")[-1:]
-    if found[0] in "-+\u2212\u2013" and (before.isalnum() or before in ")%"):
+    if found[0] in "-+\u2212\u2013" and (before.isalnum() or before in {")", "%"}):
         found = found[1:]
     return found.strip()
 
@@ -170,8 +168,9 @@ def extract_choice(completion: str) -> str | None:
         if len(line) <= 24 and (alone := _ALONE.match(line)):
             return alone[1].upper()
     for letters in (
-        {leading[1] for line in lines if (leading := _LEADING.match(line[:40]))},
-        {marked[1] for marked in islice(_MARKED.finditer(text), 1000)},
+        # "(A) or (B)" begins with a letter too, but settles on nothing
+        {m[1] for line in lines if (m := _LEADING.match(line[:40])) and set(_MARKED.findall(line[:200])) <= {m[1]}},
+        {m[1] for m in islice(_MARKED.finditer(text), 1000)},
     ):
         if len(letters) == 1:
             return letters.pop()

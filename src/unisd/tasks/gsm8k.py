@@ -61,7 +61,7 @@ class GSM8KTask(Task):
         train, held_out = _from_files(data_files) if data_files else _from_hub(split)
         # Solved examples come from the training problems alone, also for test rows.
         pool = [_problem(raw) for raw in train] or [_problem(raw) for raw in held_out]
-        problems = pool if split == "train" and train else [_problem(raw) for raw in held_out]
+        problems = [_problem(raw) for raw in (train if split == "train" else held_out)]
         if not problems:
             raise UserError(f"gsm8k: the files hold no rows for the split {split}; give more data or another split")
         order = list(range(len(problems)))

@@ -1,0 +1,143 @@
+"""The named graders: what counts as an answer, and that no completion breaks or stalls them."""
+
+import json
+import random
+import time
+
+import pytest
+
+from unisd.graders import GRADERS, choice, contains, exact, extract_choice, extract_number, number
+from unisd.tasks import Grade
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold"),
+    [
+        ("steps\n#### 72", "#### 72"),
+        ("#### 72", "72"),
+        ("#### $1,234.00", "1234"),
+        ("####72 clips.", "72"),
+        ("#### -5", "-5"),
+        ("#### \u22125", "-5"),
+        ("first #### 3\nno, #### 4", "4"),
+        (r"so \boxed{42} it is, from 40 and 2", "42"),
+        (r"\boxed{\$1,000}", "1000"),
+        ("The answer is 18.", "18"),
+        ("The final answer is: **18**. I checked 3 times", "18"),
+        ("Answer: 10 dollars, not 12", "10"),
+        ("the answer to the question is $5", "5"),
+        ("She has 3 apples, then 4, so 7 apples.", "7"),
+        ("It costs 20%", "20"),
+        ("5-3=2", "2"),
+        ("result of 10-3", "3"),
+        ("half: 0.5", ".5"),
+        ("#### 1/2", "0.5"),
+        ("#### 12.", "12"),
+        ("\u20ac 7", "7"),
+        ("1e3", "1000"),
+        ("#### \nThe answer is 6", "6"),
+    ],
+)
+def test_number_accepts(completion, gold):
+    assert number(completion, gold) == Grade(True, extract_number(completion))
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold"),
+    [("#### 71", "72"), ("", "72"), ("none", "72"), ("#### 7.2", "72"), ("72\n#### 1", "72"), ("5", "-5"), ("#### 1/0", "1"), ("nan", "1")],
+)
+def test_number_refuses(completion, gold):
+    assert not number(completion, gold).correct
+
+
+def test_number_says_when_nothing_was_found():
+    assert number("I don't know", "3").extracted is None
+    assert number("#### 4", "3").extracted == "4"
+
+
+@pytest.mark.parametrize(
+    ("completion", "letter"),
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("(B)", "B"),
+        ("**B**", "B"),
+        ("B. paradise", "B"),
+        ("B) paradise", "B"),
+        ("Answer: B", "B"),
+        ("Answer: (B) paradise", "B"),
+        ("The answer is B.", "B"),
+        ("The correct answer is option C", "C"),
+        ("the answer is **D**", "D"),
+        (r"\boxed{B}", "B"),
+        (r"\boxed{\text{B}}", "B"),
+        ("#### B", "B"),
+        ("Reasoning: A bird flies.\nAnswer: C", "C"),
+        ("Answer: A\nWait. Answer: B", "B"),
+        ("A is wrong because of heat.\nThe answer is (A) heat", "A"),
+        ("I would go with (E) here", "E"),
+        ("Because of it\nA", "A"),
+        ("Answer: A", "A"),
+        ("Answer: A heat", "A"),
+    ],
+)
+def test_choice_extraction(completion, letter):
+    if completion == "Answer: A heat":  # may be the article: then nothing is claimed
+        assert extract_choice(completion) in (None, "A")
+    else:
+        assert extract_choice(completion) == letter
+
+
+@pytest.mark.parametrize("completion", ["", "A bird in the hand", "paradise", "I think so", "The answer is A good thing to know", "(A) or (B)"])
+def test_choice_claims_nothing_without_a_letter(completion):
+    assert extract_choice(completion) is None
+    assert choice(completion, "A") == Grade(False, None)
+
+
+def test_choice_compares_letters():
+    assert choice("The answer is (B).", "b").correct
+    assert choice("The answer is (B).", "Answer: B").correct
+    assert not choice("The answer is (B).", "C").correct
+
+
+def test_exact_and_contains():
+    assert exact("  Paris\n", "paris").correct
+    assert not exact("Paris, France", "Paris").correct
+    assert not exact("", "").correct
+    assert contains("The capital is Paris.", "paris").correct
+    assert not contains("category", "cat").correct
+    assert contains("category, cat", "cat").correct
+    assert not contains("anything", "").correct
+
+
+def adversarial(rng: random.Random, size: int) -> str:
+    """Noise made of the pieces that the graders look for."""
+    pieces = ["####", "\\boxed{", "{", "}", "answer", " is", ":", "the answer to ", "-", "$", ",", ".", "/", "0", "9" * 50, " ", "\n", "(", "A", "B)",
+              "e", "e9", "**", "\u0661\u0662", "\u00bd", "\u2212", "\x00", "\ud83d\ude00", "nan", "inf", "[" * 20, "option ", '{"a":', "\u202e"]  # fmt: skip
+    if rng.random() < 0.3:
+        pieces = [rng.choice(pieces)]
+    text = "".join(rng.choice(pieces) for _ in range(min(size, 20_000)))
+    return (text * (size // max(len(text), 1) + 1))[:size]
+
+
+@pytest.mark.parametrize("name", sorted(GRADERS))
+def test_no_completion_breaks_a_grader(name):
+    rng = random.Random(name)
+    for i in range(1500):
+        completion = adversarial(rng, rng.choice([0, 1, 5, 40, 300]))
+        gold = "A" if name == "choice" else adversarial(rng, 6) if i % 2 else "#### 7"
+        assert isinstance(GRADERS[name](completion, gold), Grade)
+    for completion in (None, 3, float("nan"), b"A", ["A"], json.dumps([[]] * 3), "\ud800"):
+        assert isinstance(GRADERS[name](completion, "A"), Grade)
+        assert isinstance(GRADERS[name]("A", completion), Grade)
+
+
+@pytest.mark.parametrize("name", sorted(GRADERS))
+def test_a_megabyte_takes_no_longer_than_reading_it(name):
+    """Time grows linearly: catastrophic backtracking would take minutes here."""
+    baits = ["1", "1,", "-", "$ ", "answer", "answer to ", "answer is ", "#", "#### ", "\\boxed{", "(", "* ", "A ", "A", " ", "\n", "0." * 3, "1/"]
+    for bait in baits:
+        completion = bait * (1_000_000 // len(bait))
+        start = time.process_time()
+        GRADERS[name](completion, bait)
+        assert time.process_time() - start < 1.0, bait  # about 0.05 s alone; a loaded machine gets room
