@@ -72,7 +72,9 @@ def gradients(built: UniSDTrainer, perturb: float = 0.05) -> tuple[float, dict[s
     return total, {name: p.grad.clone() for name, p in built.model.named_parameters() if p.grad is not None}
 
 
-def assert_same(a: tuple[float, dict[str, torch.Tensor]], b: tuple[float, dict[str, torch.Tensor]], tolerance: float = 2e-5) -> None:
+def assert_same(
+    a: tuple[float, dict[str, torch.Tensor]], b: tuple[float, dict[str, torch.Tensor]], tolerance: float = 2e-5
+) -> None:
     assert a[0] == pytest.approx(b[0], rel=tolerance, abs=1e-7)
     assert a[1].keys() == b[1].keys()
     largest = max(float(g.abs().max()) for g in a[1].values())
@@ -171,7 +173,9 @@ def test_token_budget_changes_nothing(tmp_path: Any) -> None:
     assert_same(gradients(trainer(tmp_path, token_budget=1, **STAR)), gradients(trainer(tmp_path, token_budget=10_000, **STAR)))
 
 
-@pytest.mark.parametrize("extra", [{"feature_only": True, "feature_weight": 1.0}, {"feature_layers": [0, 1], "feature_weight": 0.5}])
+@pytest.mark.parametrize(
+    "extra", [{"feature_only": True, "feature_weight": 1.0}, {"feature_layers": [0, 1], "feature_weight": 0.5}]
+)
 def test_feature_matching_equals_naive(tmp_path: Any, extra: dict[str, Any]) -> None:
     """Against all hidden states of the model, one row at a time."""
     built = trainer(tmp_path, **extra)

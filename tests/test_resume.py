@@ -23,7 +23,14 @@ STEPS = 7
 
 def build(folder: Path, lora: bool, **extra: Any) -> Any:
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1) if lora else None
-    options = {**STAR, "max_steps": STEPS, "num_train_epochs": 99, "save_strategy": "steps", "save_steps": 2, "peft_config": config}
+    options = {
+        **STAR,
+        "max_steps": STEPS,
+        "num_train_epochs": 99,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "peft_config": config,
+    }
     # 12 rows in steps of 8: the checkpoint falls into the middle of an epoch.
     return trainer(folder, rows=tiny.rows(12), **{**options, **extra})
 
@@ -67,7 +74,9 @@ def test_kill_and_resume_is_bit_identical(tmp_path: Path, lora: bool) -> None:
     assert all(a[key].equal(b[key]) for key in a)
     assert all(whole.teacher.state[key].equal(resumed.teacher.state[key]) for key in whole.teacher.state)
 
-    lines = [[json.loads(line) for line in (tmp_path / f / "metrics.jsonl").read_text().splitlines()] for f in ("whole", "killed")]
+    lines = [
+        [json.loads(line) for line in (tmp_path / f / "metrics.jsonl").read_text().splitlines()] for f in ("whole", "killed")
+    ]
     assert [line["step"] for line in lines[1]] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 

@@ -79,11 +79,14 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        wrapped: Any = model
+        causal_lm = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
         self.causal_lm = causal_lm
         self.decoder: nn.Module = causal_lm.get_decoder()
         if self.decoder is None or self.decoder is causal_lm:
-            raise UserError(f"{type(causal_lm).__name__} has no separate decoder below its head: not a causal LM that can be trained here.")
+            raise UserError(
+                f"{type(causal_lm).__name__} has no separate decoder below its head: not a causal LM that can be trained here."
+            )
         parameters = inspect.signature(causal_lm.forward).parameters
         # The head is applied to one position only: its full output is never needed.
         self._forward_options: dict[str, Any] = {"use_cache": False}

@@ -80,11 +80,11 @@ def _train(arguments: list[str]) -> int:
 
 
 def _probe(arguments: list[str]) -> int:
-    from unisd import probe
+    from unisd import probing
     from unisd.console import quiet_libraries
 
     quiet_libraries()
-    return int(probe.run(arguments) or 0)
+    return probing.run(arguments)
 
 
 def _recipes(arguments: list[str]) -> int:

@@ -21,7 +21,7 @@ def option(group: str, help: str, default: Any = None, **kwargs: Any) -> Any:
 
 
 @dataclass
-class UniSDConfig(TrainingArguments):
+class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     """Options of :class:`unisd.UniSDTrainer`: the five mechanisms of UniSD (arXiv 2605.06597) on top of `TrainingArguments`.
 
     The defaults are the reference cell of any comparison: a fixed teacher (`teacher_model_kind="base"`), forward KL, and all
@@ -140,7 +140,8 @@ class UniSDConfig(TrainingArguments):
         "scoring", "auto: packed rows where that is exact for the architecture, else padded; or packed, padded.", "auto"
     )
     token_budget: int | None = option(
-        "scoring", "Tokens per forward pass without gradient; unset: 512 on a CPU (no block-sparse attention there), 16384 elsewhere."
+        "scoring",
+        "Tokens per forward pass without gradient; unset: 512 on a CPU (no block-sparse attention there), 16384 elsewhere.",
     )
 
     # -- evaluation -------------------------------------------------------------------------------------------------------

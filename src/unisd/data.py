@@ -19,6 +19,7 @@ import difflib
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def parse_column_mapping(text: str | None) -> dict[str, str]:
     return mapping
 
 
-def prepare_rows(dataset: Iterable[dict[str, Any]], mapping: dict[str, str] | None = None, name: str = "the dataset") -> list[Row]:
+def prepare_rows(
+    dataset: Iterable[dict[str, Any]], mapping: dict[str, str] | None = None, name: str = "the dataset"
+) -> list[Row]:
     """Check every row against the contract and return plain dicts.
 
     Args:
@@ -130,7 +133,9 @@ def _check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
         if prompt[-1]["role"] != "user":
             raise UserError(f"{where}: {column} ends in a {prompt[-1]['role']!r} turn, a user turn must come last.")
         return
-    raise UserError(f"{where}: {column} is {_describe(prompt)}, a non-empty string or a list of messages is needed: mend or remove the row.")
+    raise UserError(
+        f"{where}: {column} is {_describe(prompt)}, a non-empty string or a list of messages is needed: mend or remove the row."
+    )
 
 
 def _describe(value: Any) -> str:
@@ -161,10 +166,9 @@ def load_file(path: str | Path) -> list[Row]:
     if kind not in (".jsonl", ".json"):
         raise UserError(f"{path}: unknown kind {kind or 'of file'}: use .jsonl, .json, .csv or .parquet.")
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
     return _parse_json(text, path) if kind == ".json" else _parse_jsonl(text, path)
 

@@ -133,7 +133,7 @@ def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) ->
         logger.warning("recipe %s runs without %s.", options.recipe, " and without ".join(dropped))
 
 
-def load_model(options: RunOptions) -> tuple[Any, Any, str]:
+def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, str]:
     """The model, its tokenizer and the path that they came from.
 
     Raises:
@@ -142,7 +142,8 @@ def load_model(options: RunOptions) -> tuple[Any, Any, str]:
     from unisd.models import load_model_and_tokenizer
 
     # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
-    dtype = "float32" if options.dtype == "auto" and not options.use_peft else options.dtype
+    full = training and not options.use_peft
+    dtype = "float32" if options.dtype == "auto" and full else options.dtype
     model, tokenizer, info = load_model_and_tokenizer(
         options.model_name_or_path,
         dtype=dtype,

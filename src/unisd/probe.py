@@ -81,7 +81,7 @@ class Probe:
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
             batch_size=self.batch_size,
-            on_batch=self.on_rows,
+            on_rows=self.on_rows,
         )
         seconds = time.perf_counter() - start
         lengths = [len(completion.ids) for completion in completions]
@@ -147,7 +147,7 @@ class Probe:
         student_prompts = [self.builders["append"].student(row) for row in rows]
         teacher_prompts = {layout: [builder.teacher(row) for row in rows] for layout, builder in self.builders.items()}
         completions, student = self.answers("student, plain prompt", rows, student_prompts)
-        teacher = {
+        teacher: dict[str, dict[str, Any]] = {
             layout: self.answers(f"teacher, {layout} layout", rows, prompts)[1] if self.grade else {"n": len(rows)}
             for layout, prompts in teacher_prompts.items()
         }
@@ -155,7 +155,9 @@ class Probe:
         start = time.perf_counter()
         student_states = self.states(student_prompts, completions)
         states = {layout: self.states(prompts, completions) for layout, prompts in teacher_prompts.items()}
-        scored = sum(len(p) + len(c.ids) for prompts in teacher_prompts.values() for p, c in zip(prompts, completions, strict=True))
+        scored = sum(
+            len(p) + len(c.ids) for prompts in teacher_prompts.values() for p, c in zip(prompts, completions, strict=True)
+        )
         scored += sum(len(p) + len(c.ids) for p, c in zip(student_prompts, completions, strict=True))
         score_speed = scored / (time.perf_counter() - start)
         for layout in LAYOUTS:
@@ -192,7 +194,9 @@ class Probe:
             return None
         rows = [self.rows[i] for i in chosen]
         prompts = [self.builders[layout].negative(row) for row in rows]
-        figures = self.answers("teacher, wrong reference", rows, prompts)[1] if self.grade is not None else {"n": len(rows)}
+        figures: dict[str, Any] = {"n": len(rows)}
+        if self.grade is not None:
+            figures = self.answers("teacher, wrong reference", rows, prompts)[1]
         own = [completions[i] for i in chosen]
         figures["divergence_from_right"] = self.divergence([right[i] for i in chosen], self.states(prompts, own), own)
         return figures
@@ -260,7 +264,9 @@ def advice(report: dict[str, Any]) -> str:
     elif auxiliary["spread"] is None or auxiliary["spread"] < NOTABLE:
         lines.append("The auxiliary contexts hardly disagree: agreement has nothing to work with.")
     else:
-        lines.append(f"The auxiliary contexts disagree by {auxiliary['spread']:.2f} nats per token: agreement has something to weigh.")
+        lines.append(
+            f"The auxiliary contexts disagree by {auxiliary['spread']:.2f} nats per token: agreement has something to weigh."
+        )
     if student["truncated"] > 0.1 * report["n"]:
         lines.append(f"{student['truncated']} of {report['n']} answers ran into the limit: raise max_completion_length.")
     return " ".join(lines)

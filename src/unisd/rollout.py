@@ -14,12 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from unisd.decoding import decode
 
 NoiseKey = tuple[int, int, int, int]  # seed, optimizer step, row of the dataset, generation
 
@@ -112,59 +114,29 @@ def generate(
     pad_id: int,
     keys: Sequence[NoiseKey] | None = None,
     batch_size: int = 64,
-    on_batch: Callable[[int], None] | None = None,
+    on_rows: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Completions of `prompts` (token ids), in their order; greedy where `keys` is None.
 
-    Rows are sorted by length and left-padded in batches of `batch_size`; `on_batch(rows)` is called after each batch.
-    Nothing of the model's own generation defaults (penalties, top-k) applies.
+    Rows are sorted by length and left-padded in batches of `batch_size`; `on_rows(n)` is told of every `n` finished rows.
     """
-    results: list[Completion | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i), reverse=True)
-    ends = set(eos_ids)
-    # The model's own defaults would fill every option that this configuration leaves open.
-    own_config, config = model.generation_config, GenerationConfig(
-        do_sample=False,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad_id,
-        use_cache=True,
+
+    def sampler(alive: Sequence[int], prompt_length: int) -> LogitsProcessorList:
+        assert keys is not None
+        return LogitsProcessorList([KeyedSampler([keys[i] for i in alive], sampling, prompt_length)])
+
+    written = decode(
+        model,
+        prompts,
+        sampling.max_new_tokens,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        batch_size=batch_size,
+        processors=None if keys is None else sampler,
+        on_rows=on_rows,
     )
-    with generating(model):
-        model.generation_config = config
-        try:
-            for first in range(0, len(order), batch_size):
-                chosen = order[first : first + batch_size]
-                longest = max(len(prompts[i]) for i in chosen)
-                ids = torch.full((len(chosen), longest), pad_id)
-                mask = torch.zeros_like(ids)
-                for row, i in enumerate(chosen):
-                    ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-                    mask[row, longest - len(prompts[i]) :] = 1
-                processors = LogitsProcessorList()
-                if keys is not None:
-                    processors.append(KeyedSampler([keys[i] for i in chosen], sampling, longest))
-                output = model.generate(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    generation_config=config,
-                    logits_processor=processors,
-                )
-                for row, i in enumerate(chosen):
-                    results[i] = _cut(output[row, longest:].tolist(), ends, sampling.max_new_tokens)
-                if on_batch is not None:
-                    on_batch(len(chosen))
-        finally:
-            model.generation_config = own_config
-    return [result for result in results if result is not None]
-
-
-def _cut(ids: list[int], ends: set[int], limit: int) -> Completion:
-    """The tokens up to and with the first end token (padding may equal it)."""
-    for position, token in enumerate(ids):
-        if token in ends:
-            return Completion(ids[: position + 1], truncated=False)
-    return Completion(ids, truncated=len(ids) >= limit)
+    ends = set(eos_ids)
+    return [Completion(ids, truncated=len(ids) >= sampling.max_new_tokens and ids[-1] not in ends) for ids in written]
 
 
 @dataclass

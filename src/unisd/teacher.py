@@ -126,7 +126,8 @@ class Teacher:
             metadata = file.metadata() or {}
         if metadata.get("kind") != self.kind:
             raise UserError(
-                f"the checkpoint's teacher is {metadata.get('kind')!r}, this run's is {self.kind!r}: resume with the same teacher_model_kind."
+                f"the checkpoint's teacher is {metadata.get('kind')!r}, this run's is {self.kind!r}: "
+                "resume with the same teacher_model_kind."
             )
         if metadata.get("fingerprint"):
             if metadata["fingerprint"] != self._fingerprint():

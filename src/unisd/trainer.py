@@ -87,12 +87,13 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         if isinstance(model, str):
             from unisd.models import load_model_and_tokenizer
 
-            loaded, tokenizer, _ = load_model_and_tokenizer(model)
-            model, processing_class = loaded, processing_class or tokenizer
+            model, tokenizer, _ = load_model_and_tokenizer(model)
+            processing_class = processing_class or tokenizer
+        student: Any = model
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(student.config._name_or_path)
         if peft_config is not None:
-            model = _with_adapter(model, peft_config, args)
+            student = _with_adapter(student, peft_config, args)
 
         from unisd.models import eos_ids
 
@@ -110,13 +111,13 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         if not isinstance(eval_dataset, dict) and eval_dataset is not None:
             eval_dataset = prepare_rows(eval_dataset, name="the evaluation data")
 
-        self.backbone = Backbone(model)
-        self.eos_ids = eos_ids(model, processing_class)
+        self.backbone = Backbone(student)
+        self.eos_ids = eos_ids(student, processing_class)
         self.pad_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else self.eos_ids[0]
         packed = self.backbone.check(self.pad_id, args.packing)
 
         super().__init__(
-            model=model,
+            model=student,
             args=args,
             data_collator=_collate,
             train_dataset=_RowNumbers(len(self.rows)) if self.rows else None,
@@ -142,7 +143,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
         )
-        self.engine: Engine = engine or TransformersEngine(model, self.eos_ids, self.pad_id, args.rollout_batch_size)
+        self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
         self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
         self._token_clip: float | None = args.token_clip
@@ -159,7 +160,8 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         room = None if context is None else context - self.args.max_completion_length
         if room is not None and room < 1:
             raise UserError(
-                f"max_completion_length={self.args.max_completion_length} leaves no room for a prompt in the model's context of {context} tokens: lower it."
+                f"max_completion_length={self.args.max_completion_length} leaves no room for a prompt in the model's context "
+                f"of {context} tokens: lower it."
             )
         limits = (
             ("prompt", "max_prompt_length", self.args.max_prompt_length, self.prompts.student),
@@ -178,7 +180,9 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
 
     # -- lines 1-3: everything that a step knows before its first gradient -------------------------------------------
 
-    def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
         """Rollout, scores and weights of a whole optimizer step; returns its micro-batches ready for the student."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
@@ -352,7 +356,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.metrics.phases["eval"] += metrics[f"{metric_key_prefix}_runtime"]
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
