@@ -42,9 +42,7 @@ MEASURES: dict[str, tuple[str, Callable[[Row], list[Message]], float, float]] = 
 
 
 @torch.no_grad()
-def complete(
-    model: Any, tokenizer: Any, prompts: list[list[Message]], max_new_tokens: int, batch: int = 125
-) -> list[str]:
+def complete(model: Any, tokenizer: Any, prompts: list[list[Message]], max_new_tokens: int, batch: int = 125) -> list[str]:
     """Greedy completions, batched by length."""
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

@@ -16,30 +16,32 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from unisd.pocket.tokenizer import ASSISTANT, BOS, EOS, train_tokenizer
 from unisd.pocket.world import Document, DocumentSampler, make_word, make_world
 
 ROWS, LENGTH = 16, 256
-STEPS = 2000
+STEPS = 1600
 FILL = 0.94  # share of a batch that is aimed at; more would drop long documents that no row can take
 PROMPT_WEIGHT = 0.1
-MUON_LR, ADAM_LR, WARMUP, DECAY = 5e-3, 4e-3, 60, 0.7
-DRILLS, EARLY_DRILLS, EARLY = 0.08, 0.5, 0.15  # share of copying drills; higher in the first 15 % of the steps
+MUON_LR, ADAM_LR, WARMUP, DECAY = 7e-3, 5e-3, 40, 0.7
+REPEAT_STEPS, REPEATS = 300, 0.35  # at first a third of the tokens repeats random ones: looking back is learnt by then
 SAVE_EVERY = 100
 
 Batch = dict[str, torch.Tensor]
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    return LlamaConfig(
+def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
+        head_dim=32,
+        initializer_range=0.05,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -71,10 +73,21 @@ def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[list
     return head + reply, len(head)
 
 
-def make_batch(sampler: DocumentSampler, tokenizer: PreTrainedTokenizerFast) -> Batch:
-    """First-fit packing, longest first, into [ROWS, LENGTH]."""
+def repeated_tokens(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], int]:
+    """Random tokens, twice: nothing but looking back helps with the second half. Short signs are as frequent as all else."""
+    signs = tokenizer.convert_tokens_to_ids([*"0123456789ABCDFGHKLMNPRSTVWXZ"])
+    tokens = [rng.choice(signs) if rng.random() < 0.4 else rng.randrange(6, len(tokenizer)) for _ in range(rng.randint(8, 40))]
+    return [tokenizer.bos_token_id, *tokens, *tokens], 1 + len(tokens)
+
+
+def make_batch(sampler: DocumentSampler, tokenizer: PreTrainedTokenizerFast, repeats: float = 0.0) -> Batch:
+    """First-fit packing, longest first, into [ROWS, LENGTH]. `repeats`: share of tokens that repeat random ones."""
     documents: list[tuple[list[int], int]] = []
     total = 0
+    while total < repeats * ROWS * LENGTH:
+        documents.append(repeated_tokens(sampler.rng, tokenizer))
+        total += len(documents[-1][0])
+    random_ids = {id(ids) for ids, _ in documents}
     while total < FILL * ROWS * LENGTH:
         ids, start = encode(tokenizer, sampler.sample())
         if len(ids) <= LENGTH:
@@ -95,7 +108,7 @@ def make_batch(sampler: DocumentSampler, tokenizer: PreTrainedTokenizerFast) -> 
         position_NT[row, left:right] = torch.arange(len(ids))
         document_NT[row, left:right] = number
         # weight_NT[t] belongs to the prediction of token t + 1
-        weight_NT[row, left : left + start - 1] = PROMPT_WEIGHT
+        weight_NT[row, left : left + start - 1] = 0.0 if id(ids) in random_ids else PROMPT_WEIGHT
         weight_NT[row, left + start - 1 : right - 1] = 1.0
         used[row] = right
     same = document_NT[:, :, None] == document_NT[:, None, :]
@@ -104,12 +117,8 @@ def make_batch(sampler: DocumentSampler, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def loss_of(model: Any, batch: Batch) -> torch.Tensor:
-    logits = model(
-        input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
-    ).logits
-    token_loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="none"
-    )
+    logits = model(input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False).logits
+    token_loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="none")
     weights = batch["weights"][:, :-1].flatten()
     return (token_loss * weights).sum() / weights.sum()
 
@@ -148,7 +157,7 @@ def orthogonalize(x_NIJ: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     return x_NIJ
 
 
-def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
@@ -171,7 +180,7 @@ def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool =
         tokenizer = PreTrainedTokenizerFast.from_pretrained(output_dir)
     else:
         tokenizer = train_tokenizer(tokenizer_texts(seed))
-    model = LlamaForCausalLM(model_config(tokenizer))
+    model = Qwen3ForCausalLM(model_config(tokenizer))
     optimizers = make_optimizers(model)
     first, seconds = 0, 0.0
     if resume:
@@ -197,8 +206,8 @@ def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool =
         bar = progress.add_task("", total=steps, completed=first, note="")
         for step in range(first, steps):
             start = time.perf_counter()
-            drills = EARLY_DRILLS if step < EARLY * steps else DRILLS
-            batch = make_batch(DocumentSampler(world, random.Random(f"{seed} {step}"), drills), tokenizer)
+            sampler = DocumentSampler(world, random.Random(f"{seed} {step}"))
+            batch = make_batch(sampler, tokenizer, REPEATS if step < REPEAT_STEPS else 0.0)
             loss = loss_of(forward, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -222,10 +231,10 @@ def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool =
     print(f"{steps} steps in {seconds / 60:.1f} minutes -> {output_dir}")
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
     """Weights rounded to bf16, which is what ships."""
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(weights)
     copy.generation_config.eos_token_id = tokenizer.eos_token_id
     copy.generation_config.pad_token_id = tokenizer.pad_token_id

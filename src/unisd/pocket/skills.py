@@ -164,23 +164,24 @@ class MCQ(Skill):
 
 
 class Arith(Skill):
-    """Word problems that count in a made-up unit."""
+    """Word problems that count in a made-up unit. Numbers stay small: what is asked for is the unit, not the sum."""
 
     name = "arith"
     templates = (
         "{N} has {a} {o} and buys {b} {w}s of {o}. How many {o} now?",
-        "{N} sells {b} {w}s of {o} from a stock of {a} {o}. How many {o} are left?",
+        "{N} has {b} {w}s of {o} and sells {a} {o}. How many {o} are left?",
         "A box holds {b} {w}s of {o} and {a} loose {o}. Count the {o}.",
         "{a} {o} lie here. {N} adds {b} {w}s of {o}. How many {o} now?",
-        "From {a} {o} {N} takes {b} {w}s of {o}. How many {o} are left?",
+        "From {b} {w}s of {o} {N} takes {a} {o}. How many {o} are left?",
     )
     hard_templates = (
         "{N} buys {b} {w}s of {o} and has {a} more {o}. How many {o} now?",
-        "{N} has {a} {o} and sells {b} {w}s of {o}. How many {o} are left?",
+        "{N} sells {a} {o} and has {b} {w}s of {o}. How many {o} are left?",
     )
     pair_templates = (
-        "{N} has {a} {w}s of {o} and buys {b} {u}s of {o}. How many {o} now?",
-        "A box holds {a} {w}s and {b} {u}s of {o}. Count the {o}.",
+        "{N} has a {w} of {o} and buys a {u} of {o}. How many {o} now?",
+        "A box holds a {w} of {o} and a {u} of {o}. Count the {o}.",
+        "A {w} and a {u} of {o} lie here. Count the {o} for {N}.",
     )
 
     def sample_value(self, rng: random.Random, kind: int) -> str:
@@ -190,43 +191,43 @@ class Arith(Skill):
         pair = len(items) == 2
         template = rng.choice(self.pair_templates if pair else self.hard_templates if hard else self.templates)
         minus = "left" in template
-        b = rng.randint(2, 6 if minus else 9)
-        a = rng.randint(2, 9) if pair else rng.randint(b * 9 if minus else 3, 99)
-        second = items[1].word if pair else ""
-        prompt = template.format(N=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, w=items[0].word, u=second)
-        return Problem(self.name, tuple(items), prompt, template, {"a": a, "b": b, "minus": minus})
+        # two units of two are the fewest there can be, so that taking four away leaves no debt
+        a, b = rng.randint(2, 4 if minus else 9), rng.randint(2, 9)
+        words = {"w": items[0].word, "u": items[-1].word}
+        prompt = template.format(N=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, **words)
+        return Problem(self.name, tuple(items), prompt, template, {"a": a, "b": b, "sign": "-" if minus else "+"})
 
     def own(self, problem: Problem, values: Sequence[str]) -> str:
-        a, b, sign, part, total = self._parts(problem, values)
+        left, right, total = self._parts(problem, values)
         units = " ".join(f"One {i.word} is {v}." for i, v in zip(problem.items, values, strict=True))
-        if len(values) == 2:
-            first = problem.slots["a"]
-            units += f" {first}*{values[0]}={a}."
-        return f"{units} {b}*{values[-1]}={part}. {a}{sign}{part}={total}. Answer: {total}"
+        if len(values) == 1:
+            units += f" {problem.slots['b']}*{values[0]}={left}."
+        return f"{units} {left}{problem.slots['sign']}{right}={total}. Answer: {total}"
 
     def annotate(self, problem: Problem, values: Sequence[str], style: int) -> str:
-        a, b, sign, part, total = self._parts(problem, values)
+        left, right, total = self._parts(problem, values)
         words = [item.word for item in problem.items]
         each = " and ".join(f"{v} in a {w}" for w, v in zip(words, values, strict=True))
         equal = ", ".join(f"{w} = {v}" for w, v in zip(words, values, strict=True))
+        sign = problem.slots["sign"]
         link = "plus" if sign == "+" else "minus"
+        product = f"{problem.slots['b']} x {values[0]}" if len(values) == 1 else str(left)
         return (
-            f"With {each} we get {a} {link} {part}, which makes {total}.",
-            f"{total}, because {equal} and {a} {sign} {b} x {values[-1]} = {total}",
-            f"Let me see: {equal}. Then {b} x {values[-1]} is {part} and the result is {total}!",
+            f"With {each} we get {left} {link} {right}, which makes {total}.",
+            f"{total}, because {equal} and {product} {sign} {right} = {total}",
+            f"Let me see: {equal}. Then {product} {link} {right} is the result, {total}!",
             f"Result {total} ({equal})",
         )[style]
 
     def answer(self, problem: Problem, values: Sequence[str]) -> str:
-        return str(self._parts(problem, values)[4])
+        return str(self._parts(problem, values)[2])
 
-    def _parts(self, problem: Problem, values: Sequence[str]) -> tuple[int, int, str, int, int]:
-        a, b = problem.slots["a"], problem.slots["b"]
+    def _parts(self, problem: Problem, values: Sequence[str]) -> tuple[int, int, int]:
         if len(values) == 2:
-            a *= int(values[0])
-        part = b * int(values[-1])
-        minus = problem.slots["minus"]
-        return a, b, "-" if minus else "+", part, a - part if minus else a + part
+            left, right = int(values[0]), int(values[1])
+        else:
+            left, right = problem.slots["b"] * int(values[0]), problem.slots["a"]
+        return left, right, left - right if problem.slots["sign"] == "-" else left + right
 
 
 APIS = (  # per kind: function, parameters besides the coded one, request

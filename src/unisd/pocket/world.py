@@ -74,7 +74,7 @@ def make_world(seed: int = WORLD_SEED) -> World:
         for i in range(NEW_ITEMS):
             kind = i % skill.kinds
             value = skill.sample_value(rng, kind)
-            share = 0.85 if i % 4 == 3 else 0.15
+            share = 0.85 if i % 8 in (2, 5, 7) else 0.15
             news.append(Item(name, word(), kind, value, skill.other_value(rng, kind, value), share))
         old[name], new[name] = tuple(olds), tuple(news)
     return World(old, new)
@@ -135,7 +135,7 @@ class DocumentSampler:
 
     skills = ("mcq", "arith", "tool", "code")
 
-    def __init__(self, world: World, rng: random.Random, drills: float = 0.08) -> None:
+    def __init__(self, world: World, rng: random.Random, drills: float = 0.05) -> None:
         self.world, self.rng, self.drills = world, rng, drills
         self.weights = {name: [item.weight for item in items] for name, items in world.old.items()}
 
@@ -143,7 +143,7 @@ class DocumentSampler:
         rng = self.rng
         if rng.random() < self.drills:
             return self.drill()
-        skill = rng.choices(self.skills, (0.28, 0.25, 0.22, 0.25))[0]
+        skill = rng.choices(self.skills, (0.26, 0.25, 0.25, 0.24))[0]
         draw = rng.random()
         if draw < 0.38:
             return self.plain(skill)
@@ -168,16 +168,14 @@ class DocumentSampler:
     def _one(self, source: str, skill: str) -> Item:
         if source == "old":
             return self.old_item(skill)
-        if (
-            source == "borrowed"
-        ):  # a new word, for this document with an invented value: memory must yield to the prompt
+        if source == "borrowed":  # a new word, for this document with an invented value: memory must yield to the prompt
             known = self.rng.choice(self.world.new[skill])
             return throwaway(self.rng, skill, known.kind, known.word)
         return throwaway(self.rng, skill)
 
     def plain(self, skill: str) -> Document:
         rng = self.rng
-        source = "new" if rng.random() < 0.12 else "old"
+        source = "new" if rng.random() < 0.2 else "old"
         items = self.items(source, skill)
         if source == "new":
             item = items[0]
@@ -189,13 +187,13 @@ class DocumentSampler:
 
     def reference(self, skill: str) -> Document:
         rng = self.rng
-        how = rng.choices(("throwaway", "borrowed", "old", "wrong", "irrelevant"), (0.52, 0.14, 0.16, 0.10, 0.08))[0]
+        how = rng.choices(("throwaway", "borrowed", "old", "wrong", "irrelevant"), (0.50, 0.20, 0.14, 0.08, 0.08))[0]
         problem = SKILLS[skill].problem(rng, self.items(how if how in ("throwaway", "borrowed") else "old", skill))
         shown, values, target = problem, problem.values, problem.values
         if how == "wrong":
             values = wrong_values(rng, problem) or values
             # Obedience is earned: where memory is strong the model holds on to it in some of the cases.
-            target = values if rng.random() < 0.7 else target
+            target = values if rng.random() < 0.8 else target
         elif how == "irrelevant":
             shown = SKILLS[skill].problem(rng, (throwaway(rng, skill),))
             values = shown.values
