@@ -44,7 +44,16 @@ def test_number_accepts(completion, gold):
 
 @pytest.mark.parametrize(
     ("completion", "gold"),
-    [("#### 71", "72"), ("", "72"), ("none", "72"), ("#### 7.2", "72"), ("72\n#### 1", "72"), ("5", "-5"), ("#### 1/0", "1"), ("nan", "1")],
+    [
+        ("#### 71", "72"),
+        ("", "72"),
+        ("none", "72"),
+        ("#### 7.2", "72"),
+        ("72\n#### 1", "72"),
+        ("5", "-5"),
+        ("#### 1/0", "1"),
+        ("nan", "1"),
+    ],
 )
 def test_number_refuses(completion, gold):
     assert not number(completion, gold).correct
@@ -88,7 +97,10 @@ def test_choice_extraction(completion, letter):
         assert extract_choice(completion) == letter
 
 
-@pytest.mark.parametrize("completion", ["", "A bird in the hand", "paradise", "I think so", "The answer is A good thing to know", "(A) or (B)"])
+@pytest.mark.parametrize(
+    "completion",
+    ["", "A bird in the hand", "paradise", "I think so", "The answer is A good thing to know", "(A) or (B)"],
+)
 def test_choice_claims_nothing_without_a_letter(completion):
     assert extract_choice(completion) is None
     assert choice(completion, "A") == Grade(False, None)
@@ -112,8 +124,42 @@ def test_exact_and_contains():
 
 def adversarial(rng: random.Random, size: int) -> str:
     """Noise made of the pieces that the graders look for."""
-    pieces = ["####", "\\boxed{", "{", "}", "answer", " is", ":", "the answer to ", "-", "$", ",", ".", "/", "0", "9" * 50, " ", "\n", "(", "A", "B)",
-              "e", "e9", "**", "\u0661\u0662", "\u00bd", "\u2212", "\x00", "\ud83d\ude00", "nan", "inf", "[" * 20, "option ", '{"a":', "\u202e"]  # fmt: skip
+    pieces = [
+        "####",
+        "\\boxed{",
+        "{",
+        "}",
+        "answer",
+        " is",
+        ":",
+        "the answer to ",
+        "-",
+        "$",
+        ",",
+        ".",
+        "/",
+        "0",
+        "9" * 50,
+        " ",
+        "\n",
+        "(",
+        "A",
+        "B)",
+        "e",
+        "e9",
+        "**",
+        "\u0661\u0662",
+        "\u00bd",
+        "\u2212",
+        "\x00",
+        "\ud83d\ude00",
+        "nan",
+        "inf",
+        "[" * 20,
+        "option ",
+        '{"a":',
+        "\u202e",
+    ]
     if rng.random() < 0.3:
         pieces = [rng.choice(pieces)]
     text = "".join(rng.choice(pieces) for _ in range(min(size, 20_000)))
@@ -135,7 +181,26 @@ def test_no_completion_breaks_a_grader(name):
 @pytest.mark.parametrize("name", sorted(GRADERS))
 def test_a_megabyte_takes_no_longer_than_reading_it(name):
     """Time grows linearly: catastrophic backtracking would take minutes here."""
-    baits = ["1", "1,", "-", "$ ", "answer", "answer to ", "answer is ", "#", "#### ", "\\boxed{", "(", "* ", "A ", "A", " ", "\n", "0." * 3, "1/"]
+    baits = [
+        "1",
+        "1,",
+        "-",
+        "$ ",
+        "answer",
+        "answer to ",
+        "answer is ",
+        "#",
+        "#### ",
+        "\\boxed{",
+        "(",
+        "* ",
+        "A ",
+        "A",
+        " ",
+        "\n",
+        "0." * 3,
+        "1/",
+    ]
     for bait in baits:
         completion = bait * (1_000_000 // len(bait))
         start = time.process_time()

@@ -25,7 +25,10 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
 
 def problems(count: int, first: int = 0) -> list[dict[str, str]]:
     return [
-        {"question": f"Tom has {i} pens and buys 2. How many?", "answer": f"Tom has {i}+2 = <<{i}+2={i + 2}>>{i + 2} pens.\n#### {i + 2}"}
+        {
+            "question": f"Tom has {i} pens and buys 2. How many?",
+            "answer": f"Tom has {i}+2 = <<{i}+2={i + 2}>>{i + 2} pens.\n#### {i + 2}",
+        }
         for i in range(first, first + count)
     ]
 
@@ -55,7 +58,9 @@ def test_held_out_problems_are_disjoint_and_do_not_depend_on_order_or_seed(tmp_p
     assert task.load("validation") == task.load("test")
     # Solved examples of a test row are training problems.
     questions = {row["prompt"].split("\n")[0] for row in task.load("test")}
-    assert not any(question in context for row in task.load("test") for context in row["auxiliary_contexts"] for question in questions)
+    assert not any(
+        question in context for row in task.load("test") for context in row["auxiliary_contexts"] for question in questions
+    )
 
 
 def test_seed_and_limit(tmp_path):
@@ -79,7 +84,10 @@ def test_several_files_and_a_test_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"problem": "x", "solution": "y"}\n', r"line 1 has no text in question and answer \(its fields: problem, solution\)"),
+        (
+            '{"problem": "x", "solution": "y"}\n',
+            r"line 1 has no text in question and answer \(its fields: problem, solution\)",
+        ),
         ('{"question": "x", "answer": "no number"}\n', "does not end with '#### number'"),
         ("[1]\n", "not a JSON object"),
         ("nonsense\n", "is not JSON lines"),
@@ -99,7 +107,7 @@ def test_other_mistakes_of_the_user(tmp_path):
         GSM8KTask(str(tmp_path / "missing.jsonl")).load("dev")
     with pytest.raises(UserError, match="did you mean gsm8k"):
         tasks.get("gsm8")
-    with pytest.raises(UserError, match="unexpected keyword argument 'datafiles'.*data_files"):
+    with pytest.raises(UserError, match=r"unexpected keyword argument 'datafiles'.*data_files"):
         tasks.get("gsm8k", datafiles="x")
     (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
     with pytest.raises(UserError, match="not JSON lines"):

@@ -53,7 +53,8 @@ def test_auto_dtype_needs_size_and_hardware(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"), [("flags : fpu avx2", False), ("flags\t: avx512_bf16 x", True), ("Features : fp bf16", True), ("", False)]
+    ("flags", "expected"),
+    [("flags : fpu avx2", False), ("flags\t: avx512_bf16 x", True), ("Features : fp bf16", True), ("", False)],
 )
 def test_native_bf16_reads_the_processor(monkeypatch, flags, expected):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)

@@ -91,7 +91,7 @@ def _progress(description: str, total: int, shown: bool | None) -> Iterator[Call
         nonlocal bar, done
         done += count
         if bar is None and wanted and (shown or time.monotonic() - start > SILENT_S):
-            bar = Progress(console=Console(stderr=True), transient=True)
+            bar = Progress(console=Console(stderr=True), transient=sys.stderr.isatty())
             bar.add_task(description, total=total)
             bar.start()
         if bar is not None:
@@ -194,8 +194,7 @@ class _States:
             batch = lay_out(sequences, False, 0, device)
             states_BL = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return [
-            states_BL[row, len(p) - 1 : len(p) + len(c) - 1]
-            for row, (p, c) in enumerate(zip(prompts, completions, strict=True))
+            states_BL[row, len(p) - 1 : len(p) + len(c) - 1] for row, (p, c) in enumerate(zip(prompts, completions, strict=True))
         ]
 
     def logp(self, states_CH: Tensor) -> Tensor:
