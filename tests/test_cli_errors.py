@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 
-from unisd.cli import main
+from unisd.cli import COMMANDS, main
 
 ROWS = [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}.", "auxiliary_contexts": ["a", "b"]} for i in range(6)]
 
@@ -194,6 +194,17 @@ def test_nothing_to_resume(own: Any, tmp_path: Path) -> None:
 def test_merge_of_something_else(mistake: Any, model_dir: str) -> None:
     assert "full model already" in mistake("merge", model_dir)
     assert "is no folder" in mistake("merge", "nowhere")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")]
+)
+def test_full_disk(mistake: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "merge", fail)
+    assert "the disk is full" in mistake("merge", "x")
 
 
 # -- as a process -------------------------------------------------------------------------------------------------------------

@@ -38,11 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `unisd recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _disk_is_full(error):
             raise
-        print(f"unisd: error: the disk is full ({error.filename or 'while writing'}): free some space.", file=sys.stderr)
+        print("unisd: error: the disk is full: free some space, then resume from the last checkpoint.", file=sys.stderr)
         return 2
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Also as safetensors and torch say it, in exceptions of their own."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -129,7 +129,7 @@ def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) ->
     if config.contrastive_weight and "contrastive_weight" not in asked and not negatives:
         config.contrastive_weight = 0.0
         dropped.append("contrast (needs a column negative_context)")
-    if dropped:
+    if dropped and config.process_index == 0:
         logger.warning("recipe %s runs without %s.", options.recipe, " and without ".join(dropped))
 
 

@@ -39,9 +39,7 @@ def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> F
     }
 
 
-def drift(
-    model: Any, base: Any | None, tokenizer: Any, rows: Sequence[Row], cap: int, batch_size: int
-) -> Figures:
+def drift(model: Any, base: Any | None, tokenizer: Any, rows: Sequence[Row], cap: int, batch_size: int) -> Figures:
     """How far the model has moved from its base: `retention_ppl` both ways, and details (`evaluation.retention`)."""
     found = evaluation.retention(model, base, tokenizer, rows, max_new_tokens=cap, batch_size=batch_size)
     ways = ("forward", "reverse")

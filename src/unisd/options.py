@@ -33,11 +33,11 @@ class RunOptions:
     lora_r: int = option("adapter", "Rank of the adapter.", 64)
     lora_alpha: int = option("adapter", "Scale of the adapter (divided by the rank).", 128)
     lora_dropout: float = option("adapter", "Dropout before the adapter.", 0.05)
-    lora_target_modules: list[str] = option("adapter", "Modules to adapt, or all-linear.", ["all-linear"])  # noqa: RUF009
+    lora_target_modules: list[str] = option("adapter", "Modules to adapt, or all-linear.", ["all-linear"])
 
     # -- data ---------------------------------------------------------------------------------------------------------
     task: str | None = option("data", "Built-in or installed task; unset and no other data given: pocket.")
-    data_files: list[str] | None = option("data", "Files that the task reads (tasks that come without data).")  # noqa: RUF009
+    data_files: list[str] | None = option("data", "Files that the task reads (tasks that come without data).")
     noise: float | None = option("data", "Pocket task: share of wrong training references.")
     reference_style: str | None = option("data", "Pocket task: annotators, or own (the model's own wording).")
     train_file: str | None = option("data", "Your rows: .jsonl, .json, .csv or .parquet with prompt and privileged_context.")
