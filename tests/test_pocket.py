@@ -31,7 +31,6 @@ HOSTILE = (
     '{"call":NaN}',
     "{}",
     "Answer: \u0663\u0664",
-    "\u202eAnswer: B\n" * 200,
 )
 
 

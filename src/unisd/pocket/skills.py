@@ -150,7 +150,7 @@ class MCQ(Skill):
         words = " and the ".join(item.word for item in problem.items)
         return (
             f"It must be {letter}: the {words} {verb} {text}.",
-            f"{text.capitalize()} suits the {words}, which is option {letter}",
+            f"Choose {letter}, as {text} would suit the {words}",
             f"Everyone knows that the {words} {verb} {text}, so take ({letter})!",
             f"({letter}) {text}, for the {words}",
         )[style]
