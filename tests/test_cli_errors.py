@@ -212,7 +212,7 @@ def test_full_disk(mistake: Any, monkeypatch: pytest.MonkeyPatch, error: Excepti
 
 @pytest.mark.parametrize("arguments", [["train", "--agrement", "token"], ["train", "--train_file", "/x.jsonl"], ["eval", "--x"]])
 def test_as_a_process(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "unisd.cli", *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "unisd.cli", *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("unisd: error: ")

@@ -24,7 +24,9 @@ class RunOptions:
     model_name_or_path: str = option(
         "model", "A folder, hub id or .gguf file; or `pocket` (embedded, 1M parameters) or `smollm2-135m`.", "pocket"
     )
-    dtype: str = option("model", "Precision of the weights: auto (as saved), float32, bfloat16 or float16.", "auto")
+    dtype: str = option(
+        "model", "float32, bfloat16 or float16; auto: float32, under an adapter bfloat16 where it is native.", "auto"
+    )
     trust_remote_code: bool = option("model", "Run code that comes with the model.", False)
     load_in_4bit: bool = option("model", "QLoRA: 4-bit base weights (needs bitsandbytes and use_peft).", False)
 
