@@ -48,7 +48,9 @@ def main() -> None:
     trainer = UniSDTrainer(model, args, train_dataset=task.load("train", limit=64), processing_class=tokenizer)
     trainer.train()
     logged = [line for line in trainer.state.log_history if "weight/sure_teacher/mean" in line]
-    print(f"mean weight, first and last step: {logged[0]['weight/sure_teacher/mean']:.3f}, {logged[-1]['weight/sure_teacher/mean']:.3f}")
+    print(
+        f"mean weight, first and last step: {logged[0]['weight/sure_teacher/mean']:.3f}, {logged[-1]['weight/sure_teacher/mean']:.3f}"
+    )
 
 
 if __name__ == "__main__":

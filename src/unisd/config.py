@@ -137,11 +137,13 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
 
     # -- scoring ----------------------------------------------------------------------------------------------------------
     packing: str = option(
-        "scoring", "auto: packed rows where that is exact for the architecture, else padded; or packed, padded.", "auto"
+        "scoring",
+        "auto: packed rows (padded on a CPU, where that is faster, and where packing is not exact); or packed, padded.",
+        "auto",
     )
     token_budget: int | None = option(
         "scoring",
-        "Tokens per forward pass without gradient; unset: 512 on a CPU (no block-sparse attention there), 16384 elsewhere.",
+        "Tokens per forward pass without gradient; unset: 1024 on a CPU, 8192 elsewhere.",
     )
 
     # -- evaluation -------------------------------------------------------------------------------------------------------
@@ -157,6 +159,9 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per micro-batch and device."})
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches per optimizer step."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many optimizer steps."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP: all trained weights are used in every step."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are kept: the grader may need them."})
 
     def __post_init__(self) -> None:

@@ -65,6 +65,7 @@ class StepMetrics:
         values["loss"] = sums["loss"] / self.world_size
         values["completions/loss_tokens"] = sums["tokens"]
         values["teacher/divergence"] = sums["divergence"] / tokens
+        values["teacher/overlong_views"] = sums["overlong_views"]
         values["student/entropy"] = sums["entropy"] / tokens
         values["student/logp"] = sums["student_logp"] / tokens
         values["clip/share"] = sums["clipped"] / tokens

@@ -66,7 +66,7 @@ class Probe:
         self.eos_ids = eos_ids(model, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.backbone = Backbone(model)
-        self.packed = self.backbone.check(self.pad_id)
+        self.packed = self.backbone.check(self.pad_id) and model.device.type != "cpu"
 
     # -- what it says ---------------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ def uniform_noise(key: NoiseKey, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=bits)).random(length)
 
 
-class KeyedSampler(LogitsProcessor):
+class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
     """Draws the next token by inverting the cumulative distribution at this row's and position's own uniform number.
 
     As a logits processor under greedy search: it leaves the drawn token as the only possible one.

@@ -15,7 +15,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from unisd import memory, outputs
 from unisd.config import UniSDConfig
@@ -74,7 +74,6 @@ class Setting:
 def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Console) -> Setting:
     """Load the model and build the trainer, which checks the rows."""
     fit_mechanisms(config, options, data.train)
-    set_seed(config.seed)  # a new adapter's factors are drawn below
     model, tokenizer, _ = load_model(options)
     progress, interruption = ProgressDisplay(console), Interruption()
     trainer = UniSDTrainer(

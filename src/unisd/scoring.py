@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unisd.backbone import Backbone, lay_out
-from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_logprobs
+from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_scores
 from unisd.mechanisms import StepScores
 from unisd.rollout import generating
 from unisd.teacher import Teacher
@@ -135,19 +135,17 @@ class Scorer:
                 completion = rows[job.row].completion
                 target_T = torch.tensor(completion, device=hidden_TH.device)
                 temperature = 1.0 if job.view == "auxiliary" else self.spec.temperature
-                logp_T = token_logprobs(hidden_TH, head, target_T, temperature).cpu()
+                logp_T, entropy_T = token_scores(hidden_TH, head, target_T, temperature)
                 if job.view == "primary":
-                    teacher_logp[job.row, : len(completion)] = logp_T
+                    teacher_logp[job.row, : len(completion)] = logp_T.cpu()
+                    entropy[job.row, : len(completion)] = entropy_T.cpu()
                     states.final[job.row] = hidden_TH
                     for layer, value in layers_TH.items():
                         states.layers[layer][job.row] = value
-                    if "entropy" in self.needs:
-                        own = _compare(hidden_TH, head, hidden_TH, head, target_T, self.spec)
-                        entropy[job.row, : len(completion)] = own.student_entropy_N.cpu()
                 elif job.view == "negative":
-                    negative_logp[job.row, : len(completion)] = logp_T
+                    negative_logp[job.row, : len(completion)] = logp_T.cpu()
                 else:
-                    auxiliary_logp[job.context, job.row, : len(completion)] = logp_T
+                    auxiliary_logp[job.context, job.row, : len(completion)] = logp_T.cpu()
 
         auxiliary_present = torch.tensor([[k < len(row.auxiliary) for row in rows] for k in range(K)], dtype=torch.bool)
         scores = StepScores(

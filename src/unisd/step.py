@@ -113,7 +113,7 @@ def loss_coefficients(
 
 
 def micro_batch(
-    part: range,
+    part: Sequence[int],
     rows: Sequence[ScoringRow],
     scores: StepScores,
     states: TeacherStates,
@@ -129,7 +129,8 @@ def micro_batch(
     `scores` and `coefficients` are this rank's.
     """
     batch: Batch = lay_out([rows[i].student + rows[i].completion for i in part], packed, pad_id, device)
-    mask_BT = scores.mask[part.start : part.stop]
+    chosen = torch.tensor(part)
+    mask_BT = scores.mask[chosen]
     positions = [
         start + len(rows[i].student) - 1 + t
         for start, i in zip(batch.starts, part, strict=True)
@@ -138,7 +139,7 @@ def micro_batch(
     ]
 
     def at_loss_tokens(value_BT: Tensor) -> Tensor:
-        return value_BT[part.start : part.stop][mask_BT].to(device)
+        return value_BT[chosen][mask_BT].to(device)
 
     def states_at_loss_tokens(states_of_rows: Sequence[Tensor]) -> Tensor:
         kept = [states_of_rows[i][torch.tensor(rows[i].loss_mask, device=device)] for i in part if any(rows[i].loss_mask)]

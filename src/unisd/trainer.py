@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, Trainer, TrainerCallback
+from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 
 from unisd.backbone import Backbone, Batch
 from unisd.config import UniSDConfig
@@ -115,6 +115,9 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         self.eos_ids = eos_ids(student, processing_class)
         self.pad_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else self.eos_ids[0]
         packed = self.backbone.check(self.pad_id, args.packing)
+        if args.packing == "auto" and args.device.type == "cpu":
+            # Attention on a CPU computes the masked pairs too: padded rows of like length took 2/3 of the time of packed ones.
+            packed = False
 
         super().__init__(
             model=student,
@@ -138,7 +141,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             args.divergence_spec,
             needs=self.needs,
             packed=packed,
-            token_budget=args.token_budget or (512 if args.device.type == "cpu" else 16384),
+            token_budget=args.token_budget or (1024 if args.device.type == "cpu" else 8192),
             pad_id=self.pad_id,
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
@@ -167,6 +170,8 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             ("prompt", "max_prompt_length", self.args.max_prompt_length, self.prompts.student),
             ("prompt with its reference", "max_teacher_prompt_length", self.args.max_teacher_prompt_length, self.prompts.teacher),
         )
+        # Auxiliary and negative views are other texts: those over the limit are left out one by one, and counted.
+        self._teacher_room = min(x for x in (self.args.max_teacher_prompt_length, room, 1 << 60) if x is not None)
         for what, option, own_limit, encode in limits:
             limit = min(x for x in (own_limit, room, 1 << 60) if x is not None)
             too_long = [(i, length) for i, row in enumerate(self.rows) if (length := _length_over(limit, encode, row))]
@@ -198,23 +203,23 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
                 self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
             self.metrics.values |= weight_metrics | self._observe(completions, everywhere)
-            micro_batches, first = [], 0
+            # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
+            micro_batches = []
             for batch in batches:
-                part = range(first, first + len(batch["row"]) * G)
-                first = part.stop
-                micro_batches.append(
-                    micro_batch(
-                        part,
-                        rows,
-                        scores,
-                        states,
-                        coefficients,
-                        packed=self.packed,
-                        pad_id=self.pad_id,
-                        hidden_size=self.backbone.head_module.in_features,
-                        device=device,
-                    )
+                part, order = order[: len(batch["row"]) * G], order[len(batch["row"]) * G :]
+                inputs = micro_batch(
+                    part,
+                    rows,
+                    scores,
+                    states,
+                    coefficients,
+                    packed=self.packed,
+                    pad_id=self.pad_id,
+                    hidden_size=self.backbone.head_module.in_features,
+                    device=device,
                 )
+                micro_batches.append(inputs)
         # Not None, so that the Trainer does not divide the loss again.
         return micro_batches, int(everywhere.mask.sum())
 
@@ -226,21 +231,27 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             self.engine.sync()
             completions = self.engine.generate(prompts, keys, self.sampling)
             self.engine.sleep()
-        rows = []
+        rows, overlong = [], 0
         for (number, _), prompt, completion in zip(numbers, prompts, completions, strict=True):
             row = self.rows[number]
             dropped = completion.truncated and args.mask_truncated_completions
-            negative = row.get("negative_context")
+            views = self.prompts.auxiliary(row, args.num_auxiliary_contexts) if "auxiliary" in self.needs else []
+            auxiliary = [ids for ids in views if len(ids) <= self._teacher_room]
+            negative = self.prompts.negative(row) if "negative" in self.needs and row.get("negative_context") else None
+            if negative is not None and len(negative) > self._teacher_room:
+                negative, overlong = None, overlong + 1
+            overlong += len(views) - len(auxiliary)
             rows.append(
                 ScoringRow(
                     completion=completion.ids,
                     loss_mask=[not dropped and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))],
                     student=prompt,
                     teacher=self.prompts.teacher(row),
-                    negative=self.prompts.negative(row) if negative and "negative" in self.needs else None,
-                    auxiliary=self.prompts.auxiliary(row, args.num_auxiliary_contexts) if "auxiliary" in self.needs else [],
+                    negative=negative,
+                    auxiliary=auxiliary,
                 )
             )
+        self.metrics.add(overlong_views=float(overlong))
         return rows, completions
 
     # -- line 4: the student's loss -----------------------------------------------------------------------------------
@@ -424,6 +435,7 @@ def _with_adapter(model: nn.Module, peft_config: Any, args: UniSDConfig) -> nn.M
 
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    set_seed(args.seed)  # the Trainer would seed only after the adapter's factors are drawn
     adapted: nn.Module = get_peft_model(model, peft_config)
     return adapted
 
