@@ -132,7 +132,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
             for p in group["params"]:
@@ -192,11 +192,12 @@ def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool =
             optimizer.load_state_dict(saved)
         first, seconds = state["step"], state["seconds"]
     base_rates = (MUON_LR, ADAM_LR)
-    forward = model
+    forward: Any = model
     if compile:
         try:
-            forward = torch.compile(model)  # type: ignore[assignment]
-            loss_of(forward, make_batch(DocumentSampler(make_world(), random.Random(0)), tokenizer)).backward()
+            forward = torch.compile(model)
+            warm_up: Any = loss_of(forward, make_batch(DocumentSampler(make_world(), random.Random(0)), tokenizer))
+            warm_up.backward()
             model.zero_grad()
         except Exception:  # no working C++ compiler: eager is only slower
             forward = model
@@ -210,7 +211,7 @@ def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool =
             start = time.perf_counter()
             sampler = DocumentSampler(world, random.Random(f"{seed} {step}"))
             batch = make_batch(sampler, tokenizer, REPEATS if step in REPEAT_STEPS else 0.0)
-            loss = loss_of(forward, batch)
+            loss: Any = loss_of(forward, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
