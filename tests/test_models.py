@@ -185,6 +185,15 @@ def test_conversion_happens_once_and_follows_the_content(tmp_path, monkeypatch):
     assert all(path.name[0] != "." for path in (tmp_path / "cache" / "gguf").iterdir())
 
 
+def test_leftovers_of_killed_conversions_are_swept(tmp_path):
+    old, young = tmp_path / ".tmp-old", tmp_path / ".tmp-young"
+    for path in (old, young):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    gguf_cache._sweep(tmp_path)
+    assert not old.exists() and young.exists()
+
+
 def test_an_unwritable_cache(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path / "cache"))

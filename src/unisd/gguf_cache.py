@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def converted(file: Path) -> Path:
     logger.warning("converting %s once into %s", file.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
     except OSError as error:
         raise UserError(f"cannot write the cache {target.parent} ({error.strerror}); set UNISD_CACHE") from None
@@ -75,6 +77,13 @@ def converted(file: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed conversions left behind; one that still runs is younger than a day."""
+    for left in folder.glob(".tmp-*"):
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _key(file: Path) -> str:
