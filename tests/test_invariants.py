@@ -126,7 +126,6 @@ def test_neutral_mechanisms_change_nothing(tmp_path: Any, family: str) -> None:
         {"agreement": "token", "agreement_gamma": 0.0},
         {"agreement": "sequence", "agreement_gamma": 0.0},
         {"token_clip": float("inf")},
-        {"token_clip_quantile": 1.0},
         {"entry_clip": float("inf")},
     ):
         assert_same(off, gradients(trainer(tmp_path, family, **neutral)))

@@ -256,7 +256,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "contrastive_margin": (0, _INF),
     "feature_weight": (0, _INF),
     "token_clip": (1e-9, _INF),
-    "token_clip_quantile": (1e-6, 1),
+    "token_clip_quantile": (1e-6, 0.99999),
     "entry_clip": (1e-9, _INF),
     "token_budget": (1, _INF),
     "eval_max_new_tokens": (1, _INF),
