@@ -102,6 +102,8 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         self.prompts = PromptBuilder(
             processing_class, args.teacher_prompt_layout, args.teacher_prompt_template, args.auxiliary_prompt_template
         )
+        if not self.prompts.is_chat:
+            logger.warning("The tokenizer has no chat template: prompts are taken as plain text.")
         self.weights = [parse_weight(spec) for spec in args.reliability_weights]
         self.needs = needed_views(args, self.weights)
         if self.rows:
