@@ -55,7 +55,8 @@ def test_kill_and_resume_is_bit_identical(tmp_path: Path, lora: bool) -> None:
     whole = build(tmp_path / "whole", lora)
     whole.train()
 
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import test_resume; test_resume.kill_at_step_five({str(tmp_path / 'killed')!r}, {lora})"
+    paths, folder = f"sys.path[:0] = {sys.path!r}", str(tmp_path / "killed")
+    code = f"import sys; {paths}; import test_resume; test_resume.kill_at_step_five({folder!r}, {lora})"
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     # What a kill in the middle of saving leaves behind is passed over.
