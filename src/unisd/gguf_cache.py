@@ -79,6 +79,9 @@ def converted(file: Path) -> Path:
     return target
 
 
+FORMAT = 2  # of the converted folder; raised when the conversion changes
+
+
 def _sweep(folder: Path) -> None:
     """Remove what killed conversions left behind; one that still runs is younger than a day."""
     for left in folder.glob(".tmp-*"):
@@ -92,7 +95,7 @@ def _key(file: Path) -> str:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     major = transformers.__version__.partition(".")[0]
-    return f"{file.stem}-{digest[:24]}-{file.stat().st_size}-transformers{major}"
+    return f"{file.stem}-{digest[:24]}-{file.stat().st_size}-transformers{major}-{FORMAT}"
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -113,7 +116,18 @@ def _convert(file: Path, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
+    if _begins_with_bos(file):
+        tokenizer.add_bos_token = True
+        tokenizer.init_kwargs["add_bos_token"] = True
     tokenizer.save_pretrained(folder)
+
+
+def _begins_with_bos(file: Path) -> bool:
+    """Whether the file says that every text begins with BOS, which transformers' conversion of the tokenizer forgets."""
+    from gguf import GGUFReader
+
+    found = GGUFReader(str(file)).fields.get("tokenizer.ggml.add_bos_token")
+    return found is not None and bool(found.parts[-1][0])
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

@@ -41,8 +41,12 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
                 "or use a model with a chat template."
             )
         ids: list[int] = tokenizer(prompt)["input_ids"]
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        # A tokenizer that should begin with BOS may have lost that in conversion; without it Gemma writes nonsense.
+        if bos is not None and bos != eos and ids[:1] != [bos] and getattr(tokenizer, "add_bos_token", None) is not False:
+            ids = [bos, *ids]
         # Some tokenizers close every text with an end token; the answer must follow the prompt instead.
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
