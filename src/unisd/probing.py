@@ -20,7 +20,7 @@ from unisd.errors import UserError
 from unisd.inputs import load_data, load_model
 from unisd.measure import percent
 from unisd.options import RunOptions
-from unisd.parsing import train_parser
+from unisd.parsing import parse, train_parser
 from unisd.probe import LAYOUTS, Probe
 from unisd.prompts import PromptBuilder
 
@@ -59,8 +59,6 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"--n {own.n}: at least one row is needed.")
     values = {name: getattr(own, name) for name in SHARED if getattr(own, name) is not None}
     flags = [token for name, value in values.items() for token in (f"--{name}", *(value if isinstance(value, list) else [value]))]
-    from unisd.parsing import parse
-
     options, config = parse(flags, "unisd probe")
     options.max_train_rows = own.n if options.task is not None else None
     report = probe(options, config, own.n, own.max_new_tokens, own.batch_size)
