@@ -109,6 +109,20 @@ def test_rows_leave_the_batch(monkeypatch):
     assert sizes[0] == 12 and sizes[-1] < 12 and sizes == sorted(sizes, reverse=True)
 
 
+def test_a_repeated_prompt_is_read_once():
+    model = tiny.model("llama")
+    different = some_ids(3, 9, seed=2)
+    prompts = [different[i] for i in (0, 1, 0, 2, 1, 0)]
+    read = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    got = decode(model, prompts, 6, eos_ids=[], pad_id=0)
+    handle.remove()
+    assert got == [slow_greedy(model, prompt, 6, set()) for prompt in prompts]
+    assert read[0] == (3, max(map(len, different))) and all(shape == (6, 1) for shape in read[1:])
+
+
 def test_decoding_leaves_the_model_as_it_was():
     model = tiny.model("llama").train()
     model.model.layers[0].eval()

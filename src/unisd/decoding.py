@@ -1,18 +1,22 @@
 """Batched decoding with a transformers model: left-padded, finished rows leave the batch, and no needless copies on a CPU.
 
-Three things make it faster than one plain `generate` call, none changes what is generated (beyond rounding):
+Five things make it faster than one plain `generate` call, none changes what is generated (beyond rounding):
 - rows that came to an end leave the batch and its cache every few tokens: the longest row does not hold up the others
 - the key/value cache grows by amortised doubling instead of one full copy per token
+- a prompt that occurs several times in a batch (several generations) is read once, its cache then repeated
 - on a CPU, grouped-query attention under a padding mask reads the shared heads in place (transformers repeats them first)
+- on a CPU, the head multiplies from the left, which is the faster order for few rows and many columns
 
 Measured in the shapes of a 135M Llama, batch 48, 300 tokens of context, one AVX2 core, per layer and token: attention
-23.5 -> 7.0 ms, cache 4.5 -> 0.04 ms, beside 13.9 ms for the linear maps.
+23.5 -> 7.0 ms, cache 4.5 -> 0.04 ms, beside 13.9 ms for the linear maps; on two cores the head (vocabulary 49,152), per
+token: 84 -> 48 ms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +99,12 @@ def _empty_cache(model: Any) -> DynamicCache | None:
     return cache if cache.layers else None
 
 
+def _left_linear(module: nn.Linear, hidden: Tensor) -> Tensor:
+    """`module(hidden)` computed as (W x^T)^T."""
+    out = (module.weight @ hidden.flatten(0, -2).T).T.reshape(*hidden.shape[:-1], -1)
+    return out if module.bias is None else out + module.bias
+
+
 def _bare(model: Any) -> Any:
     """The transformers model inside a peft wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -111,9 +121,13 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     own_configs = [owner.generation_config for owner in owners]
     training = [module for module in model.modules() if module.training]
     attention = bare.config._attn_implementation
-    grouped = attention == "sdpa" and bare.device.type == "cpu"
+    on_cpu = bare.device.type == "cpu"
+    grouped = attention == "sdpa" and on_cpu
+    head = bare.get_output_embeddings() if on_cpu else None
     model.eval()
     try:
+        if type(head) is nn.Linear:
+            head.forward = partial(_left_linear, head)  # type: ignore[method-assign]
         for owner in owners:
             owner.generation_config = config
         if grouped:
@@ -121,6 +135,8 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        if type(head) is nn.Linear:
+            del head.forward
         if grouped:
             bare.set_attn_implementation(attention)
         for owner, own in zip(owners, own_configs, strict=True):
@@ -181,10 +197,14 @@ def _decode_batch(
     ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
     cache = _empty_cache(_bare(model))
     can_drop = cache is not None and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+    extra: dict[str, Any] = {}
+    if cache is not None:
+        extra["past_key_values"] = cache
+        if all(type(layer) is GrowingLayer for layer in cache.layers):
+            _read_repeated_prompts_once(model, ids_BT, mask_BT, cache, config)
     done = 0
     while alive:
         config.max_new_tokens = min(COMPACT_EVERY, max_new_tokens - done) if can_drop else max_new_tokens
-        extra = {} if cache is None else {"past_key_values": cache}
         if processors is not None:
             extra["logits_processor"] = processors(alive, width)
         ids_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, **extra).sequences
@@ -207,3 +227,20 @@ def _decode_batch(
             assert cache is not None
             cache.batch_select_indices(index)
         alive = [alive[row] for row in kept]
+
+
+def _read_repeated_prompts_once(
+    model: Any, ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache, config: GenerationConfig
+) -> None:
+    """Fill `cache` up to the last prompt token of each row, where rows are repeated."""
+    numbers: dict[tuple[int, ...], int] = {}  # of the different prompts, in order of appearance
+    number_B = [numbers.setdefault(tuple(row), len(numbers)) for row in ids_BT.tolist()]
+    width = ids_BT.shape[1]
+    if len(numbers) == len(number_B) or width < 2:
+        return
+    unique = torch.tensor([number_B.index(number) for number in range(len(numbers))], device=ids_BT.device)
+    config.max_new_tokens = 1
+    model.generate(input_ids=ids_BT[unique], attention_mask=mask_BT[unique], generation_config=config, past_key_values=cache)
+    # The last token is read again in every row: each draws its first token from it.
+    cache.crop(width - 1)
+    cache.batch_select_indices(torch.tensor(number_B, device=ids_BT.device))

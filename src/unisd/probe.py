@@ -29,7 +29,8 @@ from unisd.teacher import Teacher
 
 LAYOUTS = ("append", "turn")
 HEADROOM = 0.05  # least gain in accuracy that is worth a run
-SIDE_SHARE, SIDE_LEAST = 3, 16  # the two side questions are asked of every third row, of 16 at least
+SIDE_ROWS = 16  # the two side questions (wrong reference, auxiliary contexts) are asked of so many rows
+COMPARED_ROWS, COMPARED_TOKENS = 16, 128  # where a grader speaks, distributions are compared on so many rows and first tokens
 NOTABLE = 0.05  # nats per token below which a teacher says what the student says
 
 
@@ -152,17 +153,20 @@ class Probe:
             layout: self.answers(f"teacher, {layout} layout", rows, prompts)[1] if self.grade else {"n": len(rows)}
             for layout, prompts in teacher_prompts.items()
         }
-        self.on_phase("divergences on the student's answers", len(rows))
-        start = time.perf_counter()
-        student_states = self.states(student_prompts, completions)
-        states = {layout: self.states(prompts, completions) for layout, prompts in teacher_prompts.items()}
-        scored = sum(
-            len(p) + len(c.ids) for prompts in teacher_prompts.values() for p, c in zip(prompts, completions, strict=True)
-        )
-        scored += sum(len(p) + len(c.ids) for p, c in zip(student_prompts, completions, strict=True))
+        # Without a grader the advice rests on these, so that they get every row and token.
+        compared = rows[:COMPARED_ROWS] if self.grade else rows
+        own = [self._compared(completion) for completion in completions[: len(compared)]]
+        self.on_phase("divergences on the student's answers", 3 * len(compared))
+        start, scored = time.perf_counter(), 0
+        states = {}
+        for name, prompts in (("student", student_prompts), *teacher_prompts.items()):
+            prompts = prompts[: len(compared)]
+            states[name] = self.states(prompts, own)
+            scored += sum(len(p) + len(c.ids) for p, c in zip(prompts, own, strict=True))
+            self.on_rows(len(compared))
         score_speed = scored / (time.perf_counter() - start)
         for layout in LAYOUTS:
-            teacher[layout]["divergence"] = self.divergence(states[layout], student_states, completions)
+            teacher[layout]["divergence"] = self.divergence(states[layout], states["student"], own)
         if self.grade is None:
             nll, tokens = reference_nll(self.model, self.tokenizer, list(rows))
             student["nll"] = nll / max(tokens, 1)
@@ -173,11 +177,12 @@ class Probe:
         best = max(LAYOUTS, key=lambda layout: self._merit(teacher[layout]))
         report: dict[str, Any] = {
             "n": len(rows),
+            "n_compared": len(compared),
             "student": student,
             "teacher": teacher,
             "layout": best,
-            "wrong_reference": self._wrong_reference(best, states[best], completions),
-            "auxiliary": self._auxiliary(completions),
+            "wrong_reference": self._wrong_reference(best, states[best], own),
+            "auxiliary": self._auxiliary(own),
             "score_tokens_per_s": score_speed,
         }
         report["advice"] = advice(report)
@@ -189,25 +194,29 @@ class Probe:
         # Without a grader: the layout in which the reference moves the teacher further.
         return float(figures["divergence"])
 
-    def _side_rows(self, column: str) -> list[int]:
-        """Rows that have the column, a part of them where there are many: each costs a whole generation."""
-        found = [i for i, row in enumerate(self.rows) if row.get(column)]
-        return found[: max(SIDE_LEAST, len(self.rows) // SIDE_SHARE)]
+    def _compared(self, completion: Completion) -> Completion:
+        return completion if self.grade is None else replace(completion, ids=completion.ids[:COMPARED_TOKENS])
 
-    def _wrong_reference(self, layout: str, right: Sequence[Tensor], completions: Sequence[Completion]) -> dict[str, Any] | None:
+    def _side_rows(self, column: str) -> list[int]:
+        """The first rows that have the column: each costs a whole generation."""
+        return [i for i, row in enumerate(self.rows) if row.get(column)][:SIDE_ROWS]
+
+    def _wrong_reference(self, layout: str, right: Sequence[Tensor], own: Sequence[Completion]) -> dict[str, Any] | None:
+        """`own`: the student's answers of the compared rows, `right`: the teacher's states along them."""
         chosen = self._side_rows("negative_context")
         if not chosen:
             return None
-        rows = [self.rows[i] for i in chosen]
-        prompts = [self.builders[layout].negative(row) for row in rows]
-        figures: dict[str, Any] = {"n": len(rows)}
+        prompts = [self.builders[layout].negative(self.rows[i]) for i in chosen]
+        figures: dict[str, Any] = {"n": len(chosen)}
         if self.grade is not None:
-            figures = self.answers("teacher, wrong reference", rows, prompts)[1]
-        own = [completions[i] for i in chosen]
-        figures["divergence_from_right"] = self.divergence([right[i] for i in chosen], self.states(prompts, own), own)
+            figures = self.answers("teacher, wrong reference", [self.rows[i] for i in chosen], prompts)[1]
+        both = [(i, prompt) for i, prompt in zip(chosen, prompts, strict=True) if i < len(own)]
+        answers = [own[i] for i, _ in both]
+        wrong = self.states([prompt for _, prompt in both], answers)
+        figures["divergence_from_right"] = self.divergence([right[i] for i, _ in both], wrong, answers)
         return figures
 
-    def _auxiliary(self, completions: Sequence[Completion]) -> dict[str, Any] | None:
+    def _auxiliary(self, own: Sequence[Completion]) -> dict[str, Any] | None:
         chosen = self._side_rows("auxiliary_contexts")
         if not chosen:
             return None
@@ -217,7 +226,10 @@ class Probe:
             # One context per row, taken in turn: the accuracy of the typical context at the price of one generation.
             views = [self.builders["append"].auxiliary(row, self.contexts) for row in rows]
             figures = self.answers("auxiliary contexts", rows, [view[i % len(view)] for i, view in enumerate(views)])[1]
-        figures["spread"] = self.spread(rows, [completions[i] for i in chosen])
+        both = [i for i in chosen if i < len(own)]
+        if self.grade is not None:
+            both = both[: COMPARED_ROWS // 2]  # every row is scored under each of its contexts
+        figures["spread"] = self.spread([self.rows[i] for i in both], [own[i] for i in both])
         return figures
 
 

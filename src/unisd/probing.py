@@ -21,7 +21,7 @@ from unisd.inputs import load_data, load_model
 from unisd.measure import percent
 from unisd.options import RunOptions
 from unisd.parsing import parse, train_parser
-from unisd.probe import LAYOUTS, Probe
+from unisd.probe import COMPARED_TOKENS, LAYOUTS, Probe
 from unisd.prompts import PromptBuilder
 
 SCHEMA_VERSION = 1
@@ -160,6 +160,10 @@ def _print(console: Console, report: dict[str, Any]) -> None:
     notes = [
         "nats/token: KL from teacher to student on the student's own answers (wrong reference: from the right one; auxiliary: spread)."
     ]
+    if report["n_compared"] < report["n"]:
+        notes.append(
+            f"Distributions are compared on {report['n_compared']} rows and their first {COMPARED_TOKENS} tokens, spread on half of them."
+        )
     if "nll" in report["student"]:
         notes.append("reference NLL of a teacher that sees the reference is copying; the advice does not use it.")
     if report["overlong"]:

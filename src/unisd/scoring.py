@@ -69,6 +69,15 @@ class _Job:
     prompt: list[int]
 
 
+@dataclass(frozen=True)
+class _View:
+    """What a forward pass left of one job: the states that predict the completion, final `[T_i,H]` and of listed layers."""
+
+    job: _Job
+    final_TH: Tensor
+    layers_TH: dict[int, Tensor]
+
+
 class Scorer:
     """Scores completions under teacher views.
 
@@ -131,21 +140,19 @@ class Scorer:
 
         with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
             head = self.backbone.head()
-            for job, hidden_TH, layers_TH in self._hidden_states(jobs, rows, device):
-                completion = rows[job.row].completion
-                target_T = torch.tensor(completion, device=hidden_TH.device)
-                temperature = 1.0 if job.view == "auxiliary" else self.spec.temperature
-                logp_T, entropy_T = token_scores(hidden_TH, head, target_T, temperature)
-                if job.view == "primary":
-                    teacher_logp[job.row, : len(completion)] = logp_T.cpu()
-                    entropy[job.row, : len(completion)] = entropy_T.cpu()
-                    states.final[job.row] = hidden_TH
-                    for layer, value in layers_TH.items():
-                        states.layers[layer][job.row] = value
-                elif job.view == "negative":
-                    negative_logp[job.row, : len(completion)] = logp_T.cpu()
-                else:
-                    auxiliary_logp[job.context, job.row, : len(completion)] = logp_T.cpu()
+            for group in self._hidden_states(jobs, rows, device):
+                for view, logp_T, entropy_T in self._token_scores(group, rows, head):
+                    job, length = view.job, len(logp_T)
+                    if job.view == "primary":
+                        teacher_logp[job.row, :length] = logp_T
+                        entropy[job.row, :length] = entropy_T
+                        states.final[job.row] = view.final_TH
+                        for layer, hidden_TH in view.layers_TH.items():
+                            states.layers[layer][job.row] = hidden_TH
+                    elif job.view == "negative":
+                        negative_logp[job.row, :length] = logp_T
+                    else:
+                        auxiliary_logp[job.context, job.row, :length] = logp_T
 
         auxiliary_present = torch.tensor([[k < len(row.auxiliary) for row in rows] for k in range(K)], dtype=torch.bool)
         scores = StepScores(
@@ -173,18 +180,38 @@ class Scorer:
         jobs = [_Job("student", i, 0, row.student) for i, row in enumerate(rows)]
         with generating(self.backbone.causal_lm), self._context():
             head = self.backbone.head()
-            for job, hidden_TH, _ in self._hidden_states(jobs, rows, device):
-                length = len(rows[job.row].completion)
-                target_T = torch.tensor(rows[job.row].completion, device=hidden_TH.device)
-                compared = _compare(hidden_TH, head, states.final[job.row], head_of_teacher, target_T, self.spec)
-                student_logp[job.row, :length] = compared.student_logp_N.cpu()
-                divergence[job.row, :length] = compared.divergence_N.cpu()
+            for group in self._hidden_states(jobs, rows, device):
+                student_NH = torch.cat([view.final_TH for view in group])
+                teacher_NH = torch.cat([states.final[view.job.row] for view in group])
+                target_N = _targets(group, rows, student_NH.device)
+                compared = _compare(student_NH, head, teacher_NH, head_of_teacher, target_N, self.spec)
+                lengths = [len(view.final_TH) for view in group]
+                logps, divergences = (
+                    torch.split(value.cpu(), lengths) for value in (compared.student_logp_N, compared.divergence_N)
+                )
+                for view, logp_T, divergence_T in zip(group, logps, divergences, strict=True):
+                    student_logp[view.job.row, : len(logp_T)] = logp_T
+                    divergence[view.job.row, : len(logp_T)] = divergence_T
         return replace(scores, student_logp=student_logp, divergence=divergence)
+
+    def _token_scores(
+        self, group: Sequence[_View], rows: Sequence[ScoringRow], head: Head
+    ) -> Iterator[tuple[_View, Tensor, Tensor]]:
+        """Log-probability of the realised tokens and entropy `[T_i]` of each view, on the CPU; one projection for all."""
+        for temperature in sorted({self._temperature(view) for view in group}):
+            alike = [view for view in group if self._temperature(view) == temperature]
+            hidden_NH = torch.cat([view.final_TH for view in alike])
+            logp_N, entropy_N = token_scores(hidden_NH, head, _targets(alike, rows, hidden_NH.device), temperature)
+            lengths = [len(view.final_TH) for view in alike]
+            yield from zip(alike, torch.split(logp_N.cpu(), lengths), torch.split(entropy_N.cpu(), lengths), strict=True)
+
+    def _temperature(self, view: _View) -> float:
+        return 1.0 if view.job.view == "auxiliary" else self.spec.temperature
 
     def _hidden_states(
         self, jobs: Sequence[_Job], rows: Sequence[ScoringRow], device: torch.device | str
-    ) -> Iterator[tuple[_Job, Tensor, dict[int, Tensor]]]:
-        """Each job's hidden states at the positions that predict the completion, `[T_i,H]`."""
+    ) -> Iterator[list[_View]]:
+        """The views of each forward pass: hidden states at the positions that predict the completion."""
         jobs = [job for job in jobs if rows[job.row].completion]
         sequences = [job.prompt + rows[job.row].completion for job in jobs]
         for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
@@ -193,13 +220,21 @@ class Scorer:
                 self.backbone.decoder(**batch.inputs, use_cache=False)
             assert captured.final is not None
             final_NH = captured.final.flatten(0, 1)
+            group = []
             for start, i in zip(batch.starts, chosen, strict=True):
                 job = jobs[i]
                 first = start + len(job.prompt) - 1
                 span = slice(first, first + len(rows[job.row].completion))
+                kept = captured.layers.items() if job.view == "primary" else ()
                 # Cloned, so that a row's states do not keep the whole forward pass alive.
-                layers = {layer: h.flatten(0, 1)[span].clone() for layer, h in captured.layers.items()}
-                yield job, final_NH[span].clone(), layers if job.view == "primary" else {}
+                layers_TH = {layer: hidden.flatten(0, 1)[span].clone() for layer, hidden in kept}
+                group.append(_View(job, final_NH[span].clone(), layers_TH))
+            yield group
+
+
+def _targets(group: Sequence[_View], rows: Sequence[ScoringRow], device: torch.device | str) -> Tensor:
+    """The realised tokens of all views, end to end."""
+    return torch.tensor([token for view in group for token in rows[view.job.row].completion], device=device)
 
 
 def teacher_head(backbone: Backbone, teacher: Teacher) -> Head:

@@ -19,16 +19,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from unisd.pocket.tokenizer import ASSISTANT, BOS, EOS, train_tokenizer
-from unisd.pocket.world import Document, DocumentSampler, make_word, make_world
+from unisd.pocket.world import Document, DocumentSampler, World, make_word, make_world
 
 ROWS, LENGTH = 16, 256
-STEPS = 2000
+STEPS = 2200
 FILL = 0.94  # share of a batch that is aimed at; more would drop long documents that no row can take
 PROMPT_WEIGHT = 0.1
 MUON_LR, ADAM_LR, WARMUP, DECAY = 7e-3, 5e-3, 40, 0.7
-# For some time a fifth of the tokens repeats random ones. Without it a model of this size copies names, but hardly
-# digits and letters: heads that look back form within 150 of these steps, and all four skills follow.
-REPEAT_STEPS, REPEATS = range(200, 800), 0.2
+# For some time a fifth of the tokens repeats random ones, later all documents are copying drills. Without these a model of
+# this size copies names, but hardly digits and letters: the heads that look back form then, and all four skills follow.
+REPEAT_STEPS, REPEATS = range(500, 800), 0.2
+DRILL_STEPS = range(1000, 1100)
 SAVE_EVERY = 100
 
 Batch = dict[str, torch.Tensor]
@@ -116,6 +117,11 @@ def make_batch(sampler: DocumentSampler, tokenizer: PreTrainedTokenizerFast, rep
     same = document_NT[:, :, None] == document_NT[:, None, :]
     mask = same & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     return {"ids": ids_NT, "positions": position_NT, "weights": weight_NT, "mask": mask[:, None]}
+
+
+def document_sampler(world: World, seed: int, step: int) -> DocumentSampler:
+    rng = random.Random(f"{seed} {step}")
+    return DocumentSampler(world, rng, drills=1.0) if step in DRILL_STEPS else DocumentSampler(world, rng)
 
 
 def loss_of(model: Any, batch: Batch) -> torch.Tensor:
@@ -209,7 +215,7 @@ def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool =
         bar = progress.add_task("", total=steps, completed=first, note="")
         for step in range(first, steps):
             start = time.perf_counter()
-            sampler = DocumentSampler(world, random.Random(f"{seed} {step}"))
+            sampler = document_sampler(world, seed, step)
             batch = make_batch(sampler, tokenizer, REPEATS if step in REPEAT_STEPS else 0.0)
             loss: Any = loss_of(forward, batch)
             loss.backward()
