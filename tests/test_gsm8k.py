@@ -86,11 +86,11 @@ def test_several_files_and_a_test_file(tmp_path):
     [
         (
             '{"problem": "x", "solution": "y"}\n',
-            r"line 1 has no text in question and answer \(its fields: problem, solution\)",
+            r"row 0 has no question \(str\) and answer \(str\) \(its fields: problem, solution\)",
         ),
         ('{"question": "x", "answer": "no number"}\n', "does not end with '#### number'"),
-        ("[1]\n", "not a JSON object"),
-        ("nonsense\n", "is not JSON lines"),
+        ("[1]\n", "an object is needed"),
+        ("nonsense\n", "line 1 is not JSON"),
     ],
 )
 def test_wrong_files_are_told_in_one_line(tmp_path, text, message):
@@ -101,7 +101,7 @@ def test_wrong_files_are_told_in_one_line(tmp_path, text, message):
 
 
 def test_other_mistakes_of_the_user(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is not a file"):
         GSM8KTask(str(tmp_path / "missing.jsonl")).load("train")
     with pytest.raises(UserError, match="no split 'dev'"):
         GSM8KTask(str(tmp_path / "missing.jsonl")).load("dev")
@@ -110,7 +110,7 @@ def test_other_mistakes_of_the_user(tmp_path):
     with pytest.raises(UserError, match=r"unexpected keyword argument 'datafiles'.*data_files"):
         tasks.get("gsm8k", datafiles="x")
     (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
-    with pytest.raises(UserError, match="not JSON lines"):
+    with pytest.raises(UserError, match="cannot be read"):
         GSM8KTask(str(tmp_path / "a.jsonl.gz")).load("train")
 
 

@@ -16,7 +16,8 @@ unisd: adapt a causal language model to your task by self-distillation (UniSD, a
   unisd train            run a complete adaptation of the embedded pocket model (about 3 minutes on 2 cores)
   unisd train --help     every option, grouped by mechanism
   unisd probe            before training: is the teacher worth learning from?
-  unisd eval             accuracy, retention and perplexities of a saved model
+  unisd eval             accuracy on tasks, retention and perplexities of a saved model
+  unisd grade TASK       grade completions that any system wrote
   unisd recipes [NAME]   published methods as files
   unisd merge DIR        an adapter into a full model
   unisd chat DIR         try a model, side by side with its base
@@ -112,9 +113,15 @@ def _recipes(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    from unisd import commands
+    from unisd import evaluating
 
-    return commands.evaluate(arguments)
+    return evaluating.evaluate(arguments)
+
+
+def _grade(arguments: list[str]) -> int:
+    from unisd import evaluating
+
+    return evaluating.grade(arguments)
 
 
 def _merge(arguments: list[str]) -> int:
@@ -133,6 +140,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "probe": _probe,
     "eval": _evaluate,
+    "grade": _grade,
     "recipes": _recipes,
     "merge": _merge,
     "chat": _chat,

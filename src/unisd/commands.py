@@ -1,4 +1,4 @@
-"""`unisd eval`, `unisd merge` and `unisd chat`: what one does with a saved model."""
+"""`unisd merge` and `unisd chat`: what one does with a saved model; and what the small commands share."""
 
 from __future__ import annotations
 
@@ -30,69 +30,11 @@ class CommandParser(argparse.ArgumentParser):
             return None
 
 
-def evaluate(arguments: list[str]) -> int:
-    """Task accuracy, retention skills, and with a base the retention perplexities of a saved model."""
-    parser = CommandParser("eval", "Task accuracy, retention skills and, with --base, retention perplexities.")
-    parser.add_argument("--model_name_or_path", "--model", default="pocket", help="a folder (model or adapter) or a name")
-    parser.add_argument("--base", help="the model that it was adapted from, for retention perplexities")
-    parser.add_argument("--task", default="pocket")
-    parser.add_argument("--data_files", nargs="+", help="files that the task reads")
-    parser.add_argument("--n", type=int, default=500, help="most rows of each evaluation (default: 500)")
-    parser.add_argument("--max_new_tokens", type=int, help="cap on each answer (default: the task's)")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    options = parser.parse(arguments)
-    if options is None:
-        return 0
-    if options.n < 1:
-        raise UserError(f"--n {options.n}: at least one row is needed.")
-
-    from unisd import evaluation, measure, tasks
-    from unisd.console import make_console, number, quiet_libraries, show_table
-
-    quiet_libraries()
-    task = tasks.get(options.task, **({"data_files": options.data_files} if options.data_files else {}))
-    model, tokenizer = _load(options.model_name_or_path, options.dtype)
-    cap = options.max_new_tokens or task.max_new_tokens
-    sets = {"task": task.load("test", limit=options.n), "retention": task.retention_rows(limit=options.n)}
-    if "test_hard" in task.splits:
-        sets["test_hard"] = task.load("test_hard", limit=options.n)
-    figures: dict[str, Any] = {"model": options.model_name_or_path, "task": options.task}
-    lines = []
-    for name, rows in sets.items():
-        graded = measure.graded(model, tokenizer, rows, task.grade, cap, options.batch_size)
-        figures[f"{name}_accuracy"], figures[f"{name}_skills"] = graded
-        for label, value in ((name, graded[0]), *((f"  {skill}", value) for skill, value in (graded[1] or {}).items())):
-            if value is not None:
-                lines.append([label, measure.percent(value), str(value["n"])])
-    figures["gold_ppl"] = evaluation.gold_ppl(model, tokenizer, sets["task"])
-    lines.append(["perplexity of the references", number(figures["gold_ppl"]), str(len(sets["task"]))])
-    if options.base is not None:
-        base, _ = _load(options.base, options.dtype)
-        rows = sets["retention"] or sets["task"]
-        figures |= measure.drift(model, base, tokenizer, rows, cap, options.batch_size)
-        for way, value in figures["retention_ppl"].items():
-            lines.append([f"retention perplexity, {way}", number(value, 4), str(len(rows))])
-    show_table(make_console(), (options.model_name_or_path, "value", "rows"), lines)
-    if options.json:
-        _write_json(Path(options.json), figures)
-    return 0
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error.strerror}.") from None
-
-
 def _is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def _load(name: str, dtype: str = "auto") -> tuple[Any, Any]:
+def load_any(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     """A model (an adapter folder gets its base beneath it) ready for inference, and its tokenizer."""
     import torch
 
@@ -129,7 +71,7 @@ def merge(arguments: list[str]) -> int:
     check_writable(output)
     import torch
 
-    model, tokenizer = _load(str(folder))
+    model, tokenizer = load_any(str(folder))
     target = model.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
     if not isinstance(target, torch.dtype):
         raise UserError(f"--dtype {options.dtype} is no precision: use float32, bfloat16 or float16.")
@@ -158,13 +100,13 @@ def chat(arguments: list[str]) -> int:
 
     quiet_libraries()
     console = make_console()
-    model, tokenizer = _load(options.folder)
+    model, tokenizer = load_any(options.folder)
     speakers: list[tuple[str, Any, bool]] = [(options.folder, model, False)]
     if options.compare == "base" and _is_adapter(options.folder):
         speakers.insert(0, ("base", model, True))
     elif options.compare is not None:
         name = _base_of(options.folder) if options.compare == "base" else options.compare
-        speakers.insert(0, (name, _load(name)[0], False))
+        speakers.insert(0, (name, load_any(name)[0], False))
 
     def answer(prompt: str, number: int) -> None:
         texts = []

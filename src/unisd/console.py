@@ -6,7 +6,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+SILENT_S = 3.0  # seconds before a progress bar appears
 PLAIN_LINES = 20
 """Progress lines of a run whose output is not a terminal."""
 
@@ -53,6 +55,30 @@ def quiet_libraries() -> None:
         handler.setFormatter(logging.Formatter("note: %(message)s"))
         ours.addHandler(handler)
         ours.propagate = False
+
+
+@contextmanager
+def show_progress(description: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, and the function that moves it on. `shown=None`: where stderr is a terminal, after a few seconds."""
+    wanted = sys.stderr.isatty() if shown is None else shown
+    bar: Progress | None = None
+    start, done = time.monotonic(), 0
+
+    def advance(count: int) -> None:
+        nonlocal bar, done
+        done += count
+        if bar is None and wanted and (shown or time.monotonic() - start > SILENT_S):
+            bar = Progress(console=Console(stderr=True), transient=sys.stderr.isatty())
+            bar.add_task(description, total=total)
+            bar.start()
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=done)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:

@@ -10,7 +10,6 @@ Shapes: T tokens of a completion, H hidden size, V vocabulary, C tokens of a chu
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unisd.console import show_progress
 from unisd.decoding import decode
 from unisd.errors import UserError
+from unisd.grading import grade_many, wilson
 from unisd.models import eos_ids
 from unisd.tasks.base import Grade, Row
 
@@ -30,17 +31,6 @@ Ids = Sequence[int]
 
 CHUNK_ENTRIES = 1 << 24  # entries of one [C,V] tensor: 64 MiB in float32
 TOKEN_BUDGET = 4096  # tokens of one forward pass without cache
-SILENT_S = 3.0  # seconds before a progress bar appears
-
-
-def wilson(correct: int, n: int, z: float = 1.959963984540054) -> dict[str, Any]:
-    """A share with its 95 % Wilson interval: `{"value", "low", "high", "n"}`; NaN, 0 and 1 for n = 0."""
-    if n == 0:
-        return {"value": math.nan, "low": 0.0, "high": 1.0, "n": 0}
-    share = correct / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
 
 
 # ---------------------------------------------------------------- generation
@@ -63,7 +53,7 @@ def generate_greedy(
     """
     ends = eos_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
-    with _progress(description, len(prompts), progress) as advance:
+    with show_progress(description, len(prompts), progress) as advance:
         return decode(
             model, [_ids(tokenizer, p) for p in prompts], max_new_tokens,
             eos_ids=ends, pad_id=pad, batch_size=batch_size, on_rows=advance,
@@ -76,32 +66,6 @@ def _ids(tokenizer: Any, prompt: Ids | str | list[dict[str, Any]]) -> list[int]:
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
         return encode_prompt(tokenizer, prompt)  # type: ignore[arg-type]
     return list(prompt)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _progress(description: str, total: int, shown: bool | None) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    wanted = sys.stderr.isatty() if shown is None else shown
-    bar: Progress | None = None
-    start, done = time.monotonic(), 0
-
-    def advance(count: int) -> None:
-        nonlocal bar, done
-        done += count
-        if bar is None and wanted and (shown or time.monotonic() - start > SILENT_S):
-            bar = Progress(console=Console(stderr=True), transient=sys.stderr.isatty())
-            bar.add_task(description, total=total)
-            bar.start()
-        if bar is not None:
-            bar.update(bar.task_ids[0], completed=done)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.stop()
 
 
 def accuracy(
@@ -131,7 +95,7 @@ def accuracy(
     ids = generate_greedy(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
     seconds = time.perf_counter() - start
     texts = [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
-    grades = [g if isinstance(g, Grade) else Grade(bool(g)) for g in map(grade, rows, texts)]
+    grades = grade_many(grade, rows, texts)
     groups: dict[str, list[bool]] = defaultdict(list)
     for row, verdict in zip(rows, grades, strict=True):
         if row.get("skill") is not None:

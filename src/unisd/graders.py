@@ -6,6 +6,8 @@
 | `contains` | gold occurs in the completion, folded likewise, as whole words |
 | `choice` | the option letter that the completion settles on is gold's |
 | `number` | the number that the completion settles on equals gold's |
+| `call` | the tool calls of the completion are gold's (JSON or ReAct form, see :mod:`unisd.tool_calls`) |
+| `code` | the completion's program passes gold, which holds tests (run in :mod:`unisd.sandbox`) |
 
 No grader raises, whatever the completion, and each takes time linear in its length. An answer is looked for in what a
 model writes last: the last 20,000 characters are enough for that and bound the cost of a megabyte of noise.
@@ -185,8 +187,55 @@ def choice(completion: str, gold: str) -> Grade:
     return Grade(found is not None and found == wanted, found)
 
 
+# ---------------------------------------------------------------- code
+
+_CODE_STARTS = ("def ", "class ", "import ", "from ", "@", "async def ")
+
+
+def extract_code(completion: str) -> str | None:
+    """The program that a completion holds: its longest fenced block with a definition, else its longest fenced block, else what
+    follows the first line that begins like a program. None where there is none."""
+    text = _text(completion)[-TAIL:].replace("\r\n", "\n")
+    blocks = []
+    for number, part in enumerate(text.split("```")):
+        if number % 2:  # inside a fence; the first line names the language
+            language, newline, body = part.partition("\n")
+            blocks.append(body if newline and " " not in language.strip() else part)
+    if blocks:
+        best = max(blocks, key=lambda block: ("def " in block or "class " in block, len(block)))
+        return best.rstrip() if best.strip() else None
+    lines = text.split("\n")
+    start = next((i for i, line in enumerate(lines) if line.startswith(_CODE_STARTS)), None)
+    return None if start is None else "\n".join(lines[start:]).rstrip()
+
+
+def code(completion: str, gold: str) -> Grade:
+    """The program passes the tests `gold` (Python source with assertions). Raises `UserError` where nothing can be isolated."""
+    from unisd import sandbox
+
+    program = extract_code(completion)
+    if program is None:
+        return Grade(False, None, "no code")
+    verdict = sandbox.run(program, gold)
+    return Grade(verdict.passed, program, verdict.reason)
+
+
+def call(completion: str, gold: str) -> Grade:
+    """The tool calls are those of gold."""
+    from unisd.tool_calls import extract_calls, grade_calls
+
+    return grade_calls(extract_calls(_text(completion)), extract_calls(_text(gold)))
+
+
 def _text(value: object) -> str:
     return value if isinstance(value, str) else "" if value is None else str(value)
 
 
-GRADERS: dict[str, Grader] = {"exact": exact, "choice": choice, "number": number, "contains": contains}
+GRADERS: dict[str, Grader] = {
+    "exact": exact,
+    "choice": choice,
+    "number": number,
+    "contains": contains,
+    "call": call,
+    "code": code,
+}

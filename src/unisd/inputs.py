@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unisd import tasks
+from unisd import sandbox, tasks
 from unisd.config import UniSDConfig
 from unisd.data import Row, hold_out, load_file, parse_column_mapping, prepare_rows
 from unisd.errors import UserError
@@ -41,8 +41,13 @@ class RunData:
 def get_task(options: RunOptions) -> Task:
     """The task that the options name, with those of its own options that were given."""
     assert options.task is not None
-    given = {name: getattr(options, name) for name in ("noise", "reference_style", "data_files")}
-    return tasks.get(options.task, **{name: value for name, value in given.items() if value is not None})
+    own = {"noise": options.noise, "reference_style": options.reference_style}
+    grader = options.grader if options.task == "jsonl" else None
+    task = tasks.from_flags(options.task, options.data_files, options.task_options, grader, **own)
+    if task.runs_code:
+        sandbox.require(options.allow_unsafe_code_execution)
+        sandbox.allow_unsafe(options.allow_unsafe_code_execution)
+    return task
 
 
 def load_data(options: RunOptions, seed: int = 0, training: bool = True) -> RunData:
@@ -80,6 +85,8 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
     if training and task.evaluation_only:
         raise UserError(f"task {task.name} is for evaluation only (its authors ask so): train on another one.")
     where = f"task {task.name}"
+    if training:
+        task.prepare_training()
     return RunData(
         name=options.task,
         train=prepare_rows(task.load("train", limit=options.max_train_rows, seed=seed), name=where) if training else [],

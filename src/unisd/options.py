@@ -40,6 +40,10 @@ class RunOptions:
     # -- data ---------------------------------------------------------------------------------------------------------
     task: str | None = option("data", "Built-in or installed task; unset and no other data given: pocket.")
     data_files: list[str] | None = option("data", "Files that the task reads (tasks that come without data).")
+    task_options: list[str] | None = option("data", "Further options of the task, as name=value.")
+    allow_unsafe_code_execution: bool = option(
+        "data", "Run model-written code with your own rights where the machine cannot isolate it.", False
+    )
     noise: float | None = option("data", "Pocket task: share of wrong training references.")
     reference_style: str | None = option("data", "Pocket task: annotators, or own (the model's own wording).")
     train_file: str | None = option("data", "Your rows: .jsonl, .json, .csv or .parquet with prompt and privileged_context.")

@@ -191,12 +191,12 @@ def _check_sources(options: RunOptions) -> None:
     if not sources:
         options.task = "pocket"
     if options.task is None:
-        for name in ("noise", "reference_style", "data_files"):
+        for name in ("noise", "reference_style", "data_files", "task_options"):
             if getattr(options, name) is not None:
                 raise UserError(f"{name} belongs to a task: unset it, or give --task.")
     else:
         for name in ("columns", "grader", "eval_file", "dataset_config"):
-            if getattr(options, name) is not None:
+            if getattr(options, name) is not None and (name, options.task) != ("grader", "jsonl"):
                 raise UserError(f"{name} belongs to your own rows: unset it, or give --train_file instead of a task.")
     if options.load_in_4bit and not options.use_peft:
         raise UserError("load_in_4bit needs use_peft: 4-bit weights cannot be trained themselves.")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from unisd.backbone import Backbone
 from unisd.data import Row
-from unisd.evaluation import reference_nll, wilson
+from unisd.evaluation import reference_nll
+from unisd.grading import wilson
 from unisd.losses import DivergenceSpec, chunked_loss, token_logprobs
 from unisd.models import eos_ids
 from unisd.prompts import PromptBuilder

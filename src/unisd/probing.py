@@ -32,7 +32,8 @@ DESCRIPTION = (
 )
 # The options of `unisd train` that a probe shares, with their meaning.
 SHARED = (
-    "model_name_or_path", "dtype", "trust_remote_code", "task", "data_files", "noise", "train_file", "dataset_name", "dataset_config",
+    "model_name_or_path", "dtype", "trust_remote_code", "task", "data_files", "task_options", "noise", "train_file",
+    "dataset_name", "dataset_config",
     "dataset_train_split", "columns", "grader", "teacher_prompt_template", "auxiliary_prompt_template", "num_auxiliary_contexts", "seed",
 )  # fmt: skip
 
@@ -50,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     fields = train_parser().fields
     for name in SHARED:
-        many = {"nargs": "+"} if name == "data_files" else {}
+        many = {"nargs": "+"} if name in ("data_files", "task_options") else {}
         parser.add_argument(f"--{name}", help=str(fields[name].metadata["help"]).replace("%", "%%"), **many)  # type: ignore[arg-type]
     own = parser.parse(arguments)
     if own is None:

@@ -32,6 +32,7 @@ from shutil import which
 from typing import Any, NamedTuple
 
 from unisd.errors import UserError
+from unisd.sandbox import syscalls
 
 __all__ = ["Verdict", "check", "run", "run_many"]
 
@@ -69,25 +70,34 @@ def check() -> str | None:
     return None if probe.passed else f"bubblewrap cannot isolate here ({probe.detail or probe.reason})"
 
 
-def require(allow_unsafe: bool = False) -> bool:
+_unsafe_allowed = False
+
+
+def allow_unsafe(allowed: bool) -> None:
+    """The user's `--allow_unsafe_code_execution`, for the whole process: the default of `run`."""
+    global _unsafe_allowed
+    _unsafe_allowed = allowed
+
+
+def require(allow_unsafe: bool | None = None) -> bool:
     """True for isolated runs, False for unsafe ones that the user allowed.
 
     Raises:
         UserError: the machine cannot isolate, and nobody allowed to do without.
     """
     missing = check()
-    if missing is not None and not allow_unsafe:
+    if missing is not None and not (_unsafe_allowed if allow_unsafe is None else allow_unsafe):
         raise UserError(f"model-written code cannot be run safely here: {missing}. {HOW_TO_ENABLE}")
     return missing is None
 
 
-def run(code: str, tests: str, timeout_s: float = 10.0, memory_mb: int = 1024, *, allow_unsafe: bool = False) -> Verdict:
+def run(code: str, tests: str, timeout_s: float = 10.0, memory_mb: int = 1024, *, allow_unsafe: bool | None = None) -> Verdict:
     """Whether `code` passes `tests` (Python source with assertions).
 
     Args:
         timeout_s: limit of wall time, and of CPU time of each process.
         memory_mb: limit of the address space of each process.
-        allow_unsafe: run without isolation (limits only) where the machine cannot isolate.
+        allow_unsafe: run without isolation (limits only) where the machine cannot isolate; default: see `allow_unsafe`.
 
     Raises:
         UserError: as `require`. Never because of what the code does.
@@ -100,7 +110,7 @@ def run_many(
     timeout_s: float = 10.0,
     memory_mb: int = 1024,
     *,
-    allow_unsafe: bool = False,
+    allow_unsafe: bool | None = None,
     workers: int | None = None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[Verdict]:
@@ -139,7 +149,8 @@ def _run(code: str, tests: str, timeout_s: float, memory_mb: int, safe: bool) ->
         pipes.close(*requests, *replies, verdicts.write)
         text = _read(verdicts.read, start + timeout_s + GRACE_S)
         complaint = "" if text else (_complaint(judge) or _complaint(worker))
-        exit_code = _exit_code(worker) if text and json.loads(text)[0] == "ended" else None
+        reason, detail = _parsed(text) if text else ("", "")
+        exit_code = _exit_code(worker if reason == "ended" else judge) if reason == "ended" or text == b"" else None
     except OSError as error:
         return Verdict(False, "sandbox", str(error), time.monotonic() - start)
     finally:
@@ -150,9 +161,10 @@ def _run(code: str, tests: str, timeout_s: float, memory_mb: int, safe: bool) ->
     seconds = time.monotonic() - start
     if text is None:
         return Verdict(False, "timeout", f"no verdict within {timeout_s:g} s", seconds)
-    if not text:
-        return Verdict(False, "sandbox", complaint or "the judge ended without a verdict", seconds)
-    reason, detail = json.loads(text)
+    if not text:  # what the code sends, the judge has to read: it can die of that
+        killed = exit_code is not None and exit_code > 0
+        reason, detail = ("ended", "the judge was killed") if killed else ("sandbox", "the judge ended without a verdict")
+        detail = complaint or detail
     if reason == "ended" and exit_code == signal.SIGXCPU:
         reason, detail = "timeout", f"used {limits['cpu_s']} s of CPU"
     return Verdict(reason == "passed", reason, detail, seconds)
@@ -186,18 +198,21 @@ class _Pipes:
 def _start(role: str, setting: dict[str, Any], safe: bool) -> subprocess.Popen[bytes]:
     """A guest process, in its sandbox; its setting arrives on standard input."""
     fds = [*setting["fds"], *([setting["verdict_fd"]] if "verdict_fd" in setting else [])]
+    forbidden = syscalls.forbidden() if safe else b""
     folder = "/guest" if safe else str(GUEST.parent)
     program = f"import sys; sys.path.append({folder!r}); from guest.{role} import main; main()"
-    command = [*(_isolation() if safe else []), _interpreter(), "-I", "-S", "-B", "-c", program]
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryDirectory() as empty:
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as rules, tempfile.TemporaryDirectory() as empty:
         stdin.write(json.dumps(setting).encode())
         stdin.seek(0)
+        rules.write(forbidden)
+        rules.seek(0)
+        isolation = [*_isolation(), *(["--seccomp", str(rules.fileno())] if forbidden else []), "--"] if safe else []
         return subprocess.Popen(
-            command,
+            [*isolation, _interpreter(), "-I", "-S", "-B", "-c", program],
             stdin=stdin,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            pass_fds=fds,
+            pass_fds=[*fds, rules.fileno()] if forbidden else fds,
             env={},
             cwd=empty if not safe else "/",
             start_new_session=True,
@@ -212,26 +227,26 @@ def _interpreter() -> str:
 
 @cache
 def _isolation() -> tuple[str, ...]:
-    """bubblewrap and its options, up to the program."""
+    """bubblewrap and its options."""
     bwrap = which("bwrap")
     assert bwrap is not None
     if os.geteuid() == 0:  # the guest changes to another user by itself and loses these rights
         user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         user = ["--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
+    prefix = os.path.realpath(sys.base_prefix)
+    own = _interpreter() if prefix == "/usr" else prefix  # its library is in /usr/lib, bound below
+    # bubblewrap would make missing parents of a mount for their owner alone.
     files: list[str] = []
+    parents = [parent for target in (own, "/usr/lib", "/guest/guest") for parent in reversed(Path(target).parents)]
+    for parent in dict.fromkeys(parents):
+        if str(parent) not in ("/", "/lib", "/usr/lib"):
+            files += ["--perms", "0755", "--dir", str(parent)]
     for path in map(Path, ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")):
         if path.is_symlink():
             files += ["--symlink", str(path.readlink()), str(path)]
         elif path.exists():
             files += ["--ro-bind", str(path), str(path)]
-    prefix = os.path.realpath(sys.base_prefix)
-    own = _interpreter() if prefix == "/usr" else prefix  # its library is in /usr/lib, bound above
-    # bubblewrap would make missing parents of a mount for their owner alone.
-    parents = [parent for target in (own, "/guest/guest") for parent in reversed(Path(target).parents)]
-    for parent in dict.fromkeys(parents):
-        if str(parent) not in ("/", "/usr", "/lib", "/usr/lib"):
-            files += ["--perms", "0755", "--dir", str(parent)]
     return (
         bwrap,
         *("--die-with-parent", "--new-session", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
@@ -239,7 +254,6 @@ def _isolation() -> tuple[str, ...]:
         *(*files, "--ro-bind", own, own, "--ro-bind", str(GUEST), "/guest/guest", "--proc", "/proc"),
         *("--dev", "/dev", "--remount-ro", "/dev"),
         *("--perms", "0777", "--size", str(MAX_FILE_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"),
-        "--",
     )
 
 
@@ -252,6 +266,15 @@ def _read(fd: int, deadline: float) -> bytes | None:
             return b"".join(parts)
         parts.append(part)
     return None
+
+
+def _parsed(text: bytes) -> tuple[str, str]:
+    """Reason and detail of a verdict; the detail, which quotes the code, without what a terminal or a file would choke on."""
+    try:
+        reason, detail = json.loads(text)
+    except ValueError:
+        return "error", "the judge gave no single verdict"
+    return reason, "".join(c if c.isprintable() else " " for c in detail)
 
 
 def _complaint(process: subprocess.Popen[bytes] | None) -> str:

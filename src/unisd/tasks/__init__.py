@@ -12,8 +12,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
+
+import yaml
 
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row, Task
@@ -25,6 +28,14 @@ ENTRY_POINT_GROUP = "unisd.tasks"
 _BUILT_IN: dict[str, str] = {
     "pocket": "unisd.tasks.pocket:PocketTask",
     "gsm8k": "unisd.tasks.gsm8k:GSM8KTask",
+    "scienceqa": "unisd.tasks.scienceqa:ScienceQATask",
+    "cos_e": "unisd.tasks.cos_e:CosETask",
+    "medmcqa": "unisd.tasks.medmcqa:MedMCQATask",
+    "gpqa": "unisd.tasks.gpqa:GPQATask",
+    "mbpp": "unisd.tasks.mbpp:MBPPTask",
+    "humaneval": "unisd.tasks.humaneval:HumanEvalTask",
+    "toolalpaca": "unisd.tasks.toolalpaca:ToolAlpacaTask",
+    "jsonl": "unisd.tasks.jsonl:JsonlTask",
 }
 
 
@@ -53,6 +64,30 @@ def get(name: str, **options: Any) -> Task:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known tasks: {', '.join(names())}"
         raise UserError(f"unknown task {name!r}: {hint}")
     return _build(name, factory, options)
+
+
+def from_flags(
+    name: str,
+    data_files: Sequence[str] | None = None,
+    task_options: Sequence[str] | None = None,
+    grader: str | None = None,
+    **others: Any,
+) -> Task:
+    """The task of a command line. `task_options` are `name=value` texts, values as in YAML; others that are None don't count.
+
+    Raises `UserError` as `get`.
+    """
+    given = {key: value for key, value in others.items() if value is not None}
+    for part in task_options or []:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"--task_options {part!r} is not of the form name=value")
+        given[key] = yaml.safe_load(value)
+    if data_files:
+        given["data_files"] = list(data_files)
+    if grader is not None:
+        given["grader"] = grader
+    return get(name, **given)
 
 
 def _build(name: str, factory: Any, options: dict[str, Any]) -> Task:

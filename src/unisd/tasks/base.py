@@ -17,7 +17,7 @@ Everything else is kept for the task's own grader. A task knows nothing of model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 Row = dict[str, Any]
@@ -28,11 +28,14 @@ class Grade:
     """The verdict on one completion.
 
     `extracted` is the answer read out of the completion, None where no answer could be found: so that an answer's
-    form and its content can be reported apart (the extraction rate).
+    form and its content can be reported apart (the extraction rate). `reason` says in a few words why an answer is wrong.
+    `details` are further figures of this answer, each between 0 and 1 (a report shows their means).
     """
 
     correct: bool
     extracted: str | None = None
+    reason: str = ""
+    details: dict[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """A grade stands for its verdict, so that a grader may return a `Grade` or a plain bool."""
@@ -55,6 +58,11 @@ class Task:
     """Cap on the completion in evaluation, in tokens."""
     evaluation_only: ClassVar[bool] = False
     """True for benchmarks whose authors ask that nobody trains on them."""
+    runs_code: bool = False
+    """True where grading runs what a model wrote."""
+
+    def prepare_training(self) -> None:
+        """Called before rows are loaded for training: the place to hold rows out where there is no split for it."""
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
         """The rows of `split`, at most `limit` of them; the same `seed` gives the same rows.

@@ -3,10 +3,10 @@
 import ast
 import builtins
 import contextlib
+import importlib
 import json
 import os
 import sys
-import types
 from typing import Any
 
 from .confine import confine
@@ -128,10 +128,13 @@ class Judge:
 
 
 def _exception(raised: Any) -> Exception:
-    """The code's exception in the tests: of the same built-in class, or one that no test waits for."""
+    """The code's exception in the tests: of the same built-in class, or one that no test waits for.
+
+    Never one that would end a loop of the tests early.
+    """
     name, text = (str(part) for part in raised)
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, (StopIteration, StopAsyncIteration)):
         try:
             return kind(text)
         except Exception:  # some want more than a text
@@ -151,36 +154,52 @@ def _take_over(mine: Any, theirs: Any) -> None:
         mine.update(theirs)
 
 
-def names_of(code: types.CodeType) -> set[str]:
-    """Global names that compiled code may look up."""
-    found = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= names_of(constant)
-    return found
-
-
-def imports_of(code: str) -> tuple[list[str], set[str]]:
-    """Top-level imports of the code from the standard library, and names that it binds otherwise.
-
-    Tests may lean on `import math` in the code; they then get the real module, not what the code made of it.
-    """
-    try:
-        tree = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return [], set()
-    imports, bound = [], set()
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            imports += [ast.unparse(ast.Import([alias])) for alias in node.names if _standard(alias.name)]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and _standard(node.module or ""):
-            imports.append(ast.unparse(node))
+def bound_in(tree: ast.AST) -> set[str]:
+    """Names that the code defines, assigns or takes as arguments, at any depth; imports are left out."""
+    bound = set()
     for part in ast.walk(tree):
         if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             bound.add(part.name)
         elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
             bound.add(part.id)
-    return imports, bound
+        elif isinstance(part, ast.arg):
+            bound.add(part.arg)
+        elif isinstance(part, ast.ExceptHandler) and part.name:
+            bound.add(part.name)
+    return bound
+
+
+def imports_of(code: str) -> tuple[list[str], set[str]]:
+    """Top-level imports of the code from the standard library, and names that it binds otherwise.
+
+    Tests may lean on `import math` in the code; they then get the real module, not what the code made of it. An import under another
+    name is not followed: the code would choose what the tests see as `math`.
+    """
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return [], set()
+    imports = []
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            node.names = [alias for alias in node.names if alias.asname in (None, alias.name)]
+        if isinstance(node, ast.Import):
+            imports += [ast.unparse(ast.Import([alias])) for alias in node.names if _standard(alias.name)]
+        elif isinstance(node, ast.ImportFrom) and node.names and node.level == 0 and _standard(node.module or ""):
+            imports.append(ast.unparse(node))
+    return imports, bound_in(tree)
+
+
+def modules_of(tests: ast.AST) -> dict[str, Any]:
+    """Standard modules that the tests use as such (`math.isclose`), whether or not anyone imported them."""
+    found: dict[str, Any] = {}
+    for node in ast.walk(tests):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and _standard(name := node.value.id):
+            with contextlib.suppress(Exception):
+                module = importlib.import_module(name)
+                if hasattr(module, node.attr):
+                    found[name] = module
+    return found
 
 
 def _standard(module: str) -> bool:
@@ -190,6 +209,7 @@ def _standard(module: str) -> bool:
 def run(judge: Judge, code: str, tests: str) -> None:
     """Raises `Outcome` unless every test holds."""
     try:
+        tree = ast.parse(tests)
         compiled = compile(tests, "tests", "exec")
     except (SyntaxError, ValueError) as error:
         raise Outcome("error", f"the tests do not compile: {error}") from None
@@ -201,12 +221,19 @@ def run(judge: Judge, code: str, tests: str) -> None:
             exec(statement, imported)
         except Exception:
             continue
-        namespace |= {name: value for name, value in imported.items() if name != "__builtins__" and name not in bound}
+        namespace |= {name: value for name, value in imported.items() if name not in bound and not hasattr(builtins, name)}
+    namespace.pop("__builtins__", None)
+    namespace = modules_of(tree) | namespace
     # A built-in that the code redefines stays what it is here: `set`, `len` and `abs` belong to the tests.
-    used = names_of(compiled) - set(namespace)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(namespace)
     wanted = {name for name in used if not hasattr(builtins, name)}
+    imported_here = {alias.asname or alias.name for alias in ast.walk(tree) if isinstance(alias, ast.alias)}
     # Tests that name nothing but built-ins test the code's own version of one.
-    namespace |= judge.start(sorted(wanted or used & bound))
+    about = set() if wanted - bound_in(tree) - imported_here else used & bound - wanted
+    given = judge.start(sorted(wanted | about))
+    if len(redefined := sorted(about & set(given))) > 1:
+        raise Outcome("error", f"the code redefines several built-ins that the tests use: {', '.join(redefined)}")
+    namespace |= given
     try:
         exec(compiled, namespace)
     except (ChannelClosed, Outcome):
@@ -217,6 +244,8 @@ def run(judge: Judge, code: str, tests: str) -> None:
         raise Outcome("memory", "out of memory") from None
     except BaseException as error:
         raise Outcome("error", f"{type(error).__name__}: {error}") from None
+    if judge.channel.closed is not None:  # in a test that takes any exception for right
+        raise judge.channel.closed
 
 
 def _where(error: BaseException, tests: str) -> str:

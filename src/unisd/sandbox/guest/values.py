@@ -26,6 +26,7 @@ class Channel:
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
         self._buffer = bytearray()
+        self.closed: ChannelClosed | None = None
 
     def send(self, message: dict[str, Any]) -> None:
         line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
@@ -36,27 +37,31 @@ class Channel:
             while view:
                 view = view[os.write(self._write_fd, view) :]
         except OSError as error:
-            raise ChannelClosed(str(error)) from None
+            raise self._close(str(error)) from None
 
     def receive(self) -> dict[str, Any]:
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
             if searched > MAX_MESSAGE:
-                raise ChannelClosed("a message is too long")
+                raise self._close("a message is too long")
             part = os.read(self._read_fd, 1 << 20)
             if not part:
-                raise ChannelClosed("the program ended")
+                raise self._close("the program ended")
             self._buffer += part
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):
-            raise ChannelClosed("a message is no JSON") from None
+            raise self._close("a message is no JSON") from None
         if not isinstance(message, dict):
-            raise ChannelClosed("a message is no object")
+            raise self._close("a message is no object")
         return message
+
+    def _close(self, why: str) -> ChannelClosed:
+        self.closed = ChannelClosed(why)
+        return self.closed
 
 
 def dump(value: Any, hold: Hold) -> Any:

@@ -1,0 +1,117 @@
+"""Grades of many completions, whoever wrote them, and what they say together: shares with 95 % intervals. No model is needed."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from unisd.tasks.base import Grade, Row
+
+BOOTSTRAP = 2000  # resamples of an interval
+Interval = dict[str, Any]
+
+
+def grade_many(
+    grade: Callable[[Row, str], Grade | bool],
+    rows: Sequence[Row],
+    completions: Sequence[str],
+    on_done: Callable[[int], None] = lambda count: None,
+) -> list[Grade]:
+    """The grade of each completion, in their order; as many at once as there are cores (a program runs in a process of its own)."""
+
+    def one(pair: tuple[Row, str]) -> Grade:
+        verdict = grade(*pair)
+        on_done(1)
+        return verdict if isinstance(verdict, Grade) else Grade(bool(verdict))
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(one, zip(rows, completions, strict=True)))
+
+
+def wilson(correct: int, n: int, z: float = 1.959963984540054) -> Interval:
+    """A share with its 95 % Wilson interval: `{"value", "low", "high", "n"}`; NaN, 0 and 1 for n = 0."""
+    if n == 0:
+        return {"value": math.nan, "low": 0.0, "high": 1.0, "n": 0}
+    share = correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+    """A mean over rows with its 95 % percentile-bootstrap interval, in the form of `wilson`."""
+    n = len(values)
+    if n == 0:
+        return wilson(0, 0)
+    rng = random.Random(seed)
+    means = sorted(sum(rng.choices(values, k=n)) / n for _ in range(BOOTSTRAP))
+    return {"value": sum(values) / n, "low": means[int(0.025 * BOOTSTRAP)], "high": means[int(0.975 * BOOTSTRAP)], "n": n}
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that one of `k` samples drawn from `n` without putting back is right: the unbiased estimate (Chen et al., 2021)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[str, Any]:
+    """Figures of graded answers, one or several a row.
+
+    Returns:
+        `accuracy` (one answer a row: Wilson; several: mean share of right ones, bootstrap), `by_skill`, `extraction_rate` (share of
+        answers in which an answer was found), `details` (means of the graders' further figures), and `pass_at_k` by k where rows
+        have several answers. Each as `{"value", "low", "high", "n"}`.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        if row.get("skill"):
+            groups[str(row["skill"])].append(i)
+
+    def share(chosen: Iterable[int]) -> Interval:
+        picked = [grades[i] for i in chosen]
+        if all(len(answers) == 1 for answers in picked):
+            return wilson(sum(answers[0].correct for answers in picked), len(picked))
+        return bootstrap([sum(map(bool, answers)) / len(answers) for answers in picked])
+
+    answers = [answer for row_answers in grades for answer in row_answers]
+    names = sorted({name for answer in answers for name in answer.details})
+    found = {
+        "accuracy": share(range(len(rows))),
+        "by_skill": {name: share(chosen) for name, chosen in sorted(groups.items())},
+        "extraction_rate": wilson(sum(answer.extracted is not None for answer in answers), len(answers)),
+        "details": {name: bootstrap([answer.details.get(name, 0.0) for answer in answers]) for name in names},
+    }
+    most = min((len(row_answers) for row_answers in grades), default=1)
+    if most > 1:
+        counts = [(len(row_answers), sum(map(bool, row_answers))) for row_answers in grades]
+        ks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= most]
+        found["pass_at_k"] = {str(k): bootstrap([pass_at_k(n, c, k) for n, c in counts]) for k in ks}
+    return found
+
+
+def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
+    """One object an answer: `id`, `correct`, `score`, `extracted`, `reason` (and the grader's details)."""
+    return [
+        {
+            "id": row["id"],
+            "correct": answer.correct,
+            "score": float(answer.correct),
+            "extracted": answer.extracted,
+            "reason": answer.reason or ("" if answer.correct else "wrong" if answer.extracted is not None else "no answer found"),
+            **answer.details,
+        }
+        for row, answers in zip(rows, grades, strict=True)
+        for answer in answers
+    ]
+
+
+def table_lines(summary: dict[str, Any], percent: Callable[[Interval | None], str]) -> list[list[str]]:
+    lines = [["accuracy", percent(summary["accuracy"]), str(summary["accuracy"]["n"])]]
+    lines += [[f"  {skill}", percent(value), str(value["n"])] for skill, value in summary["by_skill"].items()]
+    lines += [[f"pass@{k}", percent(value), str(value["n"])] for k, value in summary.get("pass_at_k", {}).items()]
+    lines += [[name.replace("_", " "), percent(value), str(value["n"])] for name, value in summary["details"].items()]
+    return [*lines, ["answer found", percent(summary["extraction_rate"]), str(summary["extraction_rate"]["n"])]]

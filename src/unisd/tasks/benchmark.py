@@ -1,0 +1,226 @@
+"""What published benchmarks have in common: rows from the Hub or from local files, splits that never meet, solved examples.
+
+Local files: a row belongs to the split that its field `split` names, else to the one that its file's name begins or ends with (`train`,
+`validation` or `dev`, `test`); of what is left, a tenth, chosen by a hash of the problem, is held out for `test` and `validation`.
+`load("all")` gives every row in the files' order, whatever its split.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from unisd.data import load_file
+from unisd.errors import UserError
+from unisd.tasks.base import Row, Task
+
+logger = logging.getLogger(__name__)
+
+Raw = dict[str, Any]
+Problem = dict[str, Any]
+HOLD_OUT = 10  # one problem in so many is held out
+_SPLIT_WORDS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+
+
+class Benchmark(Task):
+    """Subclasses set the attributes and override `problem`, `row` and `grade`.
+
+    Args:
+        data_files: a path, a glob or several of them (.jsonl, .json, .parquet, .csv, also .gz); None: the Hub's dataset.
+        num_auxiliary_contexts: solved examples of other problems per row.
+    """
+
+    splits: tuple[str, ...] = ("train", "validation", "test", "all")
+    hub: tuple[str, str | None]
+    """Repository and configuration on the Hub."""
+    hub_splits: ClassVar[dict[str, str]] = {"train": "train", "validation": "validation", "test": "test"}
+    """Ours -> the Hub's."""
+    counts: dict[str, int] = {}
+    """Rows that the Hub's splits must have."""
+    fields: dict[str, type]
+    """Fields that a row must have, with their types."""
+
+    def __init__(self, data_files: str | Path | Sequence[str | Path] | None = None, num_auxiliary_contexts: int = 3) -> None:
+        self.data_files = data_files
+        self.num_auxiliary_contexts = num_auxiliary_contexts
+        self._by_hash = False
+        self.loading = ""  # the split that rows are being made for
+
+    # -- what a benchmark says of itself ----------------------------------------------------------------------------------
+
+    def flatten(self, raw: Raw) -> Iterator[Raw]:
+        """The rows that one record of a file holds."""
+        yield raw
+
+    def problem(self, raw: Raw, where: str) -> Problem:
+        """A checked record as this task's own dict; must have `id` (str) and `key` (text that makes it the same problem).
+
+        Raises `UserError` for a record that is no such problem.
+        """
+        raise NotImplementedError
+
+    def row(self, problem: Problem, rng: random.Random) -> Row:
+        """The row without its auxiliary contexts."""
+        raise NotImplementedError
+
+    def solved(self, problem: Problem) -> str:
+        """The problem with its solution, as an example for others."""
+        raise NotImplementedError
+
+    # -- loading ----------------------------------------------------------------------------------------------------------
+
+    def prepare_training(self) -> None:
+        """Where the files hold no training rows, hold a tenth of all rows out and train on the rest."""
+        if self.data_files is not None and not self._by_hash and not self._problems()["train"]:
+            self._by_hash = True
+            logger.warning(
+                "%s: none of the files is for training; a tenth of their rows is held out, the rest trained on.", self.name
+            )
+
+    def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
+        """Rows of `split` in an order shuffled by `seed` (`all`: in the files' order); `data_files` may also be given here.
+
+        Auxiliary contexts and the wrong reference of a row depend on `seed` and the row alone, never on `limit`.
+
+        Raises `UserError`: unknown split, no such file, not JSON, a record with the wrong fields, an empty split.
+        """
+        if split not in self.splits:
+            raise UserError(f"{self.name} has no split {split!r}; use {', '.join(self.splits)}")
+        data_files = options.pop("data_files", self.data_files)
+        if options:
+            raise UserError(f"{self.name}: unknown option {', '.join(options)}; it knows data_files")
+        self.data_files, self.loading = data_files, split
+        parts = self._problems(split)
+        problems = parts["train" if split == "all" else split]
+        if not problems:
+            raise UserError(f"{self.name}: the files hold no rows for the split {split}; give more data or another split")
+        # Solved examples come from the training problems alone, also for test rows.
+        pool = parts["train"] or problems
+        order = list(range(len(problems)))
+        if split != "all":
+            random.Random(seed).shuffle(order)
+        return [self._row(problems[i], pool, seed) for i in order[:limit]]
+
+    def _row(self, problem: Problem, pool: list[Problem], seed: int) -> Row:
+        rng = random.Random(f"{seed} {problem['id']}")
+        others: list[Problem] = []
+        for _ in range(20 * self.num_auxiliary_contexts):  # a small file may hold fewer problems than are wanted
+            other = rng.choice(pool)
+            if len(others) < self.num_auxiliary_contexts and other["key"] not in {problem["key"], *(o["key"] for o in others)}:
+                others.append(other)
+        row = self.row(problem, rng)
+        return {"id": problem["id"], **row, "auxiliary_contexts": [self.solved(other) for other in others]}
+
+    def _problems(self, split: str = "train") -> dict[str, list[Problem]]:
+        """Problems by split. From the Hub only what `split` needs: itself and the training problems."""
+        found: dict[str, list[Problem]] = {"train": [], "validation": [], "test": []}
+        problems: list[tuple[Problem, str | None]] = []
+        for raw, where, named in self._from_files() if self.data_files is not None else self._from_hub(split):
+            problem = self.problem(self._checked(raw, where), where)
+            problem["number"] = len(problems)
+            problem.setdefault("id", str(len(problems)))
+            problems.append((problem, named))
+        if split == "all":
+            return found | {"train": [problem for problem, _ in problems]}
+        # Files for training alone, or (when training) for anything but training, are split here.
+        whole = self._by_hash or (self.data_files is not None and {named for _, named in problems} <= {"train", None})
+        held_out = []
+        for problem, named in problems:
+            if named is not None and not whole:
+                found.setdefault(named, []).append(problem)
+            elif int.from_bytes(hashlib.sha256(problem["key"].encode()).digest()[:4], "big") % HOLD_OUT == 0:
+                held_out.append(problem)
+            else:
+                found["train"].append(problem)
+        # Each serves for the other where only one is there.
+        found["validation"] += held_out if not found["validation"] else []
+        found["test"] += held_out if not found["test"] else []
+        if self.data_files is not None:
+            found["validation"], found["test"] = found["validation"] or found["test"], found["test"] or found["validation"]
+        return found
+
+    def _from_files(self) -> Iterator[tuple[Raw, str, str | None]]:
+        assert self.data_files is not None
+        patterns = [self.data_files] if isinstance(self.data_files, (str, Path)) else self.data_files
+        for pattern in map(str, patterns):
+            expanded = str(Path(pattern).expanduser())
+            for path in sorted(glob.glob(expanded)) or [expanded]:  # noqa: PTH207 (Path.glob takes no absolute pattern)
+                try:
+                    records = load_file(path)
+                except UserError as error:
+                    raise UserError(f"{self.name}: {error}") from None
+                by_name = _split_of(Path(path).name)
+                for number, record in enumerate(records):
+                    for raw in self.flatten(record):
+                        yield raw, f"{path}, row {number}", self.split_of(raw) or by_name
+
+    def split_of(self, raw: Raw) -> str | None:
+        """The split that a record names itself."""
+        return _SPLIT_WORDS.get(str(raw.get("split")))
+
+    def _from_hub(self, split: str) -> Iterator[tuple[Raw, str, str | None]]:
+        from datasets import load_dataset
+
+        repository, configuration = self.hub
+        wanted = self.hub_splits if split == "all" else {k: v for k, v in self.hub_splits.items() if k in ("train", split)}
+        for ours, theirs in wanted.items():
+            try:
+                data = load_dataset(repository, configuration, split=theirs)
+            except Exception as error:  # the hub's client raises errors of many libraries
+                raise UserError(
+                    f"cannot load {repository} from the Hugging Face hub ({type(error).__name__}); give local files with --data_files"
+                ) from error
+            if ours in self.counts and len(data) != self.counts[ours]:
+                raise UserError(
+                    f"{repository} has {len(data)} rows in {theirs}, not {self.counts[ours]}: not the dataset that this task knows"
+                )
+            for number, record in enumerate(data):
+                for raw in self.flatten(dict(record)):
+                    yield raw, f"{repository}, {theirs} row {number}", ours
+
+    def _checked(self, raw: Raw, where: str) -> Raw:
+        missing = [name for name, kind in self.fields.items() if not isinstance(raw.get(name), kind) or raw[name] == ""]
+        if missing:
+            fields = ", ".join(map(str, raw)) or "none"
+            raise UserError(
+                f"{self.name}: {where} has no {' and '.join(f'{n} ({self.fields[n].__name__})' for n in missing)} "
+                f"(its fields: {fields}); a record of this task has {', '.join(self.fields)}"
+            )
+        return raw
+
+
+def _split_of(file_name: str) -> str | None:
+    words = [word for word in re.split(r"[._-]", file_name.lower()) if word]
+    for word in (words[0], *words[1:]) if words else ():
+        if word in _SPLIT_WORDS:
+            return _SPLIT_WORDS[word]
+    return None
+
+
+def short_id(text: str) -> str:
+    """A stable name for a problem that has none."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list that may have been stored as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    return list(value) if isinstance(value, (list, tuple)) else []

@@ -1,0 +1,65 @@
+"""HumanEval (Chen et al., 2021; MIT): 164 Python functions to complete. Evaluation only, like all benchmarks of its kind.
+
+From the Hub (`openai/openai_humaneval`) or its .jsonl file.
+"""
+
+from __future__ import annotations
+
+import random
+
+from unisd.graders import extract_code
+from unisd.tasks.base import Row
+from unisd.tasks.benchmark import Problem, Raw
+from unisd.tasks.code import CodeTask, fenced
+
+
+class HumanEvalTask(CodeTask):
+    name = "humaneval"
+    splits = ("test", "all")
+    evaluation_only = True
+    hub = ("openai/openai_humaneval", None)
+    hub_splits = {"test": "test"}
+    counts = {"test": 164}
+    fields = {
+        "task_id": str,
+        "prompt": str,
+        "canonical_solution": str,
+        "test": str,
+        "entry_point": str,
+    }
+
+    def split_of(self, raw: Raw) -> str | None:
+        return "test"
+
+    def problem(self, raw: Raw, where: str) -> Problem:
+        return {
+            "id": raw["task_id"],
+            "key": raw["prompt"].strip(),
+            "stub": raw["prompt"],
+            "code": raw["prompt"] + raw["canonical_solution"],
+            "entry_point": raw["entry_point"],
+            "tests": f"{raw['test']}\n\ncheck({raw['entry_point']})\n",
+        }
+
+    def row(self, problem: Problem, rng: random.Random) -> Row:
+        reference = fenced(problem["code"])
+        return {
+            "prompt": f"Complete this function. Reply with the whole function in one Python code block.\n\n{fenced(problem['stub'])}",
+            "privileged_context": reference,
+            "completion": reference,
+            "tests": problem["tests"],
+            "entry_point": problem["entry_point"],
+            "stub": problem["stub"],
+        }
+
+    def solved(self, problem: Problem) -> str:
+        return f"Problem: {problem['stub']}\nSolution:\n{fenced(problem['code'])}"
+
+    def program(self, row: Row, completion: str) -> str | None:
+        """The whole function, or a mere body after the stub."""
+        program = extract_code(completion)
+        if program is not None and f"def {row['entry_point']}" in program:
+            # Helpers and imports of the stub may be taken for granted.
+            return f"{row['stub']}    pass\n\n{program}"
+        body = completion if program is None else program
+        return f"{row['stub']}{body}" if body.startswith((" ", "\t")) else program

@@ -1,0 +1,70 @@
+"""The user's own task: rows with a prompt and an answer, graded by a named grader.
+
+unisd eval --task jsonl --data_files rows.jsonl --grader number
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from unisd.errors import UserError
+from unisd.graders import GRADERS
+from unisd.tasks.base import Grade, Row
+from unisd.tasks.benchmark import Benchmark, Problem, Raw, short_id
+
+
+class JsonlTask(Benchmark):
+    """Args:
+    grader: a name of `unisd.graders.GRADERS`; `code` takes the answer as tests.
+    prompt_column, answer_column: where the rows hold them. `privileged_context` (default: the answer) is the reference;
+        `auxiliary_contexts` and `negative_context` are taken as they are.
+    """
+
+    name = "jsonl"
+
+    def __init__(
+        self,
+        data_files: str | Path | Sequence[str | Path] | None = None,
+        grader: str = "exact",
+        prompt_column: str = "prompt",
+        answer_column: str = "answer",
+    ) -> None:
+        if data_files is None:
+            raise UserError("task jsonl needs --data_files: your rows, with a prompt and an answer each")
+        super().__init__(data_files, num_auxiliary_contexts=0)
+        if grader not in GRADERS:
+            close = difflib.get_close_matches(grader, GRADERS, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(GRADERS))}"
+            raise UserError(f"unknown grader {grader!r}: {hint}")
+        self.grader = grader
+        self.runs_code = grader == "code"
+        self.prompt_column, self.answer_column = prompt_column, answer_column
+        self.fields = {prompt_column: object, answer_column: object}
+
+    def problem(self, raw: Raw, where: str) -> Problem:
+        prompt, answer = raw[self.prompt_column], raw[self.answer_column]
+        if not isinstance(prompt, (str, list)) or answer is None or not str(answer).strip():
+            raise UserError(f"jsonl: {where} has no prompt in {self.prompt_column!r} or no answer in {self.answer_column!r}")
+        key = str(prompt)
+        return {"raw": raw, "key": key, "id": str(raw.get("id", short_id(key)))}
+
+    def row(self, problem: Problem, rng: random.Random) -> Row:
+        raw = problem["raw"]
+        answer = str(raw[self.answer_column])
+        reference = str(raw.get("privileged_context") or answer)
+        return {
+            **raw,
+            "prompt": raw[self.prompt_column],
+            "privileged_context": reference,
+            "completion": raw.get("completion") or reference,
+            "answer": answer,
+        }
+
+    def _row(self, problem: Problem, pool: list[Problem], seed: int) -> Row:
+        return {**self.row(problem, random.Random(seed)), "id": problem["id"]}
+
+    def grade(self, row: Row, completion: str) -> Grade:
+        return GRADERS[self.grader](completion, row["answer"])

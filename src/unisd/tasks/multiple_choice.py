@@ -1,0 +1,92 @@
+"""Multiple choice: options in an order shuffled row by row, a reference that ends in "Answer: <letter>", graded by the letter."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from unisd.errors import UserError
+from unisd.graders import choice
+from unisd.tasks.base import Grade, Row
+from unisd.tasks.benchmark import Benchmark, Problem
+
+LETTERS = "ABCDEFGHIJ"
+REASONED = 'Reason briefly, then end with "Answer: <letter>".'
+SHORT = 'Reply with "Answer: <letter>" alone.'
+
+
+class MultipleChoice(Benchmark):
+    """Problems with `question`, `options` (texts), `answer` (index), `rationale` (text or ""), `key`, `id`.
+
+    Args:
+        short: references without their rationale, for answers of a few tokens.
+    """
+
+    max_new_tokens = 256
+
+    def __init__(
+        self,
+        data_files: str | Path | Sequence[str | Path] | None = None,
+        num_auxiliary_contexts: int = 3,
+        short: bool = False,
+    ) -> None:
+        super().__init__(data_files, num_auxiliary_contexts)
+        self.short = short
+
+    def choices(self, problem: Problem) -> tuple[list[str], int]:
+        """The options in this row's order, and where the right one is. The order depends on the problem alone."""
+        if "order" not in problem:
+            problem["order"] = list(range(len(problem["options"])))
+            random.Random(f"options {problem['key']}").shuffle(problem["order"])
+        order = problem["order"]
+        return [problem["options"][i] for i in order], order.index(problem["answer"])
+
+    def prompt(self, problem: Problem) -> str:
+        options, _ = self.choices(problem)
+        listed = "\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))
+        return f"{problem['question']}\n\nOptions:\n{listed}\n\n{SHORT if self.short else REASONED}"
+
+    def reference(self, problem: Problem, index: int) -> str:
+        """A solution that settles on option `index`; for a wrong one the rationale speaks for it."""
+        options, right = self.choices(problem)
+        rationale = "" if self.short else problem["rationale"]
+        if rationale and index != right:
+            named = options[right].lower() in rationale.lower()
+            swapped = rationale.replace(options[right], options[index]) if options[right] in rationale else ""
+            rationale = swapped if named and swapped else f"What fits best here is {options[index]}."
+        return (f"{rationale}\n" if rationale else "") + f"Answer: {LETTERS[index]}"
+
+    def row(self, problem: Problem, rng: random.Random) -> Row:
+        options, right = self.choices(problem)
+        wrong = rng.choice([i for i in range(len(options)) if i != right])
+        reference = self.reference(problem, right)
+        return {
+            "prompt": self.prompt(problem),
+            "privileged_context": reference,
+            "completion": reference,
+            "negative_context": self.reference(problem, wrong),
+            "answer": LETTERS[right],
+            "options": options,
+            **problem.get("metadata", {}),
+        }
+
+    def solved(self, problem: Problem) -> str:
+        _, right = self.choices(problem)
+        return f"Problem: {self.prompt(problem)}\nSolution: {self.reference(problem, right)}"
+
+    def grade(self, row: Row, completion: str) -> Grade:
+        return choice(completion, row["answer"])
+
+
+def check_options(options: Sequence[object], answer: object, where: str, name: str) -> tuple[list[str], int]:
+    """Options as distinct texts and the right one's index.
+
+    Raises `UserError` where they are not.
+    """
+    texts = [str(option).strip() for option in options]
+    if not 2 <= len(texts) <= len(LETTERS) or len(set(texts)) != len(texts) or not all(texts):
+        raise UserError(f"{name}: {where} has no 2 to {len(LETTERS)} different options: {texts!r:.200}")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
+        raise UserError(f"{name}: {where}: the answer {answer!r} is no index of its {len(texts)} options")
+    return texts, answer
