@@ -123,7 +123,8 @@ def test_calls_in_both_forms():
     gold = [ToolStep("find", '{"q": "pen", "n": 3, "page": ""}'), ToolStep("buy", '{"id": ${id from find}}')]
     react = 'Thought: first look.\nAction: find\nAction Input: {"n": "3", "q": "Pen"}\nObservation: [..]\nAction: buy\nAction Input: {"id": 17}\nDone.'
     chat = '[{"name": "find", "arguments": {"q": "pen", "n": 3.0}}, {"name": "buy", "arguments": {"id": "x9"}}]'
-    for text in (react, chat, chat.replace("name", "tool").replace("arguments", "parameters")):
+    renamed = chat.replace("name", "tool").replace("arguments", "parameters")
+    for text in (react, chat, renamed):
         assert grade_calls(extract_calls(text), gold).correct
     once = grade_calls(extract_calls(react.partition("Action: buy")[0]), gold)
     assert not once.correct and once.details == {"name_accuracy": 0.5, "argument_accuracy": 0.5}
@@ -147,21 +148,71 @@ def test_code_is_found_in_what_surrounds_it():
 
 def hostile(rng: random.Random) -> str:
     pieces = (
-        "answer is ", "#### ", "\\boxed{", "{", "[", "(", '"', "$", "Action: ", "Action Input: ", '{"name": "', "```python\n", "```", "def f(",
-        "\u202e", "\ud800", "\x00", "NaN", "Infinity", "1e999", "-", "1,2,", "٣", "Ⅷ", "A.", "B)", "\n", "\r", "${", "}", "]", " " * 7, "é", "𝟙",
-        "9" * 30, "/0", "option ", "Answer: ", "**", "\\text{", "_" * 9, "a" * 40, "😀", '{"a":' * 3,
-    )  # fmt: skip
+        *(
+            "answer is ",
+            "#### ",
+            "\\boxed{",
+            "{",
+            "[",
+            "(",
+            '"',
+            "$",
+            "Action: ",
+            "Action Input: ",
+            '{"name": "',
+            "```python\n",
+            "```",
+        ),
+        *(
+            "def f(",
+            "\u202e",
+            "\ud800",
+            "\x00",
+            "NaN",
+            "Infinity",
+            "1e999",
+            "-",
+            "1,2,",
+            "\u0663",
+            "\u2167",
+            "A.",
+            "B)",
+            "\n",
+            "\r",
+        ),
+        *(
+            "${",
+            "}",
+            "]",
+            " " * 7,
+            "\u00e9",
+            "\U0001d7d9",
+            "9" * 30,
+            "/0",
+            "option ",
+            "Answer: ",
+            "**",
+            "\\text{",
+            "_" * 9,
+            "a" * 40,
+        ),
+        *("\U0001f600", '{"a":' * 3),
+    )
     return "".join(rng.choice(pieces) for _ in range(rng.randint(0, 60)))
 
 
 def adversarial() -> list[str]:
     """Megabytes, depth, and bait for backtracking."""
     return [
-        "1" * 10**6, "#" * 10**6, "answer " * 150_000, "answer is " * 100_000, "[" * 10**6, '{"a":' * 200_000, "(A" * 500_000, "A " * 500_000,
-        "\\boxed{" * 140_000, "1," * 500_000, " " * 10**6, "\n" * 10**6, "```" * 330_000, "def f(" * 160_000, "Action: x\n" * 100_000,
-        "${" * 500_000, '{"name": "' * 100_000, "\u0301" * 10**6, "-" * 10**6, "Answer:" + " " * 10**6 + "A",
-        "[" * 10_000 + "]" * 10_000, '{"name":"f","arguments":' + '{"a":' * 10_000 + "1" + "}" * 10_001,
-    ]  # fmt: skip
+        *(
+            piece * (10**6 // len(piece))
+            for piece in ("1", "#", "answer ", "answer is ", "[", '{"a":', "(A", "A ", "\\boxed{", "1,", " ")
+        ),
+        *(piece * (10**6 // len(piece)) for piece in ("\n", "```", "def f(", "Action: x\n", "${", '{"name": "', "\u0301", "-")),
+        "Answer:" + " " * 10**6 + "A",
+        "[" * 10_000 + "]" * 10_000,
+        '{"name":"f","arguments":' + '{"a":' * 10_000 + "1" + "}" * 10_001,
+    ]
 
 
 GOLD = {"exact": "42", "contains": "42", "choice": "B", "number": "#### 42", "call": 'Action: f\nAction Input: {"a": 1}'}
@@ -170,7 +221,7 @@ GOLD = {"exact": "42", "contains": "42", "choice": "B", "number": "#### 42", "ca
 @pytest.mark.parametrize("name", sorted(GOLD))
 def test_no_grader_raises_or_hangs(name):
     rng = random.Random(7)
-    texts = [hostile(rng) for _ in range(9_980)] + adversarial()
+    texts = [hostile(rng) for _ in range(9_978)] + adversarial()
     slowest = 0.0
     for text in texts:
         start = time.perf_counter()
@@ -185,7 +236,7 @@ def test_no_grader_raises_or_hangs(name):
 def test_extracting_code_never_raises_or_hangs():
     rng = random.Random(8)
     slowest = 0.0
-    for text in [hostile(rng) for _ in range(9_980)] + adversarial():
+    for text in [hostile(rng) for _ in range(9_978)] + adversarial():
         start = time.perf_counter()
         extract_code(text)
         slowest = max(slowest, time.perf_counter() - start)

@@ -342,6 +342,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
     ) -> dict[str, float]:
         """`eval_loss` (nats per token of the reference, given the plain prompt) and, with a grader, greedy `eval_accuracy`."""
         from unisd.evaluation import reference_nll
+        from unisd.grading import grade_many
 
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
@@ -357,9 +358,8 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         if self.grader is not None and mine:
             sampling = replace(self.sampling, max_new_tokens=self.args.eval_max_new_tokens or self.args.max_completion_length)
             completions = self.engine.generate([self.prompts.student(row) for row in mine], None, sampling)
-            for row, completion in zip(mine, completions, strict=True):
-                text = self.processing_class.decode(completion.ids, skip_special_tokens=True)
-                correct += bool(self.grader(row, text))
+            texts = [self.processing_class.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+            correct = sum(map(bool, grade_many(self.grader, mine, texts)))
         sums = torch.tensor([nll, tokens, correct], dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             sums = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(0)
