@@ -121,7 +121,8 @@ def test_summary_and_results():
 
 def test_calls_in_both_forms():
     gold = [ToolStep("find", '{"q": "pen", "n": 3, "page": ""}'), ToolStep("buy", '{"id": ${id from find}}')]
-    react = 'Thought: first look.\nAction: find\nAction Input: {"n": "3", "q": "Pen"}\nObservation: [..]\nAction: buy\nAction Input: {"id": 17}\nDone.'
+    first = 'Thought: first look.\nAction: find\nAction Input: {"n": "3", "q": "Pen"}\nObservation: [..]\n'
+    react = first + 'Action: buy\nAction Input: {"id": 17}\nDone.'
     chat = '[{"name": "find", "arguments": {"q": "pen", "n": 3.0}}, {"name": "buy", "arguments": {"id": "x9"}}]'
     renamed = chat.replace("name", "tool").replace("arguments", "parameters")
     for text in (react, chat, renamed):

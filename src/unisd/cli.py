@@ -16,6 +16,7 @@ unisd: adapt a causal language model to your task by self-distillation (UniSD, a
   unisd train            run a complete adaptation of the embedded pocket model (about 3 minutes on 2 cores)
   unisd train --help     every option, grouped by mechanism
   unisd probe            before training: is the teacher worth learning from?
+  unisd prepare          build and inspect auxiliary contexts and wrong references
   unisd eval             accuracy on tasks, retention and perplexities of a saved model
   unisd grade TASK       grade completions that any system wrote
   unisd recipes [NAME]   published methods as files
@@ -94,6 +95,12 @@ def _probe(arguments: list[str]) -> int:
     return probing.run(arguments)
 
 
+def _prepare(arguments: list[str]) -> int:
+    from unisd import preparing
+
+    return preparing.run(arguments)
+
+
 def _recipes(arguments: list[str]) -> int:
     from unisd import recipes
 
@@ -139,6 +146,7 @@ def _chat(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "probe": _probe,
+    "prepare": _prepare,
     "eval": _evaluate,
     "grade": _grade,
     "recipes": _recipes,

@@ -47,6 +47,13 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     max_completion_length: int = option("rollout", "Most tokens that the student may write per answer.", 256)
     num_generations: int = option("rollout", "Answers sampled per prompt.", 1)
     rollout_batch_size: int = option("rollout", "Rows generated at once, sorted by length.", 64)
+    completion_source: str = option(
+        "rollout",
+        "Who writes the answers trained on: student; reference (the dataset's, off-policy); initial (the untrained model, once a row); "
+        "mixture (student with probability on_policy_share, else reference).",
+        "student",
+    )
+    on_policy_share: float = option("rollout", "mixture: share of rows that the student answers (lambda of GKD).", 0.5)
     num_loss_tokens_to_skip: int = option("rollout", "First tokens of each answer that carry no loss.", 0)
     mask_truncated_completions: bool = option(
         "rollout", "Leave answers that ran into max_completion_length out of the loss.", False
@@ -84,7 +91,9 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         "divergence", "0: forward KL(teacher||student); 1: reverse KL; between: generalised Jensen-Shannon.", 0.0
     )
     distillation_mode: str = option(
-        "divergence", "full vocabulary, topk (a support of distillation_topk tokens) or sampled (realised token).", "full"
+        "divergence",
+        "full vocabulary, topk (a support of distillation_topk tokens), sampled (realised token); or nll: no teacher (SFT).",
+        "full",
     )
     distillation_topk: int = option("divergence", "topk: size of the support.", 100)
     distillation_topk_support: str = option("divergence", "topk: whose most likely tokens: teacher or student.", "teacher")
@@ -191,9 +200,25 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             raise UserError("agreement needs num_auxiliary_contexts of 2 or more: one context cannot disagree with itself.")
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay false: the rows' columns are the teacher's context.")
+        if self.completion_source == "initial" and (self.teacher_model_kind != "base" or self.teacher_restart_steps is not None):
+            raise UserError("completion_source=initial needs the initial weights: set teacher_model_kind=base without restarts.")
+        if self.distillation_mode == "nll":
+            self._check_without_teacher()
         check_token_clip(self.divergence_spec, self.token_clip)
         if self.distillation_mode == "sampled" and self.token_clip_quantile is not None:
             raise UserError("distillation_mode=sampled cannot be clipped: unset token_clip_quantile.")
+
+    def _check_without_teacher(self) -> None:
+        asked = {
+            "agreement": self.agreement != "none",
+            "token_weights": bool(self.token_weights),
+            "contrastive_weight": self.contrastive_weight > 0,
+            "feature_weight": self.feature_weight > 0,
+            "token_clip_quantile": self.token_clip_quantile is not None,
+            "entry_clip": self.entry_clip is not None,
+        }
+        if wrong := [name for name, active in asked.items() if active]:
+            raise UserError(f"distillation_mode=nll trains without a teacher: unset {' and '.join(wrong)}.")
 
     @property
     def divergence_spec(self) -> DivergenceSpec:
@@ -205,7 +230,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             add_tail=self.distillation_add_tail,
             topk_support=self.distillation_topk_support,
             entry_clip=self.entry_clip,
-            temperature=self.temperature,
+            # The likelihood is the model's own, whatever temperature its samples were drawn at.
+            temperature=1.0 if self.distillation_mode == "nll" else self.temperature,
         )
 
     @property
@@ -222,7 +248,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "teacher_model_kind": ("base", "live", "ema"),
     "teacher_prompt_layout": ("append", "turn"),
-    "distillation_mode": ("full", "topk", "sampled"),
+    "completion_source": ("student", "reference", "initial", "mixture"),
+    "distillation_mode": ("full", "topk", "sampled", "nll"),
     "distillation_topk_support": ("teacher", "student"),
     "loss_aggregation": ("sequence", "token"),
     "loss_implementation": ("chunked", "plain"),
@@ -242,6 +269,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_completion_length": (1, _INF),
     "num_generations": (1, _INF),
     "rollout_batch_size": (1, _INF),
+    "on_policy_share": (0, 1),
     "num_loss_tokens_to_skip": (0, _INF),
     "teacher_update_rate": (0, 1),
     "teacher_sync_steps": (1, _INF),

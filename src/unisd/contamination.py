@@ -7,7 +7,6 @@ for much in short ones, so problems are compared without lines that most prompts
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -17,11 +16,10 @@ from unisd import tasks
 from unisd.commands import CommandParser
 from unisd.console import make_console, show_table
 from unisd.errors import UserError
+from unisd.similarity import NEAR, prompt_text, shingles, words
 from unisd.tasks.base import Row
 
-NEAR = 0.8
 COMMON_LINE = 0.5  # a line in more than this share of the prompts is the task's own wording
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -37,44 +35,34 @@ def contamination(train: Sequence[Row], test: Sequence[Row]) -> Report:
     """Each test row at most once, exact before near."""
     common = _common_lines([*train, *test])
     known = [(str(row["id"]), _words(row, common)) for row in train]
-    exact_index = {words: name for name, words in known}
-    shingles = {name: _shingles(words) for name, words in known}
+    exact_index = {found: name for name, found in known}
+    parts_of = {name: shingles(found) for name, found in known}
     posting: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name, parts in shingles.items():
+    for name, parts in parts_of.items():
         for part in parts:
             posting[part].append(name)
     exact, near = [], []
     for row in test:
-        words = _words(row, common)
-        if words in exact_index:
-            exact.append((str(row["id"]), exact_index[words]))
+        found = _words(row, common)
+        if found in exact_index:
+            exact.append((str(row["id"]), exact_index[found]))
             continue
-        mine = _shingles(words)
+        mine = shingles(found)
         shared = Counter(name for part in mine for name in posting.get(part, ()))
         for name, count in shared.most_common(20):
-            if count / (len(mine) + len(shingles[name]) - count) >= NEAR:
+            if count / (len(mine) + len(parts_of[name]) - count) >= NEAR:
                 near.append((str(row["id"]), name))
                 break
     return Report(len(test), exact, near)
 
 
-def _text(row: Row) -> str:
-    prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
-
-
 def _common_lines(rows: Sequence[Row]) -> set[str]:
-    counts = Counter(line for row in rows for line in set(_text(row).splitlines()))
+    counts = Counter(line for row in rows for line in set(prompt_text(row["prompt"]).splitlines()))
     return {line for line, count in counts.items() if count > max(1, COMMON_LINE * len(rows))}
 
 
 def _words(row: Row, common: set[str]) -> tuple[str, ...]:
-    lines = [line for line in _text(row).splitlines() if line not in common]
-    return tuple(_WORD.findall(" ".join(lines).casefold()))
-
-
-def _shingles(words: tuple[str, ...]) -> set[tuple[str, ...]]:
-    return {words[i : i + 3] for i in range(max(1, len(words) - 2))}
+    return words("\n".join(line for line in prompt_text(row["prompt"]).splitlines() if line not in common))
 
 
 def main(arguments: Sequence[str]) -> int:

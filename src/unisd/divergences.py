@@ -79,7 +79,7 @@ class DivergenceSpec:
         vanish like alpha and 1-alpha, so that 0.001 is no forward KL but almost no training at all. Values within 0.01
         of an end are refused.
     mode: `full` vocabulary; `topk` entries of one side; `sampled`, the realised token only (reverse KL as a score
-        function: value l - l+, gradient sg(l - l+) * grad l).
+        function: value l - l+, gradient sg(l - l+) * grad l); `nll`, no teacher at all: D = -l (SFT, SSD).
     topk, add_tail, topk_support: size of the support, whether one bucket holds the mass outside it (else both sides are
         renormalised on the support), and whose largest entries make the support (`teacher` or `student`).
     entry_clip: cap on every vocabulary entry's summand of D, in nats (OPSD: 0.05). It is one-sided: D can become
@@ -106,8 +106,8 @@ class DivergenceSpec:
                 f"distillation_alpha={self.alpha} is within 0.01 of an end, where the mixture divergence and its "
                 f"gradient vanish: use {end} itself, or a value in [0.01, 0.99]."
             )
-        if self.mode not in ("full", "topk", "sampled"):
-            raise UserError(f"distillation_mode must be full, topk or sampled, got {self.mode!r}.")
+        if self.mode not in ("full", "topk", "sampled", "nll"):
+            raise UserError(f"distillation_mode must be full, topk, sampled or nll, got {self.mode!r}.")
         if self.topk_support not in ("teacher", "student"):
             raise UserError(f"distillation_topk_support must be teacher or student, got {self.topk_support!r}.")
         if self.topk < 1:
@@ -170,6 +170,8 @@ def divergence(student_logits_NV: Tensor, teacher_logits_NV: Tensor, targets_N: 
 
 def divergence_of_logp(student_logp_NV: Tensor, teacher_logp_NV: Tensor, targets_N: Tensor, spec: DivergenceSpec) -> Tensor:
     """The same from log-probabilities at the distillation temperature."""
+    if spec.mode == "nll":
+        return -pick(student_logp_NV, targets_N)
     if spec.mode == "sampled":
         l_N, teacher_l_N = pick(student_logp_NV, targets_N), pick(teacher_logp_NV, targets_N)
         ratio_N = (l_N - teacher_l_N).detach()

@@ -152,9 +152,8 @@ def plain_loss(
     inputs = _Inputs(
         student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast
     )  # fmt: skip
-    with torch.no_grad():
-        teacher_logp_NV = log_probs(teacher_head.logits(teacher_hidden_NH), spec.temperature)
     student_logp_NV = log_probs(student_head.logits(student_hidden_NH), spec.temperature)
+    teacher_logp_NV = _teacher_logp(inputs, student_logp_NV)
     divergence_N = divergence_of_logp(student_logp_NV, teacher_logp_NV, targets_N, spec)
     logp_N = pick(student_logp_NV, targets_N)
     terms = _token_terms(inputs, divergence_N, logp_N)
@@ -306,15 +305,22 @@ def _summands_and_slopes(p_CV: Tensor, logp_CV: Tensor, logq_CV: Tensor, alpha: 
 def _by_autograd(part: _Inputs, want_gradient: bool) -> _ChunkResult:
     """Any mode, by autograd over one chunk's logits."""
     spec = part.spec
-    teacher_logp_CV = log_probs(part.teacher_head.logits(part.teacher_hidden_NH), spec.temperature)
     projected_CV = part.student_head.project(part.student_hidden_NH).requires_grad_(want_gradient)
     with torch.set_grad_enabled(want_gradient):
         logp_CV = log_probs(part.student_head.shape_logits(projected_CV), spec.temperature)
-        divergence_C = divergence_of_logp(logp_CV, teacher_logp_CV, part.targets_N, spec)
+        divergence_C = divergence_of_logp(logp_CV, _teacher_logp(part, logp_CV), part.targets_N, spec)
         logp_C = pick(logp_CV, part.targets_N)
         loss = _token_terms(part, divergence_C, logp_C).loss
     values = (divergence_C.detach(), logp_C.detach(), entropy(logp_CV.detach()))
     return values, torch.autograd.grad(loss, projected_CV)[0] if want_gradient else None
+
+
+@torch.no_grad()
+def _teacher_logp(part: _Inputs, student_logp_CV: Tensor) -> Tensor:
+    """The teacher's log-probabilities; the student's own where no teacher is asked."""
+    if part.spec.mode == "nll":
+        return student_logp_CV.detach()
+    return log_probs(part.teacher_head.logits(part.teacher_hidden_NH), part.spec.temperature)
 
 
 def default_chunk_tokens(vocabulary: int) -> int:

@@ -51,6 +51,13 @@ class RunOptions:
     dataset_name: str | None = option("data", "Your rows from a `datasets` folder or hub id.")
     dataset_config: str | None = option("data", "Configuration of dataset_name.")
     dataset_train_split: str = option("data", "Split of dataset_name to train on.", "train")
+    agreement_contexts: str = option(
+        "data", "Auxiliary contexts for rows that have none: columns (build none), random, retrieval or induction.", "columns"
+    )
+    embedder: str = option("data", "retrieval: tfidf, model (its own hidden states) or a sentence-transformers model.", "tfidf")
+    negatives: str = option(
+        "data", "Wrong references for rows that have none: columns (build none), corrupt or model.", "columns"
+    )
     columns: str | None = option("data", "Names of your columns: prompt=question,privileged_context=answer.")
     grader: str | None = option("data", "Grades answers to your rows, so that accuracy is reported (see unisd.graders).")
     max_train_rows: int | None = option("data", "Train on the first so many rows only.")

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from unisd import recipes
+from unisd import contexts, negatives, recipes
 from unisd.config import GROUPS, UniSDConfig
 from unisd.errors import UserError
 from unisd.options import RUN_GROUPS, RunOptions
@@ -198,6 +198,9 @@ def _check_sources(options: RunOptions) -> None:
         for name in ("columns", "grader", "eval_file", "dataset_config"):
             if getattr(options, name) is not None and (name, options.task) != ("grader", "jsonl"):
                 raise UserError(f"{name} belongs to your own rows: unset it, or give --train_file instead of a task.")
+    for name, kinds in (("agreement_contexts", contexts.KINDS), ("negatives", negatives.KINDS)):
+        if getattr(options, name) not in kinds:
+            raise UserError(f"{name}={getattr(options, name)!r} is not one of: {', '.join(kinds)}.")
     if options.load_in_4bit and not options.use_peft:
         raise UserError("load_in_4bit needs use_peft: 4-bit weights cannot be trained themselves.")
     for name in ("max_train_rows", "max_eval_rows", "lora_r", "lora_alpha"):

@@ -24,6 +24,7 @@ from unisd.inputs import RunData, adapter_config, fit_mechanisms, load_data, loa
 from unisd.measure import change_lines, drift, measure
 from unisd.options import RunOptions
 from unisd.parsing import HEADINGS, group_of, train_parser
+from unisd.preparing import prepare
 from unisd.trainer import UniSDTrainer
 
 Results = dict[str, Any]
@@ -73,8 +74,9 @@ class Setting:
 
 def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Console) -> Setting:
     """Load the model and build the trainer, which checks the rows."""
-    fit_mechanisms(config, options, data.train)
     model, tokenizer, _ = load_model(options)
+    data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
+    fit_mechanisms(config, options, data.train)
     progress, interruption = ProgressDisplay(console), Interruption()
     trainer = UniSDTrainer(
         model=model,

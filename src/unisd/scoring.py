@@ -131,8 +131,10 @@ class Scorer:
         teacher_logp, negative_logp, entropy = zeros.clone(), zeros.clone(), zeros.clone()
         auxiliary_logp = torch.zeros(K, B, T)
         states = TeacherStates([zeros] * B, {layer: [zeros] * B for layer in self.layers})
-
         jobs = [_Job("primary", i, 0, row.teacher) for i, row in enumerate(rows)]
+        if self.spec.mode == "nll":  # no teacher: the shapes stay, nothing is scored
+            size = self.backbone.head_module.in_features
+            states.final, jobs = [torch.zeros(len(row.completion), size, device=device) for row in rows], []
         if "negative" in self.needs:
             jobs += [_Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None]
         if "auxiliary" in self.needs:

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 
 from unisd.backbone import Backbone, Batch
+from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
 from unisd.data import Row, prepare_rows
 from unisd.errors import UserError
@@ -150,11 +151,13 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         )
         self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
+        self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
         self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
         self._token_clip: float | None = args.token_clip
         self.add_callback(_StepCallback(self))
         if self.rows:
             self._check_lengths()
+            self.completions.check()
             self.prompts.check_generation_prefix(self.rows[0])
 
     # -- set-up -----------------------------------------------------------------------------------------------------
@@ -228,15 +231,11 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
     def _rollout(self, numbers: Sequence[tuple[int, int]]) -> tuple[list[ScoringRow], list[Completion]]:
         args = self.args
         with self.metrics.timed("rollout"):
-            prompts = [self.prompts.student(self.rows[row]) for row, _ in numbers]
-            keys = [(args.seed, self.state.global_step, row, generation) for row, generation in numbers]
-            self.engine.sync()
-            completions = self.engine.generate(prompts, keys, self.sampling)
-            self.engine.sleep()
+            completions = self.completions.complete(numbers, self.state.global_step)
         rows, overlong = [], 0
-        for (number, _), prompt, completion in zip(numbers, prompts, completions, strict=True):
+        for (number, _), completion in zip(numbers, completions, strict=True):
             row = self.rows[number]
-            dropped = completion.truncated and args.mask_truncated_completions
+            kept = self.completions.carries_loss(completion)
             views = self.prompts.auxiliary(row, args.num_auxiliary_contexts) if "auxiliary" in self.needs else []
             auxiliary = [ids for ids in views if len(ids) <= self._teacher_room]
             negative = self.prompts.negative(row) if "negative" in self.needs and row.get("negative_context") else None
@@ -246,8 +245,8 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             rows.append(
                 ScoringRow(
                     completion=completion.ids,
-                    loss_mask=[not dropped and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))],
-                    student=prompt,
+                    loss_mask=[kept and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))],
+                    student=self.prompts.student(row),
                     teacher=self.prompts.teacher(row),
                     negative=negative,
                     auxiliary=auxiliary,
@@ -320,8 +319,9 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             "completions/mean_length": mean([length for length, _ in pairs]),
             "completions/max_length": float(max(length for length, _ in pairs)),
             "completions/truncated_share": mean([truncated for _, truncated in pairs]),
-            "teacher/logp": masked_mean(scores.teacher_logp, scores.mask),
         }
+        if self.args.distillation_mode != "nll":
+            values["teacher/logp"] = masked_mean(scores.teacher_logp, scores.mask)
         if scores.negative_logp is not None and scores.negative_present is not None:
             mask = scores.mask & scores.negative_present[:, None]
             values["contrastive/negative_logp"] = masked_mean(scores.negative_logp, mask)

@@ -93,6 +93,8 @@ class PocketTask(Task):
                     "variable": problem.slots.get("x", ""),
                     "words": " ".join(item.word for item in problem.items),
                     "noisy": noisy,
+                    # Templates differ in their slots only: the same problem is the same slots.
+                    "duplicate_key": json.dumps([problem.skill, problem.slots], sort_keys=True, default=str),
                 }
             )
         return rows

@@ -1,0 +1,79 @@
+"""Where the completions of a step come from: the student, the dataset's references, the initial model, or a mixture by rows.
+
+Which source a row gets, and what is sampled for it, depends on (seed, step, row, generation) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unisd.config import UniSDConfig
+from unisd.data import Row
+from unisd.errors import UserError
+from unisd.prompts import PromptBuilder, encode_completion
+from unisd.rollout import Completion, Engine, NoiseKey, Sampling, uniform_noise
+from unisd.teacher import Teacher
+
+OFFLINE_STEP = 0  # the initial model's samples are the same in every epoch, as if drawn beforehand
+
+
+@dataclass
+class CompletionSource:
+    """Completions of prompts of `rows`, by their numbers."""
+
+    args: UniSDConfig
+    rows: Sequence[Row]
+    prompts: PromptBuilder
+    engine: Engine
+    teacher: Teacher
+    sampling: Sampling
+    eos_ids: Sequence[int]
+
+    def check(self) -> None:
+        """Raise `UserError` for the first reference that is longer than a completion may be."""
+        if self.args.completion_source not in ("reference", "mixture"):
+            return
+        limit = self.args.max_completion_length
+        for number, row in enumerate(self.rows):
+            if len(str(row["completion"]).encode()) >= limit and (length := len(self._reference(number).ids)) > limit:
+                raise UserError(
+                    f"row {number} of the training data: the completion has {length} tokens, over max_completion_length={limit}: "
+                    "shorten or remove it, or raise max_completion_length."
+                )
+
+    def complete(self, numbers: Sequence[tuple[int, int]], step: int) -> list[Completion]:
+        """One completion for each (row, generation) of an optimizer step."""
+        sources = [self._source(row, generation, step) for row, generation in numbers]
+        found: dict[int, Completion] = {i: self._reference(numbers[i][0]) for i, s in enumerate(sources) if s == "reference"}
+        self.engine.sync()
+        for source, at_step in (("student", step), ("initial", OFFLINE_STEP)):
+            chosen = [i for i, s in enumerate(sources) if s == source]
+            keys: list[NoiseKey] = [(self.args.seed, at_step, *numbers[i]) for i in chosen]
+            if not chosen:
+                continue
+            prompts = [self.prompts.student(self.rows[numbers[i][0]]) for i in chosen]
+            if source == "initial":
+                with self.teacher.in_place():
+                    written = self.engine.generate(prompts, keys, self.sampling)
+            else:
+                written = self.engine.generate(prompts, keys, self.sampling)
+            found.update(zip(chosen, written, strict=True))
+        self.engine.sleep()
+        return [found[i] for i in range(len(numbers))]
+
+    def carries_loss(self, completion: Completion) -> bool:
+        """False for answers that are left out: cut ones if asked so, and empty ones of the initial model (SSD's filter)."""
+        if completion.truncated and self.args.mask_truncated_completions:
+            return False
+        return self.args.completion_source != "initial" or any(token not in self.eos_ids for token in completion.ids)
+
+    def _source(self, row: int, generation: int, step: int) -> str:
+        if self.args.completion_source != "mixture":
+            return self.args.completion_source
+        # One number beyond those that sample the completion itself.
+        draw = uniform_noise((self.args.seed, step, row, generation), self.sampling.max_new_tokens + 1)[-1]
+        return "student" if draw < self.args.on_policy_share else "reference"
+
+    def _reference(self, row: int) -> Completion:
+        return Completion(encode_completion(self.prompts.tokenizer, str(self.rows[row]["completion"])), truncated=False)

@@ -1,0 +1,223 @@
+"""`unisd prepare`, and the same before a training run: contexts and wrong references built for rows that lack them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unisd import contexts, negatives
+from unisd.commands import CommandParser
+from unisd.config import UniSDConfig
+from unisd.console import make_console, quiet_libraries, show_progress, show_table
+from unisd.data import Row
+from unisd.errors import UserError
+from unisd.gguf_cache import cache_dir
+from unisd.inputs import RunData, load_data, load_model
+from unisd.options import RunOptions
+from unisd.parsing import parse, train_parser
+from unisd.prompts import PromptBuilder, encode_prompt
+from unisd.similarity import prompt_text
+
+logger = logging.getLogger(__name__)
+
+WRITTEN_TOKENS = 192  # most tokens of an instruction or a wrong answer
+POOLED_TOKENS = 2048  # tokens of a forward pass of the model's own embeddings
+
+
+class ModelEmbedder:
+    """The model's own final hidden states, averaged over a text's tokens."""
+
+    name = "model"
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        from unisd.backbone import Backbone, lay_out
+        from unisd.scoring import forward_batches
+
+        backbone = Backbone(self.model)
+        sequences = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:POOLED_TOKENS] or [0] for text in texts]
+        found: list[np.ndarray] = [np.zeros(0)] * len(texts)
+        self.model.eval()
+        with show_progress("embedding", len(texts)) as advance:
+            for chosen in forward_batches([len(s) for s in sequences], POOLED_TOKENS, packed=False):
+                batch = lay_out([sequences[i] for i in chosen], False, 0, self.model.device)
+                final_BLH = backbone.forward(self.model, batch).final
+                assert final_BLH is not None
+                for place, i in enumerate(chosen):
+                    found[i] = final_BLH[place, : len(sequences[i])].float().mean(0).cpu().numpy()
+                advance(len(chosen))
+        return np.stack(found)
+
+
+def writer(model: Any, tokenizer: Any, seed: int, what: str) -> Callable[[list[str], int], list[str]]:
+    """What the model writes to prompts, sampled; another try draws anew."""
+    from unisd.models import eos_ids
+    from unisd.rollout import Sampling, generate
+
+    ends = eos_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+
+    def write(prompts: list[str], attempt: int) -> list[str]:
+        keys = [(seed, attempt, i, 0) for i in range(len(prompts))]
+        with show_progress(f"writing {what}", len(prompts)) as advance:
+            written = generate(
+                model,
+                [encode_prompt(tokenizer, prompt) for prompt in prompts],
+                Sampling(WRITTEN_TOKENS, temperature=0.7, top_p=0.95),
+                eos_ids=ends,
+                pad_id=pad,
+                keys=keys,
+                on_rows=advance,
+            )
+        return [tokenizer.decode(completion.ids, skip_special_tokens=True).strip() for completion in written]
+
+    return write
+
+
+def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Callable[[], tuple[Any, Any]]) -> list[Row]:
+    """The training rows with the contexts and wrong references that the options ask for.
+
+    Args:
+        load: gives model and tokenizer; called where something is to be written or embedded by the model.
+
+    Raises:
+        UserError: see `contexts.build` and `negatives.build`.
+    """
+    rows = data.train
+    if options.agreement_contexts != "columns":
+        settings = contexts.Settings(options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder)
+        embedder: contexts.Embedder | None = None
+        write = None
+        needs_model = settings.kind == "induction" or (settings.kind == "retrieval" and settings.embedder == "model")
+        if needs_model:
+            model, tokenizer = load()
+            embedder, write = ModelEmbedder(model, tokenizer), writer(model, tokenizer, config.seed, "instructions")
+        elif settings.kind == "retrieval" and settings.embedder != "tfidf":
+            embedder = contexts.SentenceTransformerEmbedder(settings.embedder)
+        rows = contexts.build(
+            rows,
+            settings,
+            embedder=embedder,
+            write=write,
+            model_key=model_key(model) if needs_model else "",
+            cache_dir=cache_dir() / "contexts",
+        )
+    if options.negatives != "columns":
+        write = None
+        if options.negatives == "model":
+            model, tokenizer = load()
+            write = writer(model, tokenizer, config.seed, "wrong answers")
+        rows = negatives.build(rows, options.negatives, seed=config.seed, grade=data.grader, write=write)
+    short = sum(len(row.get("auxiliary_contexts") or []) < config.num_auxiliary_contexts for row in rows)
+    without = sum(not row.get("negative_context") for row in rows)
+    if options.agreement_contexts != "columns" and short:
+        logger.warning("%d of %d rows have fewer than %d auxiliary contexts.", short, len(rows), config.num_auxiliary_contexts)
+    if options.negatives != "columns" and without:
+        logger.warning("%d of %d rows have no wrong reference: they train without the contrast term.", without, len(rows))
+    return rows
+
+
+def model_key(model: Any) -> str:
+    """Name and revision of a model, and a sample of its weights: a folder's content may change under its name."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        digest.update(name.encode())
+        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    return f"{model.config._name_or_path} {getattr(model.config, '_commit_hash', None)} {digest.hexdigest()}"
+
+
+# ---------------------------------------------------------------- the command
+
+SHARED = (
+    "model_name_or_path", "dtype", "trust_remote_code", "task", "data_files", "task_options", "noise", "train_file", "dataset_name",
+    "dataset_config", "dataset_train_split", "columns", "grader", "max_train_rows", "agreement_contexts", "embedder", "negatives",
+    "num_auxiliary_contexts", "teacher_prompt_layout", "teacher_prompt_template", "auxiliary_prompt_template",
+    "max_teacher_prompt_length", "max_completion_length", "allow_unsafe_code_execution", "seed",
+)  # fmt: skip
+DESCRIPTION = (
+    "Build auxiliary contexts and wrong references for the rows of a task or a file, look at them, and write rows that `unisd train "
+    "--train_file` takes."
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    parser = CommandParser("prepare", DESCRIPTION)
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write the rows there")
+    fields = train_parser().fields
+    for name in SHARED:
+        many = {"nargs": "+"} if name in ("data_files", "task_options") else {}
+        if name == "allow_unsafe_code_execution" or name == "trust_remote_code":
+            many = {"nargs": "?", "const": "true"}
+        parser.add_argument(f"--{name}", help=str(fields[name].metadata["help"]).replace("%", "%%"), **many)  # type: ignore[arg-type]
+    own = parser.parse(arguments)
+    if own is None:
+        return 0
+    quiet_libraries()
+    values = {name: getattr(own, name) for name in SHARED if getattr(own, name) is not None}
+    flags = [token for name, value in values.items() for token in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    options, config = parse(flags, "unisd prepare")
+    data = load_data(options, config.seed)
+    loaded: list[tuple[Any, Any]] = []
+
+    def load() -> tuple[Any, Any]:
+        if not loaded:
+            model, tokenizer, _ = load_model(options, training=False)
+            loaded.append((model.to(config.device), tokenizer))
+        return loaded[0]
+
+    rows = prepare(data, options, config, load)
+    _, tokenizer = load()
+    _show(
+        rows,
+        PromptBuilder(tokenizer, config.teacher_prompt_layout, config.teacher_prompt_template, config.auxiliary_prompt_template),
+        config,
+    )
+    if own.output:
+        path = Path(own.output)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output {path} cannot be written: {error.strerror}.") from None
+        print(f"{len(rows)} rows written to {path}")
+    return 0
+
+
+def _show(rows: Sequence[Row], prompts: PromptBuilder, config: UniSDConfig) -> None:
+    """Counts, lengths against the limit, and one example of each kind."""
+    limit = config.max_teacher_prompt_length
+    views = {
+        "student prompt": [prompts.student(row) for row in rows],
+        "with the reference": [prompts.teacher(row) for row in rows],
+        "with a wrong reference": [prompts.negative(row) for row in rows if row.get("negative_context")],
+        "with an auxiliary context": [
+            ids for row in rows if row.get("auxiliary_contexts") for ids in prompts.auxiliary(row, config.num_auxiliary_contexts)
+        ],
+    }
+    lines = []
+    for name, found in views.items():
+        lengths = sorted(map(len, found)) or [0]
+        over = sum(length > limit for length in lengths) if limit is not None else 0
+        lines.append([name, str(len(found)), str(lengths[len(lengths) // 2]), str(lengths[-1]), str(over)])
+    show_table(make_console(), (f"{len(rows)} rows", "texts", "median tokens", "longest", "over the limit"), lines)
+    example = next((row for row in rows if row.get("auxiliary_contexts")), rows[0])
+    for name, text in (
+        ("prompt", prompt_text(example["prompt"])),
+        ("reference", str(example.get("privileged_context"))),
+        *(("auxiliary context", text) for text in (example.get("auxiliary_contexts") or [])[:2]),
+        ("wrong reference", str(example.get("negative_context") or "-")),
+    ):
+        print(f"{name}:\n  " + text[:600].replace("\n", "\n  "))
