@@ -41,7 +41,7 @@ def test_the_command_grades_by_id_or_in_order(tmp_path, capsys):
     assert [(r["id"], r["correct"], r["score"]) for r in results] == [
         ("r0", True, 1.0), ("r1", False, 0.0), ("r2", True, 1.0), ("r4", True, 1.0),
     ]  # fmt: skip
-    assert results[1]["extracted"] == "7" and results[1]["reason"] == "wrong"
+    assert results[1]["extracted"].rstrip(".") == "7" and results[1]["reason"] == "wrong"
     assert json.loads(figures.read_text())["accuracy"]["value"] == 0.75
     in_order = [{"completion": str(i + 1)} for i in range(6)]
     assert main(["grade", "jsonl", *flags, "--completions", completions_file(tmp_path, in_order)]) == 0

@@ -129,11 +129,11 @@ def build(
 
 def _random(problem: _Problem, problems: Sequence[_Problem], settings: Settings) -> list[str]:
     rng = random.Random(f"{settings.seed} {problem.words}")
-    chosen: dict[int, str] = {}
+    chosen: dict[tuple[str, ...], str] = {}
     for _ in range(20 * settings.k):
         other = rng.choice(problems)
-        if other.number not in chosen and problem.allows(other):
-            chosen[other.number] = other.example
+        if other.words not in chosen and problem.allows(other):
+            chosen[other.words] = other.example
         if len(chosen) == settings.k:
             break
     return list(chosen.values())
@@ -148,13 +148,14 @@ def _retrieved(problems: Sequence[_Problem], missing: Sequence[int], settings: S
         block = list(missing[first : first + BLOCK])
         similarity_BN = vectors_ND[block] @ vectors_ND.T
         for i, similarity_N in zip(block, similarity_BN, strict=True):
-            chosen: list[str] = []
-            for other in np.argsort(-similarity_N, kind="stable"):
-                if problems[i].allows(problems[other]) and problems[other].example not in chosen:
-                    chosen.append(problems[other].example)
+            chosen: dict[tuple[str, ...], str] = {}
+            for place in np.argsort(-similarity_N, kind="stable"):
+                other = problems[place]
+                if other.words not in chosen and problems[i].allows(other):
+                    chosen[other.words] = other.example
                 if len(chosen) == settings.k:
                     break
-            found.append(chosen)
+            found.append(list(chosen.values()))
     return found
 
 

@@ -193,7 +193,9 @@ class Benchmark(Task):
                     yield raw, f"{repository}, {theirs} row {number}", ours
 
     def _checked(self, raw: Raw, where: str) -> Raw:
-        missing = [name for name, kind in self.fields.items() if not isinstance(raw.get(name), kind) or raw[name] == ""]
+        missing = [
+            name for name, kind in self.fields.items() if not isinstance(raw.get(name), kind) or raw.get(name) in (None, "")
+        ]
         if missing:
             fields = ", ".join(map(str, raw)) or "none"
             raise UserError(
