@@ -99,11 +99,11 @@ def test_pass_at_k_equals_counting_all_draws():
 def test_bootstrap_interval_holds_the_mean():
     rng = random.Random(0)
     covered = 0
-    for trial in range(100):
-        found = bootstrap([float(rng.random() < 0.3) for _ in range(120)], seed=trial)
+    for trial in range(40):
+        found = bootstrap([float(rng.random() < 0.3) for _ in range(80)], seed=trial)
         assert found["low"] <= found["value"] <= found["high"]
         covered += found["low"] <= 0.3 <= found["high"]
-    assert covered >= 88
+    assert covered >= 34
 
 
 def test_summary_and_results():

@@ -27,7 +27,7 @@ def test_recipe_holds_valid_options(name: str) -> None:
 
 def test_published_methods_are_there() -> None:
     mechanisms = ("agree-seq", "agree-tok", "ema", "contrast", "match", "match-repr", "clip", "star")
-    assert {"sdft", "opsd", *(f"unisd-{name}" for name in mechanisms)} <= set(recipes.names())
+    assert {"sft", "ssd", "gkd", "sdft", "opsd", *(f"unisd-{name}" for name in mechanisms)} <= set(recipes.names())
 
 
 @pytest.mark.parametrize("model", ["pocket", "some/model"])
@@ -68,5 +68,5 @@ def test_single_mechanism_recipes_change_one_mechanism(name: str, mechanism: str
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'unisd-star'"):
         recipes.load("unisd-sta")
-    with pytest.raises(UserError, match="there are: opsd"):
+    with pytest.raises(UserError, match="there are: gkd"):
         recipes.load("zzz")

@@ -38,14 +38,14 @@ def _task(name: str, files: Sequence[str] | None, options: Any) -> Task:
     return task
 
 
-def _lines(summary: Figures, prefix: str = "") -> list[list[str]]:
-    """Name, value with interval, and number of answers, one line a figure."""
-    shown = {f"{prefix}accuracy": summary["accuracy"]}
+def _lines(summary: Figures, name: str = "accuracy") -> list[list[str]]:
+    """Name, value with interval, and number of answers, one line a figure; the accuracy is called `name`."""
+    shown = {name: summary["accuracy"]}
     shown |= {f"  {skill}": value for skill, value in summary["by_skill"].items()}
     shown |= {f"  pass@{k}": value for k, value in summary.get("pass_at_k", {}).items()}
-    shown |= {f"  {name.replace('_', ' ')}": value for name, value in summary["details"].items()}
+    shown |= {f"  {detail.replace('_', ' ')}": value for detail, value in summary["details"].items()}
     shown["  answer found"] = summary["extraction_rate"]
-    return [[name, percent(value), str(value["n"])] for name, value in shown.items()]
+    return [[label, percent(value), str(value["n"])] for label, value in shown.items()]
 
 
 # ---------------------------------------------------------------- unisd grade
@@ -202,6 +202,7 @@ class _Evaluation:
         if "test_hard" in task.splits and options.split == "test":
             sets["test_hard"] = task.load("test_hard", limit=options.n)
         found: Figures = {}
+        prefix = f"{name}, " if len(options.task) > 1 else ""
         for part, rows in sets.items():
             if not rows:
                 found |= {f"{part}_accuracy": None, f"{part}_skills": None}
@@ -214,20 +215,20 @@ class _Evaluation:
                 f"{part}_skills": summary["by_skill"] or None,
                 f"{part}_summary": summary,
             }
-            self.lines += _lines(summary, f"{name}, {part} ")
+            self.lines += _lines(summary, prefix + part)
             texts = [text for row_answers in answers for text in row_answers]
             for record, text in zip(row_results(rows, grades), texts, strict=True):
                 self.records.append({"task": name, "part": part, **record, "completion": text})
         found["gold_ppl"] = evaluation.gold_ppl(self.model, self.tokenizer, sets["task"])
-        self.lines.append([f"{name}, perplexity of the references", number(found["gold_ppl"]), str(len(sets["task"]))])
+        self.lines.append([f"{prefix}perplexity of the references", number(found["gold_ppl"]), str(len(sets["task"]))])
         if self.base is not None:
             rows = sets["retention"] or sets["task"]
             cap = options.max_new_tokens or task.max_new_tokens
             found |= measure.drift(self.model, self.base, self.tokenizer, rows, cap, options.batch_size)
             for way, value in found["retention_ppl"].items():
-                self.lines.append([f"{name}, retention perplexity, {way}", number(value, 4), str(len(rows))])
+                self.lines.append([f"{prefix}retention perplexity, {way}", number(value, 4), str(len(rows))])
                 detail = found["retention_detail"][way]
-                self.lines.append([f"{name}, JSD along it (nats)", number(detail["jsd"], 5), str(len(rows))])
+                self.lines.append([f"{prefix}JSD along it (nats)", number(detail["jsd"], 5), str(len(rows))])
         self.figures[name] = found
 
     def answers(self, rows: Sequence[Row], cap: int, what: str) -> list[list[str]]:

@@ -43,16 +43,13 @@ def exact(completion: str, gold: str) -> Grade:
 def contains(completion: str, gold: str) -> Grade:
     """Gold occurs as whole words ("cat" is not in "category"). An empty gold is in nothing."""
     text, wanted = _fold(_text(completion)), _fold(_text(gold))
-    start = text.find(wanted) if wanted else -1
-    while start >= 0:
-        end = start + len(wanted)
-        # A border is needed only where gold itself begins or ends in a word character.
-        before = start == 0 or not (text[start - 1].isalnum() and wanted[0].isalnum())
-        after = end == len(text) or not (text[end].isalnum() and wanted[-1].isalnum())
-        if before and after:
-            return Grade(True, wanted)
-        start = text.find(wanted, end)
-    return Grade(False, None)
+    if not wanted:
+        return Grade(False, None)
+    # A border is needed only where gold itself begins or ends in a letter or digit.
+    before = r"(?<![^\W_])" if wanted[0].isalnum() else ""
+    after = r"(?![^\W_])" if wanted[-1].isalnum() else ""
+    found = re.search(before + re.escape(wanted) + after, text)
+    return Grade(found is not None, wanted if found else None)
 
 
 # ---------------------------------------------------------------- numbers
