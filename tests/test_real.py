@@ -71,7 +71,7 @@ TRAINABLE = {
 
 
 @needs_gsm8k
-@pytest.mark.parametrize("task", sorted(TRAINABLE))
+@pytest.mark.parametrize("task", [t if t == "cos_e" else pytest.param(t, marks=pytest.mark.slow) for t in sorted(TRAINABLE)])
 def test_every_trainable_task_trains_and_probes_on_smollm2(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model_name_or_path", "smollm2-135m", "--task", task, "--data_files", *(str(DATA / f) for f in TRAINABLE[task])]
     if task == "toolalpaca":
