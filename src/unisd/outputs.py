@@ -157,3 +157,16 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             "",
         ]
     )
+
+
+def between_markers(text: str, start: str, end: str, content: str) -> str:
+    """`text` with what stands between two marker lines replaced; what a person wrote around them stays.
+
+    Raises:
+        UserError: the markers are not there.
+    """
+    before, found, rest = text.partition(start)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise UserError(f"the page has no lines {start} and {end}: put them where the tables belong.")
+    return f"{before}{start}\n{content}\n{end}{after}"

@@ -25,10 +25,14 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
 from unisd import evaluation, recipes
 from unisd.console import show_progress
@@ -111,6 +115,7 @@ def run_cell(plan: Plan) -> Cell:
         data: RunData = load_data(options, config.seed)
         model, tokenizer, _ = load_model(options)
         trainer = UniSDTrainer(model, config, data.train, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
         clock = time.perf_counter()
         if plan.method != RAW:
             trainer.train()
@@ -124,7 +129,9 @@ def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
     rows, task, cap = evaluation_rows(pilot), PocketTask(), PocketTask.max_new_tokens
     found: Cell = {}
     for name, part in rows.items():
-        grades = evaluation.accuracy(model, tokenizer, part, task.grade, max_new_tokens=cap, batch_size=125, progress=False)["grades"]
+        grades = evaluation.accuracy(model, tokenizer, part, task.grade, max_new_tokens=cap, batch_size=125, progress=False)[
+            "grades"
+        ]
         # One mark per problem, so that methods can be compared problem by problem.
         found[f"{name}_correct"] = "".join(str(int(grade.correct)) for grade in grades)
         found[f"{name}_accuracy"] = sum(grade.correct for grade in grades) / len(grades)
@@ -205,6 +212,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.only or []) - set(methods()):
         parser.error(f"unknown method {sorted(unknown)[0]}: there are {', '.join(methods())}")
+    disable_progress_bar()  # one bar for all cells, instead of three of loading weights in each
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     args.folder.mkdir(parents=True, exist_ok=True)
     file = args.folder / "pocket.jsonl"
     cells = read(file)
