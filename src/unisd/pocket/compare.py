@@ -19,8 +19,6 @@ How it is kept honest:
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import resource
 import sys
 import tempfile
@@ -35,14 +33,12 @@ from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from unisd import evaluation, recipes
+from unisd.cells import Cell, append, read, run_apart
 from unisd.console import show_progress
-from unisd.errors import UserError
 from unisd.inputs import RunData, load_data, load_model
 from unisd.parsing import parse
 from unisd.tasks.pocket import PocketTask
 from unisd.trainer import UniSDTrainer
-
-Cell = dict[str, Any]
 
 # The comparison's overlay: short enough that all cells end within an evening on two cores.
 OVERLAY = ["--max_steps", "40", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "3"]
@@ -145,29 +141,6 @@ def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
     return found
 
 
-def run_apart(plan: Plan) -> Cell:
-    """`run_cell` in a process of its own: its memory is its own, and nothing is left behind."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(run_cell(plan)))
-    process.start()
-    sender.close()
-    try:
-        cell: Cell = receiver.recv()
-    except EOFError:
-        process.join()
-        raise UserError(f"cell {plan} ended with exit code {process.exitcode}: nothing was written for it.") from None
-    process.join()
-    return cell
-
-
-def read(file: Path) -> list[Cell]:
-    """The finished cells."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def chosen_rate(cells: list[Cell], method: str) -> float | None:
     """The pilot rate with the most points gained on the task plus points kept of old skills; None: pilots are missing."""
     pilots = {cell["learning_rate"]: cell for cell in cells if cell["pilot"] and cell["method"] == method}
@@ -222,9 +195,8 @@ def main(argv: list[str] | None = None) -> int:
         for ran, plan in enumerate(plans(cells, args.only)):
             if args.most is not None and ran >= args.most:
                 break
-            cell = run_apart(plan)
-            with file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(cell) + "\n")
+            cell = run_apart(run_cell, plan)
+            append(file, cell)
             cells.append(cell)
             advance(1)
     from unisd.pocket import comparison

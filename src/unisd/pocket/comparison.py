@@ -10,15 +10,14 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unisd.cells import Cell, read
 from unisd.outputs import between_markers
 from unisd.pocket import compare
 
-Cell = dict[str, Any]
 Marks = NDArray[np.float64]
 
 DRAWS = 2000
@@ -184,5 +183,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("docs/results"))
     folder = parser.parse_args().folder
-    write(folder, compare.read(folder / "pocket.jsonl"))
+    write(folder, read(folder / "pocket.jsonl"))
     sys.exit(0)

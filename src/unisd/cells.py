@@ -1,0 +1,54 @@
+"""Finished cells of a comparison: one JSON object a line, appended as each ends, so that a comparison goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unisd.errors import UserError
+
+Cell = dict[str, Any]
+
+
+def read(file: Path) -> list[Cell]:
+    """The finished cells; none where there is no file. A last line cut short (a full disk, a kill) is no cell."""
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def append(file: Path, cell: Cell) -> None:
+    """Add a finished cell."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cut_short = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(("\n" if cut_short else "") + json.dumps(cell) + "\n")
+
+
+def run_apart(run: Callable[[Any], Cell], plan: Any) -> Cell:
+    """`run(plan)` in a process of its own: its peak memory is its own, and nothing is left behind.
+
+    Raises:
+        UserError: the process ended without a result.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(run(plan)))
+    process.start()
+    sender.close()
+    try:
+        cell: Cell = receiver.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f"cell {plan} ended with exit code {process.exitcode}: nothing was written for it.") from None
+    process.join()
+    return cell

@@ -1,0 +1,145 @@
+"""The page of the evidence on a real model, from its lines: `python -m unisd.evidence_page [--folder docs/results]`.
+
+Writes the tables into `smollm2.md` between its markers. Intervals are 95 %, by bootstrap over questions, the seeds of a question together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from unisd.cells import Cell, read
+from unisd.evidence import METHODS, PILOT_STEPS, PILOTS, RAW, SEEDS, STEPS, best_pilot, score, share
+from unisd.outputs import between_markers
+from unisd.pocket.comparison import Marks, interval
+
+START, END = "<!-- table:begin -->", "<!-- table:end -->"
+TITLES = {"new_facts": "New facts", "scienceqa": "ScienceQA, short answers"}
+
+
+def marks(points: Sequence[Cell], name: str) -> Marks:
+    """`[seeds, questions]` of 0 and 1."""
+    return np.array([[int(mark) for mark in point[name]] for point in points], dtype=float)
+
+
+def groups(cells: list[Cell], task: str) -> dict[str, list[Cell]]:
+    """Finished cells of the table by method, seeds in order."""
+    found: dict[str, list[Cell]] = {}
+    for method in (RAW, *METHODS):
+        runs = [cell for cell in cells if cell["task"] == task and cell["method"] == method and not cell["pilot"]]
+        if runs:
+            found[method] = sorted(runs, key=lambda cell: cell["seed"])
+    return found
+
+
+def at_equal_steps(cells: list[Cell], task: str) -> list[str]:
+    """Markdown lines: every method after its last step."""
+    head = ["method", "seeds", "steps", "answers right, %", "form right, %", "knowledge, %", "general, %", "PPL_fit"]
+    head += ["PPL_ret forward", "PPL_ret reverse", "train, s", "MB"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for method, runs in groups(cells, task).items():
+        last = [cell["curve"][-1] for cell in runs]
+        columns = [method, str(len(runs)), str(last[0]["step"])]
+        columns += [
+            _percent(marks(last, name)) for name in ("task_correct", "form_right", "knowledge_correct", "general_correct")
+        ]
+        columns += [_mean(last, "fit_ppl"), _mean(runs, "retention_ppl_forward"), _mean(last, "retention_ppl_reverse")]
+        columns += [_mean(last, "train_s", 0), _mean(runs, "peak_mb", 0)]
+        lines.append(f"| {' | '.join(columns)} |")
+    return lines
+
+
+def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
+    """Markdown lines: the first point of each method's mean curve that is as good as what all methods reach."""
+    found = {method: runs for method, runs in groups(cells, task).items() if method != RAW}
+    if len(found) < 2:
+        return []
+    curves = {method: _mean_curve(runs) for method, runs in found.items()}
+    target = min(max(point["task"] for point in curve) for curve in curves.values())
+    head = ["method", "step", "answers right, %", "general, %", "PPL_ret reverse", "train, s"]
+    lines = [
+        f"The best that every method reaches is {100 * target:.1f} %; each at the first evaluation where it is that good:",
+        "",
+    ]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for method, curve in curves.items():
+        point = next(point for point in curve if point["task"] >= target)
+        values = [f"{point['step']:.0f}", f"{100 * point['task']:.1f}", f"{100 * point['general']:.1f}"]
+        lines.append(f"| {method} | {' | '.join(values)} | {point['reverse']:.3f} | {point['train_s']:.0f} |")
+    return lines
+
+
+def pilots(cells: list[Cell], task: str) -> list[str]:
+    """Markdown lines: what each pilot saw, the chosen one in bold."""
+    lines = ["| pilot | divergence | rate | answers right, % | general, % |", "|---|---|---|---|---|"]
+    for method in PILOTS:
+        chosen = best_pilot(cells, task, method)
+        runs = [cell for cell in cells if cell["pilot"] and cell["task"] == task and cell["method"] == method]
+        for cell in sorted(runs, key=score, reverse=True):
+            name = f"**{method}**" if (cell["alpha"], cell["learning_rate"]) == chosen else method
+            divergence = "likelihood" if method == "sft" else ("forward KL" if cell["alpha"] == 0 else "JSD")
+            point = cell["curve"][-1]
+            right = f"{100 * share(point['task_correct']):.1f} | {100 * share(point['general_correct']):.1f}"
+            lines.append(f"| {name} | {divergence} | {cell['learning_rate']:g} | {right} |")
+    return lines
+
+
+def page(cells: list[Cell]) -> str:
+    """Everything between the markers."""
+    parts = []
+    for task, title in TITLES.items():
+        done = [cell for cell in cells if cell["task"] == task]
+        total = 1 + sum(map(len, PILOTS.values())) + len(SEEDS) * len(METHODS)
+        parts += [f"## {title}", f"{len(done)} of {total} cells have run ({STEPS[task]} steps of 16 rows; pilots {PILOT_STEPS})."]
+        if groups(cells, task):
+            parts += ["\n".join(at_equal_steps(cells, task)), "\n".join(at_equal_gain(cells, task))]
+        if any(cell["pilot"] for cell in done):
+            parts.append("\n".join(pilots(cells, task)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def write(folder: Path, cells: list[Cell]) -> None:
+    """Put the tables into `smollm2.md`."""
+    target = folder / "smollm2.md"
+    text = target.read_text(encoding="utf-8") if target.exists() else f"# A real model: SmolLM2-135M\n\n{START}\n{END}\n"
+    target.write_text(between_markers(text, START, END, page(cells)), encoding="utf-8")
+
+
+def _mean_curve(runs: list[Cell]) -> list[dict[str, float]]:
+    """Means over seeds at the steps that all seeds have."""
+    steps = set.intersection(*({point["step"] for point in cell["curve"]} for cell in runs))
+    curve = []
+    for step in sorted(steps):
+        points = [point for cell in runs for point in cell["curve"] if point["step"] == step]
+        curve.append(
+            {
+                "step": float(step),
+                "task": float(np.mean([share(point["task_correct"]) for point in points])),
+                "general": float(np.mean([share(point["general_correct"]) for point in points])),
+                "reverse": float(np.mean([point["retention_ppl_reverse"] for point in points])),
+                "train_s": float(np.mean([point["train_s"] for point in points])),
+            }
+        )
+    return curve
+
+
+def _mean(records: Sequence[Cell], name: str, digits: int = 3) -> str:
+    values = [record[name] for record in records if name in record]
+    return f"{np.mean(values):.{digits}f}" if values else "-"
+
+
+def _percent(values_SN: Marks) -> str:
+    value, low, high = (100 * part for part in interval(values_SN))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("docs/results"))
+    folder = parser.parse_args().folder
+    write(folder, read(folder / "smollm2.jsonl"))
+    sys.exit(0)

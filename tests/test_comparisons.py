@@ -1,0 +1,166 @@
+"""The commands behind `docs/results`: what is run, in which order, what a page says of it, and that nothing is run twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unisd import cells as store
+from unisd import evidence, evidence_page
+from unisd.errors import UserError
+from unisd.outputs import between_markers
+from unisd.pocket import compare, comparison
+from unisd.tasks import get
+
+
+def pocket_cell(plan: compare.Plan, rng: np.random.Generator) -> store.Cell:
+    cell: store.Cell = {**plan.__dict__, "train_s": 1.0, "peak_mb": 100.0, "gold_ppl": 2.0}
+    for name, count in (("task", 40), ("hard", 8), ("retention", 20)):
+        marks = rng.random(count) < (0.3 if plan.method == "raw" else 0.5 + 100 * plan.learning_rate)
+        cell |= {f"{name}_correct": "".join(str(int(m)) for m in marks), f"{name}_accuracy": float(marks.mean())}
+    return cell | {"retention_ppl_forward": 1.1, "retention_ppl_reverse": 1.2, "retention_jsd": 0.01}
+
+
+def test_the_pocket_comparison_runs_every_cell_once_and_pilots_first() -> None:
+    rng, cells = np.random.default_rng(0), []
+    for plan in compare.plans(cells):
+        cells.append(pocket_cell(plan, rng))
+    assert len(cells) == compare.total() == len({json.dumps({k: c[k] for k in compare.Plan.__dataclass_fields__}) for c in cells})
+    assert list(compare.plans(cells)) == []
+    kinds = [cell["pilot"] for cell in cells[1:]]
+    assert kinds == sorted(kinds, reverse=True)
+    pilot_seeds = {cell["seed"] for cell in cells if cell["pilot"]}
+    assert pilot_seeds == {compare.PILOT_SEED} and not pilot_seeds & set(compare.SEEDS)
+    for method in compare.methods():
+        used = {cell["learning_rate"] for cell in cells if cell["method"] == method and not cell["pilot"]}
+        assert used == {compare.chosen_rate(cells, method)}
+    text = comparison.page(cells)
+    assert all(f"| {method} |" in text for method in compare.methods()) and "30 % wrong" in text
+
+
+def test_pilots_and_table_share_no_rows() -> None:
+    pilot, table = compare.evaluation_rows(True), compare.evaluation_rows(False)
+    ids = {row["id"] for rows in table.values() for row in rows}
+    assert len(table["task"]) >= 500
+    assert not ids & {row["id"] for rows in pilot.values() for row in rows}
+
+
+@pytest.mark.parametrize("method", compare.methods())
+def test_cells_of_the_pocket_comparison_are_valid_runs(method: str) -> None:
+    from unisd.parsing import parse
+
+    options, config = parse(compare.arguments(compare.Plan(method, "noisy", 1, 1e-3)))
+    assert config.learning_rate == 1e-3 and options.noise == 0.3 and config.max_steps == 40
+    assert (options.reference_style == "own") == (method == compare.CONTROL)
+
+
+def test_a_cell_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "OVERLAY", [*compare.OVERLAY[:1], "1", *compare.OVERLAY[2:]])
+    for name in ("N_TEST", "N_HARD", "N_RETENTION", "N_DRIFT"):
+        monkeypatch.setattr(compare, name, 8)
+    cell = store.run_apart(compare.run_cell, compare.Plan("sdft", "clean", 0, 1e-3))
+    assert len(cell["task_correct"]) == 8 and cell["train_s"] > 0 and cell["peak_mb"] > 100
+    assert cell["retention_ppl_reverse"] >= 1
+
+    def breaks(plan: object) -> store.Cell:
+        raise SystemExit(3)
+
+    with pytest.raises(UserError, match="exit code 3"):
+        store.run_apart(breaks, "x")
+
+
+def test_intervals_cover_the_truth() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for trial in range(200):
+        difficulty = rng.random(300)
+        marks = (rng.random((3, 300)) < difficulty).astype(float)
+        value, low, high = comparison.interval(marks, seed=trial)
+        assert low <= value <= high
+        covered += low <= 0.5 <= high
+    assert covered >= 180
+
+
+def test_a_line_cut_short_is_no_cell_and_spoils_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "cells.jsonl"
+    store.append(file, {"a": 1})
+    file.write_text(file.read_text() + '{"a": 2', encoding="utf-8")
+    assert store.read(file) == [{"a": 1}]
+    store.append(file, {"a": 3})
+    assert store.read(file) == [{"a": 1}, {"a": 3}]
+
+
+def test_what_a_person_wrote_around_the_tables_stays() -> None:
+    assert between_markers("mine\nA\nold\nB\nmine too", "A", "B", "new") == "mine\nA\nnew\nB\nmine too"
+    with pytest.raises(UserError, match="no lines"):
+        between_markers("mine", "A", "B", "new")
+
+
+def test_new_facts_are_never_asked_as_they_were_trained() -> None:
+    task = get("new_facts")
+    splits = {split: task.load(split) for split in ("train", "validation", "test")}
+    assert [len(rows) for rows in splits.values()] == [72, 24, 48]
+    prompts = [row["prompt"] for rows in splits.values() for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    for row in splits["train"] + splits["test"]:
+        assert task.grade(row, row["completion"]) and not task.grade(row, row["negative_context"])
+        assert [bool(task.grade(row, text)) for text in row["candidates"]] == [True, False, False, False]
+        assert not any(row["privileged_context"] in context for context in row["auxiliary_contexts"])
+    assert len(task.retention_rows()) == 60
+    assert all(task.grade(row, f"It is {row['answers'][0]}.") for row in task.retention_rows())
+
+
+def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
+    cells: list[store.Cell] = []
+    for plan in evidence.plans(cells, "new_facts", "smollm2-135m", 120, 48, ()):
+        learnt = 0 if plan.method == "raw" else 40 if plan.method == "sft" else 20
+        points = [
+            {
+                "step": step,
+                "train_s": step * 1.0,
+                "fit_ppl": 2.0,
+                "retention_ppl_reverse": 1.0 + step / 100,
+                **{
+                    name: ("1" * round(learnt * step / plan.steps)).ljust(48, "0")
+                    for name in ("task_correct", "knowledge_correct")
+                },
+                "form_right": "1" * 48,
+                "general_correct": "1" * 60,
+            }
+            for step in (range(20, plan.steps + 1, 20) if not plan.pilot else (plan.steps,))
+        ] or [{}]
+        record = {name: value for name, value in plan.__dict__.items() if name != "data_files"}
+        cells.append({**record, "curve": points, "peak_mb": 1000.0})
+    assert len(cells) == 1 + 9 + 9
+    assert not list(evidence.plans(cells, "new_facts", "smollm2-135m", 120, 48, ("elsewhere",)))
+    assert {cell["alpha"] for cell in cells if cell["method"] == "unisd-star"} == {
+        evidence.best_pilot(cells, "new_facts", "sdft")[0]
+    }
+    text = evidence_page.page(cells)
+    assert "| sft | 3 | 120 | 83.3" in text and "| sft | 60 | 41.7" in text and "**unisd-star**" in text
+
+
+def test_evidence_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
+    monkeypatch.setattr(evidence, "EVERY", 1)
+    monkeypatch.setattr(evidence, "SHARED_FLAGS", [*evidence.SHARED_FLAGS, "--save_steps", "1"])
+    plan = evidence.Plan("new_facts", "sdft", 0, 0.5, 1e-3, False, "pocket", 2, 4)
+    seen: list[int] = []
+    examine = evidence.Examiner.__call__
+
+    def stops(self: evidence.Examiner, model: object) -> store.Cell:
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return examine(self, model)
+
+    monkeypatch.setattr(evidence.Examiner, "__call__", stops)
+    with pytest.raises(KeyboardInterrupt):
+        evidence.run_cell(plan)
+    cell = evidence.run_cell(plan)
+    assert [point["step"] for point in cell["curve"]] == [1, 2] and len(seen) == 3
+    assert len(cell["curve"][0]["task_correct"]) == 4 and cell["retention_ppl_forward"] >= 1
+    assert not list((tmp_path / "evidence").iterdir())
