@@ -135,7 +135,9 @@ class Examiner:
 
     def _prefers_the_right_one(self, model: Any) -> list[bool]:
         """Whether the right candidate has the highest likelihood per token: knowledge without form."""
-        prompts, texts, groups = [], [], []
+        prompts: list[list[int]] = []
+        texts: list[list[int]] = []
+        groups: list[tuple[int, int, int]] = []
         for row in self.rows:
             options, right = candidates(row)
             groups.append((len(texts), len(options), right))
