@@ -156,6 +156,36 @@ def test_weights_stay_in_their_bounds(seed: int, gamma: float) -> None:
         assert (token == 1).all() and (sequence == 1).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_corroboration_is_the_text(seed: int) -> None:
+    scores = random_scores(seed)
+    K, B, T = scores.auxiliary_logp.shape
+    found = parse_weight("corroboration:gamma=2")(scores)
+    for b in range(B):
+        for t in range(T):
+            p_k = [math.exp(scores.auxiliary_logp[k, b, t]) for k in range(K) if scores.auxiliary_present[k, b]]
+            expected = 1.0
+            if scores.mask[b, t] and p_k:
+                expected = max(0.01, (1 - abs(math.exp(scores.teacher_logp[b, t]) - float(np.median(p_k)))) ** 2)
+            assert float(found[b, t]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_corroboration_tells_wrong_from_right_where_agreement_cannot() -> None:
+    """Three contexts rule a token out, each to another degree; one teacher does too, the other is sure of it."""
+    logp = torch.tensor([[[-7.0, -7.0]], [[-9.0, -9.0]], [[-14.0, -14.0]]])
+    scores = StepScores(
+        mask=torch.ones(1, 2, dtype=torch.bool),
+        tokens=torch.zeros(1, 2, dtype=torch.long),
+        teacher_logp=torch.tensor([[-8.0, -0.01]]),
+        auxiliary_logp=logp,
+        auxiliary_present=torch.ones(3, 1, dtype=torch.bool),
+    )
+    right, wrong = parse_weight("corroboration")(scores)[0].tolist()
+    assert right > 0.99 and wrong < 0.05
+    same = parse_weight("agreement_token:gamma=1")(scores)[0].tolist()
+    assert same[0] == same[1] < 0.6
+
+
 def test_agreement_refuses() -> None:
     s = random_scores()
     with pytest.raises(UserError, match="auxiliary"):

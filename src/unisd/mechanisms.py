@@ -193,6 +193,25 @@ def agreement_sequence(scores: StepScores, *, gamma: float = 0.01, stat: str = "
     return torch.exp(-gamma * spread_B).clamp(min=LEAST_SEQUENCE_WEIGHT)
 
 
+@register_weight("corroboration", level="token", needs=frozenset({"auxiliary"}), normalizer="weights")
+def corroboration(scores: StepScores, *, gamma: float = 1.0) -> Tensor:
+    """w_it = max(0.01, (1 - |p+_it - median_k p^k_it|)^gamma), p = exp(l): do other contexts bear the primary teacher out?
+
+    Ours, not the paper's. Agreement asks whether the contexts agree among themselves, in log-probability: three contexts that all rule a
+    token out, by 7, 9 and 14 nats, count as in disagreement, and so the tokens that carry a new fact are silenced. Here the question is
+    whether the contexts (their median) and the teacher give the realised token the same probability. Where the reference is wrong
+    and the contexts are not, they part, and the token counts little. Tokens without contexts have weight 1.
+    """
+    auxiliary_KBT, present_KB = _auxiliary(scores)
+    scored_BT = scores.mask & present_KB.any(0)[:, None]
+    chosen_KBT = (present_KB[:, :, None] & scores.mask).expand_as(auxiliary_KBT)
+    known_KBT = torch.where(chosen_KBT, auxiliary_KBT, math.nan).exp()
+    # Not torch's nanmedian: that is the lower of the two middle values, and so not the same under 1 - p.
+    middle_BT = known_KBT.nanquantile(0.5, dim=0) if len(known_KBT) else torch.zeros_like(scores.teacher_logp)
+    apart_BT = (torch.where(scores.mask, scores.teacher_logp, 0.0).exp() - torch.where(scored_BT, middle_BT, 0.0)).abs()
+    return torch.where(scored_BT, (1 - apart_BT).clamp(min=0).pow(gamma).clamp(min=LEAST_TOKEN_WEIGHT), 1.0)
+
+
 def _auxiliary(scores: StepScores) -> tuple[Tensor, Tensor]:
     if scores.auxiliary_logp is None or scores.auxiliary_present is None:
         raise UserError("agreement needs auxiliary contexts, but this step has no auxiliary scores.")
