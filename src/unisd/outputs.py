@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from unisd import __version__
+from unisd.answers import ANSWERS_FILE
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.options import RunOptions
+from unisd.samples import SAMPLES_FILE
 
 SCHEMA_VERSION = 1
 RESULTS = "results.json"
@@ -79,7 +81,7 @@ def _refuse_used(folder: Path) -> None:
 
 def clear_earlier_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else: a checkpoint of the old run must not be resumed by the new one."""
-    for path in (folder / RESULTS, folder / METRICS):
+    for path in (folder / RESULTS, folder / METRICS, folder / SAMPLES_FILE, folder / ANSWERS_FILE):
         path.unlink(missing_ok=True)
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and (path / "trainer_state.json").exists():
