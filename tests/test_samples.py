@@ -10,9 +10,10 @@ import tiny
 import torch
 
 from unisd import UniSDConfig, UniSDTrainer
+from unisd.artefacts import read_lines
 from unisd.cost import account, energy_of
 from unisd.memory import ModelSize
-from unisd.samples import MAX_RECORDS, SampleRecorder, read_samples, token_texts
+from unisd.samples import MAX_RECORDS, SampleRecorder, token_texts
 
 STAR: dict[str, Any] = {
     "agreement": "token",
@@ -52,7 +53,7 @@ def log_probs(prompt: list[int], completion: list[int], temperature: float) -> t
 def test_records_say_what_plain_passes_say(tmp_path: Path) -> None:
     # A learning rate of 0: every pass is one of the initial model.
     trainer = trained(tmp_path, learning_rate=0.0, record_samples=3)
-    records = read_samples(tmp_path / "samples.jsonl")
+    records = read_lines(tmp_path / "samples.jsonl")
     assert [record["step"] for record in records] == [1] * 3 + [2] * 3
     for record in records:
         row = next(r for r in trainer.rows if r["prompt"] == record["prompt"])
@@ -107,7 +108,7 @@ def test_forget_after_drops_later_and_torn_records(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     SampleRecorder(path, 2, tiny.tokenizer(), None).forget_after(2)
-    assert [record["step"] for record in read_samples(path)] == [1, 2]
+    assert [record["step"] for record in read_lines(path)] == [1, 2]
 
 
 def test_token_texts_join_to_the_text() -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from unisd.samples import MAX_TEXT, as_text
 from unisd.tasks.base import Row
 
-ANSWERS_FILE = "answers.json"
 MAX_EXAMPLES = 64
+MAX_TEXT = 20_000
+"""Most characters of a prompt or reference."""
 MAX_ANSWER = 100_000
 """Most characters of an answer."""
 
@@ -48,3 +48,10 @@ def paired(rows: Sequence[Row], before: dict[str, Any], after: dict[str, Any]) -
         "after": after["correct"],
         "examples": examples,
     }
+
+
+def as_text(prompt: Any) -> str:
+    """A prompt, be it text or chat messages, as text."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from unisd import __version__
+from unisd.artefacts import write_json
 from unisd.config import UniSDConfig
 from unisd.inputs import RunData
 from unisd.options import RunOptions
-from unisd.outputs import check_writable, write_json
+from unisd.outputs import check_writable
 
 
 def key_of(options: RunOptions, config: UniSDConfig, data: RunData) -> str:

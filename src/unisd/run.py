@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from unisd import before as shared
 from unisd import memory, outputs
-from unisd.answers import ANSWERS_FILE
+from unisd.artefacts import ANSWERS
 from unisd.config import UniSDConfig
 from unisd.console import ProgressDisplay, make_console, show_example, show_table
 from unisd.cost import Energy, cost_of
@@ -162,7 +162,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
         "config": outputs.resolved(options, config),
     }
     if trainer.is_world_process_zero():  # before results.json, which completes a run
-        outputs.write_json(folder / ANSWERS_FILE, pair_answers(data, before["answers"], answers))
+        outputs.write_json(folder / ANSWERS, pair_answers(data, before["answers"], answers))
     _save(setting, options, config, folder, results)
     if trainer.is_world_process_zero():
         _report(console, results, folder, options)

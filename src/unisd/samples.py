@@ -16,16 +16,15 @@ from typing import Any
 
 from torch import Tensor
 
+from unisd.answers import MAX_TEXT, as_text
+from unisd.artefacts import read_lines
 from unisd.data import Row
 from unisd.losses import LossOutput
 from unisd.mechanisms import StepScores
 from unisd.rollout import Completion
 
-SAMPLES_FILE = "samples.jsonl"
 MAX_RECORDS = 200
 MAX_TOKENS = 512
-MAX_TEXT = 20_000
-"""Most characters of a prompt or reference."""
 
 Span = tuple[int, int, int]
 """A recorded row's number in the step, and its loss tokens' first and end place in a micro-batch."""
@@ -150,21 +149,8 @@ class SampleRecorder:
     def forget_after(self, step: int) -> None:
         """Drop records of steps that a resumed run does again (and one that a kill cut short)."""
         if self.path.exists():
-            kept = [record for record in read_samples(self.path) if record["step"] <= step]
+            kept = [record for record in read_lines(self.path) if record["step"] <= step]
             self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, without lines that are no JSON objects (a kill may cut the last one short)."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -175,13 +161,6 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         both = tokenizer.decode(ids[max(place - 1, 0) : place + 1])
         texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode([token]))
     return texts
-
-
-def as_text(prompt: Any) -> str:
-    """A prompt, be it text or chat messages, as text."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
 
 
 def _rounded(value: float) -> float | None:

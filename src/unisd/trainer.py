@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 
+from unisd.artefacts import SAMPLES
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
@@ -34,7 +35,7 @@ from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantil
 from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
-from unisd.samples import SAMPLES_FILE, SampleRecorder
+from unisd.samples import SampleRecorder
 from unisd.scoring import Scorer, ScoringRow, teacher_head
 from unisd.step import check_data_serves, gather_scores, loss_coefficients, micro_batch, needed_views, reliability
 from unisd.teacher import STATE_FILE, Teacher
@@ -157,7 +158,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
         self.tokens = TokenCounter()
         recorded = args.record_samples if self.is_world_process_zero() else 0
-        self.samples = SampleRecorder(Path(args.output_dir) / SAMPLES_FILE, recorded, processing_class, grader)
+        self.samples = SampleRecorder(Path(args.output_dir) / SAMPLES, recorded, processing_class, grader)
         self._token_clip: float | None = args.token_clip
         self.add_callback(_StepCallback(self))
         if self.rows:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from unisd.outputs import write_json
+from unisd.artefacts import write_json
 from unisd.study.design import Study
 from unisd.study.estimate import Estimate
 

@@ -60,11 +60,17 @@ def command_of(run: Run, store: Store) -> tuple[str, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     config = folder.parent / f"{run.id}.yaml"  # beside the folder: a run starts in an empty one
     config.write_text(yaml.safe_dump(run.options, sort_keys=True), encoding="utf-8")
-    from unisd.trainer import last_complete_checkpoint
-
-    again = "--resume_from_checkpoint" if last_complete_checkpoint(folder) else "--overwrite_output_dir"
+    again = "--resume_from_checkpoint" if _has_checkpoint(folder) else "--overwrite_output_dir"
     where = ("--config", str(config), "--output_dir", str(folder), "--before_cache", str(store.folder / CACHE))
     return (sys.executable, "-m", "unisd.cli", "train", *where, again)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    if not any(folder.glob("checkpoint-*")):
+        return False
+    from unisd.trainer import last_complete_checkpoint
+
+    return last_complete_checkpoint(folder) is not None
 
 
 def carry_out(

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from pathlib import Path
 from typing import IO, Any
 
 from unisd import __version__
-from unisd.answers import ANSWERS_FILE
+from unisd.artefacts import ANSWERS, METRICS, RESULTS, append_line, read_lines
 from unisd.errors import UserError
-from unisd.metrics import METRICS_FILE
-from unisd.outputs import RESULTS
 from unisd.study.design import Run
 
 SCHEMA_VERSION = 1
@@ -66,7 +63,7 @@ class Store:
 
     def note(self, run_id: str, event: str, **details: Any) -> None:
         """Append to the attempts: `started`, `failed` or `anew`."""
-        append(self.folder / ATTEMPTS, {"run": run_id, "event": event, "time": time.time(), **details})
+        append_line(self.folder / ATTEMPTS, {"run": run_id, "event": event, "time": time.time(), **details})
 
     def finish(self, run: Run, status: str, **details: Any) -> Record:
         """Append the record of a run; from the files in its folder where it is done."""
@@ -85,21 +82,21 @@ class Store:
         }
         if status == DONE:
             record |= found_in(self.run_folder(run.id))
-        append(self.folder / RUNS, record)
+        append_line(self.folder / RUNS, record)
         return record
 
 
 def found_in(folder: Path) -> Record:
     """The results of a run's folder, with single answers and the figures that one looks for first."""
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    answers = json.loads((folder / ANSWERS_FILE).read_text(encoding="utf-8"))
+    answers = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))
     after = results["after"]
 
     def value(name: str) -> float | None:
         return None if after[name] is None else after[name]["value"]
 
     # From the metrics, so that a run which was resumed counts all of its steps.
-    steps = read_lines(folder / METRICS_FILE)
+    steps = read_lines(folder / METRICS)
     return {
         "task_accuracy": value("task_accuracy"),
         "retention_accuracy": value("retention_accuracy"),
@@ -115,27 +112,4 @@ def found_in(folder: Path) -> Record:
 
 def is_complete(folder: Path) -> bool:
     """Whether a run has finished in this folder: `results.json` is written whole, and last."""
-    return (folder / RESULTS).is_file() and (folder / ANSWERS_FILE).is_file()
-
-
-def read_lines(path: Path) -> list[Record]:
-    """The objects of a JSON-lines file; a last line that is cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines if line.strip()]
-
-
-def append(path: Path, record: Record) -> None:
-    """Add one line, on the disk when this returns. A line that an earlier kill cut short is removed first."""
-    line = json.dumps(record, default=str).encode() + b"\n"
-    with path.open("ab+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(max(0, size - 1))
-            if file.read(1) != b"\n":
-                whole = path.read_bytes()
-                file.truncate(whole.rfind(b"\n") + 1)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    return (folder / RESULTS).is_file() and (folder / ANSWERS).is_file()
