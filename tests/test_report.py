@@ -21,6 +21,7 @@ from unisd.cli import main
 from unisd.report import plots
 from unisd.report.html import clean, data_block, escape, page, table
 from unisd.report.supervision import MAX_SHOWN, shades, spread, supervision
+from unisd.study.store import Store
 
 HOSTILE = "</script></pre><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\u202eevil\ud800\x00\x1b[31m ]]>"
 LONG = HOSTILE + "<b>" * 33_000  # 100 kB
@@ -70,10 +71,9 @@ def a_run(folder: Path, text: str = "an answer", records: list[dict[str, Any]] |
         "energy": {"kwh": None, "kwh_per_million_tokens": None, "method": "unknown: it needs device_tdp"},
         "by_mechanism": {"agreement": {"tokens_scored": 10, "flops": 5, "share_of_flops": 0.25, "seconds_estimated": 2.5}},
     }
-    results = {
-        "recipe": "unisd-star", "model": "pocket", "task": text[:50], "seed": 1, "steps": 3, "wall_s": 12.0,
-        "phases_s": {"rollout": 1.0, "score": 2.0, "student": 3.0}, "before": figures, "after": after, "cost": cost, "config": {"note": text},
-    }  # fmt: skip
+    results = {"recipe": "unisd-star", "model": "pocket", "task": text[:50], "seed": 1, "steps": 3, "wall_s": 12.0}
+    results |= {"phases_s": {"rollout": 1.0, "score": 2.0, "student": 3.0}, "before": figures, "after": after, "cost": cost}
+    results |= {"config": {"note": text}}
     (folder / "results.json").write_text(json.dumps(results))
     side = {"text": text, "correct": False, "reason": ""}
     example = {"id": text[:20], "prompt": text, "reference": text, "before": side, "after": {**side, "correct": True}}
@@ -111,7 +111,7 @@ class Tags(HTMLParser):
 
 
 def built(folder: Path) -> tuple[str, Tags]:
-    assert main(["report", str(folder)]) == 0
+    assert main(["report", str(folder), "--no_run_pages"]) == 0
     text = (folder / "report.html").read_text(encoding="utf-8")
     return text, Tags(text)
 
@@ -179,7 +179,7 @@ def test_a_long_training_is_shown_from_first_to_last() -> None:
 
 
 def a_study(folder: Path) -> Path:
-    spec = study(seeds=[1, 2, 3])
+    spec = study()
     carried_out(folder, spec, FakeExecutor())
     (folder / "study.yaml").write_text(yaml.safe_dump(spec.source))
     return folder
@@ -187,10 +187,13 @@ def a_study(folder: Path) -> Path:
 
 def test_a_study_page_shows_effects_and_links_its_runs(tmp_path: Path) -> None:
     folder = a_study(tmp_path / "study")
+    first = next(iter(Store(folder, writes=False).runs()))
+    built(folder / "runs" / first)
     assert main(["report", str(folder), "--no_run_pages", "--figures", str(tmp_path / "figures")]) == 0
     tags = Tags((folder / "report.html").read_text())
     links = [attrs["href"] for tag, attrs in tags.found if tag == "a"]
-    assert len(links) == 12 and all((folder / str(link)).is_file() for link in links)
+    assert len(links) == 8 and all((folder / str(link)).is_file() for link in links)
+    assert links.count(f"runs/{first}/report.html") == 1 and links[1] == f"runs/{str(links[1]).split('/')[1]}/results.json"
     assert "ema: task +" in tags.text and "Pareto front" in tags.text and "Shapley" in tags.text
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {
@@ -226,10 +229,10 @@ class Browser:
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
         self.page.on("request", lambda r: self.requests.append(r.url))
 
-    def open(self, path: Path) -> Any:
+    def open(self, path: Path, within_s: float = 2.0) -> Any:
         begun = time.monotonic()
         self.page.goto(path.as_uri(), wait_until="load")
-        assert time.monotonic() - begun < 2.0
+        assert time.monotonic() - begun < within_s
         assert not self.errors
         assert [url for url in self.requests if not url.startswith("data:")] == [path.as_uri()]
         return self.page
@@ -298,7 +301,7 @@ def test_a_token_tells_what_every_view_said(chromium: Any, tmp_path: Path) -> No
 def test_a_hostile_answer_is_shown_as_text(chromium: Any, tmp_path: Path) -> None:
     built(a_run(tmp_path / "run", LONG))
     browser = Browser(chromium, "light", 1280)
-    shown = browser.open(tmp_path / "run" / "report.html")
+    shown = browser.open(tmp_path / "run" / "report.html", within_s=10.0)  # 100 kB in nine places
     shown.locator(".t").nth(2).hover()
     assert shown.evaluate("window.hacked") is None
     assert "<script>window.hacked=1</script>" in shown.locator(".pair pre").first.inner_text()

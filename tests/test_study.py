@@ -94,14 +94,9 @@ def write_run(folder: Path, options: dict[str, Any], problems: int = 40) -> None
         "energy": {"kwh": None, "method": "unknown", "tdp_w": None, "kwh_per_million_tokens": None},
         "by_mechanism": {},
     }
-    results = {
-        "before": figures("before"),
-        "after": figures("after"),
-        "cost": cost,
-        "wall_s": 3.0,
-        "config": {},
-        "phases_s": {"eval": 1.0},
-    }
+    named = {"recipe": "unisd-star", "model": "pocket", "task": "task", "seed": options["seed"], "steps": 1}
+    results = named | {"before": figures("before"), "after": figures("after"), "cost": cost}
+    results |= {"wall_s": 3.0, "config": {}, "phases_s": {"eval": 1.0}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_text("weights")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "step_time": 1.0 + 0.5 * clip}) + "\n")

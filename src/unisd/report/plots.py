@@ -70,7 +70,7 @@ class Plot:
         self.label = label
 
     def inline(self, wide: bool = False) -> str:
-        """A `figure` element; its colours follow the page's theme."""
+        """A `figure` element; its colours follow the page's theme. `wide`: alone in its line, not one of a grid."""
         svg = self.svg[self.svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
@@ -83,7 +83,9 @@ class Plot:
             svg = svg.replace(COLOURS[name], f"var(--c{number})")
         for name in ("--ink", "--soft", "--line", "--paper"):
             svg = svg.replace(COLOURS[name], f"var({name})")
-        return f"<figure{' class=wide' if wide else ''}>{svg}</figure>"
+        size = re.search(r'viewBox="0 0 ([\d.]+)', svg)
+        limit = f' style="max-width:{float(size[1]) * 1.6:.0f}px"' if wide and size else ""  # 1 pt drawn: at most 1.6 px shown
+        return f"<figure{limit}>{svg}</figure>"
 
     def write(self, path: Path) -> None:
         svg = self.svg
@@ -99,6 +101,7 @@ def curve(title: str, x: Sequence[float], series: Mapping[str, Sequence[float | 
             y = [float("nan") if value is None else value for value in values]
             axes.plot(x, y, color=_colour(colour), linewidth=1.4, label=name, marker="o" if len(x) < 4 else None, markersize=3)
         axes.set_title(title, loc="left")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
         if len(series) > 1:
@@ -139,16 +142,24 @@ def bars(title: str, values: Mapping[str, float], unit: str) -> Plot:
         return Plot(figure, title)
 
 
-def forest(panels: Sequence[tuple[str, Sequence[tuple[str, float, float | None, float | None]]]], margin: float) -> Plot:
-    """Effects with intervals, one panel an outcome; the shaded band is what does not matter."""
+Panel = tuple[str, Sequence[tuple[str, float, float | None, float | None]]]
+
+
+def forest(panels: Sequence[Panel], margin: float) -> Plot:
+    """Effects with intervals, one panel an outcome (title, and name, value, low, high of each effect).
+
+    The shaded band is what does not matter. Green and orange are effects on accuracy whose interval excludes 0; time has no good side.
+    """
     count = max(len(lines) for _, lines in panels)
     with _figure(4.0 * len(panels), 0.9 + 0.36 * count, ncols=len(panels), sharey=True, squeeze=False) as (figure, grid):
         for axes, (title, lines) in zip(grid[0], panels, strict=True):
-            axes.axvspan(-margin, margin, color=_colour("--line"), alpha=0.4, linewidth=0)
+            judged = title.endswith("(points)")
+            if judged:
+                axes.axvspan(-margin, margin, color=_colour("--line"), alpha=0.4, linewidth=0)
             axes.axvline(0, color=_colour("--soft"), linewidth=0.8)
             for place, (_, value, low, high) in enumerate(lines):
                 clear = low is not None and high is not None and (low > 0 or high < 0)
-                colour = _colour("--soft" if not clear else SERIES[2] if value > 0 else SERIES[1])
+                colour = _colour(SERIES[0] if not judged else "--soft" if not clear else SERIES[2] if value > 0 else SERIES[1])
                 if low is not None and high is not None:
                     axes.plot([low, high], [place, place], color=colour, linewidth=1.8)
                 axes.plot([value], [place], "o", color=colour, markersize=5)

@@ -24,7 +24,7 @@ CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Agreement weight", "", {"mean": "agreement/mean", "least": "agreement/min", "largest": "agreement/max"}),
     ("Clipped tokens", "share", {"clipped": "clip/share"}),
     ("Clip threshold", "nats", {"threshold": "clip/threshold"}),
-    ("Distance of student and teacher weights", "share of norm", {"distance": "teacher/weight_distance"}),
+    ("Distance of the teacher's weights", "share of norm", {"distance": "teacher/weight_distance"}),
     ("Length of completions", "tokens", {"mean": "completions/mean_length", "longest": "completions/max_length"}),
     ("Cut completions", "share", {"cut": "completions/truncated_share"}),
     ("Student's entropy", "nats a token", {"entropy": "student/entropy"}),

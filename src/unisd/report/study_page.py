@@ -41,13 +41,17 @@ def _task(folder: Path, task: str, figures: Figures, found: Figures, several: bo
     )
     body += section(f"{prefix}What to use", f'<ul class="verdicts">{items}</ul>')
     drawn = figures_of(figures, found["margin"])
-    effects = [drawn[name].inline(wide=True) for name in ("main", "one-in", "leave-one-out", "shapley") if name in drawn]
+    effects = []
+    for kind in ("main", "one-in", "leave-one-out", "shapley"):
+        pictures = [plots.forest([panel], found["margin"]).inline() for panel in panels_of(figures, kind)]
+        effects += [f"<h3>{escape(TITLES[kind])}</h3>", f'<div class="plots">{"".join(pictures)}</div>'] if pictures else []
     note = f"Points of accuracy (time: percent) with 95 % intervals. Shaded: effects below {found['margin']:g} points, which do not matter."
     tables = ""
     for kind, title in TITLES.items():
         lines = effect_table(figures, kind)
         if len(lines) > 1:
-            tables += f"<h3>{escape(title)}</h3>{table(lines)}"
+            opened = " open" if kind == "main" else ""
+            tables += f"<details{opened}><summary>{escape(title)}: all figures</summary>{table(lines)}</details>"
     body += section(f"{prefix}Effects", *effects, tables, note=note)
     if "interaction" in drawn:
         body += section(
@@ -79,21 +83,25 @@ def _runs(folder: Path, cells: Sequence[Figures]) -> str:
     return table(lines, links)
 
 
+def panels_of(figures: Figures, kind: str) -> list[plots.Panel]:
+    """One panel an outcome, all with the same effects in the same order."""
+    chosen = [line for line in figures["effects"] if line["kind"] == kind]
+    names = list(dict.fromkeys(line["name"] for line in chosen))
+    nothing = {"value": float("nan"), "low": None, "high": None}
+    panels = []
+    for outcome in ("task_accuracy", "retention_accuracy", "train_s"):
+        by_name = {line["name"]: line for line in chosen if line["outcome"] == outcome}
+        if by_name:
+            lines = [by_name.get(name, nothing) for name in names]
+            panels.append((OUTCOMES[outcome], [(n, x["value"], x["low"], x["high"]) for n, x in zip(names, lines, strict=True)]))
+    return panels
+
+
 def figures_of(figures: Figures, margin: float) -> dict[str, plots.Plot]:
     """Every figure of a task by name: kinds of effects, `interaction`, `trade-off`."""
     drawn = {}
     for kind in ("main", "one-in", "leave-one-out", "shapley"):
-        panels = []
-        chosen = [line for line in figures["effects"] if line["kind"] == kind]
-        names = list(dict.fromkeys(line["name"] for line in chosen))
-        for outcome in ("task_accuracy", "retention_accuracy", "train_s"):
-            by_name = {line["name"]: line for line in chosen if line["outcome"] == outcome}
-            if by_name:
-                nothing = {"value": float("nan"), "low": None, "high": None}
-                lines = [by_name.get(name, nothing) for name in names]
-                panels.append(
-                    (OUTCOMES[outcome], [(n, x["value"], x["low"], x["high"]) for n, x in zip(names, lines, strict=True)])
-                )
+        panels = panels_of(figures, kind)
         if panels:
             drawn[kind] = plots.forest(panels, margin)
     pairs = {

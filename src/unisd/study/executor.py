@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,7 +56,9 @@ def cores() -> int:
 
 
 def devices() -> int:
-    """GPUs of this machine."""
+    """GPUs of this machine; without a driver's tool there are none, and torch need not be asked."""
+    if not (shutil.which("nvidia-smi") or shutil.which("rocm-smi")):
+        return 0
     import torch
 
     return torch.cuda.device_count()

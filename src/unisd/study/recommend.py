@@ -30,8 +30,12 @@ def shown(estimate: Estimate | Figures | None, unit: str = "") -> str:
         if isinstance(estimate, Estimate)
         else (estimate["value"], estimate["low"], estimate["high"])
     )
-    interval = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
-    return f"{value:+.1f}{unit}{interval}"
+    interval = "" if low is None or high is None else f" [{_plain(low)}, {_plain(high)}]"
+    return f"{round(value, 1) + 0.0:+.1f}{unit}{interval}"
+
+
+def _plain(value: float) -> str:
+    return f"{round(value, 1) + 0.0:.1f}"  # never -0.0
 
 
 def verdict(
@@ -52,7 +56,7 @@ def verdict(
     on_task, on_retention = sign(task, p_task), sign(retention, p_retention)
     known = [estimate for estimate in (task, retention) if estimate is not None]
     small = all(e.low is not None and e.high is not None and -margin <= e.low and e.high <= margin for e in known)
-    time = "" if cost_percent is None else f"{cost_percent:+.0f} % time"
+    time = "" if cost_percent is None else f"{round(cost_percent):+d} % time"
     if on_task * on_retention < 0:
         decision, why = "trade", "gains on the task, forgets more" if on_task > 0 else "forgets less, loses on the task"
     elif on_task + on_retention > 0:
