@@ -11,8 +11,11 @@ import torch
 
 from unisd import UniSDConfig, UniSDTrainer
 from unisd.artefacts import read_lines
+from unisd.before import key_of, measured_once
 from unisd.cost import account, energy_of
+from unisd.inputs import RunData
 from unisd.memory import ModelSize
+from unisd.parsing import parse
 from unisd.samples import MAX_RECORDS, SampleRecorder, token_texts
 
 STAR: dict[str, Any] = {
@@ -126,6 +129,31 @@ def test_tokens_are_counted_by_use(tmp_path: Path) -> None:
     # Every row has three contexts and one wrong reference.
     assert counts["scored_auxiliary"] > 3 * generated and counts["scored_negative"] > generated
     assert trainer.metrics.phases["update"] > 0
+
+
+def test_before_is_measured_once(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def measure() -> dict[str, Any]:
+        asked.append(1)
+        return {"figures": {"task_accuracy": {"value": 0.1 + 0.2}}}
+
+    results = [measured_once(str(tmp_path / "cache"), key, measure) for key in ("a", "a", "b")]
+    assert len(asked) == 2 and results[0] == results[1] == measure()
+    assert measured_once(None, "a", measure) == measure() and len(asked) == 5
+
+
+def test_the_key_of_before_covers_what_it_depends_on() -> None:
+    def key(*arguments: str, **changed: Any) -> str:
+        options, config = parse([*arguments, "--use_cpu"])
+        rows = {"evaluation": [{"prompt": "p", "answer": "a"}], "retention": []}
+        return key_of(options, config, RunData(name="pocket", train=[], **{**rows, **changed}))
+
+    base = key("--seed", "1")
+    assert key("--seed", "2", "--learning_rate", "1e-3", "--agreement", "none") == base
+    others = [key("--recipe", "sdft", "--max_completion_length", "9"), key(evaluation=[{"prompt": "p", "answer": "b"}])]
+    others += [key("--model_name_or_path", "elsewhere"), key("--dtype", "bfloat16")]
+    assert len({base, *others}) == 5
 
 
 def test_cost_is_arithmetic() -> None:

@@ -229,7 +229,7 @@ def test_pandas_reads_the_store_and_the_analysis_finds_the_effect(tmp_path: Path
     assert len(table) == 12 and table.groupby("cell").task_accuracy.mean()["+ema"] > table.task_accuracy.min()
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(spec.source))
     assert main(["study", str(tmp_path), "--analyse"]) == 0
-    found = json.loads((tmp_path / "analysis.json").read_text())["tasks"]["task"]
+    found = json.loads((tmp_path / "analysis.json").read_text())["tasks"]["pocket"]
     effects = {(line["kind"], line["name"], line["outcome"]): line for line in found["effects"]}
     ema = effects["main", "ema", "task_accuracy"]
     runs = {record["run"]: record for record in store.runs().values()}

@@ -38,11 +38,10 @@ def simulate(
     return (rng.random((len(cells), seeds, problems)) < chance + (reaction + difficulty)[:, None, :]).astype(float)
 
 
-@pytest.mark.parametrize(("seeds", "run_sd", "problem_sd"), [(3, 0.02, 0.05), (3, 0.0, 0.0), (2, 0.03, 0.02)])
+@pytest.mark.parametrize(("seeds", "run_sd", "problem_sd"), [(3, 0.02, 0.05), (2, 0.0, 0.0)])
 def test_intervals_cover_the_truth(seeds: int, run_sd: float, problem_sd: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "gc.collect", lambda *_: 0
-    )  # statsmodels collects garbage at every adjustment: a quarter of a second each
+    # statsmodels collects garbage at every adjustment, a quarter of a second each time.
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
     cells, factors = design()
     effects = [effect for effect in effects_of(cells, factors) if effect.kind == "main"]
     rng = np.random.default_rng(7)
@@ -73,11 +72,12 @@ def test_a_single_cell_pair_with_few_problems_is_covered_too() -> None:
     covered = 0
     for _ in range(SIMULATIONS):
         chance = 0.5 + 0.06 * np.array([0.0, 1.0])[:, None, None] + rng.normal(0, 0.03, (2, 3, 1)) + rng.normal(0, 0.1, 150)
+        chance[1] += rng.normal(0, 0.1, 150)  # problems react in ways of their own
         answers = (rng.random((2, 3, 150)) < chance).astype(float)
         estimate = Fit(answers.mean(2), answers).contrast(effects_of(cells, factors)[0].weights)
         assert estimate is not None and estimate.low is not None and estimate.high is not None
         covered += estimate.low <= 0.06 <= estimate.high
-    assert 0.93 <= covered / SIMULATIONS <= 0.98
+    assert 0.93 <= covered / SIMULATIONS <= 0.97
 
 
 def test_without_problem_variance_two_cells_are_a_paired_t_test() -> None:

@@ -141,7 +141,7 @@ def from_dict(values: Options, where: str = "study") -> Study:
         factors=factors,
         design=design,
         cells=[_levels(cell, factors, where) for cell in given.get("cells", [])],
-        tasks=_tasks(given.get("tasks"), where),
+        tasks=_tasks(given.get("tasks"), base, where),
         seeds=seeds,
         resolution=given.get("resolution", 4),
         budget_minutes=given.get("budget_minutes"),
@@ -189,14 +189,15 @@ def _levels(cell: Any, factors: Sequence[Factor], where: str) -> Levels:
     return levels
 
 
-def _tasks(given: list[Any] | None, where: str) -> dict[str, Options]:
+def _tasks(given: list[Any] | None, base: Options, where: str) -> dict[str, Options]:
     """Label of each task, and the options that choose it; nothing given: what `base` says."""
     found: dict[str, Options] = {}
     for item in given or [{}]:
         options = {"task": item} if isinstance(item, str) else item
         if not isinstance(options, dict):
             raise UserError(f"{where}: each of tasks is a name or a mapping of options, not {item!r}.")
-        label = options.get("task") or Path(str(options.get("train_file") or options.get("dataset_name") or "task")).stem
+        chosen = {**base, **options}
+        label = chosen.get("task") or Path(str(chosen.get("train_file") or chosen.get("dataset_name") or "pocket")).stem
         if label in found:
             raise UserError(f"{where}: two tasks are called {label}.")
         found[label] = options

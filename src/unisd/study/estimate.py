@@ -8,7 +8,8 @@ variance has three parts (a two-way layout of crossed random effects):
 - V_runs: of run means, the residual variance of the linear model `cell + seed` over *all* runs of the design (statsmodels' OLS): training
   noise is taken to be the same in every cell, which a few seeds could not tell apart;
 - V_problems: of the contrast's means over seeds, from problem to problem;
-- V_rest: of what is left in the contrast after seed and problem, which both of the above contain.
+- V_rest: of what is left in the contrast after seed and problem, which both of the above contain; the difference
+  of the last two counts only where it is positive, as the variance of problems must be.
 
 Degrees of freedom after Satterthwaite, as for any sum of independent mean squares.
 
@@ -79,12 +80,12 @@ class Fit:
         if self._fit is None or not np.all(self._seen[:C][used]):
             return None
         padded = np.concatenate([weights_C, np.zeros(S - 1)])[self._seen]
-        test = self._fit.t_test(padded)
-        value = float(np.asarray(test.effect).squeeze())
+        value = float(self._fit.params @ padded)
         parts: list[tuple[float, float]] = []  # signed variances with their degrees of freedom
         notes = []
         if self._fit.df_resid >= 1:
-            parts.append((float(np.asarray(test.sd).squeeze()) ** 2, float(self._fit.df_resid)))
+            se = float(np.asarray(self._fit.t_test(padded).sd).squeeze())
+            parts.append((se**2, float(self._fit.df_resid)))
         else:
             notes.append("one run a cell: training noise is not in the interval")
         if self.answers_CSP is None:
@@ -116,7 +117,11 @@ class Fit:
 
 
 def _interval(value: float, parts: list[tuple[float, float]], note: str) -> Estimate:
-    variance = max([sum(part for part, _ in parts), *(part for part, _ in parts)])
+    """`parts`: V_runs first; V_problems - V_rest counts only where it is positive, as a variance component must be."""
+    first, others = parts[0], parts[1:]
+    if sum(part for part, _ in others) <= 0:
+        parts, others = [first], []
+    variance = first[0] + sum(part for part, _ in others)
     if variance <= 1e-18:  # all alike: no answer differs between the cells
         return Estimate(value, value, value, 1.0 if value == 0 else 0.0, 0.0, None, note or "no variation at all")
     df = variance**2 / sum(part**2 / df for part, df in parts)
