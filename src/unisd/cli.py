@@ -19,6 +19,8 @@ unisd: adapt a causal language model to your task by self-distillation (UniSD, a
   unisd prepare          build and inspect auxiliary contexts and wrong references
   unisd eval             accuracy on tasks, retention and perplexities of a saved model
   unisd grade TASK       grade completions that any system wrote
+  unisd study            which mechanisms matter for a task: a design of runs, effects with intervals
+  unisd report DIR       a run or a study as one HTML page
   unisd recipes [NAME]   published methods as files
   unisd merge DIR        an adapter into a full model
   unisd chat DIR         try a model, side by side with its base
@@ -101,6 +103,18 @@ def _prepare(arguments: list[str]) -> int:
     return preparing.run(arguments)
 
 
+def _study(arguments: list[str]) -> int:
+    from unisd.study import command
+
+    return command.run(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from unisd.report import command
+
+    return command.run(arguments)
+
+
 def _recipes(arguments: list[str]) -> int:
     from unisd import recipes
 
@@ -149,6 +163,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "eval": _evaluate,
     "grade": _grade,
+    "study": _study,
+    "report": _report,
     "recipes": _recipes,
     "merge": _merge,
     "chat": _chat,

@@ -29,6 +29,9 @@ class CompletionSource:
     teacher: Teacher
     sampling: Sampling
     eos_ids: Sequence[int]
+    generated: int = 0
+    """Tokens that a model has written so far, and `prefilled`: of the prompts it read for them."""
+    prefilled: int = 0
 
     def check(self) -> None:
         """Raise `UserError` for the first reference that is longer than a completion may be."""
@@ -58,6 +61,8 @@ class CompletionSource:
                     written = self.engine.generate(prompts, keys, self.sampling)
             else:
                 written = self.engine.generate(prompts, keys, self.sampling)
+            self.prefilled += sum(map(len, prompts))
+            self.generated += sum(len(completion.ids) for completion in written)
             found.update(zip(chosen, written, strict=True))
         self.engine.sleep()
         return [found[i] for i in range(len(numbers))]

@@ -160,6 +160,12 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         "evaluation", "Most tokens per greedy answer in evaluations; unset: max_completion_length."
     )
 
+    record_samples: int = option(
+        "evaluation",
+        "Answers of each logged step written to samples.jsonl with every token's divergence, weight and log-probabilities; 0: none.",
+        2,
+    )
+
     # -- inherited, with this method's defaults ---------------------------------------------------------------------------
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
@@ -288,4 +294,5 @@ _RANGES: dict[str, tuple[float, float]] = {
     "entry_clip": (1e-9, _INF),
     "token_budget": (1, _INF),
     "eval_max_new_tokens": (1, _INF),
+    "record_samples": (0, 100),
 }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from unisd import evaluation
+from unisd import answers, evaluation
 from unisd.config import UniSDConfig
 from unisd.console import number
 from unisd.data import Row
@@ -17,26 +17,33 @@ Figures = dict[str, Any]
 
 def graded(
     model: Any, tokenizer: Any, rows: Sequence[Row], grade: GradeFunction | None, cap: int, batch_size: int
-) -> tuple[Figures | None, Figures | None]:
-    """Greedy accuracy, and by skill where rows name one; None where there is nothing to grade."""
+) -> tuple[Figures | None, Figures | None, Figures | None]:
+    """Greedy accuracy, by skill where rows name one, and the answers; None where there is nothing to grade."""
     if grade is None or not rows:
-        return None, None
+        return None, None, None
     found = evaluation.accuracy(model, tokenizer, rows, grade, max_new_tokens=cap, batch_size=batch_size)
-    return found["overall"], found["by_skill"] or None
+    return found["overall"], found["by_skill"] or None, answers.verdicts(rows, found)
 
 
-def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> Figures:
-    """One state of the model: the `before` or `after` of `results.json`. Skills without a grader are null."""
+def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> tuple[Figures, Figures]:
+    """One state of the model: the `before` or `after` of `results.json` (skills without a grader are null), and its answers."""
     cap, batch = config.eval_max_new_tokens or config.max_completion_length, config.rollout_batch_size
-    task, skills = graded(model, tokenizer, data.evaluation, data.grade, cap, batch)
-    retention, retention_skills = graded(model, tokenizer, data.retention, data.grade, cap, batch)
-    return {
+    task, skills, task_answers = graded(model, tokenizer, data.evaluation, data.grade, cap, batch)
+    retention, retention_skills, retention_answers = graded(model, tokenizer, data.retention, data.grade, cap, batch)
+    figures = {
         "task_accuracy": task,
         "skills": skills,
         "retention_accuracy": retention,
         "retention_skills": retention_skills,
         "gold_ppl": evaluation.gold_ppl(model, tokenizer, data.evaluation),
     }
+    return figures, {"task": task_answers, "retention": retention_answers}
+
+
+def pair_answers(data: RunData, before: Figures, after: Figures) -> Figures:
+    """What `answers.json` holds, from the answers of both states."""
+    rows = {"task": data.evaluation, "retention": data.retention}
+    return {part: answers.paired(rows[part], before[part], after[part]) for part in rows if before[part] and after[part]}
 
 
 def drift(model: Any, base: Any | None, tokenizer: Any, rows: Sequence[Row], cap: int, batch_size: int) -> Figures:

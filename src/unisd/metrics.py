@@ -29,7 +29,7 @@ class StepMetrics:
         self.path = path
         self.device = device
         self.world_size = world_size
-        self.phases: dict[str, float] = {"rollout": 0.0, "score": 0.0, "student": 0.0, "eval": 0.0}
+        self.phases: dict[str, float] = {"rollout": 0.0, "score": 0.0, "student": 0.0, "update": 0.0, "eval": 0.0}
         self.values: dict[str, float] = {}  # already means over all ranks
         self._sums: dict[str, Tensor | float] = {}  # over micro-batches of this rank
         self._unlogged: list[dict[str, float]] = []

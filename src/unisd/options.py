@@ -20,6 +20,13 @@ class RunOptions:
     dry_run: bool = option("run", "Check everything, print the resolved options, an example and sizes; train nothing.", False)
     overwrite_output_dir: bool = option("run", "Replace an earlier run in output_dir (its results and checkpoints).", False)
 
+    before_cache: str | None = option(
+        "run", "Folder that keeps `before` for other runs with the same model and evaluation rows, so that it is measured once."
+    )
+    device_tdp: float | None = option(
+        "run", "Watts of one device at full load, for the energy estimate; unset: what the driver of a GPU says."
+    )
+
     # -- model --------------------------------------------------------------------------------------------------------
     model_name_or_path: str = option(
         "model", "A folder, hub id or .gguf file; or `pocket` (embedded, 1M parameters) or `smollm2-135m`.", "pocket"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from unisd import __version__
+from unisd.artefacts import ANSWERS, METRICS, RESULTS, SAMPLES, write_json
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.options import RunOptions
 
+__all__ = ["RESULTS", "write_json"]
 SCHEMA_VERSION = 1
-RESULTS = "results.json"
-METRICS = "metrics.jsonl"
 DEFAULT_ROOT = "unisd-output"
 
 
@@ -79,7 +78,7 @@ def _refuse_used(folder: Path) -> None:
 
 def clear_earlier_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else: a checkpoint of the old run must not be resumed by the new one."""
-    for path in (folder / RESULTS, folder / METRICS):
+    for path in (folder / RESULTS, folder / METRICS, folder / SAMPLES, folder / ANSWERS):
         path.unlink(missing_ok=True)
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and (path / "trainer_state.json").exists():
@@ -106,13 +105,6 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"output_dir {folder} cannot be written ({existing}: {error.strerror or error}): choose another --output_dir."
         ) from None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: readers may look while the run writes."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def resolved(options: RunOptions, config: UniSDConfig) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from unisd import contexts, negatives, recipes
+from unisd.artefacts import read_yaml
 from unisd.config import GROUPS, UniSDConfig
 from unisd.errors import UserError
 from unisd.options import RUN_GROUPS, RunOptions
@@ -229,25 +229,6 @@ def _drop_excluded(values: Values, given: Values) -> None:
     for one, other in (("token_clip", "token_clip_quantile"), ("token_clip_quantile", "token_clip")):
         if given.get(one, UNSET) is not UNSET and other not in given:
             values.pop(other, None)
-
-
-def read_yaml(path: Path) -> Values:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: not a file, not YAML, or not a mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a mapping of option names to values.")
-    return content
 
 
 def group_of(name: str, item: dataclasses.Field[Any]) -> str:

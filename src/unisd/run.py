@@ -17,11 +17,14 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from unisd import before as shared
 from unisd import memory, outputs
+from unisd.artefacts import ANSWERS
 from unisd.config import UniSDConfig
 from unisd.console import ProgressDisplay, make_console, show_example, show_table
+from unisd.cost import Energy, cost_of
 from unisd.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
-from unisd.measure import change_lines, drift, measure
+from unisd.measure import change_lines, drift, measure, pair_answers
 from unisd.options import RunOptions
 from unisd.parsing import HEADINGS, group_of, train_parser
 from unisd.preparing import prepare
@@ -118,10 +121,16 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     phases = {"load": time.perf_counter() - started}
 
     clock = time.perf_counter()
-    before = measure(trainer.model, setting.tokenizer, data, config)
+    key = shared.key_of(options, config, data)
+    state = ("figures", "answers")
+    before = shared.measured_once(
+        options.before_cache,
+        key,
+        lambda: dict(zip(state, measure(trainer.model, setting.tokenizer, data, config), strict=True)),
+    )
     phases["eval"] = time.perf_counter() - clock
     try:
-        with setting.interruption.listening():
+        with setting.interruption.listening(), Energy() as energy:
             trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         setting.interruption.asked = True
@@ -133,10 +142,11 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
         return None
 
     clock = time.perf_counter()
-    after = measure(trainer.model, setting.tokenizer, data, config)
+    after, answers = measure(trainer.model, setting.tokenizer, data, config)
     after |= _drift(setting, options, config)
     after["n_task"], after["n_retention"] = len(data.evaluation), len(data.retention)
     phases["eval"] += time.perf_counter() - clock + trainer.metrics.phases["eval"]
+    phases = {**trainer.metrics.phases, **phases}
     results = {
         "schema_version": outputs.SCHEMA_VERSION,
         "recipe": options.recipe,
@@ -145,11 +155,14 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
         "seed": config.seed,
         "steps": trainer.state.global_step,
         "wall_s": time.perf_counter() - started,
-        "phases_s": {**trainer.metrics.phases, **phases},
-        "before": before,
+        "phases_s": phases,
+        "before": before["figures"],
         "after": after,
+        "cost": cost_of(trainer, config, phases, options.device_tdp, energy.kwh),
         "config": outputs.resolved(options, config),
     }
+    if trainer.is_world_process_zero():  # before results.json, which completes a run
+        outputs.write_json(folder / ANSWERS, pair_answers(data, before["answers"], answers))
     _save(setting, options, config, folder, results)
     if trainer.is_world_process_zero():
         _report(console, results, folder, options)
@@ -257,3 +270,4 @@ def _report(console: Console, results: Results, folder: Path, options: RunOption
     what = "adapter" if options.use_peft else "model"
     console.print(f"written to {folder}: the {what}, results.json, metrics.jsonl, README.md", markup=False, highlight=False)
     console.print(f"try it: unisd chat {folder} --compare base", markup=False, highlight=False)
+    console.print(f"see it: unisd report {folder}", markup=False, highlight=False)

@@ -77,14 +77,8 @@ def concatenate(parts: Sequence[StepScores]) -> StepScores:
     return StepScores(**{item.name: stacked(item.name) for item in fields(StepScores)})  # type: ignore[arg-type]
 
 
-def loss_coefficients(
-    args: UniSDConfig, weights: Sequence[WeightFunction], scores: StepScores
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What each token's divergence, contrast and feature term is multiplied by in the step's loss (method: "Aggregation").
-
-    Returns:
-        `[B,T]` each under "divergence" and, where active, "contrast" and "features"; and the weights' metrics.
-    """
+def reliability(weights: Sequence[WeightFunction], scores: StepScores) -> tuple[Tensor, Tensor, str, dict[str, float]]:
+    """The product of all weights by level, `[B,T]` and `[B]`, the normaliser that the last token weight declares, and metrics."""
     B, T = scores.mask.shape
     token_BT, sequence_B = torch.ones(B, T), torch.ones(B)
     normalizer = "weights"
@@ -99,6 +93,19 @@ def loss_coefficients(
         prefix = "agreement" if weight.name.startswith("agreement_") else f"weight/{weight.name}"
         spread_BT = value if weight.level == "token" else value[:, None].expand(B, T)
         metrics |= {f"{prefix}/{key}": float(number) for key, number in weight_stats(spread_BT, scores.mask).items()}
+    return token_BT, sequence_B, normalizer, metrics
+
+
+def loss_coefficients(
+    args: UniSDConfig, weights: Sequence[WeightFunction], scores: StepScores
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What each token's divergence, contrast and feature term is multiplied by in the step's loss (method: "Aggregation").
+
+    Returns:
+        `[B,T]` each under "divergence" and, where active, "contrast" and "features"; and the weights' metrics.
+    """
+    B, T = scores.mask.shape
+    token_BT, sequence_B, normalizer, metrics = reliability(weights, scores)
     divergence_BT = step_coefficients(
         scores.mask, token_BT, sequence_B, args.loss_aggregation, args.weight_normalizer or normalizer
     )

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 
+from unisd.artefacts import SAMPLES
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
+from unisd.cost import TokenCounter
 from unisd.data import Row, prepare_rows
 from unisd.errors import UserError
 from unisd.losses import Contrast, chunked_loss, plain_loss
@@ -33,8 +35,9 @@ from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantil
 from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
+from unisd.samples import SampleRecorder
 from unisd.scoring import Scorer, ScoringRow, teacher_head
-from unisd.step import check_data_serves, gather_scores, loss_coefficients, micro_batch, needed_views
+from unisd.step import check_data_serves, gather_scores, loss_coefficients, micro_batch, needed_views, reliability
 from unisd.teacher import STATE_FILE, Teacher
 
 logger = logging.getLogger(__name__)
@@ -153,6 +156,9 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
         self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
         self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
+        self.tokens = TokenCounter()
+        recorded = args.record_samples if self.is_world_process_zero() else 0
+        self.samples = SampleRecorder(Path(args.output_dir) / SAMPLES, recorded, processing_class, grader)
         self._token_clip: float | None = args.token_clip
         self.add_callback(_StepCallback(self))
         if self.rows:
@@ -208,6 +214,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
                 self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
             self.metrics.values |= weight_metrics | self._observe(completions, everywhere)
+            self._record(numbers, completions, scores, own, everywhere)
             # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
             micro_batches = []
@@ -224,6 +231,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
                     hidden_size=self.backbone.head_module.in_features,
                     device=device,
                 )
+                inputs["sampled"] = self.samples.spans(part, scores.mask)
                 micro_batches.append(inputs)
         # Not None, so that the Trainer does not divide the loss again.
         return micro_batches, int(everywhere.mask.sum())
@@ -253,7 +261,24 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
                 )
             )
         self.metrics.add(overlong_views=float(overlong))
+        self.tokens.add(rows, self.needs, args.distillation_mode != "nll")
         return rows, completions
+
+    def _record(
+        self,
+        numbers: Sequence[tuple[int, int]],
+        completions: Sequence[Completion],
+        scores: StepScores,
+        own: slice,
+        everywhere: StepScores,
+    ) -> None:
+        """Open the records of this step's sampled completions, if it is one of those recorded."""
+        step = self.state.global_step + 1
+        if self.samples.wants(step, self.state.max_steps, self.args.logging_steps):
+            token_BT, sequence_B, _, _ = reliability(self.weights, everywhere)
+            weight_BT = (token_BT * sequence_B[:, None])[own]
+            rows = [self.rows[row] for row, _ in numbers]
+            self.samples.begin(step, rows, completions, scores, weight_BT, self.args.divergence_spec.temperature)
 
     # -- line 4: the student's loss -----------------------------------------------------------------------------------
 
@@ -286,6 +311,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         loss = output.loss
         self.metrics.add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
         self.metrics.add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
+        self.samples.take(inputs["sampled"], output)
         if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
             has_negative_N = contrast.coefficient_N > 0
             self.metrics.add(contrast=output.contrast_N[has_negative_N].sum(), contrast_tokens=has_negative_N.sum())
@@ -408,16 +434,19 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
         """Drop lines of steps that a resumed run does again."""
         if self.trainer.is_world_process_zero():
             self.trainer.metrics.forget_after(state.global_step)
+            self.trainer.samples.forget_after(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.metrics.values["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
-        self.trainer.teacher.update(state.global_step + 1)
+        with self.trainer.metrics.timed("update"):
+            self.trainer.teacher.update(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer.teacher.kind != "live":
             trainer.metrics.values["teacher/weight_distance"] = trainer.teacher.distance()
         trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())
+        trainer.samples.write()
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:

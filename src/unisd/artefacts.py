@@ -1,0 +1,71 @@
+"""The files that a run leaves behind, by name, and how they are read and written. Light: whatever only reads results starts at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unisd.errors import UserError
+
+RESULTS = "results.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+ANSWERS = "answers.json"
+Record = dict[str, Any]
+
+
+def write_json(path: Path, content: Record) -> None:
+    """Whole or not at all: readers may look while the run writes."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The objects of a JSON-lines file; lines that a kill cut short are left out."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def append_line(path: Path, record: Record) -> None:
+    """Add one line, on the disk when this returns. A line that an earlier kill cut short is removed first."""
+    line = json.dumps(record, default=str).encode() + b"\n"
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_yaml(path: Path) -> Record:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: not a file, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a mapping of option names to values.")
+    return content

@@ -1,0 +1,206 @@
+"""Figures as inline SVG, drawn by matplotlib in named colours that the page's style sheet fills in for its light and dark theme."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unisd.errors import UserError
+from unisd.report.html import clean, escape
+
+# Stand-ins: each occurs in the SVG where the style sheet's colour shall be.
+COLOURS = {"--ink": "#010203", "--soft": "#010204", "--line": "#010205", "--paper": "#010206"}
+COLOURS |= {f"--c{n}": f"#0102{n:02x}" for n in range(16, 20)}
+SERIES = ("--c16", "--c17", "--c18", "--c19")
+PRINTED = {"--ink": "#1d2126", "--soft": "#5b6470", "--line": "#d9dde3", "--paper": "#ffffff"}
+PRINTED |= dict(zip(SERIES, ("#1f6fb4", "#c2571a", "#2f7d4f", "#8a4a9e"), strict=True))
+_numbers = itertools.count(1)
+
+
+def _colour(name: str) -> str:
+    return COLOURS[name]
+
+
+@contextmanager
+def _figure(width: float, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('a report needs matplotlib: pip install "unisd[report]".') from None
+    ink, soft, line = _colour("--ink"), _colour("--soft"), _colour("--line")
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "unisd",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": ink,
+        "text.parse_math": False,
+        "axes.edgecolor": line,
+        "axes.labelcolor": soft,
+        "axes.titlesize": 10,
+        "axes.titlecolor": ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": line,
+        "grid.linewidth": 0.5,
+        "xtick.color": soft,
+        "ytick.color": soft,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(**options)
+
+
+class Plot:
+    """A figure: `inline` for a page, or written to a file with the light theme's colours."""
+
+    def __init__(self, figure: Any, label: str) -> None:
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        self.svg = buffer.getvalue()
+        self.label = label
+
+    def inline(self, wide: bool = False) -> str:
+        """A `figure` element; its colours follow the page's theme. `wide`: alone in its line, not one of a grid."""
+        svg = self.svg[self.svg.index("<svg") :]
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+        svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+        svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{escape(self.label)}"', svg, count=1)
+        # Several figures share a page: names must not.
+        prefix = f"f{next(_numbers)}-"
+        svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+        svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg)
+        for number, name in enumerate(SERIES, 1):
+            svg = svg.replace(COLOURS[name], f"var(--c{number})")
+        for name in ("--ink", "--soft", "--line", "--paper"):
+            svg = svg.replace(COLOURS[name], f"var({name})")
+        size = re.search(r'viewBox="0 0 ([\d.]+)', svg)
+        limit = f' style="max-width:{float(size[1]) * 1.6:.0f}px"' if wide and size else ""  # 1 pt drawn: at most 1.6 px shown
+        return f"<figure{limit}>{svg}</figure>"
+
+    def write(self, path: Path) -> None:
+        svg = self.svg
+        for name, colour in PRINTED.items():
+            svg = svg.replace(COLOURS[name], colour)
+        path.write_text(svg, encoding="utf-8")
+
+
+def curve(title: str, x: Sequence[float], series: Mapping[str, Sequence[float | None]], unit: str = "") -> Plot:
+    """Values over optimizer steps; None leaves a gap."""
+    with _figure(3.4, 2.1) as (figure, axes):
+        for (name, values), colour in zip(series.items(), itertools.cycle(SERIES)):
+            y = [float("nan") if value is None else value for value in values]
+            axes.plot(x, y, color=_colour(colour), linewidth=1.4, label=name, marker="o" if len(x) < 4 else None, markersize=3)
+        axes.set_title(title, loc="left")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        if len(series) > 1:
+            axes.legend()
+        return Plot(figure, f"{title} over {len(x)} steps")
+
+
+def before_after(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]]) -> Plot:
+    """Accuracies in percent with their intervals, before and after, one line each."""
+    with _figure(7.5, 0.7 + 0.42 * len(rows)) as (figure, axes):
+        sides = (("before", -0.13, "--soft", "o"), ("after", 0.13, SERIES[0], "D"))
+        for place, (_, *both) in enumerate(rows):
+            for side, (name, offset, colour, mark) in zip(both, sides, strict=True):
+                value, low, high = (100 * side[key] for key in ("value", "low", "high"))
+                axes.plot([low, high], [place + offset] * 2, color=_colour(colour), linewidth=1.6)
+                label = None if place else name
+                axes.plot([value], [place + offset], mark, color=_colour(colour), markersize=5, label=label)
+        axes.set_yticks(range(len(rows)), [clean(name) for name, _, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(-1, 101)
+        axes.set_xlabel("accuracy in %, 95 % interval")
+        axes.legend(loc="best")
+        return Plot(figure, "accuracy before and after, with 95 % intervals")
+
+
+def bars(title: str, values: Mapping[str, float], unit: str) -> Plot:
+    """Horizontal bars with their numbers."""
+    with _figure(5.5, 0.7 + 0.3 * len(values)) as (figure, axes):
+        places = range(len(values))
+        axes.barh(places, list(values.values()), color=_colour(SERIES[0]), height=0.6)
+        for place, value in zip(places, values.values(), strict=True):
+            axes.text(value, place, f" {value:,.1f}", va="center", color=_colour("--ink"))
+        axes.set_yticks(places, [clean(name) for name in values])
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set_xlabel(unit)
+        axes.set_title(title, loc="left")
+        return Plot(figure, title)
+
+
+Panel = tuple[str, Sequence[tuple[str, float, float | None, float | None]]]
+
+
+def forest(panels: Sequence[Panel], margin: float) -> Plot:
+    """Effects with intervals, one panel an outcome (title, and name, value, low, high of each effect).
+
+    The shaded band is what does not matter. Green and orange are effects on accuracy whose interval excludes 0; time has no good side.
+    """
+    count = max(len(lines) for _, lines in panels)
+    with _figure(4.0 * len(panels), 0.9 + 0.36 * count, ncols=len(panels), sharey=True, squeeze=False) as (figure, grid):
+        for axes, (title, lines) in zip(grid[0], panels, strict=True):
+            judged = title.endswith("(points)")
+            if judged:
+                axes.axvspan(-margin, margin, color=_colour("--line"), alpha=0.4, linewidth=0)
+            axes.axvline(0, color=_colour("--soft"), linewidth=0.8)
+            for place, (_, value, low, high) in enumerate(lines):
+                clear = low is not None and high is not None and (low > 0 or high < 0)
+                colour = _colour(SERIES[0] if not judged else "--soft" if not clear else SERIES[2] if value > 0 else SERIES[1])
+                if low is not None and high is not None:
+                    axes.plot([low, high], [place, place], color=colour, linewidth=1.8)
+                axes.plot([value], [place], "o", color=colour, markersize=5)
+            axes.set_title(title, loc="left")
+            axes.set_yticks(range(len(lines)), [clean(name) for name, *_ in lines])
+            axes.set_ylim(count - 0.5, -0.5)
+        return Plot(figure, "effects with 95 % intervals")
+
+
+def trade_off(cells: Sequence[tuple[str, float, float]], front: Sequence[str]) -> Plot:
+    """Task gain against the change in retention, with the Pareto front."""
+    with _figure(7.0, 4.4) as (figure, axes):
+        best = sorted((cell for cell in cells if cell[0] in front), key=lambda cell: cell[2])
+        axes.step(
+            [c[2] for c in best], [c[1] for c in best], where="pre", color=_colour(SERIES[1]), linewidth=1, label="Pareto front"
+        )
+        for name, gain, kept in cells:
+            colour = _colour(SERIES[1] if name in front else SERIES[0])
+            axes.plot([kept], [gain], "o", color=colour, markersize=6)
+            axes.annotate(
+                clean(name), (kept, gain), xytext=(5, 4), textcoords="offset points", fontsize=8, color=_colour("--ink")
+            )
+        axes.set_xlabel("change in retention, points (right: less forgotten)")
+        axes.set_ylabel("gain on the task, points")
+        axes.margins(0.12)
+        axes.legend()
+        return Plot(figure, "task gain against forgetting")
+
+
+def interaction_map(names: Sequence[str], values: Mapping[tuple[str, str], tuple[float, bool]]) -> Plot:
+    """Two-way interactions in points: the area of a disc is the size, its colour the sign; a ring: the interval excludes 0."""
+    with _figure(1.6 + 0.85 * len(names), 1.0 + 0.7 * len(names)) as (figure, axes):
+        largest = max((abs(value) for value, _ in values.values()), default=1.0) or 1.0
+        for (one, two), (value, clear) in values.items():
+            x, y = names.index(one), names.index(two)
+            colour = _colour(SERIES[2] if value > 0 else SERIES[1])
+            edge = _colour("--ink") if clear else "none"
+            axes.scatter([x], [y], s=900 * abs(value) / largest, color=colour, alpha=0.45, edgecolors=edge, linewidths=1.5)
+            axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=_colour("--ink"))
+        axes.set_xticks(range(len(names)), [clean(name) for name in names], rotation=20)
+        axes.set_yticks(range(len(names)), [clean(name) for name in names])
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        return Plot(figure, "two-way interactions on the task, in points")

@@ -1,0 +1,206 @@
+"""The page of one run: what it gained and forgot, its curves, where time and memory went, answers side by side, the supervision view."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unisd.artefacts import ANSWERS, METRICS, RESULTS, SAMPLES, read_lines
+from unisd.errors import UserError
+from unisd.report import plots
+from unisd.report.html import escape, page, section, table, tiles
+from unisd.report.supervision import supervision
+
+MAX_EXAMPLES = 24
+MAX_POINTS = 1000
+CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Loss", "", {"loss": "loss"}),
+    ("Divergence of teacher and student", "nats a token", {"divergence": "teacher/divergence"}),
+    ("Contrast", "nats a token", {"hinge": "contrastive/loss"}),
+    ("Tokens with an active contrast", "share", {"active": "contrastive/active_share"}),
+    ("Distance of features", "mean square", {"distance": "features/distance"}),
+    ("Agreement weight", "", {"mean": "agreement/mean", "least": "agreement/min", "largest": "agreement/max"}),
+    ("Clipped tokens", "share", {"clipped": "clip/share"}),
+    ("Clip threshold", "nats", {"threshold": "clip/threshold"}),
+    ("Distance of the teacher's weights", "share of norm", {"distance": "teacher/weight_distance"}),
+    ("Length of completions", "tokens", {"mean": "completions/mean_length", "longest": "completions/max_length"}),
+    ("Cut completions", "share", {"cut": "completions/truncated_share"}),
+    ("Student's entropy", "nats a token", {"entropy": "student/entropy"}),
+    ("Log-probability of the completion", "nats a token", {"student": "student/logp", "teacher": "teacher/logp"}),
+    ("Time of a step", "s", {name: f"step_time/{name}" for name in ("rollout", "score", "student")}),
+    ("Learning rate", "", {"rate": "learning_rate"}),
+)
+Figures = dict[str, Any]
+
+
+def build(folder: Path) -> str:
+    """The page of the run in `folder`.
+
+    Raises:
+        UserError: its results cannot be read.
+    """
+    results = read_json(folder / RESULTS)
+    answers = read_json(folder / ANSWERS) if (folder / ANSWERS).exists() else {}
+    metrics = read_metrics(folder / METRICS)
+    after = results["after"]
+    facts = [
+        ("recipe", str(results["recipe"])),
+        ("model", Path(str(results["model"])).name),
+        ("task", str(results["task"])),
+        ("seed", str(results["seed"])),
+        ("steps", str(results.get("steps", len(metrics)))),
+        ("time", f"{results['wall_s']:.0f} s"),
+    ]
+    rows = _accuracy_rows(results)
+    body = tiles(facts)
+    changes = [["measure", "before", "after", "change"], *_changes(results, rows)]
+    note = "One seed. Bars and brackets are 95 % intervals of an accuracy; differences within them mean little."
+    body += section("Before and after", plots.before_after(rows).inline(wide=True) if rows else "", table(changes), note=note)
+    body += section("Curves", curves(metrics))
+    body += section("Time, memory, cost", _cost(results))
+    names = {"task": "task", "retention": "old skills"}
+    body += section(
+        "Answers before and after",
+        *(_examples(names.get(part, part), found["examples"]) for part, found in answers.items()),
+        note="Greedy answers. Rows whose verdict changed come first.",
+    )
+    body += supervision(read_lines(folder / SAMPLES))
+    settings = json.dumps(results["config"], indent=1, default=str)
+    body += section("Every option", f"<details><summary>configuration</summary><pre>{escape(settings)}</pre></details>")
+    title = f"{results['recipe']} on {results['task']}"
+    if after["task_accuracy"] is not None:
+        title += f": {100 * results['before']['task_accuracy']['value']:.1f} to {100 * after['task_accuracy']['value']:.1f} %"
+    return page(title, body)
+
+
+def read_json(path: Path) -> Figures:
+    try:
+        content: Figures = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give the folder of a finished run.") from None
+    return content
+
+
+def read_metrics(path: Path) -> list[Figures]:
+    """Lines of `metrics.jsonl`; of a long run so many that a plot can show."""
+    lines = read_lines(path)
+    return lines[:: max(1, -(-len(lines) // MAX_POINTS))]
+
+
+def _accuracy_rows(results: Figures) -> list[tuple[str, Figures, Figures]]:
+    before, after = results["before"], results["after"]
+    rows = []
+    for name, total, skills in (("task", "task_accuracy", "skills"), ("old skills", "retention_accuracy", "retention_skills")):
+        if after[total] is not None:
+            rows.append((name, before[total], after[total]))
+            rows += [(f"  {name}: {skill}", before[skills][skill], value) for skill, value in (after[skills] or {}).items()]
+    return rows
+
+
+def _changes(results: Figures, rows: Sequence[tuple[str, Figures, Figures]]) -> list[list[str]]:
+    """Measure, before, after and change, one line each."""
+
+    def percent(share: Figures) -> str:
+        value, low, high = (100 * share[name] for name in ("value", "low", "high"))
+        return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+
+    lines = [[name, percent(old), percent(new), f"{100 * (new['value'] - old['value']):+.1f}"] for name, old, new in rows]
+    old_ppl, new_ppl = results["before"]["gold_ppl"], results["after"]["gold_ppl"]
+    if old_ppl is not None and new_ppl is not None:
+        lines.append(["perplexity of the references", f"{old_ppl:.3f}", f"{new_ppl:.3f}", f"{new_ppl - old_ppl:+.3f}"])
+    whose = {"forward": "own answers under the base", "reverse": "the base's answers under it"}
+    for way, value in (results["after"]["retention_ppl"] or {}).items():
+        lines.append([f"retention perplexity, {whose[way]}", "", _number(value, ".3f"), ""])
+    return lines
+
+
+def curves(metrics: Sequence[Figures]) -> str:
+    drawn = []
+    steps = [line["step"] for line in metrics]
+    for title, unit, wanted in CURVES:
+        series = {name: [line.get(key) for line in metrics] for name, key in wanted.items()}
+        series = {name: values for name, values in series.items() if any(values)}
+        if series:
+            drawn.append(plots.curve(title, steps, series, unit).inline())
+    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
+
+
+def _cost(results: Figures) -> str:
+    phases = {name: seconds for name, seconds in results["phases_s"].items() if seconds >= 0.05}
+    parts = [plots.bars("Seconds by phase", phases, "s").inline(wide=True)] if phases else []
+    cost = results.get("cost")
+    if cost is None:
+        return "".join(parts)
+    tokens, energy, flops = cost["tokens"], cost["energy"], cost["flops_estimated"]
+    lines = [
+        ["cost of training", ""],
+        ["tokens generated", f"{tokens['generated']:,}"],
+        ["tokens scored without gradient", f"{tokens['scored']:,}"],
+        *[[f"  of the {view} view", f"{count:,}"] for view, count in tokens["scored_by_view"].items()],
+        ["tokens trained on (prompt and completion)", f"{tokens['trained']:,}"],
+        ["million trained tokens per device-hour", _number(cost["million_tokens_per_device_hour"], ".2f")],
+        [f"peak memory of {cost['peak_memory_of']}", f"{cost['peak_memory_bytes'] / (1 << 20):,.0f} MiB"],
+        ["operations, estimated (10^12)", f"{flops['total'] / 1e12:,.2f}"],
+        ["kWh", _number(energy["kwh"], ".3g")],
+        ["kWh per million trained tokens", _number(energy["kwh_per_million_tokens"], ".3g")],
+        ["energy by", energy["method"]],
+    ]
+    parts.append(table(lines))
+    if cost["by_mechanism"]:
+        header = ["mechanism", "tokens scored for it", "share of operations", "seconds (estimated)"]
+        parts += [
+            "<h3>What each mechanism costs</h3>",
+            table(
+                [header]
+                + [
+                    [
+                        name,
+                        f"{part['tokens_scored']:,}",
+                        f"{100 * part['share_of_flops']:.1f} %",
+                        f"{part['seconds_estimated']:.1f}",
+                    ]
+                    for name, part in cost["by_mechanism"].items()
+                ]
+            ),
+        ]
+    return "".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _examples(part: str, examples: Sequence[Figures]) -> str:
+    """Some answers of both states side by side: first what changed."""
+
+    def order(example: Figures) -> int:
+        change = (example["before"]["correct"], example["after"]["correct"])
+        return {(True, False): 0, (False, True): 1, (False, False): 2, (True, True): 3}[change]
+
+    # Both kinds of change are shown, whichever is rarer.
+    by_change: dict[int, list[Figures]] = {}
+    for example in examples:
+        by_change.setdefault(order(example), []).append(example)
+    chosen = [example for kind in sorted(by_change) for example in by_change[kind][: MAX_EXAMPLES // 4]]
+    cards = []
+    for example in chosen:
+        sides = "".join(
+            f"<div><h3>{when}: {_verdict(example[when]['correct'])}</h3><pre>{escape(example[when]['text'])}</pre></div>"
+            for when in ("before", "after")
+        )
+        prompt = f"<pre>{escape(example['prompt'])}</pre>"
+        reference = f"<details><summary>reference</summary><pre>{escape(example['reference'])}</pre></details>"
+        cards.append(
+            f'<div class="card"><span class="soft">{escape(example["id"])}</span>{prompt}{reference}<div class="pair">{sides}</div></div>'
+        )
+    if not cards:
+        return ""
+    return (
+        f"<details open><summary>{escape(part)}: {len(cards)} of {len(examples)} kept answers</summary>{''.join(cards)}</details>"
+    )
+
+
+def _verdict(correct: bool) -> str:
+    return '<span class="right">right</span>' if correct else '<span class="wrong">wrong</span>'

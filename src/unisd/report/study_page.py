@@ -1,0 +1,123 @@
+"""The page of a study: verdicts, effects with intervals, interactions, task gain against forgetting, cost, and a link to each run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unisd.report import plots
+from unisd.report.html import escape, page, section, table, tiles
+from unisd.study.analysis import pareto
+from unisd.study.recommend import OUTCOMES, TITLES, cost_table, effect_table, number
+
+Figures = dict[str, Any]
+
+
+def build(folder: Path, found: Figures) -> str:
+    """The page of the study in `folder`, whose analysis is `found`."""
+    body = ""
+    for task, figures in found["tasks"].items():
+        body += _task(folder, task, figures, found, several=len(found["tasks"]) > 1)
+    body += section("How to read this", "".join(f"<p>{escape(note)}</p>" for note in found["notes"]))
+    return page(f"Study: which of {len(found['factors'])} components matter", body)
+
+
+def _task(folder: Path, task: str, figures: Figures, found: Figures, several: bool) -> str:
+    prefix = f"{task}: " if several else ""
+    seeds = ", ".join(map(str, figures["seeds"]))
+    body = tiles(
+        [
+            ("task", task),
+            ("runs", f"{figures['runs']} of {figures['planned']}"),
+            ("failed", str(figures["failed"])),
+            ("seeds", seeds),
+            ("design", ", ".join(found["design"])),
+        ]
+    )
+    items = "".join(
+        f'<li><span class="tag {escape(line["verdict"].split()[0])}">{escape(line["verdict"])}</span>{escape(line["text"])}</li>'
+        for line in figures["verdicts"]
+    )
+    body += section(f"{prefix}What to use", f'<ul class="verdicts">{items}</ul>')
+    drawn = figures_of(figures, found["margin"])
+    effects = []
+    for kind in ("main", "one-in", "leave-one-out", "shapley"):
+        pictures = [plots.forest([panel], found["margin"]).inline() for panel in panels_of(figures, kind)]
+        effects += [f"<h3>{escape(TITLES[kind])}</h3>", f'<div class="plots">{"".join(pictures)}</div>'] if pictures else []
+    note = f"Points of accuracy (time: percent) with 95 % intervals. Shaded: effects below {found['margin']:g} points, which do not matter."
+    tables = ""
+    for kind, title in TITLES.items():
+        lines = effect_table(figures, kind)
+        if len(lines) > 1:
+            opened = " open" if kind == "main" else ""
+            tables += f"<details{opened}><summary>{escape(title)}: all figures</summary>{table(lines)}</details>"
+    body += section(f"{prefix}Effects", *effects, tables, note=note)
+    if "interaction" in drawn:
+        body += section(
+            f"{prefix}What mechanisms do together", drawn["interaction"].inline(wide=True), note="Ring: the interval excludes 0."
+        )
+    if "trade-off" in drawn:
+        body += section(
+            f"{prefix}Gain against forgetting", drawn["trade-off"].inline(wide=True), note="Means over seeds of each cell."
+        )
+    method = next((cell["energy_method"] for cell in figures["cells"] if cell["energy_method"]), "")
+    body += section(
+        f"{prefix}Cost",
+        table(cost_table(figures)),
+        note=f"Means over runs; memory: the most. Energy: {method}." if method else "",
+    )
+    return body + section(f"{prefix}Runs", _runs(folder, figures["cells"]))
+
+
+def _runs(folder: Path, cells: Sequence[Figures]) -> str:
+    lines = [["run", "cell", "seed", "gain", "retention change"]]
+    links = {}
+    for cell in cells:
+        for run, seed, gain, kept in zip(cell["runs"], cell["seeds"], cell["gains"], cell["retention_changes"], strict=True):
+            lines.append([run, cell["name"], str(seed), number(gain, "+.1f"), number(kept, "+.1f")])
+            for name in ("report.html", "results.json"):
+                if (folder / "runs" / run / name).exists():
+                    links[run] = f"runs/{run}/{name}"
+                    break
+    return table(lines, links)
+
+
+def panels_of(figures: Figures, kind: str) -> list[plots.Panel]:
+    """One panel an outcome, all with the same effects in the same order."""
+    chosen = [line for line in figures["effects"] if line["kind"] == kind]
+    names = list(dict.fromkeys(line["name"] for line in chosen))
+    nothing = {"value": float("nan"), "low": None, "high": None}
+    panels = []
+    for outcome in ("task_accuracy", "retention_accuracy", "train_s"):
+        by_name = {line["name"]: line for line in chosen if line["outcome"] == outcome}
+        if by_name:
+            lines = [by_name.get(name, nothing) for name in names]
+            panels.append((OUTCOMES[outcome], [(n, x["value"], x["low"], x["high"]) for n, x in zip(names, lines, strict=True)]))
+    return panels
+
+
+def figures_of(figures: Figures, margin: float) -> dict[str, plots.Plot]:
+    """Every figure of a task by name: kinds of effects, `interaction`, `trade-off`."""
+    drawn = {}
+    for kind in ("main", "one-in", "leave-one-out", "shapley"):
+        panels = panels_of(figures, kind)
+        if panels:
+            drawn[kind] = plots.forest(panels, margin)
+    pairs = {
+        tuple(line["name"].split(" x ")): (line["value"], line["low"] is not None and not line["low"] <= 0 <= line["high"])
+        for line in figures["effects"]
+        if line["kind"] == "interaction" and line["outcome"] == "task_accuracy"
+    }
+    if pairs:
+        names = list(dict.fromkeys(name for pair in pairs for name in pair))
+        drawn["interaction"] = plots.interaction_map(names, {(a, b): value for (a, b), value in pairs.items()})
+    cells = figures["cells"]
+    known = [
+        (c["name"], c["gain"], c["retention_change"])
+        for c in cells
+        if c["gain"] is not None and c["retention_change"] is not None
+    ]
+    if known:
+        drawn["trade-off"] = plots.trade_off(known, pareto(cells))
+    return drawn

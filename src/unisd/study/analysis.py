@@ -1,0 +1,231 @@
+"""From a study's store to its figures: outcomes of every run, effects of every factor with 95 % intervals, verdicts.
+
+Accuracies are in points (percent of problems); times, operations and perplexities are compared as ratios, in percent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from unisd.study.contrasts import Effect, effects_of
+from unisd.study.design import Cell, Study, cells_of
+from unisd.study.estimate import Estimate, Fit, Values, holm
+from unisd.study.store import DONE, FAILED, Record, Store
+
+SCHEMA_VERSION = 1
+POINTS = {"task_accuracy": "task", "retention_accuracy": "retention"}
+RATIOS = ("train_s", "flops", "reference_ppl", "retention_ppl")
+Figures = dict[str, Any]
+
+
+def analyse(study: Study, store: Store, margin: float = 1.0) -> Figures | None:
+    """Everything that the reports show, as `analysis.json` holds it; None while no run has finished.
+
+    Args:
+        margin: smallest effect that matters, in points.
+    """
+    records = store.runs()
+    cells = cells_of(study)
+    tasks = {}
+    for task in study.tasks:
+        chosen = [record for record in records.values() if record["task"] == task]
+        if any(record["status"] == DONE for record in chosen):
+            tasks[task] = _of_task(study, cells, chosen, margin)
+    if not tasks:
+        return None
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "margin": margin,
+        "design": study.design,
+        "factors": {factor.name: list(factor.levels) for factor in study.factors},
+        "tasks": tasks,
+        "notes": [
+            "Effects in points are differences of accuracies on the same problems with the same seeds. Their 95 % intervals hold for other "
+            "seeds and other problems of the same kind, and take the noise of training to be alike in all cells.",
+            "p (Holm) is adjusted for all main effects on task and retention of one task together; intervals are not adjusted.",
+            "Times were measured on whatever else the machine did; operations are an estimate, and the same on any machine.",
+        ],
+    }
+
+
+def _of_task(study: Study, cells: Sequence[Cell], records: Sequence[Record], margin: float) -> Figures:
+    from unisd.study.recommend import verdict
+
+    table = {(record["cell"], record["seed"]): record for record in records if record["status"] == DONE}
+    effects = effects_of(cells, study.factors)
+    found: list[Figures] = []
+    for outcome in (*POINTS, *RATIOS):
+        fit, notes = _fit(outcome, cells, study.seeds, table)
+        for effect in effects if fit is not None else ():
+            if outcome in RATIOS and effect.kind in ("shapley", "interaction"):
+                continue
+            estimate = fit.contrast(effect.weights) if fit is not None else None
+            if estimate is not None:
+                found.append(_line(effect, outcome, estimate, notes))
+    asked = [line for line in found if line["kind"] == "main" and line["outcome"] in POINTS and line["p"] is not None]
+    for line, p in zip(asked, holm([line["p"] for line in asked]), strict=True):
+        line["p_holm"] = p
+
+    def main(name: str, outcome: str) -> Figures | None:
+        return next((x for x in found if (x["kind"], x["name"], x["outcome"]) == ("main", name, outcome)), None)
+
+    verdicts = []
+    for name in dict.fromkeys(effect.name for effect in effects if effect.kind == "main"):
+        lines = {outcome: main(name, outcome) for outcome in (*POINTS, "train_s", "flops")}
+        cost = lines["train_s"] or lines["flops"]
+        decision, text = verdict(
+            _estimate(lines["task_accuracy"]),
+            _p(lines["task_accuracy"]),
+            _estimate(lines["retention_accuracy"]),
+            _p(lines["retention_accuracy"]),
+            margin,
+            None if cost is None else cost["value"],
+        )
+        verdicts.append({"name": name, "verdict": decision, "text": f"{name}: {text}"})
+    return {
+        "runs": len(table),
+        "failed": sum(record["status"] == FAILED for record in records),
+        "planned": len(cells) * len(study.seeds),
+        "seeds": sorted({seed for _, seed in table}),
+        "cells": [_cell(cell, study, table) for cell in cells if any(name == cell.name for name, _ in table)],
+        "effects": found,
+        "verdicts": verdicts,
+    }
+
+
+def _line(effect: Effect, outcome: str, estimate: Estimate, note: str) -> Figures:
+    if outcome in POINTS:
+        estimate, unit = estimate.scaled(100), "points"
+    else:
+        unit = "percent"
+
+        def percent(log: float | None) -> float | None:
+            return None if log is None else 100 * math.expm1(log)
+
+        value = percent(estimate.value)
+        assert value is not None
+        estimate = replace(estimate, value=value, low=percent(estimate.low), high=percent(estimate.high), se=None)
+    notes = "; ".join(part for part in (effect.note, estimate.note, note) if part)
+    numbers = asdict(estimate) | {"note": notes}
+    return {"kind": effect.kind, "name": effect.name, "outcome": outcome, "unit": unit, **numbers, "p_holm": None}
+
+
+def _estimate(line: Figures | None) -> Estimate | None:
+    names = ("value", "low", "high", "p", "se", "df", "note")
+    return None if line is None else Estimate(**{name: line[name] for name in names})
+
+
+def _p(line: Figures | None) -> float | None:
+    return None if line is None else line["p_holm"]
+
+
+# ---------------------------------------------------------------- outcomes
+
+
+def _fit(
+    outcome: str, cells: Sequence[Cell], seeds: Sequence[int], table: dict[tuple[str, int], Record]
+) -> tuple[Fit | None, str]:
+    """The runs' values of an outcome `[C,S]` (accuracies with their single answers), and a note on what is missing."""
+    runs_CS = np.full((len(cells), len(seeds)), np.nan)
+    for c, cell in enumerate(cells):
+        for s, seed in enumerate(seeds):
+            record = table.get((cell.name, seed))
+            value = None if record is None else outcome_of(record, outcome)
+            if value is not None:
+                runs_CS[c, s] = value
+    if np.isnan(runs_CS).all():
+        return None, ""
+    answers_CSP, note = None, ""
+    if outcome in POINTS:
+        answers_CSP, note = _answers(POINTS[outcome], cells, seeds, table)
+        if answers_CSP is not None:
+            runs_CS = answers_CSP.mean(axis=2)
+    return Fit(runs_CS, answers_CSP), note
+
+
+def outcome_of(record: Record, outcome: str) -> float | None:
+    """One number of a run; logarithms of what is compared as a ratio. Times of a resumed run are left out where they are partial."""
+    after = record["results"]["after"]
+    if outcome in POINTS:
+        return None if after[outcome] is None else float(after[outcome]["value"])
+    value = {
+        "train_s": record["train_s"],
+        "flops": None if record["resumed"] else record["results"]["cost"]["flops_estimated"]["total"],
+        "reference_ppl": after["gold_ppl"],
+        "retention_ppl": (after["retention_ppl"] or {}).get("forward"),
+    }[outcome]
+    return math.log(value) if value else None
+
+
+def _answers(
+    part: str, cells: Sequence[Cell], seeds: Sequence[int], table: dict[tuple[str, int], Record]
+) -> tuple[Values | None, str]:
+    """Single verdicts `[C,S,P]`, if all runs answered the same problems."""
+    answered = {key: record["answers"][part] for key, record in table.items() if part in record["answers"]}
+    if len({tuple(found["ids"]) for found in answered.values()}) != 1:
+        return None, "runs were evaluated on different rows: give eval_file" if answered else ""
+    count = len(next(iter(answered.values()))["ids"])
+    values = np.full((len(cells), len(seeds), count), np.nan)
+    for c, cell in enumerate(cells):
+        for s, seed in enumerate(seeds):
+            if (cell.name, seed) in answered:
+                values[c, s] = answered[cell.name, seed]["after"]
+    return values, ""
+
+
+def _cell(cell: Cell, study: Study, table: dict[tuple[str, int], Record]) -> Figures:
+    """A cell's means over its runs: accuracies, gain, forgetting, cost; with the runs that they come from."""
+    records = [table[cell.name, seed] for seed in study.seeds if (cell.name, seed) in table]
+    costs = [record["results"]["cost"] for record in records if not record["resumed"]]
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
+    def change(record: Record, name: str) -> float | None:
+        before, after = record["results"]["before"][name], record["results"]["after"][name]
+        return None if before is None or after is None else 100 * (after["value"] - before["value"])
+
+    return {
+        "name": cell.name,
+        "levels": cell.levels,
+        "runs": [record["run"] for record in records],
+        "seeds": [record["seed"] for record in records],
+        "task_accuracy": mean([record["task_accuracy"] for record in records]),
+        "retention_accuracy": mean([record["retention_accuracy"] for record in records]),
+        "gain": mean([change(record, "task_accuracy") for record in records]),
+        "gains": [change(record, "task_accuracy") for record in records],
+        "retention_change": mean([change(record, "retention_accuracy") for record in records]),
+        "retention_changes": [change(record, "retention_accuracy") for record in records],
+        "retention_ppl": mean([(record["results"]["after"]["retention_ppl"] or {}).get("forward") for record in records]),
+        "train_s": mean([record["train_s"] for record in records]),
+        "tokens_generated": mean([cost["tokens"]["generated"] for cost in costs]),
+        "tokens_scored": mean([cost["tokens"]["scored"] for cost in costs]),
+        "tokens_trained": mean([cost["tokens"]["trained"] for cost in costs]),
+        "million_tokens_per_device_hour": mean([cost["million_tokens_per_device_hour"] for cost in costs]),
+        "flops": mean([cost["flops_estimated"]["total"] for cost in costs]),
+        "kwh_per_million_tokens": mean([cost["energy"]["kwh_per_million_tokens"] for cost in costs]),
+        "energy_method": costs[0]["energy"]["method"] if costs else None,
+        "peak_memory_bytes": max((cost["peak_memory_bytes"] for cost in costs), default=None),
+    }
+
+
+def pareto(cells: Sequence[Figures]) -> list[str]:
+    """Names of the cells that no other cell beats in both gain and retention (equal in one and better in the other counts)."""
+    known = [cell for cell in cells if cell["gain"] is not None and cell["retention_change"] is not None]
+
+    def beaten(cell: Figures) -> bool:
+        mine = (cell["gain"], cell["retention_change"])
+        return any(
+            other["gain"] >= mine[0]
+            and other["retention_change"] >= mine[1]
+            and (other["gain"], other["retention_change"]) != mine
+            for other in known
+        )
+
+    return [cell["name"] for cell in known if not beaten(cell)]

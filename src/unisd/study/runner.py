@@ -1,0 +1,207 @@
+"""Carries a study out: every run that the store lacks, as a process of its own, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unisd.errors import UserError
+from unisd.study.design import Cell, Options, Run, Study
+from unisd.study.executor import Executor, Job
+from unisd.study.store import DONE, FAILED, Record, Store, is_complete
+
+CONFIG, LOG = "run.yaml", "run.log"
+CACHE = "before"
+CALIBRATION_STEPS, CALIBRATION_ROWS = 2, 16
+WEIGHTS = ("*.safetensors", "*.bin", "checkpoint-*")
+
+
+def check(runs: Sequence[Run], study: Study) -> None:
+    """Resolve the options of every cell as `unisd train` will, before anything runs.
+
+    Raises:
+        UserError: options that `unisd train` refuses, or a mechanism that is off in the recipe and cannot be studied.
+    """
+    from unisd.parsing import resolve, train_parser
+
+    parser = train_parser("unisd study")
+    seen: set[str] = set()
+    for run in runs:
+        text = json.dumps({**run.options, "seed": 0}, sort_keys=True, default=str)
+        if text not in seen:
+            seen.add(text)
+            try:
+                resolve(parser, parser.from_dict(run.options, f"cell {run.cell.name}"))
+            except UserError as error:
+                raise UserError(f"cell {run.cell.name}: {error}") from None
+    by_levels = {tuple(run.cell.levels.items()): run for run in runs}
+    for factor in study.factors:
+        run = next((run for run in by_levels.values() if run.cell.levels[factor.name] != factor.baseline), None)
+        if factor.is_mechanism and run is not None:
+            _, with_it = resolve(parser, parser.from_dict(run.options, "on"))
+            off = {**run.options, **factor.levels[factor.baseline]}
+            _, without = resolve(parser, parser.from_dict(off, "off"))
+            if all(getattr(with_it, name) == getattr(without, name) for name in factor.levels[factor.baseline]):
+                raise UserError(
+                    f"mechanism {factor.name} is off in this study's recipe: choose one that has it (recipe: unisd-star), or give its "
+                    "options in base."
+                )
+
+
+def command_of(run: Run, store: Store) -> tuple[str, ...]:
+    """Write the run's configuration file and return the command that trains it; an interrupted run goes on from its checkpoint."""
+    folder = store.run_folder(run.id)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder.parent / f"{run.id}.yaml"  # beside the folder: a run starts in an empty one
+    config.write_text(yaml.safe_dump(run.options, sort_keys=True), encoding="utf-8")
+    again = "--resume_from_checkpoint" if _has_checkpoint(folder) else "--overwrite_output_dir"
+    where = ("--config", str(config), "--output_dir", str(folder), "--before_cache", str(store.folder / CACHE))
+    return (sys.executable, "-m", "unisd.cli", "train", *where, again)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    if not any(folder.glob("checkpoint-*")):
+        return False
+    from unisd.trainer import last_complete_checkpoint
+
+    return last_complete_checkpoint(folder) is not None
+
+
+def carry_out(
+    study: Study,
+    runs: Sequence[Run],
+    store: Store,
+    executor: Executor,
+    say: Callable[[str], None] = print,
+    clock: Callable[[], float] = time.monotonic,
+) -> bool:
+    """Run these runs, none of which is in the store; True when all are in it, False when the budget ended first.
+
+    A failed run is tried `study.retries` more times, then recorded as failed. May be stopped at any moment, also by `kill -9`: what had
+    finished is never run again.
+    """
+    waiting = list(runs)
+    started, begun = clock(), {run.id: 0.0 for run in runs}
+    by_id = {run.id: run for run in runs}
+    budget = None if study.budget_minutes is None else 60 * study.budget_minutes
+    done, running = 0, 0
+
+    def record(run: Run, status: str, **details: Any) -> None:
+        nonlocal done
+        done += 1
+        attempts = store.failures(run.id) + (status == DONE)
+        finished = store.finish(run, status, attempts=attempts, **details)
+        if status == DONE and not study.keep_models:
+            remove_weights(store.run_folder(run.id))
+        say(f"{done}/{len(runs)}  {_told(finished)}")
+
+    def submit(run: Run) -> None:
+        begun[run.id] = clock()
+        store.note(run.id, "started")
+        executor.submit(Job(run.id, command_of(run, store), store.run_folder(run.id).parent / f"{run.id}.log"))
+
+    while waiting or running:
+        while waiting and running < executor.slots and (budget is None or clock() - started < budget):
+            run = waiting.pop(0)
+            if is_complete(store.run_folder(run.id)):  # killed between its end and its record
+                record(run, DONE)
+                continue
+            submit(run)
+            running += 1
+        if not running:
+            break
+        finished = executor.wait()
+        run = by_id[finished.name]
+        running -= 1
+        if finished.returncode == 0 and is_complete(store.run_folder(run.id)):
+            record(run, DONE)
+            continue
+        reason = _last_words(store.run_folder(run.id).parent / f"{run.id}.log")
+        store.note(run.id, "failed", returncode=finished.returncode, seconds=clock() - begun[run.id], reason=reason)
+        if store.failures(run.id) <= study.retries:
+            say(f"failed, once more: {run.id} ({reason})")
+            waiting.insert(0, run)
+        else:
+            record(run, FAILED, reason=reason, returncode=finished.returncode)
+    return not waiting
+
+
+def remove_weights(folder: Path) -> None:
+    """Delete the model of a finished run: a study keeps its results, and may be asked to keep its models."""
+    import shutil
+
+    for pattern in WEIGHTS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _told(record: Record) -> str:
+    if record["status"] == FAILED:
+        return f"{record['run']} FAILED: {record['reason']}"
+    parts = []
+    for name in ("task_accuracy", "retention_accuracy"):
+        if record[name] is not None:
+            parts.append(f"{name.removesuffix('_accuracy')} {100 * record[name]:.1f} %")
+    parts.append(f"{record['results']['wall_s']:.0f} s")
+    return f"{record['run']}  {', '.join(parts)}"
+
+
+def _last_words(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return "no output"
+    return lines[-1][:300] if lines else "no output"
+
+
+# ---------------------------------------------------------------- how long
+
+
+def seconds_of_a_run(study: Study, runs: Sequence[Run], store: Store, executor: Executor) -> tuple[float, str]:
+    """Expected seconds of a run, and where the figure comes from: the study's file, finished runs, or a calibration."""
+    if study.run_s is not None:
+        return float(study.run_s), "run_s of the study file"
+    done = [record["results"]["wall_s"] for record in store.runs().values() if record["status"] == DONE]
+    if done:
+        return sum(done) / len(done), f"the mean of {len(done)} finished runs"
+    run = max(runs, key=lambda run: _distance(run.cell, study))
+    return _calibrate(run, store, executor), f"{CALIBRATION_STEPS} steps of {run.cell.name}, the costliest cell"
+
+
+def _distance(cell: Cell, study: Study) -> int:
+    return sum(cell.levels[factor.name] != factor.baseline for factor in study.factors)
+
+
+def _calibrate(run: Run, store: Store, executor: Executor) -> float:
+    """Time a very short run of the costliest cell, and stretch it: load + evaluation by rows + training by steps."""
+    from unisd.inputs import load_data
+    from unisd.parsing import resolve, train_parser
+
+    parser = train_parser()
+    options, config = resolve(parser, parser.from_dict(run.options, "calibration"))
+    short: Options = {**run.options, "max_steps": CALIBRATION_STEPS, "max_eval_rows": CALIBRATION_ROWS, "save_strategy": "no"}
+    folder = store.folder / "calibration"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(yaml.safe_dump(short), encoding="utf-8")
+    where = ("--config", str(folder / CONFIG), "--output_dir", str(folder / "run"), "--overwrite_output_dir")
+    executor.submit(Job("calibration", (sys.executable, "-m", "unisd.cli", "train", *where), folder / LOG))
+    if executor.wait().returncode != 0:
+        raise UserError(f"the calibration run failed: {_last_words(folder / LOG)} (its output: {folder / LOG}).")
+    results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
+    remove_weights(folder / "run")
+    data = load_data(options, config.seed)
+    steps = config.max_steps
+    if steps <= 0:
+        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        steps = round(-(-len(data.train) // per_step) * config.num_train_epochs)
+    rows = len(data.evaluation) + len(data.retention)
+    short_rows = results["after"]["n_task"] + results["after"]["n_retention"]
+    seconds = results["phases_s"]
+    step_s = results["cost"]["train_s"] / CALIBRATION_STEPS
+    return float(seconds["load"] + seconds["eval"] * rows / max(short_rows, 1) + step_s * steps)

@@ -1,0 +1,115 @@
+"""What a study has found so far: `runs.jsonl`, one line per finished run, and `attempts.jsonl`, one per start and failure.
+
+Both are append-only, whole lines are on the disk before anything relies on them, and a line that a kill cut short is dropped. pandas and
+DuckDB read them as they are: `pd.read_json("runs.jsonl", lines=True)`, `read_json_auto('runs.jsonl')`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from unisd import __version__
+from unisd.artefacts import ANSWERS, METRICS, RESULTS, append_line, read_lines
+from unisd.errors import UserError
+from unisd.study.design import Run
+
+SCHEMA_VERSION = 1
+RUNS, ATTEMPTS, LOCK, FOLDERS = "runs.jsonl", "attempts.jsonl", ".lock", "runs"
+DONE, FAILED = "done", "failed"
+Record = dict[str, Any]
+
+
+class Store:
+    """The records of a study's folder. One process may write at a time.
+
+    Raises:
+        UserError: another process runs this study.
+    """
+
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder = folder
+        self._lock: IO[str] | None = None
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / LOCK).open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another process runs the study in {folder}: wait for it, or choose another --output_dir."
+                ) from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def run_folder(self, run_id: str) -> Path:
+        return self.folder / FOLDERS / run_id
+
+    def runs(self) -> dict[str, Record]:
+        """The last record of each run, by its id."""
+        return {record["run"]: record for record in read_lines(self.folder / RUNS)}
+
+    def failures(self, run_id: str) -> int:
+        """How often a run has failed since it was last asked for anew."""
+        events = [line["event"] for line in read_lines(self.folder / ATTEMPTS) if line["run"] == run_id]
+        if "anew" in events:
+            events = events[len(events) - events[::-1].index("anew") :]
+        return events.count("failed")
+
+    def note(self, run_id: str, event: str, **details: Any) -> None:
+        """Append to the attempts: `started`, `failed` or `anew`."""
+        append_line(self.folder / ATTEMPTS, {"run": run_id, "event": event, "time": time.time(), **details})
+
+    def finish(self, run: Run, status: str, **details: Any) -> Record:
+        """Append the record of a run; from the files in its folder where it is done."""
+        record: Record = {
+            "schema_version": SCHEMA_VERSION,
+            "unisd": __version__,
+            "run": run.id,
+            "status": status,
+            "cell": run.cell.name,
+            "task": run.task,
+            "seed": run.seed,
+            "factors": run.cell.levels,
+            "options": run.options,
+            "finished_at": time.time(),
+            **details,
+        }
+        if status == DONE:
+            record |= found_in(self.run_folder(run.id))
+        append_line(self.folder / RUNS, record)
+        return record
+
+
+def found_in(folder: Path) -> Record:
+    """The results of a run's folder, with single answers and the figures that one looks for first."""
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    answers = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))
+    after = results["after"]
+
+    def value(name: str) -> float | None:
+        return None if after[name] is None else after[name]["value"]
+
+    # From the metrics, so that a run which was resumed counts all of its steps.
+    steps = read_lines(folder / METRICS)
+    return {
+        "task_accuracy": value("task_accuracy"),
+        "retention_accuracy": value("retention_accuracy"),
+        "train_s": sum(line["step_time"] for line in steps),
+        "resumed": bool(results["config"].get("resume_from_checkpoint")),
+        "results": results,
+        "answers": {
+            part: {"ids": found["ids"], "before": [*map(int, found["before"])], "after": [*map(int, found["after"])]}
+            for part, found in answers.items()
+        },
+    }
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run has finished in this folder: `results.json` is written whole, and last."""
+    return (folder / RESULTS).is_file() and (folder / ANSWERS).is_file()

@@ -1,0 +1,172 @@
+"""The statistics of a study against simulated data with known effects, and against other ways to compute them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+pytest.importorskip("statsmodels")
+
+from unisd.study.contrasts import Effect, effects_of
+from unisd.study.design import cells_of, from_dict
+from unisd.study.estimate import Fit, holm
+from unisd.study.recommend import verdict
+
+SIMULATIONS = 1000
+MECHANISMS = ["agreement", "ema", "contrast", "features", "clip"]
+TRUE = {"agreement": 0.0, "ema": 0.1, "contrast": 0.0, "features": -0.05, "clip": 0.03}
+
+
+def design(**study: Any) -> tuple[list[Any], list[Any]]:
+    spec = from_dict({"mechanisms": MECHANISMS, **study})
+    return cells_of(spec), spec.factors
+
+
+def simulate(
+    cells: list[Any], rng: np.random.Generator, seeds: int, problems: int, run_sd: float, problem_sd: float
+) -> np.ndarray[Any, Any]:
+    """Right or wrong `[C,S,P]`: additive effects, noise of each run, problems that react to a mechanism in ways of their own."""
+    on = np.array([[float(cell.levels[name] == "on") for name in MECHANISMS] for cell in cells])
+    chance = 0.5 + (on @ np.array(list(TRUE.values())))[:, None, None]
+    chance = chance + rng.normal(0, run_sd, (len(cells), seeds, 1)) + rng.normal(0, 0.05, (1, seeds, 1))
+    reaction = on @ rng.normal(0, problem_sd, (len(MECHANISMS), problems))
+    difficulty = rng.normal(0, 0.1, problems)
+    return (rng.random((len(cells), seeds, problems)) < chance + (reaction + difficulty)[:, None, :]).astype(float)
+
+
+@pytest.mark.parametrize(("seeds", "run_sd", "problem_sd"), [(3, 0.02, 0.05), (2, 0.0, 0.0)])
+def test_intervals_cover_the_truth(seeds: int, run_sd: float, problem_sd: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # statsmodels collects garbage at every adjustment, a quarter of a second each time.
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+    cells, factors = design()
+    effects = [effect for effect in effects_of(cells, factors) if effect.kind == "main"]
+    rng = np.random.default_rng(7)
+    covered = {name: 0 for name in MECHANISMS}
+    recommended = {name: 0 for name in MECHANISMS}
+    for _ in range(SIMULATIONS):
+        answers = simulate(cells, rng, seeds, 120, run_sd, problem_sd)
+        fit = Fit(answers.mean(2), answers)
+        estimates = [fit.contrast(effect.weights) for effect in effects]
+        adjusted = holm([estimate.p for estimate in estimates if estimate is not None and estimate.p is not None])
+        for effect, estimate, p in zip(effects, estimates, adjusted, strict=True):
+            assert estimate is not None and estimate.low is not None and estimate.high is not None
+            covered[effect.name] += estimate.low <= TRUE[effect.name] <= estimate.high
+            recommended[effect.name] += verdict(estimate.scaled(100), p, None, None, 1.0, 1.0)[0] == "keep"
+    mean_coverage = sum(covered.values()) / (SIMULATIONS * len(MECHANISMS))
+    assert 0.93 <= mean_coverage <= 0.97, covered
+    assert all(0.92 <= count / SIMULATIONS <= 0.98 for count in covered.values()), covered
+    for name in ("agreement", "contrast"):  # no effect at all
+        assert recommended[name] <= 0.05 * SIMULATIONS, recommended
+    if seeds == 3:
+        assert recommended["ema"] > 0.5 * SIMULATIONS, "a large effect is found"
+
+
+def test_a_single_cell_pair_with_few_problems_is_covered_too() -> None:
+    """One-in alone: two cells and three seeds leave 2 degrees of freedom."""
+    cells, factors = design(mechanisms=["ema"], design="one-in")
+    rng = np.random.default_rng(3)
+    covered = 0
+    for _ in range(SIMULATIONS):
+        chance = 0.5 + 0.06 * np.array([0.0, 1.0])[:, None, None] + rng.normal(0, 0.03, (2, 3, 1)) + rng.normal(0, 0.1, 150)
+        chance[1] += rng.normal(0, 0.1, 150)  # problems react in ways of their own
+        answers = (rng.random((2, 3, 150)) < chance).astype(float)
+        estimate = Fit(answers.mean(2), answers).contrast(effects_of(cells, factors)[0].weights)
+        assert estimate is not None and estimate.low is not None and estimate.high is not None
+        covered += estimate.low <= 0.06 <= estimate.high
+    assert 0.93 <= covered / SIMULATIONS <= 0.97
+
+
+def test_without_problem_variance_two_cells_are_a_paired_t_test() -> None:
+    rng = np.random.default_rng(0)
+    runs = rng.normal(size=(2, 6))
+    estimate = Fit(runs).contrast(np.array([-1.0, 1.0]))
+    expected = stats.ttest_rel(runs[1], runs[0])
+    low, high = expected.confidence_interval(0.95)
+    assert estimate is not None
+    assert (estimate.p, estimate.low, estimate.high) == pytest.approx((expected.pvalue, low, high))
+
+
+def test_one_seed_compares_problems_only() -> None:
+    rng = np.random.default_rng(1)
+    answers = (rng.random((2, 1, 80)) < 0.5).astype(float)
+    estimate = Fit(answers.mean(2), answers).contrast(np.array([-1.0, 1.0]))
+    assert estimate is not None and "training noise" in estimate.note
+    assert estimate.p == pytest.approx(stats.ttest_rel(answers[1, 0], answers[0, 0]).pvalue)
+
+
+def test_a_missing_run_is_left_out_and_a_missing_cell_gives_nothing() -> None:
+    rng = np.random.default_rng(2)
+    answers = (rng.random((3, 3, 50)) < 0.5).astype(float)
+    answers[0, 1] = np.nan
+    estimate = Fit(answers.mean(2), answers).contrast(np.array([-1.0, 1.0, 0.0]))
+    assert estimate is not None and estimate.df is not None and np.isfinite(estimate.value)
+    answers[0] = np.nan
+    assert Fit(answers.mean(2), answers).contrast(np.array([-1.0, 1.0, 0.0])) is None
+
+
+def by_name(effects: list[Effect], kind: str) -> dict[str, Effect]:
+    return {effect.name: effect for effect in effects if effect.kind == kind}
+
+
+def test_one_in_and_leave_one_out_average_to_the_main_effect() -> None:
+    cells, factors = design()
+    assert len(cells) == 12
+    effects = effects_of(cells, factors)
+    for name in MECHANISMS:
+        both = by_name(effects, "one-in")[name].weights + by_name(effects, "leave-one-out")[name].weights
+        assert by_name(effects, "main")[name].weights == pytest.approx(both / 2)
+    assert not by_name(effects, "interaction") and not by_name(effects, "shapley")
+
+
+@pytest.mark.parametrize("study", [{"design": "full"}, {"design": "fractional", "resolution": 5}])
+def test_factorials_find_what_was_put_in(study: dict[str, Any]) -> None:
+    cells, factors = design(**study)
+    assert len(cells) == (32 if study["design"] == "full" else 16)
+    on = np.array([[float(cell.levels[name] == "on") for name in MECHANISMS] for cell in cells])
+    main, pairs = np.array([3.0, -1.0, 0.5, 0.0, 2.0]), {(0, 1): 4.0, (2, 4): -1.5}
+    truth = on @ main + sum(size * on[:, i] * on[:, j] for (i, j), size in pairs.items())
+    effects = effects_of(cells, factors)
+    for number, name in enumerate(MECHANISMS):
+        # Over the other factors' levels, half of the pairs have the partner on.
+        expected = main[number] + sum(size / 2 for pair, size in pairs.items() if number in pair)
+        assert by_name(effects, "main")[name].weights @ truth == pytest.approx(expected)
+    for i, j in itertools.combinations(range(5), 2):
+        effect = by_name(effects, "interaction")[f"{MECHANISMS[i]} x {MECHANISMS[j]}"]
+        assert effect.weights @ truth == pytest.approx(pairs.get((i, j), 0.0))
+
+
+def test_a_coarse_fraction_says_that_it_is_aliased() -> None:
+    cells, factors = design(design="fractional", resolution=3)
+    effects = effects_of(cells, factors)
+    assert len(cells) == 8 and "aliased" in by_name(effects, "main")["ema"].note
+    assert len(by_name(effects, "main")) == 5 and not by_name(effects, "interaction")
+
+
+def test_shapley_shares_add_up_and_agree_with_all_orders() -> None:
+    cells, factors = design(mechanisms=["agreement", "ema", "clip"], design="full")
+    worth = dict(zip([tuple(cell.levels.values()) for cell in cells], np.random.default_rng(0).normal(size=8), strict=True))
+    values = np.array([worth[tuple(cell.levels.values())] for cell in cells])
+    shares = by_name(effects_of(cells, factors), "shapley")
+    for number, name in enumerate(("agreement", "ema", "clip")):
+        gains = []
+        for order in itertools.permutations(range(3)):
+            state = ["off"] * 3
+            for switched in order:
+                before = worth[tuple(state)]
+                state[switched] = "on"
+                if switched == number:
+                    gains.append(worth[tuple(state)] - before)
+        assert shares[name].weights @ values == pytest.approx(np.mean(gains))
+    total = sum(effect.weights @ values for effect in shares.values())
+    assert total == pytest.approx(worth["on", "on", "on"] - worth["off", "off", "off"])
+
+
+def test_levels_of_an_option_are_compared_with_the_first() -> None:
+    spec = from_dict({"mechanisms": ["ema"], "factors": {"learning_rate": [1e-4, 2e-4, 4e-4]}, "design": "full"})
+    effects = effects_of(cells_of(spec), spec.factors)
+    assert set(by_name(effects, "main")) == {"ema", "learning_rate=0.0002", "learning_rate=0.0004"}
+    assert set(by_name(effects, "interaction")) == {"ema x learning_rate=0.0002", "ema x learning_rate=0.0004"}
