@@ -52,7 +52,10 @@ __all__ = [
     "token_scores",
 ]
 
-CHUNK_BYTES = 64 * 2**20  # size of one [C,V] float32 tensor; a chunk holds four (mixture: five) of them at a time
+CHUNK_BYTES = 48 * 2**20
+"""Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds four (mixture: five) of them at a time. Larger was no faster."""
+LARGEST_CHUNK_BYTES = 512 * 2**20
+"""The same on an accelerator, which needs more rows per product to be busy; there also at most 1/64 of its memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,14 +178,14 @@ def chunked_loss(
     """:func:`plain_loss` without any `[N,V]` tensor: same loss, same gradients (also of a trainable head).
 
     The gradient is taken in the forward pass; backward only multiplies it by what comes in, and is not differentiable
-    again. Under `torch.no_grad` only values are computed. `chunk_tokens` defaults to a `[C,V]` tensor of 64 MiB.
+    again. Under `torch.no_grad` only values are computed. `chunk_tokens` defaults to :func:`default_chunk_tokens`.
     """
     inputs = _Inputs(
         student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast
     )  # fmt: skip
     tracked = (student_hidden_NH, student_head.weight, student_head.bias)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked)
-    chunk = chunk_tokens or default_chunk_tokens(student_head.weight.shape[0])
+    chunk = chunk_tokens or default_chunk_tokens(student_head.weight.shape[0], student_hidden_NH.device)
     loss, divergence_N, logp_N, entropy_N = _ChunkedLoss.apply(*tracked, inputs, chunk, wanted)  # type: ignore[no-untyped-call]
     return _token_terms(inputs, divergence_N, logp_N).output(loss, divergence_N, logp_N, entropy_N)
 
@@ -323,9 +326,16 @@ def _teacher_logp(part: _Inputs, student_logp_CV: Tensor) -> Tensor:
     return log_probs(part.teacher_head.logits(part.teacher_hidden_NH), part.spec.temperature)
 
 
-def default_chunk_tokens(vocabulary: int) -> int:
-    """Tokens of a chunk whose [C,V] float32 tensor takes CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+def chunk_bytes(device: torch.device | None = None) -> int:
+    """Most bytes of one [C,V] float32 tensor on a device (default: a CPU)."""
+    if device is None or device.type != "cuda":
+        return CHUNK_BYTES
+    return max(CHUNK_BYTES, min(LARGEST_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64))
+
+
+def default_chunk_tokens(vocabulary: int, device: torch.device | None = None) -> int:
+    """Tokens of a chunk whose [C,V] float32 tensor takes `chunk_bytes(device)`."""
+    return max(1, chunk_bytes(device) // (4 * vocabulary))
 
 
 def _autocast_head(head: Head) -> Head:
@@ -353,7 +363,7 @@ def _kept_dtype(like: Tensor) -> torch.dtype:
 def _scores(
     hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float, chunk_tokens: int | None, want_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    chunk = chunk_tokens or default_chunk_tokens(head.weight.shape[0])
+    chunk = chunk_tokens or default_chunk_tokens(head.weight.shape[0], hidden_NH.device)
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     logp_N, entropy_N = torch.empty(2, len(hidden_NH), dtype=dtype, device=hidden_NH.device)
     head = _autocast_head(head)
