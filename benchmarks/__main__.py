@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from benchmarks.cases import CASES, Options
 from benchmarks.measure import machine, versions
 from benchmarks.shapes import SHAPES

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
+
 from benchmarks import limit, ours, plain
 from benchmarks.measure import Samples, interleave
 from benchmarks.settings import Star
 from benchmarks.shapes import EOS, PAD, Example, build, examples, lora, twin
-from peft import get_peft_model
 from unisd.losses import DivergenceSpec, Head, chunked_loss, default_chunk_tokens
 from unisd.memory import MIB
 from unisd.teacher import Teacher
@@ -132,7 +133,8 @@ def manual_step(base: Any, rows: Sequence[Example], s: Star, batch: int, functio
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=s.learning_rate)
+    optimizer = torch.optim.AdamW(trained, lr=s.learning_rate, weight_decay=0.0)
+    prime(optimizer)
     teacher = Teacher(model, "ema", s.ema_rate)
     batches = _cut(rows, batch)
 
@@ -148,9 +150,24 @@ def manual_step(base: Any, rows: Sequence[Example], s: Star, batch: int, functio
     return call
 
 
+def primed(trainer: Any) -> Any:
+    """The trainer with its optimizer's states in place: they are made once in a run, not in every step."""
+    prime(trainer.create_optimizer())
+    return trainer
+
+
+def prime(optimizer: torch.optim.Optimizer) -> None:
+    """A step with zero gradients: it moves nothing (no weight decay) and makes the states."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def star_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[str, Function]:
     """UniSD* of the same rows by ours, the plain version and the bare limit."""
-    built = ours.trainer(twin(base), rows, s, ours.star_options(s, len(rows[0].auxiliary)), batch)
+    built = primed(ours.trainer(twin(base), rows, s, ours.star_options(s, len(rows[0].auxiliary)), batch))
     chunk = default_chunk_tokens(base.config.vocab_size, base.device)
     return {
         "ours": lambda: ours.step(built),
@@ -163,9 +180,9 @@ def sdft_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[
     """SDFT (EMA teacher, full divergence, no mechanism) of the same rows by ours and by TRL."""
     from benchmarks import trl_peer
 
-    built = ours.trainer(twin(base), rows, s, {"distillation_alpha": s.alpha}, batch)
-    full = trl_peer.trainer(twin(base), rows, s, "full_logits", batch)
-    topk = trl_peer.trainer(twin(base), rows, s, "topk_logits", batch)
+    built = primed(ours.trainer(twin(base), rows, s, {"distillation_alpha": s.alpha}, batch))
+    full = primed(trl_peer.trainer(twin(base), rows, s, "full_logits", batch))
+    topk = primed(trl_peer.trainer(twin(base), rows, s, "topk_logits", batch))
     return {
         "ours": lambda: ours.step(built),
         "trl full_logits": lambda: trl_peer.step(full),
@@ -183,6 +200,8 @@ def step(o: Options) -> tuple[Rows, Ratios]:
     ratios: Ratios = {}
     for prefix, make, data in (("sdft", sdft_steps, equal), ("star equal", star_steps, equal), ("star", star_steps, mixed)):
         functions = o.chosen({f"{prefix} {name}": f for name, f in make(base, data, s, o.batch).items()})
+        with torch.no_grad():  # libraries set themselves up in their first product
+            base(input_ids=torch.tensor([data[0].student], device=o.device), use_cache=False, logits_to_keep=1)
         samples = interleave(functions, o.device, o.repetitions, o.seconds / 3, warm_up=o.device.type != "cpu")
         rows += [sample.row(name) for name, sample in samples.items()]
         one = f"{prefix} ours"
@@ -204,7 +223,9 @@ def step(o: Options) -> tuple[Rows, Ratios]:
 def score(o: Options) -> tuple[Rows, Ratios]:
     """The phase without gradient of a UniSD* step: all K + 2 views of all rows, at mixed lengths."""
     base, s = build(o.shape, o.device, o.dtype, o.layers), Star()
-    data = examples(base.config.vocab_size, o.batch * o.accumulation, (o.prompt // 2, o.prompt * 3), (o.completion // 8, o.completion * 2))
+    data = examples(
+        base.config.vocab_size, o.batch * o.accumulation, (o.prompt // 2, o.prompt * 3), (o.completion // 8, o.completion * 2)
+    )
     built = ours.trainer(twin(base), data, s, ours.star_options(s, len(data[0].auxiliary)), o.batch)
     model = get_peft_model(twin(base), lora())
     scoring_rows = ours.scoring_rows(data)
@@ -242,10 +263,13 @@ def score(o: Options) -> tuple[Rows, Ratios]:
 def generate(o: Options) -> tuple[Rows, Ratios]:
     """Sampling with lengths that differ: rows are made to end where the mixed lengths say, by a processor both sides run."""
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
     from unisd.decoding import decode
 
     model = build(o.shape, o.device, o.dtype, o.layers)
-    data = examples(model.config.vocab_size, 4 * o.batch * o.accumulation, (o.prompt // 2, o.prompt * 3), (o.completion // 8, o.completion))
+    data = examples(
+        model.config.vocab_size, 4 * o.batch * o.accumulation, (o.prompt // 2, o.prompt * 3), (o.completion // 8, o.completion)
+    )
     prompts, lengths = [row.student for row in data], [len(row.completion) for row in data]
 
     class EndsAt(LogitsProcessor):  # type: ignore[misc]
@@ -298,7 +322,12 @@ def main_job(o: Options) -> tuple[Rows, Ratios]:
 
 # ---------------------------------------------------------------------------------------------------------- growth
 
-AXES: dict[str, list[int]] = {"K": [0, 2, 4, 8], "completion": [32, 64, 128, 256], "vocabulary": [8_000, 32_000, 128_000], "rows": [2, 4, 8, 16]}
+AXES: dict[str, list[int]] = {
+    "K": [0, 2, 4, 8],
+    "completion": [32, 64, 128, 256],
+    "vocabulary": [8_000, 32_000, 128_000],
+    "rows": [2, 4, 8, 16],
+}
 
 
 def growth(o: Options) -> tuple[Rows, Ratios]:
@@ -329,7 +358,9 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
             a, b = (samples[name].row(name) for name in ("ours", "limit"))
             found[axis].append((tokens, a["time_s"], b["time_s"], a["extra_memory_mb"]))
     for axis in ("K", "completion", "rows"):
-        ratios[f"slope_{axis}_vs_limit"] = slope([(t, a) for t, a, _, _ in found[axis]]) / slope([(t, b) for t, _, b, _ in found[axis]])
+        ratios[f"slope_{axis}_vs_limit"] = slope([(t, a) for t, a, _, _ in found[axis]]) / slope(
+            [(t, b) for t, _, b, _ in found[axis]]
+        )
         ratios[f"r2_{axis}"] = linearity([(t, a) for t, a, _, _ in found[axis]])
     ratios["memory_growth_vocabulary"] = found["vocabulary"][-1][3] / found["vocabulary"][0][3]
     return rows, ratios

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PrinterCallback
+
 from benchmarks.settings import Star
 from benchmarks.shapes import AUXILIARY_TEMPLATE, TEACHER_TEMPLATE, Example, lora, tokenizer
-from transformers import PrinterCallback
 from unisd import UniSDConfig, UniSDTrainer
 from unisd.rollout import Completion, NoiseKey, Sampling
 from unisd.scoring import ScoringRow

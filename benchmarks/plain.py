@@ -44,7 +44,10 @@ def padded(rows: list[list[int]], side: str, device: Any) -> tuple[Tensor, Tenso
 
 def view(model: Any, prompts: list[list[int]], rows: list[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits `[B,T,V]` and final hidden states that predict the completions; their ids and mask `[B,T]`."""
-    (ids, mask), (tokens, own) = padded(prompts, "left", model.device), padded([r.completion for r in rows], "right", model.device)
+    (ids, mask), (tokens, own) = (
+        padded(prompts, "left", model.device),
+        padded([r.completion for r in rows], "right", model.device),
+    )
     keep = tokens.shape[1] + 1
     out = model(
         input_ids=torch.cat([ids, tokens], 1), attention_mask=torch.cat([mask, own], 1), logits_to_keep=keep,

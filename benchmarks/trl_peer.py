@@ -11,12 +11,13 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from benchmarks.settings import Star
-from benchmarks.shapes import TEACHER_TEMPLATE, Example, lora, tokenizer
 from datasets import Dataset
 from transformers import PrinterCallback
 from trl.experimental.sdft.sdft_config import SDFTConfig
 from trl.experimental.sdft.sdft_trainer import SDFTTrainer
+
+from benchmarks.settings import Star
+from benchmarks.shapes import TEACHER_TEMPLATE, Example, lora, tokenizer
 
 
 def trainer(model: Any, rows: Sequence[Example], s: Star, mode: str, batch: int, peft: bool = True) -> SDFTTrainer:
