@@ -1,4 +1,4 @@
-"""`python -m benchmarks {loss,score,step,generate,main,growth} --json F`, and `python -m benchmarks table F... --output T`."""
+"""`python -m benchmarks {loss,score,step,generate,main,memory,growth} --json F`, and `python -m benchmarks table F... --output T`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model
 
 from benchmarks import limit, ours, plain
-from benchmarks.measure import Samples, interleave
+from benchmarks.measure import Samples, interleave, measure
 from benchmarks.settings import Star
 from benchmarks.shapes import EOS, PAD, Example, build, examples, lora, twin
 from unisd.losses import DivergenceSpec, Head, chunked_loss, default_chunk_tokens
@@ -97,7 +97,8 @@ def loss(o: Options) -> tuple[Rows, Ratios]:
     def plain_value(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             teacher = teacher_NH @ head_VH.T
-        return plain.weighted_loss(hidden @ head.T, teacher, alpha, weights_N, clip)
+        divergence_N = plain.kl_or_jsd((hidden @ head.T).float(), teacher.float(), alpha)
+        return (weights_N * divergence_N.clamp(max=clip)).sum()
 
     def trl_value(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         return _chunked_divergence_loss(hidden[None], teacher_NH[None], head, head_VH, ones, beta=alpha, num_items_in_batch=N)[0]
@@ -320,6 +321,39 @@ def main_job(o: Options) -> tuple[Rows, Ratios]:
     return [{"impl": "ours", "time_s": seconds, "extra_memory_mb": peak}], {"minutes": seconds / 60}
 
 
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def memory_plan(o: Options) -> tuple[Rows, Ratios]:
+    """Peak memory of an SDFT and a UniSD* run (weights, optimizer, teacher, one step) beside what `--dry_run` predicts."""
+    from unisd.memory import ModelSize, estimate
+
+    s = Star()
+    rows: Rows = []
+    ratios: Ratios = {}
+    prompts, completions = (o.prompt, o.prompt), (o.completion, o.completion)
+    for name, contexts, checkpointing in (("sdft", 0, True), ("star", 3, True), ("star, no checkpointing", 3, False)):
+        if o.impls is not None and name not in o.impls:
+            continue
+        samples = Samples()
+        predicted: dict[str, int] = {}
+
+        def run(contexts: int = contexts, checkpointing: bool = checkpointing, predicted: dict[str, int] = predicted) -> float:
+            base = build(o.shape, o.device, o.dtype, o.layers)
+            data = examples(base.config.vocab_size, o.batch * o.accumulation, prompts, completions, contexts=contexts)
+            options = ours.star_options(s, contexts) if contexts else {"distillation_alpha": s.alpha}
+            built = ours.trainer(base, data, s, options | {"gradient_checkpointing": checkpointing}, o.batch)
+            value = ours.step(primed(built))
+            predicted |= estimate(ModelSize.of(built.model), built.args, len(data[0].teacher), rollout=False)
+            return value
+
+        measure(run, o.device, samples)
+        row = samples.row(name)
+        rows.append(row | {"predicted_mb": predicted["total"] / 1e6})
+        ratios[f"predicted_vs_measured {name}"] = rows[-1]["predicted_mb"] / row["extra_memory_mb"]
+    return rows, ratios
+
+
 # ---------------------------------------------------------------------------------------------------------- growth
 
 AXES: dict[str, list[int]] = {
@@ -379,5 +413,5 @@ def linearity(points: Sequence[tuple[float, float]]) -> float:
 
 
 CASES: dict[str, Callable[[Options], tuple[Rows, Ratios]]] = {
-    "loss": loss, "score": score, "step": step, "generate": generate, "main": main_job, "growth": growth,
+    "loss": loss, "score": score, "step": step, "generate": generate, "main": main_job, "memory": memory_plan, "growth": growth,
 }  # fmt: skip

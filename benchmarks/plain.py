@@ -1,11 +1,8 @@
-"""UniSD* as published code writes it: every view padded, full logits, all hidden states, one teacher switch per micro-batch.
+"""UniSD* as published code writes it: every view padded, full logits, all hidden states, teacher switches per micro-batch.
 
-Only the completion's positions are projected (`logits_to_keep`). Loss and gradient are those of the library (tested).
-
-Shapes: B rows of a micro-batch, T longest completion, V vocabulary, K contexts.
+Only the completion's positions are projected (`logits_to_keep`). Loss and gradient are the library's (tested).
+Shapes: B rows of a micro-batch, T longest completion, V vocabulary.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -31,11 +28,6 @@ def kl_or_jsd(student_logits: Tensor, teacher_logits: Tensor, alpha: float) -> T
     return alpha * to_teacher + (1 - alpha) * F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
 
 
-def weighted_loss(student_logits: Tensor, teacher_logits: Tensor, alpha: float, weights: Tensor, clip: float) -> Tensor:
-    """The loss alone, from logits `[N,V]`."""
-    return (weights * kl_or_jsd(student_logits.float(), teacher_logits.float(), alpha).clamp(max=clip)).sum()
-
-
 def padded(rows: list[list[int]], side: str, device: Any) -> tuple[Tensor, Tensor]:
     tensors = [torch.tensor(row, device=device) for row in rows]
     ids = pad_sequence(tensors, batch_first=True, padding_value=PAD, padding_side=side)
@@ -48,11 +40,8 @@ def view(model: Any, prompts: list[list[int]], rows: list[Example]) -> tuple[Ten
         padded(prompts, "left", model.device),
         padded([r.completion for r in rows], "right", model.device),
     )
-    keep = tokens.shape[1] + 1
-    out = model(
-        input_ids=torch.cat([ids, tokens], 1), attention_mask=torch.cat([mask, own], 1), logits_to_keep=keep,
-        output_hidden_states=True, use_cache=False,
-    )  # fmt: skip
+    keep, ids, mask = tokens.shape[1] + 1, torch.cat([ids, tokens], 1), torch.cat([mask, own], 1)
+    out = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, output_hidden_states=True, use_cache=False)
     return out.logits[:, :-1].float(), out.hidden_states[-1][:, -keep:-1], tokens, own.bool()
 
 
@@ -65,9 +54,12 @@ def star_step(model: Any, teacher: Callable[[], AbstractContextManager[Any]], ba
     spreads, masks = [], []
     with torch.no_grad(), teacher():
         for rows in batches:
-            views = [view(model, [r.auxiliary[k] for r in rows], rows) for k in range(len(rows[0].auxiliary))]
-            spreads.append(torch.stack([realised(logits, tokens) for logits, _, tokens, _ in views]).var(0))
-            masks.append(views[0][3])
+            scores = []
+            for k in range(len(rows[0].auxiliary)):
+                logits, _, tokens, mask = view(model, [r.auxiliary[k] for r in rows], rows)
+                scores.append(realised(logits, tokens))
+            spreads.append(torch.stack(scores).var(0))
+            masks.append(mask)
     scale = torch.cat([d[m] for d, m in zip(spreads, masks, strict=True)]).quantile(s.quantile)
     total, count = 0.0, sum(map(len, batches))
     for rows, spread, mask in zip(batches, spreads, masks, strict=True):

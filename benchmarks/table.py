@@ -29,11 +29,20 @@ def _block(result: dict[str, Any]) -> str:
         "",
     ]
     along = any("axis" in row for row in result["rows"])
-    titles = ["implementation", *(["along", "passed tokens"] if along else []), "time (s)", "extra memory (MB)", "rounds"]
+    planned = any("predicted_mb" in row for row in result["rows"])
+    titles = [
+        "implementation",
+        *(["along", "passed tokens"] if along else []),
+        "time (s)",
+        "extra memory (MB)",
+        *(["predicted (MB)"] if planned else []),
+        "rounds",
+    ]
     lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in result["rows"]:
         place_of = [f"{row['axis']} = {row['at']}", str(row["passed_tokens"])] if along else []
-        cells = [row["impl"], *place_of, f"{row['time_s']:.2f}", f"{row['extra_memory_mb']:.0f}", str(row.get("repetitions", 1))]
+        memory = [f"{row[key]:.0f}" for key in ("extra_memory_mb", "predicted_mb") if key in row]
+        cells = [row["impl"], *place_of, f"{row['time_s']:.2f}", *memory, str(row.get("repetitions", 1))]
         lines.append(f"| {' | '.join(cells)} |")
     if result["ratios"]:
         lines += ["", "| ratio | |", "|---|---|", *(f"| {name} | {value:.2f} |" for name, value in result["ratios"].items())]

@@ -30,6 +30,7 @@ from unisd.data import Row, prepare_rows
 from unisd.errors import UserError
 from unisd.losses import Contrast, Head, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
+from unisd.memory import default_token_budget
 from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
@@ -144,7 +145,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             args.divergence_spec,
             needs=self.needs,
             packed=packed,
-            token_budget=args.token_budget or (1024 if args.device.type == "cpu" else 8192),
+            token_budget=args.token_budget or default_token_budget(args.device),
             pad_id=self.pad_id,
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
