@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisd.backbone import Backbone, lay_out
+from unisd.backbone import Backbone, Captured, lay_out
 from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_logprobs, token_scores
 from unisd.mechanisms import StepScores
 from unisd.rollout import generating
 from unisd.teacher import Teacher
+
+SHARED_FROM = 64  # tokens of a prompt; below, the smaller passes cost more than they save
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Scorer:
         packed: rows end to end, or padded.
         token_budget: most tokens per forward pass.
         layers: further layers to keep of the primary teacher.
+        share_prompts: read a prompt once for all of its generations, where that saves enough.
         autocast: makes the context of a forward pass (mixed precision as in training).
     """
 
@@ -104,7 +107,9 @@ class Scorer:
         pad_id: int,
         layers: Sequence[int] = (),
         autocast: Any = None,
+        share_prompts: bool = False,
     ) -> None:
+        self.share_prompts = share_prompts
         self.backbone = backbone
         self.teacher = teacher
         self.spec = spec
@@ -226,23 +231,49 @@ class Scorer:
     ) -> Iterator[list[_View]]:
         """The views of each forward pass: hidden states at the positions that predict the completion."""
         jobs = [job for job in jobs if rows[job.row].completion]
+        if self.share_prompts:
+            shared, jobs = _sharing(jobs, rows)
+            for alike in shared:
+                completions = [rows[job.row].completion for job in alike]
+                for chosen in forward_batches([len(c) for c in completions], self.token_budget, packed=False):
+                    captured, starts = self.backbone.continuations(
+                        alike[0].prompt, [completions[i] for i in chosen], self.pad_id, device, self.layers
+                    )
+                    yield [_view(captured, alike[i], s, len(completions[i])) for s, i in zip(starts, chosen, strict=True)]
         sequences = [job.prompt + rows[job.row].completion for job in jobs]
         for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
             batch = lay_out([sequences[i] for i in chosen], self.packed, self.pad_id, device)
             with self.backbone.capture(self.layers) as captured:
                 self.backbone.decoder(**batch.inputs, use_cache=False)
-            assert captured.final is not None
-            final_NH = captured.final.flatten(0, 1)
-            group = []
-            for start, i in zip(batch.starts, chosen, strict=True):
-                job = jobs[i]
-                first = start + len(job.prompt) - 1
-                span = slice(first, first + len(rows[job.row].completion))
-                kept = captured.layers.items() if job.view == "primary" else ()
-                # Cloned, so that a row's states do not keep the whole forward pass alive.
-                layers_TH = {layer: hidden.flatten(0, 1)[span].clone() for layer, hidden in kept}
-                group.append(_View(job, final_NH[span].clone(), layers_TH))
-            yield group
+            yield [
+                _view(captured, jobs[i], start + len(jobs[i].prompt) - 1, len(rows[jobs[i].row].completion))
+                for start, i in zip(batch.starts, chosen, strict=True)
+            ]
+
+
+def _view(captured: Captured, job: _Job, first: int, length: int) -> _View:
+    """Cut one job's states out of a forward pass; cloned, so that they do not keep the whole pass alive."""
+    assert captured.final is not None
+    span = slice(first, first + length)
+    kept = captured.layers.items() if job.view == "primary" else ()
+    layers_TH = {layer: hidden.flatten(0, 1)[span].clone() for layer, hidden in kept}
+    return _View(job, captured.final.flatten(0, 1)[span].clone(), layers_TH)
+
+
+def _sharing(jobs: Sequence[_Job], rows: Sequence[ScoringRow]) -> tuple[list[list[_Job]], list[_Job]]:
+    """Jobs whose prompt is worth reading once for all of them (the generations of a prompt), and the other jobs."""
+    by_prompt: dict[tuple[int, ...], list[_Job]] = {}
+    for job in jobs:
+        by_prompt.setdefault(tuple(job.prompt), []).append(job)
+    shared, others = [], []
+    for prompt, alike in by_prompt.items():
+        saved = len(prompt) * (len(alike) - 1)
+        rest = len(prompt) + sum(len(rows[job.row].completion) for job in alike)
+        if len(prompt) >= SHARED_FROM and saved >= rest / 2:
+            shared.append(alike)
+        else:
+            others += alike
+    return shared, others
 
 
 def _on_cpu(found: Sequence[tuple[_Job, int, Tensor]]) -> Iterator[tuple[_Job, int, Tensor, Tensor]]:

@@ -149,6 +149,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             pad_id=self.pad_id,
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
+            share_prompts=args.num_generations > 1 and self.backbone.can_continue(self.pad_id),
         )
         self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
