@@ -30,6 +30,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         one.add_argument("--repetitions", type=int, default=default.repetitions, help="most rounds over all implementations")
         one.add_argument("--seconds", type=float, default=default.seconds, help="no new round that would end later than this")
         one.add_argument("--impls", nargs="+", help="only these rows")
+        one.add_argument("--full", action="store_true", help="also the slow extras that are left out on a CPU")
         for key in ("tokens", "prompt", "completion", "batch", "accumulation"):
             one.add_argument(f"--{key}", type=int, default=getattr(default, key))
     render = commands.add_parser("table", help="results as Markdown")

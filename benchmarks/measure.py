@@ -1,7 +1,7 @@
 """Wall time and peak extra memory of a function, and interleaved repetitions of several.
 
 Extra memory is the highest point above what the process held right before. On a CPU that is the kernel's own high-water mark of the
-resident memory (reset through `/proc/self/clear_refs`), so no sample can miss it; on CUDA it is the allocator's.
+resident memory (reset through `/proc/self/clear_refs`, so on Linux alone): no sample can miss it. On CUDA it is the allocator's.
 """
 
 from __future__ import annotations
