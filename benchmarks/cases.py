@@ -212,6 +212,10 @@ def step(o: Options) -> tuple[Rows, Ratios]:
             base(input_ids=torch.tensor([data[0].student], device=o.device), use_cache=False, logits_to_keep=1)
         samples = interleave(functions, o.device, o.repetitions, o.seconds / 3, warm_up=o.device.type != "cpu")
         rows += [sample.row(name) for name, sample in samples.items()]
+        if prefix != "sdft":
+            for row in rows[len(rows) - len(samples) :]:
+                row["tokens_per_s"] = passed_tokens(data) / row["time_s"]
+                row["tflop_per_s"] = needed_flop(base, data) / row["time_s"] / 1e12
         one = f"{prefix} ours"
         if prefix == "sdft":
             for what in ("time", "extra_memory"):
@@ -389,11 +393,7 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
             data = examples(base.config.vocab_size, at["rows"], (o.prompt, o.prompt), (at["completion"],) * 2, contexts=at["K"])
             steps = star_steps(base, data, Star(), o.batch)
             samples = interleave({name: steps[name] for name in ("ours", "limit")}, o.device, o.repetitions, o.seconds / 16)
-            tokens = sum(
-                sum(len(view) + len(row.completion) for view in (row.teacher, row.negative, *row.auxiliary))
-                + 3 * (len(row.student) + len(row.completion))
-                for row in data
-            )
+            tokens = passed_tokens(data)
             for name, sample in samples.items():
                 rows.append(sample.row(name) | {"axis": axis, "at": value, "passed_tokens": tokens})
             a, b = (samples[name].row(name) for name in ("ours", "limit"))
@@ -405,6 +405,23 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
         ratios[f"r2_{axis}"] = linearity([(t, a) for t, a, _, _ in found[axis]])
     ratios["memory_growth_vocabulary"] = found["vocabulary"][-1][3] / found["vocabulary"][0][3]
     return rows, ratios
+
+
+def passed_tokens(data: Sequence[Example]) -> int:
+    """Tokens that a UniSD* step passes through the model: once without gradient under every view, three times for the student
+    (forward, forward again for checkpointing, backward with frozen weights)."""
+    return sum(
+        sum(len(view) + len(row.completion) for view in (row.teacher, row.negative, *row.auxiliary))
+        + 3 * (len(row.student) + len(row.completion))
+        for row in data
+    )
+
+
+def needed_flop(base: Any, data: Sequence[Example]) -> float:
+    """Floating-point operations of these passes, and of K + 4 products with the head for each completion token; without attention."""
+    body = sum(p.numel() for name, p in base.get_decoder().named_parameters() if "embed" not in name)
+    answers = sum(len(row.completion) * (len(row.auxiliary) + 4) for row in data)
+    return 2.0 * (body * passed_tokens(data) + base.get_output_embeddings().weight.numel() * answers)
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

@@ -41,8 +41,9 @@ def _block(result: dict[str, Any]) -> str:
     lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in result["rows"]:
         place_of = [f"{row['axis']} = {row['at']}", str(row["passed_tokens"])] if along else []
+        rate = [f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row else ""] if rates else []
         memory = [f"{row[key]:.0f}" for key in ("extra_memory_mb", "predicted_mb") if key in row]
-        cells = [row["impl"], *place_of, f"{row['time_s']:.2f}", *memory, str(row.get("repetitions", 1))]
+        cells = [row["impl"], *place_of, f"{row['time_s']:.2f}", *memory, *rate, str(row.get("repetitions", 1))]
         lines.append(f"| {' | '.join(cells)} |")
     if result["ratios"]:
         lines += ["", "| ratio | |", "|---|---|", *(f"| {name} | {value:.2f} |" for name, value in result["ratios"].items())]
