@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 HEAD = """# Speed and memory
@@ -10,6 +11,20 @@ Each block is one run of one command: all implementations in one process on the 
 Extra memory is the peak above what the process held before the call. Ratios are of medians inside that run; below 1 is ours ahead
 (for `time_vs_limit`, how far the bare passes are away). `plain` and `limit` are `benchmarks/plain.py` and `benchmarks/limit.py`.
 """
+
+
+Row = dict[str, Any]
+COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [  # title, the key that calls for it, how a row fills it
+    ("implementation", "impl", lambda row: str(row["impl"])),
+    ("along", "axis", lambda row: f"{row['axis']} = {row['at']}"),
+    ("passed tokens", "passed_tokens", lambda row: str(row["passed_tokens"])),
+    ("time (s)", "time_s", lambda row: f"{row['time_s']:.2f}"),
+    ("extra memory (MB)", "extra_memory_mb", lambda row: f"{row['extra_memory_mb']:.0f}"),
+    ("predicted (MB)", "predicted_mb", lambda row: f"{row['predicted_mb']:.0f}"),
+    ("tokens/s", "tokens_per_s", lambda row: f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row else ""),
+    ("TFLOP/s", "tflop_per_s", lambda row: f"{row['tflop_per_s']:.3f}" if "tflop_per_s" in row else ""),
+    ("rounds", "impl", lambda row: str(row.get("repetitions", 1))),
+]
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -28,23 +43,9 @@ def _block(result: dict[str, Any]) -> str:
         f"({where}; {', '.join(f'{name} {number}' for name, number in versions.items())})",
         "",
     ]
-    along = any("axis" in row for row in result["rows"])
-    planned = any("predicted_mb" in row for row in result["rows"])
-    titles = [
-        "implementation",
-        *(["along", "passed tokens"] if along else []),
-        "time (s)",
-        "extra memory (MB)",
-        *(["predicted (MB)"] if planned else []),
-        "rounds",
-    ]
-    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for row in result["rows"]:
-        place_of = [f"{row['axis']} = {row['at']}", str(row["passed_tokens"])] if along else []
-        rate = [f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row else ""] if rates else []
-        memory = [f"{row[key]:.0f}" for key in ("extra_memory_mb", "predicted_mb") if key in row]
-        cells = [row["impl"], *place_of, f"{row['time_s']:.2f}", *memory, *rate, str(row.get("repetitions", 1))]
-        lines.append(f"| {' | '.join(cells)} |")
+    columns = [(title, write) for title, key, write in COLUMNS if any(key in row for row in result["rows"])]
+    lines += [f"| {' | '.join(title for title, _ in columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(write(row) for _, write in columns)} |" for row in result["rows"]]
     if result["ratios"]:
         lines += ["", "| ratio | |", "|---|---|", *(f"| {name} | {value:.2f} |" for name, value in result["ratios"].items())]
     return "\n".join([*lines, ""])
