@@ -347,6 +347,8 @@ def memory_plan(o: Options) -> tuple[Rows, Ratios]:
     for name, contexts, checkpointing in (("sdft", 0, True), ("star", 3, True), ("star, no checkpointing", 3, False)):
         if o.impls is not None and name not in o.impls:
             continue
+        tiny = build("tiny", o.device, o.dtype)  # a small run first: what libraries load and set up is not part of the plan
+        ours.step(ours.trainer(tiny, examples(320, 2, (4, 4), (4, 4)), s, ours.star_options(s, 3), 1))
         samples = Samples()
         predicted: dict[str, int] = {}
 
