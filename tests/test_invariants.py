@@ -111,6 +111,20 @@ def naive_sdft(built: UniSDTrainer, alpha: float) -> tuple[float, dict[str, torc
     return float(loss.detach()), {name: p.grad.clone() for name, p in built.model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generations_that_share_the_reading_of_their_prompt(tmp_path: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unisd.scoring.SHARED_FROM", 2)
+    options = {"num_generations": 4, "gradient_accumulation_steps": 2, **STAR}
+    shared, separate = (trainer(tmp_path / name, family, **options) for name in ("a", "b"))
+    assert shared.scorer.share_prompts
+    separate.scorer.share_prompts = False
+    passes: list[int] = []
+    continuations = shared.backbone.continuations
+    shared.backbone.continuations = lambda prompt, *rest: passes.append(len(rest[0])) or continuations(prompt, *rest)  # type: ignore
+    assert_same(gradients(shared), gradients(separate), 1e-4)
+    assert set(passes) == {4} and len(passes) == 4 * 6  # 4 rows under primary, negative, 3 auxiliary and student views
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_mechanisms_off_is_sdft(tmp_path: Any, family: str, alpha: float) -> None:

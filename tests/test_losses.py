@@ -115,6 +115,35 @@ def test_any_chunk_size(chunk_tokens: int | None, with_contrast: bool) -> None:
         assert_same(x, spec, 1e-10, chunk_tokens, contrast=x.contrast if with_contrast else None)
 
 
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_row_blocks_within_a_chunk(alpha: float, head: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unisd.losses.BLOCK_BYTES", 2 * 37 * 8)  # two rows of 37 in float64
+    x = problem(F64, **head)
+    for entry_clip in (None, 0.02):
+        spec = DivergenceSpec(alpha=alpha, temperature=0.7, entry_clip=entry_clip)
+        assert_same(x, spec, 1e-10, chunk_tokens=5, token_clip=0.6 if alpha == 0.5 else 2.0, contrast=x.contrast)
+    expected = torch.distributions.Categorical(logits=Head(x.weight, x.bias, **head).logits(x.hidden).detach()).log_prob(
+        x.targets
+    )
+    torch.testing.assert_close(token_logprobs(x.hidden, Head(x.weight, x.bias, **head), x.targets, 1.0, 5), expected)
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[8]], ids=lambda s: s.mode)
+def test_the_teachers_log_probability_comes_from_its_own_logits(spec: DivergenceSpec) -> None:
+    """A contrast without l+ is the contrast with the l+ that the teacher's head gives."""
+    x = problem(F64)
+    logits = x.teacher.logits(x.teacher_hidden) / spec.temperature
+    expected = torch.distributions.Categorical(logits=logits).log_prob(x.targets)
+    for function in (plain_loss, chunked_loss):
+        left_open, gradient = run(function, x, spec, contrast=replace(x.contrast, teacher_logp_N=None))
+        given, gradient_given = run(function, x, spec, contrast=replace(x.contrast, teacher_logp_N=expected))
+        torch.testing.assert_close(left_open.teacher_logp_N, expected)
+        torch.testing.assert_close(left_open.loss, given.loss)
+        torch.testing.assert_close(gradient, gradient_given)
+        assert left_open.contrast_active_N.any()
+
+
 def test_the_cases_above_reach_every_branch() -> None:
     x = problem(F64)
     clip = run(plain_loss, x, DivergenceSpec(alpha=0.5))[0].divergence_N.quantile(0.55).item()

@@ -15,7 +15,6 @@ import torch
 
 from unisd import run
 from unisd.cli import main
-from unisd.memory import ModelSize, estimate
 from unisd.models import load_model_and_tokenizer
 from unisd.parsing import parse
 
@@ -221,16 +220,3 @@ def test_overwriting_removes_only_what_a_run_wrote(own: list[str], tmp_path: Pat
     assert main([*own, "--output_dir", str(folder), "--overwrite_output_dir"]) == 0
     assert (folder / "notes.txt").exists() and not (folder / "checkpoint-9").exists()
     assert read(folder)["schema_version"] == 1
-
-
-def test_memory_estimate_follows_its_formulae() -> None:
-    _, config = parse(["--model_name_or_path", "some/model", "--recipe", "unisd-star", "--max_completion_length", "100"])
-    size = ModelSize(1000, 100, 2.0, 4.0, hidden=8, layers=2, vocabulary=50)
-    sizes = estimate(size, config, prompt_tokens=20)
-    assert (sizes["weights"], sizes["gradients"], sizes["optimizer"], sizes["teacher"]) == (2000, 400, 800, 400)
-    assert sizes["teacher_states"] == 16 * 100 * 8 * 2
-    assert sizes["logits"] == 4 * 4 * 4 * 100 * 50
-    assert sizes["activations"] == 4 * 120 * 8 * 2 * 2 * 34
-    assert sizes["total"] == sum(value for name, value in sizes.items() if name != "total")
-    config.teacher_model_kind = "live"
-    assert estimate(size, config)["teacher"] == 0

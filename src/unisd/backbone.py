@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from unisd.errors import UserError
 from unisd.losses import Head
@@ -155,6 +156,37 @@ class Backbone:
             model(**batch.inputs, **self._forward_options)
         return captured
 
+    def continuations(
+        self,
+        prompt: Sequence[int],
+        completions: Sequence[Sequence[int]],
+        pad_id: int,
+        device: torch.device | str,
+        layers: Sequence[int] = (),
+    ) -> tuple[Captured, list[int]]:
+        """Hidden states of several completions of one prompt (two tokens or more), which is read once; no gradient.
+
+        Returns what the pass over the completions left, and the flat index of the first state of each: the one after the prompt's
+        last token, which predicts its first token.
+        """
+        cache = DynamicCache(config=self.causal_lm.config.get_text_config(decoder=True))
+        before = len(prompt) - 1
+        self.decoder(input_ids=torch.tensor([prompt[:-1]], device=device), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(completions))
+        # The last token of a completion predicts nothing that is scored.
+        tails = lay_out([[prompt[-1], *completion[:-1]] for completion in completions], False, pad_id, device)
+        assert tails.attention_mask is not None
+        mask_BL = torch.cat([tails.attention_mask.new_ones(len(completions), before), tails.attention_mask], dim=1)
+        with self.capture(layers) as captured:
+            self.decoder(
+                input_ids=tails.input_ids,
+                attention_mask=mask_BL,
+                position_ids=tails.position_ids + before,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return captured, tails.starts
+
     def blocks(self) -> nn.ModuleList:
         """The list of transformer blocks."""
         depth = self.causal_lm.config.get_text_config().num_hidden_layers
@@ -206,6 +238,31 @@ class Backbone:
         assert packed is not None
         separate = [self.forward(self.causal_lm, lay_out([row], True, pad_id, device)).final for row in rows]
         return _close(packed[0], torch.cat([hidden[0] for hidden in separate if hidden is not None]), tolerance)
+
+    @torch.no_grad()
+    def can_continue(self, pad_id: int) -> bool:
+        """Whether completions that share the reading of their prompt get the hidden states of separate rows, on the model itself."""
+        vocabulary = self.causal_lm.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(1)
+        prompt, *completions = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (11, 4, 7))
+        was_training = self.causal_lm.training
+        self.causal_lm.eval()
+        try:
+            device = self.head_module.weight.device
+            captured, starts = self.continuations(prompt, completions, pad_id, device)
+            assert captured.final is not None
+            flat = captured.final.flatten(0, 1)
+            tolerance = 1e-3 if flat.dtype == torch.float32 else 5e-2
+            for start, completion in zip(starts, completions, strict=True):
+                alone = self.forward(self.causal_lm, lay_out([prompt + completion], True, pad_id, device)).final
+                assert alone is not None
+                if not _close(flat[start : start + len(completion)], alone[0, len(prompt) - 1 : -1], tolerance):
+                    return False
+            return True
+        except (RuntimeError, ValueError, TypeError, AttributeError):  # an architecture with a cache of its own kind
+            return False
+        finally:
+            self.causal_lm.train(was_training)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -174,6 +174,9 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per micro-batch and device."})
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches per optimizer step."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many optimizer steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide nan and inf in the log; would wait for the device at every micro-batch."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "DDP: all trained weights are used in every step."}
     )

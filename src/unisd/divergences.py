@@ -9,7 +9,7 @@ Notation: p student, q teacher, M their mixture; l log-probability of the realis
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -128,14 +128,19 @@ class DivergenceSpec:
 class Contrast:
     """What the token-level contrast (Eq. 4-5) needs besides the student's l, at the distillation temperature."""
 
-    teacher_logp_N: Tensor  # l+
+    teacher_logp_N: Tensor | None  # l+; None: taken from the teacher's own logits, which the divergence projects anyway
     negative_logp_N: Tensor  # l-; any value where the coefficient is 0
     coefficient_N: Tensor  # lambda and the normaliser; 0 where the row has no negative
     margin: float
 
     def rows(self, rows: slice) -> Contrast:
         """The same for a slice of the tokens."""
-        return Contrast(self.teacher_logp_N[rows], self.negative_logp_N[rows], self.coefficient_N[rows], self.margin)
+        teacher_logp_N = None if self.teacher_logp_N is None else self.teacher_logp_N[rows]
+        return Contrast(teacher_logp_N, self.negative_logp_N[rows], self.coefficient_N[rows], self.margin)
+
+    def against(self, teacher_logp_N: Tensor) -> Contrast:
+        """The same with l+ filled in, where it was left open."""
+        return self if self.teacher_logp_N is not None else replace(self, teacher_logp_N=teacher_logp_N)
 
 
 def divergence_bound(alpha: float) -> float:
@@ -216,6 +221,7 @@ def contrast_hinge(student_logp_N: Tensor, contrast: Contrast) -> Tensor:
 
     Its gradient is zero unless l lies strictly between l- and l+ (elsewhere the two distances move together).
     """
+    assert contrast.teacher_logp_N is not None
     present_N = contrast.coefficient_N != 0
     negative_N = torch.where(present_N, contrast.negative_logp_N, 0.0)  # an absent negative may be NaN
     distance_N = (student_logp_N - contrast.teacher_logp_N).abs() - (student_logp_N - negative_N).abs()

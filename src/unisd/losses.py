@@ -52,7 +52,13 @@ __all__ = [
     "token_scores",
 ]
 
-CHUNK_BYTES = 64 * 2**20  # size of one [C,V] float32 tensor; a chunk holds four (mixture: five) of them at a time
+CHUNK_BYTES = 64 * 2**20
+"""Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds two of them, of the student and of the teacher."""
+BLOCK_BYTES = 2 * 2**20
+"""On a CPU the arithmetic between the products goes through a chunk in row blocks of this size, which stay in the cache."""
+LARGEST_CHUNK_BYTES = 512 * 2**20
+"""The same on an accelerator, which needs more rows per product to be busy and holds four of them (mixture: five) at a time; there
+also at most 1/64 of its memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +69,7 @@ class LossOutput:
     divergence_N: Tensor  # D after the entry clip, before the token clip
     student_logp_N: Tensor  # l
     student_entropy_N: Tensor  # H(p)
+    teacher_logp_N: Tensor  # l+
     clipped_N: Tensor  # bool: D exceeds the token clip, gradient zero
     contrast_active_N: Tensor | None  # bool: the hinge has a gradient (l between l- and l+); None without contrast
     contrast_N: Tensor | None  # h
@@ -109,14 +116,14 @@ class _TokenTerms:
     slope_divergence_N: Tensor  # d loss / d D
     slope_logp_N: Tensor | None  # d loss / d l, from the contrast
 
-    def output(self, loss: Tensor, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor) -> LossOutput:
+    def output(self, loss: Tensor, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor, teacher_logp_N: Tensor) -> LossOutput:
         active_N = None if self.slope_logp_N is None else self.slope_logp_N != 0
         hinge_N = None if self.hinge_N is None else self.hinge_N.detach()
-        values = (divergence_N.detach(), logp_N.detach(), entropy_N.detach())
+        values = (divergence_N.detach(), logp_N.detach(), entropy_N.detach(), teacher_logp_N)
         return LossOutput(loss, *values, self.clipped_N, active_N, hinge_N)
 
 
-def _token_terms(inputs: _Inputs, divergence_N: Tensor, logp_N: Tensor) -> _TokenTerms:
+def _token_terms(inputs: _Inputs, divergence_N: Tensor, logp_N: Tensor, teacher_logp_N: Tensor) -> _TokenTerms:
     """`sum_N coefficient * min(D, token_clip) + sum_N contrast.coefficient * h`, and its slopes."""
     cap = math.inf if inputs.token_clip is None else inputs.token_clip
     clipped_N = divergence_N.detach() > cap
@@ -125,6 +132,8 @@ def _token_terms(inputs: _Inputs, divergence_N: Tensor, logp_N: Tensor) -> _Toke
     contrast = inputs.contrast
     if contrast is None:
         return _TokenTerms(loss, clipped_N, None, slope_divergence_N, None)
+    contrast = contrast.against(teacher_logp_N)
+    assert contrast.teacher_logp_N is not None
     hinge_N = contrast_hinge(logp_N, contrast)
     loss = loss + (contrast.coefficient_N * hinge_N).sum()
     l_N = logp_N.detach()
@@ -156,8 +165,9 @@ def plain_loss(
     teacher_logp_NV = _teacher_logp(inputs, student_logp_NV)
     divergence_N = divergence_of_logp(student_logp_NV, teacher_logp_NV, targets_N, spec)
     logp_N = pick(student_logp_NV, targets_N)
-    terms = _token_terms(inputs, divergence_N, logp_N)
-    return terms.output(terms.loss, divergence_N, logp_N, entropy(student_logp_NV.detach()))
+    teacher_logp_N = pick(teacher_logp_NV, targets_N)
+    terms = _token_terms(inputs, divergence_N, logp_N, teacher_logp_N)
+    return terms.output(terms.loss, divergence_N, logp_N, entropy(student_logp_NV.detach()), teacher_logp_N)
 
 
 def chunked_loss(
@@ -175,16 +185,18 @@ def chunked_loss(
     """:func:`plain_loss` without any `[N,V]` tensor: same loss, same gradients (also of a trainable head).
 
     The gradient is taken in the forward pass; backward only multiplies it by what comes in, and is not differentiable
-    again. Under `torch.no_grad` only values are computed. `chunk_tokens` defaults to a `[C,V]` tensor of 64 MiB.
+    again. Under `torch.no_grad` only values are computed. `chunk_tokens` defaults to :func:`default_chunk_tokens`.
     """
     inputs = _Inputs(
         student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast
     )  # fmt: skip
     tracked = (student_hidden_NH, student_head.weight, student_head.bias)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked)
-    chunk = chunk_tokens or default_chunk_tokens(student_head.weight.shape[0])
-    loss, divergence_N, logp_N, entropy_N = _ChunkedLoss.apply(*tracked, inputs, chunk, wanted)  # type: ignore[no-untyped-call]
-    return _token_terms(inputs, divergence_N, logp_N).output(loss, divergence_N, logp_N, entropy_N)
+    chunk = chunk_tokens or default_chunk_tokens(student_head.weight.shape[0], student_hidden_NH.device)
+    loss, *values = _ChunkedLoss.apply(*tracked, inputs, chunk, wanted)  # type: ignore[no-untyped-call]
+    divergence_N, logp_N, entropy_N, teacher_logp_N = values
+    terms = _token_terms(inputs, divergence_N, logp_N, teacher_logp_N)
+    return terms.output(loss, divergence_N, logp_N, entropy_N, teacher_logp_N)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -197,7 +209,7 @@ class _ChunkedLoss(torch.autograd.Function):
         inputs: _Inputs,
         chunk: int,
         wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """The first three are those of `inputs`, named apart because autograd sees only tensors that are arguments."""
         device, tokens = hidden_NH.device, len(hidden_NH)
         full = torch.promote_types(weight_VH.dtype, torch.float32)  # float32, or float64 when given
@@ -209,7 +221,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden_NH = gradient_of(hidden_NH, wanted[0], _kept_dtype(hidden_NH))
         grad_weight_VH = gradient_of(weight_VH, wanted[1], full)
         grad_bias_V = gradient_of(bias_V, wanted[2], full)
-        divergence_N, logp_N, entropy_N = torch.empty(3, tokens, dtype=full, device=device)
+        values_4N = torch.empty(4, tokens, dtype=full, device=device)
 
         # Coefficients are about 1 / (tokens of the step). Divided by the largest, the gradient in the logits is of order
         # one and survives float16 in front of the matrix products, which are multiplied back in full precision.
@@ -224,7 +236,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 part = scaled.rows(rows)
                 form = _closed_form if part.spec.mode == "full" else _by_autograd
-                (divergence_N[rows], logp_N[rows], entropy_N[rows]), grad_CV = form(part, any(wanted))
+                values, grad_CV = form(part, any(wanted))
+                values_4N[:, rows] = torch.stack(values)
                 if grad_CV is None:
                     continue
                 if grad_bias_V is not None:
@@ -240,8 +253,10 @@ class _ChunkedLoss(torch.autograd.Function):
             None if grad_weight_VH is None else grad_weight_VH.mul_(unit).to(_kept_dtype(weight_VH)),
             None if grad_bias_V is None or bias_V is None else grad_bias_V.mul_(unit).to(_kept_dtype(bias_V)),
         )
-        ctx.mark_non_differentiable(divergence_N, logp_N, entropy_N)
-        return _token_terms(inputs, divergence_N, logp_N).loss, divergence_N, logp_N, entropy_N
+        divergence_N, logp_N, entropy_N, teacher_logp_N = values_4N.unbind()
+        loss = _token_terms(inputs, divergence_N, logp_N, teacher_logp_N).loss
+        ctx.mark_non_differentiable(divergence_N, logp_N, entropy_N, teacher_logp_N)
+        return loss, divergence_N, logp_N, entropy_N, teacher_logp_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -250,30 +265,55 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*(None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in grads), None, None, None)
 
 
-# A chunk's (D, l, H(p)), each [C], and the gradient [C,V] of its loss in the student's projected hidden states
-_ChunkResult = tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]
+# A chunk's (D, l, H(p), l+), each [C], and the gradient [C,V] of its loss in the student's projected hidden states
+_ChunkResult = tuple[tuple[Tensor, ...], Tensor | None]
 
 
 def _closed_form(part: _Inputs, want_gradient: bool) -> _ChunkResult:
-    """Mode `full`. With s_v the summands of D and r_v = ds_v/dp_v (0 where clipped), dD/dz = p (r - <p, r>)."""
+    """Mode `full`: both projections at once, then row block by row block; the gradient takes the place of the student's logits."""
+    student_CV = part.student_head.project(part.student_hidden_NH)
+    teacher_CV = part.teacher_head.project(part.teacher_hidden_NH).to(student_CV.dtype)
+    blocks = _row_blocks(student_CV)
+    if len(blocks) <= 1:
+        return _closed_form_of(part, student_CV, teacher_CV, want_gradient)
+    collected = []
+    for rows in blocks:
+        values, grad_RV = _closed_form_of(part.rows(rows), student_CV[rows], teacher_CV[rows], want_gradient)
+        collected.append(values)
+        if grad_RV is not None:
+            student_CV[rows] = grad_RV
+    return tuple(map(torch.cat, zip(*collected, strict=True))), student_CV if want_gradient else None
+
+
+def _row_blocks(x_CV: Tensor) -> list[slice]:
+    """Rows of a chunk that are worked on together: all, or on a CPU as many as the cache holds."""
+    tokens, vocabulary = x_CV.shape
+    size = tokens if x_CV.device.type != "cpu" else BLOCK_BYTES // (vocabulary * x_CV.element_size())
+    size = max(size, 1)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _closed_form_of(part: _Inputs, student_CV: Tensor, teacher_CV: Tensor, want_gradient: bool) -> _ChunkResult:
+    """With s_v the summands of D and r_v = ds_v/dp_v (0 where clipped), dD/dz = p (r - <p, r>)."""
     head, spec = part.student_head, part.spec
-    logits_CV = head.logits(part.student_hidden_NH)
+    logits_CV = head.shape_logits(student_CV)
     cap_slope_CV = None if head.softcap is None else 1.0 - (logits_CV / head.softcap) ** 2
     logp_CV = log_probs(logits_CV, spec.temperature)
-    del logits_CV  # memory: see CHUNK_BYTES
+    del logits_CV
     p_CV = logp_CV.exp()
     logp_C, entropy_C = pick(logp_CV, part.targets_N), -(p_CV * logp_CV).sum(-1)
-    logq_CV = log_probs(part.teacher_head.logits(part.teacher_hidden_NH).to(p_CV.dtype), spec.temperature)
+    logq_CV = log_probs(part.teacher_head.shape_logits(teacher_CV), spec.temperature)
+    teacher_logp_C = pick(logq_CV, part.targets_N)
 
     summand_CV, pr_CV = _summands_and_slopes(p_CV, logp_CV, logq_CV, spec.alpha)
     if spec.entry_clip is not None:
         pr_CV.masked_fill_(summand_CV >= spec.entry_clip, 0.0)
         summand_CV.clamp_(max=spec.entry_clip)
-    values = (summand_CV.sum(-1), logp_C, entropy_C)
+    values = (summand_CV.sum(-1), logp_C, entropy_C, teacher_logp_C)
     if not want_gradient:
         return values, None
 
-    terms = _token_terms(part, values[0], logp_C)
+    terms = _token_terms(part, values[0], logp_C, teacher_logp_C)
     inner = head.scale / spec.temperature  # from the softmax's argument back to the projection
     slope_C1 = terms.slope_divergence_N[:, None] * inner
     p_slope_C1 = slope_C1 * pr_CV.sum(-1, keepdim=True)
@@ -308,10 +348,11 @@ def _by_autograd(part: _Inputs, want_gradient: bool) -> _ChunkResult:
     projected_CV = part.student_head.project(part.student_hidden_NH).requires_grad_(want_gradient)
     with torch.set_grad_enabled(want_gradient):
         logp_CV = log_probs(part.student_head.shape_logits(projected_CV), spec.temperature)
-        divergence_C = divergence_of_logp(logp_CV, _teacher_logp(part, logp_CV), part.targets_N, spec)
-        logp_C = pick(logp_CV, part.targets_N)
-        loss = _token_terms(part, divergence_C, logp_C).loss
-    values = (divergence_C.detach(), logp_C.detach(), entropy(logp_CV.detach()))
+        logq_CV = _teacher_logp(part, logp_CV)
+        divergence_C = divergence_of_logp(logp_CV, logq_CV, part.targets_N, spec)
+        logp_C, teacher_logp_C = pick(logp_CV, part.targets_N), pick(logq_CV, part.targets_N)
+        loss = _token_terms(part, divergence_C, logp_C, teacher_logp_C).loss
+    values = (divergence_C.detach(), logp_C.detach(), entropy(logp_CV.detach()), teacher_logp_C)
     return values, torch.autograd.grad(loss, projected_CV)[0] if want_gradient else None
 
 
@@ -323,9 +364,16 @@ def _teacher_logp(part: _Inputs, student_logp_CV: Tensor) -> Tensor:
     return log_probs(part.teacher_head.logits(part.teacher_hidden_NH), part.spec.temperature)
 
 
-def default_chunk_tokens(vocabulary: int) -> int:
-    """Tokens of a chunk whose [C,V] float32 tensor takes CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+def chunk_bytes(device: torch.device | None = None) -> int:
+    """Most bytes of one [C,V] float32 tensor on a device (default: a CPU)."""
+    if device is None or device.type != "cuda":
+        return CHUNK_BYTES
+    return max(CHUNK_BYTES, min(LARGEST_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64))
+
+
+def default_chunk_tokens(vocabulary: int, device: torch.device | None = None) -> int:
+    """Tokens of a chunk whose [C,V] float32 tensor takes `chunk_bytes(device)`."""
+    return max(1, chunk_bytes(device) // (4 * vocabulary))
 
 
 def _autocast_head(head: Head) -> Head:
@@ -353,17 +401,21 @@ def _kept_dtype(like: Tensor) -> torch.dtype:
 def _scores(
     hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float, chunk_tokens: int | None, want_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    chunk = chunk_tokens or default_chunk_tokens(head.weight.shape[0])
+    chunk = chunk_tokens or default_chunk_tokens(head.weight.shape[0], hidden_NH.device)
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     logp_N, entropy_N = torch.empty(2, len(hidden_NH), dtype=dtype, device=hidden_NH.device)
     head = _autocast_head(head)
     with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
         for start in range(0, len(hidden_NH), chunk):
             rows = slice(start, start + chunk)
-            logp_CV = log_probs(head.logits(hidden_NH[rows]), temperature)
-            logp_N[rows] = pick(logp_CV, targets_N[rows])
-            if want_entropy:
-                entropy_N[rows] = entropy(logp_CV)
+            projected_CV = head.project(hidden_NH[rows])
+            for block in _row_blocks(projected_CV):
+                chosen = slice(start + block.start, start + block.stop)
+                logp_RV = log_probs(head.shape_logits(projected_CV[block]), temperature)
+                logp_N[chosen] = pick(logp_RV, targets_N[chosen])
+                if want_entropy:
+                    entropy_N[chosen] = entropy(logp_RV)
+            del projected_CV  # before the next chunk's, not after
     return logp_N, entropy_N
 
 

@@ -1,18 +1,25 @@
-"""How much memory a run will need, before it starts."""
+"""How much memory a run will need, before it starts, and what it should do to need less."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from unisd.config import UniSDConfig
+from unisd.losses import chunk_bytes
 
 MIB = 1 << 20
-LOGITS_CHUNK = 64 * MIB
-"""The chunked loss keeps a few buffers of this size: student and teacher log-probabilities, mixture, gradient."""
-CHUNK_BUFFERS = 4
-LAYER_FACTOR = 34
-"""Values of size `hidden` that one layer keeps per token for backward (Korthikanti et al. 2022, without attention maps)."""
+CHUNK_BUFFERS = 2
+"""[C,V] tensors of a chunk on a CPU: the student's and the teacher's logits; on an accelerator also three for the arithmetic."""
+SAVED_HIDDEN, SAVED_INTERMEDIATE = 13, 5
+"""Values that one layer keeps per token for backward, in units of the hidden and of the MLP's inner size: two norms (input, and the
+normalised in float32), query, key, value before and after rotation, attention's output, two residual sums; gate, up, the activation,
+its product, and one more while backward is at that layer."""
+SHARE_OF_FREE = 0.9
+"""Share of the free memory that a run may plan to fill."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class ModelSize:
     hidden: int
     layers: int
     vocabulary: int
+    intermediate: int = 0  # of the MLP; 0: four times hidden
+    key_value: int = 0  # keys of one token and layer, over all heads; 0: hidden
 
     @classmethod
     def of(cls, model: Any) -> ModelSize:
@@ -36,6 +45,8 @@ class ModelSize:
         config = model.config.get_text_config()
         count = sum(p.numel() for p in parameters)
         trained_count = sum(p.numel() for p in trained)
+        heads = getattr(config, "num_attention_heads", None) or 1
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
             parameters=count,
             trained=trained_count,
@@ -44,44 +55,94 @@ class ModelSize:
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
             vocabulary=config.vocab_size,
+            intermediate=getattr(config, "intermediate_size", None) or 0,
+            key_value=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
         )
 
 
-def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256) -> dict[str, int]:
-    """Bytes on one device, by part, and their `total`. An estimate: allocator, attention and libraries come on top.
+def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, rollout: bool = True) -> dict[str, int]:
+    """Bytes on one device, by part, and their peak as `total`; what Python and the libraries hold comes on top.
 
-    With P weights, A trained ones, H hidden size, L layers, V vocabulary, R rows per micro-batch, S rows per optimizer step (on
-    this device), T = `max_completion_length`, Q = `prompt_tokens`, w bytes per weight, c bytes of the compute precision:
+    With P weights, A trained ones, H hidden size, I the MLP's inner size, G keys of a token and layer, L layers, V vocabulary, R rows
+    per micro-batch, S rows per optimizer step (on this device), B rows generated at once (`rollout_batch_size`, at most S),
+    T = `max_completion_length`, Q = `prompt_tokens` (of the longest prompt), w bytes per weight, c of the compute precision:
 
-    - weights = P w
-    - gradients = A w ; optimizer = 8 A (two AdamW states in float32)
+    always held:
+    - weights = P w; optimizer = 8 A (two AdamW states in float32)
     - teacher = A w (base; in the weights' precision), 4 A (ema, float32) or 0 (live); under LoRA A is the adapter alone
-    - teacher_states = S T H c (hidden states of the whole step, kept until its last micro-batch), times 1 + listed layers
-    - logits = 4 x min(64 MiB, 4 R T V): chunk buffers of the loss; with `loss_implementation=plain` 4 x 4 R T V
-    - activations = R (Q + T) H L c x 34 ; with gradient checkpointing R (Q + T) H c x (L + 34)
-    - rollout_cache = 2 B (Q + T) H L c, an upper bound (no grouped heads), for B = `rollout_batch_size` rows at once, at most S
+    one after another, the largest counts:
+    - rollout = 2 B (Q + T) G L c (cache) + 24 B V (logits, probabilities and their sums in double precision); 0 if `rollout` is false
+    - scoring = teacher_states + W (4 H + 3 I) c, or the chunk's logits; W = `token_budget`
+    - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits and one layer's values
+    where
+    - teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers
+    - logits = 2 tensors (accelerator: 5) of a chunk; with `loss_implementation=plain` 8 x 4 R T V
+    - activations = R (Q + T) L c (13 H + 5 I), the input of each layer alone, R (Q + T) L c H, with gradient checkpointing
     """
     compute = 2 if config.bf16 or config.fp16 or size.bytes_per_weight <= 2 else 4
     rows = config.per_device_train_batch_size * config.num_generations
     step_rows = rows * config.gradient_accumulation_steps
     completion = config.max_completion_length
     length = prompt_tokens + completion
-    logits = 4 * rows * completion * size.vocabulary
+    inner, keys = size.intermediate or 4 * size.hidden, size.key_value or size.hidden
     per_token = size.hidden * compute
+    full_logits = 4 * rows * completion * size.vocabulary
+    per_chunk = 4 * config.loss_chunk_tokens * size.vocabulary if config.loss_chunk_tokens else chunk_bytes(config.device)
+    buffers = CHUNK_BUFFERS if config.device.type == "cpu" else CHUNK_BUFFERS + 3
+    logits = 8 * full_logits if config.loss_implementation == "plain" else buffers * min(per_chunk, full_logits)
+    layer = rows * length * compute * (SAVED_HIDDEN * size.hidden + SAVED_INTERMEDIATE * inner)
+    budget = max(config.token_budget or default_token_budget(config.device), length)
     teacher = {"base": size.bytes_per_trained, "ema": 4.0, "live": 0.0}[config.teacher_model_kind]
-    checkpointed = size.layers + LAYER_FACTOR if config.gradient_checkpointing else size.layers * LAYER_FACTOR
-    parts = {
+    generated = min(config.rollout_batch_size, step_rows)
+    held = {
         "weights": size.parameters * size.bytes_per_weight,
-        "gradients": size.trained * size.bytes_per_trained,
         "optimizer": size.trained * 8,
         "teacher": size.trained * teacher,
-        "teacher_states": step_rows * completion * per_token * (1 + len(config.feature_layers or [])),
-        "logits": CHUNK_BUFFERS * (logits if config.loss_implementation == "plain" else min(LOGITS_CHUNK, logits)),
-        "activations": rows * length * per_token * checkpointed,
-        "rollout_cache": 2 * min(config.rollout_batch_size, step_rows) * length * per_token * size.layers,
     }
-    sizes = {name: round(value) for name, value in parts.items()}
-    return {**sizes, "total": sum(sizes.values())}
+    parts = {
+        "gradients": size.trained * size.bytes_per_trained,
+        "teacher_states": step_rows * completion * per_token * (1 + len(config.feature_layers or [])),
+        "activations": rows * length * per_token * size.layers if config.gradient_checkpointing else layer * size.layers,
+        "logits": logits,
+    }
+    views = min(budget, step_rows * length * (2 + config.num_auxiliary_contexts))
+    phases = {
+        "rollout": generated * (2 * length * keys * size.layers * compute + 24 * size.vocabulary) if rollout else 0,
+        "scoring": parts["teacher_states"] + max(views * compute * (4 * size.hidden + 3 * inner), logits),
+        "student": sum(parts.values()) - logits + max(logits, layer if config.gradient_checkpointing else 0),
+    }
+    sizes = {name: round(value) for name, value in {**held, **parts, **phases}.items()}
+    return {**sizes, "total": sum(sizes[name] for name in held) + max(sizes[name] for name in phases)}
+
+
+def default_token_budget(device: torch.device) -> int:
+    """Tokens of a forward pass without gradient, where `token_budget` is unset."""
+    return 1024 if device.type == "cpu" else 8192
+
+
+def available(device: torch.device) -> int | None:
+    """Free bytes of a device, None where it cannot be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu":
+        try:
+            for line in Path("/proc/meminfo").read_text().splitlines():
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        except OSError:
+            pass
+    return None
+
+
+def wants_checkpointing(size: ModelSize, config: UniSDConfig, prompt_tokens: int, free: int) -> bool:
+    """Whether a run fits into `free` bytes (beside the weights, which are there already) only with gradient checkpointing.
+
+    Checkpointing costs one more forward pass of the student; it is not chosen where listed layers are matched.
+    """
+    if config.gradient_checkpointing or config.feature_layers:
+        return False
+    sizes = estimate(size, config, prompt_tokens)
+    return sizes["total"] - sizes["weights"] > SHARE_OF_FREE * free
 
 
 def readable(count: int) -> str:

@@ -40,11 +40,14 @@ class StepMetrics:
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Adds the wall time to a phase, in seconds; waits for the device, whose work is asynchronous."""
+    def timed(self, phase: str, wait: bool = True) -> Iterator[None]:
+        """Adds the wall time to a phase, in seconds; waits for the device, whose work is asynchronous.
+
+        `wait=False` does not: the work is then counted where the phase is next waited for.
+        """
         start = time.perf_counter()
         yield
-        if self.device.type != "cpu" and torch.accelerator.is_available():
+        if wait and self.device.type != "cpu" and torch.accelerator.is_available():
             torch.accelerator.synchronize()
         seconds = time.perf_counter() - start
         self.phases[phase] += seconds
@@ -68,6 +71,10 @@ class StepMetrics:
         values["teacher/overlong_views"] = sums["overlong_views"]
         values["student/entropy"] = sums["entropy"] / tokens
         values["student/logp"] = sums["student_logp"] / tokens
+        if "teacher_logp" in sums:
+            values["teacher/logp"] = sums["teacher_logp"] / tokens
+        if "weight_distance" in sums:  # the same on every rank
+            values["teacher/weight_distance"] = sums["weight_distance"] / self.world_size
         values["clip/share"] = sums["clipped"] / tokens
         if "contrast" in sums:
             of_contrast = max(sums["contrast_tokens"], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import signal
 import tempfile
@@ -30,6 +31,7 @@ from unisd.parsing import HEADINGS, group_of, train_parser
 from unisd.preparing import prepare
 from unisd.trainer import UniSDTrainer
 
+logger = logging.getLogger(__name__)
 Results = dict[str, Any]
 
 
@@ -91,9 +93,26 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         peft_config=adapter_config(options),
         grader=data.grader,
     )
+    _save_memory(trainer, options, config)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return Setting(data, trainer, tokenizer, progress, interruption)
+
+
+def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> None:
+    """Switch gradient checkpointing on where the step would not fit without it, unless the user has said which."""
+    free = memory.available(config.device)
+    if "gradient_checkpointing" in options.explicit or free is None:
+        return
+    size = memory.ModelSize.of(trainer.model)
+    if memory.wants_checkpointing(size, config, longest_prompt(trainer), free):
+        config.gradient_checkpointing = True
+        logger.warning("gradient checkpointing is on: the step would not fit into %s without it.", memory.readable(free))
+
+
+def longest_prompt(trainer: UniSDTrainer) -> int:
+    """Tokens of the longest teacher prompt among the first rows."""
+    return max(len(trainer.prompts.teacher(row)) for row in trainer.rows[:64])
 
 
 def train(options: RunOptions, config: UniSDConfig) -> Results | None:
@@ -207,8 +226,7 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
         config.output_dir, config.push_to_hub = str(folder), push
         _show_options(console, options, config)
         _introduce(console, options, config, setting)
-    prompts = [len(setting.trainer.prompts.teacher(row)) for row in data.train[:64]]
-    sizes = memory.estimate(memory.ModelSize.of(setting.trainer.model), config, max(prompts))
+    sizes = memory.estimate(memory.ModelSize.of(setting.trainer.model), config, longest_prompt(setting.trainer))
     lines = [[name.replace("_", " "), memory.readable(size)] for name, size in sizes.items()]
     show_table(console, ("memory of one device", "estimate"), lines)
     console.print("dry run: nothing was trained, nothing was written", markup=False)

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisd.backbone import Backbone, lay_out
-from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_scores
+from unisd.backbone import Backbone, Captured, lay_out
+from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_logprobs, token_scores
 from unisd.mechanisms import StepScores
 from unisd.rollout import generating
 from unisd.teacher import Teacher
+
+SHARED_FROM = 64  # tokens of a prompt; below, the smaller passes cost more than they save
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,11 @@ class Scorer:
         backbone: the model, shared by student and teacher.
         teacher: its other weights.
         spec: divergence (its temperature applies to all views but the auxiliary ones).
-        needs: what the active reliability weights and clips declare: auxiliary, negative, student, entropy, divergence.
+        needs: what the active reliability weights and clips look at: teacher (l+), auxiliary, negative, student, entropy, divergence.
         packed: rows end to end, or padded.
         token_budget: most tokens per forward pass.
         layers: further layers to keep of the primary teacher.
+        share_prompts: read a prompt once for all of its generations, where that saves enough.
         autocast: makes the context of a forward pass (mixed precision as in training).
     """
 
@@ -104,7 +107,9 @@ class Scorer:
         pad_id: int,
         layers: Sequence[int] = (),
         autocast: Any = None,
+        share_prompts: bool = False,
     ) -> None:
+        self.share_prompts = share_prompts
         self.backbone = backbone
         self.teacher = teacher
         self.spec = spec
@@ -142,19 +147,22 @@ class Scorer:
 
         with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
             head = self.backbone.head()
+            found: list[tuple[_Job, int, Tensor]] = []
             for group in self._hidden_states(jobs, rows, device):
-                for view, logp_T, entropy_T in self._token_scores(group, rows, head):
-                    job, length = view.job, len(logp_T)
-                    if job.view == "primary":
-                        teacher_logp[job.row, :length] = logp_T
-                        entropy[job.row, :length] = entropy_T
-                        states.final[job.row] = view.final_TH
+                for view in group:
+                    if view.job.view == "primary":
+                        states.final[view.job.row] = view.final_TH
                         for layer, hidden_TH in view.layers_TH.items():
-                            states.layers[layer][job.row] = hidden_TH
-                    elif job.view == "negative":
-                        negative_logp[job.row, :length] = logp_T
-                    else:
-                        auxiliary_logp[job.context, job.row, :length] = logp_T
+                            states.layers[layer][view.job.row] = hidden_TH
+                found += self._token_scores(group, rows, head)
+        for job, length, logp_T, entropy_T in _on_cpu(found):
+            if job.view == "primary":
+                teacher_logp[job.row, :length] = logp_T
+                entropy[job.row, :length] = entropy_T
+            elif job.view == "negative":
+                negative_logp[job.row, :length] = logp_T
+            else:
+                auxiliary_logp[job.context, job.row, :length] = logp_T
 
         auxiliary_present = torch.tensor([[k < len(row.auxiliary) for row in rows] for k in range(K)], dtype=torch.bool)
         scores = StepScores(
@@ -196,16 +204,24 @@ class Scorer:
                     divergence[view.job.row, : len(logp_T)] = divergence_T
         return replace(scores, student_logp=student_logp, divergence=divergence)
 
-    def _token_scores(
-        self, group: Sequence[_View], rows: Sequence[ScoringRow], head: Head
-    ) -> Iterator[tuple[_View, Tensor, Tensor]]:
-        """Log-probability of the realised tokens and entropy `[T_i]` of each view, on the CPU; one projection for all."""
-        for temperature in sorted({self._temperature(view) for view in group}):
-            alike = [view for view in group if self._temperature(view) == temperature]
+    def _token_scores(self, group: Sequence[_View], rows: Sequence[ScoringRow], head: Head) -> list[tuple[_Job, int, Tensor]]:
+        """Log-probability of the realised tokens and entropy `[2,T_i]` of each view, left on the device; one projection for all.
+
+        The primary teacher is projected here only where something looks at it before the loss does.
+        """
+        found = []
+        wanted = [view for view in group if view.job.view != "primary" or self.needs & {"teacher", "entropy"}]
+        for temperature in sorted({self._temperature(view) for view in wanted}):
+            alike = [view for view in wanted if self._temperature(view) == temperature]
             hidden_NH = torch.cat([view.final_TH for view in alike])
-            logp_N, entropy_N = token_scores(hidden_NH, head, _targets(alike, rows, hidden_NH.device), temperature)
-            lengths = [len(view.final_TH) for view in alike]
-            yield from zip(alike, torch.split(logp_N.cpu(), lengths), torch.split(entropy_N.cpu(), lengths), strict=True)
+            target_N = _targets(alike, rows, hidden_NH.device)
+            if "entropy" in self.needs:
+                scores_2N = torch.stack(token_scores(hidden_NH, head, target_N, temperature))
+            else:
+                scores_2N = token_logprobs(hidden_NH, head, target_N, temperature).expand(2, -1)  # the entropy is not looked at
+            parts = torch.split(scores_2N, [len(view.final_TH) for view in alike], dim=1)
+            found += [(view.job, part.shape[1], part) for view, part in zip(alike, parts, strict=True)]
+        return found
 
     def _temperature(self, view: _View) -> float:
         return 1.0 if view.job.view == "auxiliary" else self.spec.temperature
@@ -215,23 +231,59 @@ class Scorer:
     ) -> Iterator[list[_View]]:
         """The views of each forward pass: hidden states at the positions that predict the completion."""
         jobs = [job for job in jobs if rows[job.row].completion]
+        if self.share_prompts:
+            shared, jobs = _sharing(jobs, rows)
+            for alike in shared:
+                completions = [rows[job.row].completion for job in alike]
+                for chosen in forward_batches([len(c) for c in completions], self.token_budget, packed=False):
+                    captured, starts = self.backbone.continuations(
+                        alike[0].prompt, [completions[i] for i in chosen], self.pad_id, device, self.layers
+                    )
+                    yield [_view(captured, alike[i], s, len(completions[i])) for s, i in zip(starts, chosen, strict=True)]
         sequences = [job.prompt + rows[job.row].completion for job in jobs]
         for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
             batch = lay_out([sequences[i] for i in chosen], self.packed, self.pad_id, device)
             with self.backbone.capture(self.layers) as captured:
                 self.backbone.decoder(**batch.inputs, use_cache=False)
-            assert captured.final is not None
-            final_NH = captured.final.flatten(0, 1)
-            group = []
-            for start, i in zip(batch.starts, chosen, strict=True):
-                job = jobs[i]
-                first = start + len(job.prompt) - 1
-                span = slice(first, first + len(rows[job.row].completion))
-                kept = captured.layers.items() if job.view == "primary" else ()
-                # Cloned, so that a row's states do not keep the whole forward pass alive.
-                layers_TH = {layer: hidden.flatten(0, 1)[span].clone() for layer, hidden in kept}
-                group.append(_View(job, final_NH[span].clone(), layers_TH))
-            yield group
+            yield [
+                _view(captured, jobs[i], start + len(jobs[i].prompt) - 1, len(rows[jobs[i].row].completion))
+                for start, i in zip(batch.starts, chosen, strict=True)
+            ]
+
+
+def _view(captured: Captured, job: _Job, first: int, length: int) -> _View:
+    """Cut one job's states out of a forward pass; cloned, so that they do not keep the whole pass alive."""
+    assert captured.final is not None
+    span = slice(first, first + length)
+    kept = captured.layers.items() if job.view == "primary" else ()
+    layers_TH = {layer: hidden.flatten(0, 1)[span].clone() for layer, hidden in kept}
+    return _View(job, captured.final.flatten(0, 1)[span].clone(), layers_TH)
+
+
+def _sharing(jobs: Sequence[_Job], rows: Sequence[ScoringRow]) -> tuple[list[list[_Job]], list[_Job]]:
+    """Jobs whose prompt is worth reading once for all of them (the generations of a prompt), and the other jobs."""
+    by_prompt: dict[tuple[int, ...], list[_Job]] = {}
+    for job in jobs:
+        by_prompt.setdefault(tuple(job.prompt), []).append(job)
+    shared, others = [], []
+    for prompt, alike in by_prompt.items():
+        saved = len(prompt) * (len(alike) - 1)
+        rest = len(prompt) + sum(len(rows[job.row].completion) for job in alike)
+        if len(prompt) >= SHARED_FROM and saved >= rest / 2:
+            shared.append(alike)
+        else:
+            others += alike
+    return shared, others
+
+
+def _on_cpu(found: Sequence[tuple[_Job, int, Tensor]]) -> Iterator[tuple[_Job, int, Tensor, Tensor]]:
+    """The scores of all views, copied from the device at once: the only wait of the phase."""
+    if found:
+        parts = torch.split(
+            torch.cat([scores_2T for _, _, scores_2T in found], dim=1).cpu(), [length for _, length, _ in found], dim=1
+        )
+        for (job, length, _), (logp_T, entropy_T) in zip(found, parts, strict=True):
+            yield job, length, logp_T, entropy_T
 
 
 def _targets(group: Sequence[_View], rows: Sequence[ScoringRow], device: torch.device | str) -> Tensor:

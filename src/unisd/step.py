@@ -27,6 +27,8 @@ from unisd.scoring import ScoringRow, TeacherStates
 def needed_views(args: UniSDConfig, weights: Sequence[WeightFunction]) -> frozenset[str]:
     """What this run's mechanisms look at; nothing else is scored."""
     needs = frozenset(need for weight in weights for need in weight.needs)
+    if any(not weight.name.startswith("agreement_") for weight in weights):
+        needs |= {"teacher"}  # agreement reads the auxiliary scores alone; any other weight may look at l+
     if args.contrastive_weight:
         needs |= {"negative"}
     if args.token_clip_quantile is not None:
@@ -149,7 +151,14 @@ def micro_batch(
         return value_BT[chosen][mask_BT].to(device)
 
     def states_at_loss_tokens(states_of_rows: Sequence[Tensor]) -> Tensor:
-        kept = [states_of_rows[i][torch.tensor(rows[i].loss_mask, device=device)] for i in part if any(rows[i].loss_mask)]
+        # By number, not by mask: a mask would wait for the device.
+        kept = []
+        for i in part:
+            chosen_of_row = [t for t, carries_loss in enumerate(rows[i].loss_mask) if carries_loss]
+            if len(chosen_of_row) == len(states_of_rows[i]):
+                kept.append(states_of_rows[i])
+            elif chosen_of_row:
+                kept.append(states_of_rows[i][torch.tensor(chosen_of_row, device=device)])
         return torch.cat(kept) if kept else torch.zeros(0, hidden_size, device=device)
 
     inputs: dict[str, Any] = {
@@ -164,6 +173,5 @@ def micro_batch(
     for name, value_BT in coefficients.items():
         inputs[f"{name}_coefficient_N"] = at_loss_tokens(value_BT)
     if "contrast" in coefficients and scores.negative_logp is not None:
-        inputs["teacher_logp_N"] = at_loss_tokens(scores.teacher_logp)
         inputs["negative_logp_N"] = at_loss_tokens(scores.negative_logp)
     return inputs

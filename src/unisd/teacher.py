@@ -86,12 +86,15 @@ class Teacher:
                 self.state[name].copy_(p.detach())
 
     @torch.no_grad()
-    def distance(self) -> float:
-        """Distance of student and teacher weights relative to the student's norm (0 for `live`)."""
+    def distance(self) -> Tensor:
+        """Distance of student and teacher weights relative to the student's norm (0 for `live`), left on the device."""
         self._follow_device()
-        apart = sum(float((self.state[name].float() - p.float()).square().sum()) for name, p in self.parameters.items())
-        norm = sum(float(p.float().square().sum()) for p in self.parameters.values())
-        return (apart / norm) ** 0.5 if norm else 0.0
+        apart, norm = torch.zeros(()), torch.zeros(())
+        for name, p in self.parameters.items():
+            value = p.float()
+            apart = apart.to(p.device) + (self.state[name].float() - value).square().sum()
+            norm = norm.to(p.device) + value.square().sum()
+        return torch.where(norm > 0, (apart / norm).sqrt(), 0.0)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

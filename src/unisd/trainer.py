@@ -30,8 +30,9 @@ from unisd.config import UniSDConfig
 from unisd.cost import TokenCounter
 from unisd.data import Row, prepare_rows
 from unisd.errors import UserError
-from unisd.losses import Contrast, chunked_loss, plain_loss
+from unisd.losses import Contrast, Head, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
+from unisd.memory import default_token_budget
 from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
@@ -147,10 +148,11 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             args.divergence_spec,
             needs=self.needs,
             packed=packed,
-            token_budget=args.token_budget or (1024 if args.device.type == "cpu" else 8192),
+            token_budget=args.token_budget or default_token_budget(args.device),
             pad_id=self.pad_id,
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
+            share_prompts=args.num_generations > 1 and self.backbone.can_continue(self.pad_id),
         )
         self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
@@ -160,6 +162,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         recorded = args.record_samples if self.is_world_process_zero() else 0
         self.samples = SampleRecorder(Path(args.output_dir) / SAMPLES, recorded, processing_class, grader)
         self._token_clip: float | None = args.token_clip
+        self._teacher_head: Head | None = None  # of the step in progress
         self.add_callback(_StepCallback(self))
         if self.rows:
             self._check_lengths()
@@ -208,6 +211,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         rows, completions = self._rollout(numbers)
         with self.metrics.timed("score"):
             scores, states = self.scorer.score(rows, device)
+            self._teacher_head = teacher_head(self.backbone, self.teacher)
             own, everywhere = gather_scores(self.accelerator, scores)
             coefficients, weight_metrics = loss_coefficients(self.args, self.weights, everywhere)
             coefficients = {name: value_BT[own] for name, value_BT in coefficients.items()}
@@ -293,14 +297,12 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         student_NH = captured.final.flatten(0, 1)[inputs["positions_N"]]
         contrast = None
         if "contrast_coefficient_N" in inputs:
-            contrast = Contrast(
-                inputs["teacher_logp_N"], inputs["negative_logp_N"], inputs["contrast_coefficient_N"], args.contrastive_margin
-            )
+            contrast = Contrast(None, inputs["negative_logp_N"], inputs["contrast_coefficient_N"], args.contrastive_margin)
         terms = (
             student_NH,
             self.backbone.head(),
             inputs["teacher_NH"],
-            teacher_head(self.backbone, self.teacher),
+            self._teacher_head or teacher_head(self.backbone, self.teacher),
             inputs["targets_N"],
             args.divergence_spec,
             inputs["divergence_coefficient_N"],
@@ -312,9 +314,11 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         self.metrics.add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
         self.metrics.add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
         self.samples.take(inputs["sampled"], output)
+        if args.distillation_mode != "nll":
+            self.metrics.add(teacher_logp=output.teacher_logp_N.sum())
         if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
-            has_negative_N = contrast.coefficient_N > 0
-            self.metrics.add(contrast=output.contrast_N[has_negative_N].sum(), contrast_tokens=has_negative_N.sum())
+            # h is 0 where there is no negative. Selecting by mask would wait for the device.
+            self.metrics.add(contrast=output.contrast_N.sum(), contrast_tokens=(contrast.coefficient_N > 0).sum())
             self.metrics.add(contrast_active=output.contrast_active_N.sum())
         if "features_coefficient_N" in inputs:
             pairs = [(student_NH, inputs["teacher_NH"])]
@@ -330,7 +334,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         return (loss, None) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.metrics.timed("student"):
+        with self.metrics.timed("student", wait=self.accelerator.sync_gradients):
             loss: Tensor = super().training_step(*args, **kwargs)
             return loss
 
@@ -346,8 +350,6 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             "completions/max_length": float(max(length for length, _ in pairs)),
             "completions/truncated_share": mean([truncated for _, truncated in pairs]),
         }
-        if self.args.distillation_mode != "nll":
-            values["teacher/logp"] = masked_mean(scores.teacher_logp, scores.mask)
         if scores.negative_logp is not None and scores.negative_present is not None:
             mask = scores.mask & scores.negative_present[:, None]
             values["contrastive/negative_logp"] = masked_mean(scores.negative_logp, mask)
@@ -444,7 +446,7 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer.teacher.kind != "live":
-            trainer.metrics.values["teacher/weight_distance"] = trainer.teacher.distance()
+            trainer.metrics.add(weight_distance=trainer.teacher.distance())
         trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())
         trainer.samples.write()
 

@@ -1,0 +1,139 @@
+"""Models of the measured shapes (random weights), a tokenizer whose words are its ids, and the rows of a step."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+PAD, EOS = 0, 1
+TEACHER_TEMPLATE = "{privileged_context} {prompt}"
+AUXILIARY_TEMPLATE = "{context} {prompt}"
+CONTEXTS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder-only model."""
+
+    family: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+
+
+SHAPES = {
+    # Sizes of a test: everything at once in a second.
+    "tiny": Shape("llama", 32, 64, 2, 4, 2, 320, False),
+    "pocket": Shape("llama", 128, 320, 4, 4, 2, 2048, True),
+    "qwen2.5-0.5b": Shape("qwen2", 896, 4864, 24, 14, 2, 151_936, True),
+    "llama-32k": Shape("llama", 1024, 2816, 12, 16, 8, 32_000, False),
+    "qwen2.5-1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 151_936, True),
+    "qwen2.5-7b": Shape("qwen2", 3584, 18_944, 28, 28, 4, 152_064, False),
+}
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
+    """A random model of a shape, in evaluation mode; `layers` cuts its depth, `name:8000` gives another vocabulary."""
+    name, _, vocabulary = name.partition(":")
+    shape = SHAPES[name]
+    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[shape.family]
+    config = config_class(
+        vocab_size=int(vocabulary) if vocabulary else shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=layers or shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=shape.tied,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = model_class(config).to(dtype)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, EOS
+    return model.eval()
+
+
+def twin(model: Any) -> Any:
+    """Another module tree over the same weights: each implementation may put its own adapters on it."""
+    shared = {id(tensor): tensor for tensor in model.parameters()}
+    return copy.deepcopy(model, memo=shared)
+
+
+def lora(rank: int = 64) -> LoraConfig:
+    """The paper's adapter without its dropout (TRL disables dropout)."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Word `t17` is token 17."""
+    # Special tokens are found inside other words too: they need names that no word holds.
+    words = {"<pad>": PAD, "<eos>": EOS} | {f"t{i}": i for i in range(2, vocabulary)}
+    core = Tokenizer(models.WordLevel(vocab=words, unk_token="t2"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a step: token ids of the prompt under each view, and of the completion that all of them score."""
+
+    student: list[int]
+    teacher: list[int]
+    negative: list[int]
+    auxiliary: list[list[int]]
+    completion: list[int]
+
+    @property
+    def text_row(self) -> dict[str, Any]:
+        """The same as a row of a dataset, in words."""
+
+        def words(ids: list[int]) -> str:
+            return " ".join(f"t{i}" for i in ids)
+
+        def context(view: list[int]) -> str:
+            return words(view[: len(view) - len(self.student)])
+
+        return {
+            "prompt": words(self.student),
+            "privileged_context": context(self.teacher),
+            "negative_context": context(self.negative),
+            "auxiliary_contexts": [context(view) for view in self.auxiliary],
+        }
+
+
+def examples(
+    vocabulary: int,
+    count: int,
+    prompts: tuple[int, int],
+    completions: tuple[int, int],
+    reference: int = 32,
+    contexts: int = CONTEXTS,
+    seed: int = 0,
+) -> list[Example]:
+    """Rows with lengths uniform in the given ranges; every context (reference, wrong reference, auxiliary) has `reference` tokens."""
+    draw = random.Random(seed)
+
+    def ids(length: int) -> list[int]:
+        return [draw.randrange(3, vocabulary) for _ in range(length)]
+
+    rows = []
+    for _ in range(count):
+        prompt, completion = ids(draw.randint(*prompts)), ids(draw.randint(*completions))
+        views = [ids(reference) + prompt for _ in range(2 + contexts)]
+        rows.append(Example(prompt, views[0], views[1], views[2:], completion))
+    return rows

@@ -1,0 +1,51 @@
+"""Results as one Markdown page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+HEAD = """# Speed and memory
+
+Each block is one run of one command: all implementations in one process on the same tensors, in turn, medians over the rounds.
+Extra memory is the peak above what the process held before the call. Ratios are of medians inside that run; below 1 is ours ahead
+(for `time_vs_limit`, how far the bare passes are away). `plain` and `limit` are `benchmarks/plain.py` and `benchmarks/limit.py`.
+"""
+
+
+Row = dict[str, Any]
+COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [  # title, the key that calls for it, how a row fills it
+    ("implementation", "impl", lambda row: str(row["impl"])),
+    ("along", "axis", lambda row: f"{row['axis']} = {row['at']}"),
+    ("passed tokens", "passed_tokens", lambda row: str(row["passed_tokens"])),
+    ("time (s)", "time_s", lambda row: f"{row['time_s']:.2f}"),
+    ("extra memory (MB)", "extra_memory_mb", lambda row: f"{row['extra_memory_mb']:.0f}"),
+    ("predicted (MB)", "predicted_mb", lambda row: f"{row['predicted_mb']:.0f}"),
+    ("tokens/s", "tokens_per_s", lambda row: f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row else ""),
+    ("TFLOP/s", "tflop_per_s", lambda row: f"{row['tflop_per_s']:.3f}" if "tflop_per_s" in row else ""),
+    ("rounds", "impl", lambda row: str(row.get("repetitions", 1))),
+]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The page of several results, in the order given."""
+    return "\n".join([HEAD, *(_block(result) for result in results)])
+
+
+def _block(result: dict[str, Any]) -> str:
+    place, versions, settings = result["machine"], result["versions"], result.get("settings", {})
+    where = f"{place['device']}, {place['processor']}, {place['cores']} core(s), {place['threads']} thread(s)"
+    shape = settings.get("shape", "") + (f" cut to {settings['layers']} layers" if settings.get("layers") else "")
+    lines = [
+        f"## {result['bench']}" + (f": {shape}" if shape and result["bench"] != "main" else ""),
+        "",
+        f"`{result['command']}`",
+        f"({where}; {', '.join(f'{name} {number}' for name, number in versions.items())})",
+        "",
+    ]
+    columns = [(title, write) for title, key, write in COLUMNS if any(key in row for row in result["rows"])]
+    lines += [f"| {' | '.join(title for title, _ in columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(write(row) for _, write in columns)} |" for row in result["rows"]]
+    if result["ratios"]:
+        lines += ["", "| ratio | |", "|---|---|", *(f"| {name} | {value:.2f} |" for name, value in result["ratios"].items())]
+    return "\n".join([*lines, ""])
