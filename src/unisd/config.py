@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from unisd.errors import UserError
 from unisd.losses import DivergenceSpec, check_token_clip
 
-GROUPS = ("rollout", "teacher", "divergence", "agreement", "contrast", "features", "clipping", "scoring", "evaluation")
+GROUPS = ("rollout", "teacher", "divergence", "agreement", "contrast", "features", "clipping", "scoring", "evaluation", "safety")
 
 
 def option(group: str, help: str, default: Any = None, **kwargs: Any) -> Any:
@@ -160,6 +160,18 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         "evaluation", "Most tokens per greedy answer in evaluations; unset: max_completion_length."
     )
 
+    # -- safety: what keeps a long run from losing work ---------------------------------------------------------------------
+    max_skipped_steps: int = option(
+        "safety",
+        "A step whose loss or gradient is not finite is skipped; so many in a row stop the run, with the rows named.",
+        5,
+    )
+    collapse_guard: str = option(
+        "safety",
+        "When answers, entropy or divergence leave what they were in the first steps: warn, stop (with a checkpoint) or off.",
+        "warn",
+    )
+
     # -- inherited, with this method's defaults ---------------------------------------------------------------------------
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
@@ -256,6 +268,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "agreement": ("none", "token", "sequence"),
     "agreement_stat": ("var", "range"),
     "weight_normalizer": (None, "weights", "tokens"),
+    "collapse_guard": ("warn", "stop", "off"),
     "packing": ("auto", "packed", "padded"),
 }
 _INF = float("inf")
@@ -288,4 +301,5 @@ _RANGES: dict[str, tuple[float, float]] = {
     "entry_clip": (1e-9, _INF),
     "token_budget": (1, _INF),
     "eval_max_new_tokens": (1, _INF),
+    "max_skipped_steps": (1, _INF),
 }

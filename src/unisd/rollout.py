@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from unisd.decoding import decode
+from unisd.guards import smaller_until_it_fits
 
 NoiseKey = tuple[int, int, int, int]  # seed, optimizer step, row of the dataset, generation
 
@@ -152,9 +153,12 @@ class TransformersEngine:
         pass
 
     def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
-        return generate(
-            self.model, prompts, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id, keys=keys, batch_size=self.batch_size
-        )
+        def in_batches_of(size: int) -> list[Completion]:
+            return generate(self.model, prompts, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id, keys=keys, batch_size=size)
+
+        # What is sampled does not depend on the batch, so memory that runs out costs time only.
+        written, self.batch_size = smaller_until_it_fits(in_batches_of, self.batch_size)
+        return written
 
     def sleep(self) -> None:
         pass

@@ -146,6 +146,10 @@ def micro_batch(
         return torch.cat(kept) if kept else torch.zeros(0, hidden_size, device=device)
 
     inputs: dict[str, Any] = {
+        "part": list(part),
+        "row_N": torch.tensor(
+            [rows[i].number for i in part for kept in rows[i].loss_mask if kept], dtype=torch.long, device=device
+        ),
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "attention_mask": batch.attention_mask,

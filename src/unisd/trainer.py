@@ -1,4 +1,4 @@
-"""UniSD's Algorithm 1 on top of `transformers.Trainer`.
+"""UniSD's Algorithm 1 on top of `transformers.Trainer` (through `safety.SafeTrainer`, which does not lose work).
 
 `get_batch_samples` hands over all micro-batches of an optimizer step, so lines 1-3 (rollout, scores, weights) run there once for the
 whole step; `compute_loss` is line 4 (one student forward per micro-batch), and a callback is line 5 (teacher update).
@@ -8,34 +8,35 @@ Shapes: B rows of the step, T longest completion, N loss tokens of a micro-batch
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
 from unisd.data import Row, prepare_rows
 from unisd.errors import UserError
+from unisd.guards import smaller_until_it_fits
 from unisd.losses import Contrast, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
 from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
-from unisd.scoring import Scorer, ScoringRow, teacher_head
+from unisd.safety import SafeTrainer
+from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
 from unisd.step import check_data_serves, gather_scores, loss_coefficients, micro_batch, needed_views
-from unisd.teacher import STATE_FILE, Teacher
+from unisd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class _RowNumbers(Dataset[int]):
         return index
 
 
-class UniSDTrainer(Trainer):  # type: ignore[misc]
+class UniSDTrainer(SafeTrainer):
     """Self-distils a causal LM.
 
     Args:
@@ -201,7 +202,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         numbers = [(int(row), g) for batch in batches for row in batch["row"] for g in range(G)]
         rows, completions = self._rollout(numbers)
         with self.metrics.timed("score"):
-            scores, states = self.scorer.score(rows, device)
+            scores, states = self._score(rows, device)
             own, everywhere = gather_scores(self.accelerator, scores)
             coefficients, weight_metrics = loss_coefficients(self.args, self.weights, everywhere)
             coefficients = {name: value_BT[own] for name, value_BT in coefficients.items()}
@@ -210,21 +211,22 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             self.metrics.values |= weight_metrics | self._observe(completions, everywhere)
             # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
+            self.micro_batch_of = partial(
+                micro_batch,
+                rows=rows,
+                scores=scores,
+                states=states,
+                coefficients=coefficients,
+                packed=self.packed,
+                pad_id=self.pad_id,
+                hidden_size=self.backbone.head_module.in_features,
+                device=device,
+            )
             micro_batches = []
             for batch in batches:
                 part, order = order[: len(batch["row"]) * G], order[len(batch["row"]) * G :]
-                inputs = micro_batch(
-                    part,
-                    rows,
-                    scores,
-                    states,
-                    coefficients,
-                    packed=self.packed,
-                    pad_id=self.pad_id,
-                    hidden_size=self.backbone.head_module.in_features,
-                    device=device,
-                )
-                micro_batches.append(inputs)
+                micro_batches.append(self.micro_batch_of(part))
+        self.begin_student_phase()
         # Not None, so that the Trainer does not divide the loss again.
         return micro_batches, int(everywhere.mask.sum())
 
@@ -244,6 +246,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             overlong += len(views) - len(auxiliary)
             rows.append(
                 ScoringRow(
+                    number=number,
                     completion=completion.ids,
                     loss_mask=[kept and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))],
                     student=self.prompts.student(row),
@@ -254,6 +257,15 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             )
         self.metrics.add(overlong_views=float(overlong))
         return rows, completions
+
+    def _score(self, rows: list[ScoringRow], device: torch.device) -> tuple[StepScores, TeacherStates]:
+        """All views; where memory runs out, in smaller forward passes, which changes nothing in the scores."""
+
+        def within(budget: int) -> tuple[StepScores, TeacherStates]:
+            self.scorer.token_budget = budget
+            return self.scorer.score(rows, device)
+
+        return smaller_until_it_fits(within, self.scorer.token_budget, least=64)[0]
 
     # -- line 4: the student's loss -----------------------------------------------------------------------------------
 
@@ -284,6 +296,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         )
         output = plain_loss(*terms) if args.loss_implementation == "plain" else chunked_loss(*terms, args.loss_chunk_tokens)
         loss = output.loss
+        self.finite.see(inputs["row_N"], output.divergence_N, output.student_logp_N)
         self.metrics.add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
         self.metrics.add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
         if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
@@ -302,11 +315,6 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         loss = loss * self.accelerator.num_processes
         self.metrics.add(loss=loss.detach())
         return (loss, None) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.metrics.timed("student"):
-            loss: Tensor = super().training_step(*args, **kwargs)
-            return loss
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
@@ -381,21 +389,10 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             self.teacher.save(output_dir)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in transformers. `True` resumes from the newest *complete* checkpoint of `output_dir`.
-
-        Raises:
-            UserError: no training rows, nothing to resume from, or a checkpoint of another kind of run.
-        """
+        """See :class:`unisd.safety.SafeTrainer`. Raises `UserError` if there are no training rows."""
         if not self.rows:
             raise UserError("there are no training rows: give train_dataset.")
-        if resume_from_checkpoint is True:
-            checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
-            resume_from_checkpoint = str(checkpoint)
-        if resume_from_checkpoint:
-            self.teacher.load(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
 
 class _StepCallback(TrainerCallback):  # type: ignore[misc]
@@ -403,33 +400,36 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: UniSDTrainer) -> None:
         self.trainer = trainer
+        self.skipping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop lines of steps that a resumed run does again."""
-        if self.trainer.is_world_process_zero():
-            self.trainer.metrics.forget_after(state.global_step)
+        """Drop lines of steps that a resumed run does again, and tell the guard of the others."""
+        metrics = self.trainer.metrics
+        lines = [metrics.forget_after(state.global_step) if self.trainer.is_world_process_zero() else []]
+        if args.world_size > 1:
+            broadcast_object_list(lines)
+        self.trainer.watch_earlier(lines[0])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A gradient that is not finite must not reach the weights: without gradients the optimizer does nothing at all."""
+        trainer = self.trainer
+        self.skipping = trainer.finite.is_bad(state.global_step + 1, trainer.metrics.sum_of("loss"))
+        if self.skipping:
+            logger.warning("Skipped %s.", trainer.finite.message)
+            trainer.model.zero_grad(set_to_none=True)
+        trainer.metrics.values["guard/skipped_steps"] = float(trainer.finite.skipped)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.metrics.values["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
-        self.trainer.teacher.update(state.global_step + 1)
+        if not self.skipping:
+            self.trainer.teacher.update(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer.teacher.kind != "live":
             trainer.metrics.values["teacher/weight_distance"] = trainer.teacher.distance()
-        trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint whose last-written file is there: a run killed while saving leaves a broken one."""
-    found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        number = folder.name.rpartition("-")[2]
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            if number.isdigit() and (folder / STATE_FILE).is_file():
-                found.append((int(number), folder))
-    return max(found)[1] if found else None
+        values = trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())
+        trainer.watch(state.global_step, values, control)
 
 
 def _with_adapter(model: nn.Module, peft_config: Any, args: UniSDConfig) -> nn.Module:
