@@ -54,6 +54,12 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         "student",
     )
     on_policy_share: float = option("rollout", "mixture: share of rows that the student answers (lambda of GKD).", 0.5)
+    num_iterations: int = option("rollout", "Optimizer steps that each rollout serves; above 1 they are corrected.", 1)
+    importance_cap: float | None = option(
+        "rollout",
+        "Largest importance ratio of a token, for reused answers and engines whose log-probabilities differ; none: no correction.",
+        2.0,
+    )
     num_loss_tokens_to_skip: int = option("rollout", "First tokens of each answer that carry no loss.", 0)
     mask_truncated_completions: bool = option(
         "rollout", "Leave answers that ran into max_completion_length out of the loss.", False
@@ -214,6 +220,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             raise UserError("remove_unused_columns must stay false: the rows' columns are the teacher's context.")
         if self.completion_source == "initial" and (self.teacher_model_kind != "base" or self.teacher_restart_steps is not None):
             raise UserError("completion_source=initial needs the initial weights: set teacher_model_kind=base without restarts.")
+        if self.num_iterations > 1 and self.completion_source not in ("student", "mixture"):
+            raise UserError("num_iterations reuses the student's answers: set completion_source=student, or unset it.")
         if self.distillation_mode == "nll":
             self._check_without_teacher()
         check_token_clip(self.divergence_spec, self.token_clip)
@@ -282,6 +290,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_completion_length": (1, _INF),
     "num_generations": (1, _INF),
     "rollout_batch_size": (1, _INF),
+    "num_iterations": (1, _INF),
+    "importance_cap": (1, _INF),
     "on_policy_share": (0, 1),
     "num_loss_tokens_to_skip": (0, _INF),
     "teacher_update_rate": (0, 1),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -158,7 +158,7 @@ class CollapseGuard:
     _told: set[str] = field(default_factory=set)
 
     # (metric, symptom, is it so: (at the start, now) -> bool)
-    SYMPTOMS = (
+    SYMPTOMS: ClassVar[tuple[tuple[str, str, Callable[[float, float], bool]], ...]] = (
         ("completions/mean_length", "answers became very short", lambda start, now: now < 0.2 * start),
         ("completions/mean_length", "answers became very long", lambda start, now: now > 5.0 * start),
         ("completions/truncated_share", "most answers run into the length limit", lambda start, now: start < 0.5 and now > 0.9),
@@ -205,7 +205,7 @@ def release_memory() -> None:
     """After the exception is gone, whose frames held the tensors."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
 
 
 def smaller_until_it_fits(work: Callable[[int], Result], size: int, least: int = 1) -> tuple[Result, int]:

@@ -33,6 +33,8 @@ class Completion:
 
     ids: list[int]
     truncated: bool  # ran into the length limit
+    logps: list[float] | None = None  # of each token as it was drawn, at the sampling temperature; None: not told
+    sampled: bool = True  # by the student; False for references and the initial model's answers
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Sampling:
 
 class Engine(Protocol):
     """Turns prompts into completions with the student's current weights."""
+
+    returns_logps: bool  # whether completions come with the log-probabilities they were drawn with
 
     def sync(self) -> None:
         """Take over the student's weights (nothing to do where the engine shares them)."""
@@ -142,12 +146,13 @@ def generate(
 
 @dataclass
 class TransformersEngine:
-    """Generates with the student itself: nothing to sync, nothing to free."""
+    """Generates with the student itself: nothing to sync, nothing to free, nothing to correct."""
 
     model: nn.Module
     eos_ids: Sequence[int]
     pad_id: int
     batch_size: int = 64
+    returns_logps = False
 
     def sync(self) -> None:
         pass

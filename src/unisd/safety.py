@@ -21,6 +21,7 @@ from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.guards import CollapseGuard, FiniteGuard, is_out_of_memory, pieces_of, release_memory, smaller_until_it_fits
 from unisd.metrics import StepMetrics
+from unisd.reuse import RolloutStore
 from unisd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
 
     metrics: StepMetrics
     teacher: Teacher
+    store: RolloutStore
     micro_batch_of: Callable[[Sequence[int]], dict[str, Any]]
     """Lays out rows of this step, by their numbers in it, as the `inputs` of `compute_loss`."""
 
@@ -162,6 +164,7 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
         if resume_from_checkpoint:
             checkpoints.require_whole(resume_from_checkpoint)
             self.teacher.load(resume_from_checkpoint)
+            self.store.load(resume_from_checkpoint)
         self.stop_reason = None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.stop_reason is not None:

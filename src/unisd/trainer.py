@@ -32,6 +32,7 @@ from unisd.losses import Contrast, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
 from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
+from unisd.reuse import RepeatedSteps, RolloutStore, behaviour_logp, with_logps
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
 from unisd.safety import SafeTrainer
 from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
@@ -107,7 +108,10 @@ class UniSDTrainer(SafeTrainer):
         if not self.prompts.is_chat:
             logger.warning("The tokenizer has no chat template: prompts are taken as plain text.")
         self.weights = [parse_weight(spec) for spec in args.reliability_weights]
-        self.needs = needed_views(args, self.weights)
+        off_policy = args.num_iterations > 1 or (engine is not None and engine.returns_logps)
+        self.needs = needed_views(args, self.weights, off_policy)
+        self.off_policy = off_policy and args.importance_cap is not None
+        self.store = RolloutStore(args.num_iterations)
         if self.rows:
             check_data_serves(self.needs, self.rows)
         if args.feature_layers and args.gradient_checkpointing:
@@ -203,6 +207,10 @@ class UniSDTrainer(SafeTrainer):
         rows, completions = self._rollout(numbers)
         with self.metrics.timed("score"):
             scores, states = self._score(rows, device)
+            if self.off_policy and scores.student_logp is not None:
+                completions = with_logps(completions, scores.student_logp)
+                self.store.keep(numbers, completions, self.store.step)
+                scores = replace(scores, behaviour_logp=behaviour_logp(completions, scores.mask.shape[1]))
             own, everywhere = gather_scores(self.accelerator, scores)
             coefficients, weight_metrics = loss_coefficients(self.args, self.weights, everywhere)
             coefficients = {name: value_BT[own] for name, value_BT in coefficients.items()}
@@ -233,7 +241,12 @@ class UniSDTrainer(SafeTrainer):
     def _rollout(self, numbers: Sequence[tuple[int, int]]) -> tuple[list[ScoringRow], list[Completion]]:
         args = self.args
         with self.metrics.timed("rollout"):
-            completions = self.completions.complete(numbers, self.state.global_step)
+            step = self.state.global_step
+            if self.store.is_fresh(step):
+                completions = self.completions.complete(numbers, step)
+                self.store.keep(numbers, completions, step)
+            else:
+                completions = self.store.completions(numbers, step)
         rows, overlong = [], 0
         for (number, _), completion in zip(numbers, completions, strict=True):
             row = self.rows[number]
@@ -382,11 +395,21 @@ class UniSDTrainer(SafeTrainer):
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args = self.args
+        if args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        per_step = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return RepeatedSteps(len(self.rows), per_step, args.num_iterations, args.seed, lambda: int(self.state.epoch or 0))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; a checkpoint also gets the teacher's state (before `trainer_state.json`, which completes it)."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None and self.args.should_save:
-            self.teacher.save(output_dir)
+        if _internal_call and output_dir is not None:
+            if self.args.should_save:
+                self.teacher.save(output_dir)
+            if self.args.num_iterations > 1:
+                self.store.save(output_dir, self.args.should_save, self.accelerator.num_processes)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """See :class:`unisd.safety.SafeTrainer`. Raises `UserError` if there are no training rows."""
