@@ -66,7 +66,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from unisd import run
+    from unisd import launch, run
     from unisd.console import quiet_libraries
     from unisd.helptext import help_text
     from unisd.parsing import parse, train_parser
@@ -76,6 +76,8 @@ def _train(arguments: list[str]) -> int:
         return 0
     quiet_libraries()
     options, config = parse(arguments)
+    if options.accelerate_config is not None and not options.dry_run and not launch.is_launched():
+        return launch.launch(options, str(config.output_dir))
     if options.dry_run:
         run.dry_run(options, config)
         return 0

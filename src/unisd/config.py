@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from unisd.errors import UserError
@@ -193,6 +195,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self.check()
+        if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+            self.use_cpu = True  # else every process would train alone, without a word
         super().__post_init__()
 
     def check(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import signal
 import threading
 import time
@@ -62,7 +63,8 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
                 return
             self.asked, self._asked_at = True, time.monotonic()
             again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else " (terminated)"
-            print(f"\nstopping after this step, with a checkpoint{again}", flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"\nstopping after this step, with a checkpoint{again}", flush=True)
 
         for number in before:
             signal.signal(number, ask)

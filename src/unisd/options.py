@@ -20,6 +20,11 @@ class RunOptions:
     dry_run: bool = option("run", "Check everything, print the resolved options, an example and sizes; train nothing.", False)
     overwrite_output_dir: bool = option("run", "Replace an earlier run in output_dir (its results and checkpoints).", False)
 
+    accelerate_config: str | None = option(
+        "run", "Run in several processes of this machine: ddp, or an accelerate configuration file of yours."
+    )
+    num_processes: int | None = option("run", "accelerate_config: processes; unset: one for each accelerator.")
+
     # -- model --------------------------------------------------------------------------------------------------------
     model_name_or_path: str = option(
         "model", "A folder, hub id or .gguf file; or `pocket` (embedded, 1M parameters) or `smollm2-135m`.", "pocket"

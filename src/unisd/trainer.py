@@ -137,6 +137,10 @@ class UniSDTrainer(SafeTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "weights spread over processes (FSDP, DeepSpeed) are not supported: use DDP, for large models with a peft_config."
+            )
         # Our loss is normalised over the whole optimizer step already.
         self.model_accepts_loss_kwargs = True
         self.teacher = Teacher(
