@@ -35,7 +35,7 @@ def build(folder: Path, micro_batches: int, lora: bool, **options: Any) -> Any:
         "rows": tiny.rows(16),
         "peft_config": config,
         "optim": "sgd",
-        "learning_rate": 0.01,
+        "learning_rate": 0.1,
     }
     return trainer(folder, **{**settings, **STAR, **options})
 
@@ -143,7 +143,9 @@ def test_a_rank_that_is_killed_ends_the_run_soon_and_resuming_goes_on(tmp_path: 
     model, rows, out = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
     tiny.model().save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
-    rows.write_text("".join(json.dumps({**row, "auxiliary_contexts": None}) + "\n" for row in tiny.rows(10)))
+    rows.write_text(
+        "".join(json.dumps({key: row[key] for key in ("prompt", "privileged_context")}) + "\n" for row in tiny.rows(10))
+    )
     arguments = ["--train_file", str(rows), "--model_name_or_path", str(model), "--output_dir", str(out), "--recipe", "sdft"]
     arguments += [
         "--max_steps",

@@ -372,8 +372,9 @@ def test_student_out_of_memory_gives_the_same_step_in_smaller_micro_batches(tmp_
         assert b["completions/loss_tokens"] == a["completions/loss_tokens"]
 
 
-def test_a_row_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    built = build(tmp_path, max_steps=1, per_device_train_batch_size=1)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_row_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path, rows: int) -> None:
+    built = build(tmp_path, max_steps=1, per_device_train_batch_size=rows)
 
     def limited(*args: Any, **kwargs: Any) -> Any:
         raise out_of_memory()

@@ -26,6 +26,8 @@ from unisd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+ROW_TOO_LARGE = "a single row does not fit into memory: lower max_completion_length, or set gradient_checkpointing."
+
 
 class SafeTrainer(Trainer):  # type: ignore[misc]
     """The base of :class:`unisd.UniSDTrainer`, which sets `metrics`, `teacher` and, in each step, `micro_batch_of`."""
@@ -69,7 +71,12 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
             done = [*self._done, part]
             largest = min(self._most_rows or len(part), len(part))
             retry = partial(self._again, model, done, num_items_in_batch)
-            loss, self._most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
+            try:
+                loss, self._most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
+            except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error):
+                    raise UserError(ROW_TOO_LARGE) from error
+                raise
             self._done.append(part)
             logger.warning("Memory ran out: micro-batches hold %d rows from now on; the gradient is the same.", self._most_rows)
             return loss
@@ -94,9 +101,7 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
 
     def _check_can_be_smaller(self, rows: int, error: BaseException) -> None:
         if self._most_rows == 1 or rows == 1:
-            raise UserError(
-                "a single row does not fit into memory: lower max_completion_length, or set gradient_checkpointing."
-            ) from error
+            raise UserError(ROW_TOO_LARGE) from error
         if self.accelerator.num_processes > 1:  # the other ranks wait inside their own backward pass
             raise UserError(
                 f"rank {self.accelerator.process_index} ran out of memory: halve per_device_train_batch_size, double "
