@@ -24,7 +24,7 @@ STAR = {
 
 
 def trainer(tmp_path: Any, family: str = "llama", model: Any = None, rows: Any = None, **options: Any) -> UniSDTrainer:
-    peft_config = options.pop("peft_config", None)
+    others = {name: options.pop(name) for name in ("peft_config", "eval_dataset", "engine") if name in options}
     settings: dict[str, Any] = {
         "output_dir": str(tmp_path),
         "use_cpu": True,
@@ -48,7 +48,7 @@ def trainer(tmp_path: Any, family: str = "llama", model: Any = None, rows: Any =
         args,
         train_dataset=rows if rows is not None else tiny.rows(8),
         processing_class=tiny.tokenizer(),
-        peft_config=peft_config,
+        **others,
     )
 
 

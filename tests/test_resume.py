@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_invariants import STAR, trainer
 
 from unisd import UserError
-from unisd.trainer import last_complete_checkpoint
+from unisd.checkpoints import last_complete_checkpoint
 
 STEPS = 7
 

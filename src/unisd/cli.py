@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ unisd: adapt a causal language model to your task by self-distillation (UniSD, a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C or SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
@@ -43,16 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if not _disk_is_full(error):
+        from unisd.checkpoints import disk_is_full
+
+        if not disk_is_full(error):
             raise
         print("unisd: error: the disk is full: free some space, then resume from the last checkpoint.", file=sys.stderr)
         return 2
-
-
-def _disk_is_full(error: Exception) -> bool:
-    """Also as safetensors and torch say it, in exceptions of their own."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -73,7 +68,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from unisd import run
+    from unisd import launch, run
     from unisd.console import quiet_libraries
     from unisd.helptext import help_text
     from unisd.parsing import parse, train_parser
@@ -83,6 +78,8 @@ def _train(arguments: list[str]) -> int:
         return 0
     quiet_libraries()
     options, config = parse(arguments)
+    if options.accelerate_config is not None and not options.dry_run and not launch.is_launched():
+        return launch.launch(options, str(config.output_dir))
     if options.dry_run:
         run.dry_run(options, config)
         return 0

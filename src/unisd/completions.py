@@ -6,7 +6,7 @@ Which source a row gets, and what is sampled for it, depends on (seed, step, row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unisd.config import UniSDConfig
 from unisd.data import Row
@@ -58,7 +58,7 @@ class CompletionSource:
             prompts = [self.prompts.student(self.rows[numbers[i][0]]) for i in chosen]
             if source == "initial":
                 with self.teacher.in_place():
-                    written = self.engine.generate(prompts, keys, self.sampling)
+                    written = [replace(c, sampled=False) for c in self.engine.generate(prompts, keys, self.sampling)]
             else:
                 written = self.engine.generate(prompts, keys, self.sampling)
             self.prefilled += sum(map(len, prompts))
@@ -81,4 +81,6 @@ class CompletionSource:
         return "student" if draw < self.args.on_policy_share else "reference"
 
     def _reference(self, row: int) -> Completion:
-        return Completion(encode_completion(self.prompts.tokenizer, str(self.rows[row]["completion"])), truncated=False)
+        return Completion(
+            encode_completion(self.prompts.tokenizer, str(self.rows[row]["completion"])), truncated=False, sampled=False
+        )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from unisd.errors import UserError
 from unisd.losses import DivergenceSpec, check_token_clip
 
-GROUPS = ("rollout", "teacher", "divergence", "agreement", "contrast", "features", "clipping", "scoring", "evaluation")
+GROUPS = ("rollout", "teacher", "divergence", "agreement", "contrast", "features", "clipping", "scoring", "evaluation", "safety")
 
 
 def option(group: str, help: str, default: Any = None, **kwargs: Any) -> Any:
@@ -54,6 +56,12 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         "student",
     )
     on_policy_share: float = option("rollout", "mixture: share of rows that the student answers (lambda of GKD).", 0.5)
+    num_iterations: int = option("rollout", "Optimizer steps that each rollout serves; above 1 they are corrected.", 1)
+    importance_cap: float | None = option(
+        "rollout",
+        "Largest importance ratio of a token, for reused answers and engines whose log-probabilities differ; none: no correction.",
+        2.0,
+    )
     num_loss_tokens_to_skip: int = option("rollout", "First tokens of each answer that carry no loss.", 0)
     mask_truncated_completions: bool = option(
         "rollout", "Leave answers that ran into max_completion_length out of the loss.", False
@@ -166,6 +174,18 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         2,
     )
 
+    # -- safety: what keeps a long run from losing work ---------------------------------------------------------------------
+    max_skipped_steps: int = option(
+        "safety",
+        "A step whose loss or gradient is not finite is skipped; so many in a row stop the run, with the rows named.",
+        5,
+    )
+    collapse_guard: str = option(
+        "safety",
+        "When answers, entropy or divergence leave what they were in the first steps: warn, stop (with a checkpoint) or off.",
+        "warn",
+    )
+
     # -- inherited, with this method's defaults ---------------------------------------------------------------------------
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
@@ -184,6 +204,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self.check()
+        if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+            self.use_cpu = True  # else every process would train alone, without a word
         super().__post_init__()
 
     def check(self) -> None:
@@ -211,6 +233,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             raise UserError("remove_unused_columns must stay false: the rows' columns are the teacher's context.")
         if self.completion_source == "initial" and (self.teacher_model_kind != "base" or self.teacher_restart_steps is not None):
             raise UserError("completion_source=initial needs the initial weights: set teacher_model_kind=base without restarts.")
+        if self.num_iterations > 1 and self.completion_source not in ("student", "mixture"):
+            raise UserError("num_iterations reuses the student's answers: set completion_source=student, or unset it.")
         if self.distillation_mode == "nll":
             self._check_without_teacher()
         check_token_clip(self.divergence_spec, self.token_clip)
@@ -265,6 +289,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "agreement": ("none", "token", "sequence"),
     "agreement_stat": ("var", "range"),
     "weight_normalizer": (None, "weights", "tokens"),
+    "collapse_guard": ("warn", "stop", "off"),
     "packing": ("auto", "packed", "padded"),
 }
 _INF = float("inf")
@@ -278,6 +303,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_completion_length": (1, _INF),
     "num_generations": (1, _INF),
     "rollout_batch_size": (1, _INF),
+    "num_iterations": (1, _INF),
+    "importance_cap": (1, _INF),
     "on_policy_share": (0, 1),
     "num_loss_tokens_to_skip": (0, _INF),
     "teacher_update_rate": (0, 1),
@@ -298,4 +325,5 @@ _RANGES: dict[str, tuple[float, float]] = {
     "token_budget": (1, _INF),
     "eval_max_new_tokens": (1, _INF),
     "record_samples": (0, 100),
+    "max_skipped_steps": (1, _INF),
 }

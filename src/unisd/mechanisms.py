@@ -55,6 +55,7 @@ class StepScores:
     student_logp: Tensor | None = None  # [B,T] l, from a student pass without gradient (student)
     teacher_entropy: Tensor | None = None  # [B,T] H(q) (entropy)
     divergence: Tensor | None = None  # [B,T] D (divergence)
+    behaviour_logp: Tensor | None = None  # [B,T] l' with which the token was drawn, NaN if nobody drew it (importance)
 
 
 Weight = TypeVar("Weight", bound=Callable[..., Tensor])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,12 +33,25 @@ class StepMetrics:
         self.phases: dict[str, float] = {"rollout": 0.0, "score": 0.0, "student": 0.0, "update": 0.0, "eval": 0.0}
         self.values: dict[str, float] = {}  # already means over all ranks
         self._sums: dict[str, Tensor | float] = {}  # over micro-batches of this rank
+        self._marked: dict[str, Tensor | float] = {}
         self._unlogged: list[dict[str, float]] = []
 
     def add(self, **values: Tensor | float) -> None:
         """Add to this rank's sums over micro-batches."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def mark(self) -> None:
+        """Remember the sums: before the first micro-batch."""
+        self._marked = dict(self._sums)
+
+    def rewind(self) -> None:
+        """Back to the mark: the micro-batches are done again."""
+        self._sums = dict(self._marked)
+
+    def sum_of(self, name: str) -> float:
+        """This rank's sum so far."""
+        return float(self._sums.get(name, 0.0))
 
     @contextmanager
     def timed(self, phase: str, wait: bool = True) -> Iterator[None]:
@@ -55,8 +69,8 @@ class StepMetrics:
             key = f"step_time/{phase}"
             self.values[key] = self.values.get(key, 0.0) + seconds
 
-    def finish(self, step: int, is_writer: bool) -> None:
-        """After optimizer step number `step`: reduce the sums over ranks and append one line."""
+    def finish(self, step: int, is_writer: bool) -> dict[str, float]:
+        """After optimizer step number `step`: reduce the sums over ranks, append one line, and return its values."""
         names = sorted(self._sums)
         sums_of_rank = torch.stack([torch.as_tensor(self._sums[n], dtype=torch.float32, device=self.device) for n in names])
         if self.world_size > 1:
@@ -87,9 +101,11 @@ class StepMetrics:
             line: dict[str, Any] = {"step": step, "loss": values["loss"], "learning_rate": values["learning_rate"]}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line | values) + "\n")
+                finite = {name: value if math.isfinite(value) else None for name, value in (line | values).items()}
+                file.write(json.dumps(finite) + "\n")
         self._unlogged.append(values)
         self.values, self._sums = {}, {}
+        return values
 
     def take_means(self) -> dict[str, float]:
         """Means over the steps since the last call, without what the Trainer logs itself."""
@@ -97,13 +113,16 @@ class StepMetrics:
         names = sorted({name for step in steps for name in step} - {"loss", "learning_rate"})
         return {name: mean([step[name] for step in steps if name in step]) for name in names}
 
-    def forget_after(self, step: int) -> None:
-        """Drop lines of steps that a resumed run does again (and a line that a kill cut short)."""
+    def forget_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop lines of steps that a resumed run does again (and a line that a kill cut short); returns the others."""
         if not self.path.exists():
-            return
+            return []
         lines = self.path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+        return [json.loads(line) for line in kept]
 
 
 def mean(values: list[float]) -> float:

@@ -26,6 +26,10 @@ class RunOptions:
     device_tdp: float | None = option(
         "run", "Watts of one device at full load, for the energy estimate; unset: what the driver of a GPU says."
     )
+    accelerate_config: str | None = option(
+        "run", "Run in several processes of this machine: ddp, or an accelerate configuration file of yours."
+    )
+    num_processes: int | None = option("run", "accelerate_config: processes; unset: one for each accelerator.")
 
     # -- model --------------------------------------------------------------------------------------------------------
     model_name_or_path: str = option(

@@ -11,6 +11,7 @@ from typing import Any
 
 from unisd import __version__
 from unisd.artefacts import ANSWERS, METRICS, RESULTS, SAMPLES, write_json
+from unisd.checkpoints import clear_staging, last_complete_checkpoint
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.options import RunOptions
@@ -28,8 +29,6 @@ def choose_output_dir(options: RunOptions, config: UniSDConfig, data_name: str) 
     Raises:
         UserError: a folder that holds another run, one that cannot be written, or nothing to resume from.
     """
-    from unisd.trainer import last_complete_checkpoint
-
     resume = str(config.resume_from_checkpoint or "")
     if resume.lower() in ("", "false", "none"):
         resume = ""
@@ -80,6 +79,7 @@ def clear_earlier_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else: a checkpoint of the old run must not be resumed by the new one."""
     for path in (folder / RESULTS, folder / METRICS, folder / SAMPLES, folder / ANSWERS):
         path.unlink(missing_ok=True)
+    clear_staging(folder)
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and (path / "trainer_state.json").exists():
             shutil.rmtree(path)

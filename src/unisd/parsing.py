@@ -201,9 +201,11 @@ def _check_sources(options: RunOptions) -> None:
     for name, kinds in (("agreement_contexts", contexts.KINDS), ("negatives", negatives.KINDS)):
         if getattr(options, name) not in kinds:
             raise UserError(f"{name}={getattr(options, name)!r} is not one of: {', '.join(kinds)}.")
+    if options.num_processes is not None and options.accelerate_config is None:
+        raise UserError("num_processes belongs to accelerate_config: unset it, or give --accelerate_config ddp.")
     if options.load_in_4bit and not options.use_peft:
         raise UserError("load_in_4bit needs use_peft: 4-bit weights cannot be trained themselves.")
-    for name in ("max_train_rows", "max_eval_rows", "lora_r", "lora_alpha"):
+    for name in ("max_train_rows", "max_eval_rows", "lora_r", "lora_alpha", "num_processes"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be 1 or more.")

@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from unisd.decoding import decode
+from unisd.guards import smaller_until_it_fits
 
 NoiseKey = tuple[int, int, int, int]  # seed, optimizer step, row of the dataset, generation
 
@@ -32,6 +33,8 @@ class Completion:
 
     ids: list[int]
     truncated: bool  # ran into the length limit
+    logps: list[float] | None = None  # of each token as it was drawn, at the sampling temperature; None: not told
+    sampled: bool = True  # by the student; False for references and the initial model's answers
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Sampling:
 
 class Engine(Protocol):
     """Turns prompts into completions with the student's current weights."""
+
+    returns_logps: bool  # whether completions come with the log-probabilities they were drawn with
 
     def sync(self) -> None:
         """Take over the student's weights (nothing to do where the engine shares them)."""
@@ -141,20 +146,24 @@ def generate(
 
 @dataclass
 class TransformersEngine:
-    """Generates with the student itself: nothing to sync, nothing to free."""
+    """Generates with the student itself: nothing to sync, nothing to free, nothing to correct."""
 
     model: nn.Module
     eos_ids: Sequence[int]
     pad_id: int
     batch_size: int = 64
+    returns_logps = False
 
     def sync(self) -> None:
         pass
 
     def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
-        return generate(
-            self.model, prompts, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id, keys=keys, batch_size=self.batch_size
-        )
+        def in_batches_of(size: int) -> list[Completion]:
+            return generate(self.model, prompts, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id, keys=keys, batch_size=size)
+
+        # What is sampled does not depend on the batch, so memory that runs out costs time only.
+        written, self.batch_size = smaller_until_it_fits(in_batches_of, self.batch_size)
+        return written
 
     def sleep(self) -> None:
         pass

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import logging
 import shlex
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback
 
 from unisd import before as shared
 from unisd import memory, outputs
 from unisd.artefacts import ANSWERS
+from unisd.checkpoints import last_complete_checkpoint
 from unisd.config import UniSDConfig
 from unisd.console import ProgressDisplay, make_console, show_example, show_table
 from unisd.cost import Energy, cost_of
+from unisd.guards import Interruption
 from unisd.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
 from unisd.measure import change_lines, drift, measure, pair_answers
 from unisd.options import RunOptions
@@ -33,37 +31,6 @@ from unisd.trainer import UniSDTrainer
 
 logger = logging.getLogger(__name__)
 Results = dict[str, Any]
-
-
-class Interruption(TrainerCallback):  # type: ignore[misc]
-    """First Ctrl-C: finish the step, save a checkpoint, stop. Second: stop at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def ask(number: int, frame: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-            print("\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once", flush=True)
-
-        signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
 
 
 @dataclass
@@ -116,7 +83,7 @@ def longest_prompt(trainer: UniSDTrainer) -> int:
 
 
 def train(options: RunOptions, config: UniSDConfig) -> Results | None:
-    """The whole run; returns what `results.json` holds, or None if Ctrl-C stopped it.
+    """The whole run; returns what `results.json` holds, or None if Ctrl-C or SIGTERM stopped it.
 
     Raises:
         UserError: see `outputs.choose_output_dir`, `inputs.load_data`, `inputs.load_model` and `UniSDTrainer`.
@@ -268,8 +235,6 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
 
 
 def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
-    from unisd.trainer import last_complete_checkpoint
-
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
         print(f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps sets how often it would)")

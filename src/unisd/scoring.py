@@ -35,6 +35,7 @@ class ScoringRow:
     teacher: list[int]
     negative: list[int] | None = None
     auxiliary: list[list[int]] = field(default_factory=list)
+    number: int = -1  # of the row in the dataset, for messages
 
 
 @dataclass

@@ -21,11 +21,12 @@ from unisd.config import UniSDConfig
 from unisd.data import Row
 from unisd.errors import UserError
 from unisd.mechanisms import StepScores, WeightFunction, step_coefficients, term_coefficients, weight_stats
+from unisd.reuse import importance_ratio, importance_stats
 from unisd.scoring import ScoringRow, TeacherStates
 
 
-def needed_views(args: UniSDConfig, weights: Sequence[WeightFunction]) -> frozenset[str]:
-    """What this run's mechanisms look at; nothing else is scored."""
+def needed_views(args: UniSDConfig, weights: Sequence[WeightFunction], off_policy: bool = False) -> frozenset[str]:
+    """What this run's mechanisms look at; nothing else is scored. `off_policy`: answers of other weights or another engine."""
     needs = frozenset(need for weight in weights for need in weight.needs)
     if any(not weight.name.startswith("agreement_") for weight in weights):
         needs |= {"teacher"}  # agreement reads the auxiliary scores alone; any other weight may look at l+
@@ -33,6 +34,8 @@ def needed_views(args: UniSDConfig, weights: Sequence[WeightFunction]) -> frozen
         needs |= {"negative"}
     if args.token_clip_quantile is not None:
         needs |= {"divergence"}
+    if off_policy and args.importance_cap is not None:
+        needs |= {"student"}
     return needs
 
 
@@ -111,6 +114,10 @@ def loss_coefficients(
     divergence_BT = step_coefficients(
         scores.mask, token_BT, sequence_B, args.loss_aggregation, args.weight_normalizer or normalizer
     )
+    if args.importance_cap is not None and scores.behaviour_logp is not None and scores.student_logp is not None:
+        policies = (scores.student_logp, scores.behaviour_logp, scores.mask, args.importance_cap)
+        divergence_BT = divergence_BT * importance_ratio(*policies)
+        metrics |= importance_stats(*policies)
     coefficients = {"divergence": torch.zeros(B, T) if args.feature_only else divergence_BT}
     if args.contrastive_weight and scores.negative_present is not None:
         unit_BT = term_coefficients(scores.mask, scores.negative_present, args.loss_aggregation)
@@ -162,6 +169,10 @@ def micro_batch(
         return torch.cat(kept) if kept else torch.zeros(0, hidden_size, device=device)
 
     inputs: dict[str, Any] = {
+        "part": list(part),
+        "row_N": torch.tensor(
+            [rows[i].number for i in part for kept in rows[i].loss_mask if kept], dtype=torch.long, device=device
+        ),
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "attention_mask": batch.attention_mask,

@@ -1,4 +1,4 @@
-"""UniSD's Algorithm 1 on top of `transformers.Trainer`.
+"""UniSD's Algorithm 1 on top of `transformers.Trainer` (through `safety.SafeTrainer`, which does not lose work).
 
 `get_batch_samples` hands over all micro-batches of an optimizer step, so lines 1-3 (rollout, scores, weights) run there once for the
 whole step; `compute_loss` is line 4 (one student forward per micro-batch), and a callback is line 5 (teacher update).
@@ -8,20 +8,19 @@ Shapes: B rows of the step, T longest completion, N loss tokens of a micro-batch
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from unisd.artefacts import SAMPLES
 from unisd.backbone import Backbone, Batch
@@ -30,16 +29,19 @@ from unisd.config import UniSDConfig
 from unisd.cost import TokenCounter
 from unisd.data import Row, prepare_rows
 from unisd.errors import UserError
+from unisd.guards import smaller_until_it_fits
 from unisd.losses import Contrast, Head, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
 from unisd.memory import default_token_budget
 from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
+from unisd.reuse import RepeatedSteps, RolloutStore, behaviour_logp, with_logps
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
+from unisd.safety import SafeTrainer
 from unisd.samples import SampleRecorder
-from unisd.scoring import Scorer, ScoringRow, teacher_head
+from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
 from unisd.step import check_data_serves, gather_scores, loss_coefficients, micro_batch, needed_views, reliability
-from unisd.teacher import STATE_FILE, Teacher
+from unisd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class _RowNumbers(Dataset[int]):
         return index
 
 
-class UniSDTrainer(Trainer):  # type: ignore[misc]
+class UniSDTrainer(SafeTrainer):
     """Self-distils a causal LM.
 
     Args:
@@ -110,7 +112,10 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         if not self.prompts.is_chat:
             logger.warning("The tokenizer has no chat template: prompts are taken as plain text.")
         self.weights = [parse_weight(spec) for spec in args.reliability_weights]
-        self.needs = needed_views(args, self.weights)
+        off_policy = args.num_iterations > 1 or (engine is not None and engine.returns_logps)
+        self.needs = needed_views(args, self.weights, off_policy)
+        self.off_policy = off_policy and args.importance_cap is not None
+        self.store = RolloutStore(args.num_iterations)
         if self.rows:
             check_data_serves(self.needs, self.rows)
         if args.feature_layers and args.gradient_checkpointing:
@@ -136,6 +141,10 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "weights spread over processes (FSDP, DeepSpeed) are not supported: use DDP, for large models with a peft_config."
+            )
         # Our loss is normalised over the whole optimizer step already.
         self.model_accepts_loss_kwargs = True
         self.teacher = Teacher(
@@ -210,40 +219,50 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         numbers = [(int(row), g) for batch in batches for row in batch["row"] for g in range(G)]
         rows, completions = self._rollout(numbers)
         with self.metrics.timed("score"):
-            scores, states = self.scorer.score(rows, device)
+            scores, states = self._score(rows, device)
             self._teacher_head = teacher_head(self.backbone, self.teacher)
+            if self.off_policy and scores.student_logp is not None:
+                completions = with_logps(completions, scores.student_logp)
+                self.store.keep(numbers, completions, self.store.step)
+                scores = replace(scores, behaviour_logp=behaviour_logp(completions, scores.mask.shape[1]))
             own, everywhere = gather_scores(self.accelerator, scores)
             coefficients, weight_metrics = loss_coefficients(self.args, self.weights, everywhere)
             coefficients = {name: value_BT[own] for name, value_BT in coefficients.items()}
             if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
                 self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
             self.metrics.values |= weight_metrics | self._observe(completions, everywhere)
+            self._mask_BT = scores.mask
             self._record(numbers, completions, scores, own, everywhere)
             # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
+            self.micro_batch_of = partial(
+                micro_batch,
+                rows=rows,
+                scores=scores,
+                states=states,
+                coefficients=coefficients,
+                packed=self.packed,
+                pad_id=self.pad_id,
+                hidden_size=self.backbone.head_module.in_features,
+                device=device,
+            )
             micro_batches = []
             for batch in batches:
                 part, order = order[: len(batch["row"]) * G], order[len(batch["row"]) * G :]
-                inputs = micro_batch(
-                    part,
-                    rows,
-                    scores,
-                    states,
-                    coefficients,
-                    packed=self.packed,
-                    pad_id=self.pad_id,
-                    hidden_size=self.backbone.head_module.in_features,
-                    device=device,
-                )
-                inputs["sampled"] = self.samples.spans(part, scores.mask)
-                micro_batches.append(inputs)
+                micro_batches.append(self.micro_batch_of(part))
+        self.begin_student_phase()
         # Not None, so that the Trainer does not divide the loss again.
         return micro_batches, int(everywhere.mask.sum())
 
     def _rollout(self, numbers: Sequence[tuple[int, int]]) -> tuple[list[ScoringRow], list[Completion]]:
         args = self.args
         with self.metrics.timed("rollout"):
-            completions = self.completions.complete(numbers, self.state.global_step)
+            step = self.state.global_step
+            if self.store.is_fresh(step):
+                completions = self.completions.complete(numbers, step)
+                self.store.keep(numbers, completions, step)
+            else:
+                completions = self.store.completions(numbers, step)
         rows, overlong = [], 0
         for (number, _), completion in zip(numbers, completions, strict=True):
             row = self.rows[number]
@@ -256,6 +275,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             overlong += len(views) - len(auxiliary)
             rows.append(
                 ScoringRow(
+                    number=number,
                     completion=completion.ids,
                     loss_mask=[kept and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))],
                     student=self.prompts.student(row),
@@ -284,6 +304,15 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             rows = [self.rows[row] for row, _ in numbers]
             self.samples.begin(step, rows, completions, scores, weight_BT, self.args.divergence_spec.temperature)
 
+    def _score(self, rows: list[ScoringRow], device: torch.device) -> tuple[StepScores, TeacherStates]:
+        """All views; where memory runs out, in smaller forward passes, which changes nothing in the scores."""
+
+        def within(budget: int) -> tuple[StepScores, TeacherStates]:
+            self.scorer.token_budget = budget
+            return self.scorer.score(rows, device)
+
+        return smaller_until_it_fits(within, self.scorer.token_budget, least=64)[0]
+
     # -- line 4: the student's loss -----------------------------------------------------------------------------------
 
     def compute_loss(
@@ -311,9 +340,10 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         )
         output = plain_loss(*terms) if args.loss_implementation == "plain" else chunked_loss(*terms, args.loss_chunk_tokens)
         loss = output.loss
+        self.finite.see(inputs["row_N"], output.divergence_N, output.student_logp_N)
         self.metrics.add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
         self.metrics.add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
-        self.samples.take(inputs["sampled"], output)
+        self.samples.take(self.samples.spans(inputs["part"], self._mask_BT), output)
         if args.distillation_mode != "nll":
             self.metrics.add(teacher_logp=output.teacher_logp_N.sum())
         if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
@@ -332,11 +362,6 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         loss = loss * self.accelerator.num_processes
         self.metrics.add(loss=loss.detach())
         return (loss, None) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.metrics.timed("student", wait=self.accelerator.sync_gradients):
-            loss: Tensor = super().training_step(*args, **kwargs)
-            return loss
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
@@ -402,28 +427,27 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args = self.args
+        if args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        per_step = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return RepeatedSteps(len(self.rows), per_step, args.num_iterations, args.seed, lambda: int(self.state.epoch or 0))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; a checkpoint also gets the teacher's state (before `trainer_state.json`, which completes it)."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None and self.args.should_save:
-            self.teacher.save(output_dir)
+        if _internal_call and output_dir is not None:
+            if self.args.should_save:
+                self.teacher.save(output_dir)
+            if self.args.num_iterations > 1:
+                self.store.save(output_dir, self.args.should_save, self.accelerator.num_processes)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in transformers. `True` resumes from the newest *complete* checkpoint of `output_dir`.
-
-        Raises:
-            UserError: no training rows, nothing to resume from, or a checkpoint of another kind of run.
-        """
+        """See :class:`unisd.safety.SafeTrainer`. Raises `UserError` if there are no training rows."""
         if not self.rows:
             raise UserError("there are no training rows: give train_dataset.")
-        if resume_from_checkpoint is True:
-            checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
-            resume_from_checkpoint = str(checkpoint)
-        if resume_from_checkpoint:
-            self.teacher.load(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
 
 class _StepCallback(TrainerCallback):  # type: ignore[misc]
@@ -431,36 +455,40 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: UniSDTrainer) -> None:
         self.trainer = trainer
+        self.skipping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop lines of steps that a resumed run does again."""
+        """Drop lines of steps that a resumed run does again, and tell the guard of the others."""
+        metrics = self.trainer.metrics
         if self.trainer.is_world_process_zero():
-            self.trainer.metrics.forget_after(state.global_step)
             self.trainer.samples.forget_after(state.global_step)
+        lines = [metrics.forget_after(state.global_step) if self.trainer.is_world_process_zero() else []]
+        if args.world_size > 1:
+            broadcast_object_list(lines)
+        self.trainer.watch_earlier(lines[0])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A gradient that is not finite must not reach the weights: without gradients the optimizer does nothing at all."""
+        trainer = self.trainer
+        self.skipping = trainer.finite.is_bad(state.global_step + 1, trainer.metrics.sum_of("loss"))
+        if self.skipping:
+            logger.warning("Skipped %s.", trainer.finite.message)
+            trainer.model.zero_grad(set_to_none=True)
+        trainer.metrics.values["guard/skipped_steps"] = float(trainer.finite.skipped)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.metrics.values["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
-        with self.trainer.metrics.timed("update"):
-            self.trainer.teacher.update(state.global_step + 1)
+        if not self.skipping:
+            with self.trainer.metrics.timed("update"):
+                self.trainer.teacher.update(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer.teacher.kind != "live":
             trainer.metrics.add(weight_distance=trainer.teacher.distance())
-        trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())
+        values = trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())
+        trainer.watch(state.global_step, values, control)
         trainer.samples.write()
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint whose last-written file is there: a run killed while saving leaves a broken one."""
-    found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        number = folder.name.rpartition("-")[2]
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            if number.isdigit() and (folder / STATE_FILE).is_file():
-                found.append((int(number), folder))
-    return max(found)[1] if found else None
 
 
 def _with_adapter(model: nn.Module, peft_config: Any, args: UniSDConfig) -> nn.Module:

@@ -1,0 +1,227 @@
+"""What keeps a long run from losing work: stopping on a signal, bad steps, collapse, and memory that runs out.
+
+All decisions are taken from values that are the same on every rank, so that no rank goes on alone.
+
+Shapes: N loss tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import TrainerCallback
+
+Result = TypeVar("Result")
+
+
+def on_any_rank(flag: bool, world_size: int) -> bool:
+    """Whether any rank says so (a collective: all ranks must ask)."""
+    return flag if world_size == 1 else any(gather_object([flag]))
+
+
+# ------------------------------------------------------------------------------------------------------- signals
+
+
+class Interruption(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C or SIGTERM (preemption): finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    All ranks stop after the same step, whichever of them was told. A second SIGTERM changes nothing: schedulers and launchers
+    both send one.
+    """
+
+    SAME_KEYPRESS = 1.0  # seconds; a launcher passes on what the terminal has sent to all of us
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._asked_at = -math.inf
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: Any) -> None:
+            if self.asked:
+                if number == signal.SIGINT and time.monotonic() - self._asked_at > self.SAME_KEYPRESS:
+                    raise KeyboardInterrupt
+                return
+            self.asked, self._asked_at = True, time.monotonic()
+            again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else " (terminated)"
+            if os.environ.get("RANK", "0") == "0":
+                print(f"\nstopping after this step, with a checkpoint{again}", flush=True)
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.asked = on_any_rank(self.asked, args.world_size)
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False  # whoever sent a SIGTERM waits for half a minute only
+
+
+# ----------------------------------------------------------------------------------- non-finite loss and gradient
+
+
+class FiniteGuard:
+    """Finds steps whose loss or gradient is NaN or infinite, and the rows that did it.
+
+    Args:
+        limit: so many of them in a row stop the run.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, limit: int, world_size: int) -> None:
+        self.limit = limit
+        self.world_size = world_size
+        self.skipped = 0  # steps of this run
+        self.in_a_row = 0
+        self.grad_norm = 0.0
+        self.message = ""
+        self._seen: list[tuple[Tensor, Tensor]] = []  # rows of the dataset [N] and a value [N] for each loss token
+
+    def see(self, row_N: Tensor, *values_N: Tensor) -> None:
+        """Keep what a micro-batch computed at its tokens until the step is over."""
+        self._seen += [(row_N, value_N) for value_N in values_N]
+
+    def is_bad(self, step: int, loss: float) -> bool:
+        """Judge the optimizer step number `step` before it is taken; `loss` is this rank's."""
+        bad = not math.isfinite(self.grad_norm) or on_any_rank(not math.isfinite(loss), self.world_size)
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if bad:
+            self.skipped += 1
+            self.message = self._diagnosis(step)
+        self._seen = []
+        return bad
+
+    def _diagnosis(self, step: int) -> str:
+        culprits = {int(row) for row_N, value_N in self._seen for row in row_N[~value_N.isfinite()]}
+        present = {row for row_N, _ in self._seen for row in row_N.tolist()}
+        if self.world_size > 1:
+            culprits = set().union(*gather_object([culprits]))
+            present = set().union(*gather_object([present]))
+        if culprits:
+            return f"step {step}: the loss is not finite, because of {_listed(culprits)} of the training data"
+        return f"step {step}: the loss is finite, but its gradient is not; the step held {_listed(present)} of the training data"
+
+    @property
+    def too_many(self) -> str | None:
+        """Why the run must stop, with the remedy; None while it may go on."""
+        if self.in_a_row < self.limit:
+            return None
+        return (
+            f"{self.in_a_row} steps in a row had a loss or gradient that is not finite and were skipped; the last, {self.message}: "
+            "look at these rows, lower learning_rate, or train in bf16 or float32; then resume from the checkpoint just saved."
+        )
+
+
+def _listed(rows: set[int], most: int = 16) -> str:
+    shown = ", ".join(map(str, sorted(rows)[:most])) + (", ..." if len(rows) > most else "")
+    return f"row{'s' if len(rows) != 1 else ''} {shown}"
+
+
+# ------------------------------------------------------------------------------------------------------- collapse
+
+
+@dataclass
+class CollapseGuard:
+    """Compares the last steps with the first ones: answers that shrink or never end, entropy off the rails, drift from the teacher.
+
+    The reference is the median of the first `reference_steps` steps, the present that of the last `recent_steps`; each symptom
+    is told once, and again only after it had gone.
+    """
+
+    reference_steps: int = 10
+    recent_steps: int = 5
+    _first: dict[str, list[float]] = field(default_factory=dict)
+    _last: dict[str, deque[float]] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
+
+    # (metric, symptom, is it so: (at the start, now) -> bool)
+    SYMPTOMS: ClassVar[tuple[tuple[str, str, Callable[[float, float], bool]], ...]] = (
+        ("completions/mean_length", "answers became very short", lambda start, now: now < 0.2 * start),
+        ("completions/mean_length", "answers became very long", lambda start, now: now > 5.0 * start),
+        ("completions/truncated_share", "most answers run into the length limit", lambda start, now: start < 0.5 and now > 0.9),
+        ("student/entropy", "the student's entropy collapsed", lambda start, now: now < 0.02 * start),
+        ("student/entropy", "the student's entropy exploded", lambda start, now: now > 3.0 * start + 0.5),
+        ("teacher/divergence", "student and teacher drift apart", lambda start, now: now > 3.0 * start + 0.1),
+    )
+
+    def update(self, values: Mapping[str, float | None]) -> list[str]:
+        """Take in the metrics of one optimizer step; returns the symptoms that are new."""
+        new = []
+        for name in {name for name, _, _ in self.SYMPTOMS}:
+            value = values.get(name)
+            if value is None or not math.isfinite(value):
+                continue
+            first = self._first.setdefault(name, [])
+            if len(first) < self.reference_steps:
+                first.append(value)
+            else:
+                self._last.setdefault(name, deque(maxlen=self.recent_steps)).append(value)
+        for name, symptom, holds in self.SYMPTOMS:
+            if len(self._last.get(name, ())) < self.recent_steps:
+                continue
+            start, now = median(self._first[name]), median(self._last[name])
+            if not holds(start, now):
+                self._told.discard(symptom)
+            elif symptom not in self._told:
+                self._told.add(symptom)
+                new.append(f"{symptom}: {name} was {start:.4g} in the first steps and is {now:.4g}")
+        return new
+
+
+# ---------------------------------------------------------------------------------------------------- out of memory
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of any device, as torch and Python say it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    )
+
+
+def release_memory() -> None:
+    """After the exception is gone, whose frames held the tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def smaller_until_it_fits(work: Callable[[int], Result], size: int, least: int = 1) -> tuple[Result, int]:
+    """`work(size)`, and where memory runs out `work` of half the size, and so on; also returns the size that fitted."""
+    while True:
+        try:
+            return work(size), size
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or size <= least:
+                raise
+        size = max(least, size // 2)
+        release_memory()
+
+
+def pieces_of(part: Sequence[int], size: int) -> list[list[int]]:
+    """`part` cut into pieces of at most `size`."""
+    return [list(part[first : first + size]) for first in range(0, len(part), size)]

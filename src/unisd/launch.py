@@ -1,0 +1,100 @@
+"""`unisd train --accelerate_config ddp`: the same command in several processes, started by accelerate (on a CPU by torchrun)."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unisd.checkpoints import last_complete_checkpoint
+from unisd.errors import UserError
+from unisd.options import RunOptions
+
+CONFIGS = Path(__file__).parent / "accelerate_configs"
+SHARDED = ("fsdp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
+
+
+def is_launched() -> bool:
+    """Whether this is one of the processes of a distributed run."""
+    return "LOCAL_RANK" in os.environ
+
+
+def config_file(name: str) -> Path:
+    """The accelerate configuration called `name`: of this package, or a file.
+
+    Raises:
+        UserError: there is none, or it is one that shards the weights.
+    """
+    if name in SHARDED:
+        raise UserError(
+            f"accelerate_config={name}: weights spread over processes are not supported: use ddp, for large models with "
+            "--use_peft or --load_in_4bit."
+        )
+    packaged = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    if name in packaged:
+        return CONFIGS / f"{name}.yaml"
+    if not Path(name).is_file():
+        raise UserError(f"accelerate_config={name!r} is neither a file nor one of: {', '.join(packaged)}.")
+    return Path(name)
+
+
+def command(name: str, processes: int, arguments: Sequence[str], on_cpu: bool) -> list[str]:
+    """What starts `unisd train ARGUMENTS` in so many processes of this machine."""
+    file = config_file(name)
+    if on_cpu:  # accelerate would start a single process
+        starter = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    else:
+        starter = ["accelerate.commands.launch", "--config_file", str(file), "--num_processes", str(processes)]
+    return [sys.executable, "-m", *starter, "-m", "unisd", "train", *arguments]
+
+
+def launch(options: RunOptions, output_dir: str) -> int:
+    """Start the run, wait for it, and if a process died say how to go on; returns the exit code.
+
+    Raises:
+        UserError: unknown configuration, or more processes than devices.
+    """
+    import torch
+
+    on_cpu = not torch.accelerator.is_available()
+    devices = 1 if on_cpu else torch.accelerator.device_count()
+    processes = options.num_processes or devices
+    if not on_cpu and processes > devices:
+        raise UserError(f"num_processes={processes}, but this machine has {devices} accelerator(s): lower it.")
+    assert options.accelerate_config is not None
+    child = subprocess.Popen(command(options.accelerate_config, processes, options.command, on_cpu))
+    told = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        told.append(number)
+        if number == signal.SIGTERM:  # the terminal sends Ctrl-C to the children itself
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told:
+        return 130
+    if code != 0:
+        reason = "a process of the run has ended early (why is said above), so all were stopped"
+        print(f"unisd: error: {reason}; {_how_on(options, output_dir)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _how_on(options: RunOptions, output_dir: str) -> str:
+    if "output_dir" not in options.explicit:
+        return "if it had saved a checkpoint, the same command goes on from there with --resume_from_checkpoint."
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is None:
+        return f"{output_dir} holds no checkpoint: mend the cause and start anew."
+    arguments = [*options.command, *([] if "--resume_from_checkpoint" in options.command else ["--resume_from_checkpoint"])]
+    return f"resume from {checkpoint.name} with:\n  unisd train {shlex.join(arguments)}"
