@@ -115,6 +115,12 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     agreement_stat: str = option("agreement", "Disagreement of the K log-probabilities: var or range.", "var")
     agreement_quantile: float = option("agreement", "token: quantile of disagreement that becomes the unit.", 0.95)
     agreement_cap: float = option("agreement", "token: largest scaled disagreement.", 10.0)
+    agreement_budget_contexts: int | None = option(
+        "agreement", "Budget: score so many of a row's contexts only, drawn anew in every step (unset: all)."
+    )
+    agreement_uncertain_share: float = option(
+        "agreement", "Budget: score contexts only for this share of a step's rows, those of largest teacher entropy.", 1.0
+    )
     token_weights: list[str] = option(
         "agreement",
         "More reliability weights by registered name, multiplied in order; options as name:key=value,key=value.",
@@ -198,6 +204,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             raise UserError("teacher_restart_steps restarts a fixed teacher: set teacher_model_kind=base or unset it.")
         if self.agreement != "none" and self.num_auxiliary_contexts < 2:
             raise UserError("agreement needs num_auxiliary_contexts of 2 or more: one context cannot disagree with itself.")
+        if self.agreement_uncertain_share == 0:
+            raise UserError("agreement_uncertain_share=0 would score no row's contexts: set agreement=none instead.")
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay false: the rows' columns are the teacher's context.")
         if self.completion_source == "initial" and (self.teacher_model_kind != "base" or self.teacher_restart_steps is not None):
@@ -280,6 +288,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "agreement_gamma": (0, _INF),
     "agreement_quantile": (0, 1),
     "agreement_cap": (1e-6, _INF),
+    "agreement_budget_contexts": (2, _INF),
+    "agreement_uncertain_share": (0, 1),
     "contrastive_weight": (0, _INF),
     "contrastive_margin": (0, _INF),
     "feature_weight": (0, _INF),

@@ -8,7 +8,7 @@ Shapes: B rows of the step on this rank, T longest completion, K auxiliary conte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -90,6 +90,8 @@ class Scorer:
         token_budget: most tokens per forward pass.
         layers: further layers to keep of the primary teacher.
         autocast: makes the context of a forward pass (mixed precision as in training).
+        choose_rows: agreement's budget: `[B]` mean teacher entropies -> `[B]` bool, the rows whose auxiliary views are scored;
+            None: all. The others count as rows without contexts.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class Scorer:
         pad_id: int,
         layers: Sequence[int] = (),
         autocast: Any = None,
+        choose_rows: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self.choose_rows = choose_rows
         self.backbone = backbone
         self.teacher = teacher
         self.spec = spec
@@ -137,11 +141,13 @@ class Scorer:
             states.final, jobs = [torch.zeros(len(row.completion), size, device=device) for row in rows], []
         if "negative" in self.needs:
             jobs += [_Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None]
-        if "auxiliary" in self.needs:
-            jobs += [_Job("auxiliary", i, k, prompt) for i, row in enumerate(rows) for k, prompt in enumerate(row.auxiliary)]
+        auxiliary = [_Job("auxiliary", i, k, prompt) for i, row in enumerate(rows) for k, prompt in enumerate(row.auxiliary)]
+        if "auxiliary" in self.needs and self.choose_rows is None:
+            jobs += auxiliary
+        auxiliary_present = torch.tensor([[k < len(row.auxiliary) for row in rows] for k in range(K)], dtype=torch.bool)
+        auxiliary_present = auxiliary_present.reshape(K, B)
 
-        with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
-            head = self.backbone.head()
+        def record(jobs: Sequence[_Job]) -> None:
             for group in self._hidden_states(jobs, rows, device):
                 for view, logp_T, entropy_T in self._token_scores(group, rows, head):
                     job, length = view.job, len(logp_T)
@@ -156,13 +162,20 @@ class Scorer:
                     else:
                         auxiliary_logp[job.context, job.row, :length] = logp_T
 
-        auxiliary_present = torch.tensor([[k < len(row.auxiliary) for row in rows] for k in range(K)], dtype=torch.bool)
+        with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
+            head = self.backbone.head()
+            record(jobs)
+            if "auxiliary" in self.needs and self.choose_rows is not None:
+                chosen_B = self.choose_rows(torch.where(mask, entropy, 0.0).sum(-1) / mask.sum(-1).clamp(min=1))
+                record([job for job in auxiliary if chosen_B[job.row]])
+                auxiliary_present &= chosen_B
+
         scores = StepScores(
             mask=mask,
             tokens=tokens,
             teacher_logp=teacher_logp,
             auxiliary_logp=auxiliary_logp if "auxiliary" in self.needs else None,
-            auxiliary_present=auxiliary_present.reshape(K, B) if "auxiliary" in self.needs else None,
+            auxiliary_present=auxiliary_present if "auxiliary" in self.needs else None,
             negative_logp=negative_logp if "negative" in self.needs else None,
             negative_present=torch.tensor([row.negative is not None for row in rows]) if "negative" in self.needs else None,
             student_logp=None,

@@ -7,6 +7,8 @@ Shapes: B rows, T longest completion, K contexts, N loss tokens of a micro-batch
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -45,6 +47,41 @@ def check_data_serves(needs: frozenset[str], rows: Sequence[Row]) -> None:
         raise UserError(
             "contrast needs wrong references, but no row has one: add a column negative_context, or set contrastive_weight=0."
         )
+
+
+def budgeted(views: list[list[int]], budget: int | None, seed: int, step: int, row: int) -> list[list[int]]:
+    """Agreement's budget of contexts: `budget` of a row's views in their order, drawn by (seed, optimizer step, row) alone.
+
+    A draw per step, so that over the epochs all of them are used; the same for all generations of a prompt.
+    """
+    if budget is None or budget >= len(views):
+        return views
+    return [views[k] for k in sorted(random.Random(f"agreement {seed} {step} {row}").sample(range(len(views)), budget))]
+
+
+def most_uncertain(entropy_B: Tensor, share: float, accelerator: Accelerator) -> Tensor:
+    """Agreement's budget of rows: `[B]` bool, the ceil(share * rows) of the whole step with the largest mean teacher entropy.
+
+    All ranks together; of equal rows the first. What the teacher is sure of needs no second opinion: such rows count as rows
+    without contexts, whose weight is 1.
+    """
+    gathered = [entropy_B.tolist()] if accelerator.num_processes == 1 else gather_object([entropy_B.tolist()])
+    first = sum(len(part) for part in gathered[: accelerator.process_index])
+    everywhere = [value for part in gathered for value in part]
+    order = sorted(range(len(everywhere)), key=lambda i: (-everywhere[i], i))[: math.ceil(share * len(everywhere))]
+    chosen = torch.zeros(len(everywhere), dtype=torch.bool)
+    chosen[order] = True
+    return chosen[first : first + len(entropy_B)]
+
+
+def idle_agreement(metrics: dict[str, float], args: UniSDConfig) -> str | None:
+    """What to tell the user if all agreement weights of a step are within 1 % of 1: forward passes that buy nothing."""
+    if "agreement/min" not in metrics or metrics["agreement/min"] < 0.99 or metrics["agreement/max"] > 1.01:
+        return None
+    return (
+        f"agreement weights are all within 1 % of 1 (from {metrics['agreement/min']:.4f}): their forward passes buy nothing; raise "
+        f"agreement_gamma={args.agreement_gamma}, or set agreement=none."
+    )
 
 
 def gather_scores(accelerator: Accelerator, scores: StepScores) -> tuple[slice, StepScores]:
@@ -99,6 +136,9 @@ def loss_coefficients(
         prefix = "agreement" if weight.name.startswith("agreement_") else f"weight/{weight.name}"
         spread_BT = value if weight.level == "token" else value[:, None].expand(B, T)
         metrics |= {f"{prefix}/{key}": float(number) for key, number in weight_stats(spread_BT, scores.mask).items()}
+    if scores.auxiliary_present is not None:
+        metrics["agreement/contexts"] = float(scores.auxiliary_present.sum()) / max(B, 1)
+        metrics["agreement/scored_rows"] = float((scores.auxiliary_present.sum(0) > 0).float().mean()) if B else 0.0
     divergence_BT = step_coefficients(
         scores.mask, token_BT, sequence_B, args.loss_aggregation, args.weight_normalizer or normalizer
     )

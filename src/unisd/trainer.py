@@ -34,7 +34,16 @@ from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
 from unisd.scoring import Scorer, ScoringRow, teacher_head
-from unisd.step import check_data_serves, gather_scores, loss_coefficients, micro_batch, needed_views
+from unisd.step import (
+    budgeted,
+    check_data_serves,
+    gather_scores,
+    idle_agreement,
+    loss_coefficients,
+    micro_batch,
+    most_uncertain,
+    needed_views,
+)
 from unisd.teacher import STATE_FILE, Teacher
 
 logger = logging.getLogger(__name__)
@@ -148,12 +157,14 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             pad_id=self.pad_id,
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
+            choose_rows=self._most_uncertain if args.agreement_uncertain_share < 1 else None,
         )
         self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
         self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
         self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
         self._token_clip: float | None = args.token_clip
+        self._said_idle = False
         self.add_callback(_StepCallback(self))
         if self.rows:
             self._check_lengths()
@@ -208,6 +219,9 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
                 self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
             self.metrics.values |= weight_metrics | self._observe(completions, everywhere)
+            if not self._said_idle and (idle := idle_agreement(weight_metrics, self.args)):
+                logger.warning("step %d: %s", self.state.global_step + 1, idle)
+                self._said_idle = True
             # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
             micro_batches = []
@@ -237,11 +251,12 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             row = self.rows[number]
             kept = self.completions.carries_loss(completion)
             views = self.prompts.auxiliary(row, args.num_auxiliary_contexts) if "auxiliary" in self.needs else []
-            auxiliary = [ids for ids in views if len(ids) <= self._teacher_room]
+            fitting = [ids for ids in views if len(ids) <= self._teacher_room]
+            auxiliary = budgeted(fitting, args.agreement_budget_contexts, args.seed, self.state.global_step, number)
             negative = self.prompts.negative(row) if "negative" in self.needs and row.get("negative_context") else None
             if negative is not None and len(negative) > self._teacher_room:
                 negative, overlong = None, overlong + 1
-            overlong += len(views) - len(auxiliary)
+            overlong += len(views) - len(fitting)
             rows.append(
                 ScoringRow(
                     completion=completion.ids,
@@ -254,6 +269,9 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             )
         self.metrics.add(overlong_views=float(overlong))
         return rows, completions
+
+    def _most_uncertain(self, entropy_B: Tensor) -> Tensor:
+        return most_uncertain(entropy_B, self.args.agreement_uncertain_share, self.accelerator)
 
     # -- line 4: the student's loss -----------------------------------------------------------------------------------
 
