@@ -16,6 +16,7 @@ chunk. Notation: p student, q teacher, M their mixture; l log-probability of the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from unisd.divergences import (
     log_probs,
     pick,
 )
+from unisd.targets import TargetStates
 
 __all__ = [
     "Contrast",
@@ -51,6 +53,9 @@ __all__ = [
     "token_logprobs",
     "token_scores",
 ]
+
+# From (D, l, H(p)) [N] of all tokens, without gradient, to a factor [N] of their coefficients: weights that look at the student
+Reweigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 CHUNK_BYTES = 64 * 2**20  # size of one [C,V] float32 tensor; a chunk holds four (mixture: five) of them at a time
 
@@ -81,6 +86,8 @@ class _Inputs:
     coefficient_N: Tensor
     token_clip: float | None
     contrast: Contrast | None
+    target: TargetStates | None = None
+    reweigh: Reweigh | None = None
 
     def rows(self, rows: slice) -> _Inputs:
         return replace(
@@ -90,6 +97,7 @@ class _Inputs:
             targets_N=self.targets_N[rows],
             coefficient_N=self.coefficient_N[rows],
             contrast=None if self.contrast is None else self.contrast.rows(rows),
+            target=None if self.target is None else self.target.rows(rows),
         )
 
     def divided_by(self, unit: Tensor) -> _Inputs:
@@ -143,21 +151,29 @@ def plain_loss(
     coefficient_N: Tensor,
     token_clip: float | None = None,
     contrast: Contrast | None = None,
+    *,
+    target: TargetStates | None = None,
+    reweigh: Reweigh | None = None,
 ) -> LossOutput:
     """`sum_N coefficient * min(D, token_clip) + sum_N contrast.coefficient * h`, its gradient by autograd.
 
     targets_N: the realised tokens. coefficient_N: constants, no gradient (see the module). token_clip: cap on a token's
-    D in nats; above it the gradient is zero. N = 0 gives exactly zero, still attached to the graph.
+    D in nats; above it the gradient is zero. target: takes the place of the teacher's distribution in D. reweigh: gives a further
+    factor of each coefficient, from the values of this very pass. N = 0 gives exactly zero, still attached to the graph.
     """
     inputs = _Inputs(
-        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast
+        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
+        target,
     )  # fmt: skip
     student_logp_NV = log_probs(student_head.logits(student_hidden_NH), spec.temperature)
     teacher_logp_NV = _teacher_logp(inputs, student_logp_NV)
     divergence_N = divergence_of_logp(student_logp_NV, teacher_logp_NV, targets_N, spec)
-    logp_N = pick(student_logp_NV, targets_N)
+    logp_N, entropy_N = pick(student_logp_NV, targets_N), entropy(student_logp_NV.detach())
+    if reweigh is not None:
+        factor_N = reweigh(divergence_N.detach(), logp_N.detach(), entropy_N)
+        inputs = replace(inputs, coefficient_N=inputs.coefficient_N * factor_N)
     terms = _token_terms(inputs, divergence_N, logp_N)
-    return terms.output(terms.loss, divergence_N, logp_N, entropy(student_logp_NV.detach()))
+    return terms.output(terms.loss, divergence_N, logp_N, entropy_N)
 
 
 def chunked_loss(
@@ -171,18 +187,33 @@ def chunked_loss(
     token_clip: float | None = None,
     contrast: Contrast | None = None,
     chunk_tokens: int | None = None,
+    *,
+    target: TargetStates | None = None,
+    reweigh: Reweigh | None = None,
 ) -> LossOutput:
     """:func:`plain_loss` without any `[N,V]` tensor: same loss, same gradients (also of a trainable head).
 
     The gradient is taken in the forward pass; backward only multiplies it by what comes in, and is not differentiable
     again. Under `torch.no_grad` only values are computed. `chunk_tokens` defaults to a `[C,V]` tensor of 64 MiB.
+
+    With `reweigh` and a frozen head the coefficients are multiplied in at the end, so that it costs nothing. A head that is trained
+    sums over tokens, and must know them before: a first sweep without gradient finds the values.
     """
-    inputs = _Inputs(
-        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast
-    )  # fmt: skip
     tracked = (student_hidden_NH, student_head.weight, student_head.bias)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked)
     chunk = chunk_tokens or default_chunk_tokens(student_head.weight.shape[0])
+    if reweigh is not None and (wanted[1] or wanted[2] or contrast is not None):
+        with torch.no_grad():
+            known = chunked_loss(
+                student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N,
+                chunk_tokens=chunk, target=target,
+            )  # fmt: skip
+        factor_N = reweigh(known.divergence_N, known.student_logp_N, known.student_entropy_N)
+        coefficient_N, reweigh = coefficient_N * factor_N, None
+    inputs = _Inputs(
+        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
+        target, reweigh,
+    )  # fmt: skip
     loss, divergence_N, logp_N, entropy_N = _ChunkedLoss.apply(*tracked, inputs, chunk, wanted)  # type: ignore[no-untyped-call]
     return _token_terms(inputs, divergence_N, logp_N).output(loss, divergence_N, logp_N, entropy_N)
 
@@ -219,6 +250,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
         head = _autocast_head(inputs.student_head)
         scaled = replace(inputs.divided_by(unit), student_head=head, teacher_head=_autocast_head(inputs.teacher_head))
+        if inputs.target is not None:
+            scaled = replace(scaled, target=inputs.target.with_heads(_autocast_head))
+        if inputs.reweigh is not None:  # every token's gradient for itself; multiplied by its coefficient below
+            unit, scaled = torch.ones_like(unit), replace(scaled, coefficient_N=torch.ones_like(divergence_N))
         with torch.autocast(device.type, enabled=False):
             for start in range(0, tokens, chunk):
                 rows = slice(start, start + chunk)
@@ -234,6 +269,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_hidden_NH is not None:
                     grad_hidden_NH[rows] = (grad_CV.to(head.weight.dtype) @ head.weight).to(full) * unit
                 del grad_CV  # before the next chunk's tensors, not after
+            if inputs.reweigh is not None:
+                coefficient_N = inputs.coefficient_N * inputs.reweigh(divergence_N, logp_N, entropy_N)
+                inputs = replace(inputs, coefficient_N=coefficient_N)
+                if grad_hidden_NH is not None:
+                    grad_hidden_NH *= coefficient_N[:, None]
         ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
         ctx.save_for_backward(
             grad_hidden_NH,
@@ -264,6 +304,8 @@ def _closed_form(part: _Inputs, want_gradient: bool) -> _ChunkResult:
     p_CV = logp_CV.exp()
     logp_C, entropy_C = pick(logp_CV, part.targets_N), -(p_CV * logp_CV).sum(-1)
     logq_CV = log_probs(part.teacher_head.logits(part.teacher_hidden_NH).to(p_CV.dtype), spec.temperature)
+    if part.target is not None:
+        logq_CV = part.target.logp(logp_CV, logq_CV, part.targets_N, spec)
 
     summand_CV, pr_CV = _summands_and_slopes(p_CV, logp_CV, logq_CV, spec.alpha)
     if spec.entry_clip is not None:
@@ -317,10 +359,11 @@ def _by_autograd(part: _Inputs, want_gradient: bool) -> _ChunkResult:
 
 @torch.no_grad()
 def _teacher_logp(part: _Inputs, student_logp_CV: Tensor) -> Tensor:
-    """The teacher's log-probabilities; the student's own where no teacher is asked."""
+    """The teacher's (or target's) log-probabilities; the student's own where no teacher is asked."""
     if part.spec.mode == "nll":
         return student_logp_CV.detach()
-    return log_probs(part.teacher_head.logits(part.teacher_hidden_NH), part.spec.temperature)
+    logq_CV = log_probs(part.teacher_head.logits(part.teacher_hidden_NH), part.spec.temperature)
+    return logq_CV if part.target is None else part.target.logp(student_logp_CV, logq_CV, part.targets_N, part.spec)
 
 
 def default_chunk_tokens(vocabulary: int) -> int:

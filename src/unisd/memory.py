@@ -68,7 +68,7 @@ def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256) -> 
     length = prompt_tokens + completion
     logits = 4 * rows * completion * size.vocabulary
     per_token = size.hidden * compute
-    teacher = {"base": size.bytes_per_trained, "ema": 4.0, "live": 0.0}[config.teacher_model_kind]
+    teacher = {"ema": 4.0, "live": 0.0}.get(config.teacher_model_kind, size.bytes_per_trained)
     checkpointed = size.layers + LAYER_FACTOR if config.gradient_checkpointing else size.layers * LAYER_FACTOR
     parts = {
         "weights": size.parameters * size.bytes_per_weight,

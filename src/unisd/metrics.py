@@ -29,7 +29,8 @@ class StepMetrics:
         self.path = path
         self.device = device
         self.world_size = world_size
-        self.phases: dict[str, float] = {"rollout": 0.0, "score": 0.0, "student": 0.0, "eval": 0.0}
+        self.phases: dict[str, float] = {"rollout": 0.0, "score": 0.0, "student": 0.0, "eval": 0.0, "diagnostics": 0.0}
+        self.last: dict[str, float] = {}  # all values of the newest step
         self.values: dict[str, float] = {}  # already means over all ranks
         self._sums: dict[str, Tensor | float] = {}  # over micro-batches of this rank
         self._unlogged: list[dict[str, float]] = []
@@ -73,6 +74,8 @@ class StepMetrics:
             of_contrast = max(sums["contrast_tokens"], 1)
             values["contrastive/loss"] = sums["contrast"] / of_contrast
             values["contrastive/active_share"] = sums["contrast_active"] / of_contrast
+        if "style_loss" in sums:
+            values["words/style_loss_share"] = sums["style_loss"] / (sums["whole_loss"] or 1.0)
         if "features" in sums:
             values["features/distance"] = sums["features"] / tokens
         values["step_time"] = sum(value for name, value in values.items() if name.startswith("step_time/"))
@@ -82,6 +85,7 @@ class StepMetrics:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line | values) + "\n")
         self._unlogged.append(values)
+        self.last = values
         self.values, self._sums = {}, {}
 
     def take_means(self) -> dict[str, float]:

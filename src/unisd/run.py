@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         callbacks=[progress, interruption],
         peft_config=adapter_config(options),
         grader=data.grader,
+        probe_dataset=data.retention[: config.diagnostics_probe_rows] or None,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -148,6 +149,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
         "phases_s": {**trainer.metrics.phases, **phases},
         "before": before,
         "after": after,
+        "alarms": [asdict(alarm) for alarm in trainer.diagnostics.alarms],
         "config": outputs.resolved(options, config),
     }
     _save(setting, options, config, folder, results)
@@ -251,6 +253,8 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
 
 def _report(console: Console, results: Results, folder: Path, options: RunOptions) -> None:
     show_table(console, ("", "before", "after", "change"), change_lines(results))
+    for alarm in results["alarms"]:
+        console.print(f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}", markup=False, highlight=False)
     seconds = results["phases_s"]
     spent = ", ".join(f"{name} {seconds[name]:.0f}" for name in ("rollout", "score", "student", "eval"))
     console.print(f"{results['wall_s']:.0f} s ({spent})", markup=False, highlight=False)

@@ -27,14 +27,17 @@ from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
 from unisd.data import Row, prepare_rows
+from unisd.diagnostics import Answers, Counting, Diagnostics, probe_leak
 from unisd.errors import UserError
+from unisd.levels import reference_at
 from unisd.losses import Contrast, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
 from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
-from unisd.scoring import Scorer, ScoringRow, teacher_head
+from unisd.scoring import NEGATIVE, Scorer, ScoringRow, teacher_head
 from unisd.step import (
+    InForward,
     budgeted,
     check_data_serves,
     gather_scores,
@@ -43,7 +46,9 @@ from unisd.step import (
     micro_batch,
     most_uncertain,
     needed_views,
+    scored_sources,
 )
+from unisd.targets import parse_target
 from unisd.teacher import STATE_FILE, Teacher
 
 logger = logging.getLogger(__name__)
@@ -75,6 +80,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         peft_config: trains an adapter instead of all weights.
         grader: `(row, completion text) -> bool`; `evaluate` then reports greedy accuracy beside the reference's likelihood.
         engine: writes the completions; default: transformers' `generate` on the student itself.
+        probe_dataset: rows whose references must not become less likely (`diagnostics_probe_steps`).
 
     Raises:
         UserError: bad rows, rows over a length limit, agreement without contexts, contrast without negatives.
@@ -92,6 +98,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         peft_config: Any = None,
         grader: Callable[[Row, str], bool] | None = None,
         engine: Engine | None = None,
+        probe_dataset: Any = None,
     ) -> None:
         args = args if args is not None else UniSDConfig()
         if isinstance(model, str):
@@ -110,12 +117,19 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         self.rows = prepare_rows(train_dataset, name="the training data") if train_dataset is not None else []
         self.grader = grader
         self.prompts = PromptBuilder(
-            processing_class, args.teacher_prompt_layout, args.teacher_prompt_template, args.auxiliary_prompt_template
+            processing_class,
+            args.teacher_prompt_layout,
+            args.teacher_prompt_template,
+            args.auxiliary_prompt_template,
+            args.teacher_context,
         )
         if not self.prompts.is_chat:
             logger.warning("The tokenizer has no chat template: prompts are taken as plain text.")
         self.weights = [parse_weight(spec) for spec in args.reliability_weights]
-        self.needs = needed_views(args, self.weights)
+        self.in_forward = InForward(args, self.weights)
+        self.target = None if args.target is None else parse_target(args.target)
+        self.sources = scored_sources(args, self.target)
+        self.needs = needed_views(args, self.weights, self.in_forward.weights, self.sources)
         if self.rows:
             check_data_serves(self.needs, self.rows)
         if args.feature_layers and args.gradient_checkpointing:
@@ -146,6 +160,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         self.teacher = Teacher(
             self.model, args.teacher_model_kind, args.teacher_update_rate, args.teacher_sync_steps, args.teacher_restart_steps
         )
+        self.other_teachers = self._other_teachers()
         self.packed = packed
         self.scorer = Scorer(
             self.backbone,
@@ -158,6 +173,9 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
             choose_rows=self._most_uncertain if args.agreement_uncertain_share < 1 else None,
+            target=self.target,
+            sources=self.sources,
+            others=self.other_teachers,
         )
         self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
@@ -166,12 +184,31 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         self._token_clip: float | None = args.token_clip
         self._said_idle = False
         self.add_callback(_StepCallback(self))
+        self.probe_rows = [] if probe_dataset is None else prepare_rows(probe_dataset, name="the probe set")
+        self.counting: Counting | None = None
+        self.diagnostics = Diagnostics(lambda: self.metrics.last, args.diagnostics_window, args.diagnostics_stop)
+        if args.diagnostics:
+            self.counting = Counting(processing_class, args.diagnostics_words, self.backbone.head_module.out_features)
+            self.add_callback(self.diagnostics)  # after the step's own, which closes the step's metrics
         if self.rows:
             self._check_lengths()
             self.completions.check()
             self.prompts.check_generation_prefix(self.rows[0])
 
     # -- set-up -----------------------------------------------------------------------------------------------------
+
+    def _other_teachers(self) -> dict[str, Teacher]:
+        """Weights that the target's sources name beside the teacher's; a fixed teacher is the initial model already."""
+        others: dict[str, Teacher] = {}
+        named = {source.partition("/")[0] for source in self.sources}
+        if "base" in named:
+            others["base"] = self.teacher if self.teacher.kind == "base" else Teacher(self.model, "base")
+        if "step" in named:
+            others["step"] = Teacher(self.model, "restart", restart_steps=self.args.target_reference_steps)
+        return others
+
+    def _own_other_teachers(self) -> dict[str, Teacher]:
+        return {name: other for name, other in self.other_teachers.items() if other is not self.teacher}
 
     def _check_lengths(self) -> None:
         """Refuse rows whose prompts leave no room, by number: a cut prompt would teach another task."""
@@ -188,6 +225,13 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         )
         # Auxiliary and negative views are other texts: those over the limit are left out one by one, and counted.
         self._teacher_room = min(x for x in (self.args.max_teacher_prompt_length, room, 1 << 60) if x is not None)
+        level = self.args.teacher_context
+        empty = [i for i, row in enumerate(self.rows) if level not in ("full", "plain") and reference_at(row, level) is None]
+        if empty:
+            raise UserError(
+                f"row {empty[0]} of the training data has nothing for teacher_context={level} ({len(empty)} such row(s)): add a column "
+                "answer or hints, or use teacher_context=full."
+            )
         for what, option, own_limit, encode in limits:
             limit = min(x for x in (own_limit, room, 1 << 60) if x is not None)
             too_long = [(i, length) for i, row in enumerate(self.rows) if (length := _length_over(limit, encode, row))]
@@ -212,16 +256,22 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         numbers = [(int(row), g) for batch in batches for row in batch["row"] for g in range(G)]
         rows, completions = self._rollout(numbers)
         with self.metrics.timed("score"):
+            self.scorer.progress = self.state.global_step / max(self.state.max_steps, 1)
             scores, states = self.scorer.score(rows, device)
             own, everywhere = gather_scores(self.accelerator, scores)
-            coefficients, weight_metrics = loss_coefficients(self.args, self.weights, everywhere)
-            coefficients = {name: value_BT[own] for name, value_BT in coefficients.items()}
+            coefficients, weights_log = loss_coefficients(self.args, self.weights, everywhere, self.in_forward.weights)
+            coefficients = {name: value_BT[own, : scores.mask.shape[1]] for name, value_BT in coefficients.items()}
+            self.in_forward.begin(scores, coefficients["divergence"])
             if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
                 self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
-            self.metrics.values |= weight_metrics | self._observe(completions, everywhere)
-            if not self._said_idle and (idle := idle_agreement(weight_metrics, self.args)):
+            self.metrics.values |= weights_log | self._observe(completions, everywhere)
+            if not self._said_idle and (idle := idle_agreement(weights_log, self.args)):
                 logger.warning("step %d: %s", self.state.global_step + 1, idle)
                 self._said_idle = True
+        if self.counting is not None:
+            with self.metrics.timed("diagnostics"):
+                self.metrics.values |= self._diagnose(numbers, rows, completions)
+        with self.metrics.timed("score"):
             # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
             micro_batches = []
@@ -265,10 +315,16 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
                     teacher=self.prompts.teacher(row),
                     negative=negative,
                     auxiliary=auxiliary,
+                    sources=self._source_prompts(row),
                 )
             )
         self.metrics.add(overlong_views=float(overlong))
         return rows, completions
+
+    def _source_prompts(self, row: Row) -> dict[str, list[int]]:
+        """The prompts of the target's sources, without those that the row cannot serve or that are too long."""
+        prompts = {name: self.prompts.at_level(row, name.partition("/")[2]) for name in self.sources if name != NEGATIVE}
+        return {name: ids for name, ids in prompts.items() if ids is not None and len(ids) <= self._teacher_room}
 
     def _most_uncertain(self, entropy_B: Tensor) -> Tensor:
         return most_uncertain(entropy_B, self.args.agreement_uncertain_share, self.accelerator)
@@ -300,9 +356,21 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             self._token_clip,
             contrast,
         )
-        output = plain_loss(*terms) if args.loss_implementation == "plain" else chunked_loss(*terms, args.loss_chunk_tokens)
+        target = None
+        if self.target is not None:
+            everywhere = torch.ones(len(student_NH), dtype=torch.bool, device=student_NH.device)
+            target = self.scorer.target_states(inputs.get("target_states", {}), inputs.get("target_present_N", everywhere))
+        reweigh = self.in_forward.reweigh(inputs["rows"].cpu())
+        if args.loss_implementation == "plain":
+            output = plain_loss(*terms, target=target, reweigh=reweigh)
+        else:
+            output = chunked_loss(*terms, args.loss_chunk_tokens, target=target, reweigh=reweigh)
         loss = output.loss
         self.metrics.add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
+        if self.counting is not None:
+            weighed_N = (inputs["divergence_coefficient_N"] * output.divergence_N).abs()
+            style_N = self.counting.style_V.to(weighed_N.device)[inputs["targets_N"]]
+            self.metrics.add(style_loss=weighed_N[style_N].sum(), whole_loss=weighed_N.sum())
         self.metrics.add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
         if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
             has_negative_N = contrast.coefficient_N > 0
@@ -345,6 +413,28 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             values["contrastive/negative_logp"] = masked_mean(scores.negative_logp, mask)
         if self._token_clip is not None:
             values["clip/threshold"] = self._token_clip
+        return values
+
+    def _diagnose(
+        self, numbers: Sequence[tuple[int, int]], rows: Sequence[ScoringRow], completions: Sequence[Completion]
+    ) -> dict[str, float]:
+        """What the step's answers are made of, over all ranks; and now and then the probes."""
+        assert self.counting is not None
+        counted = self.counting.count([self.rows[n] for n, _ in numbers], [(c.ids, c.truncated) for c in completions])
+        if self.accelerator.num_processes > 1:
+            counted = sum(gather_object([counted]), Answers())
+        values = counted.metrics(self.counting.hedges)
+        every = self.args.diagnostics_probe_steps
+        if every is None or self.state.global_step % every:
+            return values
+        from unisd.evaluation import reference_nll
+
+        if self.probe_rows:
+            nll, tokens = reference_nll(self.model, self.processing_class, self.probe_rows[: self.args.diagnostics_probe_rows])
+            values["retained/nll"] = nll / max(tokens, 1)
+        if self.args.distillation_mode != "nll":
+            probed = [(self.rows[number], row) for (number, _), row in zip(numbers, rows, strict=True)]
+            values |= probe_leak(self.scorer, self.prompts, probed[: self.args.diagnostics_probe_rows], self.args.device)
         return values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -397,6 +487,8 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save:
             self.teacher.save(output_dir)
+            for name, other in self._own_other_teachers().items():
+                other.save(output_dir, f"teacher-{name}.safetensors")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers. `True` resumes from the newest *complete* checkpoint of `output_dir`.
@@ -413,6 +505,8 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             resume_from_checkpoint = str(checkpoint)
         if resume_from_checkpoint:
             self.teacher.load(resume_from_checkpoint)
+            for name, other in self._own_other_teachers().items():
+                other.load(resume_from_checkpoint, f"teacher-{name}.safetensors")
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
 
@@ -429,10 +523,12 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.metrics.values["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
-        self.trainer.teacher.update(state.global_step + 1)
+        for teacher in (self.trainer.teacher, *self.trainer._own_other_teachers().values()):
+            teacher.update(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
+        trainer.metrics.values |= trainer.in_forward.metrics(trainer.accelerator)
         if trainer.teacher.kind != "live":
             trainer.metrics.values["teacher/weight_distance"] = trainer.teacher.distance()
         trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())
