@@ -1,0 +1,78 @@
+"""What token weights add to a step's loss at the shape of a 0.5B model (H = 896, V = 151,936), head frozen as under LoRA.
+
+    python benchmarks/field_weights.py [--tokens 128] [--repeats 3]
+
+Prints seconds of one loss with gradient: plain, with `dash` and `confidence_gate` waiting for the pass, and what `contrast_weight` adds to
+scoring
+(one more projection of the teacher's states). The loss is only a part of a step: shares of a step are smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from unisd.losses import DivergenceSpec, Head, chunked_loss, token_scores
+from unisd.mechanisms import StepScores, parse_weight
+from unisd.step import Reweigh
+
+ROWS = 4
+
+
+def best_of(repeats: int, work: Callable[[], Any]) -> float:
+    """Least seconds of some repeats, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    N, H, V = options.tokens // ROWS * ROWS, 896, 151_936
+    x = SimpleNamespace(student=torch.randn(N, H, requires_grad=True), teacher=torch.randn(N, H), negative=torch.randn(N, H))
+    head, targets_N, coefficient_N = Head(0.02 * torch.randn(V, H)), torch.randint(V, (N,)), torch.full((N,), 1 / N)
+    mask_BT = torch.ones(ROWS, N // ROWS, dtype=torch.bool)
+    scores = StepScores(mask_BT, targets_N.reshape(mask_BT.shape), torch.zeros(mask_BT.shape))
+
+    def loss(weights: list[str], alpha: float = 0.0) -> float:
+        waiting = [parse_weight(name) for name in weights]
+        reweigh = Reweigh(waiting, scores, coefficient_N.reshape(mask_BT.shape), "tokens") if waiting else None
+        spec = DivergenceSpec(alpha=alpha, entry_clip=0.05)
+        return best_of(
+            options.repeats,
+            lambda: chunked_loss(
+                x.student, head, x.teacher, head, targets_N, spec, coefficient_N, reweigh=reweigh
+            ).loss.backward(),
+        )
+
+    def project(negative: bool) -> float:
+        def contrasted() -> None:
+            with torch.no_grad():
+                spec = DivergenceSpec(alpha=0.0)
+                chunked_loss(x.negative, head, x.teacher, head, targets_N, spec, coefficient_N)
+
+        return best_of(options.repeats, contrasted if negative else lambda: token_scores(x.negative, head, targets_N))
+
+    plain = loss([])
+    print(f"loss with gradient, {N} tokens: {plain:.3f} s")
+    for name in ("dash", "confidence_gate"):
+        seconds = loss([name])
+        print(f"  with {name}: {seconds:.3f} s ({100 * (seconds / plain - 1):+.1f} %)")
+    scored, contrasted = project(False), project(True)
+    print(f"scoring the negative view's states: {scored:.3f} s; with contrast_weight: {contrasted:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
