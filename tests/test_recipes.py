@@ -116,5 +116,5 @@ def test_single_mechanism_recipes_change_one_mechanism(name: str, mechanism: str
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'unisd-star'"):
         recipes.load("unisd-sta")
-    with pytest.raises(UserError, match="there are: gkd"):
+    with pytest.raises(UserError, match="there are: avsd"):
         recipes.load("zzz")

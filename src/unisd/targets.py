@@ -14,6 +14,7 @@ Shapes: C tokens of a chunk, V vocabulary, K sources. Values in nats. p student,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -132,7 +133,7 @@ def view_consensus(inputs: TargetInputs, *, views: str = "full+half+answer", eps
     l_K = torch.stack([at_least_float32(logp) for logp in inputs.sources.values()])
     delta_K = l_K - inputs.student_logp
     A, mean = delta_K.mean(0), l_K.mean(0)
-    J = (l_K.logsumexp(0) - torch.tensor(float(len(l_K))).log() - mean).clamp(min=0)
+    J = (l_K.logsumexp(0) - math.log(len(l_K)) - mean).clamp(min=0)
     consensus = A.abs() / (delta_K.abs().mean(0) + eps)
     target = mean + consensus * A.abs() / (A.abs() + J + eps) * J if residual else mean
     return target if target.dim() == 1 else target.log_softmax(-1)
@@ -192,7 +193,7 @@ def pmi(inputs: TargetInputs, *, c: float = 10.0, beta: float = 1.0) -> Tensor:
 
 def jensen_shannon(a_CV: Tensor, b_CV: Tensor) -> Tensor:
     """JSD [C] of two distributions given as log-probabilities, in nats: from 0 to log 2."""
-    m_CV = torch.logaddexp(a_CV, b_CV) - torch.tensor(2.0).log()
+    m_CV = torch.logaddexp(a_CV, b_CV) - math.log(2.0)
     halves = [(x.exp() * (x - m_CV)).sum(-1) for x in (a_CV, b_CV)]
     return (0.5 * (halves[0] + halves[1])).clamp(min=0)
 
