@@ -105,7 +105,7 @@ def test_each_alarm(changed: dict[str, float], name: str, words: str) -> None:
 def test_a_healthy_run_raises_none() -> None:
     better = {"teacher/divergence": 0.02, "leak/gold_stated_share": 0.9, "leak/gold_first_place": 0.75, "words/all": 5.0}
     assert find_alarms(HEALTHY, {**HEALTHY, **better}) == {}
-    assert find_alarms({}, {}) == {} and find_alarms(HEALTHY, {}) != HEALTHY
+    assert find_alarms({}, {}) == find_alarms(HEALTHY, {}) == {}  # what was not measured says nothing
 
 
 def test_alarms_are_raised_once_and_may_stop() -> None:
@@ -133,7 +133,9 @@ def test_leak_numbers() -> None:
     assert found["leak/shift_ratio"] == pytest.approx(np.mean(norms[1] / norms[0]))
     same = leak_numbers(p, q, q, q)
     assert same["leak/wrong_jsd"] == pytest.approx(0, abs=1e-12) and same["leak/shift_cosine"] == pytest.approx(1)
-    assert leak_numbers(p, q, None, None) == {}
+    assert leak_numbers(p, q) == {}
+    kl = (np.exp(P) * (P - R)).sum(-1).mean()
+    assert leak_numbers(p, q, base_TV=reference) == {"retained/kl_to_base": pytest.approx(kl)}
 
 
 def test_diagnostics_watch_and_do_not_touch(tmp_path: Any) -> None:
@@ -144,6 +146,7 @@ def test_diagnostics_watch_and_do_not_touch(tmp_path: Any) -> None:
     assert_same(gradients(probing), untouched)
     assert "words/all" in on.metrics.values and "words/all" not in off.metrics.values
     assert 0 < probing.metrics.values["leak/wrong_jsd"] < 0.7 and -1 <= probing.metrics.values["leak/shift_cosine"] <= 1
+    assert probing.metrics.values["retained/kl_to_base"] > 0  # the student was moved off
     assert "leak/wrong_jsd" not in on.metrics.values
 
 

@@ -165,7 +165,7 @@ def find_alarms(first: dict[str, float], last: dict[str, float]) -> dict[str, st
     found: dict[str, str] = {}
 
     def both(name: str) -> tuple[float, float]:
-        return first.get(name, 0.0), last.get(name, 0.0)
+        return (first[name], last[name]) if name in first and name in last else (0.0, 0.0)
 
     before, now = both("words/all")
     if before >= HEDGES_AT_LEAST and now < 0.3 * before:
@@ -203,7 +203,7 @@ def find_alarms(first: dict[str, float], last: dict[str, float]) -> dict[str, st
             "learns to state what it cannot know; show the teacher the steps (teacher_context=full, hints), or try target=pmi."
         )
     lost, lost_now = both("retained/nll")
-    if "retained/nll" in first and lost_now > lost + 0.2 + 0.2 * lost:
+    if lost_now > lost + 0.2 + 0.2 * lost:
         found["forgetting"] = (
             f"the probe set's likelihood fell from {-lost:.2f} to {-lost_now:.2f} nats a token: the model loses what it should keep; "
             "lower the rate, or stop here."
@@ -252,13 +252,17 @@ def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
 
 @torch.no_grad()
 def leak_numbers(
-    student_TV: Tensor, teacher_TV: Tensor, wrong_TV: Tensor | None, unconditioned_TV: Tensor | None
+    student_TV: Tensor,
+    teacher_TV: Tensor,
+    wrong_TV: Tensor | None = None,
+    unconditioned_TV: Tensor | None = None,
+    base_TV: Tensor | None = None,
 ) -> dict[str, float]:
     """How much of the teacher's signal is the reference itself, from log-probabilities `[T,V]` at the same tokens.
 
     `leak/wrong_jsd`: JSD (nats) of the teacher and the teacher under a wrong answer. `leak/shift_cosine`, `leak/shift_ratio`: with
     s = log q - log p and s_ref = log q_ref - log p, both centred over the vocabulary and q_ref the teacher without the question: their
-    cosine and |s_ref| / |s|, means over tokens. Near 1, the reference alone would say the same.
+    cosine and |s_ref| / |s|, means over tokens. Near 1, the reference alone would say the same. `retained/kl_to_base`: KL(p || base).
     """
     found: dict[str, float] = {}
     if wrong_TV is not None:
@@ -268,13 +272,15 @@ def leak_numbers(
         shift_TV, reference_TV = shift_TV - shift_TV.mean(-1, keepdim=True), reference_TV - reference_TV.mean(-1, keepdim=True)
         found["leak/shift_cosine"] = float(torch.cosine_similarity(shift_TV, reference_TV, dim=-1).mean())
         found["leak/shift_ratio"] = float((reference_TV.norm(dim=-1) / shift_TV.norm(dim=-1).clamp(min=1e-12)).mean())
+    if base_TV is not None:
+        found["retained/kl_to_base"] = float((student_TV.exp() * (student_TV - base_TV)).sum(-1).mean())
     return found
 
 
 def probe_leak(
     scorer: Scorer, prompts: PromptBuilder, rows: Sequence[tuple[Row, ScoringRow]], device: torch.device | str
 ) -> dict[str, float]:
-    """:func:`leak_numbers` of some answers of the step, means over those that have them. Costs four passes over these rows."""
+    """:func:`leak_numbers` of some answers of the step, means over those that have them. Costs up to five passes over these rows."""
     probed = []
     for row, scored in rows:
         negative = prompts.negative(row) if row.get("negative_context") else None
@@ -283,7 +289,7 @@ def probe_leak(
             replace(scored, negative=negative, sources={} if unconditioned is None else {"unconditioned": unconditioned})
         )
     found = [
-        leak_numbers(views["student"], views["primary"], views.get("negative"), views.get("unconditioned"))
+        leak_numbers(*(views.get(name) for name in ("student", "primary", "negative", "unconditioned", "base")))  # type: ignore[arg-type]
         for views in scorer.leak_probe(probed, device, PROBE_TOKENS)
         if views
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisd.config import UniSDConfig
+from unisd.targets import parse_target
 
 MIB = 1 << 20
 LOGITS_CHUNK = 64 * MIB
@@ -56,7 +57,8 @@ def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256) -> 
     - weights = P w
     - gradients = A w ; optimizer = 8 A (two AdamW states in float32)
     - teacher = A w (base; in the weights' precision), 4 A (ema, float32) or 0 (live); under LoRA A is the adapter alone
-    - teacher_states = S T H c (hidden states of the whole step, kept until its last micro-batch), times 1 + listed layers
+    - teacher_states = S T H c (hidden states of the whole step, kept until its last micro-batch), times 1 + listed layers + the target's
+      sources
     - logits = 4 x min(64 MiB, 4 R T V): chunk buffers of the loss; with `loss_implementation=plain` 4 x 4 R T V
     - activations = R (Q + T) H L c x 34 ; with gradient checkpointing R (Q + T) H c x (L + 34)
     - rollout_cache = 2 B (Q + T) H L c, an upper bound (no grouped heads), for B = `rollout_batch_size` rows at once, at most S
@@ -68,6 +70,8 @@ def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256) -> 
     length = prompt_tokens + completion
     logits = 4 * rows * completion * size.vocabulary
     per_token = size.hidden * compute
+    target = None if config.target is None else parse_target(config.target)
+    sources = 0 if target is None or (target.realised and config.distillation_mode == "sampled") else len(target.sources)
     teacher = {"ema": 4.0, "live": 0.0}.get(config.teacher_model_kind, size.bytes_per_trained)
     checkpointed = size.layers + LAYER_FACTOR if config.gradient_checkpointing else size.layers * LAYER_FACTOR
     parts = {
@@ -75,7 +79,7 @@ def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256) -> 
         "gradients": size.trained * size.bytes_per_trained,
         "optimizer": size.trained * 8,
         "teacher": size.trained * teacher,
-        "teacher_states": step_rows * completion * per_token * (1 + len(config.feature_layers or [])),
+        "teacher_states": step_rows * completion * per_token * (1 + len(config.feature_layers or []) + sources),
         "logits": CHUNK_BUFFERS * (logits if config.loss_implementation == "plain" else min(LOGITS_CHUNK, logits)),
         "activations": rows * length * per_token * checkpointed,
         "rollout_cache": 2 * min(config.rollout_batch_size, step_rows) * length * per_token * size.layers,

@@ -264,13 +264,15 @@ class Scorer:
         return scores, states
 
     def leak_probe(self, rows: Sequence[ScoringRow], device: torch.device | str, most_tokens: int) -> list[dict[str, Tensor]]:
-        """Per row the log-probabilities `[t,V]` of student, primary, and where the row has them negative and unconditioned views.
+        """Per row the log-probabilities `[t,V]` of its views: student, primary, negative, unconditioned; base with a fixed teacher.
 
         At most `most_tokens` evenly spaced tokens of each answer. For diagnostics: these passes serve nothing else.
         """
         jobs = [_Job("primary", i, 0, row.teacher) for i, row in enumerate(rows)]
         jobs += [_Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None]
         jobs += [_Job(name, i, 0, prompt) for i, row in enumerate(rows) for name, prompt in row.sources.items()]
+        if self.teacher.kind == "base":
+            jobs += [_Job("base", i, 0, row.student) for i, row in enumerate(rows)]
         hidden: list[dict[str, Tensor]] = [{} for _ in rows]
         heads = {"student": self.backbone.head()}
 
