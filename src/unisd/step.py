@@ -132,13 +132,12 @@ def gather_scores(accelerator: Accelerator, scores: StepScores) -> tuple[slice, 
 
 def select(scores: StepScores, rows: Tensor) -> StepScores:
     """The scores of some rows."""
-    values = {item.name: getattr(scores, item.name) for item in fields(StepScores)}
-    return StepScores(
-        **{
-            name: value if value is None else value[:, rows] if name.startswith("auxiliary") else value[rows]
-            for name, value in values.items()
-        }
-    )
+    chosen: dict[str, Tensor] = {}
+    for item in fields(StepScores):
+        value = getattr(scores, item.name)
+        if value is not None:
+            chosen[item.name] = value[:, rows] if item.name.startswith("auxiliary") else value[rows]
+    return replace(scores, **chosen)
 
 
 def concatenate(parts: Sequence[StepScores]) -> StepScores:
