@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,16 +109,28 @@ def test_a_healthy_run_raises_none() -> None:
     assert find_alarms({}, {}) == find_alarms(HEALTHY, {}) == {}  # what was not measured says nothing
 
 
-def test_alarms_are_raised_once_and_may_stop() -> None:
+def test_alarms_are_raised_once_and_may_stop(tmp_path: Path) -> None:
     history = [HEALTHY] * 3 + [{**HEALTHY, "words/all": 0.0}] * 6
     for stop in (False, True):
         values = iter(history)
-        watch = Diagnostics(lambda values=values: next(values), 3, stop)
+        watch = Diagnostics(lambda values=values: next(values), tmp_path / "metrics.jsonl", 3, stop)
         control = SimpleNamespace(should_training_stop=False)
         for number in range(len(history)):
             watch.on_step_end(None, SimpleNamespace(global_step=number + 1), control)
         assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("suppressed doubt", 6)]
         assert control.should_training_stop == stop
+
+
+def test_a_resumed_run_remembers_how_it_began(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, **HEALTHY} for step in (1, 2, 3, 4)] + [{"step": 5, "words/all": 0.0}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "wor', encoding="utf-8")
+    watch = Diagnostics(lambda: {**HEALTHY, "words/all": 0.0}, file, 2)
+    control = SimpleNamespace(should_training_stop=False)
+    watch.on_train_begin(None, SimpleNamespace(global_step=4), control)  # step 5 is done again
+    for step in (5, 6):
+        watch.on_step_end(None, SimpleNamespace(global_step=step), control)
+    assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("suppressed doubt", 6)]
 
 
 def test_leak_numbers() -> None:

@@ -13,6 +13,7 @@ are files in `words/`, one per language; any other file of the same form can tak
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections import Counter
@@ -216,24 +217,36 @@ class Diagnostics(TrainerCallback):  # type: ignore[misc]
 
     Args:
         last_values: gives the newest step's metrics.
+        file: `metrics.jsonl`, from which a resumed run learns how it began.
         window: steps at the start, and at the end, that are compared.
         stop: end the training at the first alarm.
     """
 
-    def __init__(self, last_values: Callable[[], dict[str, float]], window: int, stop: bool = False) -> None:
+    def __init__(self, last_values: Callable[[], dict[str, float]], file: Path, window: int, stop: bool = False) -> None:
         self.last_values = last_values
+        self.file = file
         self.window = window
         self.stop = stop
         self.alarms: list[Alarm] = []
         self._first: list[dict[str, float]] = []
         self._recent: list[dict[str, float]] = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        values = dict(self.last_values())
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first, self._recent = [], []
+        if state.global_step and self.file.is_file():
+            lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            for line in lines:
+                if line["step"] <= state.global_step:
+                    self._add(line)
+
+    def _add(self, values: dict[str, float]) -> None:
         if len(self._first) < self.window:
             self._first.append(values)
-            return
-        self._recent = [*self._recent, values][-self.window :]
+        else:
+            self._recent = [*self._recent, values][-self.window :]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._add(dict(self.last_values()))
         if len(self._recent) < self.window:
             return
         known = {alarm.name for alarm in self.alarms}

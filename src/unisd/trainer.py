@@ -186,7 +186,9 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(_StepCallback(self))
         self.probe_rows = [] if probe_dataset is None else prepare_rows(probe_dataset, name="the probe set")
         self.counting: Counting | None = None
-        self.diagnostics = Diagnostics(lambda: self.metrics.last, args.diagnostics_window, args.diagnostics_stop)
+        self.diagnostics = Diagnostics(
+            lambda: self.metrics.last, self.metrics.path, args.diagnostics_window, args.diagnostics_stop
+        )
         if args.diagnostics:
             self.counting = Counting(processing_class, args.diagnostics_words, self.backbone.head_module.out_features)
             self.add_callback(self.diagnostics)  # after the step's own, which closes the step's metrics
