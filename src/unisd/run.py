@@ -149,7 +149,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
         "phases_s": {**trainer.metrics.phases, **phases},
         "before": before,
         "after": after,
-        "alarms": [asdict(alarm) for alarm in trainer.diagnostics.alarms],
+        "alarms": [asdict(alarm) for alarm in trainer.diagnostics.alarms] if config.diagnostics else None,
         "config": outputs.resolved(options, config),
     }
     _save(setting, options, config, folder, results)
@@ -253,7 +253,7 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
 
 def _report(console: Console, results: Results, folder: Path, options: RunOptions) -> None:
     show_table(console, ("", "before", "after", "change"), change_lines(results))
-    for alarm in results["alarms"]:
+    for alarm in results["alarms"] or ():
         console.print(f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}", markup=False, highlight=False)
     seconds = results["phases_s"]
     spent = ", ".join(f"{name} {seconds[name]:.0f}" for name in ("rollout", "score", "student", "eval"))
