@@ -17,6 +17,7 @@ from unisd.diagnostics import (
     Answers,
     Counting,
     Diagnostics,
+    answers_to_keep,
     find_alarms,
     first_place,
     leak_numbers,
@@ -25,6 +26,7 @@ from unisd.diagnostics import (
     style_tokens,
 )
 from unisd.errors import UserError
+from unisd.rollout import Completion
 
 HEALTHY = {
     "words/all": 8.0,
@@ -133,6 +135,15 @@ def test_a_resumed_run_remembers_how_it_began(tmp_path: Path) -> None:
     assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("suppressed doubt", 6)]
 
 
+def test_answers_to_keep_are_written_once(tmp_path: Path) -> None:
+    rows, file = [{"prompt": "p", "completion": "theirs"}], tmp_path / "probe.json"
+    mine, nothing = [Completion(answer("mine")[0], False)], [Completion([], False)]
+    first = answers_to_keep(rows, lambda rows: mine, tiny.tokenizer(), file, resumed=False)
+    assert first == [{"prompt": "p", "completion": "mine"}]
+    assert answers_to_keep(rows, lambda rows: nothing, tiny.tokenizer(), file, resumed=True) == first
+    assert answers_to_keep(rows, lambda rows: nothing, tiny.tokenizer(), None, resumed=False)[0]["completion"] == ""
+
+
 def test_leak_numbers() -> None:
     g = torch.Generator().manual_seed(0)
     p, q, wrong, reference = (torch.randn(3, 6, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(4))
@@ -170,4 +181,6 @@ def test_diagnostics_are_in_the_metrics_file(tmp_path: Any) -> None:
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(line["step_time/diagnostics"] > 0 and 0 <= line["words/style_loss_share"] <= 1 for line in lines)
     assert "retained/nll" in lines[0] and "retained/nll" not in lines[1]
+    kept = json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))
+    assert kept[0]["prompt"] == "p" and isinstance(kept[0]["completion"], str)
     assert built.diagnostics.alarms == []

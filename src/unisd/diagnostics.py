@@ -30,6 +30,7 @@ from unisd.data import Row
 from unisd.errors import UserError
 from unisd.levels import final_answer, reference_at
 from unisd.prompts import PromptBuilder
+from unisd.rollout import Completion
 from unisd.scoring import Scorer, ScoringRow
 from unisd.targets import jensen_shannon
 
@@ -37,8 +38,10 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "words"
 NGRAM = 4
+FORGOTTEN_NATS = 0.3  # a token: an answer of 20 tokens has become 400 times less likely
 HEDGES_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
 REPEATED_AT_LEAST = 0.10
+PROBE_FILE = "probe.json"
 PROBE_TOKENS = 32  # of a row, evenly spaced
 
 
@@ -204,9 +207,10 @@ def find_alarms(first: dict[str, float], last: dict[str, float]) -> dict[str, st
             "learns to state what it cannot know; show the teacher the steps (teacher_context=full, hints), or try target=pmi."
         )
     lost, lost_now = both("retained/nll")
-    if lost_now > lost + 0.2 + 0.2 * lost:
+    if lost_now > lost + FORGOTTEN_NATS:
         found["forgetting"] = (
-            f"the probe set's likelihood fell from {-lost:.2f} to {-lost_now:.2f} nats a token: the model loses what it should keep; "
+            f"its own earlier answers to the probe set fell from {-lost:.2f} to {-lost_now:.2f} nats a token: the model loses what it "
+            "should keep; "
             "lower the rate, or stop here."
         )
     return found
@@ -287,6 +291,24 @@ def leak_numbers(
         found["leak/shift_ratio"] = float((reference_TV.norm(dim=-1) / shift_TV.norm(dim=-1).clamp(min=1e-12)).mean())
     if base_TV is not None:
         found["retained/kl_to_base"] = float((student_TV.exp() * (student_TV - base_TV)).sum(-1).mean())
+    return found
+
+
+def answers_to_keep(
+    rows: Sequence[Row], write: Callable[[Sequence[Row]], Sequence[Completion]], tokenizer: Any, file: Path | None, resumed: bool
+) -> list[Row]:
+    """The probe set: each prompt with the untrained model's own greedy answer, which training should leave likely.
+
+    The reference would not do: it is in another's style, and any method drifts from that. A resumed run reads the answers from `file`.
+    """
+    if resumed and file is not None and file.is_file():
+        kept: list[Row] = json.loads(file.read_text(encoding="utf-8"))
+        return kept
+    texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in write(rows)]
+    found = [{"prompt": row["prompt"], "completion": text} for row, text in zip(rows, texts, strict=True)]
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 

@@ -79,7 +79,7 @@ def _refuse_used(folder: Path) -> None:
 
 def clear_earlier_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else: a checkpoint of the old run must not be resumed by the new one."""
-    for path in (folder / RESULTS, folder / METRICS):
+    for path in (folder / RESULTS, folder / METRICS, folder / "probe.json"):
         path.unlink(missing_ok=True)
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and (path / "trainer_state.json").exists():

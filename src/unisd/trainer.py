@@ -27,7 +27,7 @@ from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
 from unisd.data import Row, prepare_rows
-from unisd.diagnostics import Answers, Counting, Diagnostics, probe_leak
+from unisd.diagnostics import PROBE_FILE, Answers, Counting, Diagnostics, answers_to_keep, probe_leak
 from unisd.errors import UserError
 from unisd.levels import reference_at
 from unisd.losses import Contrast, chunked_loss, plain_loss
@@ -80,7 +80,8 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         peft_config: trains an adapter instead of all weights.
         grader: `(row, completion text) -> bool`; `evaluate` then reports greedy accuracy beside the reference's likelihood.
         engine: writes the completions; default: transformers' `generate` on the student itself.
-        probe_dataset: rows whose references must not become less likely (`diagnostics_probe_steps`).
+        probe_dataset: rows of what must not be lost: the untrained model's own answers to them are watched
+            (`diagnostics_probe_steps`).
 
     Raises:
         UserError: bad rows, rows over a length limit, agreement without contexts, contrast without negatives.
@@ -185,6 +186,7 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         self._said_idle = False
         self.add_callback(_StepCallback(self))
         self.probe_rows = [] if probe_dataset is None else prepare_rows(probe_dataset, name="the probe set")
+        self._probe_answers: list[Row] | None = None
         self.counting: Counting | None = None
         self.diagnostics = Diagnostics(
             lambda: self.metrics.last, self.metrics.path, args.diagnostics_window, args.diagnostics_stop
@@ -432,7 +434,16 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         from unisd.evaluation import reference_nll
 
         if self.probe_rows:
-            nll, tokens = reference_nll(self.model, self.processing_class, self.probe_rows[: self.args.diagnostics_probe_rows])
+            if self._probe_answers is None:
+                sampling = replace(self.sampling, max_new_tokens=self.args.max_completion_length)
+                self._probe_answers = answers_to_keep(
+                    self.probe_rows[: self.args.diagnostics_probe_rows],
+                    lambda rows: self.engine.generate([self.prompts.student(row) for row in rows], None, sampling),
+                    self.processing_class,
+                    Path(self.args.output_dir) / PROBE_FILE if self.is_world_process_zero() else None,
+                    resumed=self.state.global_step > 0,
+                )
+            nll, tokens = reference_nll(self.model, self.processing_class, self._probe_answers)
             values["retained/nll"] = nll / max(tokens, 1)
         if self.args.distillation_mode != "nll":
             probed = [(self.rows[number], row) for (number, _), row in zip(numbers, rows, strict=True)]
