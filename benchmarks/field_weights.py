@@ -24,14 +24,15 @@ from unisd.step import Reweigh
 ROWS = 4
 
 
-def best_of(repeats: int, work: Callable[[], Any]) -> float:
-    """Least seconds of some repeats, after one to warm up."""
-    times = []
+def least_seconds(repeats: int, works: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Least seconds of each, after one round to warm up; the works take turns, so that a busy machine does not favour one."""
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return {name: min(seconds[1:]) for name, seconds in times.items()}
 
 
 def main() -> None:
@@ -46,32 +47,26 @@ def main() -> None:
     mask_BT = torch.ones(ROWS, N // ROWS, dtype=torch.bool)
     scores = StepScores(mask_BT, targets_N.reshape(mask_BT.shape), torch.zeros(mask_BT.shape))
 
-    def loss(weights: list[str], alpha: float = 0.0) -> float:
-        waiting = [parse_weight(name) for name in weights]
+    def loss(name: str | None) -> None:
+        waiting = [] if name is None else [parse_weight(name)]
         reweigh = Reweigh(waiting, scores, coefficient_N.reshape(mask_BT.shape), "tokens") if waiting else None
-        spec = DivergenceSpec(alpha=alpha, entry_clip=0.05)
-        return best_of(
-            options.repeats,
-            lambda: chunked_loss(
-                x.student, head, x.teacher, head, targets_N, spec, coefficient_N, reweigh=reweigh
-            ).loss.backward(),
-        )
+        spec = DivergenceSpec(alpha=0.0, entry_clip=0.05)
+        chunked_loss(x.student, head, x.teacher, head, targets_N, spec, coefficient_N, reweigh=reweigh).loss.backward()
 
-    def project(negative: bool) -> float:
-        def contrasted() -> None:
-            with torch.no_grad():
-                spec = DivergenceSpec(alpha=0.0)
-                chunked_loss(x.negative, head, x.teacher, head, targets_N, spec, coefficient_N)
+    def contrasted() -> None:
+        with torch.no_grad():
+            chunked_loss(x.negative, head, x.teacher, head, targets_N, DivergenceSpec(alpha=0.0), coefficient_N)
 
-        return best_of(options.repeats, contrasted if negative else lambda: token_scores(x.negative, head, targets_N))
-
-    plain = loss([])
-    print(f"loss with gradient, {N} tokens: {plain:.3f} s")
-    for name in ("dash", "confidence_gate"):
-        seconds = loss([name])
-        print(f"  with {name}: {seconds:.3f} s ({100 * (seconds / plain - 1):+.1f} %)")
-    scored, contrasted = project(False), project(True)
-    print(f"scoring the negative view's states: {scored:.3f} s; with contrast_weight: {contrasted:.3f} s")
+    works: dict[str, Callable[[], Any]] = {
+        "loss with gradient": lambda: loss(None),
+        "  with dash": lambda: loss("dash"),
+        "  with confidence_gate": lambda: loss("confidence_gate"),
+        "negative view's log-probabilities": lambda: token_scores(x.negative, head, targets_N),
+        "  with contrast_weight": contrasted,
+    }
+    print(f"{N} tokens, {torch.get_num_threads()} thread(s)")
+    for name, seconds in least_seconds(options.repeats, works).items():
+        print(f"{name}: {seconds:.3f} s")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,19 @@ def first_place(text: str, answer: str) -> float | None:
     return None if found is None else len(text[: found.start()].split()) / max(len(text.split()), 1)
 
 
+def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:
+    """Which tokens of an answer are its final answer (see :func:`unisd.levels.final_answer`): the last place it is stated."""
+    pieces = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True)
+    text = "".join(pieces)
+    final = final_answer(text)
+    start = len(text) if final is None else text.rfind(final)
+    end, place, flags = start + len(final or ""), 0, []
+    for piece in pieces:
+        flags.append(place < end and place + len(piece) > start)
+        place += len(piece)
+    return flags
+
+
 def style_tokens(tokenizer: Any, size: int, words: dict[str, str]) -> Tensor:
     """`[V]` bool: tokens without a letter or digit, and those that are a word of style."""
     texts = [tokenizer.decode([i]) for i in range(min(size, len(tokenizer)))]

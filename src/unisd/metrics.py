@@ -76,6 +76,8 @@ class StepMetrics:
             values["contrastive/active_share"] = sums["contrast_active"] / of_contrast
         if "style_loss" in sums:
             values["words/style_loss_share"] = sums["style_loss"] / (sums["whole_loss"] or 1.0)
+            values["leak/answer_loss_share"] = sums["answer_loss"] / (sums["whole_loss"] or 1.0)
+            values["leak/answer_token_share"] = sums["answer_tokens"] / tokens
         if "features" in sums:
             values["features/distance"] = sums["features"] / tokens
         values["step_time"] = sum(value for name, value in values.items() if name.startswith("step_time/"))

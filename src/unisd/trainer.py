@@ -27,7 +27,7 @@ from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
 from unisd.data import Row, prepare_rows
-from unisd.diagnostics import PROBE_FILE, Answers, Counting, Diagnostics, answers_to_keep, probe_leak
+from unisd.diagnostics import PROBE_FILE, Answers, Counting, Diagnostics, answer_tokens, answers_to_keep, probe_leak
 from unisd.errors import UserError
 from unisd.levels import reference_at
 from unisd.losses import Contrast, chunked_loss, plain_loss
@@ -275,6 +275,12 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         if self.counting is not None:
             with self.metrics.timed("diagnostics"):
                 self.metrics.values |= self._diagnose(numbers, rows, completions)
+                answer_BT = torch.zeros(scores.mask.shape)
+                for i, completion in enumerate(completions):
+                    answer_BT[i, : len(completion.ids)] = torch.tensor(
+                        answer_tokens(self.processing_class, completion.ids)
+                    ).float()
+                coefficients["answer"] = answer_BT  # no coefficient of the loss: marks tokens
         with self.metrics.timed("score"):
             # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
@@ -374,7 +380,9 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
         if self.counting is not None:
             weighed_N = (inputs["divergence_coefficient_N"] * output.divergence_N).abs()
             style_N = self.counting.style_V.to(weighed_N.device)[inputs["targets_N"]]
+            answer_N = inputs["answer_coefficient_N"]
             self.metrics.add(style_loss=weighed_N[style_N].sum(), whole_loss=weighed_N.sum())
+            self.metrics.add(answer_loss=(weighed_N * answer_N).sum(), answer_tokens=answer_N.sum())
         self.metrics.add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
         if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
             has_negative_N = contrast.coefficient_N > 0
