@@ -17,6 +17,7 @@ from unisd.diagnostics import (
     Answers,
     Counting,
     Diagnostics,
+    answer_tokens,
     answers_to_keep,
     find_alarms,
     first_place,
@@ -74,6 +75,12 @@ def test_repetition_and_place() -> None:
     assert repeated_share([1, 2, 3, 4, 5]) == 0 and repeated_share([1, 2, 3]) == 0
     assert repeated_share([1] * 8) == pytest.approx(1 - 1 / 5)
     assert first_place("so it is 4", "4") == 0.75 and first_place("4", "4") == 0 and first_place("it is 42", "4") is None
+
+
+def test_final_answer_tokens() -> None:
+    ids, _ = answer("So 42. Answer: 42")
+    assert answer_tokens(tiny.tokenizer(), ids) == [False] * 15 + [True, True]  # the last place, not the first
+    assert not any(answer_tokens(tiny.tokenizer(), answer("word " * 9)[0])) and answer_tokens(tiny.tokenizer(), []) == []
 
 
 def test_words_are_data(tmp_path: Any) -> None:

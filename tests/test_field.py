@@ -348,8 +348,8 @@ def test_where_the_student_is_scored_beforehand(tmp_path: Any) -> None:
         gradients(built)
 
 
-def passes(built: Any) -> Counter[str]:
-    """Sequences per view that a step's scoring runs through the model."""
+def passes(built: Any) -> tuple[Counter[str], Any]:
+    """Sequences per view that a step's scoring runs through the model; and the step's loss and gradients."""
     seen: Counter[str] = Counter()
     original = built.scorer._hidden_states
 
@@ -358,15 +358,15 @@ def passes(built: Any) -> Counter[str]:
         return original(jobs, rows, device)
 
     built.scorer._hidden_states = watched
-    gradients(built)
-    return seen
+    found = gradients(built)
+    return seen, found
 
 
 @pytest.mark.parametrize("weight", ["dash", "position", "confidence_gate", "entropy_trust", "contrast_weight"])
 def test_weights_add_no_pass(tmp_path: Any, weight: str) -> None:
     """8 rows: the primary teacher, and for `contrast_weight` the negative view that it is about; nothing else."""
     negative = {"negative": 8} if weight == "contrast_weight" else {}
-    assert passes(trainer(tmp_path, token_weights=[weight])) == {"primary": 8, **negative}
+    assert passes(trainer(tmp_path, token_weights=[weight]))[0] == {"primary": 8, **negative}
 
 
 @pytest.mark.parametrize(
@@ -387,10 +387,10 @@ def test_weights_add_no_pass(tmp_path: Any, weight: str) -> None:
 )
 def test_targets_score_what_they_declare(tmp_path: Any, options: dict[str, Any], expected: dict[str, int]) -> None:
     """And the whole step is the same chunked, plain, and in other micro-batches."""
-    assert passes(trainer(tmp_path, **options)) == {"primary": 8, **expected}
-    ours = gradients(trainer(tmp_path, **options))
-    assert_same(ours, gradients(trainer(tmp_path, loss_implementation="plain", **options)))
-    assert_same(ours, gradients(trainer(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **options)))
+    seen, ours = passes(trainer(tmp_path, **options))
+    assert seen == {"primary": 8, **expected}
+    cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    assert_same(ours, gradients(trainer(tmp_path, loss_implementation="plain", **cut, **options)))
     plain = {name: value for name, value in options.items() if name not in ("target", "target_reference_steps")}
     assert ours[0] != pytest.approx(gradients(trainer(tmp_path, **plain))[0], rel=1e-6)
 
