@@ -148,7 +148,8 @@ def test_answers_to_keep_are_written_once(tmp_path: Path) -> None:
     first = answers_to_keep(rows, lambda rows: mine, tiny.tokenizer(), file, resumed=False)
     assert first == [{"prompt": "p", "completion": "mine"}]
     assert answers_to_keep(rows, lambda rows: nothing, tiny.tokenizer(), file, resumed=True) == first
-    assert answers_to_keep(rows, lambda rows: nothing, tiny.tokenizer(), None, resumed=False)[0]["completion"] == ""
+    assert answers_to_keep(rows, lambda rows: nothing, tiny.tokenizer(), file, resumed=False, is_writer=False) != first
+    assert json.loads(file.read_text(encoding="utf-8")) == first
 
 
 def test_leak_numbers() -> None:

@@ -267,14 +267,14 @@ class Diagnostics(TrainerCallback):  # type: ignore[misc]
         if len(self._recent) < self.window:
             return
         known = {alarm.name for alarm in self.alarms}
-        for name, text in find_alarms(_means(self._first), _means(self._recent)).items():
+        for name, text in find_alarms(means(self._first), means(self._recent)).items():
             if name not in known:
                 self.alarms.append(Alarm(name, state.global_step, text))
                 logger.warning("step %d, %s: %s", state.global_step, name, text)
                 control.should_training_stop = control.should_training_stop or self.stop
 
 
-def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+def means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     """Mean of each metric over the steps that have it."""
     names = {name for step in steps for name in step}
     return {name: sum(found) / len(found) for name in names if (found := [step[name] for step in steps if name in step])}
@@ -308,18 +308,24 @@ def leak_numbers(
 
 
 def answers_to_keep(
-    rows: Sequence[Row], write: Callable[[Sequence[Row]], Sequence[Completion]], tokenizer: Any, file: Path | None, resumed: bool
+    rows: Sequence[Row],
+    write: Callable[[Sequence[Row]], Sequence[Completion]],
+    tokenizer: Any,
+    file: Path,
+    *,
+    resumed: bool,
+    is_writer: bool = True,
 ) -> list[Row]:
     """The probe set: each prompt with the untrained model's own greedy answer, which training should leave likely.
 
     The reference would not do: it is in another's style, and any method drifts from that. A resumed run reads the answers from `file`.
     """
-    if resumed and file is not None and file.is_file():
+    if resumed and file.is_file():
         kept: list[Row] = json.loads(file.read_text(encoding="utf-8"))
         return kept
     texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in write(rows)]
     found = [{"prompt": row["prompt"], "completion": text} for row, text in zip(rows, texts, strict=True)]
-    if file is not None:
+    if is_writer:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found), encoding="utf-8")
     return found
@@ -341,4 +347,4 @@ def probe_leak(
         for views in scorer.leak_probe(probed, device, PROBE_TOKENS)
         if views
     ]
-    return _means(found)
+    return means(found)

@@ -27,7 +27,7 @@ from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
 from unisd.data import Row, prepare_rows
-from unisd.diagnostics import PROBE_FILE, Answers, Counting, Diagnostics, answer_tokens, answers_to_keep, probe_leak
+from unisd.diagnostics import PROBE_FILE, Answers, Counting, Diagnostics, answer_tokens, answers_to_keep, means, probe_leak
 from unisd.errors import UserError
 from unisd.levels import reference_at
 from unisd.losses import Contrast, chunked_loss, plain_loss
@@ -437,25 +437,32 @@ class UniSDTrainer(Trainer):  # type: ignore[misc]
             counted = sum(gather_object([counted]), Answers())
         values = counted.metrics(self.counting.hedges)
         every = self.args.diagnostics_probe_steps
-        if every is None or self.state.global_step % every:
-            return values
+        if every is not None and self.state.global_step % every == 0:
+            probes = [self._probe([(self.rows[number], row) for (number, _), row in zip(numbers, rows, strict=True)])]
+            if self.accelerator.num_processes > 1:  # all ranks must come to the same alarms
+                probes = gather_object(probes)
+            values |= means(probes)
+        return values
+
+    def _probe(self, rows: Sequence[tuple[Row, ScoringRow]]) -> dict[str, float]:
+        """This rank's share of what costs passes: the probe set's likelihood, and some of the step's answers under other contexts."""
         from unisd.evaluation import reference_nll
 
+        values: dict[str, float] = {}
         if self.probe_rows:
             if self._probe_answers is None:
-                sampling = replace(self.sampling, max_new_tokens=self.args.max_completion_length)
                 self._probe_answers = answers_to_keep(
                     self.probe_rows[: self.args.diagnostics_probe_rows],
-                    lambda rows: self.engine.generate([self.prompts.student(row) for row in rows], None, sampling),
+                    lambda rows: self.engine.generate([self.prompts.student(row) for row in rows], None, self.sampling),
                     self.processing_class,
-                    Path(self.args.output_dir) / PROBE_FILE if self.is_world_process_zero() else None,
+                    Path(self.args.output_dir) / PROBE_FILE,
                     resumed=self.state.global_step > 0,
+                    is_writer=self.is_world_process_zero(),
                 )
             nll, tokens = reference_nll(self.model, self.processing_class, self._probe_answers)
             values["retained/nll"] = nll / max(tokens, 1)
         if self.args.distillation_mode != "nll":
-            probed = [(self.rows[number], row) for (number, _), row in zip(numbers, rows, strict=True)]
-            values |= probe_leak(self.scorer, self.prompts, probed[: self.args.diagnostics_probe_rows], self.args.device)
+            values |= probe_leak(self.scorer, self.prompts, rows[: self.args.diagnostics_probe_rows], self.args.device)
         return values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
