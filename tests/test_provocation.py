@@ -1,4 +1,4 @@
-"""Diagnostics proved by provocation on the pocket model: runs made to go wrong raise their alarm, healthy ones raise none.
+"""Diagnostics proved by provocation on the pocket model: a run made to collapse raises its alarms, healthy ones raise none.
 
 Each run takes about a minute, so these are left to `pytest -m slow tests/test_provocation.py`.
 """
@@ -29,9 +29,4 @@ def test_a_healthy_run_raises_no_alarm(tmp_path: Path, seed: int) -> None:
 def test_a_collapse_is_noticed(tmp_path: Path) -> None:
     """A live teacher and a rate ten times too high."""
     found = alarms(tmp_path, "--teacher_model_kind", "live", "--learning_rate", "1e-2", "--diagnostics_probe_steps", "5")
-    assert found.keys() & {"collapse", "no end", "forgetting"}
-
-
-def test_a_leak_is_noticed(tmp_path: Path) -> None:
-    """The teacher sees nothing but the final answer."""
-    assert "leak" in alarms(tmp_path, "--teacher_context", "answer", "--diagnostics_probe_steps", "5")
+    assert found["collapse"] <= 15 and found["forgetting"] <= 15
