@@ -43,3 +43,14 @@ def test_every_mechanism_is_active_in_the_default_run(tmp_path: Path) -> None:
     assert all(line["clip/share"] > 0 for line in lines)
     assert lines[-1]["teacher/weight_distance"] > 0
     assert all(line["features/distance"] > 0 for line in lines[1:])
+
+
+def test_a_target_from_outside_the_package(tmp_path: Path) -> None:
+    """The worked example of docs/field.md, with the test that it carries; short enough to be an afternoon's work."""
+    path = ROOT / "examples" / "next_paper.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+    example = runpy.run_path(str(path))
+    example["test_arithmetic"]()
+    trainer = example["main"](str(tmp_path), max_steps=1)
+    assert trainer.sources == ["teacher/plain"]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1

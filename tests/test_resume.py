@@ -94,7 +94,7 @@ def test_resuming_with_another_teacher_is_refused(tmp_path: Path) -> None:
 
 
 def test_restarted_teacher_survives_resume(tmp_path: Path) -> None:
-    options = {**dict.fromkeys(STAR, None), "teacher_model_kind": "base", "teacher_restart_steps": 3, "agreement": "none"}
+    options = {**dict.fromkeys(STAR, None), "teacher_model_kind": "restart", "teacher_restart_steps": 3, "agreement": "none"}
     options |= {"agreement_gamma": 0.01, "contrastive_weight": 0.0, "feature_weight": 0.0, "token_clip_quantile": None}
     whole = build(tmp_path / "a", False, **options)
     whole.train()

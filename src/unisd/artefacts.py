@@ -15,6 +15,7 @@ RESULTS = "results.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 ANSWERS = "answers.json"
+PROBE = "probe.json"  # the answers that the diagnostics compare with
 Record = dict[str, Any]
 
 

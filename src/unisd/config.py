@@ -10,9 +10,23 @@ import torch
 from transformers import TrainingArguments
 
 from unisd.errors import UserError
+from unisd.levels import LEVELS
 from unisd.losses import DivergenceSpec, check_token_clip
+from unisd.mechanisms import NORMALIZERS
 
-GROUPS = ("rollout", "teacher", "divergence", "agreement", "contrast", "features", "clipping", "scoring", "evaluation", "safety")
+GROUPS = (
+    "rollout",
+    "teacher",
+    "divergence",
+    "agreement",
+    "contrast",
+    "features",
+    "clipping",
+    "scoring",
+    "diagnostics",
+    "evaluation",
+    "safety",
+)
 
 
 def option(group: str, help: str, default: Any = None, **kwargs: Any) -> Any:
@@ -69,14 +83,31 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
 
     # -- teacher: the same model under the reference (and other weights) --------------------------------------------
     teacher_model_kind: str = option(
-        "teacher", "Weights of the teacher: base (initial model), live (current student) or ema (Eq. 3).", "base"
+        "teacher",
+        "Weights of the teacher: base (initial model), live (current student), ema (Eq. 3), or restart (a fixed copy of the student, "
+        "taken anew every teacher_restart_steps).",
+        "base",
     )
     teacher_update_rate: float = option(
         "teacher", "EMA: weight of the student in each update, 1 - beta of Eq. 3 (0.01-0.05 is usual).", 0.02
     )
     teacher_sync_steps: int = option("teacher", "EMA: update the teacher every so many optimizer steps.", 1)
     teacher_restart_steps: int | None = option(
-        "teacher", "base: copy the student into the teacher every so many optimizer steps (unset: never)."
+        "teacher", "restart: copy the student into the teacher every so many optimizer steps."
+    )
+    teacher_context: str = option(
+        "teacher",
+        "How much of the reference the teacher sees: full, half, hints (steps without results), answer (the final answer only), "
+        "unconditioned (the reference without the problem) or plain (nothing).",
+        "full",
+    )
+    target: str | None = option(
+        "teacher",
+        "What the student is moved towards instead of the teacher's distribution, by registered name (view_consensus, contrast, "
+        "geometric, pmi); options as name:key=value,key=value.",
+    )
+    target_reference_steps: int | None = option(
+        "teacher", "A target's source step/...: copy the student every so many optimizer steps."
     )
     teacher_prompt_layout: str = option(
         "teacher",
@@ -123,13 +154,21 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     agreement_stat: str = option("agreement", "Disagreement of the K log-probabilities: var or range.", "var")
     agreement_quantile: float = option("agreement", "token: quantile of disagreement that becomes the unit.", 0.95)
     agreement_cap: float = option("agreement", "token: largest scaled disagreement.", 10.0)
+    agreement_budget_contexts: int | None = option(
+        "agreement", "Budget: score so many of a row's contexts only, drawn anew in every step (unset: all)."
+    )
+    agreement_uncertain_share: float = option(
+        "agreement", "Budget: score contexts only for this share of a step's rows, those of largest teacher entropy.", 1.0
+    )
     token_weights: list[str] = option(
         "agreement",
         "More reliability weights by registered name, multiplied in order; options as name:key=value,key=value.",
         [],
     )
     weight_normalizer: str | None = option(
-        "agreement", "Divide by the sum of weights (weights) or by the token count (tokens); unset: as published."
+        "agreement",
+        "Divide by the sum of weights (weights) or by the token count (tokens; mean1: after scaling each answer's weights to mean 1); "
+        "unset: as published for the last of the weights.",
     )
 
     # -- C. contrast (Eq. 4-5) ------------------------------------------------------------------------------------------
@@ -162,6 +201,17 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         "scoring",
         "Tokens per forward pass without gradient; unset: 1024 on a CPU, 8192 elsewhere.",
     )
+
+    # -- diagnostics ------------------------------------------------------------------------------------------------------
+    diagnostics: bool = option("diagnostics", "Watch the answers for lost doubt, leaks and collapse, and raise alarms.", True)
+    diagnostics_words: str = option("diagnostics", "Words of doubt: a language (en, de), or a file with one a line.", "en")
+    diagnostics_window: int = option("diagnostics", "Steps at the start and at the end that are compared.", 5)
+    diagnostics_stop: bool = option("diagnostics", "End the training at the first alarm.", False)
+    diagnostics_probe_steps: int | None = option(
+        "diagnostics",
+        "Every so many steps: the teacher under a wrong answer and without the question, and the likelihood of the probe set.",
+    )
+    diagnostics_probe_rows: int = option("diagnostics", "Rows of each probe.", 8)
 
     # -- evaluation -------------------------------------------------------------------------------------------------------
     eval_max_new_tokens: int | None = option(
@@ -225,14 +275,16 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             raise UserError("feature_only needs a feature_weight above 0: there would be no loss.")
         if self.feature_only and (self.token_clip or self.token_clip_quantile or self.entry_clip or self.contrastive_weight):
             raise UserError("feature_only trains without the divergence: unset the clips and contrastive_weight.")
-        if self.teacher_restart_steps is not None and self.teacher_model_kind != "base":
-            raise UserError("teacher_restart_steps restarts a fixed teacher: set teacher_model_kind=base or unset it.")
+        if (self.teacher_restart_steps is not None) != (self.teacher_model_kind == "restart"):
+            raise UserError("teacher_model_kind=restart and teacher_restart_steps go together: set both or neither.")
         if self.agreement != "none" and self.num_auxiliary_contexts < 2:
             raise UserError("agreement needs num_auxiliary_contexts of 2 or more: one context cannot disagree with itself.")
+        if self.agreement_uncertain_share == 0:
+            raise UserError("agreement_uncertain_share=0 would score no row's contexts: set agreement=none instead.")
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay false: the rows' columns are the teacher's context.")
-        if self.completion_source == "initial" and (self.teacher_model_kind != "base" or self.teacher_restart_steps is not None):
-            raise UserError("completion_source=initial needs the initial weights: set teacher_model_kind=base without restarts.")
+        if self.completion_source == "initial" and self.teacher_model_kind != "base":
+            raise UserError("completion_source=initial needs the initial weights: set teacher_model_kind=base.")
         if self.num_iterations > 1 and self.completion_source not in ("student", "mixture"):
             raise UserError("num_iterations reuses the student's answers: set completion_source=student, or unset it.")
         if self.distillation_mode == "nll":
@@ -245,6 +297,7 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         asked = {
             "agreement": self.agreement != "none",
             "token_weights": bool(self.token_weights),
+            "target": self.target is not None,
             "contrastive_weight": self.contrastive_weight > 0,
             "feature_weight": self.feature_weight > 0,
             "token_clip_quantile": self.token_clip_quantile is not None,
@@ -279,7 +332,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "teacher_model_kind": ("base", "live", "ema"),
+    "teacher_model_kind": ("base", "live", "ema", "restart"),
+    "teacher_context": LEVELS,
     "teacher_prompt_layout": ("append", "turn"),
     "completion_source": ("student", "reference", "initial", "mixture"),
     "distillation_mode": ("full", "topk", "sampled", "nll"),
@@ -288,7 +342,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "loss_implementation": ("chunked", "plain"),
     "agreement": ("none", "token", "sequence"),
     "agreement_stat": ("var", "range"),
-    "weight_normalizer": (None, "weights", "tokens"),
+    "weight_normalizer": (None, *NORMALIZERS),
     "collapse_guard": ("warn", "stop", "off"),
     "packing": ("auto", "packed", "padded"),
 }
@@ -310,12 +364,15 @@ _RANGES: dict[str, tuple[float, float]] = {
     "teacher_update_rate": (0, 1),
     "teacher_sync_steps": (1, _INF),
     "teacher_restart_steps": (1, _INF),
+    "target_reference_steps": (1, _INF),
     "distillation_topk": (1, _INF),
     "loss_chunk_tokens": (1, _INF),
     "num_auxiliary_contexts": (0, _INF),
     "agreement_gamma": (0, _INF),
     "agreement_quantile": (0, 1),
     "agreement_cap": (1e-6, _INF),
+    "agreement_budget_contexts": (2, _INF),
+    "agreement_uncertain_share": (0, 1),
     "contrastive_weight": (0, _INF),
     "contrastive_margin": (0, _INF),
     "feature_weight": (0, _INF),
@@ -326,4 +383,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "eval_max_new_tokens": (1, _INF),
     "record_samples": (0, 100),
     "max_skipped_steps": (1, _INF),
+    "diagnostics_window": (1, _INF),
+    "diagnostics_probe_steps": (1, _INF),
+    "diagnostics_probe_rows": (1, _INF),
 }

@@ -35,7 +35,8 @@ from unisd.parsing import parse
 from unisd.prompts import encode_completion, encode_prompt
 from unisd.tasks import get
 from unisd.tasks.base import Task
-from unisd.trainer import UniSDTrainer, last_complete_checkpoint
+from unisd.checkpoints import last_complete_checkpoint
+from unisd.trainer import UniSDTrainer
 
 METHODS = ("sft", "sdft", "unisd-star")
 RAW = "raw"

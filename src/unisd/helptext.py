@@ -31,6 +31,7 @@ ABOUT = {
     "features": "D. matching hidden states (Eq. 6)",
     "clipping": "E. bounded divergence",
     "scoring": "the pass without gradient",
+    "diagnostics": "is the run healthy? words of doubt, leaks, collapse",
     "evaluation": "before, during and after training",
     "training": "the most used of transformers' TrainingArguments (all of them: --help_all)",
     "inherited": "the other ones of transformers' TrainingArguments",

@@ -16,6 +16,7 @@ chunk. Notation: p student, q teacher, M their mixture; l log-probability of the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from unisd.divergences import (
     log_probs,
     pick,
 )
+from unisd.targets import TargetStates
 
 __all__ = [
     "Contrast",
@@ -51,6 +53,9 @@ __all__ = [
     "token_logprobs",
     "token_scores",
 ]
+
+# From (D, l, H(p)) [N] of all tokens, without gradient, to a factor [N] of their coefficients: weights that look at the student
+Reweigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 CHUNK_BYTES = 64 * 2**20
 """Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds two of them, of the student and of the teacher."""
@@ -88,6 +93,8 @@ class _Inputs:
     coefficient_N: Tensor
     token_clip: float | None
     contrast: Contrast | None
+    target: TargetStates | None = None
+    reweigh: Reweigh | None = None
 
     def rows(self, rows: slice) -> _Inputs:
         return replace(
@@ -97,6 +104,7 @@ class _Inputs:
             targets_N=self.targets_N[rows],
             coefficient_N=self.coefficient_N[rows],
             contrast=None if self.contrast is None else self.contrast.rows(rows),
+            target=None if self.target is None else self.target.rows(rows),
         )
 
     def divided_by(self, unit: Tensor) -> _Inputs:
@@ -152,22 +160,30 @@ def plain_loss(
     coefficient_N: Tensor,
     token_clip: float | None = None,
     contrast: Contrast | None = None,
+    *,
+    target: TargetStates | None = None,
+    reweigh: Reweigh | None = None,
 ) -> LossOutput:
     """`sum_N coefficient * min(D, token_clip) + sum_N contrast.coefficient * h`, its gradient by autograd.
 
     targets_N: the realised tokens. coefficient_N: constants, no gradient (see the module). token_clip: cap on a token's
-    D in nats; above it the gradient is zero. N = 0 gives exactly zero, still attached to the graph.
+    D in nats; above it the gradient is zero. target: takes the place of the teacher's distribution in D. reweigh: gives a further
+    factor of each coefficient, from the values of this very pass. N = 0 gives exactly zero, still attached to the graph.
     """
     inputs = _Inputs(
-        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast
+        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
+        target,
     )  # fmt: skip
     student_logp_NV = log_probs(student_head.logits(student_hidden_NH), spec.temperature)
-    teacher_logp_NV = _teacher_logp(inputs, student_logp_NV)
+    own_NV, teacher_logp_NV = _teacher_logp(inputs, student_logp_NV)
+    own_N = pick(own_NV, targets_N)
     divergence_N = divergence_of_logp(student_logp_NV, teacher_logp_NV, targets_N, spec)
-    logp_N = pick(student_logp_NV, targets_N)
-    teacher_logp_N = pick(teacher_logp_NV, targets_N)
-    terms = _token_terms(inputs, divergence_N, logp_N, teacher_logp_N)
-    return terms.output(terms.loss, divergence_N, logp_N, entropy(student_logp_NV.detach()), teacher_logp_N)
+    logp_N, entropy_N = pick(student_logp_NV, targets_N), entropy(student_logp_NV.detach())
+    if reweigh is not None:
+        factor_N = reweigh(divergence_N.detach(), logp_N.detach(), entropy_N)
+        inputs = replace(inputs, coefficient_N=inputs.coefficient_N * factor_N)
+    terms = _token_terms(inputs, divergence_N, logp_N, own_N)
+    return terms.output(terms.loss, divergence_N, logp_N, entropy_N, own_N)
 
 
 def chunked_loss(
@@ -181,18 +197,33 @@ def chunked_loss(
     token_clip: float | None = None,
     contrast: Contrast | None = None,
     chunk_tokens: int | None = None,
+    *,
+    target: TargetStates | None = None,
+    reweigh: Reweigh | None = None,
 ) -> LossOutput:
     """:func:`plain_loss` without any `[N,V]` tensor: same loss, same gradients (also of a trainable head).
 
     The gradient is taken in the forward pass; backward only multiplies it by what comes in, and is not differentiable
     again. Under `torch.no_grad` only values are computed. `chunk_tokens` defaults to :func:`default_chunk_tokens`.
+
+    With `reweigh` and a frozen head the coefficients are multiplied in at the end, so that it costs nothing. A head that is trained
+    sums over tokens, and must know them before: a first sweep without gradient finds the values.
     """
-    inputs = _Inputs(
-        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast
-    )  # fmt: skip
     tracked = (student_hidden_NH, student_head.weight, student_head.bias)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked)
     chunk = chunk_tokens or default_chunk_tokens(student_head.weight.shape[0], student_hidden_NH.device)
+    if reweigh is not None and (wanted[1] or wanted[2] or contrast is not None):
+        with torch.no_grad():
+            known = chunked_loss(
+                student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N,
+                chunk_tokens=chunk, target=target,
+            )  # fmt: skip
+        factor_N = reweigh(known.divergence_N, known.student_logp_N, known.student_entropy_N)
+        coefficient_N, reweigh = coefficient_N * factor_N, None
+    inputs = _Inputs(
+        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
+        target, reweigh,
+    )  # fmt: skip
     loss, *values = _ChunkedLoss.apply(*tracked, inputs, chunk, wanted)  # type: ignore[no-untyped-call]
     divergence_N, logp_N, entropy_N, teacher_logp_N = values
     terms = _token_terms(inputs, divergence_N, logp_N, teacher_logp_N)
@@ -231,6 +262,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
         head = _autocast_head(inputs.student_head)
         scaled = replace(inputs.divided_by(unit), student_head=head, teacher_head=_autocast_head(inputs.teacher_head))
+        if inputs.target is not None:
+            scaled = replace(scaled, target=inputs.target.with_heads(_autocast_head))
+        if inputs.reweigh is not None:  # every token's gradient for itself; multiplied by its coefficient below
+            unit, scaled = torch.ones_like(unit), replace(scaled, coefficient_N=torch.ones(tokens, dtype=full, device=device))
         with torch.autocast(device.type, enabled=False):
             for start in range(0, tokens, chunk):
                 rows = slice(start, start + chunk)
@@ -247,13 +282,18 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_hidden_NH is not None:
                     grad_hidden_NH[rows] = (grad_CV.to(head.weight.dtype) @ head.weight).to(full) * unit
                 del grad_CV  # before the next chunk's tensors, not after
+            divergence_N, logp_N, entropy_N, teacher_logp_N = values_4N.unbind()
+            if inputs.reweigh is not None:
+                coefficient_N = inputs.coefficient_N * inputs.reweigh(divergence_N, logp_N, entropy_N)
+                inputs = replace(inputs, coefficient_N=coefficient_N)
+                if grad_hidden_NH is not None:
+                    grad_hidden_NH *= coefficient_N[:, None]
         ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
         ctx.save_for_backward(
             grad_hidden_NH,
             None if grad_weight_VH is None else grad_weight_VH.mul_(unit).to(_kept_dtype(weight_VH)),
             None if grad_bias_V is None or bias_V is None else grad_bias_V.mul_(unit).to(_kept_dtype(bias_V)),
         )
-        divergence_N, logp_N, entropy_N, teacher_logp_N = values_4N.unbind()
         loss = _token_terms(inputs, divergence_N, logp_N, teacher_logp_N).loss
         ctx.mark_non_differentiable(divergence_N, logp_N, entropy_N, teacher_logp_N)
         return loss, divergence_N, logp_N, entropy_N, teacher_logp_N
@@ -304,6 +344,8 @@ def _closed_form_of(part: _Inputs, student_CV: Tensor, teacher_CV: Tensor, want_
     logp_C, entropy_C = pick(logp_CV, part.targets_N), -(p_CV * logp_CV).sum(-1)
     logq_CV = log_probs(part.teacher_head.shape_logits(teacher_CV), spec.temperature)
     teacher_logp_C = pick(logq_CV, part.targets_N)
+    if part.target is not None:
+        logq_CV = part.target.logp(logp_CV, logq_CV, part.targets_N, spec)
 
     summand_CV, pr_CV = _summands_and_slopes(p_CV, logp_CV, logq_CV, spec.alpha)
     if spec.entry_clip is not None:
@@ -348,20 +390,21 @@ def _by_autograd(part: _Inputs, want_gradient: bool) -> _ChunkResult:
     projected_CV = part.student_head.project(part.student_hidden_NH).requires_grad_(want_gradient)
     with torch.set_grad_enabled(want_gradient):
         logp_CV = log_probs(part.student_head.shape_logits(projected_CV), spec.temperature)
-        logq_CV = _teacher_logp(part, logp_CV)
+        own_CV, logq_CV = _teacher_logp(part, logp_CV)
         divergence_C = divergence_of_logp(logp_CV, logq_CV, part.targets_N, spec)
-        logp_C, teacher_logp_C = pick(logp_CV, part.targets_N), pick(logq_CV, part.targets_N)
+        logp_C, teacher_logp_C = pick(logp_CV, part.targets_N), pick(own_CV, part.targets_N)
         loss = _token_terms(part, divergence_C, logp_C, teacher_logp_C).loss
     values = (divergence_C.detach(), logp_C.detach(), entropy(logp_CV.detach()), teacher_logp_C)
     return values, torch.autograd.grad(loss, projected_CV)[0] if want_gradient else None
 
 
 @torch.no_grad()
-def _teacher_logp(part: _Inputs, student_logp_CV: Tensor) -> Tensor:
-    """The teacher's log-probabilities; the student's own where no teacher is asked."""
+def _teacher_logp(part: _Inputs, student_logp_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's own log-probabilities, and the target's where there is one; the student's where no teacher is asked."""
     if part.spec.mode == "nll":
-        return student_logp_CV.detach()
-    return log_probs(part.teacher_head.logits(part.teacher_hidden_NH), part.spec.temperature)
+        return student_logp_CV.detach(), student_logp_CV.detach()
+    own_CV = log_probs(part.teacher_head.logits(part.teacher_hidden_NH), part.spec.temperature)
+    return own_CV, own_CV if part.target is None else part.target.logp(student_logp_CV, own_CV, part.targets_N, part.spec)
 
 
 def chunk_bytes(device: torch.device | None = None) -> int:

@@ -10,26 +10,24 @@ Shapes: B rows of the step, T completion length, K auxiliary contexts, N loss to
 
 from __future__ import annotations
 
-import ast
-import difflib
-import inspect
 import logging
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from unisd.errors import UserError
+from unisd.plugins import bound_options, find, parse
 
 logger = logging.getLogger(__name__)
 
+KIND = "token weight"
 ENTRY_POINT_GROUP = "unisd.token_weights"
-NEEDS = frozenset({"auxiliary", "negative", "student", "entropy", "divergence"})
+NEEDS = frozenset({"auxiliary", "negative", "contrast", "student", "entropy", "divergence"})
+NORMALIZERS = ("weights", "tokens", "mean1")
 SCALE_FLOOR = 1e-6  # nats^2 (var) or nats (range): contexts that agree to rounding
 LEAST_TOKEN_WEIGHT = 0.01
 LEAST_SEQUENCE_WEIGHT = 1e-6
@@ -52,6 +50,7 @@ class StepScores:
     auxiliary_present: Tensor | None = None  # [K,B] bool: a row may have fewer than K contexts (auxiliary)
     negative_logp: Tensor | None = None  # [B,T] l- (negative)
     negative_present: Tensor | None = None  # [B] bool (negative)
+    negative_divergence: Tensor | None = None  # [B,T] KL(q||q-), at the distillation temperature (contrast)
     student_logp: Tensor | None = None  # [B,T] l, from a student pass without gradient (student)
     teacher_entropy: Tensor | None = None  # [B,T] H(q) (entropy)
     divergence: Tensor | None = None  # [B,T] D (divergence)
@@ -69,8 +68,9 @@ class WeightFunction:
     function: Callable[..., Tensor]
     level: str  # "token": weights [B,T]; "sequence": weights [B]
     needs: frozenset[str]  # subset of NEEDS
-    normalizer: str  # published divisor: "weights" (sum of b m) or "tokens" (sum of m)
+    normalizer: str  # published divisor: "weights" (sum of b m) or "tokens" (sum of m); "mean1": b scaled to mean 1 per row
     options: Mapping[str, Any] = field(default_factory=dict)
+    in_forward: bool = False  # looks at the student and at each row alone: called with a micro-batch, after its forward pass
 
     def __call__(self, scores: StepScores) -> Tensor:
         weights = self.function(scores, **self.options)
@@ -84,30 +84,31 @@ class WeightFunction:
 
     def with_options(self, **options: Any) -> WeightFunction:
         """The same with options bound; unknown and missing ones are refused here, not in the first step."""
-        bound = {**self.options, **options}
-        parameters = list(inspect.signature(self.function).parameters.values())[1:]
-        accepted = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        unknown = [] if any(p.kind == p.VAR_KEYWORD for p in parameters) else sorted(set(bound) - set(accepted))
-        if unknown:
-            listed = ", ".join(accepted) or "none"
-            raise UserError(f"token weight {self.name!r} has no option {unknown[0]!r} (accepted: {listed}).")
-        missing = [p.name for p in parameters if p.name in accepted and p.default is p.empty and p.name not in bound]
-        if missing:
-            raise UserError(f"token weight {self.name!r} needs a value for its option {missing[0]!r}.")
-        return replace(self, options=bound)
+        return replace(self, options=bound_options(KIND, self.name, self.function, {**self.options, **options}))
 
 
 _REGISTRY: dict[str, WeightFunction] = {}
 
 
 def register_weight(
-    name: str, *, level: str = "token", needs: frozenset[str] = frozenset(), normalizer: str = "weights"
+    name: str,
+    *,
+    level: str = "token",
+    needs: frozenset[str] = frozenset(),
+    normalizer: str = "weights",
+    in_forward: bool = False,
 ) -> Callable[[Weight], Weight]:
-    """Decorator: make a function `(scores, **options) -> Tensor` known as the reliability weight `name`."""
+    """Decorator: make a function `(scores, **options) -> Tensor` known as the reliability weight `name`.
+
+    in_forward: the needs `student` and `divergence` are then met by the training pass, without a pass of their own. The function
+    must look at each row alone, because it sees one micro-batch at a time.
+    """
     if level not in ("token", "sequence"):
         raise UserError(f"token weight {name!r}: level must be token or sequence, got {level!r}.")
-    if normalizer not in ("weights", "tokens"):
-        raise UserError(f"token weight {name!r}: normalizer must be weights or tokens, got {normalizer!r}.")
+    if normalizer not in NORMALIZERS:
+        raise UserError(f"token weight {name!r}: normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}.")
+    if in_forward and level != "token":
+        raise UserError(f"token weight {name!r}: only weights of level token can be in_forward.")
     if unknown := sorted(frozenset(needs) - NEEDS):
         raise UserError(f"token weight {name!r} needs {unknown[0]!r}, which scoring does not offer: {sorted(NEEDS)}.")
 
@@ -115,7 +116,7 @@ def register_weight(
         known = _REGISTRY.get(name)
         if known is not None and known.function.__module__ != function.__module__:  # a reload replaces its own
             raise UserError(f"token weight {name!r} is already registered by {known.function.__module__}.")
-        _REGISTRY[name] = WeightFunction(name, function, level, frozenset(needs), normalizer)
+        _REGISTRY[name] = WeightFunction(name, function, level, frozenset(needs), normalizer, in_forward=in_forward)
         return function
 
     return register
@@ -123,40 +124,15 @@ def register_weight(
 
 def get_weight(name: str) -> WeightFunction:
     """The reliability weight registered as `name`, here or by an installed package."""
-    offered = [] if name in _REGISTRY else list(entry_points(group=ENTRY_POINT_GROUP))
-    for entry in sorted(offered, key=lambda entry: entry.name != name):  # a package may register under another name
-        if name in _REGISTRY:
-            break
-        try:
-            entry.load()
-        except Exception as error:  # whatever another package's import raises
-            if entry.name == name:
-                raise UserError(f"token weight {name!r}: loading {entry.value} failed: {error!r}") from error
-            logger.warning("token weight %r could not be loaded from %s: %r", entry.name, entry.value, error)
-    if name in _REGISTRY:
-        return _REGISTRY[name]
-    for entry in offered:
-        if entry.name == name:
-            raise UserError(f"token weight {name!r}: {entry.value} was loaded but registers no weight of that name.")
-    names = sorted(_REGISTRY.keys() | {entry.name for entry in offered})
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise UserError(f"unknown token weight {name!r}.{hint} Known: {', '.join(names)}.")
+    import unisd.weights  # noqa: F401 - registers the published ones
+
+    return find(KIND, name, _REGISTRY, ENTRY_POINT_GROUP)
 
 
 def parse_weight(text: str) -> WeightFunction:
     """`name` or `name:option=value,option=value`; values are Python literals, or else strings."""
-    name, _, tail = text.partition(":")
-    options: dict[str, Any] = {}
-    for part in re.split(r",(?=\s*\w+\s*=)", tail) if tail.strip() else []:  # a comma inside a list is not a separator
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise UserError(f"token weight {text!r}: expected option=value, got {part!r}.")
-        try:
-            options[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            options[key.strip()] = value.strip()
-    return get_weight(name.strip()).with_options(**options)
+    name, options = parse(KIND, text)
+    return get_weight(name).with_options(**options)
 
 
 # ------------------------------------------------------------------------------------------------- agreement (A)
@@ -273,7 +249,8 @@ def feature_distance(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
 def step_coefficients(mask: Tensor, token_weights: Tensor, sequence_weights: Tensor, aggregation: str, normalizer: str) -> Tensor:
     """Coefficients [B,T] with which `sum(coefficient * D)` is the loss of the whole optimizer step.
 
-    With row weights a_i, token weights b_it, mask m_it, and the divisor b' = b (normalizer `weights`) or 1 (`tokens`):
+    With row weights a_i, token weights b_it, mask m_it, and the divisor b' = b (normalizer `weights`) or 1 (`tokens`, and `mean1`,
+    for which b is first scaled to mean 1 over each row's loss tokens):
     aggregation `sequence`: sum_i a_i [sum_t b m D / sum_t b' m]_i / sum_i a_i;
     aggregation `token`: sum_it a b m D / sum_it a b' m.
     Rows whose sum of b m is 0 are left out, also of the divisor; a step without loss tokens gives zeros.
@@ -281,7 +258,11 @@ def step_coefficients(mask: Tensor, token_weights: Tensor, sequence_weights: Ten
     weights_BT = torch.where(mask, token_weights, 0.0)  # selected, not multiplied: outside the mask it may be NaN
     live_B = weights_BT.sum(-1) != 0
     rows_B = torch.where(live_B, sequence_weights, 0.0)
-    divisor_B = (weights_BT if _choice("weight_normalizer", normalizer, "weights", "tokens") else mask).sum(-1)
+    if normalizer not in NORMALIZERS:
+        raise UserError(f"weight_normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}.")
+    if normalizer == "mean1":
+        weights_BT = weights_BT * _ratio(mask.sum(-1), weights_BT.sum(-1))[:, None]
+    divisor_B = (weights_BT if normalizer == "weights" else mask).sum(-1)
     if _choice("loss_aggregation", aggregation, "sequence", "token"):
         per_row_B = _ratio(rows_B, divisor_B) / _nonzero(rows_B.sum())
     else:

@@ -10,6 +10,7 @@ import torch
 
 from unisd.config import UniSDConfig
 from unisd.losses import chunk_bytes
+from unisd.targets import parse_target
 
 MIB = 1 << 20
 CHUNK_BUFFERS = 2
@@ -75,7 +76,7 @@ def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, 
     - scoring = teacher_states + W (4 H + 3 I) c, or the chunk's logits; W = `token_budget`
     - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits and one layer's values
     where
-    - teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers
+    - teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers + the target's sources
     - logits = 2 tensors (accelerator: 5) of a chunk; with `loss_implementation=plain` 8 x 4 R T V
     - activations = R (Q + T) L c (13 H + 5 I), the input of each layer alone, R (Q + T) L c H, with gradient checkpointing
     """
@@ -92,7 +93,9 @@ def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, 
     logits = 8 * full_logits if config.loss_implementation == "plain" else buffers * min(per_chunk, full_logits)
     layer = rows * length * compute * (SAVED_HIDDEN * size.hidden + SAVED_INTERMEDIATE * inner)
     budget = max(config.token_budget or default_token_budget(config.device), length)
-    teacher = {"base": size.bytes_per_trained, "ema": 4.0, "live": 0.0}[config.teacher_model_kind]
+    target = None if config.target is None else parse_target(config.target)
+    sources = 0 if target is None or (target.realised and config.distillation_mode == "sampled") else len(target.sources)
+    teacher = {"ema": 4.0, "live": 0.0}.get(config.teacher_model_kind, size.bytes_per_trained)
     generated = min(config.rollout_batch_size, step_rows)
     held = {
         "weights": size.parameters * size.bytes_per_weight,
@@ -101,7 +104,7 @@ def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, 
     }
     parts = {
         "gradients": size.trained * size.bytes_per_trained,
-        "teacher_states": step_rows * completion * per_token * (1 + len(config.feature_layers or [])),
+        "teacher_states": step_rows * completion * per_token * (1 + len(config.feature_layers or []) + sources),
         "activations": rows * length * per_token * size.layers if config.gradient_checkpointing else layer * size.layers,
         "logits": logits,
     }

@@ -30,7 +30,8 @@ class StepMetrics:
         self.path = path
         self.device = device
         self.world_size = world_size
-        self.phases: dict[str, float] = {"rollout": 0.0, "score": 0.0, "student": 0.0, "update": 0.0, "eval": 0.0}
+        self.phases: dict[str, float] = dict.fromkeys(("rollout", "score", "student", "update", "eval", "diagnostics"), 0.0)
+        self.last: dict[str, float] = {}  # all values of the newest step
         self.values: dict[str, float] = {}  # already means over all ranks
         self._sums: dict[str, Tensor | float] = {}  # over micro-batches of this rank
         self._marked: dict[str, Tensor | float] = {}
@@ -94,6 +95,10 @@ class StepMetrics:
             of_contrast = max(sums["contrast_tokens"], 1)
             values["contrastive/loss"] = sums["contrast"] / of_contrast
             values["contrastive/active_share"] = sums["contrast_active"] / of_contrast
+        if "style_loss" in sums:
+            values["words/style_loss_share"] = sums["style_loss"] / (sums["whole_loss"] or 1.0)
+            values["leak/answer_loss_share"] = sums["answer_loss"] / (sums["whole_loss"] or 1.0)
+            values["leak/answer_token_share"] = sums["answer_tokens"] / tokens
         if "features" in sums:
             values["features/distance"] = sums["features"] / tokens
         values["step_time"] = sum(value for name, value in values.items() if name.startswith("step_time/"))
@@ -104,6 +109,7 @@ class StepMetrics:
                 finite = {name: value if math.isfinite(value) else None for name, value in (line | values).items()}
                 file.write(json.dumps(finite) + "\n")
         self._unlogged.append(values)
+        self.last = values
         self.values, self._sums = {}, {}
         return values
 

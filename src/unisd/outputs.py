@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd import __version__
-from unisd.artefacts import ANSWERS, METRICS, RESULTS, SAMPLES, write_json
+from unisd.artefacts import ANSWERS, METRICS, PROBE, RESULTS, SAMPLES, write_json
 from unisd.checkpoints import clear_staging, last_complete_checkpoint
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
@@ -77,7 +77,7 @@ def _refuse_used(folder: Path) -> None:
 
 def clear_earlier_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else: a checkpoint of the old run must not be resumed by the new one."""
-    for path in (folder / RESULTS, folder / METRICS, folder / SAMPLES, folder / ANSWERS):
+    for path in (folder / RESULTS, folder / METRICS, folder / SAMPLES, folder / ANSWERS, folder / PROBE):
         path.unlink(missing_ok=True)
     clear_staging(folder)
     for path in folder.glob("checkpoint-*"):
@@ -139,6 +139,9 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             "`metrics.jsonl`.",
             "",
             *table,
+            "",
+            *(f"- alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in results["alarms"] or ()),
+            *(("No alarm was raised (lost words of doubt, leak, collapse, forgetting).",) if results["alarms"] == [] else ()),
             "",
             "Accuracies: greedy answers, 95 % Wilson intervals in brackets. Perplexities: corpus level. One seed: differences "
             "within the intervals mean nothing.",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisd.errors import UserError
+from unisd.levels import reference_at
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class PromptBuilder:
         layout: `append` (one user turn, by `teacher_template`) or `turn` (problem, reference as the answer, problem again).
         teacher_template: with `{prompt}` and `{privileged_context}`; None: built in.
         auxiliary_template: with `{context}` and `{prompt}`; None: built in.
+        level: how much of the reference the primary teacher sees (:mod:`unisd.levels`).
 
     Raises:
         UserError: if a template lacks a placeholder.
@@ -101,6 +103,7 @@ class PromptBuilder:
     layout: str = "append"
     teacher_template: str | None = None
     auxiliary_template: str | None = None
+    level: str = "full"
 
     def __post_init__(self) -> None:
         for name, template, needed in (
@@ -134,9 +137,38 @@ class PromptBuilder:
         return encode_prompt(self.tokenizer, row["prompt"])
 
     def teacher(self, row: dict[str, Any]) -> list[int]:
-        """Ids of the primary teacher's prompt; the row's own `teacher_prompt` wins over the template."""
-        prompt = row.get("teacher_prompt") or self.with_reference(row["prompt"], row["privileged_context"])
-        return encode_prompt(self.tokenizer, prompt)
+        """Ids of the primary teacher's prompt at the builder's level.
+
+        Raises:
+            UserError: the row has nothing at this level (the trainer refuses such rows by number).
+        """
+        ids = self.at_level(row, self.level)
+        if ids is None:
+            raise UserError(f"row {row.get('id')} has nothing for teacher_context={self.level}: use teacher_context=full.")
+        return ids
+
+    def at_level(self, row: dict[str, Any], level: str) -> list[int] | None:
+        """Ids of a teacher's prompt at a level of privilege; None where the row has nothing for it.
+
+        At level `full` the row's own `teacher_prompt` wins over the template.
+        """
+        if level == "plain":
+            return self.student(row)
+        if level == "full" and row.get("teacher_prompt"):
+            return encode_prompt(self.tokenizer, row["teacher_prompt"])
+        reference = reference_at(row, level)
+        if reference is None:
+            return None
+        build = self.without_question if level == "unconditioned" else self.with_reference
+        return encode_prompt(self.tokenizer, build(row["prompt"], reference))
+
+    def without_question(self, prompt: Prompt, reference: str) -> Prompt:
+        """The reference alone, in the append layout's words; system turns stay."""
+        template = self.teacher_template or (TEACHER_TEMPLATE if self.is_chat else PLAIN_TEACHER_TEMPLATE)
+        text = _fill(template, prompt="", privileged_context=reference).strip()
+        if isinstance(prompt, str):
+            return text
+        return [*(turn for turn in prompt if turn["role"] == "system"), {"role": "user", "content": text}]
 
     def negative(self, row: dict[str, Any]) -> list[int]:
         return encode_prompt(self.tokenizer, self.with_reference(row["prompt"], row["negative_context"]))

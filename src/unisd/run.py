@@ -6,7 +6,7 @@ import logging
 import shlex
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         callbacks=[progress, interruption],
         peft_config=adapter_config(options),
         grader=data.grader,
+        probe_dataset=data.retention[: config.diagnostics_probe_rows] or None,
     )
     _save_memory(trainer, options, config)
     trainer.remove_callback(PrinterCallback)
@@ -145,6 +146,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
         "before": before["figures"],
         "after": after,
         "cost": cost_of(trainer, config, phases, options.device_tdp, energy.kwh),
+        "alarms": [asdict(alarm) for alarm in trainer.diagnostics.alarms] if config.diagnostics else None,
         "config": outputs.resolved(options, config),
     }
     if trainer.is_world_process_zero():  # before results.json, which completes a run
@@ -247,6 +249,8 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
 
 def _report(console: Console, results: Results, folder: Path, options: RunOptions) -> None:
     show_table(console, ("", "before", "after", "change"), change_lines(results))
+    for alarm in results["alarms"] or ():
+        console.print(f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}", markup=False, highlight=False)
     seconds = results["phases_s"]
     spent = ", ".join(f"{name} {seconds[name]:.0f}" for name in ("rollout", "score", "student", "eval"))
     console.print(f"{results['wall_s']:.0f} s ({spent})", markup=False, highlight=False)

@@ -47,6 +47,10 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
         self._done: list[list[int]] = []  # parts of this step that are in the gradient
         self._most_rows: int | None = None  # per micro-batch, since memory ran out
 
+    def load_teachers(self, checkpoint: str | Path) -> None:
+        """Take over the state of the teacher (and whatever stands beside it) from a checkpoint."""
+        self.teacher.load(checkpoint)
+
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def begin_student_phase(self) -> None:
@@ -168,7 +172,7 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
             resume_from_checkpoint = str(checkpoint)
         if resume_from_checkpoint:
             checkpoints.require_whole(resume_from_checkpoint)
-            self.teacher.load(resume_from_checkpoint)
+            self.load_teachers(resume_from_checkpoint)
             self.store.load(resume_from_checkpoint)
         self.stop_reason = None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)

@@ -8,7 +8,7 @@ Shapes: B rows of the step on this rank, T longest completion, K auxiliary conte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from unisd.backbone import Backbone, Captured, lay_out
+from unisd.divergences import log_probs
 from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_logprobs, token_scores
 from unisd.mechanisms import StepScores
 from unisd.rollout import generating
+from unisd.targets import Target, TargetStates
 from unisd.teacher import Teacher
 
 SHARED_FROM = 64  # tokens of a prompt; below, the smaller passes cost more than they save
+NEGATIVE = "teacher/negative"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class ScoringRow:
     negative: list[int] | None = None
     auxiliary: list[list[int]] = field(default_factory=list)
     number: int = -1  # of the row in the dataset, for messages
+    sources: dict[str, list[int]] = field(default_factory=dict)
+    """The prompts of the target's further sources, by their names; those that the row lacks are left out."""
 
 
 @dataclass
@@ -44,6 +49,20 @@ class TeacherStates:
 
     final: list[Tensor]
     layers: dict[int, list[Tensor]]
+    sources: dict[str, list[Tensor]] = field(default_factory=dict)  # of the target: final hidden states [T_i,H]
+    source_logp: dict[str, Tensor] = field(default_factory=dict)  # or realised log-probabilities [B,T]
+    source_present: dict[str, Tensor] = field(default_factory=dict)  # [B] bool
+
+    def of_target(
+        self, hidden: Callable[[Sequence[Tensor]], Tensor], scalar: Callable[[Tensor], Tensor], length: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Per source its states `[N,H]` or log-probabilities `[N]`, and which tokens have all sources, by two ways to select."""
+        values = {name: hidden(of_rows) for name, of_rows in self.sources.items()}
+        values |= {name: scalar(logp_BT) for name, logp_BT in self.source_logp.items()}
+        present_B = torch.ones(len(self.final), dtype=torch.bool)
+        for of_rows_B in self.source_present.values():
+            present_B &= of_rows_B
+        return values, scalar(present_B[:, None].expand(-1, length))
 
 
 def forward_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
@@ -94,6 +113,11 @@ class Scorer:
         layers: further layers to keep of the primary teacher.
         share_prompts: read a prompt once for all of its generations, where that saves enough.
         autocast: makes the context of a forward pass (mixed precision as in training).
+        choose_rows: agreement's budget: `[B]` mean teacher entropies -> `[B]` bool, the rows whose auxiliary views are scored;
+            None: all. The others count as rows without contexts.
+        target: what takes the place of the teacher's distribution; None: nothing does.
+        sources: of the target's sources those that need a pass of their own.
+        others: the weights that sources name beside the teacher's (base, step).
     """
 
     def __init__(
@@ -109,8 +133,17 @@ class Scorer:
         layers: Sequence[int] = (),
         autocast: Any = None,
         share_prompts: bool = False,
+        choose_rows: Callable[[Tensor], Tensor] | None = None,
+        target: Target | None = None,
+        sources: Sequence[str] = (),
+        others: Mapping[str, Teacher] | None = None,
     ) -> None:
         self.share_prompts = share_prompts
+        self.choose_rows = choose_rows
+        self.target = target
+        self.sources = tuple(sources)
+        self.others = dict(others or {})
+        self.progress = 0.0  # of the run, for targets with a schedule
         self.backbone = backbone
         self.teacher = teacher
         self.spec = spec
@@ -123,6 +156,29 @@ class Scorer:
 
     def _context(self) -> AbstractContextManager[Any]:
         return self._autocast() if self._autocast is not None else torch.autocast("cpu", enabled=False)
+
+    def target_states(self, states: Mapping[str, Tensor], present_N: Tensor) -> TargetStates | None:
+        """The target as the losses take it, with the heads of its sources."""
+        if self.target is None:
+            return None
+        heads = {
+            name: teacher_head(self.backbone, self.others.get(name.partition("/")[0], self.teacher)) for name in self.sources
+        }
+        return TargetStates(self.target, states, heads, present_N, self.progress)
+
+    def _source_jobs(self, rows: Sequence[ScoringRow], states: TeacherStates, zeros: Tensor, device: Any) -> list[_Job]:
+        """What the target's sources need scored, with room for the results; a wrong reference is the negative view already."""
+        jobs: list[_Job] = []
+        size = self.backbone.head_module.in_features
+        for name in self.sources:
+            prompts = [row.negative if name == NEGATIVE else row.sources.get(name) for row in rows]
+            states.source_present[name] = torch.tensor([prompt is not None for prompt in prompts])
+            if self.target is not None and self.target.realised and self.spec.mode == "sampled":
+                states.source_logp[name] = zeros.clone()
+            else:
+                states.sources[name] = [torch.zeros(len(row.completion), size, device=device) for row in rows]
+            jobs += [_Job(name, i, 0, prompt) for i, prompt in enumerate(prompts) if prompt is not None and name != NEGATIVE]
+        return jobs
 
     def score(self, rows: Sequence[ScoringRow], device: torch.device | str) -> tuple[StepScores, TeacherStates]:
         """All views of all rows. The returned scores live on the CPU, the hidden states on `device`."""
@@ -143,37 +199,68 @@ class Scorer:
             states.final, jobs = [torch.zeros(len(row.completion), size, device=device) for row in rows], []
         if "negative" in self.needs:
             jobs += [_Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None]
-        if "auxiliary" in self.needs:
-            jobs += [_Job("auxiliary", i, k, prompt) for i, row in enumerate(rows) for k, prompt in enumerate(row.auxiliary)]
+        sources = self._source_jobs(rows, states, zeros, device)
+        jobs += [job for job in sources if job.view.startswith("teacher/")]
+        negative_states: dict[int, Tensor] = {}  # by row, for the contrast of whole distributions
+        auxiliary = [_Job("auxiliary", i, k, prompt) for i, row in enumerate(rows) for k, prompt in enumerate(row.auxiliary)]
+        if "auxiliary" in self.needs and self.choose_rows is None:
+            jobs += auxiliary
+        auxiliary_present = torch.tensor([[k < len(row.auxiliary) for row in rows] for k in range(K)], dtype=torch.bool)
+        auxiliary_present = auxiliary_present.reshape(K, B)
 
-        with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
-            head = self.backbone.head()
+        def record(jobs: Sequence[_Job]) -> None:
             found: list[tuple[_Job, int, Tensor]] = []
             for group in self._hidden_states(jobs, rows, device):
                 for view in group:
-                    if view.job.view == "primary":
-                        states.final[view.job.row] = view.final_TH
+                    job, name = view.job, NEGATIVE if view.job.view == "negative" else view.job.view
+                    if name in states.sources:
+                        states.sources[name][job.row] = view.final_TH
+                    if name == NEGATIVE and "contrast" in self.needs:
+                        negative_states[job.row] = view.final_TH
+                    if job.view == "primary":
+                        states.final[job.row] = view.final_TH
                         for layer, hidden_TH in view.layers_TH.items():
-                            states.layers[layer][view.job.row] = hidden_TH
-                found += self._token_scores(group, rows, head)
-        for job, length, logp_T, entropy_T in _on_cpu(found):
-            if job.view == "primary":
-                teacher_logp[job.row, :length] = logp_T
-                entropy[job.row, :length] = entropy_T
-            elif job.view == "negative":
-                negative_logp[job.row, :length] = logp_T
-            else:
-                auxiliary_logp[job.context, job.row, :length] = logp_T
+                            states.layers[layer][job.row] = hidden_TH
+                elsewhere = {*states.sources, *(("negative",) if "contrast" in self.needs else ())}
+                found += self._token_scores([view for view in group if view.job.view not in elsewhere], rows, head)
+            for job, length, logp_T, entropy_T in _on_cpu(found):
+                if job.view == "primary":
+                    teacher_logp[job.row, :length] = logp_T
+                    entropy[job.row, :length] = entropy_T
+                elif job.view == "negative":
+                    negative_logp[job.row, :length] = logp_T
+                    if NEGATIVE in states.source_logp:
+                        states.source_logp[NEGATIVE][job.row, :length] = logp_T
+                elif job.view in states.source_logp:
+                    states.source_logp[job.view][job.row, :length] = logp_T
+                else:
+                    auxiliary_logp[job.context, job.row, :length] = logp_T
 
-        auxiliary_present = torch.tensor([[k < len(row.auxiliary) for row in rows] for k in range(K)], dtype=torch.bool)
+        with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
+            head = self.backbone.head()
+            record(jobs)
+            if "auxiliary" in self.needs and self.choose_rows is not None:
+                chosen_B = self.choose_rows(torch.where(mask, entropy, 0.0).sum(-1) / mask.sum(-1).clamp(min=1))
+                record([job for job in auxiliary if chosen_B[job.row]])
+                auxiliary_present &= chosen_B
+            negative_divergence = zeros.clone() if "contrast" in self.needs else None
+            for i, compared in self._contrasted(rows, states, negative_states, head):
+                assert negative_divergence is not None
+                negative_divergence[i, : len(compared[0])], negative_logp[i, : len(compared[0])] = compared
+        for weights, other in self.others.items():
+            with generating(self.backbone.causal_lm), other.in_place(), self._context():
+                head = self.backbone.head()
+                record([job for job in sources if job.view.startswith(f"{weights}/")])
+
         scores = StepScores(
             mask=mask,
             tokens=tokens,
             teacher_logp=teacher_logp,
             auxiliary_logp=auxiliary_logp if "auxiliary" in self.needs else None,
-            auxiliary_present=auxiliary_present.reshape(K, B) if "auxiliary" in self.needs else None,
+            auxiliary_present=auxiliary_present if "auxiliary" in self.needs else None,
             negative_logp=negative_logp if "negative" in self.needs else None,
             negative_present=torch.tensor([row.negative is not None for row in rows]) if "negative" in self.needs else None,
+            negative_divergence=negative_divergence,
             student_logp=None,
             teacher_entropy=entropy if "entropy" in self.needs else None,
             divergence=None,
@@ -181,6 +268,36 @@ class Scorer:
         if self.needs & {"student", "divergence"}:
             scores = self._add_student(scores, rows, states, device)
         return scores, states
+
+    def leak_probe(self, rows: Sequence[ScoringRow], device: torch.device | str, most_tokens: int) -> list[dict[str, Tensor]]:
+        """Per row the log-probabilities `[t,V]` of its views: student, primary, negative, unconditioned; base with a fixed teacher.
+
+        At most `most_tokens` evenly spaced tokens of each answer. For diagnostics: these passes serve nothing else.
+        """
+        jobs = [_Job("primary", i, 0, row.teacher) for i, row in enumerate(rows)]
+        jobs += [_Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None]
+        jobs += [_Job(name, i, 0, prompt) for i, row in enumerate(rows) for name, prompt in row.sources.items()]
+        if self.teacher.kind == "base":
+            jobs += [_Job("base", i, 0, row.student) for i, row in enumerate(rows)]
+        hidden: list[dict[str, Tensor]] = [{} for _ in rows]
+        heads = {"student": self.backbone.head()}
+
+        def record(jobs: Sequence[_Job]) -> None:
+            for group in self._hidden_states(jobs, rows, device):
+                for view in group:
+                    length = len(view.final_TH)
+                    places = torch.linspace(0, length - 1, min(length, most_tokens), device=device).round().long()
+                    hidden[view.job.row][view.job.view] = view.final_TH[places]
+
+        with generating(self.backbone.causal_lm), torch.no_grad(), self._context():
+            with self.teacher.in_place():
+                record(jobs)
+            record([_Job("student", i, 0, row.student) for i, row in enumerate(rows)])
+            other = teacher_head(self.backbone, self.teacher)
+            return [
+                {name: log_probs(heads.get(name, other).logits(h), self.spec.temperature) for name, h in views.items()}
+                for views in hidden
+            ]
 
     def _add_student(
         self, scores: StepScores, rows: Sequence[ScoringRow], states: TeacherStates, device: torch.device | str
@@ -195,8 +312,17 @@ class Scorer:
                 student_NH = torch.cat([view.final_TH for view in group])
                 teacher_NH = torch.cat([states.final[view.job.row] for view in group])
                 target_N = _targets(group, rows, student_NH.device)
-                compared = _compare(student_NH, head, teacher_NH, head_of_teacher, target_N, self.spec)
                 lengths = [len(view.final_TH) for view in group]
+                chosen = [view.job.row for view in group]
+                values, present_N = states.of_target(
+                    lambda of_rows, chosen=chosen: torch.cat([of_rows[i] for i in chosen]),  # type: ignore[misc]
+                    lambda value_BT, chosen=chosen, lengths=lengths: torch.cat(  # type: ignore[misc]
+                        [value_BT[i, :length] for i, length in zip(chosen, lengths, strict=True)]
+                    ).to(device),
+                    scores.mask.shape[1],
+                )
+                target = self.target_states(values, present_N)
+                compared = _compare(student_NH, head, teacher_NH, head_of_teacher, target_N, self.spec, target)
                 logps, divergences = (
                     torch.split(value.cpu(), lengths) for value in (compared.student_logp_N, compared.divergence_N)
                 )
@@ -204,6 +330,20 @@ class Scorer:
                     student_logp[view.job.row, : len(logp_T)] = logp_T
                     divergence[view.job.row, : len(logp_T)] = divergence_T
         return replace(scores, student_logp=student_logp, divergence=divergence)
+
+    def _contrasted(
+        self, rows: Sequence[ScoringRow], states: TeacherStates, negative: Mapping[int, Tensor], head: Head
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Row, KL(q||q-) and l- `[T_i]` at the distillation temperature, of the rows in `negative` (states under the wrong reference)."""
+        if not negative:
+            return
+        negative_NH, teacher_NH = torch.cat(list(negative.values())), torch.cat([states.final[i] for i in negative])
+        target_N = torch.tensor([token for i in negative for token in rows[i].completion], device=negative_NH.device)
+        spec = DivergenceSpec(alpha=0.0, temperature=self.spec.temperature)
+        compared = _compare(negative_NH, head, teacher_NH, head, target_N, spec)
+        lengths = [len(rows[i].completion) for i in negative]
+        parts = (torch.split(value.cpu(), lengths) for value in (compared.divergence_N, compared.student_logp_N))
+        yield from zip(negative, zip(*parts, strict=True), strict=True)
 
     def _token_scores(self, group: Sequence[_View], rows: Sequence[ScoringRow], head: Head) -> list[tuple[_Job, int, Tensor]]:
         """Log-probability of the realised tokens and entropy `[2,T_i]` of each view, left on the device; one projection for all.
@@ -300,8 +440,14 @@ def teacher_head(backbone: Backbone, teacher: Teacher) -> Head:
 
 
 def _compare(
-    student_TH: Tensor, student_head: Head, teacher_TH: Tensor, teacher_head: Head, target_T: Tensor, spec: DivergenceSpec
+    student_TH: Tensor,
+    student_head: Head,
+    teacher_TH: Tensor,
+    teacher_head: Head,
+    target_T: Tensor,
+    spec: DivergenceSpec,
+    target: TargetStates | None = None,
 ) -> LossOutput:
     """Divergence, log-probability and entropy per token, without gradient."""
     nothing_T = torch.zeros(len(target_T), device=student_TH.device)
-    return chunked_loss(student_TH, student_head, teacher_TH, teacher_head, target_T, spec, nothing_T)
+    return chunked_loss(student_TH, student_head, teacher_TH, teacher_head, target_T, spec, nothing_T, target=target)

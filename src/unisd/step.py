@@ -7,8 +7,10 @@ Shapes: B rows, T longest completion, K contexts, N loss tokens of a micro-batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -22,15 +24,59 @@ from unisd.data import Row
 from unisd.errors import UserError
 from unisd.mechanisms import StepScores, WeightFunction, step_coefficients, term_coefficients, weight_stats
 from unisd.reuse import importance_ratio, importance_stats
-from unisd.scoring import ScoringRow, TeacherStates
+from unisd.scoring import NEGATIVE, ScoringRow, TeacherStates
+from unisd.targets import STUDENT, Target
+
+STUDENT_NEEDS = frozenset({"student", "divergence"})
 
 
-def needed_views(args: UniSDConfig, weights: Sequence[WeightFunction], off_policy: bool = False) -> frozenset[str]:
-    """What this run's mechanisms look at; nothing else is scored. `off_policy`: answers of other weights or another engine."""
-    needs = frozenset(need for weight in weights for need in weight.needs)
+def normalizer_of(args: UniSDConfig, weights: Sequence[WeightFunction]) -> str:
+    """What the token weights are divided by: the user's choice, or as published for the last of them."""
+    published = [weight.normalizer for weight in weights if weight.level == "token"]
+    return args.weight_normalizer or (published[-1] if published else "weights")
+
+
+def in_forward_weights(args: UniSDConfig, weights: Sequence[WeightFunction]) -> list[WeightFunction]:
+    """The weights that wait for the student's training pass, and so cost none of their own.
+
+    Not where the student is scored beforehand anyway (for another weight or a clip quantile), nor where the divisor is the sum of all
+    weights of the step, which must be known before the first gradient (`loss_aggregation=token` with normalizer `weights`).
+    """
+    scored = args.token_clip_quantile is not None or any(w.needs & STUDENT_NEEDS and not w.in_forward for w in weights)
+    if scored or (args.loss_aggregation == "token" and normalizer_of(args, weights) == "weights"):
+        return []
+    return [weight for weight in weights if weight.in_forward]
+
+
+def scored_sources(args: UniSDConfig, target: Target | None) -> list[str]:
+    """The target's sources that need a pass: neither the student's own distribution nor the primary teacher's."""
+    if target is None:
+        return []
+    sources = [name for name in target.sources if name not in (STUDENT, f"teacher/{args.teacher_context}")]
+    if any(name.startswith("step/") for name in sources) and args.target_reference_steps is None:
+        raise UserError(f"target {target.name!r} looks at earlier weights of the student: set target_reference_steps.")
+    return sources
+
+
+def needed_views(
+    args: UniSDConfig,
+    weights: Sequence[WeightFunction],
+    in_forward: Sequence[WeightFunction] = (),
+    sources: Sequence[str] = (),
+    off_policy: bool = False,
+) -> frozenset[str]:
+    """What this run's mechanisms look at; nothing else is scored. The student's part of `in_forward` weights comes for free.
+
+    off_policy: the answers are those of other weights, or another engine's.
+    """
+    needs = frozenset(
+        need for weight in weights for need in weight.needs - (STUDENT_NEEDS if weight in in_forward else frozenset())
+    )
     if any(not weight.name.startswith("agreement_") for weight in weights):
         needs |= {"teacher"}  # agreement reads the auxiliary scores alone; any other weight may look at l+
-    if args.contrastive_weight:
+    if args.agreement_uncertain_share < 1:
+        needs |= {"entropy"}
+    if args.contrastive_weight or NEGATIVE in sources:
         needs |= {"negative"}
     if args.token_clip_quantile is not None:
         needs |= {"divergence"}
@@ -48,8 +94,44 @@ def check_data_serves(needs: frozenset[str], rows: Sequence[Row]) -> None:
         )
     if "negative" in needs and not any(row.get("negative_context") for row in rows):
         raise UserError(
-            "contrast needs wrong references, but no row has one: add a column negative_context, or set contrastive_weight=0."
+            "contrast needs wrong references, but no row has one: add a column negative_context, or unset what needs it "
+            "(contrastive_weight, contrast_weight, the target contrast)."
         )
+
+
+def budgeted(views: list[list[int]], budget: int | None, seed: int, step: int, row: int) -> list[list[int]]:
+    """Agreement's budget of contexts: `budget` of a row's views in their order, drawn by (seed, optimizer step, row) alone.
+
+    A draw per step, so that over the epochs all of them are used; the same for all generations of a prompt.
+    """
+    if budget is None or budget >= len(views):
+        return views
+    return [views[k] for k in sorted(random.Random(f"agreement {seed} {step} {row}").sample(range(len(views)), budget))]
+
+
+def most_uncertain(entropy_B: Tensor, share: float, accelerator: Accelerator) -> Tensor:
+    """Agreement's budget of rows: `[B]` bool, the ceil(share * rows) of the whole step with the largest mean teacher entropy.
+
+    All ranks together; of equal rows the first. What the teacher is sure of needs no second opinion: such rows count as rows
+    without contexts, whose weight is 1.
+    """
+    gathered = [entropy_B.tolist()] if accelerator.num_processes == 1 else gather_object([entropy_B.tolist()])
+    first = sum(len(part) for part in gathered[: accelerator.process_index])
+    everywhere = [value for part in gathered for value in part]
+    order = sorted(range(len(everywhere)), key=lambda i: (-everywhere[i], i))[: math.ceil(share * len(everywhere))]
+    chosen = torch.zeros(len(everywhere), dtype=torch.bool)
+    chosen[order] = True
+    return chosen[first : first + len(entropy_B)]
+
+
+def idle_agreement(metrics: dict[str, float], args: UniSDConfig) -> str | None:
+    """What to tell the user if all agreement weights of a step are within 1 % of 1: forward passes that buy nothing."""
+    if "agreement/min" not in metrics or metrics["agreement/min"] < 0.99 or metrics["agreement/max"] > 1.01:
+        return None
+    return (
+        f"agreement weights are all within 1 % of 1 (from {metrics['agreement/min']:.4f}): their forward passes buy nothing; raise "
+        f"agreement_gamma={args.agreement_gamma}, or set agreement=none."
+    )
 
 
 def gather_scores(accelerator: Accelerator, scores: StepScores) -> tuple[slice, StepScores]:
@@ -60,6 +142,16 @@ def gather_scores(accelerator: Accelerator, scores: StepScores) -> tuple[slice, 
     parts: list[StepScores] = gather_object([scores])
     first = sum(len(part.mask) for part in parts[: accelerator.process_index])
     return slice(first, first + count), concatenate(parts)
+
+
+def select(scores: StepScores, rows: Tensor) -> StepScores:
+    """The scores of some rows."""
+    chosen: dict[str, Tensor] = {}
+    for item in fields(StepScores):
+        value = getattr(scores, item.name)
+        if value is not None:
+            chosen[item.name] = value[:, rows] if item.name.startswith("auxiliary") else value[rows]
+    return replace(scores, **chosen)
 
 
 def concatenate(parts: Sequence[StepScores]) -> StepScores:
@@ -82,38 +174,42 @@ def concatenate(parts: Sequence[StepScores]) -> StepScores:
     return StepScores(**{item.name: stacked(item.name) for item in fields(StepScores)})  # type: ignore[arg-type]
 
 
-def reliability(weights: Sequence[WeightFunction], scores: StepScores) -> tuple[Tensor, Tensor, str, dict[str, float]]:
-    """The product of all weights by level, `[B,T]` and `[B]`, the normaliser that the last token weight declares, and metrics."""
+def reliability(
+    weights: Sequence[WeightFunction], scores: StepScores, in_forward: Sequence[WeightFunction] = ()
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """The product of all weights by level, `[B,T]` and `[B]`, and their metrics. Those `in_forward` are left to :class:`InForward`."""
     B, T = scores.mask.shape
     token_BT, sequence_B = torch.ones(B, T), torch.ones(B)
-    normalizer = "weights"
     metrics: dict[str, float] = {}
     for weight in weights:
+        if weight in in_forward:
+            continue
         value = weight(scores)
         if weight.level == "sequence":
             sequence_B = sequence_B * value
         else:
             token_BT = token_BT * value
-            normalizer = weight.normalizer
-        prefix = "agreement" if weight.name.startswith("agreement_") else f"weight/{weight.name}"
         spread_BT = value if weight.level == "token" else value[:, None].expand(B, T)
-        metrics |= {f"{prefix}/{key}": float(number) for key, number in weight_stats(spread_BT, scores.mask).items()}
-    return token_BT, sequence_B, normalizer, metrics
+        metrics |= weight_metrics(weight.name, weight_stats(spread_BT, scores.mask))
+    return token_BT, sequence_B, metrics
 
 
 def loss_coefficients(
-    args: UniSDConfig, weights: Sequence[WeightFunction], scores: StepScores
+    args: UniSDConfig, weights: Sequence[WeightFunction], scores: StepScores, in_forward: Sequence[WeightFunction] = ()
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What each token's divergence, contrast and feature term is multiplied by in the step's loss (method: "Aggregation").
+
+    Weights that are `in_forward` are left to :class:`InForward`.
 
     Returns:
         `[B,T]` each under "divergence" and, where active, "contrast" and "features"; and the weights' metrics.
     """
     B, T = scores.mask.shape
-    token_BT, sequence_B, normalizer, metrics = reliability(weights, scores)
-    divergence_BT = step_coefficients(
-        scores.mask, token_BT, sequence_B, args.loss_aggregation, args.weight_normalizer or normalizer
-    )
+    token_BT, sequence_B, metrics = reliability(weights, scores, in_forward)
+    if scores.auxiliary_present is not None:
+        metrics["agreement/contexts"] = float(scores.auxiliary_present.sum()) / max(B, 1)
+        metrics["agreement/scored_rows"] = float((scores.auxiliary_present.sum(0) > 0).float().mean()) if B else 0.0
+    divergence_BT = step_coefficients(scores.mask, token_BT, sequence_B, args.loss_aggregation, normalizer_of(args, weights))
     if args.importance_cap is not None and scores.behaviour_logp is not None and scores.student_logp is not None:
         policies = (scores.student_logp, scores.behaviour_logp, scores.mask, args.importance_cap)
         divergence_BT = divergence_BT * importance_ratio(*policies)
@@ -126,6 +222,75 @@ def loss_coefficients(
         unit_BT = term_coefficients(scores.mask, torch.ones(B, dtype=torch.bool), args.loss_aggregation)
         coefficients["features"] = args.feature_weight * unit_BT
     return coefficients, metrics
+
+
+def weight_metrics(name: str, stats: Mapping[str, float]) -> dict[str, float]:
+    prefix = "agreement" if name.startswith("agreement_") else f"weight/{name}"
+    return {f"{prefix}/{key}": float(number) for key, number in stats.items()}
+
+
+@dataclass
+class Reweigh:
+    """Weights that look at the student, for one micro-batch: called by the loss with what its own pass found (`losses.Reweigh`).
+
+    With the normalizers `weights` and `mean1` the divisor is a row's own sum: the factors keep the sum of each row's coefficients, which
+    the step fixed before. A row without any weight left has no loss; it still counts as a row.
+    """
+
+    weights: Sequence[WeightFunction]
+    scores: StepScores  # of the micro-batch's rows
+    coefficients_BT: Tensor
+    normalizer: str
+    values: dict[str, Tensor] = field(default_factory=dict)  # by weight, of the N loss tokens; kept for the log
+
+    def __call__(self, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor) -> Tensor:
+        mask_BT = self.scores.mask
+        student_BT, divergence_BT = torch.zeros(2, *mask_BT.shape, dtype=divergence_N.dtype)
+        student_BT[mask_BT], divergence_BT[mask_BT] = logp_N.detach().cpu(), divergence_N.detach().cpu()
+        scores = replace(self.scores, student_logp=student_BT, divergence=divergence_BT)
+        factor_BT = torch.ones(mask_BT.shape, dtype=divergence_N.dtype)
+        for weight in self.weights:
+            value_BT = weight(scores)
+            self.values[weight.name] = value_BT[mask_BT]
+            factor_BT = factor_BT * value_BT
+        if self.normalizer != "tokens":
+            before_B1 = torch.where(mask_BT, self.coefficients_BT, 0.0).sum(-1, keepdim=True)
+            after_B1 = torch.where(mask_BT, self.coefficients_BT * factor_BT, 0.0).sum(-1, keepdim=True)
+            factor_BT = factor_BT * torch.where(after_B1 == 0, 0.0, before_B1 / torch.where(after_B1 == 0, 1.0, after_B1))
+        return factor_BT[mask_BT].to(divergence_N)
+
+
+class InForward:
+    """The weights of a run that wait for the student's pass: makes each micro-batch's `Reweigh`, and keeps what it found for the log."""
+
+    def __init__(self, args: UniSDConfig, weights: Sequence[WeightFunction]) -> None:
+        self.weights = in_forward_weights(args, weights)
+        self._normalizer = normalizer_of(args, weights)
+        self._step: tuple[StepScores, Tensor] | None = None
+        self._used: list[Reweigh] = []
+
+    def begin(self, scores: StepScores, coefficients_BT: Tensor) -> None:
+        """A new optimizer step: this rank's scores and the coefficients of the divergence without these weights."""
+        self._step, self._used = (scores, coefficients_BT), []
+
+    def reweigh(self, rows: Tensor) -> Reweigh | None:
+        """For the micro-batch of these rows; None where no weight waits."""
+        if not self.weights:
+            return None
+        assert self._step is not None
+        scores, coefficients_BT = self._step
+        self._used.append(Reweigh(self.weights, select(scores, rows), coefficients_BT[rows], self._normalizer))
+        return self._used[-1]
+
+    def metrics(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean and range of each weight over the step's loss tokens, on all ranks."""
+        found: dict[str, float] = {}
+        for weight in self.weights:
+            values_N = torch.cat([used.values[weight.name] for used in self._used] or [torch.zeros(0)])
+            if accelerator.num_processes > 1:
+                values_N = torch.cat(gather_object([values_N]))
+            found |= weight_metrics(weight.name, weight_stats(values_N[None], torch.ones(1, len(values_N), dtype=torch.bool)))
+        return found
 
 
 def micro_batch(
@@ -181,8 +346,13 @@ def micro_batch(
         "teacher_NH": states_at_loss_tokens(states.final),
         "teacher_layers_NH": {layer: states_at_loss_tokens(of_rows) for layer, of_rows in states.layers.items()},
     }
+    if states.source_present:
+        inputs["target_states"], inputs["target_present_N"] = states.of_target(
+            states_at_loss_tokens, at_loss_tokens, scores.mask.shape[1]
+        )
     for name, value_BT in coefficients.items():
         inputs[f"{name}_coefficient_N"] = at_loss_tokens(value_BT)
     if "contrast" in coefficients and scores.negative_logp is not None:
         inputs["negative_logp_N"] = at_loss_tokens(scores.negative_logp)
+    inputs["rows"] = chosen
     return inputs

@@ -25,11 +25,11 @@ class Teacher:
 
     Args:
         model: the student; its parameters with `requires_grad` are the ones that differ.
-        kind: `base` (initial weights, kept in the model's precision), `live` (the student's own) or `ema` (kept in float32,
-            because an update of 0.01 would vanish in bfloat16).
+        kind: the schedule: `base` (initial weights, kept in the model's precision), `live` (the student's own), `ema` (kept in
+            float32, because an update of 0.01 would vanish in bfloat16) or `restart` (a copy of the student, taken anew now and then).
         update_rate: weight of the student in an EMA update, 1 - beta of Eq. 3.
         sync_steps: EMA updates happen every so many optimizer steps.
-        restart_steps: `base` takes over the student's weights every so many steps.
+        restart_steps: `restart` takes over the student's weights every so many steps.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class Teacher:
             digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, folder: str | Path) -> None:
-        """Write `teacher.safetensors`: the weights where they change over time, else a fingerprint of the fixed ones."""
+    def save(self, folder: str | Path, file: str = STATE_FILE) -> None:
+        """Write `teacher.safetensors` (or `file`): the weights where they change over time, else a fingerprint of the fixed ones."""
         moving = self.kind == "ema" or self.restart_steps is not None
         tensors = {name: value.contiguous().cpu() for name, value in self.state.items()} if moving else {}
         metadata = {"kind": self.kind, "fingerprint": "" if moving else self._fingerprint()}
-        save_file(tensors, str(Path(folder) / STATE_FILE), metadata=metadata)
+        save_file(tensors, str(Path(folder) / file), metadata=metadata)
 
-    def load(self, folder: str | Path) -> None:
+    def load(self, folder: str | Path, file: str = STATE_FILE) -> None:
         """Take over the state that `save` wrote.
 
         Raises:
@@ -122,11 +122,11 @@ class Teacher:
         """
         from safetensors import safe_open
 
-        path = Path(folder) / STATE_FILE
+        path = Path(folder) / file
         if not path.is_file():
-            raise UserError(f"{folder} holds no {STATE_FILE}: it is not a checkpoint of a UniSD run that can be resumed.")
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            raise UserError(f"{folder} holds no {file}: it is not a checkpoint of a UniSD run that can be resumed.")
+        with safe_open(str(path), framework="pt") as opened:
+            metadata = opened.metadata() or {}
         if metadata.get("kind") != self.kind:
             raise UserError(
                 f"the checkpoint's teacher is {metadata.get('kind')!r}, this run's is {self.kind!r}: "

@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
-from unisd.artefacts import SAMPLES
+from unisd.artefacts import PROBE, SAMPLES
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
 from unisd.cost import TokenCounter
 from unisd.data import Row, prepare_rows
+from unisd.diagnostics import Answers, Counting, Diagnostics, answer_tokens, answers_to_keep, means, probe_leak
 from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
+from unisd.levels import reference_at
 from unisd.losses import Contrast, Head, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
 from unisd.memory import default_token_budget
@@ -39,8 +41,21 @@ from unisd.reuse import RepeatedSteps, RolloutStore, behaviour_logp, with_logps
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
 from unisd.safety import SafeTrainer
 from unisd.samples import SampleRecorder
-from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
-from unisd.step import check_data_serves, gather_scores, loss_coefficients, micro_batch, needed_views, reliability
+from unisd.scoring import NEGATIVE, Scorer, ScoringRow, TeacherStates, teacher_head
+from unisd.step import (
+    InForward,
+    budgeted,
+    check_data_serves,
+    gather_scores,
+    idle_agreement,
+    loss_coefficients,
+    micro_batch,
+    most_uncertain,
+    needed_views,
+    reliability,
+    scored_sources,
+)
+from unisd.targets import parse_target
 from unisd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -72,6 +87,8 @@ class UniSDTrainer(SafeTrainer):
         peft_config: trains an adapter instead of all weights.
         grader: `(row, completion text) -> bool`; `evaluate` then reports greedy accuracy beside the reference's likelihood.
         engine: writes the completions; default: transformers' `generate` on the student itself.
+        probe_dataset: rows of what must not be lost: the untrained model's own answers to them are watched
+            (`diagnostics_probe_steps`).
 
     Raises:
         UserError: bad rows, rows over a length limit, agreement without contexts, contrast without negatives.
@@ -89,6 +106,7 @@ class UniSDTrainer(SafeTrainer):
         peft_config: Any = None,
         grader: Callable[[Row, str], bool] | None = None,
         engine: Engine | None = None,
+        probe_dataset: Any = None,
     ) -> None:
         args = args if args is not None else UniSDConfig()
         if isinstance(model, str):
@@ -107,13 +125,20 @@ class UniSDTrainer(SafeTrainer):
         self.rows = prepare_rows(train_dataset, name="the training data") if train_dataset is not None else []
         self.grader = grader
         self.prompts = PromptBuilder(
-            processing_class, args.teacher_prompt_layout, args.teacher_prompt_template, args.auxiliary_prompt_template
+            processing_class,
+            args.teacher_prompt_layout,
+            args.teacher_prompt_template,
+            args.auxiliary_prompt_template,
+            args.teacher_context,
         )
         if not self.prompts.is_chat:
             logger.warning("The tokenizer has no chat template: prompts are taken as plain text.")
         self.weights = [parse_weight(spec) for spec in args.reliability_weights]
+        self.in_forward = InForward(args, self.weights)
+        self.target = None if args.target is None else parse_target(args.target)
+        self.sources = scored_sources(args, self.target)
         off_policy = args.num_iterations > 1 or (engine is not None and engine.returns_logps)
-        self.needs = needed_views(args, self.weights, off_policy)
+        self.needs = needed_views(args, self.weights, self.in_forward.weights, self.sources, off_policy)
         self.off_policy = off_policy and args.importance_cap is not None
         self.store = RolloutStore(args.num_iterations)
         if self.rows:
@@ -150,6 +175,7 @@ class UniSDTrainer(SafeTrainer):
         self.teacher = Teacher(
             self.model, args.teacher_model_kind, args.teacher_update_rate, args.teacher_sync_steps, args.teacher_restart_steps
         )
+        self.other_teachers = self._other_teachers()
         self.packed = packed
         self.scorer = Scorer(
             self.backbone,
@@ -162,6 +188,10 @@ class UniSDTrainer(SafeTrainer):
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
             share_prompts=args.num_generations > 1 and self.backbone.can_continue(self.pad_id),
+            choose_rows=self._most_uncertain if args.agreement_uncertain_share < 1 else None,
+            target=self.target,
+            sources=self.sources,
+            others=self.other_teachers,
         )
         self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
@@ -172,13 +202,36 @@ class UniSDTrainer(SafeTrainer):
         self.samples = SampleRecorder(Path(args.output_dir) / SAMPLES, recorded, processing_class, grader)
         self._token_clip: float | None = args.token_clip
         self._teacher_head: Head | None = None  # of the step in progress
+        self._said_idle = False
         self.add_callback(_StepCallback(self))
+        self.probe_rows = [] if probe_dataset is None else prepare_rows(probe_dataset, name="the probe set")
+        self._probe_answers: list[Row] | None = None
+        self.counting: Counting | None = None
+        self.diagnostics = Diagnostics(
+            lambda: self.metrics.last, self.metrics.path, args.diagnostics_window, args.diagnostics_stop
+        )
+        if args.diagnostics:
+            self.counting = Counting(processing_class, args.diagnostics_words, self.backbone.head_module.out_features)
+            self.add_callback(self.diagnostics)  # after the step's own, which closes the step's metrics
         if self.rows:
             self._check_lengths()
             self.completions.check()
             self.prompts.check_generation_prefix(self.rows[0])
 
     # -- set-up -----------------------------------------------------------------------------------------------------
+
+    def _other_teachers(self) -> dict[str, Teacher]:
+        """Weights that the target's sources name beside the teacher's; a fixed teacher is the initial model already."""
+        others: dict[str, Teacher] = {}
+        named = {source.partition("/")[0] for source in self.sources}
+        if "base" in named:
+            others["base"] = self.teacher if self.teacher.kind == "base" else Teacher(self.model, "base")
+        if "step" in named:
+            others["step"] = Teacher(self.model, "restart", restart_steps=self.args.target_reference_steps)
+        return others
+
+    def _own_other_teachers(self) -> dict[str, Teacher]:
+        return {name: other for name, other in self.other_teachers.items() if other is not self.teacher}
 
     def _check_lengths(self) -> None:
         """Refuse rows whose prompts leave no room, by number: a cut prompt would teach another task."""
@@ -195,6 +248,13 @@ class UniSDTrainer(SafeTrainer):
         )
         # Auxiliary and negative views are other texts: those over the limit are left out one by one, and counted.
         self._teacher_room = min(x for x in (self.args.max_teacher_prompt_length, room, 1 << 60) if x is not None)
+        level = self.args.teacher_context
+        empty = [i for i, row in enumerate(self.rows) if level not in ("full", "plain") and reference_at(row, level) is None]
+        if empty:
+            raise UserError(
+                f"row {empty[0]} of the training data has nothing for teacher_context={level} ({len(empty)} such row(s)): add a column "
+                "answer or hints, or use teacher_context=full."
+            )
         for what, option, own_limit, encode in limits:
             limit = min(x for x in (own_limit, room, 1 << 60) if x is not None)
             too_long = [(i, length) for i, row in enumerate(self.rows) if (length := _length_over(limit, encode, row))]
@@ -219,6 +279,7 @@ class UniSDTrainer(SafeTrainer):
         numbers = [(int(row), g) for batch in batches for row in batch["row"] for g in range(G)]
         rows, completions = self._rollout(numbers)
         with self.metrics.timed("score"):
+            self.scorer.progress = self.state.global_step / max(self.state.max_steps, 1)
             scores, states = self._score(rows, device)
             self._teacher_head = teacher_head(self.backbone, self.teacher)
             if self.off_policy and scores.student_logp is not None:
@@ -226,13 +287,27 @@ class UniSDTrainer(SafeTrainer):
                 self.store.keep(numbers, completions, self.store.step)
                 scores = replace(scores, behaviour_logp=behaviour_logp(completions, scores.mask.shape[1]))
             own, everywhere = gather_scores(self.accelerator, scores)
-            coefficients, weight_metrics = loss_coefficients(self.args, self.weights, everywhere)
-            coefficients = {name: value_BT[own] for name, value_BT in coefficients.items()}
+            coefficients, weights_log = loss_coefficients(self.args, self.weights, everywhere, self.in_forward.weights)
+            coefficients = {name: value_BT[own, : scores.mask.shape[1]] for name, value_BT in coefficients.items()}
+            self.in_forward.begin(scores, coefficients["divergence"])
             if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
                 self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
-            self.metrics.values |= weight_metrics | self._observe(completions, everywhere)
+            self.metrics.values |= weights_log | self._observe(completions, everywhere)
             self._mask_BT = scores.mask
             self._record(numbers, completions, scores, own, everywhere)
+            if not self._said_idle and (idle := idle_agreement(weights_log, self.args)):
+                logger.warning("step %d: %s", self.state.global_step + 1, idle)
+                self._said_idle = True
+        if self.counting is not None:
+            with self.metrics.timed("diagnostics"):
+                self.metrics.values |= self._diagnose(numbers, rows, completions)
+                answer_BT = torch.zeros(scores.mask.shape)
+                for i, completion in enumerate(completions):
+                    answer_BT[i, : len(completion.ids)] = torch.tensor(
+                        answer_tokens(self.processing_class, completion.ids)
+                    ).float()
+                coefficients["answer"] = answer_BT  # no coefficient of the loss: marks tokens
+        with self.metrics.timed("score"):
             # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
             self.micro_batch_of = partial(
@@ -268,11 +343,12 @@ class UniSDTrainer(SafeTrainer):
             row = self.rows[number]
             kept = self.completions.carries_loss(completion)
             views = self.prompts.auxiliary(row, args.num_auxiliary_contexts) if "auxiliary" in self.needs else []
-            auxiliary = [ids for ids in views if len(ids) <= self._teacher_room]
+            fitting = [ids for ids in views if len(ids) <= self._teacher_room]
+            auxiliary = budgeted(fitting, args.agreement_budget_contexts, args.seed, self.state.global_step, number)
             negative = self.prompts.negative(row) if "negative" in self.needs and row.get("negative_context") else None
             if negative is not None and len(negative) > self._teacher_room:
                 negative, overlong = None, overlong + 1
-            overlong += len(views) - len(auxiliary)
+            overlong += len(views) - len(fitting)
             rows.append(
                 ScoringRow(
                     number=number,
@@ -282,6 +358,7 @@ class UniSDTrainer(SafeTrainer):
                     teacher=self.prompts.teacher(row),
                     negative=negative,
                     auxiliary=auxiliary,
+                    sources=self._source_prompts(row),
                 )
             )
         self.metrics.add(overlong_views=float(overlong))
@@ -299,7 +376,7 @@ class UniSDTrainer(SafeTrainer):
         """Open the records of this step's sampled completions, if it is one of those recorded."""
         step = self.state.global_step + 1
         if self.samples.wants(step, self.state.max_steps, self.args.logging_steps):
-            token_BT, sequence_B, _, _ = reliability(self.weights, everywhere)
+            token_BT, sequence_B, _ = reliability(self.weights, everywhere, self.in_forward.weights)
             weight_BT = (token_BT * sequence_B[:, None])[own]
             rows = [self.rows[row] for row, _ in numbers]
             self.samples.begin(step, rows, completions, scores, weight_BT, self.args.divergence_spec.temperature)
@@ -312,6 +389,14 @@ class UniSDTrainer(SafeTrainer):
             return self.scorer.score(rows, device)
 
         return smaller_until_it_fits(within, self.scorer.token_budget, least=64)[0]
+
+    def _source_prompts(self, row: Row) -> dict[str, list[int]]:
+        """The prompts of the target's sources, without those that the row cannot serve or that are too long."""
+        prompts = {name: self.prompts.at_level(row, name.partition("/")[2]) for name in self.sources if name != NEGATIVE}
+        return {name: ids for name, ids in prompts.items() if ids is not None and len(ids) <= self._teacher_room}
+
+    def _most_uncertain(self, entropy_B: Tensor) -> Tensor:
+        return most_uncertain(entropy_B, self.args.agreement_uncertain_share, self.accelerator)
 
     # -- line 4: the student's loss -----------------------------------------------------------------------------------
 
@@ -338,10 +423,24 @@ class UniSDTrainer(SafeTrainer):
             self._token_clip,
             contrast,
         )
-        output = plain_loss(*terms) if args.loss_implementation == "plain" else chunked_loss(*terms, args.loss_chunk_tokens)
+        target = None
+        if self.target is not None:
+            everywhere = torch.ones(len(student_NH), dtype=torch.bool, device=student_NH.device)
+            target = self.scorer.target_states(inputs.get("target_states", {}), inputs.get("target_present_N", everywhere))
+        reweigh = self.in_forward.reweigh(inputs["rows"].cpu())
+        if args.loss_implementation == "plain":
+            output = plain_loss(*terms, target=target, reweigh=reweigh)
+        else:
+            output = chunked_loss(*terms, args.loss_chunk_tokens, target=target, reweigh=reweigh)
         loss = output.loss
         self.finite.see(inputs["row_N"], output.divergence_N, output.student_logp_N)
         self.metrics.add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
+        if self.counting is not None:
+            weighed_N = (inputs["divergence_coefficient_N"] * output.divergence_N).abs()
+            style_N = self.counting.style_V.to(weighed_N.device)[inputs["targets_N"]]
+            answer_N = inputs["answer_coefficient_N"]
+            self.metrics.add(style_loss=weighed_N[style_N].sum(), whole_loss=weighed_N.sum())
+            self.metrics.add(answer_loss=(weighed_N * answer_N).sum(), answer_tokens=answer_N.sum())
         self.metrics.add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
         self.samples.take(self.samples.spans(inputs["part"], self._mask_BT), output)
         if args.distillation_mode != "nll":
@@ -380,6 +479,44 @@ class UniSDTrainer(SafeTrainer):
             values["contrastive/negative_logp"] = masked_mean(scores.negative_logp, mask)
         if self._token_clip is not None:
             values["clip/threshold"] = self._token_clip
+        return values
+
+    def _diagnose(
+        self, numbers: Sequence[tuple[int, int]], rows: Sequence[ScoringRow], completions: Sequence[Completion]
+    ) -> dict[str, float]:
+        """What the step's answers are made of, over all ranks; and now and then the probes."""
+        assert self.counting is not None
+        counted = self.counting.count([self.rows[n] for n, _ in numbers], [(c.ids, c.truncated) for c in completions])
+        if self.accelerator.num_processes > 1:
+            counted = sum(gather_object([counted]), Answers())
+        values = counted.metrics(self.counting.hedges)
+        every = self.args.diagnostics_probe_steps
+        if every is not None and self.state.global_step % every == 0:
+            probes = [self._probe([(self.rows[number], row) for (number, _), row in zip(numbers, rows, strict=True)])]
+            if self.accelerator.num_processes > 1:  # all ranks must come to the same alarms
+                probes = gather_object(probes)
+            values |= means(probes)
+        return values
+
+    def _probe(self, rows: Sequence[tuple[Row, ScoringRow]]) -> dict[str, float]:
+        """This rank's share of what costs passes: the probe set's likelihood, and some of the step's answers under other contexts."""
+        from unisd.evaluation import reference_nll
+
+        values: dict[str, float] = {}
+        if self.probe_rows:
+            if self._probe_answers is None:
+                self._probe_answers = answers_to_keep(
+                    self.probe_rows[: self.args.diagnostics_probe_rows],
+                    lambda rows: self.engine.generate([self.prompts.student(row) for row in rows], None, self.sampling),
+                    self.processing_class,
+                    Path(self.args.output_dir) / PROBE,
+                    resumed=self.state.global_step > 0,
+                    is_writer=self.is_world_process_zero(),
+                )
+            nll, tokens = reference_nll(self.model, self.processing_class, self._probe_answers)
+            values["retained/nll"] = nll / max(tokens, 1)
+        if self.args.distillation_mode != "nll":
+            values |= probe_leak(self.scorer, self.prompts, rows[: self.args.diagnostics_probe_rows], self.args.device)
         return values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -440,8 +577,15 @@ class UniSDTrainer(SafeTrainer):
         if _internal_call and output_dir is not None:
             if self.args.should_save:
                 self.teacher.save(output_dir)
+                for name, other in self._own_other_teachers().items():
+                    other.save(output_dir, f"teacher-{name}.safetensors")
             if self.args.num_iterations > 1:
                 self.store.save(output_dir, self.args.should_save, self.accelerator.num_processes)
+
+    def load_teachers(self, checkpoint: str | Path) -> None:
+        super().load_teachers(checkpoint)
+        for name, other in self._own_other_teachers().items():
+            other.load(checkpoint, f"teacher-{name}.safetensors")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """See :class:`unisd.safety.SafeTrainer`. Raises `UserError` if there are no training rows."""
@@ -480,10 +624,12 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.metrics.values["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
         if not self.skipping:
             with self.trainer.metrics.timed("update"):
-                self.trainer.teacher.update(state.global_step + 1)
+                for teacher in (self.trainer.teacher, *self.trainer._own_other_teachers().values()):
+                    teacher.update(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
+        trainer.metrics.values |= trainer.in_forward.metrics(trainer.accelerator)
         if trainer.teacher.kind != "live":
             trainer.metrics.add(weight_distance=trainer.teacher.distance())
         values = trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())

@@ -143,7 +143,7 @@ def draw(cells: list[Cell], file: Path) -> None:
     with pyplot.rc_context({"svg.hashsalt": "pocket", "svg.fonttype": "none"}):
         figure, axes = pyplot.subplots(figsize=(8, 5.5))
         names = [name for name in compare.methods() if any(method == name for method, _ in groups)]
-        colours = dict(zip(names, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+        colours = dict(zip(names, pyplot.get_cmap("tab20").colors, strict=False))
         for (method, condition), group in groups.items():
             if method == compare.RAW:
                 continue

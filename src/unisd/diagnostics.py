@@ -1,0 +1,349 @@
+"""Is the run healthy? What critics of self-distillation ask to be watched, beside the loss, which tells little.
+
+| criticism | logged under | alarm |
+|---|---|---|
+| suppressed uncertainty (arXiv 2603.24472, 2607.05184) | `words/*` per 1,000 tokens, `words/style_loss_share` | doubt vanishes |
+| leak of the reference (arXiv 2607.02502, 2607.02234) | `leak/*` | the gold answer is stated ever earlier |
+| collapse and forgetting (arXiv 2607.01763) | `collapse/*`, `retained/nll` | repetition, growth; the probe set is lost |
+
+All but the leak probe and the probe set is counted on the step's own answers, without a forward pass. An alarm compares the last
+`diagnostics_window` steps with the first ones, says in plain words what was seen and what to do, and is raised once. The word lists
+are files in `words/`, one per language; any other file of the same form can take their place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from unisd.data import Row
+from unisd.errors import UserError
+from unisd.levels import final_answer, reference_at
+from unisd.prompts import PromptBuilder
+from unisd.rollout import Completion
+from unisd.scoring import Scorer, ScoringRow
+from unisd.targets import jensen_shannon
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent / "words"
+NGRAM = 4
+FORGOTTEN_NATS = 0.3  # a token: an answer of 20 tokens has become 400 times less likely
+HEDGES_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
+REPEATED_AT_LEAST = 0.10
+PROBE_TOKENS = 32  # of a row, evenly spaced
+
+
+def load_words(kind: str, name: str) -> dict[str, str]:
+    """Every form of every word -> the word. `name`: a language (`en`, `de`) or a file.
+
+    Raises:
+        UserError: no such language or file.
+    """
+    path = FOLDER / f"{kind}-{name}.txt"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem.partition("-")[2] for p in FOLDER.glob("hedges-*.txt")))
+        raise UserError(f"diagnostics_words={name!r} is neither a language ({known}) nor a file of words, one a line.")
+    lines = path.read_text(encoding="utf-8").lower().splitlines()
+    return {form: line.split()[0] for line in lines if line.strip() and not line.startswith("#") for form in line.split()}
+
+
+def repeated_share(ids: Sequence[int], n: int = NGRAM) -> float:
+    """Share of an answer's n-grams that occurred in it before; 0 for answers shorter than n."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def first_place(text: str, answer: str) -> float | None:
+    """Where the answer is first stated, as a share of the text's words before it; None where it is not."""
+    found = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text)
+    return None if found is None else len(text[: found.start()].split()) / max(len(text.split()), 1)
+
+
+def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:
+    """Which tokens of an answer are its final answer (see :func:`unisd.levels.final_answer`): the last place it is stated."""
+    pieces = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True)
+    text = "".join(pieces)
+    final = final_answer(text)
+    start = len(text) if final is None else text.rfind(final)
+    end, place, flags = start + len(final or ""), 0, []
+    for piece in pieces:
+        flags.append(place < end and place + len(piece) > start)
+        place += len(piece)
+    return flags
+
+
+def style_tokens(tokenizer: Any, size: int, words: dict[str, str]) -> Tensor:
+    """`[V]` bool: tokens without a letter or digit, and those that are a word of style."""
+    texts = [tokenizer.decode([i]) for i in range(min(size, len(tokenizer)))]
+    flags = [not any(c.isalnum() for c in text) or text.strip().lower() in words for text in texts]
+    return torch.tensor(flags + [False] * (size - len(flags)))
+
+
+@dataclass
+class Answers:
+    """Counts over answers, which add up over ranks."""
+
+    tokens: int = 0
+    answers: int = 0
+    ended: int = 0
+    style: int = 0
+    repeated: float = 0.0
+    with_form: int = 0
+    gradable: int = 0
+    stated: int = 0
+    place: float = 0.0
+    words: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: Answers) -> Answers:
+        return Answers(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
+
+    def metrics(self, hedges: Sequence[str]) -> dict[str, float]:
+        """Rates; those without a denominator are left out."""
+        tokens, answers = max(self.tokens, 1), max(self.answers, 1)
+        values = {f"words/{word}": 1000 * self.words[word] / tokens for word in hedges}
+        values |= {
+            "words/all": 1000 * sum(self.words.values()) / tokens,
+            "completions/ended_share": self.ended / answers,
+            "collapse/repeated_share": self.repeated / answers,
+            "collapse/style_token_share": self.style / tokens,
+            "collapse/form_share": self.with_form / answers,
+        }
+        if self.gradable:
+            values["leak/gold_stated_share"] = self.stated / self.gradable
+        if self.stated:
+            values["leak/gold_first_place"] = self.place / self.stated
+        return values
+
+
+class Counting:
+    """Counts what answers are made of.
+
+    Args:
+        tokenizer: decodes them.
+        words: language or file of the words of doubt.
+        size: of the model's vocabulary.
+    """
+
+    def __init__(self, tokenizer: Any, words: str, size: int) -> None:
+        self.tokenizer = tokenizer
+        self.forms = load_words("hedges", words)
+        self.hedges = sorted(set(self.forms.values()))
+        style = load_words("style", words if (FOLDER / f"style-{words}.txt").is_file() else "en")
+        self.style_V = style_tokens(tokenizer, size, style)
+
+    def count(self, rows: Sequence[Row], completions: Sequence[tuple[Sequence[int], bool]]) -> Answers:
+        """Counts of one answer (ids, cut off) per row."""
+        total = Answers()
+        for row, (ids, truncated) in zip(rows, completions, strict=True):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            found = Counter(self.forms[word] for word in re.findall(r"[^\W\d_]+", text.lower()) if word in self.forms)
+            gold = reference_at(row, "answer")
+            place = first_place(text, gold.removeprefix("Answer: ")) if gold else None
+            total += Answers(
+                tokens=len(ids),
+                answers=1,
+                ended=int(not truncated),
+                style=int(self.style_V[torch.tensor(ids, dtype=torch.long)].sum()),
+                repeated=repeated_share(ids),
+                with_form=int(final_answer(text) is not None),
+                gradable=int(gold is not None),
+                stated=int(place is not None),
+                place=place or 0.0,
+                words=found,
+            )
+        return total
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that went wrong, from which step on it was seen, and what to do."""
+
+    name: str
+    step: int
+    text: str
+
+
+def find_alarms(first: dict[str, float], last: dict[str, float]) -> dict[str, str]:
+    """What has gone wrong between the means of the first and of the last steps: name -> plain words with the remedy."""
+    found: dict[str, str] = {}
+
+    def both(name: str) -> tuple[float, float]:
+        return (first[name], last[name]) if name in first and name in last else (0.0, 0.0)
+
+    before, now = both("words/all")
+    if before >= HEDGES_AT_LEAST and now < 0.3 * before:
+        found["suppressed doubt"] = (
+            f"words of doubt fell from {before:.1f} to {now:.1f} per 1,000 tokens: the student unlearns to check itself; show the "
+            "teacher less (teacher_context=hints), or lower the rate."
+        )
+    divergence, divergence_now = both("teacher/divergence")
+    repeated, repeated_now = both("collapse/repeated_share")
+    length, length_now = both("completions/mean_length")
+    fell = divergence > 0 and divergence_now < 0.2 * divergence
+    repeats = repeated_now > max(2 * repeated, REPEATED_AT_LEAST)
+    if repeats and (fell or repeated_now > repeated + 0.2):
+        drop = f"divergence fell {100 * (1 - divergence_now / divergence):.0f} % while " if fell else ""
+        found["collapse"] = (
+            f"{drop}repetition rose from {100 * repeated:.0f} to {100 * repeated_now:.0f} % of all {NGRAM}-grams: the student is copying "
+            "itself; use a fixed or restarted teacher (teacher_model_kind=base, restart), or lower the rate."
+        )
+    elif fell and length > 0 and length_now > 1.5 * length:
+        found["collapse"] = (
+            f"divergence fell {100 * (1 - divergence_now / divergence):.0f} % while answers grew from {length:.0f} to {length_now:.0f} "
+            "tokens: teacher and student go astray together; restart the teacher or lower the rate."
+        )
+    ended, ended_now = both("completions/ended_share")
+    if ended >= 0.5 and ended_now < 0.5 * ended:
+        found["no end"] = (
+            f"only {100 * ended_now:.0f} % of the answers come to an end (at first {100 * ended:.0f} %): raise max_completion_length, "
+            "or set mask_truncated_completions."
+        )
+    place, place_now = both("leak/gold_first_place")
+    stated, stated_now = both("leak/gold_stated_share")
+    if place > 0.2 and stated_now > 0 and place_now < 0.5 * place and stated_now >= 0.8 * stated:
+        found["leak"] = (
+            f"the gold answer is first stated after {100 * place_now:.0f} % of an answer (at first {100 * place:.0f} %): the student "
+            "learns to state what it cannot know; show the teacher the steps (teacher_context=full, hints), or try target=pmi."
+        )
+    lost, lost_now = both("retained/nll")
+    if lost_now > lost + FORGOTTEN_NATS:
+        found["forgetting"] = (
+            f"its own earlier answers to the probe set fell from {-lost:.2f} to {-lost_now:.2f} nats a token: the model loses what it "
+            "should keep; "
+            "lower the rate, or stop here."
+        )
+    return found
+
+
+class Diagnostics(TrainerCallback):  # type: ignore[misc]
+    """Watches the metrics of the steps and raises alarms.
+
+    Args:
+        last_values: gives the newest step's metrics.
+        file: `metrics.jsonl`, from which a resumed run learns how it began.
+        window: steps at the start, and at the end, that are compared.
+        stop: end the training at the first alarm.
+    """
+
+    def __init__(self, last_values: Callable[[], dict[str, float]], file: Path, window: int, stop: bool = False) -> None:
+        self.last_values = last_values
+        self.file = file
+        self.window = window
+        self.stop = stop
+        self.alarms: list[Alarm] = []
+        self._first: list[dict[str, float]] = []
+        self._recent: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first, self._recent = [], []
+        if state.global_step and self.file.is_file():
+            lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            for line in lines:
+                if line["step"] <= state.global_step:
+                    self._add(line)
+
+    def _add(self, values: dict[str, float]) -> None:
+        if len(self._first) < self.window:
+            self._first.append(values)
+        else:
+            self._recent = [*self._recent, values][-self.window :]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._add(dict(self.last_values()))
+        if len(self._recent) < self.window:
+            return
+        known = {alarm.name for alarm in self.alarms}
+        for name, text in find_alarms(means(self._first), means(self._recent)).items():
+            if name not in known:
+                self.alarms.append(Alarm(name, state.global_step, text))
+                logger.warning("step %d, %s: %s", state.global_step, name, text)
+                control.should_training_stop = control.should_training_stop or self.stop
+
+
+def means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the steps that have it."""
+    names = {name for step in steps for name in step}
+    return {name: sum(found) / len(found) for name in names if (found := [step[name] for step in steps if name in step])}
+
+
+@torch.no_grad()
+def leak_numbers(
+    student_TV: Tensor,
+    teacher_TV: Tensor,
+    wrong_TV: Tensor | None = None,
+    unconditioned_TV: Tensor | None = None,
+    base_TV: Tensor | None = None,
+) -> dict[str, float]:
+    """How much of the teacher's signal is the reference itself, from log-probabilities `[T,V]` at the same tokens.
+
+    `leak/wrong_jsd`: JSD (nats) of the teacher and the teacher under a wrong answer. `leak/shift_cosine`, `leak/shift_ratio`: with
+    s = log q - log p and s_ref = log q_ref - log p, both centred over the vocabulary and q_ref the teacher without the question: their
+    cosine and |s_ref| / |s|, means over tokens. Near 1, the reference alone would say the same. `retained/kl_to_base`: KL(p || base).
+    """
+    found: dict[str, float] = {}
+    if wrong_TV is not None:
+        found["leak/wrong_jsd"] = float(jensen_shannon(teacher_TV, wrong_TV).mean())
+    if unconditioned_TV is not None:
+        shift_TV, reference_TV = teacher_TV - student_TV, unconditioned_TV - student_TV
+        shift_TV, reference_TV = shift_TV - shift_TV.mean(-1, keepdim=True), reference_TV - reference_TV.mean(-1, keepdim=True)
+        found["leak/shift_cosine"] = float(torch.cosine_similarity(shift_TV, reference_TV, dim=-1).mean())
+        found["leak/shift_ratio"] = float((reference_TV.norm(dim=-1) / shift_TV.norm(dim=-1).clamp(min=1e-12)).mean())
+    if base_TV is not None:
+        found["retained/kl_to_base"] = float((student_TV.exp() * (student_TV - base_TV)).sum(-1).mean())
+    return found
+
+
+def answers_to_keep(
+    rows: Sequence[Row],
+    write: Callable[[Sequence[Row]], Sequence[Completion]],
+    tokenizer: Any,
+    file: Path,
+    *,
+    resumed: bool,
+    is_writer: bool = True,
+) -> list[Row]:
+    """The probe set: each prompt with the untrained model's own greedy answer, which training should leave likely.
+
+    The reference would not do: it is in another's style, and any method drifts from that. A resumed run reads the answers from `file`.
+    """
+    if resumed and file.is_file():
+        kept: list[Row] = json.loads(file.read_text(encoding="utf-8"))
+        return kept
+    texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in write(rows)]
+    found = [{"prompt": row["prompt"], "completion": text} for row, text in zip(rows, texts, strict=True)]
+    if is_writer:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def probe_leak(
+    scorer: Scorer, prompts: PromptBuilder, rows: Sequence[tuple[Row, ScoringRow]], device: torch.device | str
+) -> dict[str, float]:
+    """:func:`leak_numbers` of some answers of the step, means over those that have them. Costs up to five passes over these rows."""
+    probed = []
+    for row, scored in rows:
+        negative = prompts.negative(row) if row.get("negative_context") else None
+        unconditioned = prompts.at_level(row, "unconditioned")
+        probed.append(
+            replace(scored, negative=negative, sources={} if unconditioned is None else {"unconditioned": unconditioned})
+        )
+    found = [
+        leak_numbers(*(views.get(name) for name in ("student", "primary", "negative", "unconditioned", "base")))  # type: ignore[arg-type]
+        for views in scorer.leak_probe(probed, device, PROBE_TOKENS)
+        if views
+    ]
+    return means(found)

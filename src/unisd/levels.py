@@ -1,0 +1,68 @@
+"""How much the teacher is told: levels of privilege, from the whole reference to nothing.
+
+| level | the teacher sees |
+|---|---|
+| `full` | the problem and the reference |
+| `half` | the problem and the first half of the reference (by words) |
+| `hints` | the problem and the row's `hints`; without such a column: the reference without its last sentence, results of equations hidden |
+| `answer` | the problem and the final answer: the row's `answer`, or what follows "Answer:", "####" or \\boxed in the reference |
+| `unconditioned` | the reference without the problem |
+| `plain` | the problem, as the student does |
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+LEVELS = ("full", "half", "hints", "answer", "unconditioned", "plain")
+_RESULT = re.compile(r"(=\s*)[-+]?[\d.,]*\d")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+_MARKED = re.compile(r"(?:[Aa]nswer\s*(?:is|:)|####)\s*(\S[^\n]*)")
+
+
+def reference_at(row: dict[str, Any], level: str) -> str | None:
+    """The part of the row's reference that the level shows; None where there is no such part (`plain` shows none)."""
+    reference = str(row.get("privileged_context") or "")
+    if not reference.strip() or level == "plain":
+        return None
+    if level == "half":
+        return first_half(reference)
+    if level == "hints":
+        return str(row["hints"]) if row.get("hints") else hints(reference)
+    if level == "answer":
+        answer = str(row["answer"]) if row.get("answer") is not None else final_answer(reference)
+        return f"Answer: {answer}" if answer else None
+    return reference
+
+
+def first_half(text: str) -> str:
+    """The first half of the words (rounded up), with the space between them as it was."""
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    return text[: ends[(len(ends) + 1) // 2 - 1]] if ends else text
+
+
+def hints(reference: str) -> str | None:
+    """The steps without their results: no last sentence (it holds the answer), `?` for numbers after an equals sign."""
+    sentences = [part for part in _SENTENCE.split(reference.strip()) if part]
+    return "\n".join(_RESULT.sub(r"\1?", sentence) for sentence in sentences[:-1]) or None
+
+
+def final_answer(reference: str) -> str | None:
+    """The last marked answer, or the last line where nothing is marked and it is short (at most 8 words)."""
+    start = reference.rfind("\\boxed{")
+    if start >= 0:
+        return _braced(reference[start + len("\\boxed{") :])
+    if marked := _MARKED.findall(reference):
+        return str(marked[-1]).strip().rstrip(".")
+    last = reference.strip().rpartition("\n")[2]
+    return last if 0 < len(last.split()) <= 8 else None
+
+
+def _braced(text: str) -> str | None:
+    depth = 1
+    for place, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return text[:place]
+    return None
