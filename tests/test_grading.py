@@ -216,6 +216,18 @@ def adversarial() -> list[str]:
     ]
 
 
+def timed(call):
+    """The result, and the processor's seconds: the least of a few tries, for a collection or a cold cache is not the grader's."""
+    best = float("inf")
+    for _ in range(4):
+        start = time.process_time()
+        result = call()
+        best = min(best, time.process_time() - start)
+        if best < 0.04:
+            break
+    return result, best
+
+
 GOLD = {"exact": "42", "contains": "42", "choice": "B", "number": "#### 42", "call": 'Action: f\nAction Input: {"a": 1}'}
 
 
@@ -225,20 +237,17 @@ def test_no_grader_raises_or_hangs(name):
     texts = [hostile(rng) for _ in range(9_978)] + adversarial()
     slowest = 0.0
     for text in texts:
-        start = time.perf_counter()
-        grade = GRADERS[name](text, GOLD[name])
-        slowest = max(slowest, time.perf_counter() - start)
+        grade, seconds = timed(lambda text=text: GRADERS[name](text, GOLD[name]))
+        slowest = max(slowest, seconds)
         assert isinstance(grade, Grade)
         json.dumps({"extracted": grade.extracted})
     print(f"{name}: slowest {1e3 * slowest:.1f} ms")
-    assert slowest <= 0.5  # 50 ms on a quiet machine; other work shares this one
+    assert slowest <= 0.05
 
 
 def test_extracting_code_never_raises_or_hangs():
     rng = random.Random(8)
     slowest = 0.0
     for text in [hostile(rng) for _ in range(9_978)] + adversarial():
-        start = time.perf_counter()
-        extract_code(text)
-        slowest = max(slowest, time.perf_counter() - start)
-    assert slowest <= 0.5
+        slowest = max(slowest, timed(lambda text=text: extract_code(text))[1])
+    assert slowest <= 0.05

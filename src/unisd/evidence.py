@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from unisd import evaluation
 from unisd.cells import Cell, append, read, run_apart
+from unisd.checkpoints import last_complete_checkpoint
 from unisd.console import show_progress
 from unisd.data import Row
 from unisd.gguf_cache import cache_dir
@@ -35,7 +36,6 @@ from unisd.parsing import parse
 from unisd.prompts import encode_completion, encode_prompt
 from unisd.tasks import get
 from unisd.tasks.base import Task
-from unisd.checkpoints import last_complete_checkpoint
 from unisd.trainer import UniSDTrainer
 
 METHODS = ("sft", "sdft", "unisd-star")

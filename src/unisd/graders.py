@@ -10,7 +10,7 @@
 | `code` | the completion's program passes gold, which holds tests (run in :mod:`unisd.sandbox`) |
 
 No grader raises, whatever the completion, and each takes time linear in its length. An answer is looked for in what a
-model writes last: the last 20,000 characters are enough for that and bound the cost of a megabyte of noise.
+model writes last: the last 20,000 characters (`contains`: 200,000) are enough for that and bound the cost of a megabyte of noise.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from unisd.tasks.base import Grade
 Grader = Callable[[str, str], Grade]
 
 TAIL = 20_000  # characters
+CONTAINS_TAIL = 200_000
+CUES = 50  # of the places that announce an answer, the last so many are looked at
 
 # ---------------------------------------------------------------- text
 
@@ -36,13 +38,16 @@ def _fold(text: str) -> str:
 
 def exact(completion: str, gold: str) -> Grade:
     """Equal up to case, Unicode form and white space. The whole completion is the answer."""
-    folded = _fold(_text(completion))
+    text = " ".join(_text(completion).split())
+    if len(text) > max(TAIL, 20 * len(_text(gold))):  # no folding makes that equal
+        return Grade(False, text[:TAIL])
+    folded = _fold(text)
     return Grade(bool(folded) and folded == _fold(_text(gold)), folded[:TAIL] or None)
 
 
 def contains(completion: str, gold: str) -> Grade:
-    """Gold occurs as whole words ("cat" is not in "category"). An empty gold is in nothing."""
-    text, wanted = _fold(_text(completion)), _fold(_text(gold))
+    """Gold occurs as whole words ("cat" is not in "category"), in the last 200,000 characters. An empty gold is in nothing."""
+    text, wanted = _fold(_text(completion)[-CONTAINS_TAIL:]), _fold(_text(gold))
     if not wanted:
         return Grade(False, None)
     # A border is needed only where gold itself begins or ends in a letter or digit.
@@ -92,7 +97,7 @@ def extract_number(completion: str) -> str | None:
     the last "the answer is" / "answer:", else the last number of the text. None where there is none."""
     text = _text(completion)[-TAIL:]
     for pattern in (_HASHES, _BOXED, _SAID):
-        for match in reversed(list(pattern.finditer(text))):
+        for match in reversed(list(pattern.finditer(text))[-CUES:]):
             found = _first_number(match[1]) if pattern is _BOXED else None
             if pattern is not _BOXED and (span := _number_span(text, match.end())):
                 found = span[0].strip()
