@@ -1,4 +1,4 @@
-"""Where do the weights fall? `python -m unisd.pocket.tokens [--noise 0.3] [--folder docs/results]`.
+"""Where do the weights fall? `python -m unisd.pocket.tokens [--folder docs/results]`.
 
 Looks at the tokens that the untouched base writes to the training prompts. A token *carries the fact* where the teacher under the right
 reference and under the wrong one differ by a nat or more. For these and for all others: their share, their share of the divergence,
@@ -81,11 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("docs/results"))
     args = parser.parse_args(argv)
     disable_progress_bar()
-    lines = table(*scores(args.noise, args.seed))
-    command = f"python -m unisd.pocket.tokens --noise {args.noise} --seed {args.seed}"
-    title = f"# Which tokens carry the fact, and what weighs them\n\n`{command}`\n\n"
-    (args.folder / "pocket-tokens.md").write_text(title + "\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    parts = [f"# Which tokens carry the fact, and what weighs them\n\n`python -m unisd.pocket.tokens --seed {args.seed}`"]
+    for noise in (0.0, args.noise):
+        parts += [f"## {100 * noise:.0f} % wrong references", "\n".join(table(*scores(noise, args.seed)))]
+    text = "\n\n".join(parts)
+    (args.folder / "pocket-tokens.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
     return 0
 
 
