@@ -83,7 +83,7 @@ def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:
     for piece in tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True):
         found = text.find(piece.strip(), place)  # a token decoded alone may lose its space
         place = max(place, found + len(piece.strip()))
-        flags.append(bool(piece.strip()) and found < start + len(final) and found + len(piece.strip()) > start)
+        flags.append(bool(piece.strip()) and 0 <= found < start + len(final) and found + len(piece.strip()) > start)
     return flags
 
 
