@@ -74,14 +74,15 @@ def first_place(text: str, answer: str) -> float | None:
 
 def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:
     """Which tokens of an answer are its final answer (see :func:`unisd.levels.final_answer`): the last place it is stated."""
-    pieces = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True)
-    text = "".join(pieces)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
     final = final_answer(text)
-    start = len(text) if final is None else text.rfind(final)
-    end, place, flags = start + len(final or ""), 0, []
-    for piece in pieces:
-        flags.append(place < end and place + len(piece) > start)
-        place += len(piece)
+    if final is None:
+        return [False] * len(ids)
+    start, place, flags = text.rfind(final), 0, []
+    for piece in tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True):
+        found = text.find(piece.strip(), place)  # a token decoded alone may lose its space
+        place = max(place, found + len(piece.strip()))
+        flags.append(bool(piece.strip()) and 0 <= found < start + len(final) and found + len(piece.strip()) > start)
     return flags
 
 
