@@ -109,9 +109,10 @@ def carried_out(folder: Path, spec: Study, executor: Any, **options: Any) -> tup
     known = store.runs()
     left = [run for run in runs_of(spec) if run.id not in known]
     said: list[str] = []
-    complete = runner.carry_out(spec, left, store, executor, said.append, **options)
-    store.close()
-    return complete, store
+    try:
+        return runner.carry_out(spec, left, store, executor, said.append, **options), store
+    finally:
+        store.close()
 
 
 def test_designs_name_their_cells() -> None:
@@ -201,6 +202,21 @@ def test_a_budget_ends_a_study_that_goes_on_later(tmp_path: Path) -> None:
     complete, store = carried_out(tmp_path, study(budget_minutes=0.1), FakeExecutor(), clock=lambda: float(next(clock)))
     assert not complete and 0 < len(store.runs()) < 8
     assert carried_out(tmp_path, study(), FakeExecutor())[0]
+
+
+def test_ctrl_c_costs_the_runs_in_progress_only(tmp_path: Path) -> None:
+    class Interrupted(FakeExecutor):
+        def wait(self) -> Finished:
+            if len(self.submitted) == 5:
+                raise KeyboardInterrupt
+            return super().wait()
+
+    first, second = Interrupted(), FakeExecutor()
+    with pytest.raises(KeyboardInterrupt):
+        carried_out(tmp_path, study(), first)
+    done = set(Store(tmp_path, writes=False).runs())
+    assert len(done) == 3
+    assert carried_out(tmp_path, study(), second)[0] and not done & set(second.submitted)
 
 
 def test_two_processes_do_not_share_a_study(tmp_path: Path) -> None:
