@@ -98,6 +98,15 @@ def test_one_seed_compares_problems_only() -> None:
     assert estimate.p == pytest.approx(stats.ttest_rel(answers[1, 0], answers[0, 0]).pvalue)
 
 
+def test_answers_that_never_differ_do_not_prove_equality() -> None:
+    answers = np.ones((2, 3, 40))
+    estimate = Fit(answers.mean(2), answers).contrast(np.array([-1.0, 1.0]))
+    assert estimate is not None and estimate.value == 0 and estimate.p == 1.0
+    # The exact binomial bound for 0 of 40.
+    assert estimate.high == pytest.approx(stats.beta.ppf(0.95, 1, 40)) and estimate.low == pytest.approx(-estimate.high)
+    assert verdict(estimate.scaled(100), 1.0, None, None, 1.0, 5.0)[0] == "undecided"
+
+
 def test_a_missing_run_is_left_out_and_a_missing_cell_gives_nothing() -> None:
     rng = np.random.default_rng(2)
     answers = (rng.random((3, 3, 50)) < 0.5).astype(float)
