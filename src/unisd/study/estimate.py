@@ -81,6 +81,7 @@ class Fit:
             return None
         padded = np.concatenate([weights_C, np.zeros(S - 1)])[self._seen]
         value = float(self._fit.params @ padded)
+        value = 0.0 if abs(value) < 1e-12 else value  # rounding of equal means
         parts: list[tuple[float, float]] = []  # signed variances with their degrees of freedom
         notes = []
         if self._fit.df_resid >= 1:
