@@ -109,9 +109,10 @@ def carried_out(folder: Path, spec: Study, executor: Any, **options: Any) -> tup
     known = store.runs()
     left = [run for run in runs_of(spec) if run.id not in known]
     said: list[str] = []
-    complete = runner.carry_out(spec, left, store, executor, said.append, **options)
-    store.close()
-    return complete, store
+    try:
+        return runner.carry_out(spec, left, store, executor, said.append, **options), store
+    finally:
+        store.close()
 
 
 def test_designs_name_their_cells() -> None:
@@ -201,6 +202,21 @@ def test_a_budget_ends_a_study_that_goes_on_later(tmp_path: Path) -> None:
     complete, store = carried_out(tmp_path, study(budget_minutes=0.1), FakeExecutor(), clock=lambda: float(next(clock)))
     assert not complete and 0 < len(store.runs()) < 8
     assert carried_out(tmp_path, study(), FakeExecutor())[0]
+
+
+def test_ctrl_c_costs_the_runs_in_progress_only(tmp_path: Path) -> None:
+    class Interrupted(FakeExecutor):
+        def wait(self) -> Finished:
+            if len(self.submitted) == 5:
+                raise KeyboardInterrupt
+            return super().wait()
+
+    first, second = Interrupted(), FakeExecutor()
+    with pytest.raises(KeyboardInterrupt):
+        carried_out(tmp_path, study(), first)
+    done = set(Store(tmp_path, writes=False).runs())
+    assert len(done) == 3
+    assert carried_out(tmp_path, study(), second)[0] and not done & set(second.submitted)
 
 
 def test_two_processes_do_not_share_a_study(tmp_path: Path) -> None:
@@ -303,6 +319,50 @@ def test_children_die_with_a_killed_study(tmp_path: Path) -> None:
     ):
         time.sleep(0.05)
     assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from unisd.study import runner
+from unisd.study.design import from_dict, runs_of
+from unisd.study.executor import LocalExecutor
+from unisd.study.store import Store
+calm, folder = map(Path, sys.argv[1:])
+spec = from_dict({"mechanisms": ["ema", "clip"], "seeds": [1, 2], "design": "full"})
+real = runner.command_of
+def command_of(run, store):
+    command = real(run, store)
+    code = "import shutil, sys, time; time.sleep(0.3)"
+    code += "; [shutil.copy(f'{sys.argv[1]}/{n}', f'{sys.argv[2]}/{n}') for n in ('metrics.jsonl', 'answers.json', 'results.json')]"
+    return (sys.executable, "-c", code, str(calm / "runs" / run.id), command[command.index("--output_dir") + 1])
+runner.command_of = command_of
+store = Store(folder)
+left = [run for run in runs_of(spec) if run.id not in store.runs()]
+raise SystemExit(not runner.carry_out(spec, left, store, LocalExecutor(1)))
+"""
+
+
+def test_a_study_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """The runs are stand-ins here; `test_kills_change_nothing` has real ones."""
+    carried_out(tmp_path / "calm", study(), FakeExecutor())
+    rng, kills, wait_s = random.Random(2), 0, 1.0
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "calm"), str(tmp_path / "killed")])
+        try:
+            assert process.wait(rng.uniform(0.5, wait_s) if kills < 5 else 120) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills, wait_s = kills + 1, wait_s + 0.5
+    calm, killed = (read_lines(tmp_path / name / "runs.jsonl") for name in ("calm", "killed"))
+    assert kills >= 5 and len(killed) == len(calm) == 8, "no finished run was run again"
+
+    def lasting(records: list[dict[str, Any]]) -> dict[str, Any]:
+        return {record["run"]: [record["status"], record["answers"], record["results"]] for record in records}
+
+    assert lasting(killed) == lasting(calm)
 
 
 SMALL = """

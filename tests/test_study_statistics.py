@@ -13,7 +13,7 @@ pytest.importorskip("statsmodels")
 
 from unisd.study.contrasts import Effect, effects_of
 from unisd.study.design import cells_of, from_dict
-from unisd.study.estimate import Fit, holm
+from unisd.study.estimate import Estimate, Fit, holm
 from unisd.study.recommend import verdict
 
 SIMULATIONS = 1000
@@ -98,6 +98,15 @@ def test_one_seed_compares_problems_only() -> None:
     assert estimate.p == pytest.approx(stats.ttest_rel(answers[1, 0], answers[0, 0]).pvalue)
 
 
+def test_answers_that_never_differ_do_not_prove_equality() -> None:
+    answers = np.ones((2, 3, 40))
+    estimate = Fit(answers.mean(2), answers).contrast(np.array([-1.0, 1.0]))
+    assert estimate is not None and estimate.value == 0 and estimate.p == 1.0
+    # The exact binomial bound for 0 of 40.
+    assert estimate.high == pytest.approx(stats.beta.ppf(0.95, 1, 40)) and estimate.low == pytest.approx(-estimate.high)
+    assert verdict(estimate.scaled(100), 1.0, None, None, 1.0, 5.0)[0] == "undecided"
+
+
 def test_a_missing_run_is_left_out_and_a_missing_cell_gives_nothing() -> None:
     rng = np.random.default_rng(2)
     answers = (rng.random((3, 3, 50)) < 0.5).astype(float)
@@ -170,3 +179,24 @@ def test_levels_of_an_option_are_compared_with_the_first() -> None:
     effects = effects_of(cells_of(spec), spec.factors)
     assert set(by_name(effects, "main")) == {"ema", "learning_rate=0.0002", "learning_rate=0.0004"}
     assert set(by_name(effects, "interaction")) == {"ema x learning_rate=0.0002", "ema x learning_rate=0.0004"}
+
+
+@pytest.mark.parametrize(
+    ("task", "retention", "expected"),
+    [
+        ((3.0, 1.2, 4.8, 0.01), (0.0, -0.5, 0.5, 1.0), ("keep", "keep")),
+        ((0.2, -0.5, 0.9, 1.0), (2.0, 1.0, 3.0, 0.01), ("keep", "forgets less")),
+        ((-3.0, -5.0, -1.0, 0.01), (0.0, -0.5, 0.5, 1.0), ("drop", "loses on the task")),
+        ((3.0, 1.0, 5.0, 0.01), (-2.0, -3.0, -1.0, 0.01), ("trade", "forgets more")),
+        ((0.0, -0.8, 0.9, 1.0), (0.1, -0.5, 0.7, 1.0), ("no effect", "not worth 4 % time")),
+        ((3.0, 0.1, 5.9, 0.2), (0.1, -0.5, 0.7, 1.0), ("undecided", "more seeds")),
+        ((0.0, -0.8, 0.9, 1.0), (0.1, -2.5, 2.7, 1.0), ("undecided", "more seeds")),
+    ],
+)
+def test_verdicts(task: tuple[float, ...], retention: tuple[float, ...], expected: tuple[str, str]) -> None:
+    def estimate(value: float, low: float, high: float, _: float) -> Estimate:
+        return Estimate(value, low, high, None, None, None)
+
+    decision, text = verdict(estimate(*task), task[3], estimate(*retention), retention[3], 1.0, 4.0)
+    assert decision == expected[0] and expected[1] in text
+    assert f"task {task[0]:+.1f} [{task[1]:.1f}, {task[2]:.1f}]" in text and "+4 % time" in text

@@ -88,7 +88,7 @@ def panels_of(figures: Figures, kind: str) -> list[plots.Panel]:
     chosen = [line for line in figures["effects"] if line["kind"] == kind]
     names = list(dict.fromkeys(line["name"] for line in chosen))
     nothing = {"value": float("nan"), "low": None, "high": None}
-    panels: list[tuple[str, Sequence[tuple[str, float, float | None, float | None]]]] = []
+    panels: list[plots.Panel] = []
     for outcome in ("task_accuracy", "retention_accuracy", "train_s"):
         by_name = {line["name"]: line for line in chosen if line["outcome"] == outcome}
         if by_name:

@@ -81,6 +81,7 @@ class Fit:
             return None
         padded = np.concatenate([weights_C, np.zeros(S - 1)])[self._seen]
         value = float(self._fit.params @ padded)
+        value = 0.0 if abs(value) < 1e-12 else value  # rounding of equal means
         parts: list[tuple[float, float]] = []  # signed variances with their degrees of freedom
         notes = []
         if self._fit.df_resid >= 1:
@@ -94,7 +95,8 @@ class Fit:
             parts += self._problem_parts(weights_C, used, with_runs=bool(parts))
         if not parts:
             return Estimate(value, None, None, None, None, None, "; ".join(notes))
-        return _interval(value, parts, "; ".join(notes))
+        count = 0 if self.answers_CSP is None else self.answers_CSP.shape[2]
+        return _interval(value, parts, "; ".join(notes), count)
 
     def _problem_parts(self, weights_C: Values, used: NDArray[np.bool_], with_runs: bool) -> list[tuple[float, float]]:
         """`V_problems` and, negative, `V_rest`, over the seeds that have all the cells."""
@@ -116,14 +118,17 @@ class Fit:
         return [(problems, P - 1.0), (-rest, df)]
 
 
-def _interval(value: float, parts: list[tuple[float, float]], note: str) -> Estimate:
+def _interval(value: float, parts: list[tuple[float, float]], note: str, problems: int) -> Estimate:
     """`parts`: V_runs first; V_problems - V_rest counts only where it is positive, as a variance component must be."""
     first, others = parts[0], parts[1:]
     if sum(part for part, _ in others) <= 0:
         parts, others = [first], []
     variance = first[0] + sum(part for part, _ in others)
     if variance <= 1e-18:  # all alike: no answer differs between the cells
-        return Estimate(value, value, value, 1.0 if value == 0 else 0.0, 0.0, None, note or "no variation at all")
+        # What none of P problems shows may still happen in up to 1 - 0.05^(1/P) of them (about 3/P).
+        half = 1 - (1 - LEVEL) ** (1 / problems) if problems else 0.0
+        told = note or ("no answer differs" if problems else "no variation at all")
+        return Estimate(value, value - half, value + half, 1.0 if value == 0 else 0.0, half / 2, None, told)
     df = variance**2 / sum(part**2 / df for part, df in parts)
     se = float(np.sqrt(variance))
     half = float(stats.t.ppf(0.5 + LEVEL / 2, df)) * se

@@ -61,7 +61,7 @@ def devices() -> int:
         return 0
     import torch
 
-    return torch.cuda.device_count()
+    return int(torch.cuda.device_count())
 
 
 class LocalExecutor:

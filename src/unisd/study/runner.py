@@ -42,10 +42,10 @@ def check(runs: Sequence[Run], study: Study) -> None:
                 raise UserError(f"cell {run.cell.name}: {error}") from None
     by_levels = {tuple(run.cell.levels.items()): run for run in runs}
     for factor in study.factors:
-        other = next((run for run in by_levels.values() if run.cell.levels[factor.name] != factor.baseline), None)
-        if factor.is_mechanism and other is not None:
-            _, with_it = resolve(parser, parser.from_dict(other.options, "on"))
-            off = {**other.options, **factor.levels[factor.baseline]}
+        example = next((run for run in by_levels.values() if run.cell.levels[factor.name] != factor.baseline), None)
+        if factor.is_mechanism and example is not None:
+            _, with_it = resolve(parser, parser.from_dict(example.options, "on"))
+            off = {**example.options, **factor.levels[factor.baseline]}
             _, without = resolve(parser, parser.from_dict(off, "off"))
             if all(getattr(with_it, name) == getattr(without, name) for name in factor.levels[factor.baseline]):
                 raise UserError(
