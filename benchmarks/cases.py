@@ -379,7 +379,7 @@ AXES: dict[str, list[int]] = {
 
 
 def growth(o: Options) -> tuple[Rows, Ratios]:
-    """A UniSD* step of ours and the bare passes against K, completion length, vocabulary and rows.
+    """A UniSD* step of ours and the bare passes against K, completion length, vocabulary and rows (try `--shape llama-32k --layers 4`).
 
     Beside each time stands the number of tokens that pass the model, counted once per forward without gradient and three times for
     the student's. `slope_*` is the cost of one more token over that of the bare limit; `memory_growth_vocabulary` the extra memory
@@ -391,8 +391,7 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
     for axis, values in AXES.items():
         for value in values:
             at = {"K": 3, "completion": 64, "rows": 4} | ({} if axis == "vocabulary" else {axis: value})
-            shape = "llama-32k" if axis != "vocabulary" else f"llama-32k:{value}"
-            base = build(shape, o.device, o.dtype, o.layers or 4)
+            base = build(o.shape if axis != "vocabulary" else f"{o.shape}:{value}", o.device, o.dtype, o.layers)
             data = examples(base.config.vocab_size, at["rows"], (o.prompt, o.prompt), (at["completion"],) * 2, contexts=at["K"])
             steps = star_steps(base, data, Star(), o.batch)
             samples = interleave({name: steps[name] for name in ("ours", "limit")}, o.device, o.repetitions, o.seconds / 16)
