@@ -405,7 +405,7 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
             [(t, b) for t, _, b, _ in found[axis]]
         )
         ratios[f"r2_{axis}"] = linearity([(t, a) for t, a, _, _ in found[axis]])
-    ratios["memory_growth_vocabulary"] = found["vocabulary"][-1][3] / found["vocabulary"][0][3]
+    ratios["memory_growth_vocabulary"] = found["vocabulary"][-1][3] / max(found["vocabulary"][0][3], 1e-9)
     return rows, ratios
 
 
