@@ -352,8 +352,13 @@ def memory_plan(o: Options) -> tuple[Rows, Ratios]:
         samples = Samples()
         predicted: dict[str, int] = {}
 
-        def run(contexts: int = contexts, checkpointing: bool = checkpointing, predicted: dict[str, int] = predicted) -> float:
-            base = build(o.shape, o.device, o.dtype, o.layers)
+        # Built before: making random weights holds a tied head twice for a moment, which loading does not.
+        base = build(o.shape, o.device, o.dtype, o.layers)
+        weights = sum(p.numel() * p.element_size() for p in base.parameters())
+
+        def run(
+            base: Any = base, contexts: int = contexts, checkpointing: bool = checkpointing, predicted: dict[str, int] = predicted
+        ) -> float:
             data = examples(base.config.vocab_size, o.batch * o.accumulation, prompts, completions, contexts=contexts)
             options = ours.star_options(s, contexts) if contexts else {"distillation_alpha": s.alpha}
             built = ours.trainer(base, data, s, options | {"gradient_checkpointing": checkpointing}, o.batch)
@@ -363,6 +368,7 @@ def memory_plan(o: Options) -> tuple[Rows, Ratios]:
 
         measure(run, o.device, samples)
         row = samples.row(name)
+        row["extra_memory_mb"] += weights / 1e6
         rows.append(row | {"predicted_mb": predicted["total"] / 1e6})
         ratios[f"predicted_vs_measured {name}"] = rows[-1]["predicted_mb"] / row["extra_memory_mb"]
     return rows, ratios
@@ -379,7 +385,7 @@ AXES: dict[str, list[int]] = {
 
 
 def growth(o: Options) -> tuple[Rows, Ratios]:
-    """A UniSD* step of ours and the bare passes against K, completion length, vocabulary and rows.
+    """A UniSD* step of ours and the bare passes against K, completion length, vocabulary and rows (try `--shape llama-32k --layers 4`).
 
     Beside each time stands the number of tokens that pass the model, counted once per forward without gradient and three times for
     the student's. `slope_*` is the cost of one more token over that of the bare limit; `memory_growth_vocabulary` the extra memory
@@ -391,8 +397,7 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
     for axis, values in AXES.items():
         for value in values:
             at = {"K": 3, "completion": 64, "rows": 4} | ({} if axis == "vocabulary" else {axis: value})
-            shape = "llama-32k" if axis != "vocabulary" else f"llama-32k:{value}"
-            base = build(shape, o.device, o.dtype, o.layers or 4)
+            base = build(o.shape if axis != "vocabulary" else f"{o.shape}:{value}", o.device, o.dtype, o.layers)
             data = examples(base.config.vocab_size, at["rows"], (o.prompt, o.prompt), (at["completion"],) * 2, contexts=at["K"])
             steps = star_steps(base, data, Star(), o.batch)
             samples = interleave({name: steps[name] for name in ("ours", "limit")}, o.device, o.repetitions, o.seconds / 16)
@@ -406,7 +411,7 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
             [(t, b) for t, _, b, _ in found[axis]]
         )
         ratios[f"r2_{axis}"] = linearity([(t, a) for t, a, _, _ in found[axis]])
-    ratios["memory_growth_vocabulary"] = found["vocabulary"][-1][3] / found["vocabulary"][0][3]
+    ratios["memory_growth_vocabulary"] = found["vocabulary"][-1][3] / max(found["vocabulary"][0][3], 1e-9)
     return rows, ratios
 
 

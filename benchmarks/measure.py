@@ -37,6 +37,7 @@ class Samples:
             "time_s": statistics.median(self.times),
             "extra_memory_mb": statistics.median(self.memories),
             "times_s": self.times,
+            "extra_memories_mb": self.memories,
             "repetitions": len(self.times),
             "value": self.value,
         }

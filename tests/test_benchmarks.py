@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import cases, limit, plain, shapes
 from benchmarks.__main__ import main
-from benchmarks.measure import Samples, interleave, measure
+from benchmarks.measure import Samples, interleave, machine, measure
 from benchmarks.settings import Star
 from benchmarks.table import table
 
@@ -126,6 +126,21 @@ def test_the_result_is_a_file_with_the_promised_ratios(bench: str, tmp_path: Pat
     assert CONTRACT[bench] <= set(result["ratios"]) and all(value >= 0 for value in result["ratios"].values())
     page = table([result])
     assert f"## {bench}" in page and all(f"| {row['impl']} |" in page for row in result["rows"]) and result["command"] in page
+
+
+def test_growth_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "AXES", {"K": [0, 2], "completion": [4, 8], "vocabulary": [320, 640], "rows": [2, 4]})
+    found, ratios = cases.growth(cases.Options(shape="tiny", prompt=4, repetitions=1))
+    assert {(row["axis"], row["at"]) for row in found} == {(axis, at) for axis, values in cases.AXES.items() for at in values}
+    by_axis = {
+        axis: [row["passed_tokens"] for row in found if row["axis"] == axis and row["impl"] == "ours"] for axis in cases.AXES
+    }
+    assert by_axis["rows"][1] == 2 * by_axis["rows"][0] and by_axis["vocabulary"][0] == by_axis["vocabulary"][1]
+    assert by_axis["K"][1] - by_axis["K"][0] == 4 * 2 * (32 + 4 + 64)  # rows x contexts x (context, prompt, completion)
+    assert {"slope_K_vs_limit", "slope_rows_vs_limit", "r2_completion", "memory_growth_vocabulary"} <= ratios.keys()
+    assert "| K = 2 |" in table(
+        [{"bench": "growth", "machine": machine(CPU), "versions": {}, "command": "", "rows": found, "ratios": {}}]
+    )
 
 
 def test_slope_and_linearity_of_a_line() -> None:

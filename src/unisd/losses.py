@@ -57,7 +57,7 @@ __all__ = [
 # From (D, l, H(p)) [N] of all tokens, without gradient, to a factor [N] of their coefficients: weights that look at the student
 Reweigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 48 * 2**20
 """Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds two of them, of the student and of the teacher."""
 BLOCK_BYTES = 2 * 2**20
 """On a CPU the arithmetic between the products goes through a chunk in row blocks of this size, which stay in the cache."""
