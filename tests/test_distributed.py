@@ -210,11 +210,16 @@ def test_packaged_configuration_is_one_that_accelerate_reads() -> None:
 
 
 def test_process_on_a_cpu_never_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainingArguments
+
     from unisd import UniSDConfig
 
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the other processes
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert UniSDConfig().use_cpu
+    monkeypatch.delenv("LOCAL_RANK")
+    assert not UniSDConfig().use_cpu
 
 
 def test_module_is_the_command() -> None:

@@ -68,7 +68,7 @@ def launch(options: RunOptions, output_dir: str) -> int:
         raise UserError(f"num_processes={processes}, but this machine has {devices} accelerator(s): lower it.")
     assert options.accelerate_config is not None
     child = subprocess.Popen(command(options.accelerate_config, processes, options.command, on_cpu))
-    told = []
+    told: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
         told.append(number)
