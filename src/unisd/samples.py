@@ -96,7 +96,7 @@ class SampleRecorder:
                 "cut": len(completion.ids) - length,
                 "temperature": temperature,
                 "weight": known(weight_BT[i, :length]),
-                "teacher_logp": known(scores.teacher_logp[i, :length]),
+                "teacher_logp": None,  # known with the student's pass, as are the others that `take` adds
                 "auxiliary_logp": [
                     known(scores.auxiliary_logp[k, i, :length])
                     for k in contexts
@@ -130,6 +130,7 @@ class SampleRecorder:
                     values[place] = bool(value) if isinstance(value, bool) else _rounded(value)
                 return values
 
+            record["teacher_logp"] = spread(output.teacher_logp_N)
             record["student_logp"] = spread(output.student_logp_N)
             record["entropy"] = spread(output.student_entropy_N)
             record["divergence"] = spread(output.divergence_N)

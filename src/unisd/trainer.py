@@ -137,7 +137,7 @@ class UniSDTrainer(SafeTrainer):
         self.in_forward = InForward(args, self.weights)
         self.target = None if args.target is None else parse_target(args.target)
         self.sources = scored_sources(args, self.target)
-        off_policy = args.num_iterations > 1 or (engine is not None and engine.returns_logps)
+        off_policy = args.num_iterations > 1 or getattr(engine, "returns_logps", False)
         self.needs = needed_views(args, self.weights, self.in_forward.weights, self.sources, off_policy)
         self.off_policy = off_policy and args.importance_cap is not None
         self.store = RolloutStore(args.num_iterations)
