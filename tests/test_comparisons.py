@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -57,19 +58,29 @@ def test_cells_of_the_pocket_comparison_are_valid_runs(method: str) -> None:
     assert (options.reference_style == "own") == (method == compare.CONTROL)
 
 
-def test_a_cell_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_of_the_pocket_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "OVERLAY", [*compare.OVERLAY[:1], "1", *compare.OVERLAY[2:]])
     for name in ("N_TEST", "N_HARD", "N_RETENTION", "N_DRIFT"):
         monkeypatch.setattr(compare, name, 8)
-    cell = store.run_apart(compare.run_cell, compare.Plan("sdft", "clean", 0, 1e-3))
+    cell = compare.run_cell(compare.Plan("sdft", "clean", 0, 1e-3))
     assert len(cell["task_correct"]) == 8 and cell["train_s"] > 0 and cell["peak_mb"] > 100
     assert cell["retention_ppl_reverse"] >= 1
 
-    def breaks(plan: object) -> store.Cell:
-        raise SystemExit(3)
 
+def whose(plan: int) -> store.Cell:
+    return {"process": os.getpid(), "plan": plan}
+
+
+def breaks(plan: int) -> store.Cell:
+    raise SystemExit(plan)
+
+
+def test_a_cell_runs_in_a_process_of_its_own() -> None:
+    cells = [store.run_apart(whose, plan) for plan in (1, 2)]
+    assert [cell["plan"] for cell in cells] == [1, 2]
+    assert len({os.getpid(), *(cell["process"] for cell in cells)}) == 3
     with pytest.raises(UserError, match="exit code 3"):
-        store.run_apart(breaks, "x")
+        store.run_apart(breaks, 3)
 
 
 def test_intervals_cover_the_truth() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,16 @@ def append(file: Path, cell: Cell) -> None:
 
 
 def run_apart(run: Callable[[Any], Cell], plan: Any) -> Cell:
-    """`run(plan)` in a process of its own: its peak memory is its own, and nothing is left behind.
+    """`run(plan)` in a process of its own: its peak memory is its own, and nothing is left behind. Both must be picklable.
 
     Raises:
         UserError: the process ended without a result.
     """
-    context = multiprocessing.get_context("fork")
+    # A fork of a process whose threads have computed would hang; a server that has only imported may be forked.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["unisd.trainer"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(run(plan)))
+    process = context.Process(target=_send, args=(sender, run, plan))
     process.start()
     sender.close()
     try:
@@ -52,3 +55,7 @@ def run_apart(run: Callable[[Any], Cell], plan: Any) -> Cell:
         raise UserError(f"cell {plan} ended with exit code {process.exitcode}: nothing was written for it.") from None
     process.join()
     return cell
+
+
+def _send(sender: Connection, run: Callable[[Any], Cell], plan: Any) -> None:
+    sender.send(run(plan))
