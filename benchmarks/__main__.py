@@ -46,10 +46,15 @@ def main(argv: list[str] | None = None) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(table([json.loads(path.read_text(encoding="utf-8")) for path in args.files]), encoding="utf-8")
         return 0
-    logging.getLogger("unisd").setLevel(logging.ERROR)
     given = {key: value for key, value in vars(args).items() if key not in ("command", "json")}
     options = Options(**given | {"device": torch.device(args.device), "impls": args.impls and tuple(args.impls)})
-    rows, ratios = CASES[args.command](options)
+    log = logging.getLogger("unisd")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        rows, ratios = CASES[args.command](options)
+    finally:
+        log.setLevel(level)
     words = [arg for arg in (sys.argv[1:] if argv is None else argv)]
     result = {
         "bench": args.command,
