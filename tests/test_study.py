@@ -346,16 +346,21 @@ raise SystemExit(not runner.carry_out(spec, left, store, LocalExecutor(1)))
 def test_a_study_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """The runs are stand-ins here; `test_kills_change_nothing` has real ones."""
     carried_out(tmp_path / "calm", study(), FakeExecutor())
-    rng, kills, wait_s = random.Random(2), 0, 1.0
+    rng, kills = random.Random(2), 0
     while True:
+        finished = len(read_lines(tmp_path / "killed" / "runs.jsonl"))
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "calm"), str(tmp_path / "killed")])
-        try:
-            assert process.wait(rng.uniform(0.5, wait_s) if kills < 5 else 120) == 0
+        if kills == 5:
+            assert process.wait(120) == 0
             break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills, wait_s = kills + 1, wait_s + 0.5
+        # Some moment after one more run has ended: within the next one, or while it is recorded.
+        while len(read_lines(tmp_path / "killed" / "runs.jsonl")) == finished:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.35))
+        process.kill()
+        process.wait()
+        kills += 1
     calm, killed = (read_lines(tmp_path / name / "runs.jsonl") for name in ("calm", "killed"))
     assert kills >= 5 and len(killed) == len(calm) == 8, "no finished run was run again"
 

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from unisd.artefacts import append_line, read_lines
 from unisd.errors import UserError
 
 Cell = dict[str, Any]
 
 
 def read(file: Path) -> list[Cell]:
-    """The finished cells; none where there is no file. A last line cut short (a full disk, a kill) is no cell."""
-    if not file.exists():
-        return []
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    """The finished cells; none where there is no file. A line cut short (a full disk, a kill) is no cell."""
+    return read_lines(file)
 
 
 def append(file: Path, cell: Cell) -> None:
-    """Add a finished cell."""
+    """Add a finished cell; it is on the disk when this returns."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    cut_short = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(("\n" if cut_short else "") + json.dumps(cell) + "\n")
+    append_line(file, cell)
 
 
 def run_apart(run: Callable[[Any], Cell], plan: Any) -> Cell:

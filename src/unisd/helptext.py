@@ -33,6 +33,7 @@ ABOUT = {
     "scoring": "the pass without gradient",
     "diagnostics": "is the run healthy? words of doubt, leaks, collapse",
     "evaluation": "before, during and after training",
+    "safety": "a long run loses no work",
     "training": "the most used of transformers' TrainingArguments (all of them: --help_all)",
     "inherited": "the other ones of transformers' TrainingArguments",
 }
