@@ -15,13 +15,16 @@ from unisd.errors import UserError
 from unisd.outputs import between_markers
 from unisd.pocket import compare, comparison
 from unisd.tasks import get
+from unisd.tasks.new_facts import NewFactsTask
+from unisd.tasks.pocket import PocketTask
 
 
 def pocket_cell(plan: compare.Plan, rng: np.random.Generator) -> store.Cell:
     cell: store.Cell = {**plan.__dict__, "train_s": 1.0, "peak_mb": 100.0, "gold_ppl": 2.0}
     for name, count in (("task", 40), ("hard", 8), ("retention", 20)):
         marks = rng.random(count) < (0.3 if plan.method == "raw" else 0.5 + 100 * plan.learning_rate)
-        cell |= {f"{name}_correct": "".join(str(int(m)) for m in marks), f"{name}_accuracy": float(marks.mean())}
+        text = "".join(str(int(m)) for m in marks)
+        cell |= {f"{name}_correct": text, f"{name}_known": text, f"{name}_accuracy": float(marks.mean())}
     return cell | {"retention_ppl_forward": 1.1, "retention_ppl_reverse": 1.2, "retention_jsd": 0.01}
 
 
@@ -40,6 +43,15 @@ def test_the_pocket_comparison_runs_every_cell_once_and_pilots_first() -> None:
         assert used == {compare.chosen_rate(cells, method)}
     text = comparison.page(cells)
     assert all(f"| {method} |" in text for method in compare.methods()) and "30 % wrong" in text
+
+
+def test_knowledge_is_graded_in_any_wording() -> None:
+    task = PocketTask()
+    for row in task.load("test", limit=40):
+        assert all(task.knows(row, text) for text in row["wordings"])
+        assert not task.knows(row, row["negative_context"])
+    own = PocketTask(reference_style="own")
+    assert all(task.knows(row, row["completion"]) and task.grade(row, row["completion"]) for row in own.load("test", limit=40))
 
 
 def test_pilots_and_table_share_no_rows() -> None:
@@ -158,6 +170,8 @@ def test_evidence_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
     monkeypatch.setattr(evidence, "EVERY", 1)
     monkeypatch.setattr(evidence, "SHARED_FLAGS", [*evidence.SHARED_FLAGS, "--save_steps", "1"])
+    few = NewFactsTask().retention_rows(4)
+    monkeypatch.setattr(NewFactsTask, "retention_rows", lambda self, limit=None, seed=0: few)
     plan = evidence.Plan("new_facts", "sdft", 0, 0.5, 1e-3, False, "pocket", 2, 4)
     seen: list[int] = []
     examine = evidence.Examiner.__call__

@@ -389,6 +389,7 @@ def lasting(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_kills_change_nothing(tmp_path: Path) -> None:
     """4 runs of 10 steps on the pocket, the study killed with -9 at random moments, five times at least."""
     file = tmp_path / "study.yaml"
@@ -418,6 +419,7 @@ def test_kills_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_ray_gives_the_same_and_retries_a_killed_worker(tmp_path: Path) -> None:
     """The same 4 runs on a Ray cluster of 2 workers, one of which is killed while it runs."""
     ray = pytest.importorskip("ray")

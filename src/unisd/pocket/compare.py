@@ -10,6 +10,8 @@ How it is kept honest:
 - `sft-own` is the control: supervised fine-tuning on the same facts in the model's own wording. Without it, what supervised
   fine-tuning forgets could not be told from what its references' style costs;
 - `fixed-teacher` is the cell that mechanisms are compared with: the initial model as teacher, all five mechanisms off;
+- an answer counts if it is right in any wording (`PocketTask.knows`), the model's own or an annotator's: form is reported apart, or
+  supervised fine-tuning on the annotators' references would get nothing for what it knows;
 - all methods see the same number of optimizer steps and rows, and the same test problems; on the pocket all divergences are the same
   (Jensen-Shannon, 0.5), so that a method's row shows its mechanism.
 
@@ -125,12 +127,12 @@ def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
     rows, task, cap = evaluation_rows(pilot), PocketTask(), PocketTask.max_new_tokens
     found: Cell = {}
     for name, part in rows.items():
-        grades = evaluation.accuracy(model, tokenizer, part, task.grade, max_new_tokens=cap, batch_size=125, progress=False)[
-            "grades"
-        ]
+        answered = evaluation.accuracy(model, tokenizer, part, task.grade, max_new_tokens=cap, batch_size=125, progress=False)
+        known = [task.knows(row, text) for row, text in zip(part, answered["completions"], strict=True)]
         # One mark per problem, so that methods can be compared problem by problem.
-        found[f"{name}_correct"] = "".join(str(int(grade.correct)) for grade in grades)
-        found[f"{name}_accuracy"] = sum(grade.correct for grade in grades) / len(grades)
+        found[f"{name}_correct"] = "".join(str(int(grade.correct)) for grade in answered["grades"])
+        found[f"{name}_known"] = "".join(str(int(mark)) for mark in known)
+        found[f"{name}_accuracy"] = sum(known) / len(known)
     found["gold_ppl"] = evaluation.gold_ppl(model, tokenizer, rows["task"])
     if not pilot:
         moved = evaluation.retention(

@@ -24,9 +24,9 @@ DRAWS = 2000
 START, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
-def marks(cells: list[Cell], name: str) -> Marks:
-    """`[seeds, problems]` of 0 and 1."""
-    return np.array([[int(mark) for mark in cell[f"{name}_correct"]] for cell in cells], dtype=float)
+def marks(cells: list[Cell], name: str, kind: str = "known") -> Marks:
+    """`[seeds, problems]` of 0 and 1: right in any wording (`known`), or also in the task's form (`correct`)."""
+    return np.array([[int(mark) for mark in cell[f"{name}_{kind}"]] for cell in cells], dtype=float)
 
 
 def interval(values_SN: Marks, seed: int = 0) -> tuple[float, float, float]:
@@ -52,7 +52,20 @@ def table(cells: list[Cell], condition: str) -> list[str]:
     groups = finished(cells)
     raw = groups.get((compare.RAW, "clean"), [])
     rows = {method: group for (method, state), group in groups.items() if state == condition and method != compare.RAW}
-    head = ["method", "rate", "seeds", "task, %", "spread", "hard, %", "old skills, %", "PPL_ret", "PPL_ref", "train, s", "MB"]
+    head = [
+        "method",
+        "rate",
+        "seeds",
+        "task, %",
+        "spread",
+        "also in form, %",
+        "hard, %",
+        "old skills, %",
+        "PPL_ret",
+        "PPL_ref",
+        "train, s",
+        "MB",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     order = sorted(rows, key=lambda method: -marks(rows[method], "task").mean())
     for method in ([compare.RAW] if raw else []) + order:
@@ -67,6 +80,7 @@ def table(cells: list[Cell], condition: str) -> list[str]:
             str(len(group)),
             _percent(marks(group, "task")),
             f"{per_seed.min():.1f}-{per_seed.max():.1f}",
+            f"{100 * marks(group, 'task', 'correct').mean():.1f}",
             f"{100 * marks(group, 'hard').mean():.1f}",
             _percent(marks(group, "retention")),
             drift,
