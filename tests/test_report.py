@@ -278,7 +278,7 @@ def test_a_token_tells_what_every_view_said(chromium: Any, tmp_path: Path) -> No
     token, tip = shown.locator(".t").nth(5), shown.locator("#tip")
     assert not tip.is_visible()
     token.hover()
-    assert tip.is_visible()
+    tip.wait_for(state="visible", timeout=5000)
     said = tip.inner_text()
     for line in (
         "student\t-1.500",

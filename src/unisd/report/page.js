@@ -62,7 +62,8 @@
   view.addEventListener("pointerover", (event) => { const token = event.target.closest(".t"); if (token) show(token); });
   view.addEventListener("pointerleave", () => show(null));
   view.addEventListener("click", (event) => show(event.target.closest(".t")));
-  addEventListener("scroll", () => show(null), { passive: true });
+  // The tip stays with a token that the pointer is still on.
+  addEventListener("scroll", () => { if (at) show(at.matches(":hover") ? at : null); }, { passive: true });
   addEventListener("keydown", (event) => {
     if (event.key === "Escape") return show(null);
     if (!at || (event.key !== "ArrowLeft" && event.key !== "ArrowRight")) return;
