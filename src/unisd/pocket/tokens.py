@@ -36,7 +36,9 @@ WEIGHTS = {
 def scores(noise: float, seed: int) -> tuple[StepScores, Tensor]:
     """Scores of every training row under the untouched base, and which rows [B] have a wrong reference."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--recipe", "unisd-star", "--noise", str(noise), "--seed", str(seed), "--output_dir", folder]
+        # A weight besides agreement: only then are the teacher's own log-probabilities scored before the loss.
+        flags = ["--recipe", "unisd-star", "--token_weights", "corroboration", "--noise", str(noise)]
+        flags += ["--seed", str(seed), "--output_dir", folder]
         options, config = parse(flags)
         data = load_data(options, config.seed)
         # Where the reference is wrong, the other one is the right one: the fact's tokens are where the two part.
