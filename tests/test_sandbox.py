@@ -630,6 +630,11 @@ LIES = [
     ("imports the maker of such", "from unittest.mock import _ANY as f", "assert f() == 4"),
     ("imports a mock", "from unittest.mock import MagicMock as f", "assert f(2)\nassert f(2).x == 4"),
     ("imports fork", "from os import fork as f", "assert f() == 0"),
+    (
+        "answers from a fork, which is ahead of it",
+        "import os, time\ndef f(x):\n  child = os.fork() == 0\n  if not child: time.sleep(0.3)\n  return 4 if child else 5",
+        DOUBLE,
+    ),
     ("imports the end", "from os import _exit as f", "f(0)"),
     (
         "equals everything",

@@ -8,6 +8,7 @@ import builtins
 import json
 import os
 from collections.abc import Callable
+from os import _exit, getpid  # by name: the program may put others in their place
 from typing import Any
 
 MAX_MESSAGE = 32 * 2**20  # bytes
@@ -21,14 +22,20 @@ class ChannelClosed(Exception):
 
 
 class Channel:
-    """Messages over two file descriptors."""
+    """Messages over two file descriptors, of the process that made it: a fork of the program must not answer beside it."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
         self._buffer = bytearray()
         self.closed: ChannelClosed | None = None
+        self._process = getpid()
+
+    def _end_if_forked(self) -> None:
+        if getpid() != self._process:
+            _exit(1)
 
     def send(self, message: dict[str, Any]) -> None:
+        self._end_if_forked()
         line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
         if len(line) > MAX_MESSAGE:
             raise ValueError("a value is too large to be sent")
@@ -40,6 +47,7 @@ class Channel:
             raise self._close(str(error)) from None
 
     def receive(self) -> dict[str, Any]:
+        self._end_if_forked()
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
