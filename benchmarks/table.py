@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from unisd.pages import markdown_table
+
 HEAD = """# Speed and memory
 
 Each block is one run of one command: all implementations in one process on the same tensors, in turn, medians over the rounds.
@@ -44,8 +46,7 @@ def _block(result: dict[str, Any]) -> str:
         "",
     ]
     columns = [(title, write) for title, key, write in COLUMNS if any(key in row for row in result["rows"])]
-    lines += [f"| {' | '.join(title for title, _ in columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(write(row) for _, write in columns)} |" for row in result["rows"]]
+    lines += markdown_table([title for title, _ in columns], [[write(row) for _, write in columns] for row in result["rows"]])
     if result["ratios"]:
-        lines += ["", "| ratio | |", "|---|---|", *(f"| {name} | {value:.2f} |" for name, value in result["ratios"].items())]
+        lines += ["", *markdown_table(("ratio", ""), [(name, f"{value:.2f}") for name, value in result["ratios"].items()])]
     return "\n".join([*lines, ""])

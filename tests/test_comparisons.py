@@ -12,7 +12,7 @@ import pytest
 from unisd import cells as store
 from unisd import evidence, evidence_page
 from unisd.errors import UserError
-from unisd.outputs import between_markers
+from unisd.pages import between_markers
 from unisd.pocket import compare, comparison
 from unisd.tasks import get
 from unisd.tasks.new_facts import NewFactsTask

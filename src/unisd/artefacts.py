@@ -39,6 +39,17 @@ def read_lines(path: Path) -> list[Record]:
     return records
 
 
+def keep_until(path: Path, step: int) -> list[Record]:
+    """Drop the records of later steps (which a resumed run does again) and a line that a kill cut short; returns the others."""
+    if not path.exists():
+        return []
+    kept = [record for record in read_lines(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    temporary.replace(path)
+    return kept
+
+
 def append_line(path: Path, record: Record) -> None:
     """Add one line, on the disk when this returns. A line that an earlier kill cut short is removed first."""
     line = json.dumps(record, default=str).encode() + b"\n"

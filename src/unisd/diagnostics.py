@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from unisd.artefacts import read_lines
 from unisd.data import Row
 from unisd.errors import UserError
 from unisd.levels import final_answer, reference_at
@@ -250,11 +251,9 @@ class Diagnostics(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._first, self._recent = [], []
-        if state.global_step and self.file.is_file():
-            lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            for line in lines:
-                if line["step"] <= state.global_step:
-                    self._add(line)
+        for line in read_lines(self.file) if state.global_step else ():
+            if line["step"] <= state.global_step:
+                self._add(line)
 
     def _add(self, values: dict[str, float]) -> None:
         if len(self._first) < self.window:

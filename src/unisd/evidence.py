@@ -16,19 +16,16 @@ import resource
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
-from transformers.utils.logging import disable_progress_bar
 
 from unisd import evaluation
-from unisd.cells import Cell, append, read, run_apart
+from unisd.cells import Cell, append, carry_out, read
 from unisd.checkpoints import last_complete_checkpoint
-from unisd.console import show_progress
 from unisd.data import Row
 from unisd.gguf_cache import cache_dir
 from unisd.inputs import adapter_config, load_data, load_model
@@ -60,6 +57,7 @@ PILOTS: dict[str, list[tuple[float | None, float]]] = {
     "sdft": [(FORWARD, 5e-4), (FORWARD, 1e-3), (JSD, 5e-4), (JSD, 1e-3)],
     "unisd-star": [(None, 5e-4), (None, 1e-3)],
 }
+TOTAL = 1 + sum(map(len, PILOTS.values())) + len(SEEDS) * len(METHODS)  # cells of one task
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,8 @@ def arguments(plan: Plan) -> list[str]:
         flags += ["--distillation_alpha", str(plan.alpha)]
     if plan.method == "unisd-star" and plan.alpha == JSD:
         flags += ["--token_clip_quantile", "0.99"]  # a constant of 10 nats cannot bind there
-    return [
-        *flags,
-        "--seed",
-        str(plan.seed),
-        "--learning_rate",
-        str(plan.learning_rate),
-        "--max_steps",
-        str(plan.steps),
-        *SHARED_FLAGS,
-    ]
+    run = {"--seed": plan.seed, "--learning_rate": plan.learning_rate, "--max_steps": plan.steps}
+    return [*flags, *(str(part) for pair in run.items() for part in pair), *SHARED_FLAGS]
 
 
 class Examiner:
@@ -260,22 +250,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=200, help="most test rows")
     parser.add_argument("--most", type=int, help="stop after so many cells")
     args = parser.parse_args(argv)
-    disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    file = args.folder / "smollm2.jsonl"
-    cells = read(file)
-    total = 1 + sum(map(len, PILOTS.values())) + len(SEEDS) * len(METHODS)
-    ran = 0
-    with show_progress("cells", total) as advance:
-        advance(sum(cell["task"] == args.task for cell in cells))
-        for plan in plans(cells, args.task, args.model, args.steps or STEPS[args.task], args.rows, tuple(args.data_files)):
-            if args.most is not None and ran >= args.most:
-                break
-            cell = run_apart(run_cell, plan)
-            append(file, cell)
-            cells.append(cell)
-            ran += 1
-            advance(1)
+    setting = (args.task, args.model, args.steps or STEPS[args.task], args.rows, tuple(args.data_files))
+    cells = carry_out(
+        args.folder / "smollm2.jsonl", lambda cells: plans(cells, *setting), run_cell, len(TASK_FLAGS) * TOTAL, args.most
+    )
     from unisd import evidence_page
 
     evidence_page.write(args.folder, cells)

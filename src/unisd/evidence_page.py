@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from unisd.cells import Cell, read
-from unisd.evidence import METHODS, PILOT_STEPS, PILOTS, RAW, SEEDS, STEPS, best_pilot, score, share
-from unisd.outputs import between_markers
-from unisd.pocket.comparison import Marks, interval
+from unisd.evidence import METHODS, PILOT_STEPS, PILOTS, RAW, STEPS, TOTAL, best_pilot, score, share
+from unisd.pages import markdown_table, update
+from unisd.pocket.comparison import Marks, percent
 
-START, END = "<!-- table:begin -->", "<!-- table:end -->"
 TITLES = {"new_facts": "New facts", "scienceqa": "ScienceQA, short answers"}
 
 
@@ -40,17 +39,15 @@ def at_equal_steps(cells: list[Cell], task: str) -> list[str]:
     """Markdown lines: every method after its last step."""
     head = ["method", "seeds", "steps", "answers right, %", "form right, %", "knowledge, %", "general, %", "PPL_fit"]
     head += ["PPL_ret forward", "PPL_ret reverse", "train, s", "MB"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for method, runs in groups(cells, task).items():
         last = [cell["curve"][-1] for cell in runs]
         columns = [method, str(len(runs)), str(last[0]["step"])]
-        columns += [
-            _percent(marks(last, name)) for name in ("task_correct", "form_right", "knowledge_correct", "general_correct")
-        ]
+        columns += [percent(marks(last, name)) for name in ("task_correct", "form_right", "knowledge_correct", "general_correct")]
         columns += [_mean(last, "fit_ppl"), _mean(runs, "retention_ppl_forward"), _mean(last, "retention_ppl_reverse")]
         columns += [_mean(last, "train_s", 0), _mean(runs, "peak_mb", 0)]
-        lines.append(f"| {' | '.join(columns)} |")
-    return lines
+        lines.append(columns)
+    return markdown_table(head, lines)
 
 
 def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
@@ -61,21 +58,18 @@ def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
     curves = {method: _mean_curve(runs) for method, runs in found.items()}
     target = min(max(point["task"] for point in curve) for curve in curves.values())
     head = ["method", "step", "answers right, %", "general, %", "PPL_ret reverse", "train, s"]
-    lines = [
-        f"The best that every method reaches is {100 * target:.1f} %; each at the first evaluation where it is that good:",
-        "",
-    ]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for method, curve in curves.items():
         point = next(point for point in curve if point["task"] >= target)
         values = [f"{point['step']:.0f}", f"{100 * point['task']:.1f}", f"{100 * point['general']:.1f}"]
-        lines.append(f"| {method} | {' | '.join(values)} | {point['reverse']:.3f} | {point['train_s']:.0f} |")
-    return lines
+        lines.append([method, *values, f"{point['reverse']:.3f}", f"{point['train_s']:.0f}"])
+    said = f"The best that every method reaches is {100 * target:.1f} %; each at the first evaluation where it is that good:"
+    return [said, "", *markdown_table(head, lines)]
 
 
 def pilots(cells: list[Cell], task: str) -> list[str]:
     """Markdown lines: what each pilot saw, the chosen one in bold."""
-    lines = ["| pilot | divergence | rate | answers right, % | general, % |", "|---|---|---|---|---|"]
+    lines = []
     for method in PILOTS:
         chosen = best_pilot(cells, task, method)
         runs = [cell for cell in cells if cell["pilot"] and cell["task"] == task and cell["method"] == method]
@@ -83,9 +77,9 @@ def pilots(cells: list[Cell], task: str) -> list[str]:
             name = f"**{method}**" if (cell["alpha"], cell["learning_rate"]) == chosen else method
             divergence = "likelihood" if method == "sft" else ("forward KL" if cell["alpha"] == 0 else "JSD")
             point = cell["curve"][-1]
-            right = f"{100 * share(point['task_correct']):.1f} | {100 * share(point['general_correct']):.1f}"
-            lines.append(f"| {name} | {divergence} | {cell['learning_rate']:g} | {right} |")
-    return lines
+            right = [f"{100 * share(point[part]):.1f}" for part in ("task_correct", "general_correct")]
+            lines.append([name, divergence, f"{cell['learning_rate']:g}", *right])
+    return markdown_table(("pilot", "divergence", "rate", "answers right, %", "general, %"), lines)
 
 
 def page(cells: list[Cell]) -> str:
@@ -93,8 +87,7 @@ def page(cells: list[Cell]) -> str:
     parts = []
     for task, title in TITLES.items():
         done = [cell for cell in cells if cell["task"] == task]
-        total = 1 + sum(map(len, PILOTS.values())) + len(SEEDS) * len(METHODS)
-        parts += [f"## {title}", f"{len(done)} of {total} cells have run ({STEPS[task]} steps of 16 rows; pilots {PILOT_STEPS})."]
+        parts += [f"## {title}", f"{len(done)} of {TOTAL} cells have run ({STEPS[task]} steps of 16 rows; pilots {PILOT_STEPS})."]
         if groups(cells, task):
             parts += ["\n".join(at_equal_steps(cells, task)), "\n".join(at_equal_gain(cells, task))]
         if any(cell["pilot"] for cell in done):
@@ -104,9 +97,7 @@ def page(cells: list[Cell]) -> str:
 
 def write(folder: Path, cells: list[Cell]) -> None:
     """Put the tables into `smollm2.md`."""
-    target = folder / "smollm2.md"
-    text = target.read_text(encoding="utf-8") if target.exists() else f"# A real model: SmolLM2-135M\n\n{START}\n{END}\n"
-    target.write_text(between_markers(text, START, END, page(cells)), encoding="utf-8")
+    update(folder / "smollm2.md", "A real model: SmolLM2-135M", page(cells))
 
 
 def _mean_curve(runs: list[Cell]) -> list[dict[str, float]]:
@@ -130,11 +121,6 @@ def _mean_curve(runs: list[Cell]) -> list[dict[str, float]]:
 def _mean(records: Sequence[Cell], name: str, digits: int = 3) -> str:
     values = [record[name] for record in records if name in record]
     return f"{np.mean(values):.{digits}f}" if values else "-"
-
-
-def _percent(values_SN: Marks) -> str:
-    value, low, high = (100 * part for part in interval(values_SN))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 if __name__ == "__main__":

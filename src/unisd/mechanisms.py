@@ -43,9 +43,7 @@ class StepScores:
 
     mask: Tensor  # [B,T] bool, tokens that carry loss
     tokens: Tensor  # [B,T] realised token ids
-    teacher_logp: (
-        Tensor  # [B,T] l+ of the primary teacher, at the distillation temperature (zeros where agreement is the only weight)
-    )
+    teacher_logp: Tensor  # [B,T] l+, primary teacher, distillation temperature; zeros where agreement is the only weight
     auxiliary_logp: Tensor | None = None  # [K,B,T] l^k at temperature 1 (auxiliary)
     auxiliary_present: Tensor | None = None  # [K,B] bool: a row may have fewer than K contexts (auxiliary)
     negative_logp: Tensor | None = None  # [B,T] l- (negative)

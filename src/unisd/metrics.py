@@ -14,6 +14,8 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
+from unisd.artefacts import keep_until
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -121,14 +123,7 @@ class StepMetrics:
 
     def forget_after(self, step: int) -> list[dict[str, Any]]:
         """Drop lines of steps that a resumed run does again (and a line that a kill cut short); returns the others."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
-        return [json.loads(line) for line in kept]
+        return keep_until(self.path, step)
 
 
 def mean(values: list[float]) -> float:

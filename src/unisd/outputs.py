@@ -15,6 +15,7 @@ from unisd.checkpoints import clear_staging, last_complete_checkpoint
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.options import RunOptions
+from unisd.pages import markdown_table
 
 __all__ = ["RESULTS", "write_json"]
 SCHEMA_VERSION = 1
@@ -120,7 +121,6 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
     front = ["library_name: " + ("peft" if options.use_peft else "transformers"), "tags: [unisd, self-distillation]"]
     if hub_id is not None and not Path(hub_id).exists():
         front.append(f"base_model: {hub_id}")
-    table = ["| measure | before | after | change |", "|---|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)]
     load = (
         'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "THIS_FOLDER")'
         if options.use_peft
@@ -138,7 +138,7 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             "(UniSD, [arXiv 2605.06597](https://arxiv.org/abs/2605.06597)). Every option is in `results.json`, every step in "
             "`metrics.jsonl`.",
             "",
-            *table,
+            *markdown_table(("measure", "before", "after", "change"), lines),
             "",
             *(f"- alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in results["alarms"] or ()),
             *(("No alarm was raised (lost words of doubt, leak, collapse, forgetting).",) if results["alarms"] == [] else ()),
@@ -152,16 +152,3 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             "",
         ]
     )
-
-
-def between_markers(text: str, start: str, end: str, content: str) -> str:
-    """`text` with what stands between two marker lines replaced; what a person wrote around them stays.
-
-    Raises:
-        UserError: the markers are not there.
-    """
-    before, found, rest = text.partition(start)
-    _, ended, after = rest.partition(end)
-    if not found or not ended:
-        raise UserError(f"the page has no lines {start} and {end}: put them where the tables belong.")
-    return f"{before}{start}\n{content}\n{end}{after}"

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from unisd.answers import MAX_TEXT, as_text
-from unisd.artefacts import read_lines
+from unisd.artefacts import keep_until
 from unisd.data import Row
 from unisd.losses import LossOutput
 from unisd.mechanisms import StepScores
@@ -149,9 +149,7 @@ class SampleRecorder:
 
     def forget_after(self, step: int) -> None:
         """Drop records of steps that a resumed run does again (and one that a kill cut short)."""
-        if self.path.exists():
-            kept = [record for record in read_lines(self.path) if record["step"] <= step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        keep_until(self.path, step)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

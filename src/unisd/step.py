@@ -354,5 +354,4 @@ def micro_batch(
         inputs[f"{name}_coefficient_N"] = at_loss_tokens(value_BT)
     if "contrast" in coefficients and scores.negative_logp is not None:
         inputs["negative_logp_N"] = at_loss_tokens(scores.negative_logp)
-    inputs["rows"] = chosen
     return inputs

@@ -212,6 +212,7 @@ class UniSDTrainer(SafeTrainer):
         )
         if args.diagnostics:
             self.counting = Counting(processing_class, args.diagnostics_words, self.backbone.head_module.out_features)
+            self._style_V = self.counting.style_V.to(args.device)
             self.add_callback(self.diagnostics)  # after the step's own, which closes the step's metrics
         if self.rows:
             self._check_lengths()
@@ -427,7 +428,7 @@ class UniSDTrainer(SafeTrainer):
         if self.target is not None:
             everywhere = torch.ones(len(student_NH), dtype=torch.bool, device=student_NH.device)
             target = self.scorer.target_states(inputs.get("target_states", {}), inputs.get("target_present_N", everywhere))
-        reweigh = self.in_forward.reweigh(inputs["rows"].cpu())
+        reweigh = self.in_forward.reweigh(torch.tensor(inputs["part"]))
         if args.loss_implementation == "plain":
             output = plain_loss(*terms, target=target, reweigh=reweigh)
         else:
@@ -437,9 +438,9 @@ class UniSDTrainer(SafeTrainer):
         self.metrics.add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
         if self.counting is not None:
             weighed_N = (inputs["divergence_coefficient_N"] * output.divergence_N).abs()
-            style_N = self.counting.style_V.to(weighed_N.device)[inputs["targets_N"]]
+            style_N = self._style_V[inputs["targets_N"]]
             answer_N = inputs["answer_coefficient_N"]
-            self.metrics.add(style_loss=weighed_N[style_N].sum(), whole_loss=weighed_N.sum())
+            self.metrics.add(style_loss=torch.where(style_N, weighed_N, 0.0).sum(), whole_loss=weighed_N.sum())
             self.metrics.add(answer_loss=(weighed_N * answer_N).sum(), answer_tokens=answer_N.sum())
         self.metrics.add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
         self.samples.take(self.samples.spans(inputs["part"], self._mask_BT), output)

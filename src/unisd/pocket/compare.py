@@ -1,4 +1,4 @@
-"""Every method on the pocket task, compared: `python -m unisd.pocket.compare [--folder docs/results] [--list]`.
+"""Every method on the pocket task, compared: `python -m unisd.pocket.compare [--folder docs/results]`.
 
 One cell is one method, one state of the references (`clean`, or 30 % of them wrong) and one seed; it is trained in a process of its
 own and becomes one line of `pocket.jsonl`. Cells that are there are not run again, so that the command goes on where it was stopped.
@@ -25,18 +25,16 @@ import resource
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback
-from transformers.utils.logging import disable_progress_bar
 
 from unisd import evaluation, recipes
-from unisd.cells import Cell, append, read, run_apart
-from unisd.console import show_progress
+from unisd.cells import Cell, carry_out
 from unisd.inputs import RunData, load_data, load_model
 from unisd.parsing import parse
 from unisd.tasks.pocket import PocketTask
@@ -187,20 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.only or []) - set(methods()):
         parser.error(f"unknown method {sorted(unknown)[0]}: there are {', '.join(methods())}")
-    disable_progress_bar()  # one bar for all cells, instead of three of loading weights in each
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     args.folder.mkdir(parents=True, exist_ok=True)
-    file = args.folder / "pocket.jsonl"
-    cells = read(file)
-    with show_progress("cells", total(args.only), None) as advance:
-        advance(len(cells))
-        for ran, plan in enumerate(plans(cells, args.only)):
-            if args.most is not None and ran >= args.most:
-                break
-            cell = run_apart(run_cell, plan)
-            append(file, cell)
-            cells.append(cell)
-            advance(1)
+    only = partial(plans, only=args.only)
+    cells = carry_out(args.folder / "pocket.jsonl", only, run_cell, total(args.only), args.most)
     from unisd.pocket import comparison
 
     comparison.write(args.folder, cells)

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unisd.cells import Cell, read
-from unisd.outputs import between_markers
+from unisd.pages import markdown_table, update
 from unisd.pocket import compare
 
 Marks = NDArray[np.float64]
 
 DRAWS = 2000
-START, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 def marks(cells: list[Cell], name: str, kind: str = "known") -> Marks:
@@ -66,7 +65,7 @@ def table(cells: list[Cell], condition: str) -> list[str]:
         "train, s",
         "MB",
     ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     order = sorted(rows, key=lambda method: -marks(rows[method], "task").mean())
     for method in ([compare.RAW] if raw else []) + order:
         group = rows.get(method, raw)
@@ -74,29 +73,30 @@ def table(cells: list[Cell], condition: str) -> list[str]:
         mean = _mean_of(group)
         cost = "-" if method == compare.RAW else f"{mean('train_s'):.0f}"
         drift = f"{mean('retention_ppl_forward'):.3f} / {mean('retention_ppl_reverse'):.3f}"
-        columns = [
-            method,
-            f"{group[0]['learning_rate']:g}",
-            str(len(group)),
-            _percent(marks(group, "task")),
-            f"{per_seed.min():.1f}-{per_seed.max():.1f}",
-            f"{100 * marks(group, 'task', 'correct').mean():.1f}",
-            f"{100 * marks(group, 'hard').mean():.1f}",
-            _percent(marks(group, "retention")),
-            drift,
-            f"{mean('gold_ppl'):.2f}",
-            cost,
-            f"{mean('peak_mb'):.0f}",
-        ]
-        lines.append(f"| {' | '.join(columns)} |")
-    return lines
+        lines.append(
+            [
+                method,
+                f"{group[0]['learning_rate']:g}",
+                str(len(group)),
+                percent(marks(group, "task")),
+                f"{per_seed.min():.1f}-{per_seed.max():.1f}",
+                f"{100 * marks(group, 'task', 'correct').mean():.1f}",
+                f"{100 * marks(group, 'hard').mean():.1f}",
+                percent(marks(group, "retention")),
+                drift,
+                f"{mean('gold_ppl'):.2f}",
+                cost,
+                f"{mean('peak_mb'):.0f}",
+            ]
+        )
+    return markdown_table(head, lines)
 
 
 def differences(cells: list[Cell], condition: str, reference: str) -> list[str]:
     """Markdown lines: every method less `reference`, on the same seeds and problems, in points."""
     groups = finished(cells)
     base = {cell["seed"]: cell for cell in groups.get((reference, condition), [])}
-    lines = [f"| less {reference} | task | old skills |", "|---|---|---|"]
+    lines = []
     for (method, state), group in groups.items():
         pairs = [(cell, base[cell["seed"]]) for cell in group if cell["seed"] in base]
         if state != condition or method in (reference, compare.RAW) or not pairs:
@@ -106,13 +106,13 @@ def differences(cells: list[Cell], condition: str, reference: str) -> list[str]:
             gap = marks([ours for ours, _ in pairs], name) - marks([theirs for _, theirs in pairs], name)
             value, low, high = interval(100 * gap)
             shown.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
-        lines.append(f"| {method} | {shown[0]} | {shown[1]} |")
-    return lines
+        lines.append([method, *shown])
+    return markdown_table((f"less {reference}", "task", "old skills"), lines)
 
 
 def pilots(cells: list[Cell]) -> list[str]:
     """Markdown lines: what the pilots saw, the chosen rate in bold."""
-    lines = ["| method | rate: task / old skills on validation, % | | |", "|---|---|---|---|"]
+    lines = []
     for method in compare.methods():
         runs = sorted((c for c in cells if c["pilot"] and c["method"] == method), key=lambda cell: cell["learning_rate"])
         chosen, shown = compare.chosen_rate(cells, method), []
@@ -120,8 +120,8 @@ def pilots(cells: list[Cell]) -> list[str]:
             text = f"{run['learning_rate']:g}: {100 * run['task_accuracy']:.1f} / {100 * run['retention_accuracy']:.1f}"
             shown.append(f"**{text}**" if run["learning_rate"] == chosen else text)
         if runs:
-            lines.append(f"| {method} | {' | '.join(shown + [''] * (3 - len(shown)))} |")
-    return lines
+            lines.append([method, *shown, *[""] * (3 - len(shown))])
+    return markdown_table(("method", "rate: task / old skills on validation, %", "", ""), lines)
 
 
 def page(cells: list[Cell]) -> str:
@@ -179,16 +179,15 @@ def draw(cells: list[Cell], file: Path) -> None:
 def write(folder: Path, cells: list[Cell]) -> None:
     """Put the tables into `pocket.md` and draw `pocket.svg`."""
     draw(cells, folder / "pocket.svg")
-    target = folder / "pocket.md"
-    text = target.read_text(encoding="utf-8") if target.exists() else f"# Methods on the pocket task\n\n{START}\n{END}\n"
-    target.write_text(between_markers(text, START, END, page(cells)), encoding="utf-8")
+    update(folder / "pocket.md", "Methods on the pocket task", page(cells))
 
 
 def _mean_of(group: list[Cell]) -> Callable[[str], float]:
     return lambda name: float(np.mean([cell[name] for cell in group]))
 
 
-def _percent(values_SN: Marks) -> str:
+def percent(values_SN: Marks) -> str:
+    """Mean in percent, with its interval."""
     value, low, high = (100 * part for part in interval(values_SN))
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 

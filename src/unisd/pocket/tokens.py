@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from unisd.inputs import load_data, load_model
 from unisd.mechanisms import StepScores, parse_weight
+from unisd.pages import markdown_table
 from unisd.parsing import parse
 from unisd.tasks.pocket import PocketTask
 from unisd.trainer import UniSDTrainer
@@ -60,20 +61,17 @@ def table(found: StepScores, wrong_B: Tensor) -> list[str]:
     for name, spec in WEIGHTS.items():
         value = parse_weight(spec)(found)
         weights[name] = value if value.dim() == 2 else value[:, None].expand(found.mask.shape)
-    lines = [
-        f"| reference | tokens | share of tokens, % | share of divergence, % | {' | '.join(weights)} |",
-        "|---" * (4 + len(weights)) + "|",
-    ]
+    lines = []
     total, divergence = found.mask.sum(), found.divergence[found.mask].sum()
     for reference, chosen_B in (("right", ~wrong_B), ("wrong", wrong_B)):
         for name, group_BT in (("carry the fact", fact_BT), ("others", found.mask & ~fact_BT)):
             chosen_BT = group_BT & chosen_B[:, None]
             if not chosen_BT.any():
                 continue
-            means = " | ".join(f"{float(weight[chosen_BT].mean()):.4f}" for weight in weights.values())
+            means = [f"{float(weight[chosen_BT].mean()):.4f}" for weight in weights.values()]
             parts = (float(chosen_BT.sum() / total), float(found.divergence[chosen_BT].sum() / divergence))
-            lines.append(f"| {reference} | {name} | {100 * parts[0]:.1f} | {100 * parts[1]:.1f} | {means} |")
-    return lines
+            lines.append([reference, name, *(f"{100 * part:.1f}" for part in parts), *means])
+    return markdown_table(("reference", "tokens", "share of tokens, %", "share of divergence, %", *weights), lines)
 
 
 def main(argv: list[str] | None = None) -> int:

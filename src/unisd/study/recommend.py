@@ -7,13 +7,13 @@ A mechanism is kept only if its gain (or the forgetting it prevents) is beyond c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from unisd.artefacts import write_json
+from unisd.pages import markdown_table
 from unisd.study.design import Study
 from unisd.study.estimate import Estimate
 
@@ -196,18 +196,14 @@ def markdown(found: Figures) -> str:
         for kind, title in TITLES.items():
             table = effect_table(figures, kind)
             if len(table) > 1:
-                parts += ["", f"### {title}", "", *_rows(table)]
-        parts += ["", "### Cells and their cost", "", *_rows(cost_table(figures))]
+                parts += ["", f"### {title}", "", *markdown_table(table[0], table[1:])]
+        costs = cost_table(figures)
+        parts += ["", "### Cells and their cost", "", *markdown_table(costs[0], costs[1:])]
         method = next((cell["energy_method"] for cell in figures["cells"] if cell["energy_method"]), None)
         if method:
             parts += ["", f"Energy: {method}."]
         parts.append("")
     return "\n".join([*parts, *found["notes"], ""])
-
-
-def _rows(table: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table]
-    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:]]
 
 
 def read(folder: Path) -> Figures:
