@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import cases
 from unisd import run
+from unisd.cells import run_apart
 from unisd.memory import ModelSize, available, estimate, wants_checkpointing
 from unisd.parsing import parse
 
@@ -48,14 +49,22 @@ def test_flat_in_the_vocabulary_once_a_chunk_is_full() -> None:
     )
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_a_step_takes_what_was_predicted(checkpointing: bool) -> None:
-    """Weights, optimizer, teacher and one UniSD* step of a small model with a large head, within the promised 20 %."""
-    name = "star" if checkpointing else "star, no checkpointing"
+def planned(name: str) -> dict[str, Any]:
     options = cases.Options(shape="llama-32k", layers=3, prompt=24, completion=40, batch=4, accumulation=1, impls=(name,))
     rows, ratios = cases.memory_plan(options)
-    assert rows[0]["extra_memory_mb"] > 300
-    assert ratios[f"predicted_vs_measured {name}"] == pytest.approx(1, abs=0.2)
+    return {"rows": rows, "ratios": ratios}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_step_takes_what_was_predicted(checkpointing: bool) -> None:
+    """Weights, optimizer, teacher and one UniSD* step of a small model with a large head, within the promised 20 %.
+
+    In a process of its own: what other tests have left in this one's heap is not part of the plan.
+    """
+    name = "star" if checkpointing else "star, no checkpointing"
+    found = run_apart(planned, name)
+    assert found["rows"][0]["extra_memory_mb"] > 300
+    assert found["ratios"][f"predicted_vs_measured {name}"] == pytest.approx(1, abs=0.2)
 
 
 def test_checkpointing_is_chosen_where_the_step_would_not_fit() -> None:
