@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from unisd.config import UniSDConfig
 from unisd.memory import ModelSize, estimate
+from unisd.pages import markdown_table
 
 # name: (parameters, hidden, layers, MLP, key/value width, vocabulary), from the models' published configurations
 SHAPES = {
@@ -27,16 +28,17 @@ def adapter(hidden: int, layers: int, mlp: int, kv: int) -> int:
 def main() -> None:
     config = UniSDConfig(teacher_model_kind="ema", max_completion_length=512, gradient_checkpointing=True)
     config.bf16 = True
-    print("| model | full fine-tuning, float32 weights | LoRA r 64, bfloat16 base | LoRA r 64, 4-bit base |")
-    print("|---|---|---|---|")
+    lines = []
     for name, (parameters, hidden, layers, mlp, kv, vocabulary) in SHAPES.items():
         trained = adapter(hidden, layers, mlp, kv)
         sizes = [
-            ModelSize(parameters, parameters, 4.0, 4.0, hidden, layers, vocabulary),
-            ModelSize(parameters + trained, trained, 2.0, 4.0, hidden, layers, vocabulary),
-            ModelSize(parameters + trained, trained, 0.56, 4.0, hidden, layers, vocabulary),
+            ModelSize(parameters, parameters, 4.0, 4.0, hidden, layers, vocabulary, mlp, kv),
+            ModelSize(parameters + trained, trained, 2.0, 4.0, hidden, layers, vocabulary, mlp, kv),
+            ModelSize(parameters + trained, trained, 0.56, 4.0, hidden, layers, vocabulary, mlp, kv),
         ]
-        print(f"| {name} | " + " | ".join(f"{estimate(size, config, 512)['total'] / 2**30:.1f} GiB" for size in sizes) + " |")
+        lines.append([name, *(f"{estimate(size, config, 512)['total'] / 2**30:.1f} GiB" for size in sizes)])
+    header = ("model", "full fine-tuning, float32 weights", "LoRA r 64, bfloat16 base", "LoRA r 64, 4-bit base")
+    print("\n".join(markdown_table(header, lines)))
 
 
 if __name__ == "__main__":
