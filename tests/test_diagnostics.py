@@ -184,7 +184,7 @@ def test_diagnostics_watch_and_do_not_touch(tmp_path: Any) -> None:
 
 def test_diagnostics_are_in_the_metrics_file(tmp_path: Any) -> None:
     built = trainer(tmp_path, max_steps=2, num_train_epochs=9, diagnostics_probe_steps=2)
-    built.probe_rows = [{"prompt": "p", "completion": "c", "privileged_context": "c"}]
+    built.observer.probes.rows = [{"prompt": "p", "completion": "c", "privileged_context": "c"}]
     built.train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(line["step_time/diagnostics"] > 0 and 0 <= line["words/style_loss_share"] <= 1 for line in lines)

@@ -243,3 +243,14 @@ def _quantization(kind: str, compute: torch.dtype) -> Any:
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing: bool) -> Any:
+    """The model with a new adapter, whose factors are drawn with `seed`; a quantised one is prepared for training first."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import set_seed
+
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    set_seed(seed)  # the Trainer would seed only after the adapter's factors are drawn
+    return get_peft_model(model, peft_config)

@@ -20,31 +20,29 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, TrainerCallback
 
-from unisd.artefacts import PROBE, SAMPLES
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
 from unisd.cost import TokenCounter
 from unisd.data import Row, prepare_rows
-from unisd.diagnostics import Answers, Counting, Diagnostics, answer_tokens, answers_to_keep, means, probe_leak
+from unisd.diagnostics import Diagnostics
 from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
-from unisd.levels import reference_at
 from unisd.losses import Contrast, Head, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
 from unisd.memory import default_token_budget
-from unisd.metrics import METRICS_FILE, StepMetrics, masked_mean, mean
+from unisd.metrics import METRICS_FILE, StepMetrics
+from unisd.models import eos_ids, load_model_and_tokenizer, with_adapter
+from unisd.observing import Observer, Probes
 from unisd.prompts import PromptBuilder
 from unisd.reuse import RepeatedSteps, RolloutStore, behaviour_logp, with_logps
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
 from unisd.safety import SafeTrainer
-from unisd.samples import SampleRecorder
-from unisd.scoring import NEGATIVE, Scorer, ScoringRow, TeacherStates, teacher_head
+from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
 from unisd.step import (
     InForward,
-    budgeted,
     check_data_serves,
     gather_scores,
     idle_agreement,
@@ -57,6 +55,7 @@ from unisd.step import (
 )
 from unisd.targets import parse_target
 from unisd.teacher import Teacher
+from unisd.views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -110,17 +109,13 @@ class UniSDTrainer(SafeTrainer):
     ) -> None:
         args = args if args is not None else UniSDConfig()
         if isinstance(model, str):
-            from unisd.models import load_model_and_tokenizer
-
             model, tokenizer, _ = load_model_and_tokenizer(model)
             processing_class = processing_class or tokenizer
         student: Any = model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(student.config._name_or_path)
         if peft_config is not None:
-            student = _with_adapter(student, peft_config, args)
-
-        from unisd.models import eos_ids
+            student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
 
         self.rows = prepare_rows(train_dataset, name="the training data") if train_dataset is not None else []
         self.grader = grader
@@ -149,6 +144,8 @@ class UniSDTrainer(SafeTrainer):
             eval_dataset = prepare_rows(eval_dataset, name="the evaluation data")
 
         self.backbone = Backbone(student)
+        context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        self.views = Views(args, self.prompts, self.needs, self.sources, context)
         self.eos_ids = eos_ids(student, processing_class)
         self.pad_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else self.eos_ids[0]
         packed = self.backbone.check(self.pad_id, args.packing)
@@ -198,24 +195,30 @@ class UniSDTrainer(SafeTrainer):
         self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
         self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
         self.tokens = TokenCounter()
-        recorded = args.record_samples if self.is_world_process_zero() else 0
-        self.samples = SampleRecorder(Path(args.output_dir) / SAMPLES, recorded, processing_class, grader)
         self._token_clip: float | None = args.token_clip
         self._teacher_head: Head | None = None  # of the step in progress
         self._said_idle = False
         self.add_callback(_StepCallback(self))
-        self.probe_rows = [] if probe_dataset is None else prepare_rows(probe_dataset, name="the probe set")
-        self._probe_answers: list[Row] | None = None
-        self.counting: Counting | None = None
+        probes = Probes(
+            args,
+            [] if probe_dataset is None else prepare_rows(probe_dataset, name="the probe set"),
+            self.model,
+            processing_class,
+            self.prompts,
+            self.engine,
+            self.sampling,
+            self.scorer,
+            is_writer=self.is_world_process_zero(),
+        )
+        vocabulary = self.backbone.head_module.out_features
+        self.observer = Observer(args, self.accelerator, self.metrics, processing_class, grader, vocabulary, probes)
         self.diagnostics = Diagnostics(
             lambda: self.metrics.last, self.metrics.path, args.diagnostics_window, args.diagnostics_stop
         )
         if args.diagnostics:
-            self.counting = Counting(processing_class, args.diagnostics_words, self.backbone.head_module.out_features)
-            self._style_V = self.counting.style_V.to(args.device)
             self.add_callback(self.diagnostics)  # after the step's own, which closes the step's metrics
         if self.rows:
-            self._check_lengths()
+            self.views.check(self.rows)
             self.completions.check()
             self.prompts.check_generation_prefix(self.rows[0])
 
@@ -233,39 +236,6 @@ class UniSDTrainer(SafeTrainer):
 
     def _own_other_teachers(self) -> dict[str, Teacher]:
         return {name: other for name, other in self.other_teachers.items() if other is not self.teacher}
-
-    def _check_lengths(self) -> None:
-        """Refuse rows whose prompts leave no room, by number: a cut prompt would teach another task."""
-        context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        room = None if context is None else context - self.args.max_completion_length
-        if room is not None and room < 1:
-            raise UserError(
-                f"max_completion_length={self.args.max_completion_length} leaves no room for a prompt in the model's context "
-                f"of {context} tokens: lower it."
-            )
-        limits = (
-            ("prompt", "max_prompt_length", self.args.max_prompt_length, self.prompts.student),
-            ("prompt with its reference", "max_teacher_prompt_length", self.args.max_teacher_prompt_length, self.prompts.teacher),
-        )
-        # Auxiliary and negative views are other texts: those over the limit are left out one by one, and counted.
-        self._teacher_room = min(x for x in (self.args.max_teacher_prompt_length, room, 1 << 60) if x is not None)
-        level = self.args.teacher_context
-        empty = [i for i, row in enumerate(self.rows) if level not in ("full", "plain") and reference_at(row, level) is None]
-        if empty:
-            raise UserError(
-                f"row {empty[0]} of the training data has nothing for teacher_context={level} ({len(empty)} such row(s)): add a column "
-                "answer or hints, or use teacher_context=full."
-            )
-        for what, option, own_limit, encode in limits:
-            limit = min(x for x in (own_limit, room, 1 << 60) if x is not None)
-            too_long = [(i, length) for i, row in enumerate(self.rows) if (length := _length_over(limit, encode, row))]
-            if too_long:
-                row, length = too_long[0]
-                name = option if limit == own_limit else "the model's context less max_completion_length"
-                raise UserError(
-                    f"row {row} of the training data: the {what} has {length} tokens, over the limit of {limit} ({name}); "
-                    f"{len(too_long)} such row(s): shorten or remove them, or raise {option}."
-                )
 
     # -- lines 1-3: everything that a step knows before its first gradient -------------------------------------------
 
@@ -293,21 +263,20 @@ class UniSDTrainer(SafeTrainer):
             self.in_forward.begin(scores, coefficients["divergence"])
             if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
                 self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
-            self.metrics.values |= weights_log | self._observe(completions, everywhere)
-            self._mask_BT = scores.mask
-            self._record(numbers, completions, scores, own, everywhere)
+            self.metrics.values |= weights_log
+            self.observer.before_loss(completions, everywhere, self._token_clip)
+            data = [self.rows[number] for number, _ in numbers]
+            step = self.state.global_step + 1
+            self.observer.record(step, self.state.max_steps, data, completions, scores, lambda: self._weights(everywhere)[own])
             if not self._said_idle and (idle := idle_agreement(weights_log, self.args)):
-                logger.warning("step %d: %s", self.state.global_step + 1, idle)
+                logger.warning("step %d: %s", step, idle)
                 self._said_idle = True
-        if self.counting is not None:
+        if self.args.diagnostics:
             with self.metrics.timed("diagnostics"):
-                self.metrics.values |= self._diagnose(numbers, rows, completions)
-                answer_BT = torch.zeros(scores.mask.shape)
-                for i, completion in enumerate(completions):
-                    answer_BT[i, : len(completion.ids)] = torch.tensor(
-                        answer_tokens(self.processing_class, completion.ids)
-                    ).float()
-                coefficients["answer"] = answer_BT  # no coefficient of the loss: marks tokens
+                # No coefficient of the loss: marks tokens.
+                coefficients["answer"] = self.observer.diagnose(
+                    data, rows, completions, self.state.global_step, scores.mask.shape[1]
+                )
         with self.metrics.timed("score"):
             # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
@@ -339,48 +308,19 @@ class UniSDTrainer(SafeTrainer):
                 self.store.keep(numbers, completions, step)
             else:
                 completions = self.store.completions(numbers, step)
-        rows, overlong = [], 0
+        rows = []
         for (number, _), completion in zip(numbers, completions, strict=True):
-            row = self.rows[number]
-            kept = self.completions.carries_loss(completion)
-            views = self.prompts.auxiliary(row, args.num_auxiliary_contexts) if "auxiliary" in self.needs else []
-            fitting = [ids for ids in views if len(ids) <= self._teacher_room]
-            auxiliary = budgeted(fitting, args.agreement_budget_contexts, args.seed, self.state.global_step, number)
-            negative = self.prompts.negative(row) if "negative" in self.needs and row.get("negative_context") else None
-            if negative is not None and len(negative) > self._teacher_room:
-                negative, overlong = None, overlong + 1
-            overlong += len(views) - len(fitting)
-            rows.append(
-                ScoringRow(
-                    number=number,
-                    completion=completion.ids,
-                    loss_mask=[kept and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))],
-                    student=self.prompts.student(row),
-                    teacher=self.prompts.teacher(row),
-                    negative=negative,
-                    auxiliary=auxiliary,
-                    sources=self._source_prompts(row),
-                )
-            )
-        self.metrics.add(overlong_views=float(overlong))
+            carries_loss = self.completions.carries_loss(completion)
+            row, overlong = self.views.of(self.rows[number], number, completion, carries_loss, step)
+            rows.append(row)
+            self.metrics.add(overlong_views=float(overlong))
         self.tokens.add(rows, self.needs, args.distillation_mode != "nll")
         return rows, completions
 
-    def _record(
-        self,
-        numbers: Sequence[tuple[int, int]],
-        completions: Sequence[Completion],
-        scores: StepScores,
-        own: slice,
-        everywhere: StepScores,
-    ) -> None:
-        """Open the records of this step's sampled completions, if it is one of those recorded."""
-        step = self.state.global_step + 1
-        if self.samples.wants(step, self.state.max_steps, self.args.logging_steps):
-            token_BT, sequence_B, _ = reliability(self.weights, everywhere, self.in_forward.weights)
-            weight_BT = (token_BT * sequence_B[:, None])[own]
-            rows = [self.rows[row] for row, _ in numbers]
-            self.samples.begin(step, rows, completions, scores, weight_BT, self.args.divergence_spec.temperature)
+    def _weights(self, everywhere: StepScores) -> Tensor:
+        """The reliability weights `[B,T]` of all ranks' rows, as far as they are known before the student's pass."""
+        token_BT, sequence_B, _ = reliability(self.weights, everywhere, self.in_forward.weights)
+        return token_BT * sequence_B[:, None]
 
     def _score(self, rows: list[ScoringRow], device: torch.device) -> tuple[StepScores, TeacherStates]:
         """All views; where memory runs out, in smaller forward passes, which changes nothing in the scores."""
@@ -390,11 +330,6 @@ class UniSDTrainer(SafeTrainer):
             return self.scorer.score(rows, device)
 
         return smaller_until_it_fits(within, self.scorer.token_budget, least=64)[0]
-
-    def _source_prompts(self, row: Row) -> dict[str, list[int]]:
-        """The prompts of the target's sources, without those that the row cannot serve or that are too long."""
-        prompts = {name: self.prompts.at_level(row, name.partition("/")[2]) for name in self.sources if name != NEGATIVE}
-        return {name: ids for name, ids in prompts.items() if ids is not None and len(ids) <= self._teacher_room}
 
     def _most_uncertain(self, entropy_B: Tensor) -> Tensor:
         return most_uncertain(entropy_B, self.args.agreement_uncertain_share, self.accelerator)
@@ -435,21 +370,7 @@ class UniSDTrainer(SafeTrainer):
             output = chunked_loss(*terms, args.loss_chunk_tokens, target=target, reweigh=reweigh)
         loss = output.loss
         self.finite.see(inputs["row_N"], output.divergence_N, output.student_logp_N)
-        self.metrics.add(tokens=len(student_NH), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
-        if self.counting is not None:
-            weighed_N = (inputs["divergence_coefficient_N"] * output.divergence_N).abs()
-            style_N = self._style_V[inputs["targets_N"]]
-            answer_N = inputs["answer_coefficient_N"]
-            self.metrics.add(style_loss=torch.where(style_N, weighed_N, 0.0).sum(), whole_loss=weighed_N.sum())
-            self.metrics.add(answer_loss=(weighed_N * answer_N).sum(), answer_tokens=answer_N.sum())
-        self.metrics.add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
-        self.samples.take(self.samples.spans(inputs["part"], self._mask_BT), output)
-        if args.distillation_mode != "nll":
-            self.metrics.add(teacher_logp=output.teacher_logp_N.sum())
-        if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
-            # h is 0 where there is no negative. Selecting by mask would wait for the device.
-            self.metrics.add(contrast=output.contrast_N.sum(), contrast_tokens=(contrast.coefficient_N > 0).sum())
-            self.metrics.add(contrast_active=output.contrast_active_N.sum())
+        self.observer.after_loss(inputs, output, contrast)
         if "features_coefficient_N" in inputs:
             pairs = [(student_NH, inputs["teacher_NH"])]
             if args.feature_layers:
@@ -464,61 +385,6 @@ class UniSDTrainer(SafeTrainer):
         return (loss, None) if return_outputs else loss
 
     # -- metrics ------------------------------------------------------------------------------------------------------
-
-    def _observe(self, completions: Sequence[Completion], scores: StepScores) -> dict[str, float]:
-        """Metrics that are known before the student's pass, over all ranks."""
-        pairs = [(len(completion.ids), completion.truncated) for completion in completions]
-        if self.accelerator.num_processes > 1:
-            pairs = gather_object(pairs)
-        values = {
-            "completions/mean_length": mean([length for length, _ in pairs]),
-            "completions/max_length": float(max(length for length, _ in pairs)),
-            "completions/truncated_share": mean([truncated for _, truncated in pairs]),
-        }
-        if scores.negative_logp is not None and scores.negative_present is not None:
-            mask = scores.mask & scores.negative_present[:, None]
-            values["contrastive/negative_logp"] = masked_mean(scores.negative_logp, mask)
-        if self._token_clip is not None:
-            values["clip/threshold"] = self._token_clip
-        return values
-
-    def _diagnose(
-        self, numbers: Sequence[tuple[int, int]], rows: Sequence[ScoringRow], completions: Sequence[Completion]
-    ) -> dict[str, float]:
-        """What the step's answers are made of, over all ranks; and now and then the probes."""
-        assert self.counting is not None
-        counted = self.counting.count([self.rows[n] for n, _ in numbers], [(c.ids, c.truncated) for c in completions])
-        if self.accelerator.num_processes > 1:
-            counted = sum(gather_object([counted]), Answers())
-        values = counted.metrics(self.counting.hedges)
-        every = self.args.diagnostics_probe_steps
-        if every is not None and self.state.global_step % every == 0:
-            probes = [self._probe([(self.rows[number], row) for (number, _), row in zip(numbers, rows, strict=True)])]
-            if self.accelerator.num_processes > 1:  # all ranks must come to the same alarms
-                probes = gather_object(probes)
-            values |= means(probes)
-        return values
-
-    def _probe(self, rows: Sequence[tuple[Row, ScoringRow]]) -> dict[str, float]:
-        """This rank's share of what costs passes: the probe set's likelihood, and some of the step's answers under other contexts."""
-        from unisd.evaluation import reference_nll
-
-        values: dict[str, float] = {}
-        if self.probe_rows:
-            if self._probe_answers is None:
-                self._probe_answers = answers_to_keep(
-                    self.probe_rows[: self.args.diagnostics_probe_rows],
-                    lambda rows: self.engine.generate([self.prompts.student(row) for row in rows], None, self.sampling),
-                    self.processing_class,
-                    Path(self.args.output_dir) / PROBE,
-                    resumed=self.state.global_step > 0,
-                    is_writer=self.is_world_process_zero(),
-                )
-            nll, tokens = reference_nll(self.model, self.processing_class, self._probe_answers)
-            values["retained/nll"] = nll / max(tokens, 1)
-        if self.args.distillation_mode != "nll":
-            values |= probe_leak(self.scorer, self.prompts, rows[: self.args.diagnostics_probe_rows], self.args.device)
-        return values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mechanisms' metrics (means over the steps since the last line) to the Trainer's own log line."""
@@ -606,7 +472,7 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
         """Drop lines of steps that a resumed run does again, and tell the guard of the others."""
         metrics = self.trainer.metrics
         if self.trainer.is_world_process_zero():
-            self.trainer.samples.forget_after(state.global_step)
+            self.trainer.observer.samples.forget_after(state.global_step)
         lines = [metrics.forget_after(state.global_step) if self.trainer.is_world_process_zero() else []]
         if args.world_size > 1:
             broadcast_object_list(lines)
@@ -635,26 +501,7 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
             trainer.metrics.add(weight_distance=trainer.teacher.distance())
         values = trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())
         trainer.watch(state.global_step, values, control)
-        trainer.samples.write()
-
-
-def _with_adapter(model: nn.Module, peft_config: Any, args: UniSDConfig) -> nn.Module:
-    from peft import get_peft_model, prepare_model_for_kbit_training
-
-    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    set_seed(args.seed)  # the Trainer would seed only after the adapter's factors are drawn
-    adapted: nn.Module = get_peft_model(model, peft_config)
-    return adapted
-
-
-def _length_over(limit: int, encode: Callable[[Row], list[int]], row: Row) -> int:
-    """The encoded length if it exceeds `limit`, else 0; texts too short to exceed it are not tokenised."""
-    texts = [row.get("teacher_prompt"), row["prompt"], row["prompt"], row.get("privileged_context")]
-    if sum(len(str(text).encode()) for text in texts if text) + 1024 <= limit:
-        return 0
-    length = len(encode(row))
-    return length if length > limit else 0
+        trainer.observer.samples.write()
 
 
 def _collate(numbers: list[int]) -> dict[str, Tensor]:
