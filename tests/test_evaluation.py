@@ -10,7 +10,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from unisd import evaluation
+from unisd import decoding, evaluation
 from unisd.decoding import GROUPED, decode
 from unisd.errors import UserError
 from unisd.evaluation import (
@@ -121,6 +121,22 @@ def test_a_repeated_prompt_is_read_once():
     handle.remove()
     assert got == [slow_greedy(model, prompt, 6, set()) for prompt in prompts]
     assert read[0] == (3, max(map(len, different))) and all(shape == (6, 1) for shape in read[1:])
+
+
+def test_prompts_of_unlike_length_are_read_apart(monkeypatch):
+    """No short prompt is padded to the longest, and none of what is written changes."""
+    monkeypatch.setattr(decoding, "READ_AT_ONCE_CPU", 64)
+    model = tiny.model("llama")
+    prompts = [*some_ids(6, 60, seed=4), [7], [7]]
+    read = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    got = decode(model, prompts, 40, eos_ids=[2, 50], pad_id=0)
+    handle.remove()
+    assert got == [slow_greedy(model, prompt, 40, {2, 50}) for prompt in prompts]
+    passes = [shape for shape in read if shape[1] > 1]
+    assert len(passes) > 1 and sum(rows * tokens for rows, tokens in passes) < 7 * max(map(len, prompts))
 
 
 def test_decoding_leaves_the_model_as_it_was():

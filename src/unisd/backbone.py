@@ -268,3 +268,19 @@ class Backbone:
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     scale = b.float().abs().max().clamp_min(1e-6)
     return bool((a.float() - b.float()).abs().max() <= tolerance * scale)
+
+
+def forward_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
+    """Group sequences, longest first, so that no forward pass holds more than `budget` tokens (or a single sequence)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    used = 0
+    for i in order:
+        cost = lengths[i] if packed or not batches else lengths[batches[-1][0]]
+        if not batches or used + cost > budget:
+            batches.append([])
+            used = 0
+            cost = lengths[i]
+        batches[-1].append(i)
+        used += cost
+    return batches

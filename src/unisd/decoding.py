@@ -3,7 +3,7 @@
 Five things make it faster than one plain `generate` call, none changes what is generated (beyond rounding):
 - rows that came to an end leave the batch and its cache every few tokens: the longest row does not hold up the others
 - the key/value cache grows by amortised doubling instead of one full copy per token
-- a prompt that occurs several times in a batch (several generations) is read once, its cache then repeated
+- prompts are read with others of like length, not padded to the longest, and one that occurs several times (generations) only once
 - on a CPU, grouped-query attention under a padding mask reads the shared heads in place (transformers repeats them first)
 - on a CPU, the head multiplies from the left, which is the faster order for few rows and many columns
 
@@ -27,8 +27,12 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from unisd.backbone import forward_batches
+
 GROUPED = "unisd_grouped_sdpa"
 COMPACT_EVERY = 16  # tokens between two looks at which rows are done
+READ_AT_ONCE_CPU, READ_AT_ONCE = 2048, 32768
+"""Tokens (with padding) of prompts read in one pass, on a CPU and on an accelerator."""
 
 ProcessorFactory = Callable[[Sequence[int], int], LogitsProcessorList]
 """(prompt indices of the batch's rows, padded prompt length) -> processors for exactly these rows."""
@@ -88,6 +92,26 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         buffers[1][..., old:new, :] = value_states
         self.keys, self.values = buffers[0][..., :new, :], buffers[1][..., :new, :]
         return self.keys, self.values
+
+    def place(self, rows: Tensor, keys: Tensor, values: Tensor, batch: int, length: int) -> None:
+        """Put the states `[rows, heads, T, size]` of some rows at the end of an empty layer's first `length` places."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            room = length + max(32, length // 4)
+            # What lies before is padding, which the mask hides: finite is enough.
+            self._buffers = tuple(s.new_zeros(batch, s.shape[1], room, s.shape[3]) for s in (keys, values))  # type: ignore[assignment]
+            assert self._buffers is not None
+            self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
+        self.keys[rows, :, length - keys.shape[2] :] = keys
+        self.values[rows, :, length - values.shape[2] :] = values
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask `[B,T]`."""
+    width = max(map(len, prompts))
+    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _empty_cache(model: Any) -> DynamicCache | None:
@@ -188,20 +212,15 @@ def _decode_batch(
 ) -> None:
     device = _bare(model).device
     ends = set(config.eos_token_id or ())
-    width = max(len(prompts[i]) for i in alive)
-    ids_BT = torch.full((len(alive), width), config.pad_token_id, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, i in enumerate(alive):
-        ids_BT[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-        mask_BT[row, width - len(prompts[i]) :] = 1
-    ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+    ids_BT, mask_BT = left_padded([prompts[i] for i in alive], config.pad_token_id, device)
+    width = ids_BT.shape[1]
     cache = _empty_cache(_bare(model))
     can_drop = cache is not None and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
     extra: dict[str, Any] = {}
     if cache is not None:
         extra["past_key_values"] = cache
-        if all(type(layer) is GrowingLayer for layer in cache.layers):
-            _read_repeated_prompts_once(model, ids_BT, mask_BT, cache, config)
+        if width > 1 and all(type(layer) is GrowingLayer for layer in cache.layers):
+            _read_prompts(model, [prompts[i] for i in alive], width, cache, config)
     done = 0
     while alive:
         config.max_new_tokens = min(COMPACT_EVERY, max_new_tokens - done) if can_drop else max_new_tokens
@@ -229,18 +248,31 @@ def _decode_batch(
         alive = [alive[row] for row in kept]
 
 
-def _read_repeated_prompts_once(
-    model: Any, ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache, config: GenerationConfig
+def _read_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], width: int, cache: DynamicCache, config: GenerationConfig
 ) -> None:
-    """Fill `cache` up to the last prompt token of each row, where rows are repeated."""
+    """Fill `cache` up to the last token but one of each prompt, as if all were left-padded to `width`.
+
+    Each different prompt is read once, together with those of like length: read in one batch they would all be as long as the longest.
+    """
+    bare = _bare(model)
+    budget = READ_AT_ONCE_CPU if bare.device.type == "cpu" else READ_AT_ONCE
     numbers: dict[tuple[int, ...], int] = {}  # of the different prompts, in order of appearance
-    number_B = [numbers.setdefault(tuple(row), len(numbers)) for row in ids_BT.tolist()]
-    width = ids_BT.shape[1]
-    if len(numbers) == len(number_B) or width < 2:
-        return
-    unique = torch.tensor([number_B.index(number) for number in range(len(numbers))], device=ids_BT.device)
-    config.max_new_tokens = 1
-    model.generate(input_ids=ids_BT[unique], attention_mask=mask_BT[unique], generation_config=config, past_key_values=cache)
-    # The last token is read again in every row: each draws its first token from it.
-    cache.crop(width - 1)
-    cache.batch_select_indices(torch.tensor(number_B, device=ids_BT.device))
+    number_B = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    unique = list(numbers)
+    groups = forward_batches([len(prompt) for prompt in unique], budget, packed=False)
+    if len(groups) == 1 and len(unique) == len(prompts):
+        return  # nothing to save: the first pass of `generate` reads them
+    config.max_new_tokens = 1  # the forward pass over the prompt; the token is drawn again, by each row for itself
+    for chosen in groups:
+        group = [unique[i] for i in chosen]
+        ids_BT, mask_BT = left_padded(group, config.pad_token_id, bare.device)
+        if ids_BT.shape[1] < 2:
+            continue
+        part = _empty_cache(bare)
+        model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, past_key_values=part)
+        assert part is not None
+        rows = torch.tensor([row for row, number in enumerate(number_B) if number in chosen], device=bare.device)
+        of_part = torch.tensor([chosen.index(number) for number in number_B if number in chosen], device=bare.device)
+        for layer, read in zip(cache.layers, part.layers, strict=True):
+            layer.place(rows, read.keys[of_part, :, :-1], read.values[of_part, :, :-1], len(prompts), width - 1)

@@ -40,8 +40,7 @@ class ModelEmbedder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        from unisd.backbone import Backbone, lay_out
-        from unisd.scoring import forward_batches
+        from unisd.backbone import Backbone, forward_batches, lay_out
 
         backbone = Backbone(self.model)
         sequences = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:POOLED_TOKENS] or [0] for text in texts]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisd.backbone import Backbone, Captured, lay_out
+from unisd.backbone import Backbone, Captured, forward_batches, lay_out
 from unisd.divergences import log_probs
 from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_logprobs, token_scores
 from unisd.mechanisms import StepScores
@@ -63,22 +63,6 @@ class TeacherStates:
         for of_rows_B in self.source_present.values():
             present_B &= of_rows_B
         return values, scalar(present_B[:, None].expand(-1, length))
-
-
-def forward_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
-    """Group sequences, longest first, so that no forward pass holds more than `budget` tokens (or a single sequence)."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    used = 0
-    for i in order:
-        cost = lengths[i] if packed or not batches else lengths[batches[-1][0]]
-        if not batches or used + cost > budget:
-            batches.append([])
-            used = 0
-            cost = lengths[i]
-        batches[-1].append(i)
-        used += cost
-    return batches
 
 
 @dataclass(frozen=True)
