@@ -20,7 +20,7 @@ from unisd.tasks.pocket import PocketTask
 
 
 def pocket_cell(plan: compare.Plan, rng: np.random.Generator) -> store.Cell:
-    cell: store.Cell = {**plan.__dict__, "train_s": 1.0, "peak_mb": 100.0, "gold_ppl": 2.0}
+    cell: store.Cell = {**plan.__dict__, "train_cpu_s": 1.0, "peak_mb": 100.0, "gold_ppl": 2.0}
     for name, count in (("task", 40), ("hard", 8), ("retention", 20)):
         marks = rng.random(count) < (0.3 if plan.method == "raw" else 0.5 + 100 * plan.learning_rate)
         text = "".join(str(int(m)) for m in marks)
@@ -75,7 +75,7 @@ def test_a_cell_of_the_pocket_comparison(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("N_TEST", "N_HARD", "N_RETENTION", "N_DRIFT"):
         monkeypatch.setattr(compare, name, 8)
     cell = compare.run_cell(compare.Plan("sdft", "clean", 0, 1e-3))
-    assert len(cell["task_correct"]) == 8 and cell["train_s"] > 0 and cell["peak_mb"] > 100
+    assert len(cell["task_correct"]) == 8 and cell["train_cpu_s"] > 0 and cell["peak_mb"] > 100
     assert cell["retention_ppl_reverse"] >= 1
 
 
@@ -143,7 +143,7 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
         points = [
             {
                 "step": step,
-                "train_s": step * 1.0,
+                "train_cpu_s": step * 1.0,
                 "fit_ppl": 2.0,
                 "retention_ppl_reverse": 1.0 + step / 100,
                 **{

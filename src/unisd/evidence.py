@@ -156,17 +156,17 @@ class Curve(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, file: Path, examine: Examiner, model: Any, steps: int, every: int) -> None:
         self.file, self.examine, self.model, self.steps, self.every = file, examine, model, steps, every
-        self.started = time.perf_counter()
-        self.spent = max((point["train_s"] for point in read(file)), default=0.0)
+        self.started = time.process_time()
+        self.spent = max((point["train_cpu_s"] for point in read(file)), default=0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == self.steps:
-            self.spent += time.perf_counter() - self.started
+            self.spent += time.process_time() - self.started
             if state.global_step not in {point["step"] for point in read(self.file)}:
                 training = self.model.training
-                append(self.file, {"step": state.global_step, "train_s": self.spent, **self.examine(self.model)})
+                append(self.file, {"step": state.global_step, "train_cpu_s": self.spent, **self.examine(self.model)})
                 self.model.train(training)
-            self.started = time.perf_counter()
+            self.started = time.process_time()
 
 
 def run_cell(plan: Plan) -> Cell:
@@ -179,7 +179,7 @@ def run_cell(plan: Plan) -> Cell:
     examine = Examiner(plan, data.task, tokenizer, model)
     record = {name: value for name, value in asdict(plan).items() if name != "data_files"}
     if plan.method == RAW:
-        return {**record, "curve": [{"step": 0, "train_s": 0.0, **examine(model)}]}
+        return {**record, "curve": [{"step": 0, "train_cpu_s": 0.0, **examine(model)}]}
     trainer = UniSDTrainer(model, config, data.train, processing_class=tokenizer, peft_config=adapter_config(options))
     trainer.remove_callback(PrinterCallback)
     curve = folder / "curve.jsonl"

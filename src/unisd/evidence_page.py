@@ -38,14 +38,14 @@ def groups(cells: list[Cell], task: str) -> dict[str, list[Cell]]:
 def at_equal_steps(cells: list[Cell], task: str) -> list[str]:
     """Markdown lines: every method after its last step."""
     head = ["method", "seeds", "steps", "answers right, %", "form right, %", "knowledge, %", "general, %", "PPL_fit"]
-    head += ["PPL_ret forward", "PPL_ret reverse", "train, s", "MB"]
+    head += ["PPL_ret forward", "PPL_ret reverse", "train, CPU s", "MB"]
     lines = []
     for method, runs in groups(cells, task).items():
         last = [cell["curve"][-1] for cell in runs]
         columns = [method, str(len(runs)), str(last[0]["step"])]
         columns += [percent(marks(last, name)) for name in ("task_correct", "form_right", "knowledge_correct", "general_correct")]
         columns += [_mean(last, "fit_ppl"), _mean(runs, "retention_ppl_forward"), _mean(last, "retention_ppl_reverse")]
-        columns += [_mean(last, "train_s", 0), _mean(runs, "peak_mb", 0)]
+        columns += [_mean(last, "train_cpu_s", 0), _mean(runs, "peak_mb", 0)]
         lines.append(columns)
     return markdown_table(head, lines)
 
@@ -57,12 +57,12 @@ def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
         return []
     curves = {method: _mean_curve(runs) for method, runs in found.items()}
     target = min(max(point["task"] for point in curve) for curve in curves.values())
-    head = ["method", "step", "answers right, %", "general, %", "PPL_ret reverse", "train, s"]
+    head = ["method", "step", "answers right, %", "general, %", "PPL_ret reverse", "train, CPU s"]
     lines = []
     for method, curve in curves.items():
         point = next(point for point in curve if point["task"] >= target)
         values = [f"{point['step']:.0f}", f"{100 * point['task']:.1f}", f"{100 * point['general']:.1f}"]
-        lines.append([method, *values, f"{point['reverse']:.3f}", f"{point['train_s']:.0f}"])
+        lines.append([method, *values, f"{point['reverse']:.3f}", f"{point['train_cpu_s']:.0f}"])
     said = f"The best that every method reaches is {100 * target:.1f} %; each at the first evaluation where it is that good:"
     return [said, "", *markdown_table(head, lines)]
 
@@ -112,7 +112,7 @@ def _mean_curve(runs: list[Cell]) -> list[dict[str, float]]:
                 "task": float(np.mean([share(point["task_correct"]) for point in points])),
                 "general": float(np.mean([share(point["general_correct"]) for point in points])),
                 "reverse": float(np.mean([point["retention_ppl_reverse"] for point in points])),
-                "train_s": float(np.mean([point["train_s"] for point in points])),
+                "train_cpu_s": float(np.mean([point["train_cpu_s"] for point in points])),
             }
         )
     return curve

@@ -62,7 +62,7 @@ def table(cells: list[Cell], condition: str) -> list[str]:
         "old skills, %",
         "PPL_ret",
         "PPL_ref",
-        "train, s",
+        "train, CPU s",
         "MB",
     ]
     lines = []
@@ -71,7 +71,7 @@ def table(cells: list[Cell], condition: str) -> list[str]:
         group = rows.get(method, raw)
         per_seed = 100 * marks(group, "task").mean(1)
         mean = _mean_of(group)
-        cost = "-" if method == compare.RAW else f"{mean('train_s'):.0f}"
+        cost = "-" if method == compare.RAW else f"{mean('train_cpu_s'):.0f}"
         drift = f"{mean('retention_ppl_forward'):.3f} / {mean('retention_ppl_reverse'):.3f}"
         lines.append(
             [
