@@ -118,7 +118,7 @@ def test_any_chunk_size(chunk_tokens: int | None, with_contrast: bool) -> None:
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_row_blocks_within_a_chunk(alpha: float, head: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unisd.losses.BLOCK_BYTES", 2 * 37 * 8)  # two rows of 37 in float64
+    monkeypatch.setattr("unisd.closed_form.BLOCK_BYTES", 2 * 37 * 8)  # two rows of 37 in float64
     x = problem(F64, **head)
     for entry_clip in (None, 0.02):
         spec = DivergenceSpec(alpha=alpha, temperature=0.7, entry_clip=entry_clip)

@@ -15,14 +15,13 @@ chunk. Notation: p student, q teacher, M their mixture; l log-probability of the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unisd.closed_form import closed_form, log_probs_in_place, row_blocks
 from unisd.divergences import (
     Contrast,
     DivergenceSpec,
@@ -36,6 +35,7 @@ from unisd.divergences import (
     log_probs,
     pick,
 )
+from unisd.loss_terms import ChunkResult, LossInputs, LossOutput, Reweigh, token_terms
 from unisd.targets import TargetStates
 
 __all__ = [
@@ -54,102 +54,13 @@ __all__ = [
     "token_scores",
 ]
 
-# From (D, l, H(p)) [N] of all tokens, without gradient, to a factor [N] of their coefficients: weights that look at the student
-Reweigh = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 CHUNK_BYTES = 96 * 2**20
 """Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds two of them, of the student and of the teacher. Each product reads the
 whole head, so that few rows at a time are slow: at V = 152k and H = 896, 31.0 ms a token for the three products of a chunk of 82 tokens
 and 28.0 for 164 (one AVX2 core)."""
-BLOCK_BYTES = 2 * 2**20
-"""On a CPU the arithmetic between the products goes through a chunk in row blocks of this size, which stay in the cache."""
 LARGEST_CHUNK_BYTES = 512 * 2**20
 """The same on an accelerator, which needs more rows per product to be busy and holds four of them (mixture: five) at a time; there
 also at most 1/64 of its memory."""
-
-
-@dataclass(frozen=True, eq=False)
-class LossOutput:
-    """Loss of a micro-batch and, detached, its per-token quantities at the distillation temperature."""
-
-    loss: Tensor  # [] differentiable; a sum, normalised by the coefficients
-    divergence_N: Tensor  # D after the entry clip, before the token clip
-    student_logp_N: Tensor  # l
-    student_entropy_N: Tensor  # H(p)
-    teacher_logp_N: Tensor  # l+
-    clipped_N: Tensor  # bool: D exceeds the token clip, gradient zero
-    contrast_active_N: Tensor | None  # bool: the hinge has a gradient (l between l- and l+); None without contrast
-    contrast_N: Tensor | None  # h
-
-
-@dataclass(frozen=True, eq=False)
-class _Inputs:
-    """Everything a loss is made of, for N tokens or for the C tokens of a chunk."""
-
-    student_hidden_NH: Tensor
-    student_head: Head
-    teacher_hidden_NH: Tensor
-    teacher_head: Head
-    targets_N: Tensor
-    spec: DivergenceSpec
-    coefficient_N: Tensor
-    token_clip: float | None
-    contrast: Contrast | None
-    target: TargetStates | None = None
-    reweigh: Reweigh | None = None
-
-    def rows(self, rows: slice) -> _Inputs:
-        return replace(
-            self,
-            student_hidden_NH=self.student_hidden_NH[rows],
-            teacher_hidden_NH=self.teacher_hidden_NH[rows],
-            targets_N=self.targets_N[rows],
-            coefficient_N=self.coefficient_N[rows],
-            contrast=None if self.contrast is None else self.contrast.rows(rows),
-            target=None if self.target is None else self.target.rows(rows),
-        )
-
-    def divided_by(self, unit: Tensor) -> _Inputs:
-        contrast = self.contrast
-        if contrast is not None:
-            contrast = replace(contrast, coefficient_N=contrast.coefficient_N / unit)
-        return replace(self, coefficient_N=self.coefficient_N / unit, contrast=contrast)
-
-
-@dataclass(frozen=True, eq=False)
-class _TokenTerms:
-    """What follows from D and l of each token, the same for the plain and the chunked form."""
-
-    loss: Tensor
-    clipped_N: Tensor
-    hinge_N: Tensor | None
-    slope_divergence_N: Tensor  # d loss / d D
-    slope_logp_N: Tensor | None  # d loss / d l, from the contrast
-
-    def output(self, loss: Tensor, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor, teacher_logp_N: Tensor) -> LossOutput:
-        active_N = None if self.slope_logp_N is None else self.slope_logp_N != 0
-        hinge_N = None if self.hinge_N is None else self.hinge_N.detach()
-        values = (divergence_N.detach(), logp_N.detach(), entropy_N.detach(), teacher_logp_N)
-        return LossOutput(loss, *values, self.clipped_N, active_N, hinge_N)
-
-
-def _token_terms(inputs: _Inputs, divergence_N: Tensor, logp_N: Tensor, teacher_logp_N: Tensor) -> _TokenTerms:
-    """`sum_N coefficient * min(D, token_clip) + sum_N contrast.coefficient * h`, and its slopes."""
-    cap = math.inf if inputs.token_clip is None else inputs.token_clip
-    clipped_N = divergence_N.detach() > cap
-    loss = (inputs.coefficient_N * divergence_N.clamp(max=cap)).sum()
-    slope_divergence_N = torch.where(clipped_N, 0.0, inputs.coefficient_N).to(divergence_N.dtype)
-    contrast = inputs.contrast
-    if contrast is None:
-        return _TokenTerms(loss, clipped_N, None, slope_divergence_N, None)
-    contrast = contrast.against(teacher_logp_N)
-    assert contrast.teacher_logp_N is not None
-    hinge_N = contrast_hinge(logp_N, contrast)
-    loss = loss + (contrast.coefficient_N * hinge_N).sum()
-    l_N = logp_N.detach()
-    direction_N = (l_N - contrast.teacher_logp_N).sign() - (l_N - contrast.negative_logp_N).sign()
-    slope_logp_N = torch.where(hinge_N.detach() > 0, contrast.coefficient_N * direction_N, 0.0).to(logp_N.dtype)
-    return _TokenTerms(loss, clipped_N, hinge_N, slope_divergence_N, slope_logp_N)
 
 
 def plain_loss(
@@ -172,7 +83,7 @@ def plain_loss(
     D in nats; above it the gradient is zero. target: takes the place of the teacher's distribution in D. reweigh: gives a further
     factor of each coefficient, from the values of this very pass. N = 0 gives exactly zero, still attached to the graph.
     """
-    inputs = _Inputs(
+    inputs = LossInputs(
         student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
         target,
     )  # fmt: skip
@@ -184,7 +95,7 @@ def plain_loss(
     if reweigh is not None:
         factor_N = reweigh(divergence_N.detach(), logp_N.detach(), entropy_N)
         inputs = replace(inputs, coefficient_N=inputs.coefficient_N * factor_N)
-    terms = _token_terms(inputs, divergence_N, logp_N, own_N)
+    terms = token_terms(inputs, divergence_N, logp_N, own_N)
     return terms.output(terms.loss, divergence_N, logp_N, entropy_N, own_N)
 
 
@@ -222,13 +133,13 @@ def chunked_loss(
             )  # fmt: skip
         factor_N = reweigh(known.divergence_N, known.student_logp_N, known.student_entropy_N)
         coefficient_N, reweigh = coefficient_N * factor_N, None
-    inputs = _Inputs(
+    inputs = LossInputs(
         student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
         target, reweigh,
     )  # fmt: skip
     loss, *values = _ChunkedLoss.apply(*tracked, inputs, chunk, wanted)  # type: ignore[no-untyped-call]
     divergence_N, logp_N, entropy_N, teacher_logp_N = values
-    terms = _token_terms(inputs, divergence_N, logp_N, teacher_logp_N)
+    terms = token_terms(inputs, divergence_N, logp_N, teacher_logp_N)
     return terms.output(loss, divergence_N, logp_N, entropy_N, teacher_logp_N)
 
 
@@ -239,7 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
-        inputs: _Inputs,
+        inputs: LossInputs,
         chunk: int,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor, ...]:
@@ -272,7 +183,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for start in range(0, tokens, chunk):
                 rows = slice(start, start + chunk)
                 part = scaled.rows(rows)
-                form = _closed_form if part.spec.mode == "full" else _by_autograd
+                form = closed_form if part.spec.mode == "full" else _by_autograd
                 values, grad_CV = form(part, any(wanted))
                 values_4N[:, rows] = torch.stack(values)
                 if grad_CV is None:
@@ -296,7 +207,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if grad_weight_VH is None else grad_weight_VH.mul_(unit).to(_kept_dtype(weight_VH)),
             None if grad_bias_V is None or bias_V is None else grad_bias_V.mul_(unit).to(_kept_dtype(bias_V)),
         )
-        loss = _token_terms(inputs, divergence_N, logp_N, teacher_logp_N).loss
+        loss = token_terms(inputs, divergence_N, logp_N, teacher_logp_N).loss
         ctx.mark_non_differentiable(divergence_N, logp_N, entropy_N, teacher_logp_N)
         return loss, divergence_N, logp_N, entropy_N, teacher_logp_N
 
@@ -307,109 +218,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*(None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in grads), None, None, None)
 
 
-# A chunk's (D, l, H(p), l+), each [C], and the gradient [C,V] of its loss in the student's projected hidden states
-_ChunkResult = tuple[tuple[Tensor, ...], Tensor | None]
-
-
-def _closed_form(part: _Inputs, want_gradient: bool) -> _ChunkResult:
-    """Mode `full`: both projections at once, then row block by row block; the gradient takes the place of the student's logits."""
-    student_CV = part.student_head.project(part.student_hidden_NH)
-    teacher_CV = part.teacher_head.project(part.teacher_hidden_NH).to(student_CV.dtype)
-    blocks = _row_blocks(student_CV)
-    # One set of scratch rows for all blocks: on a CPU, getting fresh memory costs more than what is computed in it.
-    scratch = student_CV.new_empty(2 if part.spec.alpha in (0.0, 1.0) else 3, *student_CV[blocks[0]].shape)
-    collected = [
-        _closed_form_of(part.rows(rows), student_CV[rows], teacher_CV[rows], scratch[:, : rows.stop - rows.start], want_gradient)
-        for rows in blocks
-    ]
-    return tuple(map(torch.cat, zip(*collected, strict=True))), student_CV if want_gradient else None
-
-
-def _row_blocks(x_CV: Tensor) -> list[slice]:
-    """Rows of a chunk that are worked on together: all, or on a CPU as many as the cache holds."""
-    tokens, vocabulary = x_CV.shape
-    size = tokens if x_CV.device.type != "cpu" else BLOCK_BYTES // (vocabulary * x_CV.element_size())
-    size = max(size, 1)
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-
-
-def _closed_form_of(
-    part: _Inputs, student_CV: Tensor, teacher_CV: Tensor, scratch: Tensor, want_gradient: bool
-) -> tuple[Tensor, ...]:
-    """With s_v the summands of D and r_v = ds_v/dp_v (0 where clipped), dD/dz = p (r - <p, r>). Returns (D, l, H(p), l+).
-
-    Both projections are overwritten, the student's by the gradient. scratch: two or three more [C,V].
-    """
-    head, spec = part.student_head, part.spec
-    cap_slope_CV = None if head.softcap is None else 1.0 - (head.shape_logits(student_CV) / head.softcap) ** 2
-    logp_CV = _log_probs_in_place(head, student_CV, spec.temperature)
-    p_CV = torch.exp(logp_CV, out=scratch[0])
-    logp_C, entropy_C = pick(logp_CV, part.targets_N), -torch.mul(p_CV, logp_CV, out=scratch[1]).sum(-1)
-    logq_CV = _log_probs_in_place(part.teacher_head, teacher_CV, spec.temperature)
-    teacher_logp_C = pick(logq_CV, part.targets_N)
-    if part.target is not None:
-        logq_CV = part.target.logp(logp_CV, logq_CV, part.targets_N, spec)
-
-    divergence_C, pr_CV, pr_C1 = _sums_and_slopes(p_CV, logp_CV, logq_CV, scratch[1:], spec)
-    values = (divergence_C, logp_C, entropy_C, teacher_logp_C)
-    if not want_gradient:
-        return values
-
-    terms = _token_terms(part, divergence_C, logp_C, teacher_logp_C)
-    inner = head.scale / spec.temperature  # from the softmax's argument back to the projection
-    slope_C1 = terms.slope_divergence_N[:, None] * inner
-    p_slope_C1 = slope_C1 * pr_C1
-    l_slope_C1 = None if terms.slope_logp_N is None else terms.slope_logp_N[:, None] * inner
-    if l_slope_C1 is not None:  # dl/dz = onehot - p
-        p_slope_C1 = p_slope_C1 + l_slope_C1
-    grad_CV = torch.mul(pr_CV, slope_C1, out=student_CV).addcmul_(p_CV, p_slope_C1, value=-1.0)
-    if l_slope_C1 is not None:
-        grad_CV.scatter_add_(-1, part.targets_N[:, None], l_slope_C1)
-    if cap_slope_CV is not None:
-        grad_CV.mul_(cap_slope_CV)
-    return values
-
-
-def _log_probs_in_place(head: Head, projected_CV: Tensor, temperature: float) -> Tensor:
-    """log softmax of the head's logits / temperature, in the memory of the projection."""
-    if head.softcap is not None:
-        projected_CV.copy_(head.shape_logits(projected_CV))
-    elif head.scale != 1.0:
-        projected_CV.mul_(head.scale)
-    if temperature != 1.0:
-        projected_CV.div_(temperature)
-    return torch.log_softmax(projected_CV, -1, out=projected_CV)
-
-
-def _sums_and_slopes(
-    p_CV: Tensor, logp_CV: Tensor, logq_CV: Tensor, scratch: Tensor, spec: DivergenceSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """D [C], p * ds/dp [C,V] (finite where p underflows) and its sum over V [C,1]. Overwrites both logs."""
-    alpha = spec.alpha
-    if alpha == 0.0:  # s = q log(q/p), p ds/dp = -q
-        q_CV = torch.exp(logq_CV, out=scratch[0])
-        summand_CV = logq_CV.sub_(logp_CV).mul_(q_CV)
-        pr_CV = torch.neg(q_CV, out=logp_CV)
-    elif alpha == 1.0:  # s = p log(p/q), p ds/dp = s + p
-        summand_CV = torch.sub(logp_CV, logq_CV, out=logq_CV).mul_(p_CV)
-        pr_CV = torch.add(summand_CV, p_CV, out=logp_CV)
-    else:  # s = alpha q log(q/M) + (1-alpha) p log(p/M), p ds/dp = (1-alpha) p log(p/M). M = 0 only where p = q = 0.
-        q_CV = torch.exp(logq_CV, out=scratch[0])
-        mixture_CV = torch.mul(p_CV, 1.0 - alpha, out=scratch[1]).add_(q_CV, alpha=alpha)
-        logm_CV = mixture_CV.clamp_(min=torch.finfo(p_CV.dtype).tiny).log_()
-        pr_CV = logp_CV.sub_(logm_CV).mul_(p_CV).mul_(1.0 - alpha)
-        logq_CV.sub_(logm_CV)
-        if spec.entry_clip is None:  # the sums alone
-            pr_C1 = pr_CV.sum(-1, keepdim=True)
-            return logq_CV.mul_(q_CV).sum(-1).mul_(alpha).add_(pr_C1.squeeze(-1)), pr_CV, pr_C1
-        summand_CV = logq_CV.mul_(q_CV).mul_(alpha).add_(pr_CV)
-    if spec.entry_clip is not None:
-        pr_CV.masked_fill_(summand_CV >= spec.entry_clip, 0.0)
-        summand_CV.clamp_(max=spec.entry_clip)
-    return summand_CV.sum(-1), pr_CV, pr_CV.sum(-1, keepdim=True)
-
-
-def _by_autograd(part: _Inputs, want_gradient: bool) -> _ChunkResult:
+def _by_autograd(part: LossInputs, want_gradient: bool) -> ChunkResult:
     """Any mode, by autograd over one chunk's logits."""
     spec = part.spec
     projected_CV = part.student_head.project(part.student_hidden_NH).requires_grad_(want_gradient)
@@ -418,13 +227,13 @@ def _by_autograd(part: _Inputs, want_gradient: bool) -> _ChunkResult:
         own_CV, logq_CV = _teacher_logp(part, logp_CV)
         divergence_C = divergence_of_logp(logp_CV, logq_CV, part.targets_N, spec)
         logp_C, teacher_logp_C = pick(logp_CV, part.targets_N), pick(own_CV, part.targets_N)
-        loss = _token_terms(part, divergence_C, logp_C, teacher_logp_C).loss
+        loss = token_terms(part, divergence_C, logp_C, teacher_logp_C).loss
     values = (divergence_C.detach(), logp_C.detach(), entropy(logp_CV.detach()), teacher_logp_C)
     return values, torch.autograd.grad(loss, projected_CV)[0] if want_gradient else None
 
 
 @torch.no_grad()
-def _teacher_logp(part: _Inputs, student_logp_CV: Tensor) -> tuple[Tensor, Tensor]:
+def _teacher_logp(part: LossInputs, student_logp_CV: Tensor) -> tuple[Tensor, Tensor]:
     """The teacher's own log-probabilities, and the target's where there is one; the student's where no teacher is asked."""
     if part.spec.mode == "nll":
         return student_logp_CV.detach(), student_logp_CV.detach()
@@ -483,11 +292,11 @@ def _scores(
         for start in range(0, len(hidden_NH), chunk):
             rows = slice(start, start + chunk)
             projected_CV = head.project(hidden_NH[rows])
-            blocks = _row_blocks(projected_CV)
+            blocks = row_blocks(projected_CV)
             scratch_RV = torch.empty_like(projected_CV[blocks[0]]) if want_entropy else projected_CV
             for block in blocks:
                 chosen = slice(start + block.start, start + block.stop)
-                logp_RV = _log_probs_in_place(head, projected_CV[block], temperature)
+                logp_RV = log_probs_in_place(head, projected_CV[block], temperature)
                 logp_N[chosen] = pick(logp_RV, targets_N[chosen])
                 if want_entropy:
                     p_RV = torch.exp(logp_RV, out=scratch_RV[: len(logp_RV)])
