@@ -167,13 +167,15 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_bias_V = gradient_of(bias_V, wanted[2], full)
         values_4N = torch.empty(4, tokens, dtype=full, device=device)
 
-        # Coefficients are about 1 / (tokens of the step). Divided by the largest, the gradient in the logits is of order
-        # one and survives float16 in front of the matrix products, which are multiplied back in full precision.
-        coefficients = [inputs.coefficient_N] + ([] if inputs.contrast is None else [inputs.contrast.coefficient_N])
-        unit = torch.cat([torch.zeros(1, dtype=full, device=device)] + [c.to(full).abs() for c in coefficients]).amax()
-        unit = torch.where(unit > 0, unit, 1.0)
-
         head = _autocast_head(inputs.student_head)
+        unit = torch.ones((), dtype=full, device=device)
+        is_half = head.weight.dtype in (torch.float16, torch.bfloat16)
+        if is_half:
+            # Coefficients are about 1 / (tokens of the step). Divided by the largest, the gradient in the logits is of order
+            # one and survives float16 in front of the matrix products, which are multiplied back in full precision.
+            coefficients = [inputs.coefficient_N] + ([] if inputs.contrast is None else [inputs.contrast.coefficient_N])
+            largest = torch.cat([torch.zeros(1, dtype=full, device=device)] + [c.to(full).abs() for c in coefficients]).amax()
+            unit = torch.where(largest > 0, largest, unit)
         scaled = replace(inputs.divided_by(unit), student_head=head, teacher_head=_autocast_head(inputs.teacher_head))
         if inputs.target is not None:
             scaled = replace(scaled, target=inputs.target.with_heads(_autocast_head))
@@ -202,9 +204,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_hidden_NH is not None:
                     grad_hidden_NH *= coefficient_N[:, None]
         ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
+        if is_half and grad_weight_VH is not None:  # a pass over the whole head
+            grad_weight_VH.mul_(unit)
         ctx.save_for_backward(
             grad_hidden_NH,
-            None if grad_weight_VH is None else grad_weight_VH.mul_(unit).to(_kept_dtype(weight_VH)),
+            None if grad_weight_VH is None else grad_weight_VH.to(_kept_dtype(weight_VH)),
             None if grad_bias_V is None or bias_V is None else grad_bias_V.mul_(unit).to(_kept_dtype(bias_V)),
         )
         loss = token_terms(inputs, divergence_N, logp_N, teacher_logp_N).loss
@@ -214,8 +218,11 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # A copy of a trained head's gradient is worth a look at the factor where that does not wait for a device.
+        is_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*(None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in grads), None, None, None)
+        scaled = (None if grad is None else (grad if is_one else grad * grad_loss).to(dtype) for grad, dtype in grads)
+        return (*scaled, None, None, None)
 
 
 def _by_autograd(part: LossInputs, want_gradient: bool) -> ChunkResult:
