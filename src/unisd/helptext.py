@@ -24,6 +24,7 @@ ABOUT = {
     "adapter": "LoRA",
     "data": "where rows come from",
     "rollout": "the student answers the prompt",
+    "vllm": "vLLM as the student's writer (extra: vllm)",
     "teacher": "the same model under the reference (B. EMA)",
     "divergence": "what the student learns from the teacher (Eq. 7-8)",
     "agreement": "A. weights from agreement over auxiliary contexts",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class RolloutStore:
 
     def save(self, folder: str | Path, is_writer: bool, world_size: int) -> None:
         """Write the completions of all ranks (all must call)."""
-        rows: list[Any] = [[*key, c.ids, c.truncated, c.logps, c.sampled] for key, c in self._kept.items()]
+        rows: list[Any] = [[*key, c.ids, c.truncated, c.logps, c.sampled, c.version] for key, c in self._kept.items()]
         if world_size > 1:
             rows = gather_object(rows)
         if is_writer:
@@ -133,8 +134,7 @@ class RolloutStore:
         content = json.loads(path.read_text(encoding="utf-8"))
         self.step = content["step"]
         self._kept = {
-            (row, generation): Completion(ids, truncated, logps, sampled)
-            for row, generation, ids, truncated, logps, sampled in content["completions"]
+            (row, generation): Completion(*fields) for row, generation, *fields in content["completions"]
         }
 
 
@@ -150,6 +150,6 @@ def behaviour_logp(completions: Sequence[Completion], width: int) -> Tensor:
 def with_logps(completions: Sequence[Completion], student_logp: Tensor) -> list[Completion]:
     """Completions that the student has just sampled, with its own log-probabilities `[B,T]` where the engine told none."""
     return [
-        Completion(c.ids, c.truncated, student_logp[i, : len(c.ids)].tolist(), True) if c.sampled and c.logps is None else c
+        replace(c, logps=student_logp[i, : len(c.ids)].tolist()) if c.sampled and c.logps is None else c
         for i, c in enumerate(completions)
     ]

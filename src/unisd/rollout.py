@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from unisd.decoding import decode
+from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
 
 NoiseKey = tuple[int, int, int, int]  # seed, optimizer step, row of the dataset, generation
@@ -35,6 +36,7 @@ class Completion:
     truncated: bool  # ran into the length limit
     logps: list[float] | None = None  # of each token as it was drawn, at the sampling temperature; None: not told
     sampled: bool = True  # by the student; False for references and the initial model's answers
+    version: int | None = None  # optimizer step of the weights that wrote it, from engines with weights of their own
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+
+
+class EngineGone(UserError):
+    """The engine does not answer any more: the run ends, with its last finished step in a checkpoint."""
 
 
 class Engine(Protocol):

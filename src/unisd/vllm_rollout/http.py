@@ -1,0 +1,123 @@
+"""A patient HTTP client: what a server answers wrongly or not at all is asked again, with growing pauses, for a bounded time."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from unisd.vllm_rollout.common import BadAnswer
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
+FEWEST_ATTEMPTS = 3
+Result = TypeVar("Result")
+
+
+class Refused(Exception):
+    """The server understood and said no (4xx): asking again would not help."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"HTTP {status}: {text}")
+        self.status, self.text = status, text
+
+
+class Unavailable(Exception):
+    """No good answer within the time; the text says what came instead."""
+
+
+class Client:
+    """Requests with JSON bodies to one server.
+
+    Args:
+        url: without a slash at its end.
+        timeout: seconds that one answer may take, and that a failing server is given to recover (at least three attempts).
+        check: told of each failure before the pause; it may end the waiting by an exception.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url = url.rstrip("/")
+        self.timeout = timeout
+
+    def ask(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        method: str = "POST",
+        read: Callable[[Any], Result] | None = None,
+        retry: bool = True,
+    ) -> Any:
+        """The JSON answer (None where it is empty), or what `read` makes of it.
+
+        `read` raises :class:`BadAnswer` for an answer that is not what was asked for: it counts as a failure of the server.
+
+        Raises:
+            Refused: 4xx; with `retry=False` also 5xx.
+            Unavailable: no good answer in time.
+        """
+        started = time.monotonic()
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                answer = self._once(path, body, method)
+                return answer if read is None else read(answer)
+            except Refused as error:
+                if error.status < 500 and error.status != 429:
+                    raise
+                if not retry:
+                    raise
+                trouble = str(error)
+            except BadAnswer as error:
+                trouble = f"{path} gave {error}"
+            except (OSError, http.client.HTTPException) as error:  # also timeouts, and connections cut off half-way
+                trouble = f"{path}: {_in_short(error)}"
+            if not retry or (attempt >= FEWEST_ATTEMPTS and time.monotonic() - started >= self.timeout):
+                raise Unavailable(trouble)
+            pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
+            logger.warning("The vLLM server at %s: %s; asking again in %g s.", self.url, trouble, pause)
+            time.sleep(pause)
+
+    def _once(self, path: str, body: dict[str, Any] | None, method: str) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                content = response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                text = _message(error.read())
+            raise Refused(error.code, text) from None
+        if not content:
+            return None
+        try:
+            return json.loads(content)
+        except ValueError:
+            if path.startswith("/v1/load_lora_adapter") or path.startswith("/v1/unload_lora_adapter"):
+                return None  # a sentence
+            raise BadAnswer(f"{len(content)} bytes that are no JSON") from None
+
+
+def _message(content: bytes) -> str:
+    """What a server says went wrong, in one line."""
+    text = content.decode("utf-8", "replace")
+    try:
+        found = json.loads(text)
+        found = found.get("error", found.get("detail", found)) if isinstance(found, dict) else found
+        text = str(found.get("message", found)) if isinstance(found, dict) else str(found)
+    except ValueError:
+        pass
+    return " ".join(text.split())[:300] or "no reason given"
+
+
+def _in_short(error: BaseException) -> str:
+    reason = getattr(error, "reason", error)
+    return " ".join(str(reason).split()) or type(error).__name__

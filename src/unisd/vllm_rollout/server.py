@@ -1,0 +1,292 @@
+"""vLLM as a server of its own: requests over HTTP, weights through a folder that both reach.
+
+A server serves one run at a time when all weights are trained; with adapters, whose names carry the run, any number.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from unisd.config import UniSDConfig
+from unisd.errors import UserError
+from unisd.rollout import Completion, EngineGone, NoiseKey, Sampling
+from unisd.vllm_rollout import common
+from unisd.vllm_rollout.http import Client, Refused, Unavailable
+from unisd.vllm_rollout.plugin import BACKEND
+
+logger = logging.getLogger(__name__)
+
+ADAPTERS_KEPT = 2  # on disk; a server that was started anew is given the newest again
+
+
+class Restarted(Exception):
+    """The server does not hold this run's weights any more."""
+
+
+class ServerEngine:
+    """Generates on a vLLM server with weights that it is given at each `sync`; see `build_engine` for the arguments.
+
+    Args:
+        folder: where weights are put for the server to read: on a disk that both see under the same path.
+
+    Raises:
+        UserError: no server answers, or it was started without what this run needs.
+    """
+
+    def __init__(
+        self,
+        args: UniSDConfig,
+        model: Any,
+        accelerator: Accelerator,
+        eos_ids: Sequence[int],
+        finished_steps: Callable[[], int],
+        folder: Path,
+    ) -> None:
+        self.model = model
+        self.eos_ids = eos_ids
+        self.returns_logps = common.logps_compare(args)
+        self.weights_version: int | None = None
+        self.client = Client(args.vllm_server_url, args.vllm_server_timeout)
+        self._accelerator = accelerator
+        self._finished_steps = finished_steps
+        self._folder = folder.absolute()
+        self._with_adapter = common.is_adapter(model)
+        self._vocabulary = common.vocabulary_of(model)
+        self._requests_at_once = args.rollout_batch_size
+        self._tag = ""  # what the server calls the weights of the newest sync
+        run = [uuid.uuid4().hex[:8]]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(run)
+        self._run = run[0]
+        self._start = self._start_command(args)
+        self._base = self._connect(args)
+
+    # -- the server ----------------------------------------------------------------------------------------------------
+
+    def _start_command(self, args: UniSDConfig) -> str:
+        """What starts a server that this run can use."""
+        bare = self.model.get_base_model() if self._with_adapter else self.model
+        name = str(bare.config._name_or_path or "MODEL")
+        options = f"--dtype {str(common.dtype_of(self.model)).removeprefix('torch.')} --logprobs-mode processed_logprobs"
+        if self._with_adapter:
+            rank = common.lora_rank(self.model)
+            return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {name} {options} --enable-lora --max-lora-rank {rank}"
+        return f"VLLM_SERVER_DEV_MODE=1 vllm serve {name} {options} --weight-transfer-config '{{\"backend\": \"{BACKEND}\"}}'"
+
+    def _gone(self, trouble: Exception) -> EngineGone:
+        return EngineGone(
+            f"the vLLM server at {self.client.url} does not answer ({trouble}); start it with: {self._start}; training goes on from "
+            "the last checkpoint with --resume_from_checkpoint."
+        )
+
+    def _unfit(self, what: str) -> UserError:
+        return UserError(f"the vLLM server at {self.client.url} {what}: start it with: {self._start}")
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None, **options: Any) -> Any:
+        try:
+            return self.client.ask(path, body, **options)
+        except Unavailable as error:
+            raise self._gone(error) from error
+
+    def _connect(self, args: UniSDConfig) -> str:
+        """Wait for the server, look at what it can do, and return the name of its model."""
+        served = self._ask("/v1/models", method="GET", read=_models)
+        base = str(served[0]["id"])
+        longest, needed = served[0].get("max_model_len"), args.max_completion_length + 1
+        if isinstance(longest, int) and longest < needed:
+            raise self._unfit(f"takes {longest} tokens at most, fewer than max_completion_length={args.max_completion_length}")
+        if args.temperature != 1:
+            self._check_logprobs_mode(base)
+        if not self._with_adapter:
+            try:
+                self._ask("/weight_info", method="GET")
+                self._ask("/init_weight_transfer_engine", {"init_info": {}}, retry=False)
+            except Refused as error:
+                raise self._unfit(f"cannot take over weights ({error}); it needs `unisd` installed beside it") from error
+        return base
+
+    def _check_logprobs_mode(self, base: str) -> None:
+        """Log-probabilities must be those drawn with: a token's must change with the temperature."""
+        likely = []
+        for temperature in (1.0, 0.5):
+            body = {"model": base, "prompt": [self.eos_ids[0]], "max_tokens": 1, "temperature": temperature, "logprobs": 1}
+            top: dict[str, float] = self._complete({**body, "seed": 0}, read=_top_logprob)
+            likely.append(max(top.values()))
+        if abs(likely[0] - likely[1]) < 1e-6:
+            raise self._unfit("tells log-probabilities without the temperature")
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Give the student's weights, as they are now, to the server; all ranks must call.
+
+        Raises:
+            EngineGone: it does not answer.
+            UserError: it cannot read them.
+        """
+        self.weights_version = self._finished_steps()
+        self._tag = f"{self._run}-{self.weights_version}"
+        try:
+            if self._accelerator.is_main_process:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if self._with_adapter:
+                    self._write_adapter()
+                    self._load_adapter()
+                else:
+                    self._send_weights()
+        finally:
+            self._accelerator.wait_for_everyone()
+
+    def _write_adapter(self) -> None:
+        folder = self._folder / self._tag
+        if folder.exists():  # the same step again, say with the teacher's weights: the server must not take it for the old one
+            self._tag += f"-{uuid.uuid4().hex[:4]}"
+            folder = self._folder / self._tag
+        common.save_adapter(self.model, folder)
+        older = sorted(self._folder.glob(f"{self._run}-*"), key=lambda path: path.stat().st_mtime)[:-ADAPTERS_KEPT]
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
+            try:
+                self.client.ask("/v1/unload_lora_adapter", {"lora_name": path.name}, retry=False)
+            except (Refused, Unavailable):
+                logger.debug("The server did not know the adapter %s any more.", path.name)
+
+    def _load_adapter(self) -> None:
+        body = {"lora_name": self._tag, "lora_path": str(self._folder / self._tag)}
+        try:
+            self._ask("/v1/load_lora_adapter", body)
+        except Refused as error:
+            if "already" in error.text:  # an answer that was lost on its way
+                return
+            lacks = " (it was started without VLLM_ALLOW_RUNTIME_LORA_UPDATING=1)" if error.status == 404 else ""
+            raise self._unfit(f"does not load the adapter in {self._folder}{lacks}: {error}") from error
+
+    def _send_weights(self) -> None:
+        file = self._folder / "weights.safetensors"
+        common.save_full_weights(self.model, file)
+        try:
+            # Not asked again one by one: an update that broke off begins anew.
+            self._ask("/start_weight_update", {}, retry=False)
+            self._ask("/update_weights", {"update_info": {"path": str(file)}}, retry=False)
+            self._ask("/finish_weight_update", {"weight_version": self._tag}, retry=False)
+            self._ask("/pause?mode=wait", retry=False)  # empties the cache of prompts read with the old weights
+            self._ask("/resume", retry=False)
+        except Refused as error:
+            raise self._unfit(f"does not take over the weights in {file}: {error}") from error
+
+    def _check_version(self) -> None:
+        """All weights live in the server alone: one that was started anew, or another run's, must not go unnoticed."""
+        if self._with_adapter:
+            return  # its name is asked for with every request
+        held = (self._ask("/weight_info", method="GET") or {}).get("weight_version")
+        if held != self._tag:
+            raise Restarted(f"it holds weights {held!r} instead of {self._tag!r}")
+
+    # -- completions ---------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
+        """See `Engine`. One request a prompt, `rollout_batch_size` of them at once; vLLM batches them.
+
+        Raises:
+            EngineGone: the server does not answer, or has lost the weights and cannot be given them again.
+            UserError: it refuses a request, such as a prompt that is too long.
+        """
+        if self.weights_version is None:
+            self.sync()
+        try:
+            return self._generate(prompts, keys, sampling)
+        except Restarted as error:
+            if self._accelerator.num_processes > 1:
+                raise self._gone(error) from error
+            logger.warning("The vLLM server at %s was started anew (%s): it is given the weights again.", self.client.url, error)
+        self._base = _models(self._ask("/v1/models", method="GET"))[0]["id"]
+        if self._with_adapter:
+            self._load_adapter()
+        else:
+            self._ask("/init_weight_transfer_engine", {"init_info": {}})
+            self._send_weights()
+        try:
+            return self._generate(prompts, keys, sampling)
+        except Restarted as error:
+            raise self._gone(error) from error
+
+    def _generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
+        def one(number: int) -> Completion:
+            prompt = list(prompts[number])
+            asked = common.sampling_fields(sampling, None if keys is None else keys[number], self.eos_ids)
+            name = self._tag if self._with_adapter else self._base
+            body = {"model": name, "prompt": prompt, "return_token_ids": True, "add_special_tokens": False, **asked}
+
+            def read(answer: Any) -> Completion:
+                return self._completion(answer, prompt, sampling)
+
+            result: Completion = self._complete(body, read=read)
+            return result
+
+        with ThreadPoolExecutor(self._requests_at_once) as pool:
+            written = list(pool.map(one, range(len(prompts))))
+        self._check_version()
+        return written
+
+    def _complete(self, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
+        try:
+            return self._ask("/v1/completions", body, read=read)
+        except Refused as error:
+            if error.status == 404:
+                raise Restarted(error.text) from error
+            raise UserError(f"the vLLM server at {self.client.url} refuses a request: {error}.") from error
+
+    def _completion(self, answer: Any, prompt: list[int], sampling: Sampling) -> Completion:
+        try:
+            choices = answer["choices"]
+            if len(choices) != 1:
+                raise common.BadAnswer(f"{len(choices)} answers to one prompt")
+            ids, logps = choices[0]["token_ids"], choices[0]["logprobs"]["token_logprobs"]
+            read = choices[0].get("prompt_token_ids")
+        except (KeyError, TypeError, IndexError) as error:
+            raise common.BadAnswer(f"an answer without {error}") from error
+        if not isinstance(ids, list) or not isinstance(logps, list):
+            raise common.BadAnswer("an answer without token ids or log-probabilities")
+        if read is not None and read != prompt:
+            raise common.BadAnswer("an answer to another prompt")
+        completion = common.completion_of(
+            ids,
+            logps,
+            limit=sampling.max_new_tokens,
+            eos_ids=self.eos_ids,
+            vocabulary=self._vocabulary,
+            version=self.weights_version or 0,
+        )
+        return completion if self.returns_logps else replace(completion, logps=None)
+
+    def sleep(self) -> None:
+        """Nothing: the server's memory is its own."""
+
+
+def _models(answer: Any) -> list[dict[str, Any]]:
+    """What a server serves; the model it was started with first."""
+    try:
+        models: list[dict[str, Any]] = answer["data"]
+        models[0]["id"]  # noqa: B018
+    except (KeyError, TypeError, IndexError) as error:
+        raise common.BadAnswer("no list of models") from error
+    return models
+
+
+def _top_logprob(answer: Any) -> dict[str, float]:
+    try:
+        top: dict[str, float] = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+        max(top.values())
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise common.BadAnswer("no log-probabilities") from error
+    return top

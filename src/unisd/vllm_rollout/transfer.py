@@ -1,0 +1,67 @@
+"""The engine's side of a sync of all weights: a backend for vLLM's weight-transfer interface that works on any device.
+
+The backends that vLLM brings move tensors between GPUs. This one takes them where they lie: in this process' memory (colocated), or in a
+safetensors file that trainer and server both reach. It is imported in the processes of vLLM only; `plugin.register` announces it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """Where the weights lie: one of the two."""
+
+    path: str | None = None  # a safetensors file
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # by their names in a checkpoint
+
+
+class UnisdTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
+    """Loads weights in the layout of a checkpoint into the running model, layer by layer."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        self.model.load_weights(_from_file(update_info.path) if update_info.path else iter(update_info.tensors.items()))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            # Here a head is multiplied from a packed copy; one that is tied to the embeddings gets no weights of its own, and is
+            # not packed again by the reload (log-probabilities were 0.5 nats off).
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def _from_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        opened: Any = file
+        for name in opened.keys():
+            yield name, opened.get_tensor(name)
