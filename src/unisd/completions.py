@@ -5,6 +5,7 @@ Which source a row gets, and what is sampled for it, depends on (seed, step, row
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,8 @@ class CompletionSource:
     generated: int = 0
     """Tokens that a model has written so far, and `prefilled`: of the prompts it read for them."""
     prefilled: int = 0
+    sync_s: float = 0.0
+    """Seconds of the newest sync of an engine with weights of its own."""
 
     def check(self) -> None:
         """Raise `UserError` for the first reference that is longer than a completion may be."""
@@ -49,7 +52,8 @@ class CompletionSource:
         """One completion for each (row, generation) of an optimizer step."""
         sources = [self._source(row, generation, step) for row, generation in numbers]
         found: dict[int, Completion] = {i: self._reference(numbers[i][0]) for i, s in enumerate(sources) if s == "reference"}
-        self.engine.sync()
+        if "student" in sources:
+            self._sync()
         for source, at_step in (("student", step), ("initial", OFFLINE_STEP)):
             chosen = [i for i, s in enumerate(sources) if s == source]
             keys: list[NoiseKey] = [(self.args.seed, at_step, *numbers[i]) for i in chosen]
@@ -58,7 +62,11 @@ class CompletionSource:
             prompts = [self.prompts.student(self.rows[numbers[i][0]]) for i in chosen]
             if source == "initial":
                 with self.teacher.in_place():
-                    written = [replace(c, sampled=False) for c in self.engine.generate(prompts, keys, self.sampling)]
+                    self._sync()  # an engine with weights of its own must have these
+                    written = [
+                        replace(c, sampled=False, version=None if c.version is None else OFFLINE_STEP)
+                        for c in self.engine.generate(prompts, keys, self.sampling)
+                    ]
             else:
                 written = self.engine.generate(prompts, keys, self.sampling)
             self.prefilled += sum(map(len, prompts))
@@ -66,6 +74,11 @@ class CompletionSource:
             found.update(zip(chosen, written, strict=True))
         self.engine.sleep()
         return [found[i] for i in range(len(numbers))]
+
+    def _sync(self) -> None:
+        start = time.perf_counter()
+        self.engine.sync()
+        self.sync_s = time.perf_counter() - start
 
     def carries_loss(self, completion: Completion) -> bool:
         """False for answers that are left out: cut ones if asked so, and empty ones of the initial model (SSD's filter)."""

@@ -133,9 +133,7 @@ class RolloutStore:
             return
         content = json.loads(path.read_text(encoding="utf-8"))
         self.step = content["step"]
-        self._kept = {
-            (row, generation): Completion(*fields) for row, generation, *fields in content["completions"]
-        }
+        self._kept = {(row, generation): Completion(*fields) for row, generation, *fields in content["completions"]}
 
 
 def behaviour_logp(completions: Sequence[Completion], width: int) -> Tensor:

@@ -232,6 +232,7 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
     row = trainer.rows[0]
     student = trainer.prompts.student(row)
     completion = trainer.engine.generate([student], [(config.seed, 0, 0, 0)], trainer.sampling)[0]
+    trainer.engine.sleep()
     decode = setting.tokenizer.decode
     show_example(console, decode(student), decode(trainer.prompts.teacher(row)), decode(completion.ids))
 

@@ -9,9 +9,11 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -22,11 +24,27 @@ from unisd.errors import UserError
 from unisd.guards import CollapseGuard, FiniteGuard, is_out_of_memory, pieces_of, release_memory, smaller_until_it_fits
 from unisd.metrics import StepMetrics
 from unisd.reuse import RolloutStore
+from unisd.rollout import EngineGone
 from unisd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 ROW_TOO_LARGE = "a single row does not fit into memory: lower max_completion_length, or set gradient_checkpointing."
+
+
+def on_all_ranks(accelerator: Accelerator, rollout: Callable[[], Result]) -> Result:
+    """What `rollout` returns; where the engine is gone for one rank, `EngineGone` on all, so that none waits for the others."""
+    found: list[Result] = []
+    gone: str | None = None
+    try:
+        found.append(rollout())
+    except EngineGone as error:
+        gone = str(error)
+    told = [gone] if accelerator.num_processes == 1 else gather_object([gone])
+    if any(told):
+        raise EngineGone(next(text for text in told if text))
+    return found[0]
 
 
 class SafeTrainer(Trainer):  # type: ignore[misc]
@@ -175,10 +193,22 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
             self.load_teachers(resume_from_checkpoint)
             self.store.load(resume_from_checkpoint)
         self.stop_reason = None
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        except EngineGone as error:
+            raise UserError(f"{error} {self._save_finished_steps()}") from error
         if self.stop_reason is not None:
             raise UserError(self.stop_reason)
         return output
+
+    def _save_finished_steps(self) -> str:
+        """A checkpoint of the last finished step, before the run ends in the middle of the next one; says where it is."""
+        name = f"checkpoint-{self.state.global_step}"
+        if self.state.global_step == 0:
+            return "No step was finished yet."
+        if checkpoints.problem_of(Path(self.args.output_dir) / name, contents=False) is not None:
+            self._save_checkpoint(self.model, trial=None)
+        return f"Step {self.state.global_step} is saved in {name}."
 
     # -- bad steps ----------------------------------------------------------------------------------------------------
 

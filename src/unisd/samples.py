@@ -94,6 +94,7 @@ class SampleRecorder:
                 "correct": None if self.grader is None else bool(self.grader(row, text)),
                 "tokens": token_texts(self.tokenizer, ids),
                 "cut": len(completion.ids) - length,
+                "weights_version": completion.version,  # None: the student's own at this step
                 "temperature": temperature,
                 "weight": known(weight_BT[i, :length]),
                 "teacher_logp": None,  # known with the student's pass, as are the others that `take` adds

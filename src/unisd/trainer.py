@@ -39,7 +39,7 @@ from unisd.observing import Observer, Probes
 from unisd.prompts import PromptBuilder
 from unisd.reuse import RepeatedSteps, RolloutStore, behaviour_logp, with_logps
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
-from unisd.safety import SafeTrainer
+from unisd.safety import SafeTrainer, on_all_ranks
 from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
 from unisd.step import (
     InForward,
@@ -56,6 +56,8 @@ from unisd.step import (
 from unisd.targets import parse_target
 from unisd.teacher import Teacher
 from unisd.views import Views
+from unisd.vllm_rollout.build import build_engine
+from unisd.vllm_rollout.common import logps_compare
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ class UniSDTrainer(SafeTrainer):
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: trains an adapter instead of all weights.
         grader: `(row, completion text) -> bool`; `evaluate` then reports greedy accuracy beside the reference's likelihood.
-        engine: writes the completions; default: transformers' `generate` on the student itself.
+        engine: writes the completions; default: vLLM with `use_vllm`, else transformers' `generate` on the student itself.
         probe_dataset: rows of what must not be lost: the untrained model's own answers to them are watched
             (`diagnostics_probe_steps`).
 
@@ -132,7 +134,8 @@ class UniSDTrainer(SafeTrainer):
         self.in_forward = InForward(args, self.weights)
         self.target = None if args.target is None else parse_target(args.target)
         self.sources = scored_sources(args, self.target)
-        off_policy = args.num_iterations > 1 or getattr(engine, "returns_logps", False)
+        told = logps_compare(args) if args.use_vllm and engine is None else getattr(engine, "returns_logps", False)
+        off_policy = args.num_iterations > 1 or told
         self.needs = needed_views(args, self.weights, self.in_forward.weights, self.sources, off_policy)
         self.off_policy = off_policy and args.importance_cap is not None
         self.store = RolloutStore(args.num_iterations)
@@ -190,6 +193,8 @@ class UniSDTrainer(SafeTrainer):
             sources=self.sources,
             others=self.other_teachers,
         )
+        if engine is None and args.use_vllm:
+            engine = build_engine(args, student, self.accelerator, self.eos_ids, lambda: self.state.global_step)
         self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
         self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
@@ -304,10 +309,13 @@ class UniSDTrainer(SafeTrainer):
         with self.metrics.timed("rollout"):
             step = self.state.global_step
             if self.store.is_fresh(step):
-                completions = self.completions.complete(numbers, step)
+                completions = on_all_ranks(self.accelerator, lambda: self.completions.complete(numbers, step))
                 self.store.keep(numbers, completions, step)
             else:
                 completions = self.store.completions(numbers, step)
+            if versions := [c.version for c in completions if c.version is not None]:
+                self.metrics.values["rollout/weights_version"] = float(min(versions))
+                self.metrics.values["step_time/sync"] = self.completions.sync_s
         rows = []
         for (number, _), completion in zip(numbers, completions, strict=True):
             carries_loss = self.completions.carries_loss(completion)
@@ -412,11 +420,14 @@ class UniSDTrainer(SafeTrainer):
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         nll, tokens = reference_nll(self.model, self.processing_class, mine) if mine else (0.0, 0)
         correct = 0
+        if self.grader is not None:
+            self.engine.sync()
         if self.grader is not None and mine:
             sampling = replace(self.sampling, max_new_tokens=self.args.eval_max_new_tokens or self.args.max_completion_length)
             completions = self.engine.generate([self.prompts.student(row) for row in mine], None, sampling)
             texts = [self.processing_class.decode(completion.ids, skip_special_tokens=True) for completion in completions]
             correct = sum(map(bool, grade_many(self.grader, mine, texts)))
+        self.engine.sleep()
         sums = torch.tensor([nll, tokens, correct], dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             sums = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(0)

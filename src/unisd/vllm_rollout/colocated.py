@@ -121,9 +121,7 @@ class ColocatedEngine:
 
     def sync(self) -> None:
         """Take over the student's weights as they are now."""
-        if self._asleep:
-            self.llm.wake_up()
-            self._asleep = False
+        self._wake()
         self._syncs += 1
         self.weights_version = self._finished_steps()
         if self._with_adapter:
@@ -142,7 +140,7 @@ class ColocatedEngine:
         self.llm.reset_prefix_cache()  # keys and values of the old weights
 
     def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
-        """See `Engine`. The weights are those of the last `sync`.
+        """See `Engine`. The weights are those of the last `sync`; before the first, those that the engine started with.
 
         Raises:
             UserError: a prompt leaves no room for an answer.
@@ -151,8 +149,7 @@ class ColocatedEngine:
 
         if not prompts:
             return []
-        if self._asleep or self.weights_version is None:
-            self.sync()
+        self._wake()
         room = self.llm.llm_engine.model_config.max_model_len - sampling.max_new_tokens
         if (longest := max(map(len, prompts))) > room:
             raise UserError(
@@ -183,6 +180,11 @@ class ColocatedEngine:
         except common.BadAnswer as error:
             raise UserError(f"vLLM gave {error}: this version of it may not fit the model; unset use_vllm.") from error
         return completion if self.returns_logps else replace(completion, logps=None)
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self.llm.wake_up()
+            self._asleep = False
 
     def sleep(self) -> None:
         """Give the memory of weights and cache back, if `vllm_enable_sleep_mode`, until the next `sync`."""

@@ -38,12 +38,12 @@ class Client:
     Args:
         url: without a slash at its end.
         timeout: seconds that one answer may take, and that a failing server is given to recover (at least three attempts).
-        check: told of each failure before the pause; it may end the waiting by an exception.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url = url.rstrip("/")
         self.timeout = timeout
+        self._told = -LONGEST_PAUSE  # when the user was last told of trouble
 
     def ask(
         self,
@@ -53,10 +53,12 @@ class Client:
         method: str = "POST",
         read: Callable[[Any], Result] | None = None,
         retry: bool = True,
+        done: str | None = None,
     ) -> Any:
         """The JSON answer (None where it is empty), or what `read` makes of it.
 
-        `read` raises :class:`BadAnswer` for an answer that is not what was asked for: it counts as a failure of the server.
+        `read` raises :class:`BadAnswer` for an answer that is not what was asked for: it counts as a failure of the server. An error
+        whose text holds `done` says that an earlier request, whose answer was lost, has done it already: None.
 
         Raises:
             Refused: 4xx; with `retry=False` also 5xx.
@@ -70,6 +72,8 @@ class Client:
                 answer = self._once(path, body, method)
                 return answer if read is None else read(answer)
             except Refused as error:
+                if done is not None and attempt > 1 and done in error.text:
+                    return None
                 if error.status < 500 and error.status != 429:
                     raise
                 if not retry:
@@ -82,7 +86,9 @@ class Client:
             if not retry or (attempt >= FEWEST_ATTEMPTS and time.monotonic() - started >= self.timeout):
                 raise Unavailable(trouble)
             pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
-            logger.warning("The vLLM server at %s: %s; asking again in %g s.", self.url, trouble, pause)
+            if time.monotonic() - self._told >= 1:  # many requests may fail at once
+                self._told = time.monotonic()
+                logger.warning("The vLLM server at %s: %s; asking again in %g s.", self.url, trouble, pause)
             time.sleep(pause)
 
     def _once(self, path: str, body: dict[str, Any] | None, method: str) -> Any:

@@ -63,7 +63,8 @@ class ServerEngine:
         self._with_adapter = common.is_adapter(model)
         self._vocabulary = common.vocabulary_of(model)
         self._requests_at_once = args.rollout_batch_size
-        self._tag = ""  # what the server calls the weights of the newest sync
+        self._tag = ""  # what the server calls the weights of the newest sync; the same on all ranks
+        self._syncs = 0
         run = [uuid.uuid4().hex[:8]]
         if accelerator.num_processes > 1:
             broadcast_object_list(run)
@@ -81,7 +82,7 @@ class ServerEngine:
         if self._with_adapter:
             rank = common.lora_rank(self.model)
             return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {name} {options} --enable-lora --max-lora-rank {rank}"
-        return f"VLLM_SERVER_DEV_MODE=1 vllm serve {name} {options} --weight-transfer-config '{{\"backend\": \"{BACKEND}\"}}'"
+        return f'VLLM_SERVER_DEV_MODE=1 vllm serve {name} {options} --weight-transfer-config \'{{"backend": "{BACKEND}"}}\''
 
     def _gone(self, trouble: Exception) -> EngineGone:
         return EngineGone(
@@ -135,7 +136,8 @@ class ServerEngine:
             UserError: it cannot read them.
         """
         self.weights_version = self._finished_steps()
-        self._tag = f"{self._run}-{self.weights_version}"
+        self._syncs += 1
+        self._tag = f"{self._run}-{self.weights_version}-{self._syncs}"
         try:
             if self._accelerator.is_main_process:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -148,11 +150,7 @@ class ServerEngine:
             self._accelerator.wait_for_everyone()
 
     def _write_adapter(self) -> None:
-        folder = self._folder / self._tag
-        if folder.exists():  # the same step again, say with the teacher's weights: the server must not take it for the old one
-            self._tag += f"-{uuid.uuid4().hex[:4]}"
-            folder = self._folder / self._tag
-        common.save_adapter(self.model, folder)
+        common.save_adapter(self.model, self._folder / self._tag)
         older = sorted(self._folder.glob(f"{self._run}-*"), key=lambda path: path.stat().st_mtime)[:-ADAPTERS_KEPT]
         for path in older:
             shutil.rmtree(path, ignore_errors=True)
@@ -164,10 +162,8 @@ class ServerEngine:
     def _load_adapter(self) -> None:
         body = {"lora_name": self._tag, "lora_path": str(self._folder / self._tag)}
         try:
-            self._ask("/v1/load_lora_adapter", body)
+            self._ask("/v1/load_lora_adapter", body, done="already")
         except Refused as error:
-            if "already" in error.text:  # an answer that was lost on its way
-                return
             lacks = " (it was started without VLLM_ALLOW_RUNTIME_LORA_UPDATING=1)" if error.status == 404 else ""
             raise self._unfit(f"does not load the adapter in {self._folder}{lacks}: {error}") from error
 
@@ -175,19 +171,17 @@ class ServerEngine:
         file = self._folder / "weights.safetensors"
         common.save_full_weights(self.model, file)
         try:
-            # Not asked again one by one: an update that broke off begins anew.
-            self._ask("/start_weight_update", {}, retry=False)
-            self._ask("/update_weights", {"update_info": {"path": str(file)}}, retry=False)
-            self._ask("/finish_weight_update", {"weight_version": self._tag}, retry=False)
-            self._ask("/pause?mode=wait", retry=False)  # empties the cache of prompts read with the old weights
-            self._ask("/resume", retry=False)
+            self._ask("/start_weight_update", {}, done="already active")
+            self._ask("/update_weights", {"update_info": {"path": str(file)}})
+            self._ask("/finish_weight_update", {"weight_version": self._tag}, done="without a matching start")
+            self._ask("/reset_prefix_cache", {}, read=_cleared)  # keys and values of the old weights
         except Refused as error:
             raise self._unfit(f"does not take over the weights in {file}: {error}") from error
 
     def _check_version(self) -> None:
         """All weights live in the server alone: one that was started anew, or another run's, must not go unnoticed."""
-        if self._with_adapter:
-            return  # its name is asked for with every request
+        if self._with_adapter or not self._tag:
+            return  # an adapter's name is asked for with every request
         held = (self._ask("/weight_info", method="GET") or {}).get("weight_version")
         if held != self._tag:
             raise Restarted(f"it holds weights {held!r} instead of {self._tag!r}")
@@ -197,19 +191,19 @@ class ServerEngine:
     def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
         """See `Engine`. One request a prompt, `rollout_batch_size` of them at once; vLLM batches them.
 
+        Before the first `sync` with the weights that the server was started with.
+
         Raises:
             EngineGone: the server does not answer, or has lost the weights and cannot be given them again.
             UserError: it refuses a request, such as a prompt that is too long.
         """
-        if self.weights_version is None:
-            self.sync()
         try:
             return self._generate(prompts, keys, sampling)
         except Restarted as error:
             if self._accelerator.num_processes > 1:
                 raise self._gone(error) from error
             logger.warning("The vLLM server at %s was started anew (%s): it is given the weights again.", self.client.url, error)
-        self._base = _models(self._ask("/v1/models", method="GET"))[0]["id"]
+        self._base = self._ask("/v1/models", method="GET", read=_models)[0]["id"]
         if self._with_adapter:
             self._load_adapter()
         else:
@@ -220,11 +214,13 @@ class ServerEngine:
         except Restarted as error:
             raise self._gone(error) from error
 
-    def _generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
+    ) -> list[Completion]:
         def one(number: int) -> Completion:
             prompt = list(prompts[number])
             asked = common.sampling_fields(sampling, None if keys is None else keys[number], self.eos_ids)
-            name = self._tag if self._with_adapter else self._base
+            name = (self._with_adapter and self._tag) or self._base
             body = {"model": name, "prompt": prompt, "return_token_ids": True, "add_special_tokens": False, **asked}
 
             def read(answer: Any) -> Completion:
@@ -277,10 +273,16 @@ def _models(answer: Any) -> list[dict[str, Any]]:
     """What a server serves; the model it was started with first."""
     try:
         models: list[dict[str, Any]] = answer["data"]
-        models[0]["id"]  # noqa: B018
+        if not models[0]["id"]:
+            raise common.BadAnswer("a model without a name")
     except (KeyError, TypeError, IndexError) as error:
         raise common.BadAnswer("no list of models") from error
     return models
+
+
+def _cleared(answer: Any) -> None:
+    if not isinstance(answer, dict) or answer.get("success") is not True:
+        raise common.BadAnswer("that its cache is in use")
 
 
 def _top_logprob(answer: Any) -> dict[str, float]:

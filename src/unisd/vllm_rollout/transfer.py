@@ -63,5 +63,6 @@ def _from_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
     with safe_open(path, framework="pt") as file:
         opened: Any = file
-        for name in opened.keys():
+        names: list[str] = opened.keys()
+        for name in names:
             yield name, opened.get_tensor(name)

@@ -1,0 +1,35 @@
+"""Which engine a run gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from unisd.config import UniSDConfig
+from unisd.rollout import Engine
+
+SYNC_FOLDER = "vllm-sync"  # inside output_dir: weights on their way to a server
+
+
+def build_engine(
+    args: UniSDConfig, model: Any, accelerator: Accelerator, eos_ids: Sequence[int], finished_steps: Callable[[], int]
+) -> Engine:
+    """The engine that `args` asks for, ready to generate with the student's present weights after a `sync`.
+
+    Args:
+        model: the student, unwrapped; its trained weights are read at each `sync`.
+        finished_steps: tells the optimizer step whose weights the student has, the version that completions carry.
+
+    Raises:
+        UserError: vLLM does not start, its server does not answer or was started with other settings, or the model is quantised.
+    """
+    if args.vllm_mode == "server":
+        from unisd.vllm_rollout.server import ServerEngine
+
+        return ServerEngine(args, model, accelerator, eos_ids, finished_steps, Path(args.output_dir) / SYNC_FOLDER)
+    from unisd.vllm_rollout.colocated import ColocatedEngine
+
+    return ColocatedEngine(args, model, accelerator, eos_ids, finished_steps)
