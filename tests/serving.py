@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -31,6 +31,8 @@ class StandIn(ThreadingHTTPServer):
         self.raw_logprobs = False
         self.requests: list[dict[str, Any]] = []  # for completions, in the order of their arrival
         self.calls: Counter[str] = Counter()
+        self.headers: list[Any] = []
+        self.reply: Callable[[list[dict[str, Any]]], str] = lambda messages: ""  # of a chat
         self.restart()
 
     def restart(self) -> None:
@@ -72,10 +74,14 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self, body: dict[str, Any]) -> None:
         server, path = self.server, self.path.partition("?")[0]
         server.calls[path] += 1
+        server.headers.append(self.headers)
         if path in server.lacking:
             return self.refuse(404, "Not Found")
         if path == "/v1/completions":
             return self.complete(body)
+        if path == "/v1/chat/completions":
+            server.requests.append(body)
+            return self.send({"choices": [{"message": {"content": server.reply(body["messages"])}}]})
         if path == "/v1/models":
             return self.answer({"data": [{"id": "base", "max_model_len": 512}]})
         if path == "/weight_info":
@@ -101,7 +107,6 @@ class Handler(BaseHTTPRequestHandler):
         server.requests.append(body)
         if body["model"] not in ("base", *server.adapters):
             return self.refuse(404, f"The model {body['model']} does not exist.")
-        fault = server.broken or (server.faults.pop(0) if server.faults else None)
         draw = random.Random(repr([body["prompt"], body.get("seed"), body["temperature"]]))
         ids = [draw.randrange(6, 262) for _ in range(draw.randint(1, body["max_tokens"]))]
         if len(ids) < body["max_tokens"]:
@@ -111,18 +116,8 @@ class Handler(BaseHTTPRequestHandler):
         choice: dict[str, Any] = {"token_ids": ids, "prompt_token_ids": body["prompt"]}
         choice["logprobs"] = {"token_logprobs": logps, "top_logprobs": [{"a": -0.1 / temperature}] * len(ids)}
         choices = [choice]
-        if fault == "500":
-            return self.refuse(500, "out of order")
-        if fault == "late":
-            time.sleep(1.5)
-        elif fault == "hang up":
-            return self.connection.close()
-        elif fault == "half":
-            data = json.dumps({"choices": choices}).encode()
-            return self.answer(data[: len(data) // 2], promised=len(data))
-        elif fault == "no json":
-            return self.answer(b"<html>busy</html>")
-        elif fault == "too few log-probabilities":
+        fault = self.next_fault() or "none"
+        if fault == "too few log-probabilities":
             logps.append(-1.0)
         elif fault == "two answers":
             choices = [choice, choice]
@@ -137,7 +132,26 @@ class Handler(BaseHTTPRequestHandler):
             choice.pop("token_ids")
         elif fault == "positive log-probability":
             logps[0] = 3.0
-        return self.answer({"choices": choices})
+        return self.send({"choices": choices}, fault)
+
+    def next_fault(self) -> str | None:
+        return self.server.broken or (self.server.faults.pop(0) if self.server.faults else None)
+
+    def send(self, content: Any, fault: str | None = None) -> None:
+        """An answer, unless something happens to it on its way."""
+        fault = fault or self.next_fault()
+        data = json.dumps(content).encode()
+        if fault == "500":
+            return self.refuse(500, "out of order")
+        if fault == "hang up":
+            return self.connection.close()
+        if fault == "half":
+            return self.answer(data[: len(data) // 2], promised=len(data))
+        if fault == "no json":
+            return self.answer(b"<html>busy</html>")
+        if fault == "late":
+            time.sleep(1.5)
+        return self.answer(data)
 
 
 @contextmanager

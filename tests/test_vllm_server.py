@@ -18,9 +18,9 @@ from peft import LoraConfig, get_peft_model
 from serving import StandIn, serving
 from test_invariants import STAR, trainer
 
-from unisd import UniSDConfig, UserError, checkpoints
+from unisd import UniSDConfig, UserError, checkpoints, patient_http
 from unisd.rollout import EngineGone, Sampling
-from unisd.vllm_rollout import common, http
+from unisd.vllm_rollout import common
 from unisd.vllm_rollout.server import ServerEngine
 
 PROMPTS = [[1, 10, 11], [1, 12], [1, 13, 14, 15]]
@@ -44,7 +44,7 @@ FAULTS = (
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(patient_http, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -100,8 +100,8 @@ def test_no_server_at_all(tmp_path: Path) -> None:
 
 def test_a_request_that_is_refused_is_not_sent_again(server: StandIn, tmp_path: Path) -> None:
     built = engine(server, tmp_path)
+    built.sync()
     server.lacking = {"/v1/completions"}
-    built._base = "base"
     server.calls.clear()
     with pytest.raises(EngineGone, match="Not Found"):
         built.generate(PROMPTS[:1], KEYS[:1], SAMPLING)
@@ -315,6 +315,6 @@ def test_half_an_answer_is_no_completion() -> None:
         ([2, True], [-1.0] * 2),
         ([5] * 5, [-1] * 5),
     ):
-        with pytest.raises(common.BadAnswer):
+        with pytest.raises(patient_http.BadAnswer):
             common.completion_of(ids, logps, **asked)
     assert torch.tensor(common.completion_of([2], [1e-5], **asked).logps).max() <= 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd import sandbox, tasks
+from unisd.chat_server import ChatServer
 from unisd.commands import CommandParser, load_any
 from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
 from unisd.errors import UserError
@@ -135,6 +136,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--max_new_tokens", type=int, help="cap on each answer (default: the task's)")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--server_url", metavar="URL", help="let an OpenAI-compatible server answer; no perplexities then")
+    parser.add_argument("--server_model", metavar="NAME", help="the model's name there (default: the first that it serves)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--rows", metavar="FILE.jsonl", help="write one object an answer there, with its text")
     parser.add_argument("--markdown", metavar="FILE.md", help="write the table there")
@@ -146,17 +149,19 @@ def evaluate(arguments: Sequence[str]) -> int:
         raise UserError(f"--n {options.n}, --num_samples {options.num_samples}: at least one is needed.")
     if options.num_samples > 1 and options.temperature <= 0:
         raise UserError("--num_samples: greedy answers are all alike; give a --temperature.")
+    if options.server_url and options.base:
+        raise UserError("--base needs the model itself, for perplexities, not a server: drop --base or --server_url.")
     quiet_libraries()
     files = _files_by_task(options.task, options.data_files)
     chosen = {name: _task(name, files[name], options) for name in options.task}
     evaluation = _Evaluation(options)
     for name, task in chosen.items():
         evaluation.add(name, task)
-    figures = {"schema_version": SCHEMA_VERSION, "model": options.model_name_or_path, "tasks": evaluation.figures}
+    figures = {"schema_version": SCHEMA_VERSION, "model": evaluation.name, "tasks": evaluation.figures}
     # One task: its figures stand at the top as well, under the names of results.json.
     if len(chosen) == 1:
         figures |= {"task": options.task[0], **evaluation.figures[options.task[0]]}
-    header = (options.model_name_or_path, "value", "rows")
+    header = (evaluation.name, "value", "rows")
     show_table(make_console(), header, evaluation.lines)
     if options.json:
         write(options.json, json.dumps(figures, indent=2) + "\n")
@@ -188,7 +193,12 @@ class _Evaluation:
 
     def __init__(self, options: Any) -> None:
         self.options = options
-        self.model, self.tokenizer = load_any(options.model_name_or_path, options.dtype)
+        self.server = ChatServer(options.server_url, options.server_model) if options.server_url else None
+        self.name = options.model_name_or_path
+        if self.server is not None:
+            self.name = self.server.model
+        else:
+            self.model, self.tokenizer = load_any(options.model_name_or_path, options.dtype)
         self.base = load_any(options.base, options.dtype)[0] if options.base else None
         self.figures: dict[str, Figures] = {}
         self.lines: list[list[str]] = []
@@ -219,8 +229,10 @@ class _Evaluation:
             texts = [text for row_answers in answers for text in row_answers]
             for record, text in zip(row_results(rows, grades), texts, strict=True):
                 self.records.append({"task": name, "part": part, **record, "completion": text})
-        found["gold_ppl"] = evaluation.gold_ppl(self.model, self.tokenizer, sets["task"])
-        self.lines.append([f"{prefix}perplexity of the references", number(found["gold_ppl"]), str(len(sets["task"]))])
+        found["gold_ppl"] = None
+        if self.server is None:
+            found["gold_ppl"] = evaluation.gold_ppl(self.model, self.tokenizer, sets["task"])
+            self.lines.append([f"{prefix}perplexity of the references", number(found["gold_ppl"]), str(len(sets["task"]))])
         if self.base is not None:
             rows = sets["retention"] or sets["task"]
             cap = options.max_new_tokens or task.max_new_tokens
@@ -235,13 +247,19 @@ class _Evaluation:
         """One or several answers a row."""
         from unisd.models import eos_ids
         from unisd.prompts import encode_prompt
-        from unisd.rollout import Sampling, generate
+        from unisd.rollout import Sampling, generate, seed_of
 
         options = self.options
+        keys = [(options.seed, 0, i, sample) for i in range(len(rows)) for sample in range(options.num_samples)]
+        if self.server is not None:
+            asked = [row["prompt"] for row in rows for _ in range(options.num_samples)]
+            drawn = {"temperature": options.temperature, "top_p": options.top_p, "seeds": [seed_of(key) for key in keys]}
+            with show_progress(f"answering {what}", len(asked)) as advance:
+                told = iter(self.server.answers(asked, max_tokens=cap, on_rows=advance, **drawn))
+            return [[next(told) for _ in range(options.num_samples)] for _ in rows]
         ends = eos_ids(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0]
         prompts = [encode_prompt(self.tokenizer, row["prompt"]) for row in rows for _ in range(options.num_samples)]
-        keys = [(options.seed, 0, i, sample) for i in range(len(rows)) for sample in range(options.num_samples)]
         sampling = Sampling(cap, options.temperature or 1.0, options.top_p)
         with show_progress(f"answering {what}", len(prompts)) as advance:
             written = generate(

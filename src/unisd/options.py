@@ -69,6 +69,10 @@ class RunOptions:
     negatives: str = option(
         "data", "Wrong references for rows that have none: columns (build none), corrupt or model.", "columns"
     )
+    writer_url: str | None = option(
+        "data", "induction, negatives=model: an OpenAI-compatible server whose model writes them; unset: the model itself."
+    )
+    writer_model: str | None = option("data", "writer_url: the model's name there; unset: the first that it serves.")
     columns: str | None = option("data", "Names of your columns: prompt=question,privileged_context=answer.")
     grader: str | None = option("data", "Grades answers to your rows, so that accuracy is reported (see unisd.graders).")
     max_train_rows: int | None = option("data", "Train on the first so many rows only.")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from unisd import contexts, negatives
+from unisd.chat_server import ChatServer
 from unisd.commands import CommandParser
 from unisd.config import UniSDConfig
 from unisd.console import make_console, quiet_libraries, show_progress, show_table
@@ -22,6 +23,7 @@ from unisd.inputs import RunData, load_data, load_model
 from unisd.options import RunOptions
 from unisd.parsing import parse, train_parser
 from unisd.prompts import PromptBuilder, encode_prompt
+from unisd.rollout import seed_of
 from unisd.similarity import prompt_text
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,18 @@ def writer(model: Any, tokenizer: Any, seed: int, what: str) -> Callable[[list[s
     return write
 
 
+def server_writer(server: ChatServer, seed: int, what: str) -> Callable[[list[str], int], list[str]]:
+    """The same by a server's model."""
+
+    def write(prompts: list[str], attempt: int) -> list[str]:
+        with show_progress(f"writing {what}", len(prompts)) as advance:
+            seeds = [seed_of((seed, attempt, i, 0)) for i in range(len(prompts))]
+            drawn = {"max_tokens": WRITTEN_TOKENS, "temperature": 0.7, "top_p": 0.95}
+            return [text.strip() for text in server.answers(prompts, seeds=seeds, on_rows=advance, **drawn)]
+
+    return write
+
+
 def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Callable[[], tuple[Any, Any]]) -> list[Row]:
     """The training rows with the contexts and wrong references that the options ask for.
 
@@ -92,14 +106,20 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
         UserError: see `contexts.build` and `negatives.build`.
     """
     rows = data.train
+    written = options.agreement_contexts == "induction" or options.negatives == "model"
+    server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
     if options.agreement_contexts != "columns":
         settings = contexts.Settings(options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder)
         embedder: contexts.Embedder | None = None
         write = None
-        needs_model = settings.kind == "induction" or (settings.kind == "retrieval" and settings.embedder == "model")
-        if needs_model:
+        key = ""
+        if server is not None and settings.kind == "induction":
+            write = server_writer(server, config.seed, "instructions")
+            key = f"{server.client.url} {server.model}"
+        elif settings.kind == "induction" or (settings.kind == "retrieval" and settings.embedder == "model"):
             model, tokenizer = load()
             embedder, write = ModelEmbedder(model, tokenizer), writer(model, tokenizer, config.seed, "instructions")
+            key = model_key(model)
         elif settings.kind == "retrieval" and settings.embedder != "tfidf":
             embedder = contexts.SentenceTransformerEmbedder(settings.embedder)
         rows = contexts.build(
@@ -107,12 +127,14 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
             settings,
             embedder=embedder,
             write=write,
-            model_key=model_key(model) if needs_model else "",
+            model_key=key,
             cache_dir=cache_dir() / "contexts",
         )
     if options.negatives != "columns":
         write = None
-        if options.negatives == "model":
+        if options.negatives == "model" and server is not None:
+            write = server_writer(server, config.seed, "wrong answers")
+        elif options.negatives == "model":
             model, tokenizer = load()
             write = writer(model, tokenizer, config.seed, "wrong answers")
         rows = negatives.build(rows, options.negatives, seed=config.seed, grade=data.grader, write=write)
@@ -142,6 +164,7 @@ def model_key(model: Any) -> str:
 SHARED = (
     "model_name_or_path", "dtype", "trust_remote_code", "task", "data_files", "task_options", "noise", "train_file", "dataset_name",
     "dataset_config", "dataset_train_split", "columns", "grader", "max_train_rows", "agreement_contexts", "embedder", "negatives",
+    "writer_url", "writer_model",
     "num_auxiliary_contexts", "teacher_prompt_layout", "teacher_prompt_template", "auxiliary_prompt_template",
     "max_teacher_prompt_length", "max_completion_length", "allow_unsafe_code_execution", "seed",
 )  # fmt: skip

@@ -76,6 +76,11 @@ def uniform_noise(key: NoiseKey, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=bits)).random(length)
 
 
+def seed_of(key: NoiseKey) -> int:
+    """The seed (63 bits) of one request to an engine that draws by itself: the same row in the same step asks for the same answer."""
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
     """Draws the next token by inverting the cumulative distribution at this row's and position's own uniform number.
 

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.memory import available
+from unisd.patient_http import BadAnswer
 from unisd.rollout import Completion, NoiseKey, Sampling
 from unisd.vllm_rollout import common
 from unisd.vllm_rollout.plugin import BACKEND, register
@@ -177,7 +178,7 @@ class ColocatedEngine:
                 vocabulary=self._vocabulary,
                 version=self.weights_version or 0,
             )
-        except common.BadAnswer as error:
+        except BadAnswer as error:
             raise UserError(f"vLLM gave {error}: this version of it may not fit the model; unset use_vllm.") from error
         return completion if self.returns_logps else replace(completion, logps=None)
 

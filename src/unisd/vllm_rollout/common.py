@@ -7,25 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
-from unisd.rollout import Completion, NoiseKey, Sampling
+from unisd.patient_http import BadAnswer
+from unisd.rollout import Completion, NoiseKey, Sampling, seed_of
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM is built for
-
-
-class BadAnswer(Exception):
-    """The engine's answer is not what was asked for; the text says how."""
-
-
-def seed_of(key: NoiseKey) -> int:
-    """The seed of one request, 63 bits: the same row in the same step asks for the same answer, also after a resume."""
-    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def sampling_fields(sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[int]) -> dict[str, Any]:

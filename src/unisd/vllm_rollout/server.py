@@ -19,9 +19,9 @@ from accelerate.utils import broadcast_object_list
 
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
+from unisd.patient_http import BadAnswer, Client, Refused, Unavailable
 from unisd.rollout import Completion, EngineGone, NoiseKey, Sampling
 from unisd.vllm_rollout import common
-from unisd.vllm_rollout.http import Client, Refused, Unavailable
 from unisd.vllm_rollout.plugin import BACKEND
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ class ServerEngine:
         try:
             return self._generate(prompts, keys, sampling)
         except Restarted as error:
-            if self._accelerator.num_processes > 1:
+            if self._accelerator.num_processes > 1 or not self._tag:
                 raise self._gone(error) from error
             logger.warning("The vLLM server at %s was started anew (%s): it is given the weights again.", self.client.url, error)
         self._base = self._ask("/v1/models", method="GET", read=_models)[0]["id"]
@@ -246,15 +246,15 @@ class ServerEngine:
         try:
             choices = answer["choices"]
             if len(choices) != 1:
-                raise common.BadAnswer(f"{len(choices)} answers to one prompt")
+                raise BadAnswer(f"{len(choices)} answers to one prompt")
             ids, logps = choices[0]["token_ids"], choices[0]["logprobs"]["token_logprobs"]
             read = choices[0].get("prompt_token_ids")
         except (KeyError, TypeError, IndexError) as error:
-            raise common.BadAnswer(f"an answer without {error}") from error
+            raise BadAnswer(f"an answer without {error}") from error
         if not isinstance(ids, list) or not isinstance(logps, list):
-            raise common.BadAnswer("an answer without token ids or log-probabilities")
+            raise BadAnswer("an answer without token ids or log-probabilities")
         if read is not None and read != prompt:
-            raise common.BadAnswer("an answer to another prompt")
+            raise BadAnswer("an answer to another prompt")
         completion = common.completion_of(
             ids,
             logps,
@@ -274,15 +274,15 @@ def _models(answer: Any) -> list[dict[str, Any]]:
     try:
         models: list[dict[str, Any]] = answer["data"]
         if not models[0]["id"]:
-            raise common.BadAnswer("a model without a name")
+            raise BadAnswer("a model without a name")
     except (KeyError, TypeError, IndexError) as error:
-        raise common.BadAnswer("no list of models") from error
+        raise BadAnswer("no list of models") from error
     return models
 
 
 def _cleared(answer: Any) -> None:
     if not isinstance(answer, dict) or answer.get("success") is not True:
-        raise common.BadAnswer("that its cache is in use")
+        raise BadAnswer("that its cache is in use")
 
 
 def _top_logprob(answer: Any) -> dict[str, float]:
@@ -290,5 +290,5 @@ def _top_logprob(answer: Any) -> dict[str, float]:
         top: dict[str, float] = answer["choices"][0]["logprobs"]["top_logprobs"][0]
         max(top.values())
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise common.BadAnswer("no log-probabilities") from error
+        raise BadAnswer("no log-probabilities") from error
     return top

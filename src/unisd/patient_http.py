@@ -11,13 +11,15 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from unisd.vllm_rollout.common import BadAnswer
-
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 FEWEST_ATTEMPTS = 3
 Result = TypeVar("Result")
+
+
+class BadAnswer(Exception):
+    """A server's (or an engine's) answer is not what was asked for; the text says how."""
 
 
 class Refused(Exception):
@@ -36,12 +38,14 @@ class Client:
     """Requests with JSON bodies to one server.
 
     Args:
-        url: without a slash at its end.
+        url: without a path.
         timeout: seconds that one answer may take, and that a failing server is given to recover (at least three attempts).
+        headers: sent with each request.
     """
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None) -> None:
         self.url = url.rstrip("/")
+        self.headers = {"Content-Type": "application/json", **(headers or {})}
         self.timeout = timeout
         self._told = -LONGEST_PAUSE  # when the user was last told of trouble
 
@@ -88,13 +92,12 @@ class Client:
             pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
             if time.monotonic() - self._told >= 1:  # many requests may fail at once
                 self._told = time.monotonic()
-                logger.warning("The vLLM server at %s: %s; asking again in %g s.", self.url, trouble, pause)
+                logger.warning("The server at %s: %s; asking again in %g s.", self.url, trouble, pause)
             time.sleep(pause)
 
     def _once(self, path: str, body: dict[str, Any] | None, method: str) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=headers, method=method)
+        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 content = response.read()
