@@ -31,18 +31,17 @@ pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-3  # nats, of a token's log-probability
 SAMPLING = Sampling(max_new_tokens=16, temperature=0.7)
 RUN = """\
-recipe: unisd-star
+recipe: sdft
 model_name_or_path: smollm2-135m
 dtype: float32
 train_file: {rows}
 eval_file: {rows}
 grader: contains
-agreement: token
 max_steps: 3
-per_device_train_batch_size: 2
+per_device_train_batch_size: 1
 gradient_accumulation_steps: 2
-max_completion_length: 16
-max_eval_rows: 2
+max_completion_length: 12
+max_eval_rows: 1
 learning_rate: 1.0e-4
 lora_dropout: 0.0
 vllm_gpu_memory_utilization: 0.05
@@ -59,11 +58,9 @@ def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sums = [(a, b) for a in (3, 7, 12) for b in (5, 8, 21, 34)]
     rows = [
         {
-            "prompt": f"What is {a} plus {b}? Answer in one short sentence.",
+            "prompt": f"What is {a} plus {b}?",
             "privileged_context": f"{a} plus {b} is {a + b}.",
             "completion": str(a + b),
-            "negative_context": f"{a} plus {b} is {a + b + 1}.",
-            "auxiliary_contexts": [f"What is {k} plus {k}? It is {2 * k}." for k in (4, 6, 9)],
         }
         for a, b in sums
     ]

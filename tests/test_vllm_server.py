@@ -19,7 +19,7 @@ from serving import StandIn, serving
 from test_invariants import STAR, trainer
 
 from unisd import UniSDConfig, UserError, checkpoints, patient_http
-from unisd.rollout import EngineGone, Sampling
+from unisd.rollout import RolloutError, Sampling
 from unisd.vllm_rollout import common
 from unisd.vllm_rollout.server import ServerEngine
 
@@ -84,7 +84,7 @@ def test_a_fault_that_stays_ends_in_one_clear_error(server: StandIn, tmp_path: P
     built = engine(server, tmp_path)
     built.sync()
     server.broken = fault
-    with pytest.raises(EngineGone) as raised:
+    with pytest.raises(RolloutError) as raised:
         built.generate(PROMPTS, KEYS, SAMPLING)
     text = str(raised.value)
     assert server.url in text and "vllm serve" in text and "--resume_from_checkpoint" in text and "\n" not in text
@@ -94,7 +94,7 @@ def test_a_fault_that_stays_ends_in_one_clear_error(server: StandIn, tmp_path: P
 def test_no_server_at_all(tmp_path: Path) -> None:
     with serving() as gone:
         pass
-    with pytest.raises(EngineGone, match="does not answer"):
+    with pytest.raises(RolloutError, match="does not answer"):
         engine(gone, tmp_path, timeout=0.1)
 
 
@@ -103,7 +103,7 @@ def test_a_request_that_is_refused_is_not_sent_again(server: StandIn, tmp_path: 
     built.sync()
     server.lacking = {"/v1/completions"}
     server.calls.clear()
-    with pytest.raises(EngineGone, match="Not Found"):
+    with pytest.raises(RolloutError, match="Not Found"):
         built.generate(PROMPTS[:1], KEYS[:1], SAMPLING)
     assert server.calls["/v1/completions"] == 2  # once, and once more after it was asked for its models
 

@@ -50,8 +50,8 @@ class Sampling:
     min_p: float = 0.0
 
 
-class EngineGone(UserError):
-    """The engine does not answer any more: the run ends, with its last finished step in a checkpoint."""
+class RolloutError(UserError):
+    """No completions are to be had, say because a server is gone: the run ends, with its last finished step in a checkpoint."""
 
 
 class Engine(Protocol):

@@ -24,7 +24,7 @@ from unisd.errors import UserError
 from unisd.guards import CollapseGuard, FiniteGuard, is_out_of_memory, pieces_of, release_memory, smaller_until_it_fits
 from unisd.metrics import StepMetrics
 from unisd.reuse import RolloutStore
-from unisd.rollout import EngineGone
+from unisd.rollout import RolloutError
 from unisd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -34,16 +34,16 @@ ROW_TOO_LARGE = "a single row does not fit into memory: lower max_completion_len
 
 
 def on_all_ranks(accelerator: Accelerator, rollout: Callable[[], Result]) -> Result:
-    """What `rollout` returns; where the engine is gone for one rank, `EngineGone` on all, so that none waits for the others."""
+    """What `rollout` returns; where it raises `UserError` on one rank, `RolloutError` on all, so that none waits for the others."""
     found: list[Result] = []
-    gone: str | None = None
+    failure: str | None = None
     try:
         found.append(rollout())
-    except EngineGone as error:
-        gone = str(error)
-    told = [gone] if accelerator.num_processes == 1 else gather_object([gone])
-    if any(told):
-        raise EngineGone(next(text for text in told if text))
+    except UserError as error:
+        failure = str(error)
+    failures = [failure] if accelerator.num_processes == 1 else gather_object([failure])
+    if any(failures):
+        raise RolloutError(next(text for text in failures if text))
     return found[0]
 
 
@@ -195,7 +195,7 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
         self.stop_reason = None
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        except EngineGone as error:
+        except RolloutError as error:
             raise UserError(f"{error} {self._save_finished_steps()}") from error
         if self.stop_reason is not None:
             raise UserError(self.stop_reason)

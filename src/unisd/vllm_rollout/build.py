@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from unisd.config import UniSDConfig
+from unisd.errors import UserError
 from unisd.rollout import Engine
 
 SYNC_FOLDER = "vllm-sync"  # inside output_dir: weights on their way to a server
@@ -26,6 +27,8 @@ def build_engine(
     Raises:
         UserError: vLLM does not start, its server does not answer or was started with other settings, or the model is quantised.
     """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError("use_vllm needs whole weights in each process: use accelerate_config=ddp, or unset use_vllm.")
     if args.vllm_mode == "server":
         from unisd.vllm_rollout.server import ServerEngine
 

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.patient_http import BadAnswer, Client, Refused, Unavailable
-from unisd.rollout import Completion, EngineGone, NoiseKey, Sampling
+from unisd.rollout import Completion, NoiseKey, RolloutError, Sampling
 from unisd.vllm_rollout import common
 from unisd.vllm_rollout.plugin import BACKEND
 
@@ -84,8 +84,8 @@ class ServerEngine:
             return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {name} {options} --enable-lora --max-lora-rank {rank}"
         return f'VLLM_SERVER_DEV_MODE=1 vllm serve {name} {options} --weight-transfer-config \'{{"backend": "{BACKEND}"}}\''
 
-    def _gone(self, trouble: Exception) -> EngineGone:
-        return EngineGone(
+    def _gone(self, trouble: Exception) -> RolloutError:
+        return RolloutError(
             f"the vLLM server at {self.client.url} does not answer ({trouble}); start it with: {self._start}; training goes on from "
             "the last checkpoint with --resume_from_checkpoint."
         )
@@ -132,7 +132,7 @@ class ServerEngine:
         """Give the student's weights, as they are now, to the server; all ranks must call.
 
         Raises:
-            EngineGone: it does not answer.
+            RolloutError: it does not answer.
             UserError: it cannot read them.
         """
         self.weights_version = self._finished_steps()
@@ -194,7 +194,7 @@ class ServerEngine:
         Before the first `sync` with the weights that the server was started with.
 
         Raises:
-            EngineGone: the server does not answer, or has lost the weights and cannot be given them again.
+            RolloutError: the server does not answer, or has lost the weights and cannot be given them again.
             UserError: it refuses a request, such as a prompt that is too long.
         """
         try:
