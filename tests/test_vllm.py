@@ -78,7 +78,8 @@ def lines(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
 def plain_keys(configuration: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The metrics of the same run with transformers' `generate`."""
     folder = tmp_path_factory.mktemp("plain")
-    assert main(["train", "--config", str(configuration), "--use_peft", "--output_dir", str(folder / "out")]) == 0
+    flags = ["--use_peft", "--max_steps", "1"]
+    assert main(["train", "--config", str(configuration), *flags, "--output_dir", str(folder / "out")]) == 0
     return set(lines(folder / "out")[-1])
 
 

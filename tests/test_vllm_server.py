@@ -142,6 +142,7 @@ def test_requests_ask_for_what_the_noise_key_says(server: StandIn, tmp_path: Pat
     other = [common.seed_of(key) for key in [(3, 0, 0, 0), (4, 0, 0, 0), (3, 1, 0, 0), (3, 0, 1, 0), (3, 0, 0, 1)]]
     assert len(set(other)) == 5 and all(0 <= seed < 2**63 for seed in other)
     assert all(r["temperature"] == 0.7 and r["max_tokens"] == 6 and r["stop_token_ids"] == [2] for r in server.requests)
+    assert all(r["repetition_penalty"] == 1 for r in server.requests)  # not the model's own default
     server.requests.clear()
     built.generate(PROMPTS[:1], None, SAMPLING)
     assert server.requests[0]["temperature"] == 0 and "seed" not in server.requests[0]

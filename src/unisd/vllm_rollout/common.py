@@ -30,6 +30,10 @@ def sampling_fields(sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[
         "stop_token_ids": list(eos_ids),
         "logprobs": 0,  # of the drawn token alone
         "skip_special_tokens": False,
+        # A server would take the model's own generation defaults where nothing is said.
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }
     if key is None:
         return {**fields, "temperature": 0.0}
