@@ -98,6 +98,7 @@ class Handler(BaseHTTPRequestHandler):
             if body["lora_name"] in server.adapters:
                 return self.refuse(400, "already loaded")
             server.adapters[body["lora_name"]] = body["lora_path"]
+            return self.answer(b"Success: the adapter was added.")
         elif path == "/v1/unload_lora_adapter":
             server.adapters.pop(body["lora_name"], None)
         return self.answer({"success": True})

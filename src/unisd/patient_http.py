@@ -58,11 +58,13 @@ class Client:
         read: Callable[[Any], Result] | None = None,
         retry: bool = True,
         done: str | None = None,
+        sentence: bool = False,
     ) -> Any:
         """The JSON answer (None where it is empty), or what `read` makes of it.
 
         `read` raises :class:`BadAnswer` for an answer that is not what was asked for: it counts as a failure of the server. An error
-        whose text holds `done` says that an earlier request, whose answer was lost, has done it already: None.
+        whose text holds `done` says that an earlier request, whose answer was lost, has done it already: None. With `sentence` the
+        answer need not be JSON.
 
         Raises:
             Refused: 4xx; with `retry=False` also 5xx.
@@ -73,7 +75,7 @@ class Client:
         while True:
             attempt += 1
             try:
-                answer = self._once(path, body, method)
+                answer = self._once(path, body, method, sentence)
                 return answer if read is None else read(answer)
             except Refused as error:
                 if done is not None and attempt > 1 and done in error.text:
@@ -95,7 +97,7 @@ class Client:
                 logger.warning("The server at %s: %s; asking again in %g s.", self.url, trouble, pause)
             time.sleep(pause)
 
-    def _once(self, path: str, body: dict[str, Any] | None, method: str) -> Any:
+    def _once(self, path: str, body: dict[str, Any] | None, method: str, sentence: bool) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers, method=method)
         try:
@@ -110,8 +112,8 @@ class Client:
         try:
             return json.loads(content)
         except ValueError:
-            if path.startswith("/v1/load_lora_adapter") or path.startswith("/v1/unload_lora_adapter"):
-                return None  # a sentence
+            if sentence:
+                return None
             raise BadAnswer(f"{len(content)} bytes that are no JSON") from None
 
 

@@ -86,6 +86,7 @@ class ColocatedEngine:
             "enable_sleep_mode": self._can_sleep,
             "enforce_eager": self._on_cpu,  # compiling for a CPU takes minutes and a C++ compiler
             "seed": args.seed,
+            "use_tqdm_on_load": False,
         }
         if self._on_cpu and (free := available(accelerator.device)) is not None:
             options["kv_cache_memory_bytes"] = int(args.vllm_gpu_memory_utilization * free)

@@ -155,14 +155,14 @@ class ServerEngine:
         for path in older:
             shutil.rmtree(path, ignore_errors=True)
             try:
-                self.client.ask("/v1/unload_lora_adapter", {"lora_name": path.name}, retry=False)
+                self.client.ask("/v1/unload_lora_adapter", {"lora_name": path.name}, retry=False, sentence=True)
             except (Refused, Unavailable):
                 logger.debug("The server did not know the adapter %s any more.", path.name)
 
     def _load_adapter(self) -> None:
         body = {"lora_name": self._tag, "lora_path": str(self._folder / self._tag)}
         try:
-            self._ask("/v1/load_lora_adapter", body, done="already")
+            self._ask("/v1/load_lora_adapter", body, done="already", sentence=True)
         except Refused as error:
             lacks = " (it was started without VLLM_ALLOW_RUNTIME_LORA_UPDATING=1)" if error.status == 404 else ""
             raise self._unfit(f"does not load the adapter in {self._folder}{lacks}: {error}") from error
