@@ -1,6 +1,6 @@
 """Rollouts by the real vLLM on SmolLM2-135M in float32: colocated and served, all weights and an adapter, from one configuration file.
 
-Run by `.ci/run` in an environment that holds vLLM: `pytest -m vllm -s` prints what was measured.
+Run by `.ci/run` in an environment that holds vLLM: `pytest -m vllm -s tests/test_vllm.py` prints what was measured.
 """
 
 from __future__ import annotations
