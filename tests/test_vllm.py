@@ -78,8 +78,7 @@ def lines(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
 def plain_keys(configuration: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The metrics of the same run with transformers' `generate`."""
     folder = tmp_path_factory.mktemp("plain")
-    flags = ["--use_peft", "--max_steps", "1"]
-    assert main(["train", "--config", str(configuration), *flags, "--output_dir", str(folder / "out")]) == 0
+    assert main(["train", "--config", str(configuration), "--use_peft", "--output_dir", str(folder / "out")]) == 0
     return set(lines(folder / "out")[-1])
 
 
@@ -99,9 +98,7 @@ def largest_gap(engine: Any, model: Any) -> float:
     return float(torch.stack(gaps).max())
 
 
-def train_and_compare(
-    configuration: Path, folder: Path, flags: list[str], plain_keys: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def train_and_compare(configuration: Path, folder: Path, flags: list[str], request: pytest.FixtureRequest) -> None:
     """Three steps with the command; the engine's log-probabilities before them, in them, and after further moves of the weights."""
     seen: dict[str, Any] = {}
     build = trainer.build_engine
@@ -112,12 +109,11 @@ def train_and_compare(
         seen.update(engine=engine, model=model, start=time.monotonic() - start, before=largest_gap(engine, model.eval()))
         return engine
 
-    monkeypatch.setattr(trainer, "build_engine", watched)
-    assert main(["train", "--config", str(configuration), "--use_vllm", *flags, "--output_dir", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer, "build_engine", watched)
+        assert main(["train", "--config", str(configuration), "--use_vllm", *flags, "--output_dir", str(folder)]) == 0
     found = lines(folder)
     assert [line["rollout/weights_version"] for line in found] == [0, 1, 2]
-    engine_keys = {key for key in found[-1] if key.startswith(("rollout/", "importance/"))} | {"step_time/sync"}
-    assert set(found[-1]) - engine_keys == plain_keys
     for line in found:  # our scorer against the engine, in every step
         assert abs(line["importance/gap"]) < TOLERANCE and abs(line["importance/mean"] - 1) < TOLERANCE
         assert line["importance/max"] < 1 + 10 * TOLERANCE and line["loss"] > 0
@@ -142,13 +138,13 @@ def train_and_compare(
     assert unsynced > 20 * TOLERANCE  # so that a sync that does nothing would be seen
     seen.clear()
     gc.collect()
+    engine_keys = {key for key in found[-1] if key.startswith(("rollout/", "importance/"))} | {"step_time/sync"}
+    assert set(found[-1]) - engine_keys == request.getfixturevalue("plain_keys")
 
 
 @pytest.mark.parametrize("adapter", [[], ["--use_peft"]], ids=["full", "lora"])
-def test_colocated(
-    configuration: Path, tmp_path: Path, adapter: list[str], plain_keys: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train_and_compare(configuration, tmp_path / "out", ["--vllm_mode", "colocate", *adapter], plain_keys, monkeypatch)
+def test_colocated(configuration: Path, tmp_path: Path, adapter: list[str], request: pytest.FixtureRequest) -> None:
+    train_and_compare(configuration, tmp_path / "out", ["--vllm_mode", "colocate", *adapter], request)
 
 
 @contextmanager
@@ -191,16 +187,11 @@ def vllm_serve(folder: Path, options: list[str]) -> Iterator[str]:
     ids=["full", "lora"],
 )
 def test_server(
-    configuration: Path,
-    tmp_path: Path,
-    adapter: list[str],
-    options: list[str],
-    plain_keys: set[str],
-    monkeypatch: pytest.MonkeyPatch,
+    configuration: Path, tmp_path: Path, adapter: list[str], options: list[str], request: pytest.FixtureRequest
 ) -> None:
     with vllm_serve(tmp_path, options) as url:
         flags = ["--vllm_mode", "server", "--vllm_server_base_url", url, *adapter]
-        train_and_compare(configuration, tmp_path / "out", flags, plain_keys, monkeypatch)
+        train_and_compare(configuration, tmp_path / "out", flags, request)
         if adapter:
             two_processes(configuration, tmp_path / "two", ["--use_vllm", *flags])
 
