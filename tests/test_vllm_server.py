@@ -198,7 +198,7 @@ def test_adapters_that_vllm_cannot_serve(server: StandIn, tmp_path: Path, option
 def run(folder: Path, server: StandIn, **options: Any) -> Any:
     asked = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_server_timeout": 0.3}
     batches = {"gradient_accumulation_steps": 2, "num_train_epochs": 99, "max_steps": 4}
-    return trainer(folder, rows=tiny.rows(8), **batches, **asked, **options)
+    return trainer(folder, rows=tiny.rows(8), **{**batches, **asked, **options})
 
 
 def lines(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -253,7 +253,8 @@ class _Evaluation:
         keys = [(options.seed, 0, i, sample) for i in range(len(rows)) for sample in range(options.num_samples)]
         if self.server is not None:
             asked = [row["prompt"] for row in rows for _ in range(options.num_samples)]
-            drawn = {"temperature": options.temperature, "top_p": options.top_p, "seeds": [seed_of(key) for key in keys]}
+            drawn: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p}
+            drawn["seeds"] = [seed_of(key) for key in keys]
             with show_progress(f"answering {what}", len(asked)) as advance:
                 told = iter(self.server.answers(asked, max_tokens=cap, on_rows=advance, **drawn))
             return [[next(told) for _ in range(options.num_samples)] for _ in rows]

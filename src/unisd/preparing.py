@@ -90,7 +90,7 @@ def server_writer(server: ChatServer, seed: int, what: str) -> Callable[[list[st
     def write(prompts: list[str], attempt: int) -> list[str]:
         with show_progress(f"writing {what}", len(prompts)) as advance:
             seeds = [seed_of((seed, attempt, i, 0)) for i in range(len(prompts))]
-            drawn = {"max_tokens": WRITTEN_TOKENS, "temperature": 0.7, "top_p": 0.95}
+            drawn: dict[str, Any] = {"max_tokens": WRITTEN_TOKENS, "temperature": 0.7, "top_p": 0.95}
             return [text.strip() for text in server.answers(prompts, seeds=seeds, on_rows=advance, **drawn)]
 
     return write
