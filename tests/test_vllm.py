@@ -153,7 +153,9 @@ def vllm_serve(folder: Path, options: list[str]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", models.resolve("smollm2-135m"), "--port", str(port)]
+    # `vllm serve` looks for a package called vllm, which the one for CPUs is not.
+    served = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.resolve("smollm2-135m")]
+    command = [*served, "--host", "127.0.0.1", "--port", str(port)]
     common = ["--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--max-model-len", "512", "--enforce-eager"]
     switches = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
     small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
