@@ -128,5 +128,7 @@ def vocabulary_of(model: Any) -> int:
 
 def dtype_of(model: Any) -> torch.dtype:
     """The precision of the weights that the engine computes with: under an adapter the base's."""
-    frozen = [p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()] if is_adapter(model) else []
-    return frozen[0] if frozen else next(p.dtype for p in model.parameters() if p.is_floating_point())
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    base = [p for p in floats if not p.requires_grad] if is_adapter(model) else []
+    dtype: torch.dtype = (base or floats)[0].dtype
+    return dtype
