@@ -147,6 +147,37 @@ def test_colocated(configuration: Path, tmp_path: Path, adapter: list[str], requ
     train_and_compare(configuration, tmp_path / "out", ["--vllm_mode", "colocate", *adapter], request)
 
 
+def test_colocated_in_two_processes_samples_the_same(tmp_path: Path) -> None:
+    """The pocket model: an engine in each process, and each row's answer and the losses are those of one process."""
+    asked = [
+        "--recipe",
+        "sdft",
+        "--max_steps",
+        "2",
+        "--max_completion_length",
+        "12",
+        "--max_eval_rows",
+        "2",
+        "--record_samples",
+        "4",
+    ]
+    asked += ["--per_device_train_batch_size", "2", "--use_vllm", "--vllm_gpu_memory_utilization", "0.02"]
+    found = []
+    for flags in (["--gradient_accumulation_steps", "2"], ["--accelerate_config", "ddp", "--num_processes", "2"]):
+        if "ddp" in flags:
+            flags += ["--gradient_accumulation_steps", "1"]
+        folder = tmp_path / str(len(found))
+        command = [sys.executable, "-m", "unisd", "train", *asked, *flags, "--output_dir", str(folder)]
+        subprocess.run(command, check=True, timeout=400)
+        found.append((lines(folder), {(r["step"], r["id"]): r["tokens"] for r in lines(folder, "samples.jsonl")}))
+    (one, its_answers), (two, their_answers) = found
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+    assert [line["completions/mean_length"] for line in two] == [line["completions/mean_length"] for line in one]
+    assert [line["rollout/weights_version"] for line in two] == [0, 1]
+    shared = its_answers.keys() & their_answers.keys()  # only the first process records
+    assert len(shared) >= 4 and all(its_answers[key] == their_answers[key] for key in shared)
+
+
 @contextmanager
 def vllm_serve(folder: Path, options: list[str]) -> Iterator[str]:
     """A server of the kind that the error messages tell the user to start; yields its address."""
