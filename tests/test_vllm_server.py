@@ -294,6 +294,11 @@ def test_address_of_the_server(tmp_path: Path) -> None:
     assert UniSDConfig(**asked, vllm_server_base_url="https://a/b/").vllm_server_url == "https://a/b"
 
 
+def test_an_address_without_http_is_none() -> None:
+    with pytest.raises(UserError, match="http://HOST:PORT"):
+        patient_http.Client("localhost:8000", 1.0)
+
+
 def test_the_plugin_imports_little() -> None:
     """A server's processes load it where perhaps nothing but vLLM is installed."""
     import subprocess

@@ -11,6 +11,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from unisd.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
@@ -41,9 +43,14 @@ class Client:
         url: without a path.
         timeout: seconds that one answer may take, and that a failing server is given to recover (at least three attempts).
         headers: sent with each request.
+
+    Raises:
+        UserError: the address is none.
     """
 
     def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"{url!r} is not the address of a server: write http://HOST:PORT.")
         self.url = url.rstrip("/")
         self.headers = {"Content-Type": "application/json", **(headers or {})}
         self.timeout = timeout
