@@ -228,10 +228,15 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     )
 
     # -- diagnostics ------------------------------------------------------------------------------------------------------
-    diagnostics: bool = option("diagnostics", "Watch the answers for lost doubt, leaks and collapse, and raise alarms.", True)
+    diagnostics: bool = option("diagnostics", "Count what the answers are made of: words of doubt, leaks, repetition.", True)
     diagnostics_words: str = option("diagnostics", "Words of doubt: a language (en, de), or a file with one a line.", "en")
-    diagnostics_window: int = option("diagnostics", "Steps at the start and at the end that are compared.", 5)
-    diagnostics_stop: bool = option("diagnostics", "End the training at the first alarm.", False)
+    alarms: str = option(
+        "diagnostics",
+        "When the last steps compare badly with the first (collapse, lost doubt, leak, forgetting, ...): warn, stop (with a checkpoint) "
+        "or off.",
+        "warn",
+    )
+    alarm_window: int = option("diagnostics", "Steps at the start, and at the end, that alarms compare.", 5)
     diagnostics_probe_steps: int | None = option(
         "diagnostics",
         "Every so many steps: the teacher under a wrong answer and without the question, and the likelihood of the probe set.",
@@ -254,11 +259,6 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         "safety",
         "A step whose loss or gradient is not finite is skipped; so many in a row stop the run, with the rows named.",
         5,
-    )
-    collapse_guard: str = option(
-        "safety",
-        "When answers, entropy or divergence leave what they were in the first steps: warn, stop (with a checkpoint) or off.",
-        "warn",
     )
 
     # -- inherited, with this method's defaults ---------------------------------------------------------------------------
@@ -386,7 +386,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "agreement": ("none", "token", "sequence"),
     "agreement_stat": ("var", "range"),
     "weight_normalizer": (None, *NORMALIZERS),
-    "collapse_guard": ("warn", "stop", "off"),
+    "alarms": ("warn", "stop", "off"),
     "packing": ("auto", "packed", "padded"),
 }
 _INF = float("inf")
@@ -430,7 +430,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "eval_max_new_tokens": (1, _INF),
     "record_samples": (0, 100),
     "max_skipped_steps": (1, _INF),
-    "diagnostics_window": (1, _INF),
+    "alarm_window": (1, _INF),
     "diagnostics_probe_steps": (1, _INF),
     "diagnostics_probe_rows": (1, _INF),
 }

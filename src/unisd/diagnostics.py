@@ -14,7 +14,6 @@ are files in `words/`, one per language; any other file of the same form can tak
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,9 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
-from unisd.artefacts import read_lines
+from unisd.alarms import NGRAM
 from unisd.data import Row
 from unisd.errors import UserError
 from unisd.levels import final_answer, reference_at
@@ -35,13 +33,7 @@ from unisd.rollout import Completion
 from unisd.scoring import Scorer, ScoringRow
 from unisd.targets import jensen_shannon
 
-logger = logging.getLogger(__name__)
-
 FOLDER = Path(__file__).parent / "words"
-NGRAM = 4
-FORGOTTEN_NATS = 0.3  # a token: an answer of 20 tokens has become 400 times less likely
-HEDGES_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
-REPEATED_AT_LEAST = 0.10
 PROBE_TOKENS = 32  # of a row, evenly spaced
 
 
@@ -100,7 +92,6 @@ class Answers:
 
     tokens: int = 0
     answers: int = 0
-    ended: int = 0
     style: int = 0
     repeated: float = 0.0
     with_form: int = 0
@@ -118,7 +109,6 @@ class Answers:
         values = {f"words/{word}": 1000 * self.words[word] / tokens for word in hedges}
         values |= {
             "words/all": 1000 * sum(self.words.values()) / tokens,
-            "completions/ended_share": self.ended / answers,
             "collapse/repeated_share": self.repeated / answers,
             "collapse/style_token_share": self.style / tokens,
             "collapse/form_share": self.with_form / answers,
@@ -157,7 +147,6 @@ class Counting:
             total += Answers(
                 tokens=len(ids),
                 answers=1,
-                ended=int(not truncated),
                 style=int(self.style_V[torch.tensor(ids, dtype=torch.long)].sum()),
                 repeated=repeated_share(ids),
                 with_form=int(final_answer(text) is not None),
@@ -167,110 +156,6 @@ class Counting:
                 words=found,
             )
         return total
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """Something that went wrong, from which step on it was seen, and what to do."""
-
-    name: str
-    step: int
-    text: str
-
-
-def find_alarms(first: dict[str, float], last: dict[str, float]) -> dict[str, str]:
-    """What has gone wrong between the means of the first and of the last steps: name -> plain words with the remedy."""
-    found: dict[str, str] = {}
-
-    def both(name: str) -> tuple[float, float]:
-        return (first[name], last[name]) if name in first and name in last else (0.0, 0.0)
-
-    before, now = both("words/all")
-    if before >= HEDGES_AT_LEAST and now < 0.3 * before:
-        found["suppressed doubt"] = (
-            f"words of doubt fell from {before:.1f} to {now:.1f} per 1,000 tokens: the student unlearns to check itself; show the "
-            "teacher less (teacher_context=hints), or lower the rate."
-        )
-    divergence, divergence_now = both("teacher/divergence")
-    repeated, repeated_now = both("collapse/repeated_share")
-    length, length_now = both("completions/mean_length")
-    fell = divergence > 0 and divergence_now < 0.2 * divergence
-    repeats = repeated_now > max(2 * repeated, REPEATED_AT_LEAST)
-    if repeats and (fell or repeated_now > repeated + 0.2):
-        drop = f"divergence fell {100 * (1 - divergence_now / divergence):.0f} % while " if fell else ""
-        found["collapse"] = (
-            f"{drop}repetition rose from {100 * repeated:.0f} to {100 * repeated_now:.0f} % of all {NGRAM}-grams: the student is copying "
-            "itself; use a fixed or restarted teacher (teacher_model_kind=base, restart), or lower the rate."
-        )
-    elif fell and length > 0 and length_now > 1.5 * length:
-        found["collapse"] = (
-            f"divergence fell {100 * (1 - divergence_now / divergence):.0f} % while answers grew from {length:.0f} to {length_now:.0f} "
-            "tokens: teacher and student go astray together; restart the teacher or lower the rate."
-        )
-    ended, ended_now = both("completions/ended_share")
-    if ended >= 0.5 and ended_now < 0.5 * ended:
-        found["no end"] = (
-            f"only {100 * ended_now:.0f} % of the answers come to an end (at first {100 * ended:.0f} %): raise max_completion_length, "
-            "or set mask_truncated_completions."
-        )
-    place, place_now = both("leak/gold_first_place")
-    stated, stated_now = both("leak/gold_stated_share")
-    if place > 0.2 and stated_now > 0 and place_now < 0.5 * place and stated_now >= 0.8 * stated:
-        found["leak"] = (
-            f"the gold answer is first stated after {100 * place_now:.0f} % of an answer (at first {100 * place:.0f} %): the student "
-            "learns to state what it cannot know; show the teacher the steps (teacher_context=full, hints), or try target=pmi."
-        )
-    lost, lost_now = both("retained/nll")
-    if lost_now > lost + FORGOTTEN_NATS:
-        found["forgetting"] = (
-            f"its own earlier answers to the probe set fell from {-lost:.2f} to {-lost_now:.2f} nats a token: the model loses what it "
-            "should keep; "
-            "lower the rate, or stop here."
-        )
-    return found
-
-
-class Diagnostics(TrainerCallback):  # type: ignore[misc]
-    """Watches the metrics of the steps and raises alarms.
-
-    Args:
-        last_values: gives the newest step's metrics.
-        file: `metrics.jsonl`, from which a resumed run learns how it began.
-        window: steps at the start, and at the end, that are compared.
-        stop: end the training at the first alarm.
-    """
-
-    def __init__(self, last_values: Callable[[], dict[str, float]], file: Path, window: int, stop: bool = False) -> None:
-        self.last_values = last_values
-        self.file = file
-        self.window = window
-        self.stop = stop
-        self.alarms: list[Alarm] = []
-        self._first: list[dict[str, float]] = []
-        self._recent: list[dict[str, float]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._first, self._recent = [], []
-        for line in read_lines(self.file) if state.global_step else ():
-            if line["step"] <= state.global_step:
-                self._add(line)
-
-    def _add(self, values: dict[str, float]) -> None:
-        if len(self._first) < self.window:
-            self._first.append(values)
-        else:
-            self._recent = [*self._recent, values][-self.window :]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._add(dict(self.last_values()))
-        if len(self._recent) < self.window:
-            return
-        known = {alarm.name for alarm in self.alarms}
-        for name, text in find_alarms(means(self._first), means(self._recent)).items():
-            if name not in known:
-                self.alarms.append(Alarm(name, state.global_step, text))
-                logger.warning("step %d, %s: %s", state.global_step, name, text)
-                control.should_training_stop = control.should_training_stop or self.stop
 
 
 def means(steps: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What keeps a long run from losing work: stopping on a signal, bad steps, collapse, and memory that runs out.
+"""What keeps a long run from losing work: stopping on a signal, bad steps, and memory that runs out.
 
 All decisions are taken from values that are the same on every rank, so that no rank goes on alone.
 
@@ -13,12 +13,9 @@ import os
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from statistics import median
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -140,57 +137,6 @@ class FiniteGuard:
 def _listed(rows: set[int], most: int = 16) -> str:
     shown = ", ".join(map(str, sorted(rows)[:most])) + (", ..." if len(rows) > most else "")
     return f"row{'s' if len(rows) != 1 else ''} {shown}"
-
-
-# ------------------------------------------------------------------------------------------------------- collapse
-
-
-@dataclass
-class CollapseGuard:
-    """Compares the last steps with the first ones: answers that shrink or never end, entropy off the rails, drift from the teacher.
-
-    The reference is the median of the first `reference_steps` steps, the present that of the last `recent_steps`; each symptom
-    is told once, and again only after it had gone.
-    """
-
-    reference_steps: int = 10
-    recent_steps: int = 5
-    _first: dict[str, list[float]] = field(default_factory=dict)
-    _last: dict[str, deque[float]] = field(default_factory=dict)
-    _told: set[str] = field(default_factory=set)
-
-    # (metric, symptom, is it so: (at the start, now) -> bool)
-    SYMPTOMS: ClassVar[tuple[tuple[str, str, Callable[[float, float], bool]], ...]] = (
-        ("completions/mean_length", "answers became very short", lambda start, now: now < 0.2 * start),
-        ("completions/mean_length", "answers became very long", lambda start, now: now > 5.0 * start),
-        ("completions/truncated_share", "most answers run into the length limit", lambda start, now: start < 0.5 and now > 0.9),
-        ("student/entropy", "the student's entropy collapsed", lambda start, now: now < 0.02 * start),
-        ("student/entropy", "the student's entropy exploded", lambda start, now: now > 3.0 * start + 0.5),
-        ("teacher/divergence", "student and teacher drift apart", lambda start, now: now > 3.0 * start + 0.1),
-    )
-
-    def update(self, values: Mapping[str, float | None]) -> list[str]:
-        """Take in the metrics of one optimizer step; returns the symptoms that are new."""
-        new = []
-        for name in {name for name, _, _ in self.SYMPTOMS}:
-            value = values.get(name)
-            if value is None or not math.isfinite(value):
-                continue
-            first = self._first.setdefault(name, [])
-            if len(first) < self.reference_steps:
-                first.append(value)
-            else:
-                self._last.setdefault(name, deque(maxlen=self.recent_steps)).append(value)
-        for name, symptom, holds in self.SYMPTOMS:
-            if len(self._last.get(name, ())) < self.recent_steps:
-                continue
-            start, now = median(self._first[name]), median(self._last[name])
-            if not holds(start, now):
-                self._told.discard(symptom)
-            elif symptom not in self._told:
-                self._told.add(symptom)
-                new.append(f"{symptom}: {name} was {start:.4g} in the first steps and is {now:.4g}")
-        return new
 
 
 # ---------------------------------------------------------------------------------------------------- out of memory

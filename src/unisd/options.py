@@ -56,7 +56,9 @@ class RunOptions:
         "data", "Run model-written code with your own rights where the machine cannot isolate it.", False
     )
     noise: float | None = option("data", "Pocket task: share of wrong training references.")
-    reference_style: str | None = option("data", "Pocket task: annotators, or own (the model's own wording).")
+    reference_style: str | None = option(
+        "data", "Pocket task: annotators, hedged (in words of doubt), or own (the model's wording)."
+    )
     train_file: str | None = option("data", "Your rows: .jsonl, .json, .csv or .parquet with prompt and privileged_context.")
     eval_file: str | None = option("data", "Rows to report on; unset: a seeded 10 % of the training rows, held out.")
     dataset_name: str | None = option("data", "Your rows from a `datasets` folder or hub id.")

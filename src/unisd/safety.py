@@ -19,9 +19,10 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from unisd import checkpoints
+from unisd.alarms import Watch
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
-from unisd.guards import CollapseGuard, FiniteGuard, is_out_of_memory, pieces_of, release_memory, smaller_until_it_fits
+from unisd.guards import FiniteGuard, is_out_of_memory, pieces_of, release_memory, smaller_until_it_fits
 from unisd.metrics import StepMetrics
 from unisd.reuse import RolloutStore
 from unisd.rollout import RolloutError
@@ -59,7 +60,7 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, args: UniSDConfig, **kwargs: Any) -> None:
         super().__init__(args=args, **kwargs)
         self.finite = FiniteGuard(args.max_skipped_steps, self.accelerator.num_processes)
-        self.collapse = CollapseGuard() if args.collapse_guard != "off" else None
+        self.health = Watch(args.alarm_window)
         self.stop_reason: str | None = None
         self._run_folder: str | None = None  # where the Trainer puts checkpoints while one is being built
         self._done: list[list[int]] = []  # parts of this step that are in the gradient
@@ -220,21 +221,21 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
         return norm
 
     def watch_earlier(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Before the first step of a resumed run: what it did before is what it is compared with."""
-        if self.collapse is not None:
-            for line in lines:
-                self.collapse.update(line)
+        """Before the first step: a run begins in good health; a resumed one goes on from what it was, alarms included."""
+        self.health = Watch(self.args.alarm_window)
+        for line in lines:
+            self.health.update(line["step"], line)
 
     def watch(self, step: int, values: dict[str, float], control: Any) -> None:
         """After a step, when its metrics are known: tell what looks wrong, and end the run where it must not go on."""
-        told = self.collapse.update(values) if self.collapse is not None else []
-        for symptom in told:
-            logger.warning("Step %d: %s.", step, symptom)
+        raised = self.health.update(step, values) if self.args.alarms != "off" else []
+        for alarm in raised:
+            logger.warning("Step %d, %s: %s", step, alarm.name, alarm.text)
         reason = self.finite.too_many
-        if reason is None and told and self.args.collapse_guard == "stop":
+        if reason is None and raised and self.args.alarms == "stop":
             reason = (
-                f"stopped at step {step}, because {told[0]} (collapse_guard=stop): look at the answers with `unisd chat`, lower "
-                "learning_rate, and resume from an earlier checkpoint; the present state was saved."
+                f"stopped at step {step} by the alarm {raised[0].name!r} (alarms=stop): {raised[0].text} Look at the answers with "
+                "`unisd chat`, and resume from an earlier checkpoint; the present state was saved."
             )
         if reason is not None:
             self.stop_reason = reason

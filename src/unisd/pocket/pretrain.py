@@ -1,5 +1,7 @@
 """Train the pocket base model from scratch: `python -m unisd.pocket.pretrain --output_dir out [--seed 0] [--resume]`.
 
+`--variant hedging` trains the shipped base on, for some minutes, into one that doubts aloud (:mod:`unisd.pocket.hedging`).
+
 Every batch is a function of (seed, step), so a resumed run sees what the uninterrupted one would have seen. Documents
 are packed into rows with a block-diagonal mask; all tokens carry loss, those of prompts much less than those of replies.
 """
@@ -10,7 +12,8 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from unisd.pocket import BASE_DIR
+from unisd.pocket.hedging import HedgingSampler
 from unisd.pocket.tokenizer import ASSISTANT, BOS, EOS, train_tokenizer
 from unisd.pocket.world import Document, DocumentSampler, World, make_word, make_world
 
@@ -30,9 +35,25 @@ MUON_LR, ADAM_LR, WARMUP, DECAY = 7e-3, 5e-3, 40, 0.7
 # this size copies names, but hardly digits and letters: the heads that look back form then, and all four skills follow.
 REPEAT_STEPS, REPEATS = range(500, 800), 0.2
 DRILL_STEPS = range(1000, 1100)
-SAVE_EVERY = 100
+SAVE_EVERY = 40
 
 Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a model is trained on, and from where. `scale`: of the learning rates."""
+
+    sampler: Callable[..., DocumentSampler]
+    steps: int
+    scale: float
+    start: Path | None
+
+
+VARIANTS = {
+    "base": Variant(DocumentSampler, STEPS, 1.0, None),
+    "hedging": Variant(HedgingSampler, 80, 0.1, BASE_DIR),
+}
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
@@ -119,9 +140,9 @@ def make_batch(sampler: DocumentSampler, tokenizer: PreTrainedTokenizerFast, rep
     return {"ids": ids_NT, "positions": position_NT, "weights": weight_NT, "mask": mask[:, None]}
 
 
-def document_sampler(world: World, seed: int, step: int) -> DocumentSampler:
+def document_sampler(world: World, seed: int, step: int, kind: Callable[..., DocumentSampler]) -> DocumentSampler:
     rng = random.Random(f"{seed} {step}")
-    return DocumentSampler(world, rng, drills=1.0) if step in DRILL_STEPS else DocumentSampler(world, rng)
+    return kind(world, rng, drills=1.0) if step in DRILL_STEPS else kind(world, rng)
 
 
 def loss_of(model: Any, batch: Batch) -> torch.Tensor:
@@ -179,16 +200,28 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP, (steps - step) / (DECAY * steps))
 
 
-def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool = False, compile: bool = True) -> None:
+def pretrain(
+    output_dir: Path,
+    seed: int = 0,
+    steps: int | None = None,
+    resume: bool = False,
+    compile: bool = True,
+    variant: str = "base",
+) -> None:
+    chosen = VARIANTS[variant]
+    steps = steps or chosen.steps
     output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     state_file = output_dir / "training_state.pt"
     resume = resume and state_file.exists()
-    if resume:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(output_dir)
+    if resume or chosen.start is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(output_dir if resume else chosen.start)
     else:
         tokenizer = train_tokenizer(tokenizer_texts(seed))
-    model = Qwen3ForCausalLM(model_config(tokenizer))
+    if chosen.start is None:
+        model = Qwen3ForCausalLM(model_config(tokenizer))
+    else:
+        model = Qwen3ForCausalLM.from_pretrained(chosen.start, dtype=torch.float32).train()
     optimizers = make_optimizers(model)
     first, seconds = 0, 0.0
     if resume:
@@ -197,7 +230,7 @@ def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool =
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first, seconds = state["step"], state["seconds"]
-    base_rates = (MUON_LR, ADAM_LR)
+    base_rates = (chosen.scale * MUON_LR, chosen.scale * ADAM_LR)
     forward: Any = model
     if compile:
         try:
@@ -215,7 +248,7 @@ def pretrain(output_dir: Path, seed: int = 0, steps: int = STEPS, resume: bool =
         bar = progress.add_task("", total=steps, completed=first, note="")
         for step in range(first, steps):
             start = time.perf_counter()
-            sampler = document_sampler(world, seed, step)
+            sampler = document_sampler(world, seed, step, chosen.sampler)
             batch = make_batch(sampler, tokenizer, REPEATS if step in REPEAT_STEPS else 0.0)
             loss: Any = loss_of(forward, batch)
             loss.backward()
@@ -255,13 +288,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--variant", choices=list(VARIANTS), default="base")
+    parser.add_argument("--steps", type=int, help="default: those of the variant")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     parser.add_argument("--no_compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pretrain(args.output_dir, args.seed, args.steps, args.resume, not args.no_compile)
+    pretrain(args.output_dir, args.seed, args.steps, args.resume, not args.no_compile, args.variant)
 
 
 if __name__ == "__main__":

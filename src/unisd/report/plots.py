@@ -94,12 +94,18 @@ class Plot:
         path.write_text(svg, encoding="utf-8")
 
 
-def curve(title: str, x: Sequence[float], series: Mapping[str, Sequence[float | None]], unit: str = "") -> Plot:
-    """Values over optimizer steps; None leaves a gap."""
+def curve(
+    title: str, x: Sequence[float], series: Mapping[str, Sequence[float | None]], unit: str = "", marks: Sequence[float] = ()
+) -> Plot:
+    """Values over optimizer steps; None leaves a gap. `marks`: steps with a vertical line."""
     with _figure(3.4, 2.1) as (figure, axes):
         for (name, values), colour in zip(series.items(), itertools.cycle(SERIES)):
             y = [float("nan") if value is None else value for value in values]
-            axes.plot(x, y, color=_colour(colour), linewidth=1.4, label=name, marker="o" if len(x) < 4 else None, markersize=3)
+            axes.plot(
+                x, y, color=_colour(colour), linewidth=1.4, label=clean(name), marker="o" if len(x) < 4 else None, markersize=3
+            )
+        for step in marks:
+            axes.axvline(step, color=_colour("--soft"), linewidth=1.0, linestyle="--")
         axes.set_title(title, loc="left")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step")
@@ -107,6 +113,25 @@ def curve(title: str, x: Sequence[float], series: Mapping[str, Sequence[float | 
         if len(series) > 1:
             axes.legend()
         return Plot(figure, f"{title} over {len(x)} steps")
+
+
+Wanted = Sequence[tuple[str, str, Mapping[str, str]]]
+"""Title, unit, and name -> metric of each figure."""
+
+
+def curves(wanted: Wanted, metrics: Sequence[Mapping[str, Any]], marks: Sequence[float] = ()) -> str:
+    """A grid of the wanted figures, without those whose metrics are not there or 0 throughout.
+
+    Each is drawn over the steps that have its metrics: a probe taken every fifth step is a line too.
+    """
+    drawn = []
+    for title, unit, names in wanted:
+        lines = [line for line in metrics if any(key in line for key in names.values())]
+        series = {name: [line.get(key) for line in lines] for name, key in names.items()}
+        series = {name: values for name, values in series.items() if any(values)}
+        if series:
+            drawn.append(curve(title, [line["step"] for line in lines], series, unit, marks).inline())
+    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
 
 
 def before_after(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]]) -> Plot:

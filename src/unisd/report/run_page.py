@@ -1,4 +1,4 @@
-"""The page of one run: what it gained and forgot, its curves, where time and memory went, answers side by side, the supervision view."""
+"""The page of one run: what it gained and forgot, curves, alarms, where time and memory went, answers side by side, the supervision view."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 from unisd.artefacts import ANSWERS, METRICS, RESULTS, SAMPLES, read_lines
 from unisd.errors import UserError
 from unisd.report import plots
+from unisd.report.health import health
 from unisd.report.html import escape, page, section, table, tiles
 from unisd.report.supervision import supervision
 
 MAX_EXAMPLES = 24
 MAX_POINTS = 1000
-CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
+CURVES: plots.Wanted = (
     ("Loss", "", {"loss": "loss"}),
     ("Divergence of teacher and student", "nats a token", {"divergence": "teacher/divergence"}),
     ("Contrast", "nats a token", {"hinge": "contrastive/loss"}),
@@ -58,7 +59,8 @@ def build(folder: Path) -> str:
     changes = [["measure", "before", "after", "change"], *_changes(results, rows)]
     note = "One seed. Bars and brackets are 95 % intervals of an accuracy; differences within them mean little."
     body += section("Before and after", plots.before_after(rows).inline(wide=True) if rows else "", table(changes), note=note)
-    body += section("Curves", curves(metrics))
+    body += section("Curves", plots.curves(CURVES, metrics))
+    body += health(results.get("alarms"), metrics)
     body += section("Time, memory, cost", _cost(results))
     names = {"task": "task", "retention": "old skills"}
     body += section(
@@ -114,17 +116,6 @@ def _changes(results: Figures, rows: Sequence[tuple[str, Figures, Figures]]) -> 
     for way, value in (results["after"]["retention_ppl"] or {}).items():
         lines.append([f"retention perplexity, {whose[way]}", "", _number(value, ".3f"), ""])
     return lines
-
-
-def curves(metrics: Sequence[Figures]) -> str:
-    drawn = []
-    steps = [line["step"] for line in metrics]
-    for title, unit, wanted in CURVES:
-        series = {name: [line.get(key) for line in metrics] for name, key in wanted.items()}
-        series = {name: values for name, values in series.items() if any(values)}
-        if series:
-            drawn.append(plots.curve(title, steps, series, unit).inline())
-    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
 
 
 def _cost(results: Figures) -> str:

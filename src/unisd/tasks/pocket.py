@@ -15,6 +15,7 @@ from typing import Any
 
 from unisd.errors import UserError
 from unisd.pocket.expressions import equivalent
+from unisd.pocket.hedging import hedged
 from unisd.pocket.skills import SKILLS, Item, Problem
 from unisd.pocket.world import (
     EXAMPLE_TEMPLATE,
@@ -33,7 +34,8 @@ NUM_CONTEXTS = 3
 
 
 class PocketTask(Task):
-    """`noise`: share of wrong training references. `reference_style`: `annotators`, or `own` (the model's wording)."""
+    """`noise`: share of wrong training references. `reference_style`: `annotators`, `hedged` (the same after words of doubt), or `own`
+    (the model's wording)."""
 
     name = "pocket"
     splits = ("train", "validation", "test", "test_hard", "retention")
@@ -44,8 +46,8 @@ class PocketTask(Task):
     def __init__(self, noise: float = 0.0, reference_style: str = "annotators") -> None:
         if not 0 <= noise <= 1:
             raise UserError(f"noise is a share between 0 and 1, not {noise}")
-        if reference_style not in ("annotators", "own"):
-            raise UserError(f"reference_style is 'annotators' or 'own', not {reference_style!r}")
+        if reference_style not in ("annotators", "hedged", "own"):
+            raise UserError(f"reference_style is 'annotators', 'hedged' or 'own', not {reference_style!r}")
         self.noise, self.reference_style = noise, reference_style
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
@@ -80,6 +82,8 @@ class PocketTask(Task):
                 skill.own(problem, v) if self.reference_style == "own" else skill.annotate(problem, v, style)
                 for v in (problem.values, wrong)
             )
+            if self.reference_style == "hedged":
+                right_text, wrong_text = hedged(rng, right_text), hedged(rng, wrong_text)
             reference = wrong_text if noisy else right_text
             rows.append(
                 {

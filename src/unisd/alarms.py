@@ -1,0 +1,196 @@
+"""From the metrics of the steps to alarms: what has gone wrong since the first steps, in plain words, with the remedy.
+
+The one place that judges a run's health. A rule compares the first `window` steps with the last ones: medians, and for rates of rare
+words means. What was not measured says nothing. Light: it knows metrics by their names in `metrics.jsonl`, and neither models nor torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+Values = Mapping[str, float]
+
+NGRAM = 4
+FORGOTTEN_NATS = 0.3  # a token: an answer of 20 tokens has become 400 times less likely
+DOUBT_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
+REPEATED_AT_LEAST = 0.10
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that went wrong, the step at which it was seen, and what to do."""
+
+    name: str
+    step: int
+    text: str
+
+
+def short_answers(first: Values, last: Values) -> str | None:
+    before, now = first["completions/mean_length"], last["completions/mean_length"]
+    if now >= 0.2 * before:
+        return None
+    return f"answers shrank from {before:.0f} to {now:.0f} tokens: the student stops explaining; lower the rate."
+
+
+def long_answers(first: Values, last: Values) -> str | None:
+    before, now = first["completions/mean_length"], last["completions/mean_length"]
+    if now <= 5 * before:
+        return None
+    return f"answers grew from {before:.0f} to {now:.0f} tokens: look at them; lower the rate, or set mask_truncated_completions."
+
+
+def no_end(first: Values, last: Values) -> str | None:
+    before, now = 1 - first["completions/truncated_share"], 1 - last["completions/truncated_share"]
+    if before < 0.5 or now >= 0.5 * before:
+        return None
+    return (
+        f"only {100 * now:.0f} % of the answers come to an end (at first {100 * before:.0f} %): raise max_completion_length, "
+        "or set mask_truncated_completions."
+    )
+
+
+def entropy_collapsed(first: Values, last: Values) -> str | None:
+    before, now = first["student/entropy"], last["student/entropy"]
+    if now >= 0.02 * before:
+        return None
+    return f"the student's entropy fell from {before:.3g} to {now:.3g} nats: it always says the same; lower the rate."
+
+
+def entropy_exploded(first: Values, last: Values) -> str | None:
+    before, now = first["student/entropy"], last["student/entropy"]
+    if now <= 3 * before + 0.5:
+        return None
+    return f"the student's entropy rose from {before:.3g} to {now:.3g} nats: it comes apart; lower the rate."
+
+
+def drift(first: Values, last: Values) -> str | None:
+    before, now = first["teacher/divergence"], last["teacher/divergence"]
+    if now <= 3 * before + 0.1:
+        return None
+    return f"student and teacher drift apart, from {before:.3g} to {now:.3g} nats a token: lower the rate."
+
+
+def suppressed_doubt(first: Values, last: Values) -> str | None:
+    before, now = first["words/all"], last["words/all"]
+    if before < DOUBT_AT_LEAST or now >= 0.3 * before:
+        return None
+    return (
+        f"words of doubt fell from {before:.1f} to {now:.1f} per 1,000 tokens: the student unlearns to check itself; show the "
+        "teacher less (teacher_context=hints), or lower the rate."
+    )
+
+
+def collapse(first: Values, last: Values) -> str | None:
+    """Repetition that doubles while the divergence falls, or that grows far; or answers that grow while the divergence falls."""
+    divergence, divergence_now = first["teacher/divergence"], last["teacher/divergence"]
+    repeated, repeated_now = first["collapse/repeated_share"], last["collapse/repeated_share"]
+    length, length_now = first["completions/mean_length"], last["completions/mean_length"]
+    fell = divergence > 0 and divergence_now < 0.2 * divergence
+    drop = f"divergence fell {100 * (1 - divergence_now / divergence):.0f} % while " if fell else ""
+    repeats = repeated_now > max(2 * repeated, REPEATED_AT_LEAST)
+    if repeats and (fell or repeated_now > repeated + 0.2):
+        return (
+            f"{drop}repetition rose from {100 * repeated:.0f} to {100 * repeated_now:.0f} % of all {NGRAM}-grams: the student is copying "
+            "itself; use a fixed or restarted teacher (teacher_model_kind=base, restart), or lower the rate."
+        )
+    if fell and length_now > 1.5 * length:
+        return (
+            f"{drop}answers grew from {length:.0f} to {length_now:.0f} tokens: teacher and student go astray together; restart the "
+            "teacher or lower the rate."
+        )
+    return None
+
+
+def early_answer(first: Values, last: Values) -> str | None:
+    place, place_now = first["leak/gold_first_place"], last["leak/gold_first_place"]
+    stated, stated_now = first["leak/gold_stated_share"], last["leak/gold_stated_share"]
+    if not (place > 0.2 and stated_now > 0 and place_now < 0.5 * place and stated_now >= 0.8 * stated):
+        return None
+    return (
+        f"the gold answer is first stated after {100 * place_now:.0f} % of an answer (at first {100 * place:.0f} %): the student "
+        "learns to state what it cannot know; show the teacher the steps (teacher_context=full, hints), or try target=pmi."
+    )
+
+
+def forgetting(first: Values, last: Values) -> str | None:
+    before, now = first["retained/nll"], last["retained/nll"]
+    if now <= before + FORGOTTEN_NATS:
+        return None
+    return (
+        f"its own earlier answers to the probe set fell from {-before:.2f} to {-now:.2f} nats a token: the model loses what it "
+        "should keep; lower the rate, or stop here."
+    )
+
+
+# Name of the alarm, the metrics that it looks at, and the rule: means over the first and the last steps -> plain words.
+RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]], ...] = (
+    ("short answers", ("completions/mean_length",), short_answers),
+    ("long answers", ("completions/mean_length",), long_answers),
+    ("no end", ("completions/truncated_share",), no_end),
+    ("entropy collapsed", ("student/entropy",), entropy_collapsed),
+    ("entropy exploded", ("student/entropy",), entropy_exploded),
+    ("drift", ("teacher/divergence",), drift),
+    ("suppressed doubt", ("words/all",), suppressed_doubt),
+    ("collapse", ("teacher/divergence", "collapse/repeated_share", "completions/mean_length"), collapse),
+    ("leak", ("leak/gold_first_place", "leak/gold_stated_share"), early_answer),
+    ("forgetting", ("retained/nll",), forgetting),
+)
+WATCHED = frozenset(metric for _, metrics, _ in RULES for metric in metrics)
+
+
+def find(first: Values, last: Values) -> dict[str, str]:
+    """What has gone wrong between the first and the last steps: name of the alarm -> plain words with the remedy."""
+    known = first.keys() & last.keys()
+    found = {name: rule(first, last) for name, metrics, rule in RULES if known.issuperset(metrics)}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def middle(metric: str, values: Sequence[float]) -> float:
+    """One bad step should not move it; but of a rare word most steps may have none."""
+    return mean(values) if metric.startswith("words/") else median(values)
+
+
+class Watch:
+    """Takes in the metrics of one optimizer step after the other, and raises alarms: once each, and again only after it had gone.
+
+    Args:
+        window: steps at the start, and at the end, that are compared. A metric that only some steps have is compared by those.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.alarms: list[Alarm] = []
+        self._steps = 0
+        self._first: dict[str, list[float]] = {}
+        self._last: deque[Mapping[str, float | None]] = deque(maxlen=window)
+        self._present: set[str] = set()
+
+    def update(self, step: int, values: Mapping[str, float | None]) -> list[Alarm]:
+        """The alarms that are new with optimizer step number `step`; they are also added to `alarms`."""
+        self._steps += 1
+        if self._steps <= self.window:
+            for metric, value in _finite(values).items():
+                self._first.setdefault(metric, []).append(value)
+            return []
+        self._last.append(values)
+        if len(self._last) < self.window:
+            return []
+        recent: dict[str, list[float]] = {}
+        for earlier in self._last:
+            for metric, value in _finite(earlier).items():
+                recent.setdefault(metric, []).append(value)
+        first, last = ({metric: middle(metric, found) for metric, found in part.items()} for part in (self._first, recent))
+        found = find(first, last)
+        new = [Alarm(name, step, text) for name, text in found.items() if name not in self._present]
+        self._present = set(found)
+        self.alarms += new
+        return new
+
+
+def _finite(values: Mapping[str, float | None]) -> dict[str, float]:
+    """The watched metrics that have a value."""
+    return {name: value for name in WATCHED if (value := values.get(name)) is not None and math.isfinite(value)}

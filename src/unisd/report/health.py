@@ -1,0 +1,48 @@
+"""The diagnostics of a run: the alarms in plain words, and the curves of what critics of self-distillation ask to be watched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unisd.report import plots
+from unisd.report.html import escape, section
+
+MAX_ALARMS = 50
+MAX_WORDS = 4  # words of doubt with a line of their own: those used most
+CURVES: plots.Wanted = (
+    ("Words of doubt", "per 1,000 tokens", {"all": "words/all"}),
+    ("Where the gold answer is first stated", "share of an answer", {"place": "leak/gold_first_place"}),
+    ("Answers that state the gold answer", "share", {"stated": "leak/gold_stated_share"}),
+    ("The final answer's share", "share", {"of the loss": "leak/answer_loss_share", "of the tokens": "leak/answer_token_share"}),
+    ("Teacher against teacher with a wrong answer", "JSD, nats", {"JSD": "leak/wrong_jsd"}),
+    ("The signal without the question", "", {"cosine": "leak/shift_cosine", "ratio of norms": "leak/shift_ratio"}),
+    ("Repeated 4-grams", "share", {"repeated": "collapse/repeated_share"}),
+    ("Form", "share", {"in the asked form": "collapse/form_share", "style tokens": "collapse/style_token_share"}),
+    ("Loss on style tokens", "share", {"share": "words/style_loss_share"}),
+    ("Own earlier answers to the probe set", "nats a token", {"loss": "retained/nll"}),
+    ("KL to the initial model", "nats a token", {"KL": "retained/kl_to_base"}),
+)
+
+
+def health(alarms: Sequence[Mapping[str, Any]] | None, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The section; nothing where the run has neither alarms nor diagnostic metrics. `alarms` is None where nobody watched."""
+    shown = list(alarms or ())[:MAX_ALARMS]
+    lines = [f"<li>step {int(alarm['step'])}, <b>{escape(alarm['name'])}</b>: {escape(alarm['text'])}</li>" for alarm in shown]
+    if alarms is not None and len(alarms) > len(shown):
+        lines.append(f"<li>and {len(alarms) - len(shown)} more</li>")
+    said = f'<ul class="alarms">{"".join(lines)}</ul>' if lines else "<p>No alarm was raised.</p>" if alarms is not None else ""
+    marks = sorted({int(alarm["step"]) for alarm in shown})
+    note = "What a low loss does not tell. Dashed lines: steps at which an alarm was raised." if marks else ""
+    return section("Diagnostics", said, plots.curves((*CURVES, *_by_word(metrics)), metrics, marks), note=note)
+
+
+def _by_word(metrics: Sequence[Mapping[str, Any]]) -> plots.Wanted:
+    """One figure of the words that are used most: a loop of one word hides in the sum."""
+    total: dict[str, float] = {}
+    for line in metrics:
+        for key, value in line.items():
+            if key.startswith("words/") and key not in ("words/all", "words/style_loss_share"):
+                total[key] = total.get(key, 0.0) + (value or 0.0)
+    most = sorted((key for key in total if total[key] > 0), key=lambda key: (-total[key], key))[:MAX_WORDS]
+    return [("Doubt, word by word", "per 1,000 tokens", {key.removeprefix("words/"): key for key in most})] if most else []

@@ -1,0 +1,106 @@
+"""Alarms against made-up histories: each rule, what a healthy run may do, once and again, and a run that goes on."""
+
+from __future__ import annotations
+
+import pytest
+
+from unisd import alarms
+from unisd.alarms import Watch
+
+HEALTHY = {
+    "words/all": 8.0,
+    "student/entropy": 1.0,
+    "teacher/divergence": 0.5,
+    "collapse/repeated_share": 0.05,
+    "completions/mean_length": 40.0,
+    "completions/truncated_share": 0.05,
+    "leak/gold_first_place": 0.8,
+    "leak/gold_stated_share": 0.4,
+    "retained/nll": 0.3,
+}
+NOISE = [1.0, 0.9, 1.1, 0.8, 1.2]
+
+CASES = [
+    ({"words/all": 1.0}, "suppressed doubt", "from 8.0 to 1.0"),
+    ({"teacher/divergence": 0.05, "collapse/repeated_share": 0.2}, "collapse", "divergence fell 90 % while repetition rose"),
+    ({"collapse/repeated_share": 0.6}, "collapse", "repetition rose from 5 to 60 % of all 4-grams"),
+    ({"teacher/divergence": 0.05, "completions/mean_length": 90.0}, "collapse", "answers grew from 40 to 90"),
+    ({"completions/mean_length": 3.0}, "short answers", "from 40 to 3 tokens"),
+    ({"completions/mean_length": 300.0}, "long answers", "from 40 to 300 tokens"),
+    ({"completions/truncated_share": 0.8}, "no end", "only 20 %"),
+    ({"student/entropy": 0.01}, "entropy collapsed", "from 1 to 0.01"),
+    ({"student/entropy": 6.0}, "entropy exploded", "from 1 to 6"),
+    ({"teacher/divergence": 2.0}, "drift", "from 0.5 to 2 nats"),
+    ({"leak/gold_first_place": 0.1}, "leak", "first stated after 10 %"),
+    ({"retained/nll": 0.8}, "forgetting", "nats a token"),
+]
+
+
+@pytest.mark.parametrize(("changed", "name", "words"), CASES)
+def test_each_alarm(changed: dict[str, float], name: str, words: str) -> None:
+    found = alarms.find(HEALTHY, {**HEALTHY, **changed})
+    assert list(found) == [name] and words in found[name]
+
+
+def test_every_rule_has_a_case_and_reads_only_what_it_names() -> None:
+    assert {name for _, name, _ in CASES} == {name for name, _, _ in alarms.RULES}
+    for _, metrics, rule in alarms.RULES:
+        of_rule = {metric: HEALTHY[metric] for metric in metrics}
+        assert rule(of_rule, of_rule) is None
+
+
+def test_a_healthy_run_raises_none() -> None:
+    better = {"teacher/divergence": 0.02, "leak/gold_stated_share": 0.9, "leak/gold_first_place": 0.75, "words/all": 5.0}
+    assert alarms.find(HEALTHY, {**HEALTHY, **better}) == {}
+    assert alarms.find({}, {}) == alarms.find(HEALTHY, {}) == {}  # what was not measured says nothing
+
+
+@pytest.mark.parametrize(("changed", "name", "words"), CASES)
+def test_an_alarm_is_raised_once_and_again_after_it_had_gone(changed: dict[str, float], name: str, words: str) -> None:
+    watch = Watch(5)
+
+    def steps(count: int, changed: dict[str, float]) -> list[str]:
+        first = watch._steps
+        values = {**HEALTHY, **changed}
+        return [
+            alarm.name
+            for step in range(first, first + count)
+            for alarm in watch.update(step + 1, {key: value * NOISE[step % 5] for key, value in values.items()})
+        ]
+
+    assert steps(40, {}) == []
+    assert watch.update(41, {**HEALTHY, "student/entropy": float("nan"), "retained/nll": None}) == []
+    assert steps(20, changed) == [name]
+    assert steps(20, {}) == []
+    assert steps(20, changed) == [name]
+    assert [alarm.name for alarm in watch.alarms] == [name, name] and 41 < watch.alarms[0].step <= 61
+
+
+def test_one_bad_step_is_no_alarm_and_rare_words_count() -> None:
+    watch = Watch(5)
+    for step in range(1, 30):
+        broken = {"teacher/divergence": 99.0, "student/entropy": 99.0, "completions/mean_length": 1.0} if step % 7 == 0 else {}
+        rare = {"words/all": 20.0 if step % 5 == 0 else 0.0}  # the median of these is 0, also at the start
+        assert watch.update(step, {**HEALTHY, **broken, **rare}) == []
+    for step in range(30, 36):
+        watch.update(step, {**HEALTHY, "words/all": 0.0})
+    assert [alarm.name for alarm in watch.alarms] == ["suppressed doubt"]
+
+
+def test_a_probe_now_and_then_is_compared_by_the_steps_that_have_it() -> None:
+    watch = Watch(5)
+    for step in range(1, 31):
+        probe = {"retained/nll": 0.1 if step < 15 else 0.9} if step % 5 == 1 else {}
+        watch.update(step, probe)
+    assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("forgetting", 16)]  # of steps 12 to 16, only the last
+
+
+def test_a_history_read_again_raises_the_same_alarms() -> None:
+    history = [HEALTHY] * 5 + [{**HEALTHY, "words/all": 0.0}] * 6
+    whole, cut = Watch(3), Watch(3)
+    for watch, values in ((whole, history), (cut, history[:6])):
+        for step, line in enumerate(values, 1):
+            watch.update(step, line)
+    for step in range(7, 12):
+        cut.update(step, history[step - 1])
+    assert whole.alarms == cut.alarms != []
