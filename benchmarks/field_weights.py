@@ -1,72 +1,68 @@
-"""What token weights add to a step's loss at the shape of a 0.5B model (H = 896, V = 151,936), head frozen as under LoRA.
+"""What each token weight adds to an optimizer step at the shape of a 0.5B model, as a share of the step.
 
-    python benchmarks/field_weights.py [--tokens 128] [--repeats 3]
+    python -m benchmarks.field_weights [--shape qwen2.5-0.5b] [--completion 16] [--repetitions 4] [--threads 2]
 
-Prints seconds of one loss with gradient: plain, with `dash` and `confidence_gate` waiting for the pass, and what `contrast_weight` adds to
-scoring
-(one more projection of the teacher's states). The loss is only a part of a step: shares of a step are smaller.
+Whole steps of the trainer under LoRA with an EMA teacher, without generation (which would only make the shares smaller): the reference
+step and the same step with one weight, in turn, so that a busy machine favours none. Times are the least of the rounds.
+`contrast_weight` needs the teacher under a wrong reference: it is compared with a step without that view, and with one that has it
+already for the contrast term.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from unisd.losses import DivergenceSpec, Head, chunked_loss, token_scores
-from unisd.mechanisms import StepScores, parse_weight
-from unisd.step import Reweigh
+from benchmarks import ours
+from benchmarks.cases import primed
+from benchmarks.measure import interleave
+from benchmarks.settings import Star
+from benchmarks.shapes import SHAPES, build, examples, twin
+from unisd.pages import markdown_table
 
-ROWS = 4
+CONTRAST: dict[str, Any] = {"contrastive_weight": 0.01, "contrastive_margin": 0.1}
+# Name -> options, and the step that it is compared with.
+STEPS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "no weight": ({}, None),
+    "dash": ({"token_weights": ["dash"]}, "no weight"),
+    "position": ({"token_weights": ["position"]}, "no weight"),
+    "confidence_gate": ({"token_weights": ["confidence_gate"]}, "no weight"),
+    "entropy_trust": ({"token_weights": ["entropy_trust"]}, "no weight"),
+    "contrast_weight": ({"token_weights": ["contrast_weight"]}, "no weight"),
+    "contrast term": (CONTRAST, None),
+    "contrast term and contrast_weight": ({**CONTRAST, "token_weights": ["contrast_weight"]}, "contrast term"),
+}
 
 
-def least_seconds(repeats: int, works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Least seconds of each, after one round to warm up; the works take turns, so that a busy machine does not favour one."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
-    return {name: min(seconds[1:]) for name, seconds in times.items()}
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    N, H, V = options.tokens // ROWS * ROWS, 896, 151_936
-    x = SimpleNamespace(student=torch.randn(N, H, requires_grad=True), teacher=torch.randn(N, H), negative=torch.randn(N, H))
-    head, targets_N, coefficient_N = Head(0.02 * torch.randn(V, H)), torch.randint(V, (N,)), torch.full((N,), 1 / N)
-    mask_BT = torch.ones(ROWS, N // ROWS, dtype=torch.bool)
-    scores = StepScores(mask_BT, targets_N.reshape(mask_BT.shape), torch.zeros(mask_BT.shape))
-
-    def loss(name: str | None) -> None:
-        waiting = [] if name is None else [parse_weight(name)]
-        reweigh = Reweigh(waiting, scores, coefficient_N.reshape(mask_BT.shape), "tokens") if waiting else None
-        spec = DivergenceSpec(alpha=0.0, entry_clip=0.05)
-        chunked_loss(x.student, head, x.teacher, head, targets_N, spec, coefficient_N, reweigh=reweigh).loss.backward()
-
-    def contrasted() -> None:
-        with torch.no_grad():
-            chunked_loss(x.negative, head, x.teacher, head, targets_N, DivergenceSpec(alpha=0.0), coefficient_N)
-
-    works: dict[str, Callable[[], Any]] = {
-        "loss with gradient": lambda: loss(None),
-        "  with dash": lambda: loss("dash"),
-        "  with confidence_gate": lambda: loss("confidence_gate"),
-        "negative view's log-probabilities": lambda: token_scores(x.negative, head, targets_N),
-        "  with contrast_weight": contrasted,
-    }
-    print(f"{N} tokens, {torch.get_num_threads()} thread(s)")
-    for name, seconds in least_seconds(options.repeats, works).items():
-        print(f"{name}: {seconds:.3f} s")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b")
+    parser.add_argument("--layers", type=int, help="cut the model's depth")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt; references have as many")
+    parser.add_argument("--completion", type=int, default=16, help="tokens of each answer")
+    parser.add_argument("--repetitions", type=int, default=4, help="most rounds over all steps")
+    parser.add_argument("--seconds", type=float, default=480, help="no new round that would end later than this")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    base = build(args.shape, torch.device("cpu"), torch.float32, args.layers)
+    lengths = (args.prompt, args.prompt), (args.completion, args.completion)
+    rows = examples(base.config.vocab_size, args.rows, *lengths, reference=args.prompt, contexts=0)
+    trainers = {name: primed(ours.trainer(twin(base), rows, Star(), options, args.rows)) for name, (options, _) in STEPS.items()}
+    steps = {name: lambda built=built: ours.step(built) for name, built in trainers.items()}
+    samples = interleave(steps, torch.device("cpu"), args.repetitions, args.seconds)
+    least = {name: min(sample.times) for name, sample in samples.items()}
+    lines = []
+    for name, (_, other) in STEPS.items():
+        share = "" if other is None else f"{100 * (least[name] / least[other] - 1):+.1f} % of {other}"
+        lines.append([name, f"{least[name]:.3f}", share])
+    tokens = args.rows * args.completion
+    rounds = len(samples["no weight"].times)
+    print(f"{args.shape}, {tokens} loss tokens of {args.rows} rows, {args.threads} thread(s), least of {rounds} round(s)")
+    print("\n".join(markdown_table(("step", "seconds", "added"), lines)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Diagnostics: counts against hand-made answers, alarms against made-up histories, the leak numbers against numpy."""
+"""Diagnostics: counts against hand-made answers, the leak numbers against numpy."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,45 +15,31 @@ from test_invariants import assert_same, gradients, trainer
 from unisd.diagnostics import (
     Answers,
     Counting,
-    Diagnostics,
     answer_tokens,
     answers_to_keep,
-    find_alarms,
     first_place,
     leak_numbers,
     load_words,
     repeated_share,
-    style_tokens,
 )
 from unisd.errors import UserError
 from unisd.rollout import Completion
 
-HEALTHY = {
-    "words/all": 8.0,
-    "teacher/divergence": 0.5,
-    "collapse/repeated_share": 0.05,
-    "completions/mean_length": 40.0,
-    "completions/ended_share": 0.95,
-    "leak/gold_first_place": 0.8,
-    "leak/gold_stated_share": 0.4,
-    "retained/nll": 0.3,
-}
-
 
 def counting() -> Counting:
-    return Counting(tiny.tokenizer(), "en", 300)
+    return Counting(tiny.tokenizer(), "en")
 
 
-def answer(text: str, ended: bool = True) -> tuple[list[int], bool]:
-    return tiny.tokenizer()(text, add_special_tokens=False)["input_ids"], not ended
+def answer(text: str) -> list[int]:
+    return tiny.tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
 def test_counts_by_hand() -> None:
     row = {"prompt": "p", "privileged_context": "Steps. Answer: 42"}
     texts = ["Wait, maybe checks. Maybe 42. Answer: 42", "It is 420"]
-    found = counting().count([row, row], [answer(texts[0]), answer(texts[1], ended=False)])
+    found = counting().count([row, row], [answer(texts[0]), answer(texts[1])])
     assert found.words == {"wait": 1, "maybe": 2, "check": 1}
-    assert (found.answers, found.ended, found.gradable, found.stated, found.with_form) == (2, 1, 2, 1, 2)
+    assert (found.answers, found.gradable, found.stated, found.with_form) == (2, 2, 1, 2)
     values = found.metrics(["wait", "maybe"])
     tokens = sum(len(text.encode()) for text in texts)
     assert values["words/maybe"] == pytest.approx(2000 / tokens) and values["words/all"] == pytest.approx(4000 / tokens)
@@ -78,9 +63,9 @@ def test_repetition_and_place() -> None:
 
 
 def test_final_answer_tokens() -> None:
-    ids, _ = answer("So 42. Answer: 42")
+    ids = answer("So 42. Answer: 42")
     assert answer_tokens(tiny.tokenizer(), ids) == [False] * 15 + [True, True]  # the last place, not the first
-    assert not any(answer_tokens(tiny.tokenizer(), answer("word " * 9)[0])) and answer_tokens(tiny.tokenizer(), []) == []
+    assert not any(answer_tokens(tiny.tokenizer(), answer("word " * 9))) and answer_tokens(tiny.tokenizer(), []) == []
 
 
 def test_words_are_data(tmp_path: Any) -> None:
@@ -90,61 +75,30 @@ def test_words_are_data(tmp_path: Any) -> None:
     assert load_words("hedges", str(own)) == {"peut-être": "peut-être", "hein": "hein", "heu": "hein"}
     with pytest.raises(UserError, match=r"neither a language \(de, en\)"):
         load_words("hedges", "xx")
-    flags = style_tokens(tiny.tokenizer(), 300, {"a": "a"})
-    ids = tiny.tokenizer()("a.b", add_special_tokens=False)["input_ids"]
-    assert flags[ids].tolist() == [True, True, False] and len(flags) == 300 and not flags[-1]
 
 
-@pytest.mark.parametrize(
-    ("changed", "name", "words"),
-    [
-        ({"words/all": 1.0}, "suppressed doubt", "from 8.0 to 1.0"),
-        ({"teacher/divergence": 0.05, "collapse/repeated_share": 0.2}, "collapse", "divergence fell 90 % while repetition rose"),
-        ({"collapse/repeated_share": 0.6}, "collapse", "repetition rose from 5 to 60 %"),
-        ({"teacher/divergence": 0.05, "completions/mean_length": 90.0}, "collapse", "answers grew from 40 to 90"),
-        ({"completions/ended_share": 0.2}, "no end", "only 20 %"),
-        ({"leak/gold_first_place": 0.1}, "leak", "first stated after 10 %"),
-        ({"retained/nll": 0.8}, "forgetting", "nats a token"),
-    ],
-)
-def test_each_alarm(changed: dict[str, float], name: str, words: str) -> None:
-    found = find_alarms(HEALTHY, {**HEALTHY, **changed})
-    assert list(found) == [name] and words in found[name]
+def test_style_tokens_are_found_as_they_come() -> None:
+    counts = counting()
+    counts._style_words = {"a": "a"}
+    assert counts.style(answer("a.b")) == [True, True, False] and len(counts._style) == 3
+    assert counts.style(answer(".a")) == [True, True] and counts.style([]) == []
 
 
-def test_a_healthy_run_raises_none() -> None:
-    better = {"teacher/divergence": 0.02, "leak/gold_stated_share": 0.9, "leak/gold_first_place": 0.75, "words/all": 5.0}
-    assert find_alarms(HEALTHY, {**HEALTHY, **better}) == {}
-    assert find_alarms({}, {}) == find_alarms(HEALTHY, {}) == {}  # what was not measured says nothing
+def test_a_large_vocabulary_is_not_decoded_at_the_start() -> None:
+    class Decoded(Exception):
+        pass
 
+    class Never:
+        def decode(self, ids: Any) -> str:
+            raise Decoded
 
-def test_alarms_are_raised_once_and_may_stop(tmp_path: Path) -> None:
-    history = [HEALTHY] * 3 + [{**HEALTHY, "words/all": 0.0}] * 6
-    for stop in (False, True):
-        values = iter(history)
-        watch = Diagnostics(lambda values=values: next(values), tmp_path / "metrics.jsonl", 3, stop)
-        control = SimpleNamespace(should_training_stop=False)
-        for number in range(len(history)):
-            watch.on_step_end(None, SimpleNamespace(global_step=number + 1), control)
-        assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("suppressed doubt", 6)]
-        assert control.should_training_stop == stop
-
-
-def test_a_resumed_run_remembers_how_it_began(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    lines = [{"step": step, **HEALTHY} for step in (1, 2, 3, 4)] + [{"step": 5, "words/all": 0.0}]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "wor', encoding="utf-8")
-    watch = Diagnostics(lambda: {**HEALTHY, "words/all": 0.0}, file, 2)
-    control = SimpleNamespace(should_training_stop=False)
-    watch.on_train_begin(None, SimpleNamespace(global_step=4), control)  # step 5 is done again
-    for step in (5, 6):
-        watch.on_step_end(None, SimpleNamespace(global_step=step), control)
-    assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("suppressed doubt", 6)]
+    with pytest.raises(Decoded):
+        Counting(Never(), "en").style([5])
 
 
 def test_answers_to_keep_are_written_once(tmp_path: Path) -> None:
     rows, file = [{"prompt": "p", "completion": "theirs"}], tmp_path / "probe.json"
-    mine, nothing = [Completion(answer("mine")[0], False)], [Completion([], False)]
+    mine, nothing = [Completion(answer("mine"), False)], [Completion([], False)]
     first = answers_to_keep(rows, lambda rows: mine, tiny.tokenizer(), file, resumed=False)
     assert first == [{"prompt": "p", "completion": "mine"}]
     assert answers_to_keep(rows, lambda rows: nothing, tiny.tokenizer(), file, resumed=True) == first
@@ -191,4 +145,4 @@ def test_diagnostics_are_in_the_metrics_file(tmp_path: Any) -> None:
     assert "retained/nll" in lines[0] and "retained/nll" not in lines[1]
     kept = json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))
     assert kept[0]["prompt"] == "p" and isinstance(kept[0]["completion"], str)
-    assert built.diagnostics.alarms == []
+    assert built.health.alarms == []

@@ -15,8 +15,8 @@ import tiny
 import torch
 from test_invariants import STAR, trainer
 
-from unisd import UserError, checkpoints
-from unisd.guards import CollapseGuard, FiniteGuard, Interruption, is_out_of_memory, pieces_of, smaller_until_it_fits
+from unisd import UserError, alarms, checkpoints
+from unisd.guards import FiniteGuard, Interruption, is_out_of_memory, pieces_of, smaller_until_it_fits
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 99}
 
@@ -271,50 +271,47 @@ def test_finite_guard_counts_in_a_row() -> None:
     assert guard.skipped == 3 and "row 9 of" in str(guard.too_many) and "4" not in guard.message.partition(":")[2]
 
 
-# -- collapse ---------------------------------------------------------------------------------------------------------------
+# -- alarms -----------------------------------------------------------------------------------------------------------------
 
 
-def healthy(**changed: float) -> dict[str, float]:
-    values = {"completions/mean_length": 40.0, "completions/truncated_share": 0.1, "student/entropy": 1.0}
-    return {**values, "teacher/divergence": 0.3, **{name.replace("__", "/"): value for name, value in changed.items()}}
+def alarmed(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The rules say that all is well until step `at`, and then that answers shrank."""
+    seen: list[int] = []
+
+    def find(first: Any, last: Any) -> dict[str, str]:
+        seen.append(0)
+        return {"short answers": "answers shrank."} if len(seen) >= at - 1 else {}
+
+    monkeypatch.setattr(alarms, "find", find)
 
 
-@pytest.mark.parametrize(
-    ("changed", "symptom"),
-    [
-        ({"completions__mean_length": 3.0}, "very short"),
-        ({"completions__mean_length": 300.0}, "very long"),
-        ({"completions__truncated_share": 1.0}, "length limit"),
-        ({"student__entropy": 0.001}, "entropy collapsed"),
-        ({"student__entropy": 6.0}, "entropy exploded"),
-        ({"teacher__divergence": 2.0}, "drift apart"),
-    ],
-)
-def test_collapse_is_told_once_and_again_after_it_had_gone(changed: dict[str, float], symptom: str) -> None:
-    guard = CollapseGuard()
-    noise = [1.0, 0.9, 1.1, 0.8, 1.2]
-
-    def steps(count: int, **values: float) -> list[str]:
-        return [
-            told
-            for step in range(count)
-            for told in guard.update({name: value * noise[step % 5] for name, value in healthy(**values).items()})
-        ]
-
-    assert steps(40) == []
-    assert guard.update(healthy(student__entropy=float("nan"))) == []
-    told = steps(20, **changed)
-    assert len(told) == 1 and symptom in told[0]
-    assert steps(20) == []
-    assert len(steps(20, **changed)) == 1
+def test_an_alarm_warns_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alarmed(monkeypatch, at=2)
+    built = build(tmp_path, max_steps=3, save_strategy="no", alarm_window=1)
+    built.train()
+    assert [(alarm.name, alarm.step) for alarm in built.health.alarms] == [("short answers", 2)]
+    assert "Step 2, short answers: answers shrank." in caplog.text and built.state.global_step == 3
 
 
-def test_collapse_can_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CollapseGuard, "update", lambda self, values: ["answers became very short"])
-    built = build(tmp_path, max_steps=3, save_steps=100, collapse_guard="stop")
-    with pytest.raises(UserError, match=r"stopped at step 1, because answers became very short .* resume from an earlier"):
-        built.train()
-    assert checkpoints.problem_of(tmp_path / "checkpoint-1") is None
+def test_an_alarm_can_stop_the_run_and_a_resumed_run_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"max_steps": 4, "save_steps": 100, "alarm_window": 1}
+    alarmed(monkeypatch, at=2)
+    with pytest.raises(UserError, match=r"stopped at step 2 by the alarm 'short answers' .* resume from an earlier"):
+        build(tmp_path, alarms="stop", **settings).train()
+    assert checkpoints.problem_of(tmp_path / "checkpoint-2") is None
+    alarmed(monkeypatch, at=2)
+    resumed = build(tmp_path, alarms="stop", **settings)
+    resumed.train(resume_from_checkpoint=True)  # the same alarm, still there, is no news
+    assert [alarm.step for alarm in resumed.health.alarms] == [2] and resumed.state.global_step == 4
+
+
+def test_alarms_can_be_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alarmed(monkeypatch, at=2)
+    built = build(tmp_path, max_steps=2, save_strategy="no", alarm_window=1, alarms="off")
+    built.train()
+    assert built.health.alarms == []
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------------

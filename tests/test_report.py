@@ -133,6 +133,47 @@ def test_a_run_page_shows_what_the_run_wrote(tmp_path: Path) -> None:
     assert len({attrs["id"] for _, attrs in tags.found if "id" in attrs}) == sum("id" in attrs for _, attrs in tags.found)
 
 
+def with_diagnostics(folder: Path, alarms: Any, **metrics: float) -> Path:
+    """A run of ten steps whose probes ran in every fifth, with `alarms` in its results."""
+    results = json.loads((a_run(folder) / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "alarms": alarms}))
+    lines: list[dict[str, Any]] = []
+    for step in range(1, 11):
+        probe = {"leak/wrong_jsd": 0.1 * step, "retained/nll": 0.2} if step % 5 == 1 else {}
+        lines.append({"step": step, "loss": 1.0, "words/all": 9.0 - step / 2, "words/wait": 3.0, **probe, **metrics})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def diagnostics_of(folder: Path) -> str:
+    text, _ = built(folder)
+    return text.partition("<h2>Diagnostics</h2>")[2].partition("</section>")[0]
+
+
+def test_a_run_page_shows_diagnostics_and_alarms(tmp_path: Path) -> None:
+    alarms = [{"name": "collapse", "step": 7, "text": "repetition rose & rose: lower the rate."}]
+    shown = diagnostics_of(with_diagnostics(tmp_path / "run", alarms))
+    assert "step 7, <b>collapse</b>: repetition rose &amp; rose: lower the rate." in shown
+    for title, points in (("Words of doubt", 10), ("Teacher against teacher with a wrong answer", 2), ("word by word", 10)):
+        assert re.search(rf'aria-label="[^"]*{title} over {points} steps"', shown), title
+    assert "Repeated 4-grams" not in shown  # nothing was repeated, and nothing logged
+    assert shown.count("stroke-dasharray") == shown.count("<figure")  # the step of the alarm, in each
+
+
+def test_a_run_page_says_when_nothing_was_wrong_or_watched(tmp_path: Path) -> None:
+    assert "No alarm was raised." in diagnostics_of(with_diagnostics(tmp_path / "well", []))
+    assert "alarm" not in diagnostics_of(with_diagnostics(tmp_path / "off", None))
+    assert diagnostics_of(a_run(tmp_path / "old")) == ""  # of a run that has neither
+
+
+def test_alarms_and_words_of_a_run_page_are_bounded_and_escaped(tmp_path: Path) -> None:
+    alarms = [{"name": HOSTILE, "step": step, "text": HOSTILE} for step in range(1000)]
+    words = {f"words/{HOSTILE}{n}": 5.0 for n in range(30)}
+    shown = diagnostics_of(with_diagnostics(tmp_path / "run", alarms, **words))
+    assert "<script>window" not in shown and "<img" not in shown and "and 950 more" in shown
+    assert shown.count("<li>") == 51 and shown.count(escape(HOSTILE)) >= 100
+
+
 def test_nothing_is_fetched_and_every_colour_follows_the_theme(tmp_path: Path) -> None:
     text, tags = built(a_run(tmp_path / "run"))
     for _, attrs in tags.found:

@@ -6,14 +6,14 @@
 | leak of the reference (arXiv 2607.02502, 2607.02234) | `leak/*` | the gold answer is stated ever earlier |
 | collapse and forgetting (arXiv 2607.01763) | `collapse/*`, `retained/nll` | repetition, growth; the probe set is lost |
 
-All but the leak probe and the probe set is counted on the step's own answers, without a forward pass. An alarm compares the last
-`diagnostics_window` steps with the first ones, says in plain words what was seen and what to do, and is raised once. The word lists
-are files in `words/`, one per language; any other file of the same form can take their place.
+All but the leak probe and the probe set is counted on the step's own answers, without a forward pass. :mod:`unisd.alarms` judges the
+numbers. The word lists are files in `words/`, one per language; any other file of the same form can take their place.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from torch import Tensor
 from unisd.alarms import NGRAM
 from unisd.data import Row
 from unisd.errors import UserError
-from unisd.levels import final_answer, reference_at
+from unisd.levels import final_answer, reference_at, wrong_twin
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion
 from unisd.scoring import Scorer, ScoringRow
@@ -79,13 +79,6 @@ def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:
     return flags
 
 
-def style_tokens(tokenizer: Any, size: int, words: dict[str, str]) -> Tensor:
-    """`[V]` bool: tokens without a letter or digit, and those that are a word of style."""
-    texts = [tokenizer.decode([i]) for i in range(min(size, len(tokenizer)))]
-    flags = [not any(c.isalnum() for c in text) or text.strip().lower() in words for text in texts]
-    return torch.tensor(flags + [False] * (size - len(flags)))
-
-
 @dataclass
 class Answers:
     """Counts over answers, which add up over ranks."""
@@ -126,20 +119,26 @@ class Counting:
     Args:
         tokenizer: decodes them.
         words: language or file of the words of doubt.
-        size: of the model's vocabulary.
     """
 
-    def __init__(self, tokenizer: Any, words: str, size: int) -> None:
+    def __init__(self, tokenizer: Any, words: str) -> None:
         self.tokenizer = tokenizer
         self.forms = load_words("hedges", words)
         self.hedges = sorted(set(self.forms.values()))
-        style = load_words("style", words if (FOLDER / f"style-{words}.txt").is_file() else "en")
-        self.style_V = style_tokens(tokenizer, size, style)
+        self._style_words = load_words("style", words if (FOLDER / f"style-{words}.txt").is_file() else "en")
+        self._style: dict[int, bool] = {}  # of the tokens met so far: decoding a large vocabulary would take seconds
 
-    def count(self, rows: Sequence[Row], completions: Sequence[tuple[Sequence[int], bool]]) -> Answers:
-        """Counts of one answer (ids, cut off) per row."""
+    def style(self, ids: Sequence[int]) -> list[bool]:
+        """Which tokens have no letter or digit, or are a word of style."""
+        for i in set(ids) - self._style.keys():
+            text = self.tokenizer.decode([i])
+            self._style[i] = not any(c.isalnum() for c in text) or text.strip().lower() in self._style_words
+        return [self._style[i] for i in ids]
+
+    def count(self, rows: Sequence[Row], completions: Sequence[Sequence[int]]) -> Answers:
+        """Counts of one answer per row."""
         total = Answers()
-        for row, (ids, truncated) in zip(rows, completions, strict=True):
+        for row, ids in zip(rows, completions, strict=True):
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             found = Counter(self.forms[word] for word in re.findall(r"[^\W\d_]+", text.lower()) if word in self.forms)
             gold = reference_at(row, "answer")
@@ -147,7 +146,7 @@ class Counting:
             total += Answers(
                 tokens=len(ids),
                 answers=1,
-                style=int(self.style_V[torch.tensor(ids, dtype=torch.long)].sum()),
+                style=sum(self.style(ids)),
                 repeated=repeated_share(ids),
                 with_form=int(final_answer(text) is not None),
                 gradable=int(gold is not None),
@@ -218,17 +217,44 @@ def answers_to_keep(
 def probe_leak(
     scorer: Scorer, prompts: PromptBuilder, rows: Sequence[tuple[Row, ScoringRow]], device: torch.device | str
 ) -> dict[str, float]:
-    """:func:`leak_numbers` of some answers of the step, means over those that have them. Costs up to five passes over these rows."""
+    """:func:`leak_numbers` of some answers of the step, means over those that have them. Costs up to five passes over these rows.
+
+    The other teachers are told as much as the run's own (`prompts.level`): of a wrong reference, or without the question.
+
+    `leak/wrong_cosine` is taken over all probed tokens at once: the cosine of q - p and q_wrong - p, in probabilities. It is the part of
+    the teacher's pull that does not depend on what the reference says: 1 where it would pull just so under a wrong one, 0 or less
+    where what it says is what counts.
+    """
     probed = []
     for row, scored in rows:
-        negative = prompts.negative(row) if row.get("negative_context") else None
-        unconditioned = prompts.at_level(row, "unconditioned")
+        wrong = None if prompts.level == "plain" else wrong_twin(row)
+        unconditioned = prompts.at_level(row, prompts.level, question=False)
         probed.append(
-            replace(scored, negative=negative, sources={} if unconditioned is None else {"unconditioned": unconditioned})
+            replace(
+                scored,
+                negative=None if wrong is None else prompts.at_level(wrong, prompts.level),
+                sources={} if unconditioned is None else {"unconditioned": unconditioned},
+            )
         )
-    found = [
-        leak_numbers(*(views.get(name) for name in ("student", "primary", "negative", "unconditioned", "base")))  # type: ignore[arg-type]
-        for views in scorer.leak_probe(probed, device, PROBE_TOKENS)
-        if views
-    ]
-    return means(found)
+    found, products = [], torch.zeros(3, dtype=torch.float64)
+    for views in scorer.leak_probe(probed, device, PROBE_TOKENS):
+        p, q, wrong_q, reference_q, base = (
+            views.get(name) for name in ("student", "primary", "negative", "unconditioned", "base")
+        )
+        if p is None or q is None:  # an empty answer
+            continue
+        found.append(leak_numbers(p, q, wrong_q, reference_q, base))
+        if wrong_q is not None:
+            products += pull_products(p, q, wrong_q)
+    values = means(found)
+    both, right, wrong_pull = products.tolist()
+    if right > 0 and wrong_pull > 0:
+        values["leak/wrong_cosine"] = both / math.sqrt(right * wrong_pull)
+    return values
+
+
+def pull_products(student_TV: Tensor, teacher_TV: Tensor, wrong_TV: Tensor) -> Tensor:
+    """Sums over tokens of (q - p)(q_wrong - p), (q - p)^2 and (q_wrong - p)^2, from log-probabilities `[T,V]`."""
+    p = student_TV.exp()
+    right, wrong = teacher_TV.exp() - p, wrong_TV.exp() - p
+    return torch.stack([(right * wrong).sum(), right.square().sum(), wrong.square().sum()]).double().cpu()

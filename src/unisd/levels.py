@@ -36,6 +36,18 @@ def reference_at(row: dict[str, Any], level: str) -> str | None:
     return reference
 
 
+def wrong_twin(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row as if its `negative_context` were the reference, so that :func:`reference_at` shows a wrong one.
+
+    None where there is none, or it is the reference itself (noise). Its final answer is the row's `negative_answer`, or what that
+    reference names.
+    """
+    if not row.get("negative_context") or row["negative_context"] == row.get("privileged_context"):
+        return None
+    wrong = {"privileged_context": row["negative_context"], "answer": row.get("negative_answer")}
+    return {name: value for name, value in row.items() if name not in ("hints", "teacher_prompt")} | wrong
+
+
 def first_half(text: str) -> str:
     """The first half of the words (rounded up), with the space between them as it was."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]

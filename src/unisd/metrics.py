@@ -33,7 +33,6 @@ class StepMetrics:
         self.device = device
         self.world_size = world_size
         self.phases: dict[str, float] = dict.fromkeys(("rollout", "score", "student", "update", "eval", "diagnostics"), 0.0)
-        self.last: dict[str, float] = {}  # all values of the newest step
         self.values: dict[str, float] = {}  # already means over all ranks
         self._sums: dict[str, Tensor | float] = {}  # over micro-batches of this rank
         self._marked: dict[str, Tensor | float] = {}
@@ -111,7 +110,6 @@ class StepMetrics:
                 finite = {name: value if math.isfinite(value) else None for name, value in (line | values).items()}
                 file.write(json.dumps(finite) + "\n")
         self._unlogged.append(values)
-        self.last = values
         self.values, self._sums = {}, {}
         return values
 

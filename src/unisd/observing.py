@@ -70,7 +70,6 @@ class Observer:
 
     Args:
         grader: verdict on a completion, for the records; or None.
-        vocabulary: size of the model's, V.
         probes: None without diagnostics.
     """
 
@@ -81,7 +80,6 @@ class Observer:
         metrics: StepMetrics,
         tokenizer: Any,
         grader: Callable[[Row, str], bool] | None,
-        vocabulary: int,
         probes: Probes,
     ) -> None:
         self.args = args
@@ -91,8 +89,7 @@ class Observer:
         self.probes = probes
         recorded = args.record_samples if accelerator.is_main_process else 0
         self.samples = SampleRecorder(Path(args.output_dir) / SAMPLES, recorded, tokenizer, grader)
-        self.counting = Counting(tokenizer, args.diagnostics_words, vocabulary) if args.diagnostics else None
-        self._style_V = None if self.counting is None else self.counting.style_V.to(args.device)
+        self.counting = Counting(tokenizer, args.diagnostics_words) if args.diagnostics else None
         self._mask_BT = torch.zeros(0, 0, dtype=torch.bool)
 
     def before_loss(self, completions: Sequence[Completion], everywhere: StepScores, token_clip: float | None) -> None:
@@ -126,13 +123,13 @@ class Observer:
 
     def diagnose(
         self, rows: Sequence[Row], scored: Sequence[ScoringRow], completions: Sequence[Completion], step: int, width: int
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         """What the step's answers are made of, over all ranks, and now and then the probes. step: number of finished ones.
 
-        Returns marks `[B,T]` of the tokens that are an answer's final answer, 1 or 0, T = `width`.
+        Returns marks `[B,T]`, 1 or 0, T = `width`, of the tokens that are an answer's final answer, and of those of style.
         """
         assert self.counting is not None
-        counted = self.counting.count(rows, [(c.ids, c.truncated) for c in completions])
+        counted = self.counting.count(rows, [completion.ids for completion in completions])
         if self.accelerator.num_processes > 1:
             counted = sum(gather_object([counted]), Answers())
         self.metrics.values |= counted.metrics(self.counting.hedges)
@@ -142,10 +139,11 @@ class Observer:
             if self.accelerator.num_processes > 1:  # all ranks must come to the same alarms
                 found = gather_object(found)
             self.metrics.values |= means(found)
-        answer_BT = torch.zeros(len(completions), width)
+        marks = {"answer": torch.zeros(len(completions), width), "style": torch.zeros(len(completions), width)}
         for i, completion in enumerate(completions):
-            answer_BT[i, : len(completion.ids)] = torch.tensor(answer_tokens(self.tokenizer, completion.ids)).float()
-        return answer_BT
+            marks["answer"][i, : len(completion.ids)] = torch.tensor(answer_tokens(self.tokenizer, completion.ids)).float()
+            marks["style"][i, : len(completion.ids)] = torch.tensor(self.counting.style(completion.ids)).float()
+        return marks
 
     def after_loss(self, inputs: Mapping[str, Any], output: LossOutput, contrast: Contrast | None) -> None:
         """Sums over one micro-batch's loss tokens. Nothing here may wait for the device."""
@@ -154,11 +152,10 @@ class Observer:
         add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
         if self.args.distillation_mode != "nll":
             add(teacher_logp=output.teacher_logp_N.sum())
-        if self._style_V is not None:
+        if self.counting is not None:
             weighed_N = (inputs["divergence_coefficient_N"] * output.divergence_N).abs()
-            style_N = self._style_V[inputs["targets_N"]]
             answer_N = inputs["answer_coefficient_N"]
-            add(style_loss=torch.where(style_N, weighed_N, 0.0).sum(), whole_loss=weighed_N.sum())
+            add(style_loss=(weighed_N * inputs["style_coefficient_N"]).sum(), whole_loss=weighed_N.sum())
             add(answer_loss=(weighed_N * answer_N).sum(), answer_tokens=answer_N.sum())
         if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
             # h is 0 where there is no negative. Selecting by mask would wait for the device.

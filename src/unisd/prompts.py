@@ -147,19 +147,19 @@ class PromptBuilder:
             raise UserError(f"row {row.get('id')} has nothing for teacher_context={self.level}: use teacher_context=full.")
         return ids
 
-    def at_level(self, row: dict[str, Any], level: str) -> list[int] | None:
+    def at_level(self, row: dict[str, Any], level: str, question: bool = True) -> list[int] | None:
         """Ids of a teacher's prompt at a level of privilege; None where the row has nothing for it.
 
-        At level `full` the row's own `teacher_prompt` wins over the template.
+        At level `full` the row's own `teacher_prompt` wins over the template. `question=False` leaves the problem out.
         """
         if level == "plain":
-            return self.student(row)
-        if level == "full" and row.get("teacher_prompt"):
+            return self.student(row) if question else None
+        if level == "full" and question and row.get("teacher_prompt"):
             return encode_prompt(self.tokenizer, row["teacher_prompt"])
         reference = reference_at(row, level)
         if reference is None:
             return None
-        build = self.without_question if level == "unconditioned" else self.with_reference
+        build = self.with_reference if question and level != "unconditioned" else self.without_question
         return encode_prompt(self.tokenizer, build(row["prompt"], reference))
 
     def without_question(self, prompt: Prompt, reference: str) -> Prompt:

@@ -146,7 +146,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
         "before": before["figures"],
         "after": after,
         "cost": cost_of(trainer, config, phases, options.device_tdp, energy.kwh),
-        "alarms": [asdict(alarm) for alarm in trainer.diagnostics.alarms] if config.diagnostics else None,
+        "alarms": [asdict(alarm) for alarm in trainer.health.alarms] if config.alarms != "off" else None,
         "config": outputs.resolved(options, config),
     }
     if trainer.is_world_process_zero():  # before results.json, which completes a run

@@ -253,10 +253,11 @@ class Scorer:
             scores = self._add_student(scores, rows, states, device)
         return scores, states
 
-    def leak_probe(self, rows: Sequence[ScoringRow], device: torch.device | str, most_tokens: int) -> list[dict[str, Tensor]]:
-        """Per row the log-probabilities `[t,V]` of its views: student, primary, negative, unconditioned; base with a fixed teacher.
+    def leak_probe(self, rows: Sequence[ScoringRow], device: torch.device | str, most_tokens: int) -> Iterator[dict[str, Tensor]]:
+        """Row by row the log-probabilities `[t,V]` of its views: student, primary, negative, unconditioned; base with a fixed teacher.
 
-        At most `most_tokens` evenly spaced tokens of each answer. For diagnostics: these passes serve nothing else.
+        At most `most_tokens` evenly spaced tokens of each answer. For diagnostics: these passes serve nothing else. One row's
+        distributions are held at a time.
         """
         jobs = [_Job("primary", i, 0, row.teacher) for i, row in enumerate(rows)]
         jobs += [_Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None]
@@ -278,10 +279,10 @@ class Scorer:
                 record(jobs)
             record([_Job("student", i, 0, row.student) for i, row in enumerate(rows)])
             other = teacher_head(self.backbone, self.teacher)
-            return [
-                {name: log_probs(heads.get(name, other).logits(h), self.spec.temperature) for name, h in views.items()}
-                for views in hidden
-            ]
+        for views in hidden:
+            with torch.no_grad(), self._context():
+                found = {name: log_probs(heads.get(name, other).logits(h), self.spec.temperature) for name, h in views.items()}
+            yield found
 
     def _add_student(
         self, scores: StepScores, rows: Sequence[ScoringRow], states: TeacherStates, device: torch.device | str

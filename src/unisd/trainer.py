@@ -27,7 +27,6 @@ from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
 from unisd.cost import TokenCounter
 from unisd.data import Row, prepare_rows
-from unisd.diagnostics import Diagnostics
 from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
 from unisd.losses import Contrast, Head, chunked_loss, plain_loss
@@ -215,13 +214,7 @@ class UniSDTrainer(SafeTrainer):
             self.scorer,
             is_writer=self.is_world_process_zero(),
         )
-        vocabulary = self.backbone.head_module.out_features
-        self.observer = Observer(args, self.accelerator, self.metrics, processing_class, grader, vocabulary, probes)
-        self.diagnostics = Diagnostics(
-            lambda: self.metrics.last, self.metrics.path, args.diagnostics_window, args.diagnostics_stop
-        )
-        if args.diagnostics:
-            self.add_callback(self.diagnostics)  # after the step's own, which closes the step's metrics
+        self.observer = Observer(args, self.accelerator, self.metrics, processing_class, grader, probes)
         if self.rows:
             self.views.check(self.rows)
             self.completions.check()
@@ -278,10 +271,8 @@ class UniSDTrainer(SafeTrainer):
                 self._said_idle = True
         if self.args.diagnostics:
             with self.metrics.timed("diagnostics"):
-                # No coefficient of the loss: marks tokens.
-                coefficients["answer"] = self.observer.diagnose(
-                    data, rows, completions, self.state.global_step, scores.mask.shape[1]
-                )
+                # No coefficients of the loss: they mark tokens.
+                coefficients |= self.observer.diagnose(data, rows, completions, self.state.global_step, scores.mask.shape[1])
         with self.metrics.timed("score"):
             # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
@@ -480,7 +471,7 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
         self.skipping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop lines of steps that a resumed run does again, and tell the guard of the others."""
+        """Drop lines of steps that a resumed run does again, and watch the others again."""
         metrics = self.trainer.metrics
         if self.trainer.is_world_process_zero():
             self.trainer.observer.samples.forget_after(state.global_step)

@@ -45,4 +45,4 @@ def _by_word(metrics: Sequence[Mapping[str, Any]]) -> plots.Wanted:
             if key.startswith("words/") and key not in ("words/all", "words/style_loss_share"):
                 total[key] = total.get(key, 0.0) + (value or 0.0)
     most = sorted((key for key in total if total[key] > 0), key=lambda key: (-total[key], key))[:MAX_WORDS]
-    return [("Doubt, word by word", "per 1,000 tokens", {key.removeprefix("words/"): key for key in most})] if most else []
+    return [("Doubt, word by word", "per 1,000 tokens", {key.removeprefix("words/")[:24]: key for key in most})] if most else []

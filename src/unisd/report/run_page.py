@@ -1,4 +1,4 @@
-"""The page of one run: what it gained and forgot, curves, alarms, where time and memory went, answers side by side, the supervision view."""
+"""The page of one run: gains and losses, curves, alarms, where time and memory went, answers side by side, the supervision view."""
 
 from __future__ import annotations
 

@@ -94,6 +94,7 @@ class PocketTask(Task):
                     "completion": reference,
                     "negative_context": wrong_text,
                     "answer": skill.answer(problem, problem.values),
+                    "negative_answer": skill.answer(problem, wrong),
                     "variable": problem.slots.get("x", ""),
                     "words": " ".join(item.word for item in problem.items),
                     "noisy": noisy,

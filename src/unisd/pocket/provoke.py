@@ -1,0 +1,210 @@
+"""Runs that are made to go wrong, and healthy ones: which alarm is raised, and when? `python -m unisd.pocket.provoke`.
+
+Each cell trains the pocket model for 60 steps and measures accuracy on the task and on old skills every five steps, so that it can be
+said whether the alarm came before the accuracy was lost. Cells become lines of `diagnostics.jsonl`, and those the table of `diagnostics.md`;
+cells that are there are not run again.
+
+| cell | what is wrong | must raise |
+|---|---|---|
+| `healthy` | nothing | none |
+| `collapse` | a live teacher and a rate too high | `collapse` |
+| `leak` | the teacher sees the final answer only | `blind teacher` |
+| `doubt-lost` | the base doubts aloud, its references do not (:mod:`unisd.pocket.hedging`) | `suppressed doubt` |
+| `doubt-kept` | nothing: the same base, references that doubt | none |
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback
+
+from unisd import alarms
+from unisd.artefacts import METRICS, read_lines
+from unisd.cells import Cell, carry_out
+from unisd.inputs import load_data, load_model
+from unisd.pages import markdown_table, update
+from unisd.parsing import parse
+from unisd.trainer import UniSDTrainer
+
+COMMON = ["--recipe", "sdft", "--diagnostics_probe_steps", "5", "--save_strategy", "no", "--record_samples", "0"]
+COMMON += ["--eval_strategy", "steps", "--eval_steps", "5", "--eval_on_start", "true", "--max_eval_rows", "80"]
+LOST = 0.10  # below the start, on the task or on old skills
+EVERY = 5  # steps whose middle is kept of each watched metric
+
+
+@dataclass(frozen=True)
+class Provocation:
+    """Flags of `unisd train`, the alarm that must be raised (None: no alarm at all), and how many seeds."""
+
+    flags: tuple[str, ...]
+    alarm: str | None
+    seeds: int
+    hedging: bool = False
+
+
+PROVOCATIONS = {
+    "healthy": Provocation((), None, 5),
+    "collapse": Provocation(("--teacher_model_kind", "live", "--learning_rate", "1e-2"), "collapse", 2),
+    "leak": Provocation(("--teacher_context", "answer"), "blind teacher", 2),
+    "doubt-lost": Provocation((), "suppressed doubt", 2, hedging=True),
+    "doubt-kept": Provocation(("--reference_style", "hedged"), None, 2, hedging=True),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One cell to run."""
+
+    name: str
+    seed: int
+
+
+def hedging_base(folder: Path) -> Path:
+    """The base that doubts aloud, trained (or trained on) where it is not there yet: some minutes."""
+    from unisd.pocket.pretrain import pretrain
+
+    pretrain(folder, resume=True, compile=False, variant="hedging")
+    return folder
+
+
+def run_cell(plan: Plan, base: Path, steps: int | None = None) -> Cell:
+    """Train and watch one cell. base: folder of the hedging base, made if need be."""
+    provocation = PROVOCATIONS[plan.name]
+    model_flags = ["--task", "pocket", "--model_name_or_path", str(hedging_base(base))] if provocation.hedging else []
+    limit = [] if steps is None else ["--max_steps", str(steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*COMMON, *model_flags, *provocation.flags, *limit, "--seed", str(plan.seed), "--output_dir", folder]
+        options, config = parse(flags)
+        data = load_data(options, config.seed)
+        model, tokenizer, _ = load_model(options)
+        trainer = UniSDTrainer(
+            model,
+            config,
+            data.train,
+            {"task": data.evaluation, "retention": data.retention},
+            processing_class=tokenizer,
+            grader=data.grader,
+            probe_dataset=data.retention[: config.diagnostics_probe_rows],
+        )
+        trainer.remove_callback(PrinterCallback)
+        clock = time.perf_counter()
+        trainer.train()
+        return {
+            **asdict(plan),
+            "steps": trainer.state.global_step,
+            "train_s": time.perf_counter() - clock,
+            "alarms": [asdict(alarm) for alarm in trainer.health.alarms],
+            "curve": curve(trainer.state.log_history),
+            "watched": watched(read_lines(Path(folder) / METRICS)),
+        }
+
+
+def curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Accuracies by step, from the Trainer's log: those of one step are lines of their own."""
+    points: dict[int, dict[str, float]] = {}
+    for line in history:
+        for part in ("task", "retention"):
+            if (value := line.get(f"eval_{part}_accuracy")) is not None:
+                points.setdefault(line["step"], {"step": line["step"]})[part] = value
+    return [points[step] for step in sorted(points)]
+
+
+def watched(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """The metrics that alarms look at: the middle of every `EVERY` steps."""
+    found: dict[str, list[float | None]] = {}
+    for metric in sorted(alarms.WATCHED):
+        parts = [
+            [line[metric] for line in lines[start : start + EVERY] if line.get(metric) is not None] for start in starts(lines)
+        ]
+        found[metric] = [round(alarms.middle(metric, part), 4) if part else None for part in parts]
+    return found
+
+
+def starts(lines: list[dict[str, Any]]) -> range:
+    return range(0, len(lines), EVERY)
+
+
+def lost_at(cell: Cell) -> int | None:
+    """The first evaluation at which an accuracy is `LOST` below its start."""
+    first = cell["curve"][0]
+    for point in cell["curve"]:
+        if any(point[part] < first[part] - LOST for part in ("task", "retention")):
+            return int(point["step"])
+    return None
+
+
+def passed(cell: Cell) -> bool:
+    """Whether the cell did what its provocation says: the alarm no later than the loss of accuracy, or no alarm."""
+    wanted, lost = PROVOCATIONS[cell["name"]].alarm, lost_at(cell)
+    if wanted is None:
+        return cell["alarms"] == []
+    raised = [alarm["step"] for alarm in cell["alarms"] if alarm["name"] == wanted]
+    return bool(raised) and (lost is None or raised[0] <= lost)
+
+
+def page(cells: list[Cell]) -> str:
+    """The table, and what the alarms said."""
+    head = [
+        "cell",
+        "seed",
+        "alarms (step)",
+        "accuracy lost at step",
+        "task, %: start, end",
+        "old skills, %: start, end",
+        "as it should",
+    ]
+    rows, said = [], []
+    for cell in sorted(cells, key=lambda cell: (list(PROVOCATIONS).index(cell["name"]), cell["seed"])):
+        points = [cell["curve"][0], cell["curve"][-1]]
+        task, old = (", ".join(f"{100 * point[part]:.1f}" for point in points) for part in ("task", "retention"))
+        raised = ", ".join(f"{alarm['name']} ({alarm['step']})" for alarm in cell["alarms"]) or "none"
+        lost = lost_at(cell)
+        verdict = "yes" if passed(cell) else "**no**"
+        rows.append([cell["name"], str(cell["seed"]), raised, "-" if lost is None else str(lost), task, old, verdict])
+        if cell["seed"] == 0:
+            said += [f"- `{cell['name']}`, step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in cell["alarms"]]
+    counted = f"{sum(map(passed, cells))} of {len(cells)} cells did what they should; {total()} make the whole."
+    parts = [counted, "\n".join(markdown_table(head, rows))]
+    return "\n\n".join([*parts, "With seed 0 the alarms said:", "\n".join(said)] if said else parts)
+
+
+def total() -> int:
+    return sum(provocation.seeds for provocation in PROVOCATIONS.values())
+
+
+def plans(cells: list[Cell], only: list[str] | None = None) -> Iterator[Plan]:
+    """Cells not yet run: the first seed of each first."""
+    done = {(cell["name"], cell["seed"]) for cell in cells}
+    for seed in range(max(provocation.seeds for provocation in PROVOCATIONS.values())):
+        for name, provocation in PROVOCATIONS.items():
+            if seed < provocation.seeds and (name, seed) not in done and (not only or name in only):
+                yield Plan(name, seed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("docs/results"), help="where diagnostics.jsonl and the page are")
+    parser.add_argument(
+        "--base", type=Path, default=Path("unisd-output/pocket-hedging"), help="where the base that doubts is kept"
+    )
+    parser.add_argument("--only", nargs="*", choices=list(PROVOCATIONS), help="these cells only")
+    parser.add_argument("--most", type=int, help="stop after so many cells")
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    run = partial(run_cell, base=args.base)
+    cells = carry_out(args.folder / "diagnostics.jsonl", partial(plans, only=args.only), run, total(), args.most)
+    update(args.folder / "diagnostics.md", "Alarms, provoked", page(cells))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
