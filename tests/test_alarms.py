@@ -17,6 +17,10 @@ HEALTHY = {
     "leak/gold_first_place": 0.8,
     "leak/gold_stated_share": 0.4,
     "retained/nll": 0.3,
+    "leak/pull_both": -0.1,
+    "leak/pull_right": 2.0,
+    "leak/pull_wrong": 2.0,
+    "leak/pull_answers": 40.0,
 }
 NOISE = [1.0, 0.9, 1.1, 0.8, 1.2]
 
@@ -32,6 +36,7 @@ CASES = [
     ({"student/entropy": 6.0}, "entropy exploded", "from 1 to 6"),
     ({"teacher/divergence": 2.0}, "drift", "from 0.5 to 2 nats"),
     ({"leak/gold_first_place": 0.1}, "leak", "first stated after 10 %"),
+    ({"leak/pull_both": 1.0}, "blind teacher", "cosine 0.50"),
     ({"retained/nll": 0.8}, "forgetting", "nats a token"),
 ]
 
@@ -93,6 +98,15 @@ def test_a_probe_now_and_then_is_compared_by_the_steps_that_have_it() -> None:
         probe = {"retained/nll": 0.1 if step < 15 else 0.9} if step % 5 == 1 else {}
         watch.update(step, probe)
     assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("forgetting", 16)]  # of steps 12 to 16, only the last
+
+
+def test_the_probes_of_a_run_are_added_up() -> None:
+    """Eight answers are too few to tell, forty are not."""
+    watch = Watch(2)
+    probe = {"leak/pull_both": 0.5, "leak/pull_right": 1.0, "leak/pull_wrong": 1.0, "leak/pull_answers": 8.0}
+    for step in range(1, 20):
+        watch.update(step, probe if step % 3 == 1 else {})
+    assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("blind teacher", 13)]
 
 
 def test_a_history_read_again_raises_the_same_alarms() -> None:

@@ -20,6 +20,7 @@ from unisd.diagnostics import (
     first_place,
     leak_numbers,
     load_words,
+    pull_products,
     repeated_share,
 )
 from unisd.errors import UserError
@@ -124,6 +125,38 @@ def test_leak_numbers() -> None:
     assert leak_numbers(p, q, base_TV=reference) == {"retained/kl_to_base": pytest.approx(kl)}
 
 
+def test_the_pull_that_a_wrong_reference_shares() -> None:
+    g = torch.Generator().manual_seed(1)
+    p, q, wrong = (torch.randn(4, 5, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(3))
+    P, Q, W = (np.exp(x.numpy()) for x in (p, q, wrong))
+    found = pull_products(p, q, wrong).numpy()
+    assert found == pytest.approx([((Q - P) * (W - P)).sum(), ((Q - P) ** 2).sum(), ((W - P) ** 2).sum()])
+    both, right, other = pull_products(p, q, q).tolist()
+    assert both == pytest.approx(right) == pytest.approx(other)  # a cosine of 1
+
+
+@pytest.mark.parametrize("level", ["full", "answer", "plain"])
+def test_the_probe_tells_the_wrong_teacher_as_much_as_the_right_one(tmp_path: Any, level: str) -> None:
+    built = trainer(tmp_path, teacher_context=level, diagnostics_probe_steps=1)
+    asked: list[tuple[str, str]] = []
+    prompts = built.prompts
+    at_level = type(prompts).at_level
+
+    def recorded(self: Any, row: Any, level: str, question: bool = True) -> Any:
+        ids = at_level(self, row, level, question)
+        asked.append((str(row.get("privileged_context")), built.processing_class.decode(ids or [])))
+        return ids
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(prompts), "at_level", recorded)
+        gradients(built)
+    wrong = {row["negative_context"] for row in built.rows}
+    shown = [text for reference, text in asked if reference in wrong]
+    assert bool(shown) == (level != "plain")
+    assert all(("Answer: It is" in text) == (level == "answer") for text in shown)
+    assert ("leak/wrong_cosine" in built.metrics.values) == (level != "plain")
+
+
 def test_diagnostics_watch_and_do_not_touch(tmp_path: Any) -> None:
     on, off = trainer(tmp_path), trainer(tmp_path, diagnostics=False)
     untouched = gradients(off)
@@ -131,6 +164,7 @@ def test_diagnostics_watch_and_do_not_touch(tmp_path: Any) -> None:
     probing = trainer(tmp_path, diagnostics_probe_steps=1)
     assert_same(gradients(probing), untouched)
     assert "words/all" in on.metrics.values and "words/all" not in off.metrics.values
+    assert -1 <= probing.metrics.values["leak/wrong_cosine"] <= 1
     assert 0 < probing.metrics.values["leak/wrong_jsd"] < 0.7 and -1 <= probing.metrics.values["leak/shift_cosine"] <= 1
     assert probing.metrics.values["retained/kl_to_base"] > 0  # the student was moved off
     assert "leak/wrong_jsd" not in on.metrics.values

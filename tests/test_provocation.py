@@ -1,32 +1,64 @@
-"""Diagnostics proved by provocation on the pocket model: a run made to collapse raises its alarms, healthy ones raise none.
+"""Alarms proved by provocation on the pocket model: runs made to go wrong raise theirs in time, healthy ones raise none.
 
-Each run takes about a minute, so these are left to `pytest -m slow tests/test_provocation.py`.
+Each run takes minutes, so these are left to `pytest -m slow tests/test_provocation.py`; `python -m unisd.pocket.provoke` runs the same
+cells, and writes them down.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from unisd.cli import main
-
-pytestmark = pytest.mark.slow
+from unisd.pocket import provoke
 
 
-def alarms(folder: Path, *flags: str) -> dict[str, int]:
-    """Name of each alarm -> the step at which it was raised."""
-    assert main(["train", "--recipe", "sdft", "--max_eval_rows", "40", "--output_dir", str(folder), *flags]) == 0
-    return {alarm["name"]: alarm["step"] for alarm in json.loads((folder / "results.json").read_text())["alarms"]}
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the base that doubts is trained, once."""
+    return tmp_path_factory.mktemp("hedging")
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_healthy_run_raises_no_alarm(tmp_path: Path, seed: int) -> None:
-    assert alarms(tmp_path, "--seed", str(seed), "--diagnostics_probe_steps", "5") == {}
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", list(provoke.plans([])), ids=lambda plan: f"{plan.name}-{plan.seed}")
+def test_a_cell_does_what_its_provocation_says(base: Path, plan: provoke.Plan) -> None:
+    cell = provoke.run_cell(plan, base)
+    assert provoke.passed(cell), provoke.page([cell])
 
 
-def test_a_collapse_is_noticed(tmp_path: Path) -> None:
-    """A live teacher and a rate ten times too high."""
-    found = alarms(tmp_path, "--teacher_model_kind", "live", "--learning_rate", "1e-2", "--diagnostics_probe_steps", "5")
-    assert found["collapse"] <= 15 and found["forgetting"] <= 15
+def cell(name: str, *alarms: tuple[str, int], task: tuple[float, ...] = (0.4, 0.5, 0.6), seed: int = 0) -> provoke.Cell:
+    return {
+        "name": name,
+        "seed": seed,
+        "alarms": [{"name": alarm, "step": step, "text": "because."} for alarm, step in alarms],
+        "curve": [{"step": 5 * place, "task": value, "retention": 1.0} for place, value in enumerate(task)],
+    }
+
+
+def test_what_passes() -> None:
+    assert provoke.passed(cell("healthy")) and not provoke.passed(cell("healthy", ("drift", 5)))
+    assert not provoke.passed(cell("collapse", ("drift", 5)))  # another alarm will not do
+    assert provoke.passed(cell("collapse", ("collapse", 10)))
+    ruined = (0.4, 0.35, 0.25)  # lost at step 10
+    assert provoke.passed(cell("collapse", ("collapse", 10), task=ruined))
+    assert not provoke.passed(cell("collapse", ("collapse", 11), task=ruined))
+
+
+def test_the_page_and_what_is_left_to_run() -> None:
+    cells = [cell("healthy", seed=1), cell("collapse", ("collapse", 10), ("drift", 12), task=(0.4, 0.2))]
+    text = provoke.page(cells)
+    assert f"1 of 2 cells did what they should; {provoke.total()} make the whole." in text
+    assert "| collapse | 0 | collapse (10), drift (12) | 5 | 40.0, 20.0 | 100.0, 100.0 | **no** |" in text
+    assert "| healthy | 1 | none | - | 40.0, 60.0 | 100.0, 100.0 | yes |" in text
+    assert "- `collapse`, step 10, collapse: because." in text
+    left = list(provoke.plans(cells))
+    assert len(left) == provoke.total() - 2 and provoke.Plan("healthy", 1) not in left
+    assert {plan.name for plan in provoke.plans(cells, only=["leak"])} == {"leak"}
+
+
+def test_curve_and_watched_metrics_are_read_from_the_log() -> None:
+    history = [{"eval_task_accuracy": 0.4, "step": 0}, {"loss": 1.0, "step": 1}, {"eval_retention_accuracy": 1.0, "step": 0}]
+    assert provoke.curve(history) == [{"step": 0, "task": 0.4, "retention": 1.0}]
+    lines = [{"step": step, "words/all": float(step), **({"retained/nll": 0.5} if step == 1 else {})} for step in range(1, 8)]
+    found = provoke.watched(lines)
+    assert found["words/all"] == [3.0, 6.5] and found["retained/nll"] == [0.5, None]

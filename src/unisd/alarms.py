@@ -1,7 +1,8 @@
 """From the metrics of the steps to alarms: what has gone wrong since the first steps, in plain words, with the remedy.
 
 The one place that judges a run's health. A rule compares the first `window` steps with the last ones: medians, and for rates of rare
-words means. What was not measured says nothing. Light: it knows metrics by their names in `metrics.jsonl`, and neither models nor torch.
+words means; the sums of a probe are added up over the run. What was not measured says nothing. Light: it knows metrics by their names
+in `metrics.jsonl`, and neither models nor torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ NGRAM = 4
 FORGOTTEN_NATS = 0.3  # a token: an answer of 20 tokens has become 400 times less likely
 DOUBT_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
 REPEATED_AT_LEAST = 0.10
+PROBED_AT_LEAST = 40  # answers; of fewer the cosine is noise
+SAME_PULL_AT_MOST = 0.12
+SUMS = "leak/pull_"  # metrics that are added up over the whole run
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,19 @@ def early_answer(first: Values, last: Values) -> str | None:
     )
 
 
+def blind_teacher(first: Values, last: Values) -> str | None:
+    """How much of the teacher's pull is the same under a wrong reference: a cosine, over all that the run has probed."""
+    if last["leak/pull_answers"] < PROBED_AT_LEAST:
+        return None
+    cosine = last["leak/pull_both"] / math.sqrt(last["leak/pull_right"] * last["leak/pull_wrong"])
+    if cosine <= SAME_PULL_AT_MOST:
+        return None
+    return (
+        f"under a wrong reference the teacher pulls much the same way (cosine {cosine:.2f}): what it adds is not what the reference knows, "
+        "but that there is one, and the student learns to write as if it knew; show the teacher the steps (teacher_context=full, hints)."
+    )
+
+
 def forgetting(first: Values, last: Values) -> str | None:
     before, now = first["retained/nll"], last["retained/nll"]
     if now <= before + FORGOTTEN_NATS:
@@ -126,7 +143,7 @@ def forgetting(first: Values, last: Values) -> str | None:
     )
 
 
-# Name of the alarm, the metrics that it looks at, and the rule: means over the first and the last steps -> plain words.
+# Name of the alarm, the metrics that it looks at, and the rule: middle of the first and of the last steps -> plain words.
 RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]], ...] = (
     ("short answers", ("completions/mean_length",), short_answers),
     ("long answers", ("completions/mean_length",), long_answers),
@@ -137,6 +154,7 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]]
     ("suppressed doubt", ("words/all",), suppressed_doubt),
     ("collapse", ("teacher/divergence", "collapse/repeated_share", "completions/mean_length"), collapse),
     ("leak", ("leak/gold_first_place", "leak/gold_stated_share"), early_answer),
+    ("blind teacher", ("leak/pull_both", "leak/pull_right", "leak/pull_wrong", "leak/pull_answers"), blind_teacher),
     ("forgetting", ("retained/nll",), forgetting),
 )
 WATCHED = frozenset(metric for _, metrics, _ in RULES for metric in metrics)
@@ -166,12 +184,16 @@ class Watch:
         self.alarms: list[Alarm] = []
         self._steps = 0
         self._first: dict[str, list[float]] = {}
+        self._sums: dict[str, float] = {}
         self._last: deque[Mapping[str, float | None]] = deque(maxlen=window)
         self._present: set[str] = set()
 
     def update(self, step: int, values: Mapping[str, float | None]) -> list[Alarm]:
         """The alarms that are new with optimizer step number `step`; they are also added to `alarms`."""
         self._steps += 1
+        for metric, value in _finite(values).items():
+            if metric.startswith(SUMS):
+                self._sums[metric] = self._sums.get(metric, 0.0) + value
         if self._steps <= self.window:
             for metric, value in _finite(values).items():
                 self._first.setdefault(metric, []).append(value)
@@ -184,7 +206,7 @@ class Watch:
             for metric, value in _finite(earlier).items():
                 recent.setdefault(metric, []).append(value)
         first, last = ({metric: middle(metric, found) for metric, found in part.items()} for part in (self._first, recent))
-        found = find(first, last)
+        found = find({**first, **self._sums}, {**last, **self._sums})
         new = [Alarm(name, step, text) for name, text in found.items() if name not in self._present]
         self._present = set(found)
         self.alarms += new

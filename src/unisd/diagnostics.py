@@ -223,7 +223,7 @@ def probe_leak(
 
     `leak/wrong_cosine` is taken over all probed tokens at once: the cosine of q - p and q_wrong - p, in probabilities. It is the part of
     the teacher's pull that does not depend on what the reference says: 1 where it would pull just so under a wrong one, 0 or less
-    where what it says is what counts.
+    where what it says is what counts. Of a few answers it is noisy; the sums that it is made of are `leak/pull_*`, for those who add up.
     """
     probed = []
     for row, scored in rows:
@@ -236,7 +236,7 @@ def probe_leak(
                 sources={} if unconditioned is None else {"unconditioned": unconditioned},
             )
         )
-    found, products = [], torch.zeros(3, dtype=torch.float64)
+    found, products, answers = [], torch.zeros(3, dtype=torch.float64), 0
     for views in scorer.leak_probe(probed, device, PROBE_TOKENS):
         p, q, wrong_q, reference_q, base = (
             views.get(name) for name in ("student", "primary", "negative", "unconditioned", "base")
@@ -246,10 +246,12 @@ def probe_leak(
         found.append(leak_numbers(p, q, wrong_q, reference_q, base))
         if wrong_q is not None:
             products += pull_products(p, q, wrong_q)
+            answers += 1
     values = means(found)
-    both, right, wrong_pull = products.tolist()
-    if right > 0 and wrong_pull > 0:
-        values["leak/wrong_cosine"] = both / math.sqrt(right * wrong_pull)
+    sums = dict(zip(("both", "right", "wrong"), products.tolist(), strict=True))
+    if sums["right"] > 0 and sums["wrong"] > 0:
+        values |= {f"leak/pull_{name}": value for name, value in sums.items()} | {"leak/pull_answers": float(answers)}
+        values["leak/wrong_cosine"] = sums["both"] / math.sqrt(sums["right"] * sums["wrong"])
     return values
 
 

@@ -1,8 +1,8 @@
 """Runs that are made to go wrong, and healthy ones: which alarm is raised, and when? `python -m unisd.pocket.provoke`.
 
 Each cell trains the pocket model for 60 steps and measures accuracy on the task and on old skills every five steps, so that it can be
-said whether the alarm came before the accuracy was lost. Cells become lines of `diagnostics.jsonl`, and those the table of `diagnostics.md`;
-cells that are there are not run again.
+said whether the alarm came before the accuracy was lost. Cells become lines of `diagnostics.jsonl`, and those the table of
+`diagnostics.md`; cells that are there are not run again.
 
 | cell | what is wrong | must raise |
 |---|---|---|
@@ -79,11 +79,12 @@ def hedging_base(folder: Path) -> Path:
 def run_cell(plan: Plan, base: Path, steps: int | None = None) -> Cell:
     """Train and watch one cell. base: folder of the hedging base, made if need be."""
     provocation = PROVOCATIONS[plan.name]
-    model_flags = ["--task", "pocket", "--model_name_or_path", str(hedging_base(base))] if provocation.hedging else []
     limit = [] if steps is None else ["--max_steps", str(steps)]
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*COMMON, *model_flags, *provocation.flags, *limit, "--seed", str(plan.seed), "--output_dir", folder]
-        options, config = parse(flags)
+        flags = [*COMMON, *provocation.flags, *limit, "--seed", str(plan.seed), "--output_dir", folder]
+        options, config = parse(flags)  # with the embedded model's overlay, which suits both bases
+        if provocation.hedging:
+            options.model_name_or_path = str(hedging_base(base))
         data = load_data(options, config.seed)
         model, tokenizer, _ = load_model(options)
         trainer = UniSDTrainer(
