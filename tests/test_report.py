@@ -73,13 +73,14 @@ def a_run(folder: Path, text: str = "an answer", records: list[dict[str, Any]] |
     }
     results = {"recipe": "unisd-star", "model": "pocket", "task": text[:50], "seed": 1, "steps": 3, "wall_s": 12.0}
     results |= {"phases_s": {"rollout": 1.0, "score": 2.0, "student": 3.0}, "before": figures, "after": after, "cost": cost}
-    results |= {"config": {"note": text}}
+    results |= {"config": {"note": text}, "alarms": [{"name": "collapse", "step": 2, "text": text[:300]}]}
     (folder / "results.json").write_text(json.dumps(results))
     side = {"text": text, "correct": False, "reason": ""}
     example = {"id": text[:20], "prompt": text, "reference": text, "before": side, "after": {**side, "correct": True}}
     part = {"ids": ["1"], "skills": [None], "before": [False], "after": [True], "examples": [example]}
     (folder / "answers.json").write_text(json.dumps({"task": part, "retention": part}))
-    lines = [{"step": s, "loss": 1.0 / s, "agreement/mean": 0.9, "clip/share": 0.01, "student/entropy": 0.3} for s in (1, 2, 3)]
+    values = {"agreement/mean": 0.9, "clip/share": 0.01, "student/entropy": 0.3, "words/all": 2.0}
+    lines = [{"step": s, "loss": 1.0 / s, **values} for s in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     records = [record(text=text[:300])] if records is None else records
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
@@ -163,7 +164,9 @@ def test_a_run_page_shows_diagnostics_and_alarms(tmp_path: Path) -> None:
 def test_a_run_page_says_when_nothing_was_wrong_or_watched(tmp_path: Path) -> None:
     assert "No alarm was raised." in diagnostics_of(with_diagnostics(tmp_path / "well", []))
     assert "alarm" not in diagnostics_of(with_diagnostics(tmp_path / "off", None))
-    assert diagnostics_of(a_run(tmp_path / "old")) == ""  # of a run that has neither
+    old = with_diagnostics(tmp_path / "old", None)
+    (old / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert diagnostics_of(old) == ""
 
 
 def test_alarms_and_words_of_a_run_page_are_bounded_and_escaped(tmp_path: Path) -> None:

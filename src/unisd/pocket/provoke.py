@@ -35,7 +35,7 @@ from unisd.pages import markdown_table, update
 from unisd.parsing import parse
 from unisd.trainer import UniSDTrainer
 
-COMMON = ["--recipe", "sdft", "--diagnostics_probe_steps", "5", "--save_strategy", "no", "--record_samples", "0"]
+COMMON = ["--recipe", "sdft", "--diagnostics_probe_steps", "2", "--save_strategy", "no", "--record_samples", "0"]
 COMMON += ["--eval_strategy", "steps", "--eval_steps", "5", "--eval_on_start", "true", "--max_eval_rows", "80"]
 LOST = 0.10  # below the start, on the task or on old skills
 EVERY = 5  # steps whose middle is kept of each watched metric
