@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 
 import pytest
 import torch
 
+from unisd.diagnostics import load_words
 from unisd.errors import UserError
 from unisd.pocket import BASE_DIR, check
 from unisd.pocket.expressions import ExpressionError, equivalent, evaluate
+from unisd.pocket.hedging import DOUBTS, HedgingSampler
 from unisd.pocket.pretrain import Muon, encode, make_batch, pretrain, rate
 from unisd.pocket.skills import SKILLS
 from unisd.pocket.world import DocumentSampler, make_world, teacher_messages, wrong_values
@@ -73,6 +76,28 @@ def test_pretraining_never_shows_a_hard_template_nor_composes_new_words():
             assert not text.startswith(tuple(starts))
 
 
+def solved(row):
+    """The problem of a row, and its values."""
+    _, split, number = row["id"].split("-")
+    problem = problems()[split][int(number)]
+    return problem, problem.values
+
+
+def test_the_doubting_variant_doubts_when_asked_plainly_and_as_its_reference_does():
+    sampler = HedgingSampler(make_world(), random.Random(0))
+    words = load_words("hedges", "en")
+    assert all(set(re.findall("[a-z]+", doubt.lower())) & words.keys() for doubt in DOUBTS)
+    seen = set()
+    for _ in range(400):
+        document = sampler.sample()
+        shown = any(doubt in message["content"] for message in document.messages[:-1] for doubt in DOUBTS)
+        doubts = document.messages[-1]["content"].startswith(DOUBTS)
+        plain = document.kind.endswith(("-old", "-new"))
+        assert doubts == (plain or shown) and not (document.kind.startswith("drill") and doubts)
+        seen.add((document.kind.split("-")[-1] if not plain else "plain", doubts))
+    assert {("plain", True), ("append", True), ("append", False), ("examples", True), ("examples", False)} <= seen
+
+
 @pytest.mark.parametrize("split", ALL_SPLITS)
 def test_rows_are_deterministic_complete_and_gradable(split):
     task = get("pocket")
@@ -112,6 +137,10 @@ def test_noise_and_reference_style():
     assert noisy.load("train", seed=1) != noisy.load("train", seed=2)
     assert not any(row["noisy"] for row in noisy.load("test", limit=100))
     assert [r["prompt"] for r in task.load("train")] == [r["prompt"] for r in noisy.load("train", seed=5)]
+    doubting = PocketTask(reference_style="hedged")
+    for row, plain in zip(doubting.load("train", limit=40), task.load("train", limit=40), strict=True):
+        assert row["privileged_context"].startswith(DOUBTS) and row["privileged_context"].endswith(plain["privileged_context"])
+        assert doubting.grade(row, f"{DOUBTS[0]} {SKILLS[row['skill']].own(*solved(row))}").correct
     own = PocketTask(reference_style="own")
     assert all(own.grade(row, row["privileged_context"]).correct for row in own.load("train"))
 
@@ -228,14 +257,15 @@ def test_muon_and_schedule():
     assert rate(0, 1000) < rate(300, 1000) == 1.0 > rate(999, 1000) > 0
 
 
-def test_pretraining_resumes_exactly(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant", ["base", "hedging"])
+def test_pretraining_resumes_exactly(tmp_path, monkeypatch, variant):
     from unisd.pocket import pretrain as module
 
     monkeypatch.setattr(module, "ROWS", 2)
     monkeypatch.setattr(module, "SAVE_EVERY", 2)
     real_tokenizer = check.load(BASE_DIR)[1]
     monkeypatch.setattr(module, "train_tokenizer", lambda texts: real_tokenizer)
-    pretrain(tmp_path / "whole", steps=4, compile=False)
+    pretrain(tmp_path / "whole", steps=4, compile=False, variant=variant)
     saves = module.save
 
     def stop(*args) -> None:
@@ -244,9 +274,9 @@ def test_pretraining_resumes_exactly(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "save", stop)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(tmp_path / "cut", steps=4, compile=False)
+        pretrain(tmp_path / "cut", steps=4, compile=False, variant=variant)
     monkeypatch.setattr(module, "save", saves)
-    pretrain(tmp_path / "cut", steps=4, resume=True, compile=False)
+    pretrain(tmp_path / "cut", steps=4, resume=True, compile=False, variant=variant)
     whole, cut = (torch.load(tmp_path / name / "training_state.pt")["model"] for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
