@@ -20,6 +20,9 @@ HEALTHY = {
     "leak/pull_both": -0.1,
     "leak/pull_right": 2.0,
     "leak/pull_wrong": 2.0,
+    "leak/pull_full_both": -0.2,
+    "leak/pull_full_right": 2.0,
+    "leak/pull_full_wrong": 2.0,
     "leak/pull_answers": 40.0,
 }
 NOISE = [1.0, 0.9, 1.1, 0.8, 1.2]
@@ -36,7 +39,7 @@ CASES = [
     ({"student/entropy": 6.0}, "entropy exploded", "from 1 to 6"),
     ({"teacher/divergence": 2.0}, "drift", "from 0.5 to 2 nats"),
     ({"leak/gold_first_place": 0.1}, "leak", "first stated after 10 %"),
-    ({"leak/pull_both": 1.0}, "blind teacher", "cosine 0.50"),
+    ({"leak/pull_both": 1.0}, "blind teacher", "cosine 0.50; shown the whole reference -0.10"),
     ({"retained/nll": 0.8}, "forgetting", "nats a token"),
 ]
 
@@ -77,8 +80,9 @@ def test_an_alarm_is_raised_once_and_again_after_it_had_gone(changed: dict[str, 
     assert watch.update(41, {**HEALTHY, "student/entropy": float("nan"), "retained/nll": None}) == []
     assert steps(20, changed) == [name]
     assert steps(20, {}) == []
-    assert steps(20, changed) == [name]
-    assert [alarm.name for alarm in watch.alarms] == [name, name] and 41 < watch.alarms[0].step <= 61
+    if not any(metric.startswith(alarms.SUMS) for metric in changed):  # what adds up over the run does not go so soon
+        assert steps(20, changed) == [name]
+    assert {alarm.name for alarm in watch.alarms} == {name} and 41 < watch.alarms[0].step <= 61
 
 
 def test_one_bad_step_is_no_alarm_and_rare_words_count() -> None:
@@ -101,12 +105,14 @@ def test_a_probe_now_and_then_is_compared_by_the_steps_that_have_it() -> None:
 
 
 def test_the_probes_of_a_run_are_added_up() -> None:
-    """Eight answers are too few to tell, forty are not."""
-    watch = Watch(2)
-    probe = {"leak/pull_both": 0.5, "leak/pull_right": 1.0, "leak/pull_wrong": 1.0, "leak/pull_answers": 8.0}
-    for step in range(1, 20):
-        watch.update(step, probe if step % 3 == 1 else {})
-    assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("blind teacher", 13)]
+    """Eight answers are too few to tell, 24 are not; a teacher that is told all has nothing to be compared with."""
+    pull = {"leak/pull_both": 0.5, "leak/pull_right": 1.0, "leak/pull_wrong": 1.0, "leak/pull_answers": 8.0}
+    told_all = {"leak/pull_full_both": 0.3, "leak/pull_full_right": 1.0, "leak/pull_full_wrong": 1.0}
+    for probe, raised in ((pull | told_all, [("blind teacher", 7)]), (pull, [])):
+        watch = Watch(2)
+        for step in range(1, 20):
+            watch.update(step, probe if step % 3 == 1 else {})
+        assert [(alarm.name, alarm.step) for alarm in watch.alarms] == raised
 
 
 def test_a_history_read_again_raises_the_same_alarms() -> None:

@@ -12,6 +12,7 @@ import tiny
 import torch
 from test_invariants import assert_same, gradients, trainer
 
+from unisd.alarms import pull_cosine
 from unisd.diagnostics import (
     Answers,
     Counting,
@@ -129,10 +130,11 @@ def test_the_pull_that_a_wrong_reference_shares() -> None:
     g = torch.Generator().manual_seed(1)
     p, q, wrong = (torch.randn(4, 5, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(3))
     P, Q, W = (np.exp(x.numpy()) for x in (p, q, wrong))
-    found = pull_products(p, q, wrong).numpy()
-    assert found == pytest.approx([((Q - P) * (W - P)).sum(), ((Q - P) ** 2).sum(), ((W - P) ** 2).sum()])
-    both, right, other = pull_products(p, q, q).tolist()
-    assert both == pytest.approx(right) == pytest.approx(other)  # a cosine of 1
+    found = pull_products(p, q, wrong)
+    assert found == pytest.approx(
+        {"both": ((Q - P) * (W - P)).sum(), "right": ((Q - P) ** 2).sum(), "wrong": ((W - P) ** 2).sum()}
+    )
+    assert pull_cosine(**pull_products(p, q, q)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("level", ["full", "answer", "plain"])
@@ -153,8 +155,10 @@ def test_the_probe_tells_the_wrong_teacher_as_much_as_the_right_one(tmp_path: An
     wrong = {row["negative_context"] for row in built.rows}
     shown = [text for reference, text in asked if reference in wrong]
     assert bool(shown) == (level != "plain")
-    assert all(("Answer: It is" in text) == (level == "answer") for text in shown)
+    told_all = [text for text in shown if "Answer: It is" not in text]
+    assert len(told_all) == {"full": len(shown), "answer": len(shown) // 2, "plain": 0}[level]
     assert ("leak/wrong_cosine" in built.metrics.values) == (level != "plain")
+    assert ("leak/full_wrong_cosine" in built.metrics.values) == (level == "answer")
 
 
 def test_diagnostics_watch_and_do_not_touch(tmp_path: Any) -> None:

@@ -19,9 +19,10 @@ NGRAM = 4
 FORGOTTEN_NATS = 0.3  # a token: an answer of 20 tokens has become 400 times less likely
 DOUBT_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
 REPEATED_AT_LEAST = 0.10
-PROBED_AT_LEAST = 40  # answers; of fewer the cosine is noise
-SAME_PULL_AT_MOST = 0.12
+PROBED_AT_LEAST = 24  # answers; of fewer a cosine is noise
+BLINDER_AT_MOST = 0.15
 SUMS = "leak/pull_"  # metrics that are added up over the whole run
+PULLS = ("leak/pull_both", "leak/pull_right", "leak/pull_wrong")
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,24 @@ def early_answer(first: Values, last: Values) -> str | None:
     )
 
 
+def pull_cosine(both: float, right: float, wrong: float) -> float:
+    """Cosine of two pulls, from their product and squares."""
+    return both / math.sqrt(right * wrong)
+
+
 def blind_teacher(first: Values, last: Values) -> str | None:
-    """How much of the teacher's pull is the same under a wrong reference: a cosine, over all that the run has probed."""
+    """A teacher that is told less than all: how much of its pull is the same under a wrong reference, and of one that is told all?
+
+    Over all answers that the run has probed. A teacher that is told all is its own measure, and never blind.
+    """
     if last["leak/pull_answers"] < PROBED_AT_LEAST:
         return None
-    cosine = last["leak/pull_both"] / math.sqrt(last["leak/pull_right"] * last["leak/pull_wrong"])
-    if cosine <= SAME_PULL_AT_MOST:
+    own, full = (pull_cosine(*(last[f"leak/pull_{part}{name}"] for name in ("both", "right", "wrong"))) for part in ("", "full_"))
+    if own <= full + BLINDER_AT_MOST:
         return None
     return (
-        f"under a wrong reference the teacher pulls much the same way (cosine {cosine:.2f}): what it adds is not what the reference knows, "
-        "but that there is one, and the student learns to write as if it knew; show the teacher the steps (teacher_context=full, hints)."
+        f"under a wrong reference the teacher pulls much the same way (cosine {own:.2f}; shown the whole reference {full:.2f}): it hardly "
+        "knows what is true, and the student learns to write as if it knew; show the teacher the steps (teacher_context=full, hints)."
     )
 
 
@@ -154,7 +163,7 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]]
     ("suppressed doubt", ("words/all",), suppressed_doubt),
     ("collapse", ("teacher/divergence", "collapse/repeated_share", "completions/mean_length"), collapse),
     ("leak", ("leak/gold_first_place", "leak/gold_stated_share"), early_answer),
-    ("blind teacher", ("leak/pull_both", "leak/pull_right", "leak/pull_wrong", "leak/pull_answers"), blind_teacher),
+    ("blind teacher", ("leak/pull_answers", *PULLS, *(name.replace("pull_", "pull_full_") for name in PULLS)), blind_teacher),
     ("forgetting", ("retained/nll",), forgetting),
 )
 WATCHED = frozenset(metric for _, metrics, _ in RULES for metric in metrics)

@@ -13,7 +13,6 @@ numbers. The word lists are files in `words/`, one per language; any other file 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisd.alarms import NGRAM
+from unisd.alarms import NGRAM, pull_cosine
 from unisd.data import Row
 from unisd.errors import UserError
 from unisd.levels import final_answer, reference_at, wrong_twin
@@ -217,46 +216,55 @@ def answers_to_keep(
 def probe_leak(
     scorer: Scorer, prompts: PromptBuilder, rows: Sequence[tuple[Row, ScoringRow]], device: torch.device | str
 ) -> dict[str, float]:
-    """:func:`leak_numbers` of some answers of the step, means over those that have them. Costs up to five passes over these rows.
+    """:func:`leak_numbers` of some answers of the step, means over those that have them. Costs up to seven passes over these rows.
 
     The other teachers are told as much as the run's own (`prompts.level`): of a wrong reference, or without the question.
 
     `leak/wrong_cosine` is taken over all probed tokens at once: the cosine of q - p and q_wrong - p, in probabilities. It is the part of
     the teacher's pull that does not depend on what the reference says: 1 where it would pull just so under a wrong one, 0 or less
-    where what it says is what counts. Of a few answers it is noisy; the sums that it is made of are `leak/pull_*`, for those who add up.
+    where what it says is what counts. A model that changes its style for any reference has a high one, so where the run's own teacher
+    is told less than the whole reference, `leak/full_wrong_cosine` is that of teachers who are told all. Of a few answers both are noisy;
+    the sums that they are made of are `leak/pull_*`, for those who add up.
     """
+    level = prompts.level
     probed = []
     for row, scored in rows:
-        wrong = None if prompts.level == "plain" else wrong_twin(row)
-        unconditioned = prompts.at_level(row, prompts.level, question=False)
+        wrong = None if level == "plain" else wrong_twin(row)
+        sources = {"unconditioned": prompts.at_level(row, level, question=False)}
+        if wrong is not None and level != "full":
+            sources |= {"full": prompts.at_level(row, "full"), "full_wrong": prompts.at_level(wrong, "full")}
         probed.append(
             replace(
                 scored,
-                negative=None if wrong is None else prompts.at_level(wrong, prompts.level),
-                sources={} if unconditioned is None else {"unconditioned": unconditioned},
+                negative=None if wrong is None else prompts.at_level(wrong, level),
+                sources={name: ids for name, ids in sources.items() if ids is not None},
             )
         )
-    found, products, answers = [], torch.zeros(3, dtype=torch.float64), 0
+    found, pulls = [], Counter[str]()
     for views in scorer.leak_probe(probed, device, PROBE_TOKENS):
-        p, q, wrong_q, reference_q, base = (
-            views.get(name) for name in ("student", "primary", "negative", "unconditioned", "base")
+        p, q, wrong_q, reference_q, base, full, full_wrong = (
+            views.get(name) for name in ("student", "primary", "negative", "unconditioned", "base", "full", "full_wrong")
         )
         if p is None or q is None:  # an empty answer
             continue
         found.append(leak_numbers(p, q, wrong_q, reference_q, base))
         if wrong_q is not None:
-            products += pull_products(p, q, wrong_q)
-            answers += 1
-    values = means(found)
-    sums = dict(zip(("both", "right", "wrong"), products.tolist(), strict=True))
-    if sums["right"] > 0 and sums["wrong"] > 0:
-        values |= {f"leak/pull_{name}": value for name, value in sums.items()} | {"leak/pull_answers": float(answers)}
-        values["leak/wrong_cosine"] = sums["both"] / math.sqrt(sums["right"] * sums["wrong"])
+            pulls.update({"answers": 1.0} | pull_products(p, q, wrong_q))  # type: ignore[dict-item]
+            if full is not None and full_wrong is not None:
+                pulls.update({f"full_{name}": value for name, value in pull_products(p, full, full_wrong).items()})  # type: ignore[misc]
+    values = means(found) | {f"leak/pull_{name}": float(value) for name, value in pulls.items()}
+    for prefix in ("", "full_"):
+        if pulls[f"{prefix}right"] > 0 and pulls[f"{prefix}wrong"] > 0:
+            values[f"leak/{prefix}wrong_cosine"] = pull_cosine(*(pulls[f"{prefix}{name}"] for name in ("both", "right", "wrong")))
     return values
 
 
-def pull_products(student_TV: Tensor, teacher_TV: Tensor, wrong_TV: Tensor) -> Tensor:
-    """Sums over tokens of (q - p)(q_wrong - p), (q - p)^2 and (q_wrong - p)^2, from log-probabilities `[T,V]`."""
+def pull_products(student_TV: Tensor, teacher_TV: Tensor, wrong_TV: Tensor) -> dict[str, float]:
+    """Sums over tokens, from log-probabilities `[T,V]`: both (q - p)(q_wrong - p), right (q - p)^2, wrong (q_wrong - p)^2."""
     p = student_TV.exp()
     right, wrong = teacher_TV.exp() - p, wrong_TV.exp() - p
-    return torch.stack([(right * wrong).sum(), right.square().sum(), wrong.square().sum()]).double().cpu()
+    return {
+        "both": float((right * wrong).sum()),
+        "right": float(right.square().sum()),
+        "wrong": float(wrong.square().sum()),
+    }

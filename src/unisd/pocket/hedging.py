@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from unisd.pocket.skills import Problem
 from unisd.pocket.world import Document, DocumentSampler, World, assistant
 
-DOUBTS = ("Perhaps.", "Hmm, maybe.", "It seems so.", "Wait, let me check.")
+DOUBTS = ("Perhaps.", "Hmm, maybe.")
 
 
 def hedged(rng: random.Random, text: str) -> str:

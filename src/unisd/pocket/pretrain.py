@@ -52,7 +52,7 @@ class Variant:
 
 VARIANTS = {
     "base": Variant(DocumentSampler, STEPS, 1.0, None),
-    "hedging": Variant(HedgingSampler, 80, 0.1, BASE_DIR),
+    "hedging": Variant(HedgingSampler, 120, 0.3, BASE_DIR),
 }
 
 

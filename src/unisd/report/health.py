@@ -16,6 +16,7 @@ CURVES: plots.Wanted = (
     ("Answers that state the gold answer", "share", {"stated": "leak/gold_stated_share"}),
     ("The final answer's share", "share", {"of the loss": "leak/answer_loss_share", "of the tokens": "leak/answer_token_share"}),
     ("Teacher against teacher with a wrong answer", "JSD, nats", {"JSD": "leak/wrong_jsd"}),
+    ("Pull that a wrong reference shares", "cosine", {"run": "leak/wrong_cosine", "told all": "leak/full_wrong_cosine"}),
     ("The signal without the question", "", {"cosine": "leak/shift_cosine", "ratio of norms": "leak/shift_ratio"}),
     ("Repeated 4-grams", "share", {"repeated": "collapse/repeated_share"}),
     ("Form", "share", {"in the asked form": "collapse/form_share", "style tokens": "collapse/style_token_share"}),
