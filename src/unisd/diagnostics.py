@@ -240,7 +240,9 @@ def probe_leak(
                 sources={name: ids for name, ids in sources.items() if ids is not None},
             )
         )
-    found, pulls = [], Counter[str]()
+    found: list[dict[str, float]] = []
+    pulls = {told: torch.zeros(3, dtype=torch.float64) for told in ("", "full_")}
+    answers = 0
     for views in scorer.leak_probe(probed, device, PROBE_TOKENS):
         p, q, wrong_q, reference_q, base, full, full_wrong = (
             views.get(name) for name in ("student", "primary", "negative", "unconditioned", "base", "full", "full_wrong")
@@ -249,22 +251,22 @@ def probe_leak(
             continue
         found.append(leak_numbers(p, q, wrong_q, reference_q, base))
         if wrong_q is not None:
-            pulls.update({"answers": 1.0} | pull_products(p, q, wrong_q))  # type: ignore[dict-item]
-            if full is not None and full_wrong is not None:
-                pulls.update({f"full_{name}": value for name, value in pull_products(p, full, full_wrong).items()})  # type: ignore[misc]
-    values = means(found) | {f"leak/pull_{name}": float(value) for name, value in pulls.items()}
-    for prefix in ("", "full_"):
-        if pulls[f"{prefix}right"] > 0 and pulls[f"{prefix}wrong"] > 0:
-            values[f"leak/{prefix}wrong_cosine"] = pull_cosine(*(pulls[f"{prefix}{name}"] for name in ("both", "right", "wrong")))
+            pulls[""] += pull_products(p, q, wrong_q)
+            answers += 1
+        if full is not None and full_wrong is not None:
+            pulls["full_"] += pull_products(p, full, full_wrong)
+    values = means(found)
+    for told, sums in pulls.items():
+        both, right, of_wrong = sums.tolist()
+        if right > 0 and of_wrong > 0:
+            values[f"leak/{told}wrong_cosine"] = pull_cosine(both, right, of_wrong)
+            values |= {f"leak/pull_{told}both": both, f"leak/pull_{told}right": right, f"leak/pull_{told}wrong": of_wrong}
+            values["leak/pull_answers"] = float(answers)
     return values
 
 
-def pull_products(student_TV: Tensor, teacher_TV: Tensor, wrong_TV: Tensor) -> dict[str, float]:
-    """Sums over tokens, from log-probabilities `[T,V]`: both (q - p)(q_wrong - p), right (q - p)^2, wrong (q_wrong - p)^2."""
+def pull_products(student_TV: Tensor, teacher_TV: Tensor, wrong_TV: Tensor) -> Tensor:
+    """Sums over tokens of (q - p)(q_wrong - p), (q - p)^2 and (q_wrong - p)^2, from log-probabilities `[T,V]`."""
     p = student_TV.exp()
     right, wrong = teacher_TV.exp() - p, wrong_TV.exp() - p
-    return {
-        "both": float((right * wrong).sum()),
-        "right": float(right.square().sum()),
-        "wrong": float(wrong.square().sum()),
-    }
+    return torch.stack([(right * wrong).sum(), right.square().sum(), wrong.square().sum()]).double().cpu()

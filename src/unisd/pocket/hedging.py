@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from unisd.pocket.skills import Problem
 from unisd.pocket.world import Document, DocumentSampler, World, assistant
 
-DOUBTS = ("Perhaps.", "Hmm, maybe.")
+DOUBTS = ("Hmm.", "Maybe.")
 
 
 def hedged(rng: random.Random, text: str) -> str:
