@@ -32,6 +32,8 @@ def cell(name: str, *alarms: tuple[str, int], task: tuple[float, ...] = (0.4, 0.
         "seed": seed,
         "alarms": [{"name": alarm, "step": step, "text": "because."} for alarm, step in alarms],
         "curve": [{"step": 5 * place, "task": value, "retention": 1.0} for place, value in enumerate(task)],
+        "watched": {"words/all": [9.0, 3.0]},
+        "shared_pull": {"as in the run": 0.25, "all": -0.1},
     }
 
 
@@ -48,8 +50,10 @@ def test_the_page_and_what_is_left_to_run() -> None:
     cells = [cell("healthy", seed=1), cell("collapse", ("collapse", 10), ("drift", 12), task=(0.4, 0.2))]
     text = provoke.page(cells)
     assert f"1 of 2 cells did what they should; {provoke.total()} make the whole." in text
-    assert "| collapse | 0 | collapse (10), drift (12) | 5 | 40.0, 20.0 | 100.0, 100.0 | **no** |" in text
-    assert "| healthy | 1 | none | - | 40.0, 60.0 | 100.0, 100.0 | yes |" in text
+    assert (
+        "| collapse | 0 | collapse (10), drift (12) | 5 | 40.0, 20.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | **no** |" in text
+    )
+    assert "| healthy | 1 | none | - | 40.0, 60.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | yes |" in text
     assert "- `collapse`, step 10, collapse: because." in text
     left = list(provoke.plans(cells))
     assert len(left) == provoke.total() - 2 and provoke.Plan("healthy", 1) not in left
@@ -62,3 +66,5 @@ def test_curve_and_watched_metrics_are_read_from_the_log() -> None:
     lines = [{"step": step, "words/all": float(step), **({"retained/nll": 0.5} if step == 1 else {})} for step in range(1, 8)]
     found = provoke.watched(lines)
     assert found["words/all"] == [3.0, 6.5] and found["retained/nll"] == [0.5, None]
+    pull = {"leak/pull_both": 1.0, "leak/pull_right": 2.0, "leak/pull_wrong": 2.0}
+    assert provoke.shared_pull([*lines, pull, pull]) == {"as in the run": 0.5} and provoke.shared_pull(lines) == {}

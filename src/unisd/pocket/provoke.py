@@ -99,13 +99,15 @@ def run_cell(plan: Plan, base: Path, steps: int | None = None) -> Cell:
         trainer.remove_callback(PrinterCallback)
         clock = time.process_time()
         trainer.train()
+        lines = read_lines(Path(folder) / METRICS)
         return {
             **asdict(plan),
             "steps": trainer.state.global_step,
             "train_cpu_s": time.process_time() - clock,
             "alarms": [asdict(alarm) for alarm in trainer.health.alarms],
             "curve": curve(trainer.state.log_history),
-            "watched": watched(read_lines(Path(folder) / METRICS)),
+            "watched": watched(lines),
+            "shared_pull": shared_pull(lines),
         }
 
 
@@ -127,6 +129,17 @@ def watched(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
             [line[metric] for line in lines[start : start + EVERY] if line.get(metric) is not None] for start in starts(lines)
         ]
         found[metric] = [round(alarms.middle(metric, part), 4) if part else None for part in parts]
+    return found
+
+
+def shared_pull(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Cosine of the teacher's pull under the right and under a wrong reference, over the run: as it is told, and told all."""
+    found = {}
+    for told, prefix in (("as in the run", ""), ("all", "full_")):
+        names = [f"{alarms.SUMS}{prefix}{part}" for part in ("both", "right", "wrong")]
+        sums = [sum(line.get(name) or 0.0 for line in lines) for name in names]
+        if sums[1] and sums[2]:
+            found[told] = round(alarms.pull_cosine(*sums), 3)
     return found
 
 
@@ -154,15 +167,8 @@ def passed(cell: Cell) -> bool:
 
 def page(cells: list[Cell]) -> str:
     """The table, and what the alarms said."""
-    head = [
-        "cell",
-        "seed",
-        "alarms (step)",
-        "accuracy lost at step",
-        "task, %: start, end",
-        "old skills, %: start, end",
-        "as it should",
-    ]
+    head = ["cell", "seed", "alarms (step)", "accuracy lost at step", "task, %: start, end", "old skills, %: start, end"]
+    head += ["words of doubt: start, end", "shared pull", "as it should"]
     rows, said = [], []
     for cell in sorted(cells, key=lambda cell: (list(PROVOCATIONS).index(cell["name"]), cell["seed"])):
         points = [cell["curve"][0], cell["curve"][-1]]
@@ -170,11 +176,19 @@ def page(cells: list[Cell]) -> str:
         raised = ", ".join(f"{alarm['name']} ({alarm['step']})" for alarm in cell["alarms"]) or "none"
         lost = lost_at(cell)
         verdict = "yes" if passed(cell) else "**no**"
-        rows.append([cell["name"], str(cell["seed"]), raised, "-" if lost is None else str(lost), task, old, verdict])
+        doubt = ", ".join(f"{cell['watched']['words/all'][place] or 0:.1f}" for place in (0, -1))
+        pull = ", ".join(f"{value:.2f}" for value in cell["shared_pull"].values())
+        measured = ["-" if lost is None else str(lost), task, old, doubt, pull]
+        rows.append([cell["name"], str(cell["seed"]), raised, *measured, verdict])
         if cell["seed"] == 0:
             said += [f"- `{cell['name']}`, step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in cell["alarms"]]
+    legend = (
+        f"Accuracy is lost where it is {100 * LOST:.0f} points below the start. Words of doubt: per 1,000 tokens, first and last {EVERY} steps. "
+        "Shared pull: cosine of the teacher's pull under the right and under a wrong reference, told as in the run; then told all, where "
+        "that is something else."
+    )
     counted = f"{sum(map(passed, cells))} of {len(cells)} cells did what they should; {total()} make the whole."
-    parts = [counted, "\n".join(markdown_table(head, rows))]
+    parts = [counted, "\n".join(markdown_table(head, rows)), legend]
     return "\n\n".join([*parts, "With seed 0 the alarms said:", "\n".join(said)] if said else parts)
 
 
