@@ -183,9 +183,9 @@ def page(cells: list[Cell]) -> str:
         if cell["seed"] == 0:
             said += [f"- `{cell['name']}`, step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in cell["alarms"]]
     legend = (
-        f"Accuracy is lost where it is {100 * LOST:.0f} points below the start. Words of doubt: per 1,000 tokens, first and last {EVERY} steps. "
-        "Shared pull: cosine of the teacher's pull under the right and under a wrong reference, told as in the run; then told all, where "
-        "that is something else."
+        f"Accuracy is lost where it is {100 * LOST:.0f} points below the start. Words of doubt: per 1,000 tokens, first and last {EVERY} "
+        "steps. Shared pull: cosine of the teacher's pull under the right and under a wrong reference, told as in the run; then told "
+        "all, where that is something else."
     )
     counted = f"{sum(map(passed, cells))} of {len(cells)} cells did what they should; {total()} make the whole."
     parts = [counted, "\n".join(markdown_table(head, rows)), legend]
