@@ -162,7 +162,10 @@ def test_a_run_page_shows_diagnostics_and_alarms(tmp_path: Path) -> None:
 
 
 def test_a_run_page_says_when_nothing_was_wrong_or_watched(tmp_path: Path) -> None:
-    assert "No alarm was raised." in diagnostics_of(with_diagnostics(tmp_path / "well", []))
+    well = with_diagnostics(tmp_path / "well", [])
+    assert "<p>No alarm was raised.</p>" in diagnostics_of(well)
+    (well / "metrics.jsonl").write_text('{"step": 1, "words/all": 1.0}\n')  # without probes
+    assert "No alarm was raised. Nobody looked for forgetting" in diagnostics_of(well)
     assert "alarm" not in diagnostics_of(with_diagnostics(tmp_path / "off", None))
     old = with_diagnostics(tmp_path / "old", None)
     (old / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')

@@ -141,7 +141,7 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             *markdown_table(("measure", "before", "after", "change"), lines),
             "",
             *(f"- alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in results["alarms"] or ()),
-            *(("No alarm was raised (lost words of doubt, leak, collapse, forgetting).",) if results["alarms"] == [] else ()),
+            *(("No alarm was raised.",) if results["alarms"] == [] else ()),
             "",
             "Accuracies: greedy answers, 95 % Wilson intervals in brackets. Perplexities: corpus level. One seed: differences "
             "within the intervals mean nothing.",

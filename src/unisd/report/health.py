@@ -32,7 +32,13 @@ def health(alarms: Sequence[Mapping[str, Any]] | None, metrics: Sequence[Mapping
     lines = [f"<li>step {int(alarm['step'])}, <b>{escape(alarm['name'])}</b>: {escape(alarm['text'])}</li>" for alarm in shown]
     if alarms is not None and len(alarms) > len(shown):
         lines.append(f"<li>and {len(alarms) - len(shown)} more</li>")
-    said = f'<ul class="alarms">{"".join(lines)}</ul>' if lines else "<p>No alarm was raised.</p>" if alarms is not None else ""
+    said = f'<ul class="alarms">{"".join(lines)}</ul>' if lines else ""
+    if alarms is not None and not lines:
+        probed = any("retained/nll" in line or "leak/wrong_jsd" in line for line in metrics)
+        unseen = (
+            "" if probed else " Nobody looked for forgetting, or under a wrong reference: that needs diagnostics_probe_steps."
+        )
+        said = f"<p>No alarm was raised.{unseen}</p>"
     marks = sorted({int(alarm["step"]) for alarm in shown})
     note = "What a low loss does not tell. Dashed lines: steps at which an alarm was raised." if marks else ""
     return section("Diagnostics", said, plots.curves((*CURVES, *_by_word(metrics)), metrics, marks), note=note)
