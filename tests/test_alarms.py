@@ -104,6 +104,13 @@ def test_a_probe_now_and_then_is_compared_by_the_steps_that_have_it() -> None:
     assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("forgetting", 16)]  # of steps 12 to 16, only the last
 
 
+def test_an_alarm_is_not_gone_where_nobody_measured() -> None:
+    watch = Watch(2)
+    for step in range(1, 40):
+        watch.update(step, {"retained/nll": 0.1 if step == 1 else 0.9} if step % 10 == 1 else {})
+    assert [alarm.step for alarm in watch.alarms] == [11]
+
+
 def test_the_probes_of_a_run_are_added_up() -> None:
     """Eight answers are too few to tell, 24 are not; a teacher that is told all has nothing to be compared with."""
     pull = {"leak/pull_both": 0.5, "leak/pull_right": 1.0, "leak/pull_wrong": 1.0, "leak/pull_answers": 8.0}

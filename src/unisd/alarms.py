@@ -217,7 +217,9 @@ class Watch:
         first, last = ({metric: middle(metric, found) for metric, found in part.items()} for part in (self._first, recent))
         found = find({**first, **self._sums}, {**last, **self._sums})
         new = [Alarm(name, step, text) for name, text in found.items() if name not in self._present]
-        self._present = set(found)
+        # What these steps did not measure has not gone: a probe may be rarer than the window is long.
+        judged = {name for name, metrics, _ in RULES if (last.keys() | self._sums.keys()).issuperset(metrics)}
+        self._present = self._present - judged | set(found)
         self.alarms += new
         return new
 
