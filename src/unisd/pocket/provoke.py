@@ -161,7 +161,7 @@ def passed(cell: Cell) -> bool:
     wanted, lost = PROVOCATIONS[cell["name"]].alarm, lost_at(cell)
     if wanted is None:
         return cell["alarms"] == []
-    raised = [alarm["step"] for alarm in cell["alarms"] if alarm["name"] == wanted]
+    raised = [int(alarm["step"]) for alarm in cell["alarms"] if alarm["name"] == wanted]
     return bool(raised) and (lost is None or raised[0] <= lost)
 
 
