@@ -155,7 +155,7 @@ def test_a_run_page_shows_diagnostics_and_alarms(tmp_path: Path) -> None:
     alarms = [{"name": "collapse", "step": 7, "text": "repetition rose & rose: lower the rate."}]
     shown = diagnostics_of(with_diagnostics(tmp_path / "run", alarms))
     assert "step 7, <b>collapse</b>: repetition rose &amp; rose: lower the rate." in shown
-    for title, points in (("Words of doubt", 10), ("Teacher against teacher with a wrong answer", 2), ("word by word", 10)):
+    for title, points in (("Words of doubt", 10), ("Teacher under a wrong reference", 2), ("Word of doubt: wait", 10)):
         assert re.search(rf'aria-label="[^"]*{title} over {points} steps"', shown), title
     assert "Repeated 4-grams" not in shown  # nothing was repeated, and nothing logged
     assert shown.count("stroke-dasharray") == shown.count("<figure")  # the step of the alarm, in each
@@ -178,6 +178,8 @@ def test_alarms_and_words_of_a_run_page_are_bounded_and_escaped(tmp_path: Path) 
     shown = diagnostics_of(with_diagnostics(tmp_path / "run", alarms, **words))
     assert "<script>window" not in shown and "<img" not in shown and "and 950 more" in shown
     assert shown.count("<li>") == 51 and shown.count(escape(HOSTILE)) >= 100
+    alone = with_diagnostics(tmp_path / "alone", [], **{"words/wait": 0.0, f"words/{HOSTILE[9:]}": 5.0})
+    assert "Word of doubt: " in (shown := diagnostics_of(alone)) and "<script>window" not in shown and "\x00" not in shown
 
 
 def test_nothing_is_fetched_and_every_colour_follows_the_theme(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ CURVES: plots.Wanted = (
     ("Where the gold answer is first stated", "share of an answer", {"place": "leak/gold_first_place"}),
     ("Answers that state the gold answer", "share", {"stated": "leak/gold_stated_share"}),
     ("The final answer's share", "share", {"of the loss": "leak/answer_loss_share", "of the tokens": "leak/answer_token_share"}),
-    ("Teacher against teacher with a wrong answer", "JSD, nats", {"JSD": "leak/wrong_jsd"}),
+    ("Teacher under a wrong reference", "JSD, nats", {"JSD": "leak/wrong_jsd"}),
     ("Pull that a wrong reference shares", "cosine", {"run": "leak/wrong_cosine", "told all": "leak/full_wrong_cosine"}),
     ("The signal without the question", "", {"cosine": "leak/shift_cosine", "ratio of norms": "leak/shift_ratio"}),
     ("Repeated 4-grams", "share", {"repeated": "collapse/repeated_share"}),
@@ -52,4 +52,6 @@ def _by_word(metrics: Sequence[Mapping[str, Any]]) -> plots.Wanted:
             if key.startswith("words/") and key not in ("words/all", "words/style_loss_share"):
                 total[key] = total.get(key, 0.0) + (value or 0.0)
     most = sorted((key for key in total if total[key] > 0), key=lambda key: (-total[key], key))[:MAX_WORDS]
-    return [("Doubt, word by word", "per 1,000 tokens", {key.removeprefix("words/")[:24]: key for key in most})] if most else []
+    names = {key.removeprefix("words/")[:24]: key for key in most}
+    title = "Doubt, word by word" if len(names) > 1 else f"Word of doubt: {''.join(names)}"
+    return [(title, "per 1,000 tokens", names)] if names else []

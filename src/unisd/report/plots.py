@@ -106,7 +106,7 @@ def curve(
             )
         for step in marks:
             axes.axvline(step, color=_colour("--soft"), linewidth=1.0, linestyle="--")
-        axes.set_title(title, loc="left")
+        axes.set_title(clean(title), loc="left")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
