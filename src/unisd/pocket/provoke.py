@@ -53,7 +53,7 @@ class Provocation:
 
 PROVOCATIONS = {
     "healthy": Provocation((), None, 5),
-    "collapse": Provocation(("--teacher_model_kind", "live", "--learning_rate", "1e-2"), "collapse", 2),
+    "collapse": Provocation(("--teacher_model_kind", "live", "--learning_rate", "1.5e-3"), "collapse", 2),
     "leak": Provocation(("--teacher_context", "answer"), "blind teacher", 2),
     "doubt-lost": Provocation((), "suppressed doubt", 2, hedging=True),
     "doubt-kept": Provocation(("--reference_style", "hedged"), None, 2, hedging=True),
