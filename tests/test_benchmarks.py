@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, limit, plain, shapes
+from benchmarks import cases, field_weights, limit, plain, shapes
 from benchmarks.__main__ import main
 from benchmarks.measure import Samples, interleave, machine, measure
 from benchmarks.settings import Star
@@ -148,3 +148,24 @@ def test_slope_and_linearity_of_a_line() -> None:
         [(0, 1), (1, 3), (2, 5)]
     ) == pytest.approx(1)
     assert cases.linearity([(0, 0), (1, 1), (2, 0), (3, 1)]) < 0.5
+
+
+def test_the_cost_of_weights_is_measured_beside_its_own_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    size = [
+        "--shape",
+        "tiny",
+        "--prompt",
+        "4",
+        "--completion",
+        "4",
+        "--repetitions",
+        "1",
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
+    field_weights.main(size)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[1]: cells[2:4] for line in lines if len(cells := [cell.strip() for cell in line.split("|")]) > 3}
+    assert lines[0].startswith("tiny, 16 loss tokens of 4 rows") and {*field_weights.STEPS} < {*rows}
+    for name, (_, other) in field_weights.STEPS.items():
+        assert float(rows[name][0]) > 0 and rows[name][1].endswith(f"of {other}" if other else "")
