@@ -11,6 +11,7 @@ already for the contrast term.
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    logging.getLogger("unisd").setLevel(logging.ERROR)
     base = build(args.shape, torch.device("cpu"), torch.float32, args.layers)
     lengths = (args.prompt, args.prompt), (args.completion, args.completion)
     rows = examples(base.config.vocab_size, args.rows, *lengths, reference=args.prompt, contexts=0)
