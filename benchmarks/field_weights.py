@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = examples(base.config.vocab_size, args.rows, *lengths, reference=args.prompt, contexts=0)
     trainers = {name: primed(ours.trainer(twin(base), rows, Star(), options, args.rows)) for name, (options, _) in STEPS.items()}
     steps = {name: lambda built=built: ours.step(built) for name, built in trainers.items()}
-    samples = interleave(steps, torch.device("cpu"), args.repetitions, args.seconds)
+    samples = interleave(steps, torch.device("cpu"), args.repetitions, args.seconds, warm_up=False)
     least = {name: min(sample.times) for name, sample in samples.items()}
     lines = []
     for name, (_, other) in STEPS.items():
