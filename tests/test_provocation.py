@@ -41,17 +41,18 @@ def test_what_passes() -> None:
     assert provoke.passed(cell("healthy")) and not provoke.passed(cell("healthy", ("drift", 5)))
     assert not provoke.passed(cell("collapse", ("drift", 5)))  # another alarm will not do
     assert provoke.passed(cell("collapse", ("collapse", 10)))
-    ruined = (0.4, 0.35, 0.25)  # lost at step 10
+    ruined = (0.4, 0.35, 0.15)  # lost at step 10
     assert provoke.passed(cell("collapse", ("collapse", 10), task=ruined))
     assert not provoke.passed(cell("collapse", ("collapse", 11), task=ruined))
+    assert provoke.passed(cell("collapse", ("forgetting", 9), ("collapse", 11), task=ruined))  # it had been warned of
 
 
 def test_the_page_and_what_is_left_to_run() -> None:
-    cells = [cell("healthy", seed=1), cell("collapse", ("collapse", 10), ("drift", 12), task=(0.4, 0.2))]
+    cells = [cell("healthy", seed=1), cell("collapse", ("collapse", 10), ("drift", 12), task=(0.4, 0.1))]
     text = provoke.page(cells)
     assert f"1 of 2 cells did what they should; {provoke.total()} make the whole." in text
     assert (
-        "| collapse | 0 | collapse (10), drift (12) | 5 | 40.0, 20.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | **no** |" in text
+        "| collapse | 0 | collapse (10), drift (12) | 5 | 40.0, 10.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | **no** |" in text
     )
     assert "| healthy | 1 | none | - | 40.0, 60.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | yes |" in text
     assert "- `collapse`, step 10, collapse: because." in text

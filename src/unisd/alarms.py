@@ -16,7 +16,7 @@ from statistics import mean, median
 Values = Mapping[str, float]
 
 NGRAM = 4
-FORGOTTEN_NATS = 0.1  # a token: an answer of 20 tokens has become seven times less likely
+FORGOTTEN_NATS = 0.05  # a token: an answer of 60 tokens has become 20 times less likely
 DOUBT_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
 REPEATED_AT_LEAST = 0.10
 PROBED_AT_LEAST = 24  # answers; of fewer a cosine is noise

@@ -1,7 +1,7 @@
 """Runs that are made to go wrong, and healthy ones: which alarm is raised, and when? `python -m unisd.pocket.provoke`.
 
 Each cell trains the pocket model for 60 steps and measures accuracy on the task and on old skills every five steps, so that it can be
-said whether the alarm came before the accuracy was lost. Cells become lines of `diagnostics.jsonl`, and those the table of
+said whether the first alarm came before the accuracy was lost (half of it). Cells become lines of `diagnostics.jsonl`, and those the table of
 `diagnostics.md`; cells that are there are not run again.
 
 | cell | what is wrong | must raise |
@@ -37,7 +37,7 @@ from unisd.trainer import UniSDTrainer
 
 COMMON = ["--recipe", "sdft", "--diagnostics_probe_steps", "2", "--save_strategy", "no", "--record_samples", "0"]
 COMMON += ["--eval_strategy", "steps", "--eval_steps", "5", "--eval_on_start", "true", "--max_eval_rows", "80"]
-LOST = 0.10  # below the start, on the task or on old skills
+LOST = 0.5  # of what it was at the start, on the task or on old skills
 EVERY = 5  # steps whose middle is kept of each watched metric
 
 
@@ -53,7 +53,7 @@ class Provocation:
 
 PROVOCATIONS = {
     "healthy": Provocation((), None, 5),
-    "collapse": Provocation(("--teacher_model_kind", "live", "--learning_rate", "1.5e-3"), "collapse", 2),
+    "collapse": Provocation(("--teacher_model_kind", "live", "--learning_rate", "3e-3"), "collapse", 2),
     "leak": Provocation(("--teacher_context", "answer"), "blind teacher", 2),
     "doubt-lost": Provocation((), "suppressed doubt", 2, hedging=True),
     "doubt-kept": Provocation(("--reference_style", "hedged"), None, 2, hedging=True),
@@ -148,21 +148,21 @@ def starts(lines: list[dict[str, Any]]) -> range:
 
 
 def lost_at(cell: Cell) -> int | None:
-    """The first evaluation at which an accuracy is `LOST` below its start."""
+    """The first evaluation at which an accuracy is less than `LOST` of what it was."""
     first = cell["curve"][0]
     for point in cell["curve"]:
-        if any(point[part] < first[part] - LOST for part in ("task", "retention")):
+        if any(point[part] < LOST * first[part] for part in ("task", "retention")):
             return int(point["step"])
     return None
 
 
 def passed(cell: Cell) -> bool:
-    """Whether the cell did what its provocation says: the alarm no later than the loss of accuracy, or no alarm."""
+    """Whether the cell did what its provocation says: its alarm, and a first alarm no later than the accuracy was lost; or no alarm."""
     wanted, lost = PROVOCATIONS[cell["name"]].alarm, lost_at(cell)
     if wanted is None:
         return cell["alarms"] == []
-    raised = [int(alarm["step"]) for alarm in cell["alarms"] if alarm["name"] == wanted]
-    return bool(raised) and (lost is None or raised[0] <= lost)
+    steps = {alarm["name"]: int(alarm["step"]) for alarm in reversed(cell["alarms"])}
+    return wanted in steps and (lost is None or min(steps.values()) <= lost)
 
 
 def page(cells: list[Cell]) -> str:
@@ -183,7 +183,7 @@ def page(cells: list[Cell]) -> str:
         if cell["seed"] == 0:
             said += [f"- `{cell['name']}`, step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in cell["alarms"]]
     legend = (
-        f"Accuracy is lost where it is {100 * LOST:.0f} points below the start. Words of doubt: per 1,000 tokens, first and last {EVERY} "
+        f"Accuracy is lost where less than {100 * LOST:.0f} % of it is left. Words of doubt: per 1,000 tokens, first and last {EVERY} "
         "steps. Shared pull: cosine of the teacher's pull under the right and under a wrong reference, told as in the run; then told "
         "all, where that is something else."
     )
