@@ -1,8 +1,8 @@
 """Runs that are made to go wrong, and healthy ones: which alarm is raised, and when? `python -m unisd.pocket.provoke`.
 
 Each cell trains the pocket model for 60 steps and measures accuracy on the task and on old skills every five steps, so that it can be
-said whether the first alarm came before the accuracy was lost (half of it). Cells become lines of `diagnostics.jsonl`, and those the table of
-`diagnostics.md`; cells that are there are not run again.
+said whether the first alarm came before the accuracy was lost (half of it). Cells become lines of `diagnostics.jsonl`, and those the
+table of `diagnostics.md`; cells that are there are not run again.
 
 | cell | what is wrong | must raise |
 |---|---|---|
