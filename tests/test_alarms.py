@@ -7,6 +7,7 @@ import pytest
 from unisd import alarms
 from unisd.alarms import Watch
 
+PULL = {"both": -0.1, "right": 2.0, "wrong": 2.0}
 HEALTHY = {
     "words/all": 8.0,
     "student/entropy": 1.0,
@@ -17,13 +18,9 @@ HEALTHY = {
     "leak/gold_first_place": 0.8,
     "leak/gold_stated_share": 0.4,
     "retained/nll": 0.3,
-    "leak/pull_both": -0.1,
-    "leak/pull_right": 2.0,
-    "leak/pull_wrong": 2.0,
-    "leak/pull_full_both": -0.2,
-    "leak/pull_full_right": 2.0,
-    "leak/pull_full_wrong": 2.0,
     "leak/pull_answers": 40.0,
+    **{f"{run}leak/pull_{told}{name}": value for run in ("", "run/") for told in ("", "full_") for name, value in PULL.items()},
+    "run/leak/pull_answers": 40.0,
 }
 NOISE = [1.0, 0.9, 1.1, 0.8, 1.2]
 
@@ -39,7 +36,8 @@ CASES = [
     ({"student/entropy": 6.0}, "entropy exploded", "from 1 to 6"),
     ({"teacher/divergence": 2.0}, "drift", "from 0.5 to 2 nats"),
     ({"leak/gold_first_place": 0.1}, "leak", "first stated after 10 %"),
-    ({"leak/pull_both": 1.0}, "blind teacher", "cosine 0.50; shown the whole reference -0.10"),
+    ({"run/leak/pull_both": 1.0}, "blind teacher", "cosine 0.50; shown the whole reference -0.05"),
+    ({"leak/pull_both": 1.0}, "gone blind", "cosine from -0.05 to 0.50"),
     ({"retained/nll": 0.8}, "forgetting", "nats a token"),
 ]
 
@@ -63,13 +61,16 @@ def test_a_healthy_run_raises_none() -> None:
     assert alarms.find({}, {}) == alarms.find(HEALTHY, {}) == {}  # what was not measured says nothing
 
 
-@pytest.mark.parametrize(("changed", "name", "words"), CASES)
+@pytest.mark.parametrize(("changed", "name", "words"), [case for case in CASES if not next(iter(case[0])).startswith("run/")])
 def test_an_alarm_is_raised_once_and_again_after_it_had_gone(changed: dict[str, float], name: str, words: str) -> None:
     watch = Watch(5)
 
+    # Without teachers that are told all: a pull that is shared now would be told over the run too.
+    history = {metric: value for metric, value in HEALTHY.items() if metric not in alarms.TOLD_ALL}
+
     def steps(count: int, changed: dict[str, float]) -> list[str]:
         first = watch._steps
-        values = {**HEALTHY, **changed}
+        values = {**history, **changed}
         return [
             alarm.name
             for step in range(first, first + count)
@@ -77,12 +78,11 @@ def test_an_alarm_is_raised_once_and_again_after_it_had_gone(changed: dict[str, 
         ]
 
     assert steps(40, {}) == []
-    assert watch.update(41, {**HEALTHY, "student/entropy": float("nan"), "retained/nll": None}) == []
+    assert watch.update(41, {**history, "student/entropy": float("nan"), "retained/nll": None}) == []
     assert steps(20, changed) == [name]
     assert steps(20, {}) == []
-    if not any(metric.startswith(alarms.SUMS) for metric in changed):  # what adds up over the run does not go so soon
-        assert steps(20, changed) == [name]
-    assert {alarm.name for alarm in watch.alarms} == {name} and 41 < watch.alarms[0].step <= 61
+    assert steps(20, changed) == [name]
+    assert [alarm.name for alarm in watch.alarms] == [name, name] and 41 < watch.alarms[0].step <= 61
 
 
 def test_one_bad_step_is_no_alarm_and_rare_words_count() -> None:

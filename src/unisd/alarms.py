@@ -20,9 +20,12 @@ FORGOTTEN_NATS = 0.05  # a token: an answer of 60 tokens has become 20 times les
 DOUBT_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
 REPEATED_AT_LEAST = 0.10
 PROBED_AT_LEAST = 24  # answers; of fewer a cosine is noise
-BLINDER_AT_MOST = 0.15
-SUMS = "leak/pull_"  # metrics that are added up over the whole run
+PROBED_IN_WINDOW = 16
+BLINDER_AT_MOST = 0.15  # than the same teacher on the same tokens, told all
+BLINDED_AT_MOST = 0.45  # since the first steps: other answers, so there is more noise
+SUMS = "leak/pull_"  # metrics that are added up, over a window and over the run
 PULLS = ("leak/pull_both", "leak/pull_right", "leak/pull_wrong")
+TOLD_ALL = ("leak/pull_full_both", "leak/pull_full_right", "leak/pull_full_wrong")
 
 
 @dataclass(frozen=True)
@@ -131,14 +134,29 @@ def blind_teacher(first: Values, last: Values) -> str | None:
 
     Over all answers that the run has probed. A teacher that is told all is its own measure, and never blind.
     """
-    if last["leak/pull_answers"] < PROBED_AT_LEAST:
+    if last["run/leak/pull_answers"] < PROBED_AT_LEAST:
         return None
-    own, full = (pull_cosine(*(last[f"leak/pull_{part}{name}"] for name in ("both", "right", "wrong"))) for part in ("", "full_"))
+    own, full = (
+        pull_cosine(*(last[f"run/leak/pull_{told}{name}"] for name in ("both", "right", "wrong"))) for told in ("", "full_")
+    )
     if own <= full + BLINDER_AT_MOST:
         return None
     return (
         f"under a wrong reference the teacher pulls much the same way (cosine {own:.2f}; shown the whole reference {full:.2f}): it hardly "
         "knows what is true, and the student learns to write as if it knew; show the teacher the steps (teacher_context=full, hints)."
+    )
+
+
+def gone_blind(first: Values, last: Values) -> str | None:
+    """A teacher that no longer reads its reference: its pull has become the same under a wrong one."""
+    if min(first["leak/pull_answers"], last["leak/pull_answers"]) < PROBED_IN_WINDOW:
+        return None
+    before, now = (pull_cosine(*(part[metric] for metric in PULLS)) for part in (first, last))
+    if now <= before + BLINDED_AT_MOST:
+        return None
+    return (
+        f"the teacher's pull has become much the same under a wrong reference (cosine from {before:.2f} to {now:.2f}): it no longer reads "
+        "what it is shown; use a fixed or restarted teacher (teacher_model_kind=base, restart), or lower the rate."
     )
 
 
@@ -163,10 +181,11 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]]
     ("suppressed doubt", ("words/all",), suppressed_doubt),
     ("collapse", ("teacher/divergence", "collapse/repeated_share", "completions/mean_length"), collapse),
     ("leak", ("leak/gold_first_place", "leak/gold_stated_share"), early_answer),
-    ("blind teacher", ("leak/pull_answers", *PULLS, *(name.replace("pull_", "pull_full_") for name in PULLS)), blind_teacher),
+    ("blind teacher", tuple(f"run/{name}" for name in ("leak/pull_answers", *PULLS, *TOLD_ALL)), blind_teacher),
+    ("gone blind", ("leak/pull_answers", *PULLS), gone_blind),
     ("forgetting", ("retained/nll",), forgetting),
 )
-WATCHED = frozenset(metric for _, metrics, _ in RULES for metric in metrics)
+WATCHED = frozenset(metric.removeprefix("run/") for _, metrics, _ in RULES for metric in metrics)
 
 
 def find(first: Values, last: Values) -> dict[str, str]:
@@ -177,7 +196,9 @@ def find(first: Values, last: Values) -> dict[str, str]:
 
 
 def middle(metric: str, values: Sequence[float]) -> float:
-    """One bad step should not move it; but of a rare word most steps may have none."""
+    """One bad step should not move it; but of a rare word most steps may have none. Sums are summed."""
+    if metric.startswith(SUMS):
+        return sum(values)
     return mean(values) if metric.startswith("words/") else median(values)
 
 
@@ -215,10 +236,11 @@ class Watch:
             for metric, value in _finite(earlier).items():
                 recent.setdefault(metric, []).append(value)
         first, last = ({metric: middle(metric, found) for metric, found in part.items()} for part in (self._first, recent))
-        found = find({**first, **self._sums}, {**last, **self._sums})
+        whole = {f"run/{metric}": value for metric, value in self._sums.items()}
+        found = find(first | whole, last | whole)
         new = [Alarm(name, step, text) for name, text in found.items() if name not in self._present]
         # What these steps did not measure has not gone: a probe may be rarer than the window is long.
-        judged = {name for name, metrics, _ in RULES if (last.keys() | self._sums.keys()).issuperset(metrics)}
+        judged = {name for name, metrics, _ in RULES if (last | whole).keys() >= set(metrics)}
         self._present = self._present - judged | set(found)
         self.alarms += new
         return new
