@@ -170,7 +170,8 @@ def forgetting(first: Values, last: Values) -> str | None:
     )
 
 
-# Name of the alarm, the metrics that it looks at, and the rule: middle of the first and of the last steps -> plain words.
+# Name of the alarm, the metrics that it looks at (`run/METRIC`: added up since the start), and the rule: middle of the first and of the
+# last steps -> plain words.
 RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]], ...] = (
     ("short answers", ("completions/mean_length",), short_answers),
     ("long answers", ("completions/mean_length",), long_answers),
