@@ -2,8 +2,9 @@
 
 Asked plainly, it opens its answer with words of doubt; shown a solution, it doubts if the solution does. A teacher that sees a
 reference without doubt is then sure of itself, and its student learns to be so as well: what arXiv 2603.24472 found on real models.
-References that doubt (`--reference_style hedged`) are the control. The base is not shipped: `python -m unisd.pocket.pretrain --variant
-hedging` makes it.
+References that doubt (`--reference_style hedged`) were meant as the control, but after this little training the model hardly heeds a
+reference's doubt, and its student loses its own all the same. The base is not shipped: `python -m unisd.pocket.pretrain --variant hedging`
+makes it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ table of `diagnostics.md`; cells that are there are not run again.
 | `collapse` | a live teacher and a rate too high | `collapse` |
 | `leak` | the teacher sees the final answer only | `blind teacher` |
 | `doubt-lost` | the base doubts aloud, its references do not (:mod:`unisd.pocket.hedging`) | `suppressed doubt` |
-| `doubt-kept` | nothing: the same base, references that doubt | none |
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ PROVOCATIONS = {
     "collapse": Provocation(("--teacher_model_kind", "live", "--learning_rate", "3e-3"), "collapse", 2),
     "leak": Provocation(("--teacher_context", "answer"), "blind teacher", 2),
     "doubt-lost": Provocation((), "suppressed doubt", 2, hedging=True),
-    "doubt-kept": Provocation(("--reference_style", "hedged"), None, 2, hedging=True),
 }
 
 
