@@ -158,7 +158,7 @@ def passed(cell: Cell) -> bool:
     """Whether the cell did what its provocation says: its alarm, and a first alarm no later than the accuracy was lost; or no alarm."""
     wanted, lost = PROVOCATIONS[cell["name"]].alarm, lost_at(cell)
     if wanted is None:
-        return cell["alarms"] == []
+        return not cell["alarms"]
     steps = {alarm["name"]: int(alarm["step"]) for alarm in reversed(cell["alarms"])}
     return wanted in steps and (lost is None or min(steps.values()) <= lost)
 
