@@ -57,7 +57,7 @@ def build(folder: Path, micro_batches: int, lora: bool, pocket: bool = False, **
     if pocket:
         model, tokenizer, _ = load_model_and_tokenizer("pocket")
         settings |= {"model": model, "processing_class": tokenizer, "rows": get("pocket").load("train", limit=16)}
-        settings |= {"learning_rate": 0.02, "max_completion_length": 24}
+        settings |= {"learning_rate": 1.0, "max_completion_length": 16}
     return trainer(folder, **{**settings, **STAR, **options})
 
 
