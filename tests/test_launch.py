@@ -53,6 +53,9 @@ def test_processes_on_a_cpu_are_told_what_accelerates_launcher_would_tell_them(t
         ["--config_file", str(own), "--num_processes", "2", "--main_process_port", "0", "script.py"]
     )
     theirs = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    own.write_text("distributed_type: DEEPSPEED\n")
+    with pytest.raises(UserError, match="DeepSpeed is not supported; fsdp2"):
+        launch.environment(str(own), on_cpu=True)
     assert len(ours) == 9 and ours == {name: theirs.get(name) for name in ours}
 
 

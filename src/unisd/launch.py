@@ -54,8 +54,14 @@ def command(name: str, processes: int, arguments: Sequence[str], on_cpu: bool) -
 
 
 def environment(name: str, on_cpu: bool) -> dict[str, str]:
-    """What the processes need beside this one's environment: on a CPU, what accelerate's launcher would set for FSDP."""
+    """What the processes need beside this one's environment: on a CPU, what accelerate's launcher would set for FSDP.
+
+    Raises:
+        UserError: a configuration of DeepSpeed.
+    """
     content = yaml.safe_load(config_file(name).read_text(encoding="utf-8"))
+    if content.get("distributed_type") == "DEEPSPEED":
+        raise UserError(f"accelerate_config={name}: {NO_DEEPSPEED}")
     if not on_cpu or content.get("distributed_type") != "FSDP":
         return {}
     found = {"ACCELERATE_USE_FSDP": "true"}
