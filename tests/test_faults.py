@@ -427,5 +427,5 @@ def test_memory_that_runs_out_where_ranks_compute_together_names_the_option() ->
     def work(size: int) -> int:
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(UserError, match="set token_budget below 512, and resume"):
+    with pytest.raises(MemoryError, match="set token_budget below 512, and resume"):
         smaller_until_it_fits(work, 512, together="token_budget")

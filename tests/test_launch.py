@@ -66,6 +66,7 @@ def test_processes_on_a_cpu_are_told_what_accelerates_launcher_would_tell_them(t
         ({"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading is not supported"),
         ({"activation_checkpointing": True}, {}, "fsdp_activation_checkpointing is not supported: set gradient_checkpointing"),
         ({"cpu_offload": True}, {}, "fsdp_offload_params is not supported"),
+        ({}, {"use_vllm": True}, "use_vllm does not work with FSDP yet"),
         ({}, {"fp16": True}, "fp16 is not supported with FSDP: use bf16"),
         (None, {}, "DeepSpeed is not supported; fsdp2"),
     ],
@@ -77,7 +78,7 @@ def test_ways_of_spreading_weights_that_are_refused(plugin: Any, options: dict[s
         accelerator=SimpleNamespace(state=state),
         is_fsdp_enabled=plugin is not None,
         is_deepspeed_enabled=plugin is None,
-        args=SimpleNamespace(**{"fp16": False, "fsdp_plugin_args": None} | options),
+        args=SimpleNamespace(**{"fp16": False, "use_vllm": False, "fsdp_plugin_args": None} | options),
     )
     with pytest.raises(UserError, match=message):
         sharding.set_up(built)

@@ -25,8 +25,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
-from unisd.errors import UserError
-
 Result = TypeVar("Result")
 
 
@@ -220,7 +218,7 @@ def smaller_until_it_fits(
     together: the option that sets the size, where all ranks compute as one and none can go back alone.
 
     Raises:
-        UserError: memory ran out, and all ranks compute together.
+        MemoryError: memory ran out, and all ranks compute together (this one must end: the others are inside a collective).
     """
     while True:
         try:
@@ -229,7 +227,7 @@ def smaller_until_it_fits(
             if not is_out_of_memory(error) or size <= least:
                 raise
             if together is not None:
-                raise UserError(f"memory ran out: set {together} below {size}, and resume from the last checkpoint.") from error
+                raise MemoryError(f"memory ran out: set {together} below {size}, and resume from the last checkpoint.") from error
         size = max(least, size // 2)
         release_memory()
 

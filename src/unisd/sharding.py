@@ -207,6 +207,10 @@ def _check(trainer: Any) -> None:
     ):
         if is_set:
             raise UserError(f"{option} is not supported: {remedy}.")
+    if trainer.args.use_vllm:
+        raise UserError(
+            "use_vllm does not work with FSDP yet, it reads whole weights: use accelerate_config=ddp, or unset use_vllm."
+        )
     if trainer.args.fp16:
         raise UserError("fp16 is not supported with FSDP: use bf16.")
 
