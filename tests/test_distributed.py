@@ -202,7 +202,10 @@ def same_lines(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
     for first, second in zip(a, b, strict=True):
         assert first.keys() == second.keys()
         for key in first.keys() - {key for key in first if key.startswith("step_time")}:
-            assert first[key] == pytest.approx(second[key], rel=1e-3, abs=1e-5), key
+            # A token on the edge of the hinge or of the clip falls to either side by rounding.
+            counted = key in ("contrastive/active_share", "clip/share")
+            near = 1.5 / first["completions/loss_tokens"] if counted else 1e-5
+            assert first[key] == pytest.approx(second[key], rel=1e-3, abs=near), key
 
 
 @pytest.mark.real
