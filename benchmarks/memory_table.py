@@ -36,8 +36,12 @@ def main() -> None:
             ModelSize(parameters + trained, trained, 2.0, 4.0, hidden, layers, vocabulary, mlp, kv),
             ModelSize(parameters + trained, trained, 0.56, 4.0, hidden, layers, vocabulary, mlp, kv),
         ]
-        lines.append([name, *(f"{estimate(size, config, 512)['total'] / 2**30:.1f} GiB" for size in sizes)])
-    header = ("model", "full fine-tuning, float32 weights", "LoRA r 64, bfloat16 base", "LoRA r 64, 4-bit base")
+        totals = [estimate(size, config, 512)["total"] for size in sizes]
+        totals.insert(1, estimate(sizes[0], config, 512, shards=8)["total"])
+        totals.insert(3, estimate(sizes[1], config, 512, shards=8)["total"])
+        lines.append([name, *(f"{total / 2**30:.1f} GiB" for total in totals)])
+    full, lora = "full fine-tuning, float32 weights", "LoRA r 64, bfloat16 base"
+    header = ("model", full, "the same, FSDP2 over 8", lora, "the same, FSDP2 over 8", "LoRA r 64, 4-bit base")
     print("\n".join(markdown_table(header, lines)))
 
 

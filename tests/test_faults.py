@@ -418,3 +418,11 @@ def test_other_errors_are_not_taken_for_missing_memory() -> None:
     with pytest.raises(RuntimeError, match="shape"):
         smaller_until_it_fits(work, 8)
     assert pieces_of([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]] and pieces_of([], 2) == []
+
+
+def test_memory_that_runs_out_where_ranks_compute_together_names_the_option() -> None:
+    def work(size: int) -> int:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(MemoryError, match="set token_budget below 512, and resume"):
+        smaller_until_it_fits(work, 512, together="token_budget")

@@ -24,7 +24,9 @@ STAR = {
 
 
 def trainer(tmp_path: Any, family: str = "llama", model: Any = None, rows: Any = None, **options: Any) -> UniSDTrainer:
-    others = {name: options.pop(name) for name in ("peft_config", "eval_dataset", "engine") if name in options}
+    others = {
+        name: options.pop(name) for name in ("peft_config", "eval_dataset", "engine", "processing_class") if name in options
+    }
     settings: dict[str, Any] = {
         "output_dir": str(tmp_path),
         "use_cpu": True,
@@ -47,8 +49,7 @@ def trainer(tmp_path: Any, family: str = "llama", model: Any = None, rows: Any =
         model if model is not None else tiny.model(family),
         args,
         train_dataset=rows if rows is not None else tiny.rows(8),
-        processing_class=tiny.tokenizer(),
-        **others,
+        **{"processing_class": tiny.tokenizer(), **others},
     )
 
 

@@ -40,6 +40,16 @@ def test_the_estimate_follows_its_formulae() -> None:
     assert estimate(SIZE, settings)["teacher"] == 0
 
 
+def test_what_is_spread_over_devices_is_divided_and_what_is_gathered_is_added() -> None:
+    settings = config("--max_completion_length", "100")
+    one, four = (estimate(SIZE, settings, prompt_tokens=20, shards=shards) for shards in (1, 4))
+    for name in ("weights", "gradients", "optimizer", "teacher"):
+        assert four[name] * 4 == one[name]
+    assert four["gathered"] == 2 * (3 * 50 * 8 + 2 * 1000 / 2)
+    assert four["scoring"] == one["scoring"] + 100  # the student's trained weights, put aside
+    assert all(four[name] == one[name] for name in ("teacher_states", "activations", "logits", "rollout"))
+
+
 def test_flat_in_the_vocabulary_once_a_chunk_is_full() -> None:
     def at(vocabulary: int, *options: str) -> int:
         return estimate(ModelSize(1000, 100, 2.0, 4.0, hidden=8, layers=2, vocabulary=vocabulary), config(*options))["logits"]

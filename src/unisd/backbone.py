@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from unisd.errors import UserError
 from unisd.losses import Head
+from unisd.sharding import at_hand, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Backbone:
 
     def __init__(self, model: nn.Module) -> None:
         wrapped: Any = model
+        self.model = wrapped
         causal_lm = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
         self.causal_lm = causal_lm
         self.decoder: nn.Module = causal_lm.get_decoder()
@@ -116,11 +118,14 @@ class Backbone:
         return module
 
     def head(self, weight: Tensor | None = None, bias: Tensor | None = None) -> Head:
-        """The head as the losses take it; `weight` and `bias` stand in for the module's own (a teacher's)."""
+        """The head as the losses take it; `weight` and `bias` stand in for the module's own (a teacher's).
+
+        That of a sharded model is at hand after a forward pass, until its backward pass; before, it is gathered (all ranks must ask).
+        """
         module = self.head_module
         return Head(
-            weight=module.weight if weight is None else weight,
-            bias=module.bias if bias is None else bias,
+            weight=at_hand(module.weight) if weight is None else weight,
+            bias=(None if module.bias is None else at_hand(module.bias)) if bias is None else bias,
             scale=self._scale,
             softcap=self._softcap,
         )
@@ -156,6 +161,18 @@ class Backbone:
             model(**batch.inputs, **self._forward_options)
         return captured
 
+    def hidden_states(self, batch: Batch, layers: Sequence[int] = ()) -> Captured:
+        """Hidden states without the head, which is not needed, and without gradient."""
+        with self.capture(layers) as captured:
+            self._run(**batch.inputs, use_cache=False)
+        return captured
+
+    def _run(self, **inputs: Any) -> None:
+        if is_sharded(self.model):  # called in part, it would be left half gathered
+            self.model(**{**self._forward_options, **inputs})
+        else:
+            self.decoder(**inputs)
+
     def continuations(
         self,
         prompt: Sequence[int],
@@ -171,14 +188,14 @@ class Backbone:
         """
         cache = DynamicCache(config=self.causal_lm.config.get_text_config(decoder=True))
         before = len(prompt) - 1
-        self.decoder(input_ids=torch.tensor([prompt[:-1]], device=device), past_key_values=cache, use_cache=True)
+        self._run(input_ids=torch.tensor([prompt[:-1]], device=device), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(completions))
         # The last token of a completion predicts nothing that is scored.
         tails = lay_out([[prompt[-1], *completion[:-1]] for completion in completions], False, pad_id, device)
         assert tails.attention_mask is not None
         mask_BL = torch.cat([tails.attention_mask.new_ones(len(completions), before), tails.attention_mask], dim=1)
         with self.capture(layers) as captured:
-            self.decoder(
+            self._run(
                 input_ids=tails.input_ids,
                 attention_mask=mask_BL,
                 position_ids=tails.position_ids + before,

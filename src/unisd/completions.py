@@ -14,6 +14,7 @@ from unisd.data import Row
 from unisd.errors import UserError
 from unisd.prompts import PromptBuilder, encode_completion
 from unisd.rollout import Completion, Engine, NoiseKey, Sampling, uniform_noise
+from unisd.sharding import is_sharded
 from unisd.teacher import Teacher
 
 OFFLINE_STEP = 0  # the initial model's samples are the same in every epoch, as if drawn beforehand
@@ -57,7 +58,7 @@ class CompletionSource:
         for source, at_step in (("student", step), ("initial", OFFLINE_STEP)):
             chosen = [i for i, s in enumerate(sources) if s == source]
             keys: list[NoiseKey] = [(self.args.seed, at_step, *numbers[i]) for i in chosen]
-            if not chosen:
+            if not chosen and not self._others_sample(source):
                 continue
             prompts = [self.prompts.student(self.rows[numbers[i][0]]) for i in chosen]
             if source == "initial":
@@ -79,6 +80,11 @@ class CompletionSource:
         start = time.perf_counter()
         self.engine.sync()
         self.sync_s = time.perf_counter() - start
+
+    def _others_sample(self, source: str) -> bool:
+        """Whether other ranks may need this one to sample from `source`, because they share the model's weights."""
+        of_rows = "student" if self.args.completion_source == "mixture" else self.args.completion_source
+        return source == of_rows and is_sharded(self.teacher.model)
 
     def carries_loss(self, completion: Completion) -> bool:
         """False for answers that are left out: cut ones if asked so, and empty ones of the initial model (SSD's filter)."""

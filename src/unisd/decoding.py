@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from unisd.backbone import forward_batches
+from unisd.sharding import in_step
 
 GROUPED = "unisd_grouped_sdpa"
 COMPACT_EVERY = 16  # tokens between two looks at which rows are done
@@ -186,14 +187,14 @@ def decode(
     a processor sees the padded prompts and everything generated so far. `on_rows(n)` is told of every `n` finished rows.
     """
     results: list[list[int]] = [[] for _ in prompts]
-    if not prompts or max_new_tokens <= 0:
+    if max_new_tokens <= 0:
         return results
     ends = sorted(set(eos_ids))
     config = GenerationConfig(
         do_sample=False, eos_token_id=ends or None, pad_token_id=pad_id, use_cache=True, return_dict_in_generate=True
     )
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    with _decoding_mode(model, config):
+    with _decoding_mode(model, config), in_step(model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             _decode_batch(model, prompts, chosen, results, max_new_tokens, config, processors, on_rows)

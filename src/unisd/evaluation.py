@@ -24,6 +24,7 @@ from unisd.decoding import decode
 from unisd.errors import UserError
 from unisd.grading import grade_many, wilson
 from unisd.models import eos_ids
+from unisd.sharding import in_step
 from unisd.tasks.base import Grade, Row
 
 Interval = dict[str, float]
@@ -203,7 +204,7 @@ def sequence_logprobs(
     _check_pairs(prompt_ids, completion_ids)
     logp_N = torch.zeros(len(prompt_ids), dtype=torch.float64)
     count_N = torch.tensor([len(c) for c in completion_ids], dtype=torch.int64)
-    with _scoring(model):
+    with _scoring(model), in_step(model):
         states = _States(model)
         for rows in _batches(prompt_ids, completion_ids, token_budget):
             hidden = states.of([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows])

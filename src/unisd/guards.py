@@ -156,14 +156,24 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def smaller_until_it_fits(work: Callable[[int], Result], size: int, least: int = 1) -> tuple[Result, int]:
-    """`work(size)`, and where memory runs out `work` of half the size, and so on; also returns the size that fitted."""
+def smaller_until_it_fits(
+    work: Callable[[int], Result], size: int, least: int = 1, *, together: str | None = None
+) -> tuple[Result, int]:
+    """`work(size)`, and where memory runs out `work` of half the size, and so on; also returns the size that fitted.
+
+    together: the option that sets the size, where all ranks compute as one and none can go back alone.
+
+    Raises:
+        MemoryError: memory ran out, and all ranks compute together (this one must end: the others are inside a collective).
+    """
     while True:
         try:
             return work(size), size
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or size <= least:
                 raise
+            if together is not None:
+                raise MemoryError(f"memory ran out: set {together} below {size}, and resume from the last checkpoint.") from error
         size = max(least, size // 2)
         release_memory()
 

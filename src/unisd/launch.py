@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from unisd.checkpoints import last_complete_checkpoint
 from unisd.errors import UserError
 from unisd.options import RunOptions
 
+NO_DEEPSPEED = "DeepSpeed is not supported; fsdp2 spreads weights, gradients and optimizer state as ZeRO-3 does: use that."
+
 CONFIGS = Path(__file__).parent / "accelerate_configs"
-SHARDED = ("fsdp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
 
 
 def is_launched() -> bool:
@@ -28,13 +31,10 @@ def config_file(name: str) -> Path:
     """The accelerate configuration called `name`: of this package, or a file.
 
     Raises:
-        UserError: there is none, or it is one that shards the weights.
+        UserError: there is none, or it is one of DeepSpeed's.
     """
-    if name in SHARDED:
-        raise UserError(
-            f"accelerate_config={name}: weights spread over processes are not supported: use ddp, for large models with "
-            "--use_peft or --load_in_4bit."
-        )
+    if name in ("zero1", "zero2", "zero3", "deepspeed"):
+        raise UserError(f"accelerate_config={name}: {NO_DEEPSPEED}")
     packaged = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     if name in packaged:
         return CONFIGS / f"{name}.yaml"
@@ -53,6 +53,24 @@ def command(name: str, processes: int, arguments: Sequence[str], on_cpu: bool) -
     return [sys.executable, "-m", *starter, "-m", "unisd", "train", *arguments]
 
 
+def environment(name: str, on_cpu: bool) -> dict[str, str]:
+    """What the processes need beside this one's environment: on a CPU, what accelerate's launcher would set for FSDP.
+
+    Raises:
+        UserError: a configuration of DeepSpeed.
+    """
+    content = yaml.safe_load(config_file(name).read_text(encoding="utf-8"))
+    if content.get("distributed_type") == "DEEPSPEED":
+        raise UserError(f"accelerate_config={name}: {NO_DEEPSPEED}")
+    if not on_cpu or content.get("distributed_type") != "FSDP":
+        return {}
+    found = {"ACCELERATE_USE_FSDP": "true"}
+    for option, value in content.get("fsdp_config", {}).items():
+        variable = option.upper().replace("_LAYER_CLS_", "_CLS_")
+        found[variable] = str(value).lower() if isinstance(value, bool) else str(value)
+    return found
+
+
 def launch(options: RunOptions, output_dir: str) -> int:
     """Start the run, wait for it, and if a process died say how to go on; returns the exit code.
 
@@ -67,7 +85,8 @@ def launch(options: RunOptions, output_dir: str) -> int:
     if not on_cpu and processes > devices:
         raise UserError(f"num_processes={processes}, but this machine has {devices} accelerator(s): lower it.")
     assert options.accelerate_config is not None
-    child = subprocess.Popen(command(options.accelerate_config, processes, options.command, on_cpu))
+    arguments = command(options.accelerate_config, processes, options.command, on_cpu)
+    child = subprocess.Popen(arguments, env=os.environ | environment(options.accelerate_config, on_cpu))
     told: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:

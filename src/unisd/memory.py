@@ -61,7 +61,9 @@ class ModelSize:
         )
 
 
-def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, rollout: bool = True) -> dict[str, int]:
+def estimate(
+    size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, rollout: bool = True, shards: int = 1
+) -> dict[str, int]:
     """Bytes on one device, by part, and their peak as `total`; what Python and the libraries hold comes on top.
 
     With P weights, A trained ones, H hidden size, I the MLP's inner size, G keys of a token and layer, L layers, V vocabulary, R rows
@@ -79,6 +81,10 @@ def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, 
     - teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers + the target's sources
     - logits = 2 tensors (accelerator: 5) of a chunk; with `loss_implementation=plain` 8 x 4 R T V
     - activations = R (Q + T) L c (13 H + 5 I), the input of each layer alone, R (Q + T) L c H, with gradient checkpointing
+    with the weights spread over n = `shards` devices
+    - weights, optimizer, teacher and gradients are divided by n
+    - gathered = w (3 V H + 2 P/L): the heads of student and teacher, the gradient of one, and two layers
+    - scoring holds the student's trained weights beside the teacher's, A w / n more
     """
     compute = 2 if config.bf16 or config.fp16 or size.bytes_per_weight <= 2 else 4
     rows = config.per_device_train_batch_size * config.num_generations
@@ -98,12 +104,16 @@ def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, 
     teacher = {"ema": 4.0, "live": 0.0}.get(config.teacher_model_kind, size.bytes_per_trained)
     generated = min(config.rollout_batch_size, step_rows)
     held = {
-        "weights": size.parameters * size.bytes_per_weight,
-        "optimizer": size.trained * 8,
-        "teacher": size.trained * teacher,
+        "weights": size.parameters * size.bytes_per_weight / shards,
+        "optimizer": size.trained * 8 / shards,
+        "teacher": size.trained * teacher / shards,
     }
+    if shards > 1:
+        layer_weights = size.parameters / size.layers
+        held["gathered"] = size.bytes_per_weight * (3 * size.vocabulary * size.hidden + 2 * layer_weights)
+    aside = size.trained * size.bytes_per_trained / shards if shards > 1 else 0
     parts = {
-        "gradients": size.trained * size.bytes_per_trained,
+        "gradients": size.trained * size.bytes_per_trained / shards,
         "teacher_states": step_rows * completion * per_token * (1 + len(config.feature_layers or []) + sources),
         "activations": rows * length * per_token * size.layers if config.gradient_checkpointing else layer * size.layers,
         "logits": logits,
@@ -111,7 +121,7 @@ def estimate(size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, 
     views = min(budget, step_rows * length * (2 + config.num_auxiliary_contexts))
     phases = {
         "rollout": generated * (2 * length * keys * size.layers * compute + 24 * size.vocabulary) if rollout else 0,
-        "scoring": parts["teacher_states"] + max(views * compute * (4 * size.hidden + 3 * inner), logits),
+        "scoring": aside + parts["teacher_states"] + max(views * compute * (4 * size.hidden + 3 * inner), logits),
         "student": sum(parts.values()) - logits + max(logits, layer if config.gradient_checkpointing else 0),
     }
     sizes = {name: round(value) for name, value in {**held, **parts, **phases}.items()}
@@ -137,14 +147,14 @@ def available(device: torch.device) -> int | None:
     return None
 
 
-def wants_checkpointing(size: ModelSize, config: UniSDConfig, prompt_tokens: int, free: int) -> bool:
+def wants_checkpointing(size: ModelSize, config: UniSDConfig, prompt_tokens: int, free: int, shards: int = 1) -> bool:
     """Whether a run fits into `free` bytes (beside the weights, which are there already) only with gradient checkpointing.
 
     Checkpointing costs one more forward pass of the student; it is not chosen where listed layers are matched.
     """
     if config.gradient_checkpointing or config.feature_layers:
         return False
-    sizes = estimate(size, config, prompt_tokens)
+    sizes = estimate(size, config, prompt_tokens, shards=shards)
     return sizes["total"] - sizes["weights"] > SHARE_OF_FREE * free
 
 

@@ -27,7 +27,8 @@ class RunOptions:
         "run", "Watts of one device at full load, for the energy estimate; unset: what the driver of a GPU says."
     )
     accelerate_config: str | None = option(
-        "run", "Run in several processes of this machine: ddp, or an accelerate configuration file of yours."
+        "run",
+        "Run in several processes of this machine: ddp, fsdp2 (weights spread over them), or an accelerate configuration of yours.",
     )
     num_processes: int | None = option("run", "accelerate_config: processes; unset: one for each accelerator.")
 

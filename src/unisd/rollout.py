@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 from unisd.decoding import decode
 from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
+from unisd.sharding import is_sharded
 
 NoiseKey = tuple[int, int, int, int]  # seed, optimizer step, row of the dataset, generation
 
@@ -173,7 +174,8 @@ class TransformersEngine:
             return generate(self.model, prompts, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id, keys=keys, batch_size=size)
 
         # What is sampled does not depend on the batch, so memory that runs out costs time only.
-        written, self.batch_size = smaller_until_it_fits(in_batches_of, self.batch_size)
+        together = "rollout_batch_size" if is_sharded(self.model) else None
+        written, self.batch_size = smaller_until_it_fits(in_batches_of, self.batch_size, together=together)
         return written
 
     def sleep(self) -> None:

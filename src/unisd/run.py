@@ -27,6 +27,7 @@ from unisd.measure import change_lines, drift, measure, pair_answers
 from unisd.options import RunOptions
 from unisd.parsing import HEADINGS, group_of, train_parser
 from unisd.preparing import prepare
+from unisd.sharding import is_sharded
 from unisd.trainer import UniSDTrainer
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig
     if "gradient_checkpointing" in options.explicit or free is None:
         return
     size = memory.ModelSize.of(trainer.model)
-    if memory.wants_checkpointing(size, config, longest_prompt(trainer), free):
+    shards = config.world_size if is_sharded(trainer.model) else 1
+    if memory.wants_checkpointing(size, config, longest_prompt(trainer), free, shards):
         config.gradient_checkpointing = True
         logger.warning("gradient checkpointing is on: the step would not fit into %s without it.", memory.readable(free))
 
@@ -105,13 +107,15 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
         if checkpoint is None and options.overwrite_output_dir:
             outputs.clear_earlier_run(folder)
         _introduce(console, options, config, setting)
+    elif is_sharded(trainer.model):  # the example is written by all ranks
+        _introduce(Console(quiet=True), options, config, setting)
     phases = {"load": time.perf_counter() - started}
 
     clock = time.perf_counter()
     key = shared.key_of(options, config, data)
     state = ("figures", "answers")
     before = shared.measured_once(
-        options.before_cache,
+        None if is_sharded(trainer.model) else options.before_cache,  # one rank cannot measure for the others
         key,
         lambda: dict(zip(state, measure(trainer.model, setting.tokenizer, data, config), strict=True)),
     )
@@ -158,8 +162,13 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
 
 
 def _drift(setting: Setting, options: RunOptions, config: UniSDConfig) -> Results:
-    """Distance from the initial model on the retention rows, or where the task has none, on the evaluation rows."""
+    """Distance from the initial model on the retention rows, or where the task has none, on the evaluation rows.
+
+    Not of a sharded model without an adapter: `unisd eval --base` measures it afterwards.
+    """
     model, rows = setting.trainer.model, setting.data.retention or setting.data.evaluation
+    if is_sharded(model) and not options.use_peft:  # no process has room for a whole initial model
+        return {"retention_ppl": None, "retention_detail": None}
     base = None if options.use_peft else load_model(options)[0].to(model.device)
     cap = config.eval_max_new_tokens or config.max_completion_length
     return drift(model, base, setting.tokenizer, rows, cap, config.rollout_batch_size)

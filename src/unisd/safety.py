@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from unisd import checkpoints
@@ -26,6 +25,7 @@ from unisd.guards import FiniteGuard, is_out_of_memory, pieces_of, release_memor
 from unisd.metrics import StepMetrics
 from unisd.reuse import RolloutStore
 from unisd.rollout import RolloutError
+from unisd.sharded_trainer import ShardedTrainer
 from unisd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def on_all_ranks(accelerator: Accelerator, rollout: Callable[[], Result]) -> Res
     return found[0]
 
 
-class SafeTrainer(Trainer):  # type: ignore[misc]
+class SafeTrainer(ShardedTrainer):
     """The base of :class:`unisd.UniSDTrainer`, which sets `metrics`, `teacher` and, in each step, `micro_batch_of`."""
 
     metrics: StepMetrics

@@ -21,6 +21,7 @@ from unisd.divergences import log_probs
 from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_logprobs, token_scores
 from unisd.mechanisms import StepScores
 from unisd.rollout import generating
+from unisd.sharding import in_step
 from unisd.targets import Target, TargetStates
 from unisd.teacher import Teacher
 
@@ -143,12 +144,11 @@ class Scorer:
 
     def target_states(self, states: Mapping[str, Tensor], present_N: Tensor) -> TargetStates | None:
         """The target as the losses take it, with the heads of its sources."""
-        if self.target is None:
-            return None
-        heads = {
-            name: teacher_head(self.backbone, self.others.get(name.partition("/")[0], self.teacher)) for name in self.sources
-        }
-        return TargetStates(self.target, states, heads, present_N, self.progress)
+        return None if self.target is None else TargetStates(self.target, states, self._heads(), present_N, self.progress)
+
+    def _heads(self) -> dict[str, Head]:
+        """Of the target's sources."""
+        return {name: teacher_head(self.backbone, self.others.get(name.partition("/")[0], self.teacher)) for name in self.sources}
 
     def _source_jobs(self, rows: Sequence[ScoringRow], states: TeacherStates, zeros: Tensor, device: Any) -> list[_Job]:
         """What the target's sources need scored, with room for the results; a wrong reference is the negative view already."""
@@ -166,6 +166,7 @@ class Scorer:
 
     def score(self, rows: Sequence[ScoringRow], device: torch.device | str) -> tuple[StepScores, TeacherStates]:
         """All views of all rows. The returned scores live on the CPU, the hidden states on `device`."""
+        self._heads()  # of a sharded model they are gathered now, while all ranks are here
         B = len(rows)
         T = max((len(row.completion) for row in rows), default=0)
         K = max((len(row.auxiliary) for row in rows), default=0)
@@ -265,7 +266,6 @@ class Scorer:
         if self.teacher.kind == "base":
             jobs += [_Job("base", i, 0, row.student) for i, row in enumerate(rows)]
         hidden: list[dict[str, Tensor]] = [{} for _ in rows]
-        heads = {"student": self.backbone.head()}
 
         def record(jobs: Sequence[_Job]) -> None:
             for group in self._hidden_states(jobs, rows, device):
@@ -278,6 +278,7 @@ class Scorer:
             with self.teacher.in_place():
                 record(jobs)
             record([_Job("student", i, 0, row.student) for i, row in enumerate(rows)])
+            heads = {"student": self.backbone.head()}
             other = teacher_head(self.backbone, self.teacher)
         for views in hidden:
             with torch.no_grad(), self._context():
@@ -357,24 +358,24 @@ class Scorer:
     ) -> Iterator[list[_View]]:
         """The views of each forward pass: hidden states at the positions that predict the completion."""
         jobs = [job for job in jobs if rows[job.row].completion]
-        if self.share_prompts:
-            shared, jobs = _sharing(jobs, rows)
-            for alike in shared:
-                completions = [rows[job.row].completion for job in alike]
-                for chosen in forward_batches([len(c) for c in completions], self.token_budget, packed=False):
-                    captured, starts = self.backbone.continuations(
-                        alike[0].prompt, [completions[i] for i in chosen], self.pad_id, device, self.layers
-                    )
-                    yield [_view(captured, alike[i], s, len(completions[i])) for s, i in zip(starts, chosen, strict=True)]
-        sequences = [job.prompt + rows[job.row].completion for job in jobs]
-        for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
-            batch = lay_out([sequences[i] for i in chosen], self.packed, self.pad_id, device)
-            with self.backbone.capture(self.layers) as captured:
-                self.backbone.decoder(**batch.inputs, use_cache=False)
-            yield [
-                _view(captured, jobs[i], start + len(jobs[i].prompt) - 1, len(rows[jobs[i].row].completion))
-                for start, i in zip(batch.starts, chosen, strict=True)
-            ]
+        with in_step(self.backbone.model):
+            if self.share_prompts:
+                shared, jobs = _sharing(jobs, rows)
+                for alike in shared:
+                    completions = [rows[job.row].completion for job in alike]
+                    for chosen in forward_batches([len(c) for c in completions], self.token_budget, packed=False):
+                        captured, starts = self.backbone.continuations(
+                            alike[0].prompt, [completions[i] for i in chosen], self.pad_id, device, self.layers
+                        )
+                        yield [_view(captured, alike[i], s, len(completions[i])) for s, i in zip(starts, chosen, strict=True)]
+            sequences = [job.prompt + rows[job.row].completion for job in jobs]
+            for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
+                batch = lay_out([sequences[i] for i in chosen], self.packed, self.pad_id, device)
+                captured = self.backbone.hidden_states(batch, self.layers)
+                yield [
+                    _view(captured, jobs[i], start + len(jobs[i].prompt) - 1, len(rows[jobs[i].row].completion))
+                    for start, i in zip(batch.starts, chosen, strict=True)
+                ]
 
 
 def _view(captured: Captured, job: _Job, first: int, length: int) -> _View:

@@ -1,7 +1,8 @@
 """The teacher's weights: a second value for every *trained* parameter, put in place only while the teacher scores.
 
 Under LoRA and QLoRA that is a copy of the adapter's factors (the base weights exist once); under full fine-tuning it is one extra copy
-of the model. Swapping storage is exact: nothing is merged, added or subtracted (method: trap 10).
+of the model. Swapping storage is exact: nothing is merged, added or subtracted (method: trap 10). Of a model that is spread over
+processes, each has the values of its own shards (:mod:`unisd.sharding`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unisd import sharding
 from unisd.errors import UserError
 
 STATE_FILE = "teacher.safetensors"
@@ -35,14 +38,16 @@ class Teacher:
     def __init__(
         self, model: nn.Module, kind: str, update_rate: float = 0.02, sync_steps: int = 1, restart_steps: int | None = None
     ) -> None:
+        self.model = model
         self.kind = kind
         self.update_rate = update_rate
         self.sync_steps = sync_steps
         self.restart_steps = restart_steps
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad} if kind != "live" else {}
         self.state: dict[str, Tensor] = {
-            name: p.detach().clone().to(torch.float32 if kind == "ema" else p.dtype) for name, p in self.parameters.items()
+            name: sharding.local(p).clone().to(torch.float32 if kind == "ema" else p.dtype) for name, p in self.parameters.items()
         }
+        self._gathered: dict[str, Tensor] = {}  # of a sharded model: whole weights by name, until they change
 
     @torch.no_grad()
     def _follow_device(self) -> None:
@@ -54,6 +59,10 @@ class Teacher:
     def in_place(self) -> Iterator[dict[int, Tensor]]:
         """While active, the model computes with the teacher's weights. Yields them by `id` of the parameter."""
         self._follow_device()
+        if self.parameters and sharding.is_sharded(self.model):
+            with sharding.shards_in_place(self.model, self.parameters, self.state):
+                yield {}
+            return
         kept = {name: p.data for name, p in self.parameters.items()}
         try:
             for name, p in self.parameters.items():
@@ -64,26 +73,41 @@ class Teacher:
                 p.data = kept[name]
 
     def weight(self, parameter: Tensor | None) -> Tensor | None:
-        """The teacher's value of one of the student's parameters (the head's), for use outside of `in_place`."""
+        """The teacher's value of one of the student's parameters (the head's), for use outside of `in_place`.
+
+        Of a sharded model it is gathered where it is not at hand: then all ranks must ask.
+        """
         if parameter is None:
             return None
         self._follow_device()
+        if sharding.is_sharded(self.model):
+            return self._whole_weight(parameter)
         for name, p in self.parameters.items():
             if p is parameter:
                 return self.state[name].to(p.dtype)
         return parameter.detach()
 
+    def _whole_weight(self, parameter: Tensor) -> Tensor:
+        # By name: a gathered parameter is another object than the shard it came from.
+        name = next(name for name, p in self.model.named_parameters() if p is parameter)
+        if name not in self._gathered:
+            own = self.parameters.get(name)
+            value = parameter if own is None else sharding.laid_out(self.state[name].to(own.dtype), own)
+            self._gathered[name] = sharding.whole(value).clone()  # what a forward pass has gathered is taken back
+        return self._gathered[name]
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step number `step` (from 1): Eq. 3, phi <- beta phi + (1 - beta) theta, or a restart."""
+        self._gathered.clear()
         if self.kind == "ema" and step % self.sync_steps == 0:
             self._follow_device()
             for name, p in self.parameters.items():
-                self.state[name].lerp_(p.detach().float(), self.update_rate)
+                self.state[name].lerp_(sharding.local(p).float(), self.update_rate)
         elif self.restart_steps is not None and step % self.restart_steps == 0:
             self._follow_device()
             for name, p in self.parameters.items():
-                self.state[name].copy_(p.detach())
+                self.state[name].copy_(sharding.local(p))
 
     @torch.no_grad()
     def distance(self) -> Tensor:
@@ -91,9 +115,10 @@ class Teacher:
         self._follow_device()
         apart, norm = torch.zeros(()), torch.zeros(())
         for name, p in self.parameters.items():
-            value = p.float()
+            value = sharding.local(p).float()
             apart = apart.to(p.device) + (self.state[name].float() - value).square().sum()
             norm = norm.to(p.device) + value.square().sum()
+        apart, norm = sharding.sum_over_ranks(torch.stack([apart, norm]), self.model)
         return torch.where(norm > 0, (apart / norm).sqrt(), 0.0)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
@@ -102,17 +127,29 @@ class Teacher:
         """Hash of a fixed teacher: a resumed run must meet the same one."""
         digest = hashlib.sha256()
         for name in sorted(self.state):
-            flat = self.state[name].flatten()
+            flat = sharding.whole(sharding.laid_out(self.state[name], self.parameters[name])).flatten()
             digest.update(name.encode())
             digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, folder: str | Path, file: str = STATE_FILE) -> None:
-        """Write `teacher.safetensors` (or `file`): the weights where they change over time, else a fingerprint of the fixed ones."""
+    def _laid_out(self) -> dict[str, Tensor]:
+        """The weights as tensors that know how they are spread over the ranks, sharing storage with the state."""
+        return {name: sharding.laid_out(value, self.parameters[name]) for name, value in self.state.items()}
+
+    def save(self, folder: str | Path, file: str = STATE_FILE, is_writer: bool = True, in_shards: bool = False) -> None:
+        """Write `teacher.safetensors` (or `file`): the weights where they change over time, else a fingerprint of the fixed ones.
+
+        All ranks must call it if the model is sharded. in_shards: the weights go into a folder beside it, each rank writes its own.
+        """
         moving = self.kind == "ema" or self.restart_steps is not None
-        tensors = {name: value.contiguous().cpu() for name, value in self.state.items()} if moving else {}
         metadata = {"kind": self.kind, "fingerprint": "" if moving else self._fingerprint()}
-        save_file(tensors, str(Path(folder) / file), metadata=metadata)
+        tensors = self._laid_out() if moving else {}
+        if in_shards and tensors:
+            sharding.save_shards(tensors, Path(folder) / Path(file).stem)
+            tensors = {}
+        tensors = sharding.whole_on_writer(tensors, is_writer)
+        if is_writer:
+            save_file(tensors, str(Path(folder) / file), metadata=metadata)
 
     def load(self, folder: str | Path, file: str = STATE_FILE) -> None:
         """Take over the state that `save` wrote.
@@ -120,13 +157,13 @@ class Teacher:
         Raises:
             UserError: if the checkpoint was made with another kind of teacher, other weights, or none.
         """
-        from safetensors import safe_open
-
         path = Path(folder) / file
         if not path.is_file():
             raise UserError(f"{folder} holds no {file}: it is not a checkpoint of a UniSD run that can be resumed.")
+        self._gathered.clear()
         with safe_open(str(path), framework="pt") as opened:
             metadata = opened.metadata() or {}
+            names = set(opened.keys())
         if metadata.get("kind") != self.kind:
             raise UserError(
                 f"the checkpoint's teacher is {metadata.get('kind')!r}, this run's is {self.kind!r}: "
@@ -136,8 +173,13 @@ class Teacher:
             if metadata["fingerprint"] != self._fingerprint():
                 raise UserError("the checkpoint was trained against another base teacher: resume from the same initial model.")
             return
-        tensors = load_file(str(path))
-        if set(tensors) != set(self.state):
+        shards = path.with_suffix("")
+        if shards.is_dir():
+            sharding.load_shards(self._laid_out(), shards)
+            return
+        if names != set(self.state):
             raise UserError(f"{path} belongs to other trained parameters: resume with the same model and LoRA options.")
-        for name, value in tensors.items():
-            self.state[name] = value.to(self.state[name].device, self.state[name].dtype)
+        with safe_open(str(path), framework="pt") as opened:
+            for name in names:
+                part = sharding.part_like(opened.get_tensor(name), self.parameters[name])
+                self.state[name] = part.to(self.state[name].device, self.state[name].dtype)

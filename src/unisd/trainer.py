@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
+from unisd import sharding
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
@@ -53,7 +54,7 @@ from unisd.step import (
     scored_sources,
 )
 from unisd.targets import parse_target
-from unisd.teacher import Teacher
+from unisd.teacher import STATE_FILE, Teacher
 from unisd.views import Views
 from unisd.vllm_rollout.build import build_engine
 from unisd.vllm_rollout.common import logps_compare
@@ -165,10 +166,10 @@ class UniSDTrainer(SafeTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "weights spread over processes (FSDP, DeepSpeed) are not supported: use DDP, for large models with a peft_config."
-            )
+        # While every rank has a whole model, and before the teacher takes its copy.
+        share_prompts = args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
+        if self.is_fsdp_enabled:
+            sharding.shard(self)
         # Our loss is normalised over the whole optimizer step already.
         self.model_accepts_loss_kwargs = True
         self.teacher = Teacher(
@@ -186,7 +187,7 @@ class UniSDTrainer(SafeTrainer):
             pad_id=self.pad_id,
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
-            share_prompts=args.num_generations > 1 and self.backbone.can_continue(self.pad_id),
+            share_prompts=share_prompts,
             choose_rows=self._most_uncertain if args.agreement_uncertain_share < 1 else None,
             target=self.target,
             sources=self.sources,
@@ -328,7 +329,8 @@ class UniSDTrainer(SafeTrainer):
             self.scorer.token_budget = budget
             return self.scorer.score(rows, device)
 
-        return smaller_until_it_fits(within, self.scorer.token_budget, least=64)[0]
+        together = "token_budget" if sharding.is_sharded(self.model) else None
+        return smaller_until_it_fits(within, self.scorer.token_budget, least=64, together=together)[0]
 
     def _most_uncertain(self, entropy_B: Tensor) -> Tensor:
         return most_uncertain(entropy_B, self.args.agreement_uncertain_share, self.accelerator)
@@ -409,11 +411,12 @@ class UniSDTrainer(SafeTrainer):
         start = time.perf_counter()
         rows = prepare_rows(dataset, name="the evaluation data")
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        nll, tokens = reference_nll(self.model, self.processing_class, mine) if mine else (0.0, 0)
+        joins = bool(mine) or sharding.is_sharded(self.model)  # the other ranks' passes need all ranks
+        nll, tokens = reference_nll(self.model, self.processing_class, mine) if joins else (0.0, 0)
         correct = 0
         if self.grader is not None:
             self.engine.sync()
-        if self.grader is not None and mine:
+        if self.grader is not None and joins:
             sampling = replace(self.sampling, max_new_tokens=self.args.eval_max_new_tokens or self.args.max_completion_length)
             completions = self.engine.generate([self.prompts.student(row) for row in mine], None, sampling)
             texts = [self.processing_class.decode(completion.ids, skip_special_tokens=True) for completion in completions]
@@ -444,10 +447,9 @@ class UniSDTrainer(SafeTrainer):
         """As in transformers; a checkpoint also gets the teacher's state (before `trainer_state.json`, which completes it)."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None:
-            if self.args.should_save:
-                self.teacher.save(output_dir)
-                for name, other in self._own_other_teachers().items():
-                    other.save(output_dir, f"teacher-{name}.safetensors")
+            self.save_teacher(self.teacher, output_dir, STATE_FILE)
+            for name, other in self._own_other_teachers().items():
+                self.save_teacher(other, output_dir, f"teacher-{name}.safetensors")
             if self.args.num_iterations > 1:
                 self.store.save(output_dir, self.args.should_save, self.accelerator.num_processes)
 
