@@ -1,8 +1,12 @@
 """Keep tests offline, quiet and on few threads."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,3 +14,12 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads of torch would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # tiny; benchmarks
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """The command sets up the log of this package for its process; the next test wants to read it."""
+    log = logging.getLogger("unisd")
+    kept = log.propagate, log.level, list(log.handlers)
+    yield
+    log.propagate, log.level, log.handlers[:] = kept
