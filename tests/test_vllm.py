@@ -147,6 +147,7 @@ def test_colocated(configuration: Path, tmp_path: Path, adapter: list[str], requ
     train_and_compare(configuration, tmp_path / "out", ["--vllm_mode", "colocate", *adapter], request)
 
 
+@pytest.mark.slow
 def test_colocated_in_two_processes_samples_the_same(tmp_path: Path) -> None:
     """The pocket model: an engine in each process, and each row's answer and the losses are those of one process."""
     asked = [
