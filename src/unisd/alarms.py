@@ -136,9 +136,7 @@ def blind_teacher(first: Values, last: Values) -> str | None:
     """
     if last["run/leak/pull_answers"] < PROBED_AT_LEAST:
         return None
-    own, full = (
-        pull_cosine(*(last[f"run/leak/pull_{told}{name}"] for name in ("both", "right", "wrong"))) for told in ("", "full_")
-    )
+    own, full = (pull_cosine(*(last[f"run/{metric}"] for metric in metrics)) for metrics in (PULLS, TOLD_ALL))
     if own <= full + BLINDER_AT_MOST:
         return None
     return (

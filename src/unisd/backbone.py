@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from unisd.errors import UserError
 from unisd.losses import Head
+from unisd.models import without_adapter
 from unisd.sharding import at_hand, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         wrapped: Any = model
         self.model = wrapped
-        causal_lm = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+        causal_lm = without_adapter(wrapped)
         self.causal_lm = causal_lm
         self.decoder: nn.Module = causal_lm.get_decoder()
         if self.decoder is None or self.decoder is causal_lm:

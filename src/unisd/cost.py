@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 
 from unisd.config import UniSDConfig
 from unisd.memory import ModelSize
+from unisd.models import without_adapter
 from unisd.scoring import ScoringRow
 
 LOAD, OVERHEAD = 0.7, 1.2
@@ -181,7 +182,7 @@ def cost_of(
     if config.world_size > 1:
         counts = sum(gather_object([counts]), Counter())
     model = trainer.model
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = without_adapter(model)
     inside, out = core.get_input_embeddings(), core.get_output_embeddings()
     tied = out is None or inside.weight is out.weight
     seconds = sum(phases.get(name, 0.0) for name in ("rollout", "score", "student", "update"))

@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from unisd.backbone import forward_batches
+from unisd.models import without_adapter
 from unisd.sharding import in_step
 
 GROUPED = "unisd_grouped_sdpa"
@@ -130,18 +131,13 @@ def _left_linear(module: nn.Linear, hidden: Tensor) -> Tensor:
     return out if module.bias is None else out + module.bias
 
 
-def _bare(model: Any) -> Any:
-    """The transformers model inside a peft wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 @contextmanager
 def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     """No gradient, evaluation mode, a neutral generation config and cheap attention; everything is put back afterwards.
 
     The model's own generation defaults (penalties, top-k, ...) would fill every option that a given config leaves open.
     """
-    bare = _bare(model)
+    bare = without_adapter(model)
     owners = [bare] if bare is model else [model, bare]
     own_configs = [owner.generation_config for owner in owners]
     training = [module for module in model.modules() if module.training]
@@ -211,11 +207,11 @@ def _decode_batch(
     processors: ProcessorFactory | None,
     on_rows: Callable[[int], None] | None,
 ) -> None:
-    device = _bare(model).device
+    device = without_adapter(model).device
     ends = set(config.eos_token_id or ())
     ids_BT, mask_BT = left_padded([prompts[i] for i in alive], config.pad_token_id, device)
     width = ids_BT.shape[1]
-    cache = _empty_cache(_bare(model))
+    cache = _empty_cache(without_adapter(model))
     can_drop = cache is not None and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
     extra: dict[str, Any] = {}
     if cache is not None:
@@ -256,7 +252,7 @@ def _read_prompts(
 
     Each different prompt is read once, together with those of like length: read in one batch they would all be as long as the longest.
     """
-    bare = _bare(model)
+    bare = without_adapter(model)
     budget = READ_AT_ONCE_CPU if bare.device.type == "cpu" else READ_AT_ONCE
     numbers: dict[tuple[int, ...], int] = {}  # of the different prompts, in order of appearance
     number_B = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]

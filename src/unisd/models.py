@@ -81,6 +81,11 @@ def resolve(name_or_path: str) -> str:
     return name
 
 
+def without_adapter(model: Any) -> Any:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """All token ids that end an answer: of the generation config, the config and the tokenizer; sorted."""
     found: set[int] = set()

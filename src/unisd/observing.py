@@ -70,7 +70,7 @@ class Observer:
 
     Args:
         grader: verdict on a completion, for the records; or None.
-        probes: None without diagnostics.
+        probes: run every `diagnostics_probe_steps`, if there are diagnostics.
     """
 
     def __init__(

@@ -41,6 +41,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unisd.errors import UserError
 from unisd.launch import NO_DEEPSPEED
+from unisd.models import without_adapter
 
 # ------------------------------------------------------------------------------------------------------- tensors
 
@@ -129,14 +130,9 @@ def _anyone_works(mine: bool, device: torch.device) -> bool:
     return mine or bool(working.item())
 
 
-def _bare(model: Any) -> Any:
-    """The transformers model inside a peft wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _dummy_pass(model: Any) -> None:
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=_bare(model).device), use_cache=False)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=without_adapter(model).device), use_cache=False)
 
 
 @contextmanager
@@ -149,9 +145,9 @@ def in_step(model: Any) -> Iterator[None]:
     if not is_sharded(model):
         yield
         return
-    device = _bare(model).device
+    device = without_adapter(model).device
     model.unshard()  # the root's own weights: generating with an adapter does not pass through the root
-    announced = _bare(model).get_decoder().register_forward_pre_hook(lambda *_: _announce(device), prepend=True)
+    announced = without_adapter(model).get_decoder().register_forward_pre_hook(lambda *_: _announce(device), prepend=True)
     try:
         yield
     finally:
@@ -223,7 +219,7 @@ def shard(trainer: Any) -> None:
     Raises:
         UserError: the model is quantised.
     """
-    if getattr(_bare(trainer.model), "is_quantized", False):
+    if getattr(without_adapter(trainer.model), "is_quantized", False):
         raise UserError(
             "a quantised model is not supported with FSDP: use accelerate_config=ddp, or load it without load_in_4bit."
         )

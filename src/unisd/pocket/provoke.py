@@ -133,8 +133,7 @@ def watched(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
 def shared_pull(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Cosine of the teacher's pull under the right and under a wrong reference, over the run: as it is told, and told all."""
     found = {}
-    for told, prefix in (("as in the run", ""), ("all", "full_")):
-        names = [f"{alarms.SUMS}{prefix}{part}" for part in ("both", "right", "wrong")]
+    for told, names in (("as in the run", alarms.PULLS), ("all", alarms.TOLD_ALL)):
         sums = [sum(line.get(name) or 0.0 for line in lines) for name in names]
         if sums[1] and sums[2]:
             found[told] = round(alarms.pull_cosine(*sums), 3)
