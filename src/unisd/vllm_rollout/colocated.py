@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
-class ColocatedEngine:
+class ColocatedEngine(common.VllmEngine):
     """Generates with a copy of the student inside vLLM; see `build_engine` for the arguments.
 
     The copy holds its own weights. All of them are loaded anew at each `sync`; of a student with an adapter only the adapter.
@@ -49,13 +48,7 @@ class ColocatedEngine:
             raise UserError(
                 "vllm_mode=colocate cannot copy quantised weights: use vllm_mode=server, or unset load_in_4bit or use_vllm."
             )
-        self.model = model
-        self.eos_ids = eos_ids
-        self.returns_logps = common.logps_compare(args)
-        self.weights_version: int | None = None
-        self._finished_steps = finished_steps
-        self._with_adapter = common.is_adapter(model)
-        self._vocabulary = common.vocabulary_of(model)
+        super().__init__(args, model, accelerator, eos_ids, finished_steps)
         self._folder = tempfile.TemporaryDirectory(prefix="unisd-vllm-")
         self._adapter: Any = None  # the LoRARequest of the newest sync
         self._syncs = 0
@@ -76,7 +69,7 @@ class ColocatedEngine:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the threads are the trainer's
         options: dict[str, Any] = {
             "model": self._model_folder(),
-            "dtype": str(common.dtype_of(self.model)).removeprefix("torch."),
+            "dtype": self._dtype,
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # none of the model's own sampling defaults
             "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
@@ -112,13 +105,13 @@ class ColocatedEngine:
 
     def _model_folder(self) -> str:
         """The folder or hub id that the model came from; one that was built in memory is written out."""
-        base = self.model.get_base_model() if self._with_adapter else self.model
-        name = str(base.config._name_or_path or "")
+        name = str(self.bare.config._name_or_path or "")
         if name:
             return name
         folder = Path(self._folder.name) / "base"
-        own = {key.replace(".base_layer.", "."): value for key, value in base.state_dict().items() if ".lora_" not in key}
-        base.save_pretrained(str(folder), state_dict=own)
+        weights = self.bare.state_dict().items()
+        own = {key.replace(".base_layer.", "."): value for key, value in weights if ".lora_" not in key}
+        self.bare.save_pretrained(str(folder), state_dict=own)
         return str(folder)
 
     def sync(self) -> None:
@@ -171,17 +164,9 @@ class ColocatedEngine:
         ids = list(answer.token_ids)
         logps = [told[token].logprob for token, told in zip(ids, answer.logprobs, strict=True)]
         try:
-            completion = common.completion_of(
-                ids,
-                logps,
-                limit=sampling.max_new_tokens,
-                eos_ids=self.eos_ids,
-                vocabulary=self._vocabulary,
-                version=self.weights_version or 0,
-            )
+            return self._checked(ids, logps, sampling)
         except BadAnswer as error:
             raise UserError(f"vLLM gave {error}: this version of it may not fit the model; unset use_vllm.") from error
-        return completion if self.returns_logps else replace(completion, logps=None)
 
     def _wake(self) -> None:
         if self._asleep:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,6 +19,53 @@ from unisd.patient_http import BadAnswer
 from unisd.rollout import Completion, NoiseKey, Sampling, seed_of
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM is built for
+
+
+class VllmEngine:
+    """What an engine knows of the student, and its check of each answer; see `build_engine` for the arguments.
+
+    Attributes:
+        weights_version: optimizer step of the weights of the last `sync`; None before the first.
+        bare: the student without its adapter.
+    """
+
+    def __init__(
+        self,
+        args: UniSDConfig,
+        model: Any,
+        accelerator: Accelerator,
+        eos_ids: Sequence[int],
+        finished_steps: Callable[[], int],
+    ) -> None:
+        self.model = model
+        self.eos_ids = eos_ids
+        self.returns_logps = logps_compare(args)
+        self.weights_version: int | None = None
+        self._accelerator = accelerator
+        self._finished_steps = finished_steps
+        self._with_adapter = hasattr(model, "peft_config")
+        self.bare = model.get_base_model() if self._with_adapter else model
+        self._vocabulary = int(self.bare.get_output_embeddings().weight.shape[0])
+        self._dtype = str(self._precision()).removeprefix("torch.")  # that the engine computes with
+
+    def _precision(self) -> torch.dtype:
+        """The precision of the weights: under an adapter the base's."""
+        floats = [p for p in self.model.parameters() if p.is_floating_point()]
+        base = [p for p in floats if not p.requires_grad] if self._with_adapter else []
+        dtype: torch.dtype = (base or floats)[0].dtype
+        return dtype
+
+    def _checked(self, ids: Sequence[int], logps: Sequence[float | None], sampling: Sampling) -> Completion:
+        """An answer as the trainer takes it. Raises `BadAnswer`: see `completion_of`."""
+        completion = completion_of(
+            ids,
+            logps,
+            limit=sampling.max_new_tokens,
+            eos_ids=self.eos_ids,
+            vocabulary=self._vocabulary,
+            version=self.weights_version or 0,
+        )
+        return completion if self.returns_logps else replace(completion, logps=None)
 
 
 def sampling_fields(sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[int]) -> dict[str, Any]:
@@ -76,11 +125,6 @@ def completion_of(
 # -- the student's side ------------------------------------------------------------------------------------------------
 
 
-def is_adapter(model: Any) -> bool:
-    """Whether an adapter is trained, and not all weights."""
-    return hasattr(model, "peft_config")
-
-
 def lora_rank(model: Any) -> int:
     """The smallest rank that vLLM is built for and the adapter fits in.
 
@@ -118,17 +162,3 @@ def save_full_weights(model: Any, file: Path) -> None:
     aside = file.with_suffix(".partial")
     save_file({name: value.contiguous().cpu() for name, value in full_weights(model).items()}, str(aside))
     aside.replace(file)
-
-
-def vocabulary_of(model: Any) -> int:
-    """How many tokens the head knows."""
-    bare = model.get_base_model() if is_adapter(model) else model
-    return int(bare.get_output_embeddings().weight.shape[0])
-
-
-def dtype_of(model: Any) -> torch.dtype:
-    """The precision of the weights that the engine computes with: under an adapter the base's."""
-    floats = [p for p in model.parameters() if p.is_floating_point()]
-    base = [p for p in floats if not p.requires_grad] if is_adapter(model) else []
-    dtype: torch.dtype = (base or floats)[0].dtype
-    return dtype

@@ -10,7 +10,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ class Restarted(Exception):
     """The server does not hold this run's weights any more."""
 
 
-class ServerEngine:
+class ServerEngine(common.VllmEngine):
     """Generates on a vLLM server with weights that it is given at each `sync`; see `build_engine` for the arguments.
 
     Args:
@@ -52,16 +51,9 @@ class ServerEngine:
         finished_steps: Callable[[], int],
         folder: Path,
     ) -> None:
-        self.model = model
-        self.eos_ids = eos_ids
-        self.returns_logps = common.logps_compare(args)
-        self.weights_version: int | None = None
+        super().__init__(args, model, accelerator, eos_ids, finished_steps)
         self.client = Client(args.vllm_server_url, args.vllm_server_timeout)
-        self._accelerator = accelerator
-        self._finished_steps = finished_steps
         self._folder = folder.absolute()
-        self._with_adapter = common.is_adapter(model)
-        self._vocabulary = common.vocabulary_of(model)
         self._requests_at_once = args.rollout_batch_size
         self._tag = ""  # what the server calls the weights of the newest sync; the same on all ranks
         self._syncs = 0
@@ -76,9 +68,8 @@ class ServerEngine:
 
     def _start_command(self, args: UniSDConfig) -> str:
         """What starts a server that this run can use."""
-        bare = self.model.get_base_model() if self._with_adapter else self.model
-        name = str(bare.config._name_or_path or "MODEL")
-        options = f"--dtype {str(common.dtype_of(self.model)).removeprefix('torch.')} --logprobs-mode processed_logprobs"
+        name = str(self.bare.config._name_or_path or "MODEL")
+        options = f"--dtype {self._dtype} --logprobs-mode processed_logprobs"
         if self._with_adapter:
             rank = common.lora_rank(self.model)
             return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {name} {options} --enable-lora --max-lora-rank {rank}"
@@ -255,15 +246,7 @@ class ServerEngine:
             raise BadAnswer("an answer without token ids or log-probabilities")
         if read is not None and read != prompt:
             raise BadAnswer("an answer to another prompt")
-        completion = common.completion_of(
-            ids,
-            logps,
-            limit=sampling.max_new_tokens,
-            eos_ids=self.eos_ids,
-            vocabulary=self._vocabulary,
-            version=self.weights_version or 0,
-        )
-        return completion if self.returns_logps else replace(completion, logps=None)
+        return self._checked(ids, logps, sampling)
 
     def sleep(self) -> None:
         """Nothing: the server's memory is its own."""
