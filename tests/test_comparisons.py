@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from unisd import cells as store
 from unisd import evidence, evidence_page
@@ -93,6 +97,37 @@ def test_a_cell_runs_in_a_process_of_its_own() -> None:
     assert len({os.getpid(), *(cell["process"] for cell in cells)}) == 3
     with pytest.raises(UserError, match="exit code 3"):
         store.run_apart(breaks, 3)
+
+
+def at_work(plan: tuple[int, str]) -> store.Cell:
+    """Leaves a mark while it runs, and tells how many were at work."""
+    number, folder = plan
+    if number == 4:
+        raise SystemExit(number)
+    mark = Path(folder) / str(number)
+    mark.touch()
+    time.sleep(1)
+    count = len(list(Path(folder).iterdir()))
+    mark.unlink()
+    return {"number": number, "at_work": count, "threads": torch.get_num_threads()}
+
+
+def test_cells_run_beside_each_other_and_wait_for_what_they_need(tmp_path: Path) -> None:
+    (tmp_path / "marks").mkdir()
+
+    def plans(cells: list[store.Cell], last: int = 3) -> Iterator[tuple[int, str]]:
+        done = {cell["number"] for cell in cells}
+        ready = [number for number in range(last + 1) if number not in done and (number < 2 or {0, 1} <= done)]
+        yield from ((number, str(tmp_path / "marks")) for number in ready)
+
+    file = tmp_path / "cells.jsonl"
+    cells = store.carry_out(file, plans, at_work, 4, None, jobs=2)
+    assert {cell["number"] for cell in cells[:2]} == {0, 1} and len(cells) == 4 and store.read(file) == cells
+    assert max(cell["at_work"] for cell in cells) == 2
+    assert {cell["threads"] for cell in cells} == {max(1, (os.cpu_count() or 1) // 2)}
+    with pytest.raises(UserError, match="exit code 4"):  # and the one beside it is kept
+        store.carry_out(file, partial(plans, last=5), at_work, 6, None, jobs=2)
+    assert sorted(cell["number"] for cell in store.read(file)) == [0, 1, 2, 3, 5]
 
 
 def test_intervals_cover_the_truth() -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
-import warnings
+import os
 from collections.abc import Callable, Iterable
-from itertools import islice
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
 from unisd.artefacts import append_line, read_lines
-from unisd.console import show_progress
+from unisd.console import quiet_libraries, show_progress
 from unisd.errors import UserError
 
 Cell = dict[str, Any]
@@ -31,26 +30,63 @@ def append(file: Path, cell: Cell) -> None:
 
 
 def carry_out(
-    file: Path, plans: Callable[[list[Cell]], Iterable[Any]], run: Callable[[Any], Cell], total: int, most: int | None
+    file: Path,
+    plans: Callable[[list[Cell]], Iterable[Any]],
+    run: Callable[[Any], Cell],
+    total: int,
+    most: int | None,
+    jobs: int = 1,
 ) -> list[Cell]:
-    """Run what `plans` (of the finished cells, which grow meanwhile) asks for, each apart and written as it ends; returns all cells.
+    """Run what `plans` asks for, each apart and written as it ends; returns all cells.
 
-    total: cells of the whole comparison, for the bar. most: stop after so many.
+    Args:
+        plans: of the finished cells, what may be run now, in the order to run it; asked again after every cell, so that a plan
+            that depends on other cells is left out until they are there.
+        total: cells of the whole comparison, for the bar.
+        most: stop after so many.
+        jobs: how many run at once, each with its share of the cores.
+
+    Raises:
+        UserError: a cell failed. Those that ran beside it are finished and written first.
     """
-    disable_progress_bar()  # one bar for all cells, instead of three of loading weights in each
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     cells = read(file)
-    with show_progress("cells", total) as advance:
+    running: dict[Future[Cell], Any] = {}
+    failed: list[BaseException] = []
+    started, threads = 0, max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    with show_progress("cells", total) as advance, ThreadPoolExecutor(jobs) as pool:
         advance(len(cells))
-        for plan in islice(plans(cells), most):
-            cells.append(run_apart(run, plan))
-            append(file, cells[-1])
-            advance(1)
+        while True:
+            while len(running) < jobs and not failed and (most is None or started < most):
+                plan = next((plan for plan in plans(cells) if plan not in running.values()), None)
+                if plan is None:
+                    break
+                running[pool.submit(run_apart, run, plan, threads)] = plan
+                started += 1
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                if (error := future.exception()) is not None:
+                    failed.append(error)
+                    continue
+                cells.append(future.result())
+                append(file, cells[-1])
+                advance(1)
+    if failed:
+        raise failed[0]
     return cells
 
 
-def run_apart(run: Callable[[Any], Cell], plan: Any) -> Cell:
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """`--most` and `--jobs`, as every comparison has them."""
+    parser.add_argument("--most", type=int, help="stop after so many cells")
+    parser.add_argument("--jobs", type=int, default=1, help="cells that run at once (default: 1, with all cores)")
+
+
+def run_apart(run: Callable[[Any], Cell], plan: Any, threads: int | None = None) -> Cell:
     """`run(plan)` in a process of its own: its peak memory is its own, and nothing is left behind. Both must be picklable.
+
+    threads: that torch computes with there; None: as many as it wants.
 
     Raises:
         UserError: the process ended without a result.
@@ -59,7 +95,7 @@ def run_apart(run: Callable[[Any], Cell], plan: Any) -> Cell:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["unisd.trainer"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, run, plan))
+    process = context.Process(target=_send, args=(sender, run, plan, threads))
     process.start()
     sender.close()
     try:
@@ -71,5 +107,10 @@ def run_apart(run: Callable[[Any], Cell], plan: Any) -> Cell:
     return cell
 
 
-def _send(sender: Connection, run: Callable[[Any], Cell], plan: Any) -> None:
+def _send(sender: Connection, run: Callable[[Any], Cell], plan: Any, threads: int | None) -> None:
+    import torch
+
+    quiet_libraries()
+    if threads is not None:
+        torch.set_num_threads(threads)
     sender.send(run(plan))

@@ -24,7 +24,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from unisd import evaluation
-from unisd.cells import Cell, append, carry_out, read
+from unisd.cells import Cell, add_jobs, append, carry_out, read
 from unisd.checkpoints import last_complete_checkpoint
 from unisd.data import Row
 from unisd.gguf_cache import cache_dir
@@ -217,7 +217,7 @@ def best_pilot(cells: list[Cell], task: str, method: str) -> tuple[float, float]
 
 
 def plans(cells: list[Cell], task: str, model: str, steps: int, rows: int, data_files: tuple[str, ...]) -> Iterator[Plan]:
-    """Cells not yet run, in order: the untouched model, pilots, then one seed after the other. `cells` may grow meanwhile."""
+    """Cells that may be run now, in order: the untouched model, pilots, then one seed after the other. `cells` may grow meanwhile."""
 
     def plan(method: str, seed: int, alpha: float, rate: float, pilot: bool = False) -> Plan:
         return Plan(task, method, seed, alpha, rate, pilot, model, min(PILOT_STEPS, steps) if pilot else steps, rows, data_files)
@@ -230,13 +230,15 @@ def plans(cells: list[Cell], task: str, model: str, steps: int, rows: int, data_
         for alpha, rate in settings:
             if alpha is None:
                 chosen = best_pilot(cells, task, "sdft")
-                assert chosen is not None
+                if chosen is None:
+                    continue  # its pilots are still running
                 alpha = chosen[0]
             yield from filter(new, [plan(method, PILOT_SEED, alpha, rate, pilot=True)])
     for seed in SEEDS:
         for method in METHODS:
             chosen = best_pilot(cells, task, method)
-            assert chosen is not None
+            if chosen is None:
+                continue
             yield from filter(new, [plan(method, seed, *chosen)])
 
 
@@ -248,11 +250,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, help="optimizer steps of 16 rows; default: 120 for new facts, 60 for ScienceQA")
     parser.add_argument("--rows", type=int, default=200, help="most test rows")
-    parser.add_argument("--most", type=int, help="stop after so many cells")
+    add_jobs(parser)
     args = parser.parse_args(argv)
     setting = (args.task, args.model, args.steps or STEPS[args.task], args.rows, tuple(args.data_files))
     cells = carry_out(
-        args.folder / "smollm2.jsonl", lambda cells: plans(cells, *setting), run_cell, len(TASK_FLAGS) * TOTAL, args.most
+        args.folder / "smollm2.jsonl",
+        lambda cells: plans(cells, *setting),
+        run_cell,
+        len(TASK_FLAGS) * TOTAL,
+        args.most,
+        args.jobs,
     )
     from unisd import evidence_page
 

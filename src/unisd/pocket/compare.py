@@ -34,7 +34,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from unisd import evaluation, recipes
-from unisd.cells import Cell, carry_out
+from unisd.cells import Cell, add_jobs, carry_out
 from unisd.inputs import RunData, load_data, load_model
 from unisd.parsing import parse
 from unisd.tasks.pocket import PocketTask
@@ -154,7 +154,7 @@ def chosen_rate(cells: list[Cell], method: str) -> float | None:
 
 
 def plans(cells: list[Cell], only: list[str] | None = None) -> Iterator[Plan]:
-    """Cells not yet run, in the order to run them: pilots first, then one seed after the other. `cells` may grow meanwhile."""
+    """Cells that may be run now, in order: pilots first, then one seed after the other. `cells` may grow meanwhile."""
     names = [name for name in methods() if not only or name in only]
     wanted = [Plan(RAW, "clean", 0, 0.0)]
     wanted += [Plan(name, "clean", PILOT_SEED, rate, pilot=True) for name in names for rate in rates(name)]
@@ -165,7 +165,8 @@ def plans(cells: list[Cell], only: list[str] | None = None) -> Iterator[Plan]:
         for condition in NOISE:
             for name in names:
                 rate = chosen_rate(cells, name)
-                assert rate is not None
+                if rate is None:
+                    continue  # its pilots are still running
                 plan = Plan(name, condition, seed, rate)
                 if plan.key not in _done(cells):
                     yield plan
@@ -185,13 +186,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("docs/results"), help="where pocket.jsonl and the page are")
     parser.add_argument("--only", nargs="*", help="these methods only")
-    parser.add_argument("--most", type=int, help="stop after so many cells")
+    add_jobs(parser)
     args = parser.parse_args(argv)
     if unknown := set(args.only or []) - set(methods()):
         parser.error(f"unknown method {sorted(unknown)[0]}: there are {', '.join(methods())}")
     args.folder.mkdir(parents=True, exist_ok=True)
     only = partial(plans, only=args.only)
-    cells = carry_out(args.folder / "pocket.jsonl", only, run_cell, total(args.only), args.most)
+    cells = carry_out(args.folder / "pocket.jsonl", only, run_cell, total(args.only), args.most, args.jobs)
     from unisd.pocket import comparison
 
     comparison.write(args.folder, cells)

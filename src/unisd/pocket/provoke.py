@@ -28,7 +28,7 @@ from transformers import PrinterCallback
 
 from unisd import alarms
 from unisd.artefacts import METRICS, read_lines
-from unisd.cells import Cell, carry_out
+from unisd.cells import Cell, add_jobs, carry_out
 from unisd.inputs import load_data, load_model
 from unisd.pages import markdown_table, update
 from unisd.parsing import parse
@@ -209,11 +209,11 @@ def main(argv: list[str] | None = None) -> int:
         "--base", type=Path, default=Path("unisd-output/pocket-hedging"), help="where the base that doubts is kept"
     )
     parser.add_argument("--only", nargs="*", choices=list(PROVOCATIONS), help="these cells only")
-    parser.add_argument("--most", type=int, help="stop after so many cells")
+    add_jobs(parser)
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     run = partial(run_cell, base=args.base)
-    cells = carry_out(args.folder / "diagnostics.jsonl", partial(plans, only=args.only), run, total(), args.most)
+    cells = carry_out(args.folder / "diagnostics.jsonl", partial(plans, only=args.only), run, total(), args.most, args.jobs)
     update(args.folder / "diagnostics.md", "Alarms, provoked", page(cells))
     return 0
 
