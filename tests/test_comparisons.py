@@ -45,8 +45,11 @@ def test_the_pocket_comparison_runs_every_cell_once_and_pilots_first() -> None:
     for method in compare.methods():
         used = {cell["learning_rate"] for cell in cells if cell["method"] == method and not cell["pilot"]}
         assert used == {compare.chosen_rate(cells, method)}
-    text = comparison.page(cells)
-    assert all(f"| {method} |" in text for method in compare.methods()) and "30 % wrong" in text
+    for field in (False, True):
+        text = comparison.page(cells, "figure.svg", comparison.of_page(field))
+        shown = {method for method in compare.methods() if f"| {method} |" in text}
+        assert shown == set(comparison.of_page(field)) and "30 % wrong" in text
+    assert {*comparison.of_page(False), *comparison.of_page(True)} == set(compare.methods())
 
 
 def test_knowledge_is_graded_in_any_wording() -> None:

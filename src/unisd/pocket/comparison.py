@@ -1,6 +1,7 @@
 """The page of the pocket comparison, from its lines: `python -m unisd.pocket.comparison [--folder docs/results]`.
 
-Writes `pocket.md` between its markers (what a person wrote around them stays) and `pocket.svg`. Intervals are 95 %, by bootstrap over
+Writes `pocket.md` and, for the recipes of later papers, `field.md` between their markers (what a person wrote around them stays), and
+a figure for each. Both pages are of the same cells, with the same splits, seeds, steps and rows. Intervals are 95 %, by bootstrap over
 problems: the marks of all seeds on one problem are drawn together, and methods are compared on the same problems and seeds.
 """
 
@@ -21,6 +22,8 @@ from unisd.pocket import compare
 Marks = NDArray[np.float64]
 
 DRAWS = 2000
+FIELD = ("dash", "pw-opsd", "avsd", "opsd-ectr", "demopsd", "purified-opsd")  # recipes of later papers, on a page of their own
+BESIDE_FIELD = ("sdft", "unisd-star", compare.REFERENCE)  # what they stand beside there
 
 
 def marks(cells: list[Cell], name: str, kind: str = "known") -> Marks:
@@ -124,18 +127,24 @@ def pilots(cells: list[Cell]) -> list[str]:
     return markdown_table(("method", "rate: task / old skills on validation, %", "", ""), lines)
 
 
-def page(cells: list[Cell]) -> str:
-    """Everything between the markers."""
+def of_page(field: bool) -> list[str]:
+    """The methods of one page: of the field's, or of the methods page."""
+    return [name for name in compare.methods() if (name in FIELD + BESIDE_FIELD if field else name not in FIELD)]
+
+
+def page(cells: list[Cell], figure: str, methods: list[str]) -> str:
+    """Everything between the markers, of these methods and the untouched base."""
+    cells = [cell for cell in cells if cell["method"] in (compare.RAW, *methods)]
     done = sum(not cell["pilot"] for cell in cells)
     parts = [
-        f"{len(cells)} of {compare.total()} cells have run ({done} besides the pilots). ![gain against forgetting](pocket.svg)"
+        f"{len(cells)} of {compare.total(methods)} cells have run ({done} besides the pilots). ![gain against forgetting]({figure})"
     ]
     for condition, title in (("clean", "Right references"), ("noisy", "30 % wrong references")):
         if any(state == condition and method != compare.RAW for method, state in finished(cells)):
             parts += [f"## {title}", "\n".join(table(cells, condition))]
             parts += [
                 "\n".join(differences(cells, condition, other))
-                for other in (compare.REFERENCE, "sft")
+                for other in (compare.REFERENCE, "sft", "unisd-star")
                 if (other, condition) in finished(cells)
             ]
     parts += ["## Pilots", "\n".join(pilots(cells))]
@@ -177,9 +186,11 @@ def draw(cells: list[Cell], file: Path) -> None:
 
 
 def write(folder: Path, cells: list[Cell]) -> None:
-    """Put the tables into `pocket.md` and draw `pocket.svg`."""
-    draw(cells, folder / "pocket.svg")
-    update(folder / "pocket.md", "Methods on the pocket task", page(cells))
+    """Put the tables into `pocket.md` and `field.md`, and draw `pocket.svg` and `field.svg`."""
+    for name, title in (("pocket", "Methods on the pocket task"), ("field", "Recipes of later papers on the pocket task")):
+        methods = of_page(name == "field")
+        draw([cell for cell in cells if cell["method"] in (compare.RAW, *methods)], folder / f"{name}.svg")
+        update(folder / f"{name}.md", title, page(cells, f"{name}.svg", methods))
 
 
 def _mean_of(group: list[Cell]) -> Callable[[str], float]:
