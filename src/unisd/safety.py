@@ -152,8 +152,9 @@ class SafeTrainer(ShardedTrainer):
             self._run_folder = str(checkpoints.staging_folder(folder))
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            self._place_best(name)
             if args.should_save:
-                self._finish_state(name)
+                self.state.save_to_json(str(checkpoints.staging_folder(folder) / name / checkpoints.STATE))
                 checkpoints.publish(folder, name)
         except Exception as error:
             checkpoints.clear_staging(folder)
@@ -169,13 +170,11 @@ class SafeTrainer(ShardedTrainer):
         if args.should_save:  # only now: the older ones were the safety net
             rotate_checkpoints(folder, args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint)
 
-    def _finish_state(self, name: str) -> None:
-        """Name the best checkpoint by its place, not by where it was built."""
+    def _place_best(self, name: str) -> None:
+        """Name the best checkpoint by its place, not by where it was built: every rank may load it at the end."""
         best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
         if best is not None and (best == name or (Path(self.args.output_dir) / best).is_dir()):
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / best)
-            staged = checkpoints.staging_folder(self.args.output_dir) / name
-            self.state.save_to_json(str(staged / checkpoints.STATE))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers. `True` resumes from the newest *complete* checkpoint of `output_dir`.
