@@ -16,6 +16,7 @@ import torch
 from test_invariants import STAR, trainer
 
 from unisd import UserError, alarms, checkpoints
+from unisd import trainer as trainer_module
 from unisd.guards import FiniteGuard, Interruption, is_out_of_memory, pieces_of, smaller_until_it_fits
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 99}
@@ -367,6 +368,28 @@ def test_student_out_of_memory_gives_the_same_step_in_smaller_micro_batches(tmp_
     for a, b in zip(lines(tmp_path / "whole"), lines(tmp_path / "small"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["completions/loss_tokens"] == a["completions/loss_tokens"]
+
+
+def test_weights_that_wait_for_the_student_survive_a_loss_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"max_steps": 1, "save_strategy": "no", "token_weights": ["dash"], "optim": "sgd"}
+    whole = build(tmp_path / "whole", **settings)
+    whole.train()
+    chunked_loss, calls = trainer_module.chunked_loss, []
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        output = chunked_loss(*args, **kwargs)
+        if len(calls) == 2:  # the first micro-batch is done by then, and is done again
+            raise out_of_memory()
+        return output
+
+    monkeypatch.setattr(trainer_module, "chunked_loss", limited)
+    built = build(tmp_path / "small", **settings)
+    built.train()
+    assert len(calls) == 6
+    [a], [b] = lines(tmp_path / "whole"), lines(tmp_path / "small")
+    weight = [key for key in a if key.startswith("weight/dash")]
+    assert len(weight) > 3 and all(b[key] == pytest.approx(a[key], rel=1e-4) for key in ["loss", *weight])
 
 
 @pytest.mark.parametrize("rows", [1, 4])
