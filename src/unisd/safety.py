@@ -5,6 +5,7 @@ What it decides by is in :mod:`unisd.guards` and :mod:`unisd.checkpoints`; here 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -183,18 +184,16 @@ class SafeTrainer(ShardedTrainer):
             UserError: nothing to resume from, a broken checkpoint or one of another kind of run; and, after
                 a checkpoint was saved, a run that cannot go on (see :mod:`unisd.guards`).
         """
-        if resume_from_checkpoint is True:
-            checkpoint = checkpoints.last_complete_checkpoint(self.args.output_dir, contents=True)
-            if checkpoint is None:
-                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
-            resume_from_checkpoint = str(checkpoint)
-        if resume_from_checkpoint:
-            checkpoints.require_whole(resume_from_checkpoint)
-            self.load_teachers(resume_from_checkpoint)
-            self.store.load(resume_from_checkpoint)
+        checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        if checkpoint is not None:
+            self.load_teachers(checkpoint)
+            self.store.load(checkpoint)
+            if self.args.should_save:
+                step = json.loads((Path(checkpoint) / checkpoints.STATE).read_text(encoding="utf-8"))["global_step"]
+                checkpoints.set_aside_after(self.args.output_dir, step)
         self.stop_reason = None
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except RolloutError as error:
             raise UserError(f"{error} {self._save_finished_steps()}") from error
         if self.stop_reason is not None:
@@ -209,6 +208,22 @@ class SafeTrainer(ShardedTrainer):
         if checkpoints.problem_of(Path(self.args.output_dir) / name, contents=False) is not None:
             self._save_checkpoint(self.model, trial=None)
         return f"Step {self.state.global_step} is saved in {name}."
+    def _checkpoint_of(self, asked: str | bool | None) -> str | None:
+        """The checkpoint to resume from, whole. One process finds out for all, since it reads every byte."""
+        if not asked:
+            return None
+        found: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            newest = checkpoints.last_complete_checkpoint(self.args.output_dir, contents=True) if asked is True else None
+            if asked is True and newest is None:
+                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
+            if newest is None:
+                checkpoints.require_whole(str(asked))
+            found = [str(newest or asked)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
+
 
     # -- bad steps ----------------------------------------------------------------------------------------------------
 
