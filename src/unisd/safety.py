@@ -22,7 +22,15 @@ from unisd import checkpoints
 from unisd.alarms import Watch
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
-from unisd.guards import FiniteGuard, is_out_of_memory, pieces_of, release_memory, smaller_until_it_fits
+from unisd.guards import (
+    ROW_TOO_LARGE,
+    FiniteGuard,
+    OutOfMemory,
+    is_out_of_memory,
+    pieces_of,
+    release_memory,
+    smaller_until_it_fits,
+)
 from unisd.metrics import StepMetrics
 from unisd.reuse import RolloutStore
 from unisd.rollout import RolloutError
@@ -32,7 +40,6 @@ from unisd.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-ROW_TOO_LARGE = "a single row does not fit into memory: lower max_completion_length, or set gradient_checkpointing."
 
 
 def on_all_ranks(accelerator: Accelerator, rollout: Callable[[], Result]) -> Result:
@@ -42,6 +49,8 @@ def on_all_ranks(accelerator: Accelerator, rollout: Callable[[], Result]) -> Res
     try:
         found.append(rollout())
     except UserError as error:
+        if isinstance(error, OutOfMemory) and accelerator.distributed_type == DistributedType.FSDP:
+            raise  # the others wait inside a forward pass of all ranks, and would take a message for a part of it
         failure = str(error)
     failures = [failure] if accelerator.num_processes == 1 else gather_object([failure])
     if any(failures):
@@ -95,12 +104,7 @@ class SafeTrainer(ShardedTrainer):
             done = [*self._done, part]
             largest = min(self._most_rows or len(part), len(part))
             retry = partial(self._again, model, done, num_items_in_batch)
-            try:
-                loss, self._most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
-            except (RuntimeError, MemoryError) as error:
-                if is_out_of_memory(error):
-                    raise UserError(ROW_TOO_LARGE) from error
-                raise
+            loss, self._most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
             self._done.append(part)
             logger.warning("Memory ran out: micro-batches hold %d rows from now on; the gradient is the same.", self._most_rows)
             return loss
@@ -125,9 +129,9 @@ class SafeTrainer(ShardedTrainer):
 
     def _check_can_be_smaller(self, rows: int, error: BaseException) -> None:
         if self._most_rows == 1 or rows == 1:
-            raise UserError(ROW_TOO_LARGE) from error
+            raise OutOfMemory(ROW_TOO_LARGE) from error
         if self.accelerator.num_processes > 1:  # the other ranks wait inside their own backward pass
-            raise UserError(
+            raise OutOfMemory(
                 f"rank {self.accelerator.process_index} ran out of memory: halve per_device_train_batch_size, double "
                 "gradient_accumulation_steps (the steps stay the same), and resume from the last checkpoint."
             ) from error
@@ -196,18 +200,14 @@ class SafeTrainer(ShardedTrainer):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except RolloutError as error:
             raise UserError(f"{error} {self._save_finished_steps()}") from error
+        except OutOfMemory as error:
+            if self.accelerator.num_processes > 1:  # the others do not know of it
+                raise
+            raise UserError(f"{error} {self._save_finished_steps()}") from error
         if self.stop_reason is not None:
             raise UserError(self.stop_reason)
         return output
 
-    def _save_finished_steps(self) -> str:
-        """A checkpoint of the last finished step, before the run ends in the middle of the next one; says where it is."""
-        name = f"checkpoint-{self.state.global_step}"
-        if self.state.global_step == 0:
-            return "No step was finished yet."
-        if checkpoints.problem_of(Path(self.args.output_dir) / name, contents=False) is not None:
-            self._save_checkpoint(self.model, trial=None)
-        return f"Step {self.state.global_step} is saved in {name}."
     def _checkpoint_of(self, asked: str | bool | None) -> str | None:
         """The checkpoint to resume from, whole. One process finds out for all, since it reads every byte."""
         if not asked:
@@ -224,6 +224,14 @@ class SafeTrainer(ShardedTrainer):
             broadcast_object_list(found)
         return found[0]
 
+    def _save_finished_steps(self) -> str:
+        """A checkpoint of the last finished step, before the run ends in the middle of the next one; says where it is."""
+        name = f"checkpoint-{self.state.global_step}"
+        if self.state.global_step == 0:
+            return "No step was finished yet."
+        if checkpoints.problem_of(Path(self.args.output_dir) / name, contents=False) is not None:
+            self._save_checkpoint(self.model, trial=None)
+        return f"Step {self.state.global_step} is saved in {name}."
 
     # -- bad steps ----------------------------------------------------------------------------------------------------
 

@@ -203,6 +203,7 @@ class UniSDTrainer(SafeTrainer):
         self._token_clip: float | None = args.token_clip
         self._teacher_head: Head | None = None  # of the step in progress
         self._said_idle = False
+        self._uncertain_B: Tensor | None = None  # rows of the step in progress that agreement looks at
         self.add_callback(_StepCallback(self))
         probes = Probes(
             args,
@@ -330,10 +331,14 @@ class UniSDTrainer(SafeTrainer):
             return self.scorer.score(rows, device)
 
         together = "token_budget" if sharding.is_sharded(self.model) else None
-        return smaller_until_it_fits(within, self.scorer.token_budget, least=64, together=together)[0]
+        remedy = "scoring a single row does not fit into memory: lower max_completion_length, or shorten the rows."
+        self._uncertain_B = None
+        return smaller_until_it_fits(within, self.scorer.token_budget, least=64, remedy=remedy, together=together)[0]
 
     def _most_uncertain(self, entropy_B: Tensor) -> Tensor:
-        return most_uncertain(entropy_B, self.args.agreement_uncertain_share, self.accelerator)
+        if self._uncertain_B is None:  # all ranks choose together, once: scoring again for want of memory is one rank's own affair
+            self._uncertain_B = most_uncertain(entropy_B, self.args.agreement_uncertain_share, self.accelerator)
+        return self._uncertain_B
 
     # -- line 4: the student's loss -----------------------------------------------------------------------------------
 
