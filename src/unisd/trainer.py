@@ -421,9 +421,9 @@ class UniSDTrainer(SafeTrainer):
         correct = 0
         if self.grader is not None:
             self.engine.sync()
-        if self.grader is not None and joins:
             sampling = replace(self.sampling, max_new_tokens=self.args.eval_max_new_tokens or self.args.max_completion_length)
-            completions = self.engine.generate([self.prompts.student(row) for row in mine], None, sampling)
+            prompts = [self.prompts.student(row) for row in mine]
+            completions = on_all_ranks(self.accelerator, lambda: self.engine.generate(prompts, None, sampling) if joins else [])
             texts = [self.processing_class.decode(completion.ids, skip_special_tokens=True) for completion in completions]
             correct = sum(map(bool, grade_many(self.grader, mine, texts)))
         self.engine.sleep()
