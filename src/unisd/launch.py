@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import yaml
 from unisd.checkpoints import last_complete_checkpoint
 from unisd.errors import UserError
 from unisd.options import RunOptions
+from unisd.outputs import resume_command
 
 NO_DEEPSPEED = "DeepSpeed is not supported; fsdp2 spreads weights, gradients and optimizer state as ZeRO-3 does: use that."
 
@@ -115,5 +115,4 @@ def _how_on(options: RunOptions, output_dir: str) -> str:
     checkpoint = last_complete_checkpoint(output_dir)
     if checkpoint is None:
         return f"{output_dir} holds no checkpoint: mend the cause and start anew."
-    arguments = [*options.command, *([] if "--resume_from_checkpoint" in options.command else ["--resume_from_checkpoint"])]
-    return f"resume from {checkpoint.name} with:\n  unisd train {shlex.join(arguments)}"
+    return f"resume from {checkpoint.name} with:\n  {resume_command(options, output_dir)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -251,10 +250,7 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
     if checkpoint is None:
         print(f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps sets how often it would)")
         return
-    command = list(options.command)
-    if "output_dir" not in options.explicit:
-        command += ["--output_dir", str(folder)]
-    print(f"interrupted; resume from {checkpoint.name} with:\n  unisd train {shlex.join([*command, '--resume_from_checkpoint'])}")
+    print(f"interrupted; resume from {checkpoint.name} with:\n  {outputs.resume_command(options, folder)}")
 
 
 def _report(console: Console, results: Results, folder: Path, options: RunOptions) -> None:
