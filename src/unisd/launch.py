@@ -19,6 +19,9 @@ from unisd.outputs import resume_command
 
 NO_DEEPSPEED = "DeepSpeed is not supported; fsdp2 spreads weights, gradients and optimizer state as ZeRO-3 does: use that."
 
+STOP_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Seconds that torchrun gives its processes after SIGTERM: for the end of a step and a save. Its own default is 30."""
+
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 
 
@@ -86,7 +89,7 @@ def launch(options: RunOptions, output_dir: str) -> int:
         raise UserError(f"num_processes={processes}, but this machine has {devices} accelerator(s): lower it.")
     assert options.accelerate_config is not None
     arguments = command(options.accelerate_config, processes, options.command, on_cpu)
-    child = subprocess.Popen(arguments, env=os.environ | environment(options.accelerate_config, on_cpu))
+    child = subprocess.Popen(arguments, env={STOP_TIMEOUT: "300", **os.environ, **environment(options.accelerate_config, on_cpu)})
     told: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:

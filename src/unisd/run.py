@@ -131,6 +131,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             _say_how_to_resume(options, folder)
         return None
 
+    _save_model(setting, config, folder)  # a run that is stopped while it measures has done its work
     clock = time.perf_counter()
     after, answers = measure(trainer.model, setting.tokenizer, data, config)
     after |= _drift(setting, options, config)
@@ -154,7 +155,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     }
     if trainer.is_world_process_zero():  # before results.json, which completes a run
         outputs.write_json(folder / ANSWERS, pair_answers(data, before["answers"], answers))
-    _save(setting, options, config, folder, results)
+    _finish(setting, options, config, folder, results)
     if trainer.is_world_process_zero():
         _report(console, results, folder, options)
     return results
@@ -173,16 +174,21 @@ def _drift(setting: Setting, options: RunOptions, config: UniSDConfig) -> Result
     return drift(model, base, setting.tokenizer, rows, cap, config.rollout_batch_size)
 
 
-def _save(setting: Setting, options: RunOptions, config: UniSDConfig, folder: Path, results: Results) -> None:
-    trainer = setting.trainer
+def _save_model(setting: Setting, config: UniSDConfig, folder: Path) -> None:
     # Pushed once, at the end, with our card: the Trainer would push each save and write a card of its own.
     push, config.push_to_hub = config.push_to_hub, False
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
+    setting.trainer.save_model(str(folder))
+    config.push_to_hub = push
+    if setting.trainer.is_world_process_zero():
         setting.tokenizer.save_pretrained(str(folder))
+
+
+def _finish(setting: Setting, options: RunOptions, config: UniSDConfig, folder: Path, results: Results) -> None:
+    trainer = setting.trainer
+    if trainer.is_world_process_zero():
         (folder / "README.md").write_text(outputs.model_card(results, options, change_lines(results)), encoding="utf-8")
         outputs.write_json(folder / outputs.RESULTS, results)
-    if push:
+    if config.push_to_hub:
         trainer.create_model_card = lambda *args, **kwargs: None
         trainer.push_to_hub()
 
