@@ -56,15 +56,43 @@ def command(name: str, processes: int, arguments: Sequence[str], on_cpu: bool) -
     return [sys.executable, "-m", *starter, "-m", "unisd", "train", *arguments]
 
 
+def _content(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(config_file(name).read_text(encoding="utf-8")) or {}
+    if content.get("distributed_type") == "DEEPSPEED":
+        raise UserError(f"accelerate_config={name}: {NO_DEEPSPEED}")
+    if (content.get("num_machines") or 1) > 1:
+        raise UserError(f"accelerate_config={name}: num_machines must be 1 here: for more use torchrun (docs/scale.md).")
+    return content
+
+
+def processes_of(options: RunOptions) -> int | None:
+    """How many processes were asked for, by the flag or else by the configuration.
+
+    Raises:
+        UserError: as `config_file`, or a configuration for several machines.
+    """
+    assert options.accelerate_config is not None
+    asked: int | None = _content(options.accelerate_config).get("num_processes")
+    return options.num_processes or asked
+
+
+def shards_of(options: RunOptions) -> int:
+    """Over how many devices the run will spread its weights."""
+    if options.accelerate_config is None:
+        return 1
+    import torch
+
+    processes = processes_of(options) or (torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
+    return processes if _content(options.accelerate_config).get("distributed_type") == "FSDP" else 1
+
+
 def environment(name: str, on_cpu: bool) -> dict[str, str]:
     """What the processes need beside this one's environment: on a CPU, what accelerate's launcher would set for FSDP.
 
     Raises:
-        UserError: a configuration of DeepSpeed.
+        UserError: as `config_file`.
     """
-    content = yaml.safe_load(config_file(name).read_text(encoding="utf-8"))
-    if content.get("distributed_type") == "DEEPSPEED":
-        raise UserError(f"accelerate_config={name}: {NO_DEEPSPEED}")
+    content = _content(name)
     if not on_cpu or content.get("distributed_type") != "FSDP":
         return {}
     found = {"ACCELERATE_USE_FSDP": "true"}
@@ -84,7 +112,7 @@ def launch(options: RunOptions, output_dir: str) -> int:
 
     on_cpu = not torch.accelerator.is_available()
     devices = 1 if on_cpu else torch.accelerator.device_count()
-    processes = options.num_processes or devices
+    processes = processes_of(options) or devices
     if not on_cpu and processes > devices:
         raise UserError(f"num_processes={processes}, but this machine has {devices} accelerator(s): lower it.")
     assert options.accelerate_config is not None

@@ -22,6 +22,7 @@ from unisd.console import ProgressDisplay, make_console, show_example, show_tabl
 from unisd.cost import Energy, cost_of
 from unisd.guards import Interruption
 from unisd.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
+from unisd.launch import shards_of
 from unisd.measure import change_lines, drift, measure, pair_answers
 from unisd.options import RunOptions
 from unisd.parsing import HEADINGS, group_of, train_parser
@@ -199,7 +200,7 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
     Raises:
         UserError: as `train`.
     """
-    console = make_console()
+    console, shards = make_console(), shards_of(options)
     data = load_data(options, config.seed)
     folder, _ = outputs.choose_output_dir(options, config, data.name)
     push, config.push_to_hub = config.push_to_hub, False
@@ -209,7 +210,7 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
         config.output_dir, config.push_to_hub = str(folder), push
         _show_options(console, options, config)
         _introduce(console, options, config, setting)
-    sizes = memory.estimate(memory.ModelSize.of(setting.trainer.model), config, longest_prompt(setting.trainer))
+    sizes = memory.estimate(memory.ModelSize.of(setting.trainer.model), config, longest_prompt(setting.trainer), shards=shards)
     lines = [[name.replace("_", " "), memory.readable(size)] for name, size in sizes.items()]
     show_table(console, ("memory of one device", "estimate"), lines)
     console.print("dry run: nothing was trained, nothing was written", markup=False)
