@@ -20,7 +20,7 @@ from unisd.checkpoints import last_complete_checkpoint
 from unisd.config import UniSDConfig
 from unisd.console import ProgressDisplay, make_console, show_example, show_table
 from unisd.cost import Energy, cost_of
-from unisd.guards import Interruption
+from unisd.guards import Interruption, on_any_rank
 from unisd.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
 from unisd.launch import shards_of
 from unisd.measure import change_lines, drift, measure, pair_answers
@@ -69,15 +69,20 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
 
 
 def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> None:
-    """Switch gradient checkpointing on where the step would not fit without it, unless the user has said which."""
-    free = memory.available(config.device)
-    if "gradient_checkpointing" in options.explicit or free is None:
+    """Switch gradient checkpointing on where the step would not fit without it, unless the user has said which.
+
+    On all ranks, if on one of them: they take their steps together.
+    """
+    if "gradient_checkpointing" in options.explicit:
         return
+    free = memory.available(config.device)
     size = memory.ModelSize.of(trainer.model)
     shards = config.world_size if is_sharded(trainer.model) else 1
-    if memory.wants_checkpointing(size, config, longest_prompt(trainer), free, shards):
+    wanted = free is not None and memory.wants_checkpointing(size, config, longest_prompt(trainer), free, shards)
+    if on_any_rank(wanted, config.world_size):
         config.gradient_checkpointing = True
-        logger.warning("gradient checkpointing is on: the step would not fit into %s without it.", memory.readable(free))
+        room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
+        logger.warning("gradient checkpointing is on: the step would not fit %s without it.", room)
 
 
 def longest_prompt(trainer: UniSDTrainer) -> int:
