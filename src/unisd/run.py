@@ -48,7 +48,12 @@ class Setting:
 def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Console) -> Setting:
     """Load the model and build the trainer, which checks the rows."""
     model, tokenizer, _ = load_model(options)
-    data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
+    if config.process_index == 0:
+        data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
+    if config.world_size > 1:  # what a model writes must be the same on all ranks
+        rows = [data.train]
+        broadcast_object_list(rows)
+        data.train = rows[0]
     fit_mechanisms(config, options, data.train)
     progress, interruption = ProgressDisplay(console), Interruption()
     trainer = UniSDTrainer(
@@ -120,7 +125,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     key = shared.key_of(options, config, data)
     state = ("figures", "answers")
     before = shared.measured_once(
-        None if is_sharded(trainer.model) else options.before_cache,  # one rank cannot measure for the others
+        options.before_cache if config.world_size == 1 else None,  # ranks measure together: none can wait for a file
         key,
         lambda: dict(zip(state, measure(trainer.model, setting.tokenizer, data, config), strict=True)),
     )
