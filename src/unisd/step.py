@@ -134,6 +134,12 @@ def idle_agreement(metrics: dict[str, float], args: UniSDConfig) -> str | None:
     )
 
 
+def rows_to_fill(rows: int, batch: int, rank: int, ranks: int) -> int:
+    """How many rows at the end of a rank's last micro-batch of an epoch only fill it: accelerate repeats the epoch's first ones."""
+    left = rows % (batch * ranks)
+    return 0 if ranks == 1 or left == 0 else batch - min(max(left - rank * batch, 0), batch)
+
+
 def gather_scores(accelerator: Accelerator, scores: StepScores) -> tuple[slice, StepScores]:
     """The scores of all ranks, and which rows of them are this rank's."""
     count = len(scores.mask)
