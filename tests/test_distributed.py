@@ -142,8 +142,8 @@ def ragged(folder: Path, micro_batches: int) -> None:
 
 def best(folder: Path) -> None:
     """The first of two steps is the better one; each rank leaves a file if it has that one's weights in the end."""
-    often = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    which = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_dataset": tiny.rows(2)}
+    often: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    which: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_dataset": tiny.rows(2)}
     built = build(folder, 2, False, max_steps=2, **often, **which)
     built.evaluate = lambda *args, **kwargs: {"eval_loss": float(built.state.global_step)}
     built.train()
