@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,6 +207,21 @@ def test_wrong_references_are_proved_wrong() -> None:
     assert tried == [6, 3] and all(row["negative_context"] == "maybe 99" for row in built)
     right = negatives.build(given, "model", grade=lambda row, text: True, write=write)
     assert not any("negative_context" in row for row in right) and len(right) == 6
+
+
+def test_wrong_answers_that_a_model_wrote_are_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def write(prompts: list[str], attempt: int) -> list[str]:
+        asked.append(len(prompts))
+        return [f"wrong in {len(asked)}" for _ in prompts]
+
+    def built(seed: int = 0) -> list[Any]:
+        return negatives.build(rows(3), "model", seed=seed, write=write, model_key="m", cache_dir=tmp_path)
+
+    first = built()
+    assert asked == [3] and built() == first and asked == [3]
+    assert built(seed=1) != first and asked == [3, 3]
 
 
 def test_the_command_prepares_rows_that_train_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from unisd import launch, sharding
 from unisd.checkpoints import last_complete_checkpoint, problem_of
 from unisd.models import load_model_and_tokenizer
+from unisd.step import rows_to_fill
 from unisd.tasks import get
 
 STEPS = {"one": 10, "ddp": 10, "fsdp": 4}
@@ -70,8 +71,8 @@ def train(folder: Path, kind: str, lora: bool, pocket: bool) -> None:
     sampled: dict[int, dict[int, list[int]]] = {}
     rollout = built._rollout
 
-    def recorded(numbers: Any) -> Any:
-        rows, completions = rollout(numbers)
+    def recorded(numbers: Any, fill: int) -> Any:
+        rows, completions = rollout(numbers, fill)
         sampled[built.state.global_step] = {row: c.ids for (row, _), c in zip(numbers, completions, strict=True)}
         return rows, completions
 
@@ -108,6 +109,7 @@ def in_one_process(folder: Path, pocket: bool) -> None:
         train(folder, "one", lora, pocket)
     if not pocket:
         others(folder / "one" / "others", 4)
+        ragged(folder / "one" / "ragged", 4)
 
 
 def in_two_processes(folder: Path, pocket: bool) -> None:
@@ -115,16 +117,40 @@ def in_two_processes(folder: Path, pocket: bool) -> None:
     for kind in ("ddp", "fsdp"):
         if kind == "fsdp":
             os.environ.update(launch.environment("fsdp2", on_cpu=True))
+        if not pocket:
+            ragged(folder / kind / "ragged", 2)
         for lora in (False, True):
             train(folder, kind, lora, pocket)
             if not pocket:
                 steps = STEPS[kind]
                 begun = folder / "one" / f"lora-{lora}" / f"checkpoint-{steps - 1}"
                 resume(folder / f"{kind}-from-one" / f"lora-{lora}", begun, 2, lora, steps)
+        if not pocket:
+            best(folder / kind / "best")
     if not pocket:
         others(folder / "fsdp" / "others", 2)
         for lora in (False, True):
             in_shards(folder / "shards" / f"lora-{lora}", lora)
+
+
+def ragged(folder: Path, micro_batches: int) -> None:
+    """10 rows in micro-batches of 2: at the end of an epoch two processes have one micro-batch of rows, and one that fills it."""
+    built = build(folder, micro_batches, False, rows=tiny.rows(10), max_steps=3)
+    built.train()
+    built.save_model()
+
+
+def best(folder: Path) -> None:
+    """The first of two steps is the better one; each rank leaves a file if it has that one's weights in the end."""
+    often: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    which: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_dataset": tiny.rows(2)}
+    built = build(folder, 2, False, max_steps=2, **often, **which)
+    built.evaluate = lambda *args, **kwargs: {"eval_loss": float(built.state.global_step)}
+    built.train()
+    assert built.state.best_model_checkpoint == str(folder / "checkpoint-1")
+    saved = load_file(folder / "checkpoint-1" / "model.safetensors")
+    assert all(sharding.whole(value).equal(saved[name]) for name, value in sharding.weights(built.model).items())
+    (folder / f"rank-{built.accelerator.process_index}").touch()
 
 
 # An optimizer with a state; its epsilon is large, because Adam makes much of the rounding of small gradients.
@@ -159,7 +185,7 @@ def in_one_and_two(folder: Path, pocket: bool) -> Path:
         f"test_distributed.in_two_processes(Path({str(folder)!r}), {pocket})\n"
     )
     starter = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(code)]
-    done = subprocess.run(starter, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(starter, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -284,51 +310,85 @@ def test_what_a_sharded_run_saves_is_an_ordinary_model(runs: Path) -> None:
         assert (one - start).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_rows_that_fill_the_end_of_an_epoch_carry_no_loss(runs: Path, kind: str) -> None:
+    one, two = runs / "one" / "ragged", runs / kind / "ragged"
+    a, b = lines(one), lines(two)
+    assert [line["completions/loss_tokens"] for line in a] == [line["completions/loss_tokens"] for line in b]
+    assert [line["loss"] for line in a] == pytest.approx([line["loss"] for line in b], rel=1e-4)
+    assert apart(one / "model.safetensors", two / "model.safetensors") < 1e-4
+
+
+def test_how_many_rows_fill() -> None:
+    assert [rows_to_fill(10, 2, rank, 2) for rank in (0, 1)] == [0, 2]
+    assert [rows_to_fill(9, 2, rank, 3) for rank in (0, 1, 2)] == [0, 1, 2]
+    assert rows_to_fill(8, 2, 1, 2) == rows_to_fill(9, 2, 0, 1) == 0
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_every_rank_loads_the_best_checkpoint_at_the_end(runs: Path, kind: str) -> None:
+    assert sorted(path.name for path in (runs / kind / "best").glob("rank-*")) == ["rank-0", "rank-1"]
+
+
 @pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.real)])
-def test_a_rank_that_is_killed_ends_the_run_soon_and_resuming_goes_on(tmp_path: Path, kind: str) -> None:
+def test_a_rank_that_is_killed_and_a_launcher_that_is_told_to_stop_lose_nothing(tmp_path: Path, kind: str) -> None:
+    """Killed, resumed and stopped by SIGTERM, on two ranks; the weights are those of one process that was left alone."""
+    from unisd.cli import main
+
     model, rows, out = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
     tiny.model().save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
-    rows.write_text(
-        "".join(json.dumps({key: row[key] for key in ("prompt", "privileged_context")}) + "\n" for row in tiny.rows(10))
-    )
-    arguments = ["--train_file", str(rows), "--model_name_or_path", str(model), "--output_dir", str(out), "--recipe", "sdft"]
-    arguments += [
-        "--max_steps",
-        "500",
-        "--max_completion_length",
-        "6",
-        "--per_device_train_batch_size",
-        "2",
-        "--max_eval_rows",
-        "1",
-    ]
-    arguments += ["--gradient_accumulation_steps", "1", "--save_steps", "2", "--save_total_limit", "2", "--learning_rate", "1e-4"]
-    starter = [sys.executable, "-m", "unisd", "train", *arguments, "--accelerate_config", kind, "--num_processes", "2"]
-    run = subprocess.Popen(starter, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
+    texts = [json.dumps({key: row[key] for key in ("prompt", "privileged_context")}) for row in tiny.rows(13)]  # one is held out
+    rows.write_text("\n".join(texts) + "\n")
+    arguments = ["--train_file", str(rows), "--model_name_or_path", str(model), "--recipe", "sdft"]
+    arguments += ["--max_completion_length", "6", "--per_device_train_batch_size", "2", "--max_eval_rows", "1"]
+    arguments += ["--optim", "sgd", "--learning_rate", "0.03"]
+    arguments += ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]
+    flags = ["--output_dir", str(out), "--max_steps", "500", "--gradient_accumulation_steps", "1", "--save_steps", "2"]
+    flags += ["--save_total_limit", "2", "--accelerate_config", kind, "--num_processes", "2"]
+
+    def until_saved(run: subprocess.Popen[str], after: int) -> int:
+        """The number of the first checkpoint after this one."""
         deadline = time.monotonic() + 240
-        while last_complete_checkpoint(out) is None:
+        while (saved := last_complete_checkpoint(out)) is None or int(saved.name.rpartition("-")[2]) <= after:
             assert run.poll() is None and time.monotonic() < deadline, run.communicate()[1][-3000:]
-            time.sleep(0.5)
+            time.sleep(0.1)
+        return int(saved.name.rpartition("-")[2])
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        starter = [sys.executable, "-m", "unisd", "train", *arguments, *flags, *more]
+        return subprocess.Popen(starter, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    run = start()
+    try:
+        until_saved(run, 0)
         workers = [p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("LOCAL_RANK") == "1"]
         os.kill(workers[0].pid, signal.SIGKILL)
-        killed = time.monotonic()
         _, errors = run.communicate(timeout=60)
     finally:
         run.kill()
-    assert time.monotonic() - killed < 60
     assert run.returncode == 2
     message = errors[errors.index("unisd: error: a process of the run has ended early") :]
     assert "resume from checkpoint-" in message and message.rstrip().endswith("--resume_from_checkpoint")
     assert "SIGKILL" in errors
 
+    run = start("--resume_from_checkpoint")
+    try:
+        saved = last_complete_checkpoint(out, contents=True)
+        assert saved is not None
+        until_saved(run, int(saved.name.rpartition("-")[2]))
+        run.terminate()
+        shown, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130, errors[-3000:]
     saved = last_complete_checkpoint(out, contents=True)
-    assert saved is not None
-    step = int(saved.name.rpartition("-")[2])
-    from unisd.cli import main
+    assert saved is not None and f"interrupted; resume from {saved.name} with:" in shown
+    steps = int(saved.name.rpartition("-")[2])
+    assert [line["step"] for line in lines(out)] == list(range(1, steps + 1))
 
-    # On one process, to the next checkpoint.
-    flags = [*arguments, "--max_steps", str(step + 1), "--gradient_accumulation_steps", "2", "--resume_from_checkpoint"]
-    assert main(["train", *flags]) == 0
-    assert [line["step"] for line in lines(out)] == list(range(1, step + 2))
+    alone = ["--output_dir", str(tmp_path / "alone"), "--gradient_accumulation_steps", "2", "--save_strategy", "no"]
+    assert main(["train", *arguments, *alone, "--max_steps", str(steps)]) == 0
+    whole = tmp_path / "alone" / "model.safetensors"
+    assert apart(whole, saved / "model.safetensors") < 1e-4
+    assert apart(whole, model / "model.safetensors") > 1e-3

@@ -16,7 +16,9 @@ import torch
 from test_invariants import STAR, trainer
 
 from unisd import UserError, alarms, checkpoints
+from unisd import trainer as trainer_module
 from unisd.guards import FiniteGuard, Interruption, is_out_of_memory, pieces_of, smaller_until_it_fits
+from unisd.rollout import RolloutError
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 99}
 
@@ -369,6 +371,28 @@ def test_student_out_of_memory_gives_the_same_step_in_smaller_micro_batches(tmp_
         assert b["completions/loss_tokens"] == a["completions/loss_tokens"]
 
 
+def test_weights_that_wait_for_the_student_survive_a_loss_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"max_steps": 1, "save_strategy": "no", "token_weights": ["dash"], "optim": "sgd"}
+    whole = build(tmp_path / "whole", **settings)
+    whole.train()
+    chunked_loss, calls = trainer_module.chunked_loss, []
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        output = chunked_loss(*args, **kwargs)
+        if len(calls) == 2:  # the first micro-batch is done by then, and is done again
+            raise out_of_memory()
+        return output
+
+    monkeypatch.setattr(trainer_module, "chunked_loss", limited)
+    built = build(tmp_path / "small", **settings)
+    built.train()
+    assert len(calls) == 6
+    [a], [b] = lines(tmp_path / "whole"), lines(tmp_path / "small")
+    weight = [key for key in a if key.startswith("weight/dash")]
+    assert len(weight) > 3 and all(b[key] == pytest.approx(a[key], rel=1e-4) for key in ["loss", *weight])
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_row_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path, rows: int) -> None:
     built = build(tmp_path, max_steps=1, per_device_train_batch_size=rows)
@@ -409,6 +433,57 @@ def test_scoring_and_rollout_out_of_memory_change_nothing(tmp_path: Path, monkey
     assert lines(tmp_path / "small")[0]["loss"] == pytest.approx(lines(tmp_path / "whole")[0]["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("where", ["student", "scoring"])
+def test_memory_that_never_suffices_saves_the_finished_steps(tmp_path: Path, where: str) -> None:
+    built = build(tmp_path, max_steps=2, save_steps=100)
+    part = built if where == "student" else built.scorer
+    name = "compute_loss" if where == "student" else "score"
+    works = getattr(part, name)
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        if built.state.global_step == 1:
+            raise out_of_memory()
+        return works(*args, **kwargs)
+
+    setattr(part, name, limited)
+    with pytest.raises(UserError, match=r"a single row does not fit into memory: lower .* Step 1 is saved in checkpoint-1"):
+        built.train()
+    assert checkpoints.last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_ranks_choose_uncertain_rows_once_however_often_one_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build(tmp_path, max_steps=2, save_strategy="no", agreement="token", agreement_uncertain_share=0.5)
+    most_uncertain, chosen, score, failed = trainer_module.most_uncertain, [], built.scorer.score, []
+
+    def counted(*args: Any) -> Any:
+        chosen.append(built.state.global_step)
+        return most_uncertain(*args)
+
+    def limited(*args: Any) -> Any:
+        found = score(*args)
+        if not failed:
+            failed.append(None)
+            raise out_of_memory()
+        return found
+
+    monkeypatch.setattr(trainer_module, "most_uncertain", counted)
+    built.scorer.score = limited
+    built.train()
+    assert chosen == [0, 1] and failed  # all ranks gather there
+
+
+def test_an_engine_that_fails_in_an_evaluation_fails_on_all_ranks(tmp_path: Path) -> None:
+    built = build(tmp_path, max_steps=1)
+    built.grader = lambda row, text: True
+
+    def gone(*args: Any) -> Any:
+        raise UserError("no server")
+
+    built.engine.generate = gone
+    with pytest.raises(RolloutError, match="no server"):
+        built.evaluate(tiny.rows(2))
+
+
 def test_other_errors_are_not_taken_for_missing_memory() -> None:
     assert not is_out_of_memory(RuntimeError("shape mismatch")) and is_out_of_memory(MemoryError())
 
@@ -424,5 +499,5 @@ def test_memory_that_runs_out_where_ranks_compute_together_names_the_option() ->
     def work(size: int) -> int:
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(MemoryError, match="set token_budget below 512, and resume"):
+    with pytest.raises(UserError, match="set token_budget below 512, and resume"):
         smaller_until_it_fits(work, 512, together="token_budget")

@@ -14,6 +14,7 @@ import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from unisd import UserError, launch, sharding
+from unisd.outputs import resume_command
 from unisd.parsing import parse
 
 
@@ -29,6 +30,56 @@ def test_launch_commands_and_their_mistakes(tmp_path: Path) -> None:
             launch.config_file(name)
     with pytest.raises(UserError, match="num_processes belongs to accelerate_config"):
         parse(["--num_processes", "2"])
+
+
+def test_what_a_configuration_says_of_processes(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+
+    def options(*flags: str) -> Any:
+        return parse(["--use_cpu", *flags])[0]
+
+    own.write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
+    assert launch.processes_of(options("--accelerate_config", str(own))) == 3
+    assert launch.processes_of(options("--accelerate_config", str(own), "--num_processes", "2")) == 2
+    assert launch.processes_of(options("--accelerate_config", "ddp")) is None
+    sharded = ("--accelerate_config", "fsdp2", "--num_processes", "8")
+    assert launch.shards_of(options(*sharded)) == 8 and launch.shards_of(options("--accelerate_config", str(own))) == 1
+    own.write_text("num_machines: 2\n")
+    with pytest.raises(UserError, match="num_machines must be 1 here: for more use torchrun"):
+        launch.processes_of(options("--accelerate_config", str(own)))
+
+
+def test_dry_run_refuses_what_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
+    from unisd.cli import main
+
+    assert main(["train", "--accelerate_config", "zero3", "--dry_run"]) == 2
+    assert "DeepSpeed is not supported; fsdp2" in capsys.readouterr().err
+
+
+def test_processes_get_time_to_save_before_they_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+
+    class Child:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            started.append(env)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Child)
+    monkeypatch.delenv(launch.STOP_TIMEOUT, raising=False)
+    options = parse(["--use_cpu", "--accelerate_config", "ddp", "--num_processes", "1"])[0]
+    assert launch.launch(options, "out") == 0
+    monkeypatch.setenv(launch.STOP_TIMEOUT, "900")  # the user's own
+    assert launch.launch(options, "out") == 0
+    assert [env[launch.STOP_TIMEOUT] for env in started] == ["300", "900"]
+
+
+def test_command_that_resumes_names_the_newest_checkpoint_only(tmp_path: Path) -> None:
+    for given in (("--resume_from_checkpoint", "old"), ("--resume_from_checkpoint=old",), ("--resume_from_checkpoint",), ()):
+        options = parse([*given, "--seed", "1"])[0]
+        expected = f"unisd train --seed 1 --output_dir {tmp_path} --resume_from_checkpoint"
+        assert resume_command(options, tmp_path) == expected
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import cases
-from unisd import run
+from unisd import memory, run
 from unisd.cells import run_apart
 from unisd.memory import ModelSize, available, estimate, wants_checkpointing
 from unisd.parsing import parse
@@ -100,3 +101,25 @@ def test_the_user_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_free_memory_is_known_on_a_cpu() -> None:
     free = available(torch.device("cpu"))
     assert free is None or free > 1 << 20
+
+
+def test_free_memory_of_a_cpu_is_within_a_containers_limit_and_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (("max", "1000\n"), ("current", "700\n"), ("stat", "anon 500\ninactive_file 100\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert available(torch.device("cpu")) == 400
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available(torch.device("cpu")) == 100
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (available(torch.device("cpu")) or 1 << 20) > 1 << 16
+
+
+def test_checkpointing_is_chosen_on_all_ranks_if_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.memory, "available", lambda device: 1 << 60)
+    monkeypatch.setattr(run.memory.ModelSize, "of", lambda model: SIZE)
+    monkeypatch.setattr(run, "longest_prompt", lambda trainer: 20)
+    monkeypatch.setattr(run, "on_any_rank", lambda mine, world_size: not mine)  # another rank's answer
+    options, settings = parse(["--model_name_or_path", "some/model", "--recipe", "unisd-star", "--use_cpu"])
+    trainer: Any = type("Trainer", (), {"model": None})
+    run._save_memory(trainer, options, settings)
+    assert settings.gradient_checkpointing

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_invariants import STAR, trainer
 
 from unisd import UserError
-from unisd.checkpoints import last_complete_checkpoint
+from unisd.checkpoints import last_complete_checkpoint, problem_of
 
 STEPS = 7
 
@@ -80,6 +80,17 @@ def test_kill_and_resume_is_bit_identical(tmp_path: Path, lora: bool) -> None:
     ]
     assert [line["step"] for line in lines[1]] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+
+
+def test_resuming_from_an_earlier_step_leaves_its_old_branch_aside(tmp_path: Path) -> None:
+    build(tmp_path, False, max_steps=3, save_steps=1).train()
+    (tmp_path / "set-aside" / "checkpoint-3").mkdir(parents=True)  # of an earlier time
+    going_on = build(tmp_path, False, max_steps=2, save_steps=1, save_total_limit=1)
+    going_on.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert sorted(path.name for path in (tmp_path / "set-aside").iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-3.2"]
+    assert problem_of(tmp_path / "set-aside" / "checkpoint-3.2") is None
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_resuming_with_another_teacher_is_refused(tmp_path: Path) -> None:

@@ -211,6 +211,26 @@ def test_ctrl_c_says_how_to_resume_and_resuming_ends_alike(own: list[str], tmp_p
     assert set(expected) == set(found) and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_resuming_where_nothing_was_saved_starts_anew(own: list[str], tmp_path: Path, capsys: Any) -> None:
+    """As a scheduler's command does that is given again after a machine was lost."""
+    again = [*own, "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--save_strategy", "no", "--resume_from_checkpoint"]
+    measure = run.measure
+
+    def interrupted(*args: Any) -> Any:
+        if (tmp_path / "run" / "metrics.jsonl").exists():
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "measure", interrupted)
+        assert main(again) == 130  # after training
+    assert (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "results.json").exists()
+    assert main(again) == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert main(again) == 2
+    assert "holds the results of another run" in capsys.readouterr().err
+
+
 def test_overwriting_removes_only_what_a_run_wrote(own: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "checkpoint-9").mkdir(parents=True)

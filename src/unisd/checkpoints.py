@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"  # folder inside the output folder
+ASIDE = "set-aside"  # another one, for checkpoints of steps that a resumed run does again
 STATE = "trainer_state.json"
 
 
@@ -51,6 +52,21 @@ def publish(output_dir: str | Path, name: str) -> Path:
     _sync_folder(final.parent)
     clear_staging(output_dir)
     return final
+
+
+def set_aside_after(output_dir: str | Path, step: int) -> None:
+    """Move the checkpoints of later steps into `set-aside`: a run that goes on from `step` leaves their branch.
+
+    Beside the new ones they would count as the newest, for `save_total_limit` and for the next resume. Nothing is removed.
+    """
+    for number, folder in _numbered(output_dir):
+        if number <= step:
+            continue
+        places = (Path(output_dir) / ASIDE / (folder.name + end) for end in ("", *(f".{again}" for again in range(2, 10_000))))
+        place = next(place for place in places if not place.exists())
+        place.parent.mkdir(exist_ok=True)
+        folder.rename(place)
+        logger.warning("%s is of a step that comes again: moved to %s.", folder.name, place)
 
 
 def write_manifest(folder: Path) -> None:
@@ -89,8 +105,7 @@ def problem_of(folder: str | Path, contents: bool = True) -> str | None:
 
 def last_complete_checkpoint(output_dir: str | Path, contents: bool = False) -> Path | None:
     """The newest whole checkpoint of a run, or None; broken ones that are newer are named in a warning."""
-    numbered = [(int(path.name.rpartition("-")[2]), path) for path in Path(output_dir).glob("checkpoint-*") if _has_number(path)]
-    for _, folder in sorted(numbered, reverse=True):
+    for _, folder in sorted(_numbered(output_dir), reverse=True):
         problem = problem_of(folder, contents)
         if problem is None:
             return folder
@@ -122,8 +137,9 @@ def disk_is_full(error: BaseException) -> bool:
     return full or "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error)
 
 
-def _has_number(path: Path) -> bool:
-    return path.is_dir() and path.name.rpartition("-")[2].isdigit()
+def _numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    return [(int(path.name.rpartition("-")[2]), path) for path in folders if path.name.rpartition("-")[2].isdigit()]
 
 
 def _files(folder: Path) -> Iterator[Path]:

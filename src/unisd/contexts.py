@@ -109,7 +109,7 @@ def build(
     if len(rows) < 2:
         raise UserError("auxiliary contexts come from other problems: give more than one row.")
     path = None if cache_dir is None else cache_dir / f"contexts-{_key(rows, settings, model_key)}.json"
-    contexts = _read(path)
+    contexts = read_cache(path)
     if contexts is None:
         problems = [_Problem.of(i, row) for i, row in enumerate(rows)]
         if settings.kind == "random":
@@ -119,7 +119,7 @@ def build(
         else:
             assert write is not None
             contexts = _induced(problems, missing, settings, write)
-        _write(path, contexts)
+        write_cache(path, contexts)
     built = dict(zip(missing, contexts, strict=True))
     return [row | {"auxiliary_contexts": built[i]} if i in built else row for i, row in enumerate(rows)]
 
@@ -248,22 +248,22 @@ def _key(rows: Sequence[Row], settings: Settings, model_key: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def _read(path: Path | None) -> list[list[str]] | None:
+def read_cache(path: Path | None) -> Any:
+    """What was built before; None where there is nothing."""
     if path is None or not path.is_file():
         return None
     try:
-        found: list[list[str]] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # half a file of another program: built again
         return None
-    return found
 
 
-def _write(path: Path | None, contexts: list[list[str]]) -> None:
+def write_cache(path: Path | None, built: Any) -> None:
     """Whole or not at all: two runs may build the same at once, and both write the same."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(contexts, stream)
+        json.dump(built, stream)
     Path(temporary).replace(path)

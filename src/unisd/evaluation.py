@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from unisd.console import show_progress
@@ -32,6 +33,19 @@ Ids = Sequence[int]
 
 CHUNK_ENTRIES = 1 << 24  # entries of one [C,V] tensor: 64 MiB in float32
 TOKEN_BUDGET = 4096  # tokens of one forward pass without cache
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def _in_shares(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
+    """`work(items)`, one result for each; processes that train as one do a share each, and all get all (all must call)."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks == 1:
+        return work(items)
+    parts: list[list[Any]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(parts, work(items[dist.get_rank() :: ranks]))
+    return [parts[i % ranks][i // ranks] for i in range(len(items))]
 
 
 # ---------------------------------------------------------------- generation
@@ -54,11 +68,15 @@ def generate_greedy(
     """
     ends = eos_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
-    with show_progress(description, len(prompts), progress) as advance:
-        return decode(
-            model, [_ids(tokenizer, p) for p in prompts], max_new_tokens,
-            eos_ids=ends, pad_id=pad, batch_size=batch_size, on_rows=advance,
-        )  # fmt: skip
+
+    def write(mine: Sequence[Ids | str | list[dict[str, Any]]]) -> list[list[int]]:
+        with show_progress(description, len(mine), progress) as advance:
+            return decode(
+                model, [_ids(tokenizer, p) for p in mine], max_new_tokens,
+                eos_ids=ends, pad_id=pad, batch_size=batch_size, on_rows=advance,
+            )  # fmt: skip
+
+    return _in_shares(write, prompts)
 
 
 def _ids(tokenizer: Any, prompt: Ids | str | list[dict[str, Any]]) -> list[int]:
@@ -96,7 +114,11 @@ def accuracy(
     ids = generate_greedy(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
     seconds = time.perf_counter() - start
     texts = [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
-    grades = grade_many(grade, rows, texts)
+
+    def graded(pairs: Sequence[tuple[Row, str]]) -> list[Grade]:
+        return grade_many(grade, [row for row, _ in pairs], [text for _, text in pairs])
+
+    grades = _in_shares(graded, list(zip(rows, texts, strict=True)))
     groups: dict[str, list[bool]] = defaultdict(list)
     for row, verdict in zip(rows, grades, strict=True):
         if row.get("skill") is not None:

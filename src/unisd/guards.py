@@ -22,6 +22,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
+from unisd.errors import UserError
+
 Result = TypeVar("Result")
 
 
@@ -142,6 +144,13 @@ def _listed(rows: set[int], most: int = 16) -> str:
 # ---------------------------------------------------------------------------------------------------- out of memory
 
 
+ROW_TOO_LARGE = "a single row does not fit into memory: lower max_completion_length, or set gradient_checkpointing."
+
+
+class OutOfMemory(UserError):
+    """A step that fits in no size. The weights are those of the last finished step."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Of any device, as torch and Python say it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
@@ -157,23 +166,26 @@ def release_memory() -> None:
 
 
 def smaller_until_it_fits(
-    work: Callable[[int], Result], size: int, least: int = 1, *, together: str | None = None
+    work: Callable[[int], Result], size: int, least: int = 1, *, remedy: str = ROW_TOO_LARGE, together: str | None = None
 ) -> tuple[Result, int]:
     """`work(size)`, and where memory runs out `work` of half the size, and so on; also returns the size that fitted.
 
+    remedy: what to say where the least size does not fit.
     together: the option that sets the size, where all ranks compute as one and none can go back alone.
 
     Raises:
-        MemoryError: memory ran out, and all ranks compute together (this one must end: the others are inside a collective).
+        OutOfMemory: the least size does not fit either, or all ranks compute together.
     """
     while True:
         try:
             return work(size), size
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or size <= least:
+            if not is_out_of_memory(error):
                 raise
+            if size <= least:
+                raise OutOfMemory(remedy) from error
             if together is not None:
-                raise MemoryError(f"memory ran out: set {together} below {size}, and resume from the last checkpoint.") from error
+                raise OutOfMemory(f"memory ran out: set {together} below {size}, and resume from the last checkpoint.") from error
         size = max(least, size // 2)
         release_memory()
 

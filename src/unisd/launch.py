@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,8 +15,12 @@ import yaml
 from unisd.checkpoints import last_complete_checkpoint
 from unisd.errors import UserError
 from unisd.options import RunOptions
+from unisd.outputs import resume_command
 
 NO_DEEPSPEED = "DeepSpeed is not supported; fsdp2 spreads weights, gradients and optimizer state as ZeRO-3 does: use that."
+
+STOP_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Seconds that torchrun gives its processes after SIGTERM: for the end of a step and a save. Its own default is 30."""
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 
@@ -53,15 +56,43 @@ def command(name: str, processes: int, arguments: Sequence[str], on_cpu: bool) -
     return [sys.executable, "-m", *starter, "-m", "unisd", "train", *arguments]
 
 
+def _content(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(config_file(name).read_text(encoding="utf-8")) or {}
+    if content.get("distributed_type") == "DEEPSPEED":
+        raise UserError(f"accelerate_config={name}: {NO_DEEPSPEED}")
+    if (content.get("num_machines") or 1) > 1:
+        raise UserError(f"accelerate_config={name}: num_machines must be 1 here: for more use torchrun (docs/scale.md).")
+    return content
+
+
+def processes_of(options: RunOptions) -> int | None:
+    """How many processes were asked for, by the flag or else by the configuration.
+
+    Raises:
+        UserError: as `config_file`, or a configuration for several machines.
+    """
+    assert options.accelerate_config is not None
+    asked: int | None = _content(options.accelerate_config).get("num_processes")
+    return options.num_processes or asked
+
+
+def shards_of(options: RunOptions) -> int:
+    """Over how many devices the run will spread its weights."""
+    if options.accelerate_config is None:
+        return 1
+    import torch
+
+    processes = processes_of(options) or (torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
+    return processes if _content(options.accelerate_config).get("distributed_type") == "FSDP" else 1
+
+
 def environment(name: str, on_cpu: bool) -> dict[str, str]:
     """What the processes need beside this one's environment: on a CPU, what accelerate's launcher would set for FSDP.
 
     Raises:
-        UserError: a configuration of DeepSpeed.
+        UserError: as `config_file`.
     """
-    content = yaml.safe_load(config_file(name).read_text(encoding="utf-8"))
-    if content.get("distributed_type") == "DEEPSPEED":
-        raise UserError(f"accelerate_config={name}: {NO_DEEPSPEED}")
+    content = _content(name)
     if not on_cpu or content.get("distributed_type") != "FSDP":
         return {}
     found = {"ACCELERATE_USE_FSDP": "true"}
@@ -81,12 +112,12 @@ def launch(options: RunOptions, output_dir: str) -> int:
 
     on_cpu = not torch.accelerator.is_available()
     devices = 1 if on_cpu else torch.accelerator.device_count()
-    processes = options.num_processes or devices
+    processes = processes_of(options) or devices
     if not on_cpu and processes > devices:
         raise UserError(f"num_processes={processes}, but this machine has {devices} accelerator(s): lower it.")
     assert options.accelerate_config is not None
     arguments = command(options.accelerate_config, processes, options.command, on_cpu)
-    child = subprocess.Popen(arguments, env=os.environ | environment(options.accelerate_config, on_cpu))
+    child = subprocess.Popen(arguments, env={STOP_TIMEOUT: "300", **os.environ, **environment(options.accelerate_config, on_cpu)})
     told: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -115,5 +146,4 @@ def _how_on(options: RunOptions, output_dir: str) -> str:
     checkpoint = last_complete_checkpoint(output_dir)
     if checkpoint is None:
         return f"{output_dir} holds no checkpoint: mend the cause and start anew."
-    arguments = [*options.command, *([] if "--resume_from_checkpoint" in options.command else ["--resume_from_checkpoint"])]
-    return f"resume from {checkpoint.name} with:\n  unisd train {shlex.join(arguments)}"
+    return f"resume from {checkpoint.name} with:\n  {resume_command(options, output_dir)}"

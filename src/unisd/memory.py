@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ SAVED_HIDDEN, SAVED_INTERMEDIATE = 13, 5
 """Values that one layer keeps per token for backward, in units of the hidden and of the MLP's inner size: two norms (input, and the
 normalised in float32), query, key, value before and after rotation, attention's output, two residual sums; gate, up, the activation,
 its product, and one more while backward is at that layer."""
+CGROUP = Path("/sys/fs/cgroup")
 SHARE_OF_FREE = 0.9
 """Share of the free memory that a run may plan to fill."""
 
@@ -134,17 +136,32 @@ def default_token_budget(device: torch.device) -> int:
 
 
 def available(device: torch.device) -> int | None:
-    """Free bytes of a device, None where it cannot be asked."""
+    """Free bytes of a device (on a CPU, each process's share of them), None where it cannot be asked."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "cpu":
-        try:
-            for line in Path("/proc/meminfo").read_text().splitlines():
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        except OSError:
-            pass
+        found = [free for free in (_of_machine(), _of_container(CGROUP)) if free is not None]
+        return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else None
     return None
+
+
+def _of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _of_container(folder: Path) -> int | None:
+    """What a container's own limit leaves (cgroup v2); None where there is no limit. Files in the page cache can be given back."""
+    try:
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such file, or `max`
+        return None
+    return max(0, limit - used + int(fields.get("inactive_file", 0)))
 
 
 def wants_checkpointing(size: ModelSize, config: UniSDConfig, prompt_tokens: int, free: int, shards: int = 1) -> bool:

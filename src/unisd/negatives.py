@@ -11,15 +11,20 @@ without (it is reported, never dropped).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from unisd.contexts import read_cache, write_cache
 from unisd.data import Row
 from unisd.errors import UserError
 from unisd.similarity import prompt_text, words
 
 KINDS = ("columns", "corrupt", "model")
+FORMAT = 1  # of the cache
 TRIES = 3
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?![\w])")
 _LETTER = re.compile(r"(?<![A-Za-z])([A-E])(?=[).:,]?\s*$)")
@@ -38,18 +43,42 @@ def build(
     seed: int = 0,
     grade: Callable[[Row, str], bool] | None = None,
     write: Callable[[list[str], int], list[str]] | None = None,
+    model_key: str = "",
+    cache_dir: Path | None = None,
 ) -> list[Row]:
     """The rows with `negative_context`, where one was found; rows that have one keep it.
 
     Args:
         grade: proves it wrong; without one it only has to differ from the reference.
         write: for `model`: (prompts, try number) -> texts that the model writes.
+        model_key: name and revision of the model behind `write`, and of the grader, for the cache.
+        cache_dir: where to keep what a model wrote, so that a run that goes on has the same; None: nowhere.
 
     Raises:
         UserError: an unknown kind.
     """
     if kind not in KINDS[1:]:
         raise UserError(f"negatives={kind!r} is not one of {', '.join(KINDS)}.")
+    path = None
+    if cache_dir is not None and kind == "model":
+        parts = [[row.get(name) for name in ("prompt", "privileged_context", "completion", "negative_context")] for row in rows]
+        key = hashlib.sha256(json.dumps([FORMAT, WRONG_ANSWER, seed, model_key, parts], default=str).encode()).hexdigest()[:24]
+        path = cache_dir / f"negatives-{key}.json"
+    if (kept := read_cache(path)) is None:
+        kept = _proved_wrong(rows, kind, seed, grade, write)
+        write_cache(path, kept)
+    found: dict[int, str] = {int(i): text for i, text in kept.items()}
+    return [row | {"negative_context": found[i]} if i in found else row for i, row in enumerate(rows)]
+
+
+def _proved_wrong(
+    rows: Sequence[Row],
+    kind: str,
+    seed: int,
+    grade: Callable[[Row, str], bool] | None,
+    write: Callable[[list[str], int], list[str]] | None,
+) -> dict[int, str]:
+    """By row, the wrong references of the rows that have none yet."""
     found: dict[int, str] = {}
     waiting = [i for i, row in enumerate(rows) if not row.get("negative_context")]
     for attempt in range(TRIES):
@@ -63,7 +92,7 @@ def build(
             if text and words(text) != words(_reference(rows[i])) and not (grade is not None and grade(rows[i], text)):
                 found[i] = text.strip()
         waiting = [i for i in waiting if i not in found]
-    return [row | {"negative_context": found[i]} if i in found else row for i, row in enumerate(rows)]
+    return found
 
 
 def _reference(row: Row) -> str:

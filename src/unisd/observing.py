@@ -24,6 +24,7 @@ from unisd.mechanisms import StepScores
 from unisd.metrics import StepMetrics, masked_mean, mean
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion, Engine, Sampling
+from unisd.safety import on_all_ranks
 from unisd.samples import SampleRecorder
 from unisd.scoring import Scorer, ScoringRow
 
@@ -135,7 +136,7 @@ class Observer:
         self.metrics.values |= counted.metrics(self.counting.hedges)
         every = self.args.diagnostics_probe_steps
         if every is not None and step % every == 0:
-            found = [self.probes.run(list(zip(rows, scored, strict=True)), step)]
+            found = [on_all_ranks(self.accelerator, lambda: self.probes.run(list(zip(rows, scored, strict=True)), step))]
             if self.accelerator.num_processes > 1:  # all ranks must come to the same alarms
                 found = gather_object(found)
             self.metrics.values |= means(found)

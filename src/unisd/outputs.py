@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import shlex
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -18,12 +20,17 @@ from unisd.options import RunOptions
 from unisd.pages import markdown_table
 
 __all__ = ["RESULTS", "write_json"]
+logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 DEFAULT_ROOT = "unisd-output"
+RESUME = "--resume_from_checkpoint"
 
 
-def choose_output_dir(options: RunOptions, config: UniSDConfig, data_name: str) -> tuple[Path, str | None]:
-    """The output folder, and the checkpoint to resume from (None: start anew). Makes nothing.
+def choose_output_dir(options: RunOptions, config: UniSDConfig, data_name: str) -> tuple[Path, str | bool | None]:
+    """The output folder, and the checkpoint to resume from (True: its newest whole one, None: start anew). Makes nothing.
+
+    A named folder without any checkpoint is started anew also when it was to be resumed: a scheduler gives the same command again,
+    however far the run had come.
 
     Without `output_dir`, a run gets the first unused of `unisd-output/<recipe>-<model>-<data>`, `...-2`, `...-3`.
 
@@ -51,13 +58,30 @@ def choose_output_dir(options: RunOptions, config: UniSDConfig, data_name: str) 
             folder = Path(resume).parent
         else:
             folder = next(path for path in candidates if not path.exists() or (path.is_dir() and not any(path.iterdir())))
-    if newest:
-        checkpoint = last_complete_checkpoint(folder)
-        if checkpoint is None:
-            raise UserError(f"{folder} holds no complete checkpoint to resume from: start without --resume_from_checkpoint.")
-        resume = str(checkpoint)
     check_writable(folder)
-    return folder, resume or None
+    if not newest:
+        return folder, resume or None
+    if not any(folder.glob("checkpoint-*")):
+        if (folder / RESULTS).exists():
+            _refuse_used(folder)
+        logger.warning("%s holds no checkpoint to resume from: the run starts from its first step.", folder)
+        return folder, None
+    if last_complete_checkpoint(folder) is None:
+        raise UserError(f"{folder} holds no complete checkpoint to resume from: start without --resume_from_checkpoint.")
+    return folder, True
+
+
+def resume_command(options: RunOptions, folder: str | Path) -> str:
+    """What goes on with a run from its newest checkpoint: the command as it was given, with that in place of an older one."""
+    words = list(options.command)
+    for place in reversed(range(len(words))):
+        if words[place].partition("=")[0] != RESUME:
+            continue
+        has_value = "=" not in words[place] and place + 1 < len(words) and not words[place + 1].startswith("--")
+        del words[place : place + 1 + has_value]
+    if "output_dir" not in options.explicit:
+        words += ["--output_dir", str(folder)]
+    return f"unisd train {shlex.join([*words, RESUME])}"
 
 
 def _candidates(options: RunOptions, data_name: str) -> list[Path]:

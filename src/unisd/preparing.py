@@ -131,13 +131,23 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
             cache_dir=cache_dir() / "contexts",
         )
     if options.negatives != "columns":
-        write = None
+        write, key = None, ""
         if options.negatives == "model" and server is not None:
             write = server_writer(server, config.seed, "wrong answers")
+            key = f"{server.client.url} {server.model}"
         elif options.negatives == "model":
             model, tokenizer = load()
             write = writer(model, tokenizer, config.seed, "wrong answers")
-        rows = negatives.build(rows, options.negatives, seed=config.seed, grade=data.grader, write=write)
+            key = model_key(model)
+        rows = negatives.build(
+            rows,
+            options.negatives,
+            seed=config.seed,
+            grade=data.grader,
+            write=write,
+            model_key=f"{key} {data.name} {options.grader} {options.task_options}",
+            cache_dir=cache_dir() / "contexts",
+        )
     short = sum(len(row.get("auxiliary_contexts") or []) < config.num_auxiliary_contexts for row in rows)
     without = sum(not row.get("negative_context") for row in rows)
     if options.agreement_contexts != "columns" and short:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -21,8 +20,9 @@ from unisd.checkpoints import last_complete_checkpoint
 from unisd.config import UniSDConfig
 from unisd.console import ProgressDisplay, make_console, show_example, show_table
 from unisd.cost import Energy, cost_of
-from unisd.guards import Interruption
+from unisd.guards import Interruption, on_any_rank
 from unisd.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
+from unisd.launch import shards_of
 from unisd.measure import change_lines, drift, measure, pair_answers
 from unisd.options import RunOptions
 from unisd.parsing import HEADINGS, group_of, train_parser
@@ -48,7 +48,12 @@ class Setting:
 def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Console) -> Setting:
     """Load the model and build the trainer, which checks the rows."""
     model, tokenizer, _ = load_model(options)
-    data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
+    if config.process_index == 0:
+        data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
+    if config.world_size > 1:  # what a model writes must be the same on all ranks
+        rows = [data.train]
+        broadcast_object_list(rows)
+        data.train = rows[0]
     fit_mechanisms(config, options, data.train)
     progress, interruption = ProgressDisplay(console), Interruption()
     trainer = UniSDTrainer(
@@ -69,15 +74,20 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
 
 
 def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> None:
-    """Switch gradient checkpointing on where the step would not fit without it, unless the user has said which."""
-    free = memory.available(config.device)
-    if "gradient_checkpointing" in options.explicit or free is None:
+    """Switch gradient checkpointing on where the step would not fit without it, unless the user has said which.
+
+    On all ranks, if on one of them: they take their steps together.
+    """
+    if "gradient_checkpointing" in options.explicit:
         return
+    free = memory.available(config.device)
     size = memory.ModelSize.of(trainer.model)
     shards = config.world_size if is_sharded(trainer.model) else 1
-    if memory.wants_checkpointing(size, config, longest_prompt(trainer), free, shards):
+    wanted = free is not None and memory.wants_checkpointing(size, config, longest_prompt(trainer), free, shards)
+    if on_any_rank(wanted, config.world_size):
         config.gradient_checkpointing = True
-        logger.warning("gradient checkpointing is on: the step would not fit into %s without it.", memory.readable(free))
+        room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
+        logger.warning("gradient checkpointing is on: the step would not fit %s without it.", room)
 
 
 def longest_prompt(trainer: UniSDTrainer) -> int:
@@ -115,7 +125,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     key = shared.key_of(options, config, data)
     state = ("figures", "answers")
     before = shared.measured_once(
-        None if is_sharded(trainer.model) else options.before_cache,  # one rank cannot measure for the others
+        options.before_cache if config.world_size == 1 else None,  # ranks measure together: none can wait for a file
         key,
         lambda: dict(zip(state, measure(trainer.model, setting.tokenizer, data, config), strict=True)),
     )
@@ -132,6 +142,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             _say_how_to_resume(options, folder)
         return None
 
+    _save_model(setting, config, folder)  # a run that is stopped while it measures has done its work
     clock = time.perf_counter()
     after, answers = measure(trainer.model, setting.tokenizer, data, config)
     after |= _drift(setting, options, config)
@@ -155,7 +166,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     }
     if trainer.is_world_process_zero():  # before results.json, which completes a run
         outputs.write_json(folder / ANSWERS, pair_answers(data, before["answers"], answers))
-    _save(setting, options, config, folder, results)
+    _finish(setting, options, config, folder, results)
     if trainer.is_world_process_zero():
         _report(console, results, folder, options)
     return results
@@ -174,16 +185,21 @@ def _drift(setting: Setting, options: RunOptions, config: UniSDConfig) -> Result
     return drift(model, base, setting.tokenizer, rows, cap, config.rollout_batch_size)
 
 
-def _save(setting: Setting, options: RunOptions, config: UniSDConfig, folder: Path, results: Results) -> None:
-    trainer = setting.trainer
+def _save_model(setting: Setting, config: UniSDConfig, folder: Path) -> None:
     # Pushed once, at the end, with our card: the Trainer would push each save and write a card of its own.
     push, config.push_to_hub = config.push_to_hub, False
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
+    setting.trainer.save_model(str(folder))
+    config.push_to_hub = push
+    if setting.trainer.is_world_process_zero():
         setting.tokenizer.save_pretrained(str(folder))
+
+
+def _finish(setting: Setting, options: RunOptions, config: UniSDConfig, folder: Path, results: Results) -> None:
+    trainer = setting.trainer
+    if trainer.is_world_process_zero():
         (folder / "README.md").write_text(outputs.model_card(results, options, change_lines(results)), encoding="utf-8")
         outputs.write_json(folder / outputs.RESULTS, results)
-    if push:
+    if config.push_to_hub:
         trainer.create_model_card = lambda *args, **kwargs: None
         trainer.push_to_hub()
 
@@ -194,7 +210,7 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
     Raises:
         UserError: as `train`.
     """
-    console = make_console()
+    console, shards = make_console(), shards_of(options)
     data = load_data(options, config.seed)
     folder, _ = outputs.choose_output_dir(options, config, data.name)
     push, config.push_to_hub = config.push_to_hub, False
@@ -204,7 +220,7 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
         config.output_dir, config.push_to_hub = str(folder), push
         _show_options(console, options, config)
         _introduce(console, options, config, setting)
-    sizes = memory.estimate(memory.ModelSize.of(setting.trainer.model), config, longest_prompt(setting.trainer))
+    sizes = memory.estimate(memory.ModelSize.of(setting.trainer.model), config, longest_prompt(setting.trainer), shards=shards)
     lines = [[name.replace("_", " "), memory.readable(size)] for name, size in sizes.items()]
     show_table(console, ("memory of one device", "estimate"), lines)
     console.print("dry run: nothing was trained, nothing was written", markup=False)
@@ -251,10 +267,7 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
     if checkpoint is None:
         print(f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps sets how often it would)")
         return
-    command = list(options.command)
-    if "output_dir" not in options.explicit:
-        command += ["--output_dir", str(folder)]
-    print(f"interrupted; resume from {checkpoint.name} with:\n  unisd train {shlex.join([*command, '--resume_from_checkpoint'])}")
+    print(f"interrupted; resume from {checkpoint.name} with:\n  {outputs.resume_command(options, folder)}")
 
 
 def _report(console: Console, results: Results, folder: Path, options: RunOptions) -> None:

@@ -5,6 +5,7 @@ What it decides by is in :mod:`unisd.guards` and :mod:`unisd.checkpoints`; here 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -21,7 +22,15 @@ from unisd import checkpoints
 from unisd.alarms import Watch
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
-from unisd.guards import FiniteGuard, is_out_of_memory, pieces_of, release_memory, smaller_until_it_fits
+from unisd.guards import (
+    ROW_TOO_LARGE,
+    FiniteGuard,
+    OutOfMemory,
+    is_out_of_memory,
+    pieces_of,
+    release_memory,
+    smaller_until_it_fits,
+)
 from unisd.metrics import StepMetrics
 from unisd.reuse import RolloutStore
 from unisd.rollout import RolloutError
@@ -31,7 +40,6 @@ from unisd.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-ROW_TOO_LARGE = "a single row does not fit into memory: lower max_completion_length, or set gradient_checkpointing."
 
 
 def on_all_ranks(accelerator: Accelerator, rollout: Callable[[], Result]) -> Result:
@@ -41,6 +49,8 @@ def on_all_ranks(accelerator: Accelerator, rollout: Callable[[], Result]) -> Res
     try:
         found.append(rollout())
     except UserError as error:
+        if isinstance(error, OutOfMemory) and accelerator.distributed_type == DistributedType.FSDP:
+            raise  # the others wait inside a forward pass of all ranks, and would take a message for a part of it
         failure = str(error)
     failures = [failure] if accelerator.num_processes == 1 else gather_object([failure])
     if any(failures):
@@ -94,12 +104,7 @@ class SafeTrainer(ShardedTrainer):
             done = [*self._done, part]
             largest = min(self._most_rows or len(part), len(part))
             retry = partial(self._again, model, done, num_items_in_batch)
-            try:
-                loss, self._most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
-            except (RuntimeError, MemoryError) as error:
-                if is_out_of_memory(error):
-                    raise UserError(ROW_TOO_LARGE) from error
-                raise
+            loss, self._most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
             self._done.append(part)
             logger.warning("Memory ran out: micro-batches hold %d rows from now on; the gradient is the same.", self._most_rows)
             return loss
@@ -124,9 +129,9 @@ class SafeTrainer(ShardedTrainer):
 
     def _check_can_be_smaller(self, rows: int, error: BaseException) -> None:
         if self._most_rows == 1 or rows == 1:
-            raise UserError(ROW_TOO_LARGE) from error
+            raise OutOfMemory(ROW_TOO_LARGE) from error
         if self.accelerator.num_processes > 1:  # the other ranks wait inside their own backward pass
-            raise UserError(
+            raise OutOfMemory(
                 f"rank {self.accelerator.process_index} ran out of memory: halve per_device_train_batch_size, double "
                 "gradient_accumulation_steps (the steps stay the same), and resume from the last checkpoint."
             ) from error
@@ -152,8 +157,9 @@ class SafeTrainer(ShardedTrainer):
             self._run_folder = str(checkpoints.staging_folder(folder))
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            self._place_best(name)
             if args.should_save:
-                self._finish_state(name)
+                self.state.save_to_json(str(checkpoints.staging_folder(folder) / name / checkpoints.STATE))
                 checkpoints.publish(folder, name)
         except Exception as error:
             checkpoints.clear_staging(folder)
@@ -169,13 +175,11 @@ class SafeTrainer(ShardedTrainer):
         if args.should_save:  # only now: the older ones were the safety net
             rotate_checkpoints(folder, args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint)
 
-    def _finish_state(self, name: str) -> None:
-        """Name the best checkpoint by its place, not by where it was built."""
+    def _place_best(self, name: str) -> None:
+        """Name the best checkpoint by its place, not by where it was built: every rank may load it at the end."""
         best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
         if best is not None and (best == name or (Path(self.args.output_dir) / best).is_dir()):
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / best)
-            staged = checkpoints.staging_folder(self.args.output_dir) / name
-            self.state.save_to_json(str(staged / checkpoints.STATE))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers. `True` resumes from the newest *complete* checkpoint of `output_dir`.
@@ -184,23 +188,41 @@ class SafeTrainer(ShardedTrainer):
             UserError: nothing to resume from, a broken checkpoint or one of another kind of run; and, after
                 a checkpoint was saved, a run that cannot go on (see :mod:`unisd.guards`).
         """
-        if resume_from_checkpoint is True:
-            checkpoint = checkpoints.last_complete_checkpoint(self.args.output_dir, contents=True)
-            if checkpoint is None:
-                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
-            resume_from_checkpoint = str(checkpoint)
-        if resume_from_checkpoint:
-            checkpoints.require_whole(resume_from_checkpoint)
-            self.load_teachers(resume_from_checkpoint)
-            self.store.load(resume_from_checkpoint)
+        checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        if checkpoint is not None:
+            self.load_teachers(checkpoint)
+            self.store.load(checkpoint)
+            if self.args.should_save:
+                step = json.loads((Path(checkpoint) / checkpoints.STATE).read_text(encoding="utf-8"))["global_step"]
+                checkpoints.set_aside_after(self.args.output_dir, step)
         self.stop_reason = None
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except RolloutError as error:
+            raise UserError(f"{error} {self._save_finished_steps()}") from error
+        except OutOfMemory as error:
+            if self.accelerator.num_processes > 1:  # the others do not know of it
+                raise
             raise UserError(f"{error} {self._save_finished_steps()}") from error
         if self.stop_reason is not None:
             raise UserError(self.stop_reason)
         return output
+
+    def _checkpoint_of(self, asked: str | bool | None) -> str | None:
+        """The checkpoint to resume from, whole. One process finds out for all, since it reads every byte."""
+        if not asked:
+            return None
+        found: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            newest = checkpoints.last_complete_checkpoint(self.args.output_dir, contents=True) if asked is True else None
+            if asked is True and newest is None:
+                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
+            if newest is None:
+                checkpoints.require_whole(str(asked))
+            found = [str(newest or asked)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
 
     def _save_finished_steps(self) -> str:
         """A checkpoint of the last finished step, before the run ends in the middle of the next one; says where it is."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -134,6 +134,12 @@ def idle_agreement(metrics: dict[str, float], args: UniSDConfig) -> str | None:
     )
 
 
+def rows_to_fill(rows: int, batch: int, rank: int, ranks: int) -> int:
+    """How many rows at the end of a rank's last micro-batch of an epoch only fill it: accelerate repeats the epoch's first ones."""
+    left = rows % (batch * ranks)
+    return 0 if ranks == 1 or left == 0 else batch - min(max(left - rank * batch, 0), batch)
+
+
 def gather_scores(accelerator: Accelerator, scores: StepScores) -> tuple[slice, StepScores]:
     """The scores of all ranks, and which rows of them are this rank's."""
     count = len(scores.mask)
@@ -241,7 +247,7 @@ class Reweigh:
     scores: StepScores  # of the micro-batch's rows
     coefficients_BT: Tensor
     normalizer: str
-    values: dict[str, Tensor] = field(default_factory=dict)  # by weight, of the N loss tokens; kept for the log
+    keep: Callable[[str, Tensor], None]  # a weight's name and its values, for the log
 
     def __call__(self, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor) -> Tensor:
         mask_BT = self.scores.mask
@@ -251,7 +257,7 @@ class Reweigh:
         factor_BT = torch.ones(mask_BT.shape, dtype=divergence_N.dtype)
         for weight in self.weights:
             value_BT = weight(scores)
-            self.values[weight.name] = value_BT[mask_BT]
+            self.keep(weight.name, value_BT)
             factor_BT = factor_BT * value_BT
         if self.normalizer != "tokens":
             before_B1 = torch.where(mask_BT, self.coefficients_BT, 0.0).sum(-1, keepdim=True)
@@ -267,11 +273,12 @@ class InForward:
         self.weights = in_forward_weights(args, weights)
         self._normalizer = normalizer_of(args, weights)
         self._step: tuple[StepScores, Tensor] | None = None
-        self._used: list[Reweigh] = []
+        self._found: dict[str, Tensor] = {}  # by weight [B,T]; rows that are done again take the place of what they left
 
     def begin(self, scores: StepScores, coefficients_BT: Tensor) -> None:
         """A new optimizer step: this rank's scores and the coefficients of the divergence without these weights."""
-        self._step, self._used = (scores, coefficients_BT), []
+        self._step = scores, coefficients_BT
+        self._found = {weight.name: torch.zeros(scores.mask.shape) for weight in self.weights}
 
     def reweigh(self, rows: Tensor) -> Reweigh | None:
         """For the micro-batch of these rows; None where no weight waits."""
@@ -279,14 +286,18 @@ class InForward:
             return None
         assert self._step is not None
         scores, coefficients_BT = self._step
-        self._used.append(Reweigh(self.weights, select(scores, rows), coefficients_BT[rows], self._normalizer))
-        return self._used[-1]
+
+        def keep(name: str, value_BT: Tensor) -> None:
+            self._found[name][rows] = value_BT.float()
+
+        return Reweigh(self.weights, select(scores, rows), coefficients_BT[rows], self._normalizer, keep)
 
     def metrics(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean and range of each weight over the step's loss tokens, on all ranks."""
         found: dict[str, float] = {}
         for weight in self.weights:
-            values_N = torch.cat([used.values[weight.name] for used in self._used] or [torch.zeros(0)])
+            assert self._step is not None
+            values_N = self._found[weight.name][self._step[0].mask]
             if accelerator.num_processes > 1:
                 values_N = torch.cat(gather_object([values_N]))
             found |= weight_metrics(weight.name, weight_stats(values_N[None], torch.ones(1, len(values_N), dtype=torch.bool)))

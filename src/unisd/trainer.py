@@ -51,6 +51,7 @@ from unisd.step import (
     most_uncertain,
     needed_views,
     reliability,
+    rows_to_fill,
     scored_sources,
 )
 from unisd.targets import parse_target
@@ -203,6 +204,7 @@ class UniSDTrainer(SafeTrainer):
         self._token_clip: float | None = args.token_clip
         self._teacher_head: Head | None = None  # of the step in progress
         self._said_idle = False
+        self._uncertain_B: Tensor | None = None  # rows of the step in progress that agreement looks at
         self.add_callback(_StepCallback(self))
         probes = Probes(
             args,
@@ -247,7 +249,7 @@ class UniSDTrainer(SafeTrainer):
             return batches, None
         G = self.args.num_generations
         numbers = [(int(row), g) for batch in batches for row in batch["row"] for g in range(G)]
-        rows, completions = self._rollout(numbers)
+        rows, completions = self._rollout(numbers, G * self._rows_to_fill())
         with self.metrics.timed("score"):
             self.scorer.progress = self.state.global_step / max(self.state.max_steps, 1)
             scores, states = self._score(rows, device)
@@ -296,7 +298,14 @@ class UniSDTrainer(SafeTrainer):
         # Not None, so that the Trainer does not divide the loss again.
         return micro_batches, int(everywhere.mask.sum())
 
-    def _rollout(self, numbers: Sequence[tuple[int, int]]) -> tuple[list[ScoringRow], list[Completion]]:
+    def _rows_to_fill(self) -> int:
+        args, accelerator = self.args, self.accelerator
+        if not accelerator.gradient_state.end_of_dataloader or args.dataloader_drop_last or args.num_iterations > 1:
+            return 0
+        return rows_to_fill(len(self.rows), self._train_batch_size, accelerator.process_index, accelerator.num_processes)
+
+    def _rollout(self, numbers: Sequence[tuple[int, int]], fill: int = 0) -> tuple[list[ScoringRow], list[Completion]]:
+        """The step's rows on this rank and what was written to them; the last `fill` of them carry no loss."""
         args = self.args
         with self.metrics.timed("rollout"):
             step = self.state.global_step
@@ -309,8 +318,8 @@ class UniSDTrainer(SafeTrainer):
                 self.metrics.values["rollout/weights_version"] = float(min(versions))
                 self.metrics.values["step_time/sync"] = self.completions.sync_s
         rows = []
-        for (number, _), completion in zip(numbers, completions, strict=True):
-            carries_loss = self.completions.carries_loss(completion)
+        for place, ((number, _), completion) in enumerate(zip(numbers, completions, strict=True)):
+            carries_loss = place < len(numbers) - fill and self.completions.carries_loss(completion)
             row, overlong = self.views.of(self.rows[number], number, completion, carries_loss, step)
             rows.append(row)
             self.metrics.add(overlong_views=float(overlong))
@@ -330,10 +339,15 @@ class UniSDTrainer(SafeTrainer):
             return self.scorer.score(rows, device)
 
         together = "token_budget" if sharding.is_sharded(self.model) else None
-        return smaller_until_it_fits(within, self.scorer.token_budget, least=64, together=together)[0]
+        remedy = "scoring a single row does not fit into memory: lower max_completion_length, or shorten the rows."
+        self._uncertain_B = None
+        return smaller_until_it_fits(within, self.scorer.token_budget, least=64, remedy=remedy, together=together)[0]
 
     def _most_uncertain(self, entropy_B: Tensor) -> Tensor:
-        return most_uncertain(entropy_B, self.args.agreement_uncertain_share, self.accelerator)
+        # All ranks choose together, once: scoring again for want of memory is one rank's own affair.
+        if self._uncertain_B is None:
+            self._uncertain_B = most_uncertain(entropy_B, self.args.agreement_uncertain_share, self.accelerator)
+        return self._uncertain_B
 
     # -- line 4: the student's loss -----------------------------------------------------------------------------------
 
@@ -416,9 +430,9 @@ class UniSDTrainer(SafeTrainer):
         correct = 0
         if self.grader is not None:
             self.engine.sync()
-        if self.grader is not None and joins:
             sampling = replace(self.sampling, max_new_tokens=self.args.eval_max_new_tokens or self.args.max_completion_length)
-            completions = self.engine.generate([self.prompts.student(row) for row in mine], None, sampling)
+            prompts = [self.prompts.student(row) for row in mine]
+            completions = on_all_ranks(self.accelerator, lambda: self.engine.generate(prompts, None, sampling) if joins else [])
             texts = [self.processing_class.decode(completion.ids, skip_special_tokens=True) for completion in completions]
             correct = sum(map(bool, grade_many(self.grader, mine, texts)))
         self.engine.sleep()
