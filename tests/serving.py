@@ -28,6 +28,7 @@ class StandIn(ThreadingHTTPServer):
         self.faults: list[str] = []
         self.broken: str | None = None
         self.lacking: set[str] = set()  # paths that it does not know
+        self.key: str | None = None  # without which it refuses
         self.raw_logprobs = False
         self.requests: list[dict[str, Any]] = []  # for completions, in the order of their arrival
         self.calls: Counter[str] = Counter()
@@ -50,7 +51,7 @@ class StandIn(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: StandIn
+    server: Any
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -75,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, self.path.partition("?")[0]
         server.calls[path] += 1
         server.headers.append(self.headers)
+        if server.key is not None and path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {server.key}":
+            return self.refuse(401, "Unauthorized")
         if path in server.lacking:
             return self.refuse(404, "Not Found")
         if path == "/v1/completions":
