@@ -1,6 +1,6 @@
 """Rollouts from a server that fails: each fault ends in recovery or in one clear error, and nothing is lost.
 
-The real vLLM is in `test_vllm.py`; here a stand-in speaks its protocol, so that faults of all kinds can be had.
+The real vLLM, with a few of these faults, is in `test_vllm.py`; here a stand-in speaks its protocol, so that all kinds can be had.
 """
 
 from __future__ import annotations
@@ -175,6 +175,18 @@ def test_all_weights_arrive_and_a_restarted_server_gets_them_again(server: Stand
     server.restart()
     assert built.generate(PROMPTS, KEYS, SAMPLING) == healthy
     assert server.weights.keys() == expected.keys() and server.calls["/finish_weight_update"] == 2
+
+
+def test_an_update_that_fails_is_started_again(server: StandIn, tmp_path: Path) -> None:
+    """Before, the server said but that none was started: neither was it tried again, nor was the cause told."""
+    built = engine(server, tmp_path, timeout=0.1)
+    server.updating = True  # by a run that was killed between start and finish
+    server.unreadable = 2
+    built.sync()
+    assert server.weights and server.version == built._tag and not server.updating
+    server.unreadable = 1000
+    with pytest.raises(RolloutError, match="No such file or directory"):
+        built.sync()
 
 
 def test_an_adapter_goes_alone_under_a_new_name_and_again_to_a_restarted_server(server: StandIn, tmp_path: Path) -> None:

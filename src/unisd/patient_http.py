@@ -71,13 +71,14 @@ class Client:
         read: Callable[[Any], Result] | None = None,
         retry: bool = True,
         done: str | None = None,
+        again: Callable[[], Any] | None = None,
         sentence: bool = False,
     ) -> Any:
         """The JSON answer (None where it is empty), or what `read` makes of it.
 
         `read` raises :class:`BadAnswer` for an answer that is not what was asked for: it counts as a failure of the server. An error
-        whose text holds `done` says that an earlier request, whose answer was lost, has done it already: None. With `sentence` the
-        answer need not be JSON.
+        whose text holds `done` says that an earlier request, whose answer was lost, has done it already: None. `again` is called
+        before each further attempt. With `sentence` the answer need not be JSON.
 
         Raises:
             Refused: 4xx; with `retry=False` also 5xx.
@@ -109,6 +110,8 @@ class Client:
                 self._told = time.monotonic()
                 logger.warning("The server at %s: %s; asking again in %g s.", self.url, trouble, pause)
             time.sleep(pause)
+            if again is not None:
+                again()
 
     def _once(self, path: str, body: dict[str, Any] | None, method: str, sentence: bool) -> Any:
         data = None if body is None else json.dumps(body).encode()

@@ -176,10 +176,15 @@ class ServerEngine(common.VllmEngine):
     def _send_weights(self) -> None:
         file = self._folder / "weights.safetensors"
         refusal = f"does not take over the weights in {file}"
+
+        def start() -> None:
+            self._ask("/start_weight_update", {}, done="already active", refusal=refusal)
+
         try:
             common.save_full_weights(self.model, file)
-            self._ask("/start_weight_update", {}, done="already active", refusal=refusal)
-            self._ask("/update_weights", {"update_info": {"path": str(file)}}, refusal=refusal)
+            start()
+            # One that fails ends the update that was started.
+            self._ask("/update_weights", {"update_info": {"path": str(file)}}, again=start, refusal=refusal)
             self._ask("/finish_weight_update", {"weight_version": self._tag}, done="without a matching start", refusal=refusal)
             self._ask("/reset_prefix_cache", {}, read=_cleared, refusal=refusal)  # keys and values of the old weights
         finally:
