@@ -1,4 +1,7 @@
-"""A stand-in for a vLLM server: its protocol, made-up answers that depend on the request alone, and faults on demand."""
+"""A stand-in for a vLLM server: its protocol, made-up answers that depend on the request alone, and faults on demand.
+
+And a proxy, which puts faults between a real server and its client.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import json
 import random
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -28,6 +33,8 @@ class StandIn(ThreadingHTTPServer):
         self.faults: list[str] = []
         self.broken: str | None = None
         self.lacking: set[str] = set()  # paths that it does not know
+        self.key: str | None = None  # without which it refuses
+        self.unreadable = 0  # updates of the weights that fail
         self.raw_logprobs = False
         self.requests: list[dict[str, Any]] = []  # for completions, in the order of their arrival
         self.calls: Counter[str] = Counter()
@@ -50,7 +57,7 @@ class StandIn(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: StandIn
+    server: Any
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -75,6 +82,8 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, self.path.partition("?")[0]
         server.calls[path] += 1
         server.headers.append(self.headers)
+        if server.key is not None and path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {server.key}":
+            return self.refuse(401, "Unauthorized")
         if path in server.lacking:
             return self.refuse(404, "Not Found")
         if path == "/v1/completions":
@@ -91,8 +100,15 @@ class Handler(BaseHTTPRequestHandler):
                 return self.refuse(500, "start_weight_update called while a weight update is already active")
             server.updating = True
         elif path == "/update_weights":
+            if not server.updating:
+                return self.refuse(500, "start_weight_update must be called before update_weights.")
+            if server.unreadable > 0:
+                server.unreadable, server.updating = server.unreadable - 1, False
+                return self.refuse(500, "No such file or directory")
             server.weights = load_file(body["update_info"]["path"])
         elif path == "/finish_weight_update":
+            if not server.updating:
+                return self.refuse(500, "finish_weight_update called without a matching start_weight_update.")
             server.updating, server.version = False, body["weight_version"]
         elif path == "/v1/load_lora_adapter":
             if body["lora_name"] in server.adapters:
@@ -155,10 +171,68 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(data)
 
 
+class Proxy(ThreadingHTTPServer):
+    """`faults`: what happens to the next requests for a path, in their order; `late`: seconds that an answer is held back for then."""
+
+    daemon_threads = True
+
+    def __init__(self, target: str, late: float) -> None:
+        super().__init__(("127.0.0.1", 0), PassOn)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.target, self.late = target, late
+        self.faults: dict[str, list[str]] = {}
+        self.refusals: list[str] = []  # what the real server said with a 5xx
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that hang up are part of the tests."""
+
+
+class PassOn(Handler):
+    def serve(self, body: dict[str, Any]) -> None:
+        fault = None
+        with suppress(KeyError, IndexError):
+            fault = self.server.faults[self.path].pop(0)
+        if fault == "500":
+            return self.refuse(500, "out of order")
+        data = json.dumps(body).encode() if self.command == "POST" else None
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.server.target + self.path, data, headers, method=self.command)
+        try:
+            with urllib.request.urlopen(request) as response:
+                status, content = response.status, response.read()
+        except urllib.error.HTTPError as error:
+            status, content = error.code, error.read()
+            if status >= 500:
+                self.server.refusals.append(content.decode())
+        if fault == "late":
+            time.sleep(self.server.late)
+        if fault == "lost":
+            return self.connection.close()
+        if fault == "half":
+            return self.answer(content[: len(content) // 2], promised=len(content))
+        if fault == "a token too few":
+            answer = json.loads(content)
+            answer["choices"][0]["token_ids"].pop()
+            content = json.dumps(answer).encode()
+        return self.answer(content, status)
+
+
 @contextmanager
 def serving(port: int = 0) -> Iterator[StandIn]:
     """A stand-in that answers until the end."""
-    server = StandIn(port)
+    with _running(StandIn(port)) as server:
+        yield server
+
+
+@contextmanager
+def passing_on(target: str, late: float) -> Iterator[Proxy]:
+    """A proxy in front of `target`, until the end."""
+    with _running(Proxy(target, late)) as server:
+        yield server
+
+
+@contextmanager
+def _running(server: Any) -> Iterator[Any]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

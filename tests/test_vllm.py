@@ -1,4 +1,5 @@
 """Rollouts by the real vLLM on SmolLM2-135M in float32: colocated and served, all weights and an adapter, from one configuration file.
+Faults that a healthy server does not produce come from a proxy in front of it.
 
 Run by `.ci/run` in an environment that holds vLLM: `pytest -m vllm -s tests/test_vllm.py` prints what was measured.
 """
@@ -13,22 +14,23 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from serving import passing_on
 
 from unisd import models, trainer
 from unisd.cli import main
 from unisd.prompts import encode_prompt
 from unisd.rollout import Sampling
+from unisd.vllm_rollout.server import COMPLETIONS, ServerEngine
 
 pytestmark = pytest.mark.vllm
 
 TOLERANCE = 1e-3  # nats, of a token's log-probability
+PATIENCE = 40.0  # seconds for one answer, where one comes too late
 SAMPLING = Sampling(max_new_tokens=16, temperature=0.7)
 RUN = """\
 recipe: sdft
@@ -111,7 +113,7 @@ def train_and_compare(configuration: Path, folder: Path, flags: list[str], reque
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer, "build_engine", watched)
-        assert main(["train", "--config", str(configuration), "--use_vllm", *flags, "--output_dir", str(folder)]) == 0
+        assert main(["train", "--config", str(configuration), *flags, "--output_dir", str(folder)]) == 0
     found = lines(folder)
     assert [line["rollout/weights_version"] for line in found] == [0, 1, 2]
     for line in found:  # our scorer against the engine, in every step
@@ -136,6 +138,9 @@ def train_and_compare(configuration: Path, folder: Path, flags: list[str], reque
     )
     assert seen["before"] < TOLERANCE and synced < TOLERANCE
     assert unsynced > 20 * TOLERANCE  # so that a sync that does nothing would be seen
+    if "server" in flags and "--use_peft" in flags:  # as if it had been started anew
+        engine.client.ask("/v1/unload_lora_adapter", {"lora_name": engine._tag}, sentence=True)
+        assert largest_gap(engine, model) < TOLERANCE
     seen.clear()
     gc.collect()
     engine_keys = {key for key in found[-1] if key.startswith(("rollout/", "importance/"))} | {"step_time/sync"}
@@ -144,34 +149,28 @@ def train_and_compare(configuration: Path, folder: Path, flags: list[str], reque
 
 @pytest.mark.parametrize("adapter", [[], ["--use_peft"]], ids=["full", "lora"])
 def test_colocated(configuration: Path, tmp_path: Path, adapter: list[str], request: pytest.FixtureRequest) -> None:
-    train_and_compare(configuration, tmp_path / "out", ["--vllm_mode", "colocate", *adapter], request)
+    train_and_compare(configuration, tmp_path / "out", ["--use_vllm", "--vllm_mode", "colocate", *adapter], request)
 
 
-@pytest.mark.slow
 def test_colocated_in_two_processes_samples_the_same(tmp_path: Path) -> None:
     """The pocket model: an engine in each process, and each row's answer and the losses are those of one process."""
-    asked = [
-        "--recipe",
-        "sdft",
-        "--max_steps",
-        "2",
-        "--max_completion_length",
-        "12",
-        "--max_eval_rows",
-        "2",
+    asked = ["train", "--recipe", "sdft", "--max_steps", "2", "--max_completion_length", "12", "--max_eval_rows", "2"]
+    asked += [
         "--record_samples",
         "4",
+        "--per_device_train_batch_size",
+        "2",
+        "--use_vllm",
+        "--vllm_gpu_memory_utilization",
+        "0.02",
     ]
-    asked += ["--per_device_train_batch_size", "2", "--use_vllm", "--vllm_gpu_memory_utilization", "0.02"]
-    found = []
-    for flags in (["--gradient_accumulation_steps", "2"], ["--accelerate_config", "ddp", "--num_processes", "2"]):
-        if "ddp" in flags:
-            flags += ["--gradient_accumulation_steps", "1"]
-        folder = tmp_path / str(len(found))
-        command = [sys.executable, "-m", "unisd", "train", *asked, *flags, "--output_dir", str(folder)]
-        subprocess.run(command, check=True, timeout=400)
-        found.append((lines(folder), {(r["step"], r["id"]): r["tokens"] for r in lines(folder, "samples.jsonl")}))
-    (one, its_answers), (two, their_answers) = found
+    folders = tmp_path / "one", tmp_path / "two"
+    assert main([*asked, "--gradient_accumulation_steps", "2", "--output_dir", str(folders[0])]) == 0
+    asked += ["--gradient_accumulation_steps", "1", "--accelerate_config", "ddp", "--num_processes", "2"]
+    assert main([*asked, "--output_dir", str(folders[1])]) == 0
+    (one, its_answers), (two, their_answers) = (
+        (lines(folder), {(r["step"], r["id"]): r["tokens"] for r in lines(folder, "samples.jsonl")}) for folder in folders
+    )
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
     assert [line["completions/mean_length"] for line in two] == [line["completions/mean_length"] for line in one]
     assert [line["rollout/weights_version"] for line in two] == [0, 1]
@@ -179,40 +178,39 @@ def test_colocated_in_two_processes_samples_the_same(tmp_path: Path) -> None:
     assert len(shared) >= 4 and all(its_answers[key] == their_answers[key] for key in shared)
 
 
-@contextmanager
-def vllm_serve(folder: Path, options: list[str]) -> Iterator[str]:
-    """A server of the kind that the error messages tell the user to start; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # `vllm serve` looks for a package called vllm, which the one for CPUs is not.
-    served = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.resolve("smollm2-135m")]
-    command = [*served, "--host", "127.0.0.1", "--port", str(port)]
-    common = ["--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--max-model-len", "512", "--enforce-eager"]
-    switches = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
-    log = folder / "server.log"
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [*command, *common, *options], env={**os.environ, **switches, **small}, stdout=output, stderr=output
-        )
-    try:
-        deadline = time.monotonic() + 300
+class Server:
+    """A server of the kind that the error messages tell the user to start."""
+
+    def __init__(self, folder: Path, options: list[str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", folder / "server.log"
+        # `vllm serve` looks for a package called vllm, which the one for CPUs is not.
+        served = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.resolve("smollm2-135m")]
+        self.command = [*served, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--logprobs-mode"]
+        self.command += ["processed_logprobs", "--max-model-len", "512", "--enforce-eager", *options]
+
+    def start(self) -> None:
+        switches = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+        small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+        with self.log.open("wb") as output:
+            self.child = subprocess.Popen(self.command, env={**os.environ, **switches, **small}, stdout=output, stderr=output)
+        deadline = time.monotonic() + 600
         while True:
-            assert child.poll() is None, log.read_text(errors="replace")[-3000:]
+            assert self.child.poll() is None and time.monotonic() < deadline, self.log.read_text(errors="replace")[-3000:]
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
+                return urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
             except OSError:
-                assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
                 time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        child.terminate()
+
+    def stop(self) -> None:
+        self.child.terminate()
         try:
-            child.wait(30)
+            self.child.wait(30)
         except subprocess.TimeoutExpired:
-            child.kill()
+            self.child.kill()
+            self.child.wait()
 
 
 @pytest.mark.parametrize(
@@ -223,17 +221,52 @@ def vllm_serve(folder: Path, options: list[str]) -> Iterator[str]:
 def test_server(
     configuration: Path, tmp_path: Path, adapter: list[str], options: list[str], request: pytest.FixtureRequest
 ) -> None:
-    with vllm_serve(tmp_path, options) as url:
-        flags = ["--vllm_mode", "server", "--vllm_server_base_url", url, *adapter]
+    server = Server(tmp_path, options)
+    try:
+        server.start()
+        flags = ["--use_vllm", "--vllm_mode", "server", "--vllm_server_base_url", server.url, *adapter]
         train_and_compare(configuration, tmp_path / "out", flags, request)
-        if adapter:
-            two_processes(configuration, tmp_path / "two", ["--use_vllm", *flags])
+        two_processes(configuration, tmp_path / "two", flags)
+        if not adapter:
+            through_faults(configuration, tmp_path / "faults", server, lines(tmp_path / "out"))
+    finally:
+        server.stop()
 
 
 def two_processes(configuration: Path, folder: Path, flags: list[str]) -> None:
     """The same file again, two processes this time, each of which asks for its own rows."""
     asked = ["--accelerate_config", "ddp", "--num_processes", "2", "--gradient_accumulation_steps", "1", "--max_steps", "1"]
-    command = [sys.executable, "-m", "unisd", "train", "--config", str(configuration), *asked, *flags]
-    subprocess.run([*command, "--output_dir", str(folder)], check=True, timeout=400)
+    assert main(["train", "--config", str(configuration), *asked, *flags, "--output_dir", str(folder)]) == 0
     line = lines(folder)[-1]
     assert line["rollout/weights_version"] == 0 and abs(line["importance/gap"]) < TOLERANCE
+
+
+def through_faults(configuration: Path, folder: Path, server: Server, healthy: list[dict[str, Any]]) -> None:
+    """The same three steps: answers go wrong in the first two, a sync in the second, and in the third the server is started anew."""
+    sync = ServerEngine.sync
+
+    def eventful(engine: ServerEngine) -> None:
+        step = engine._finished_steps()
+        if step == 0:
+            proxy.faults[COMPLETIONS] = ["late", "500", "half"]
+        if step == 1:
+            proxy.faults[COMPLETIONS] = ["a token too few", "lost"]
+            proxy.faults |= {path: ["lost"] for path in ("/start_weight_update", "/update_weights", "/finish_weight_update")}
+        sync(engine)
+        if step == 2:
+            server.stop()
+            server.start()
+
+    with passing_on(server.url, PATIENCE + 1) as proxy, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ServerEngine, "sync", eventful)
+        flags = ["--vllm_mode", "server", "--vllm_server_base_url", proxy.url, "--vllm_server_timeout", str(PATIENCE)]
+        assert main(["train", "--config", str(configuration), "--use_vllm", *flags, "--output_dir", str(folder)]) == 0
+    assert not any(proxy.faults.values())
+    # What the client takes as "done already" is what this vLLM says.
+    assert any("already active" in text for text in proxy.refusals)
+    assert any("without a matching start" in text for text in proxy.refusals)
+    found = lines(folder)
+    assert [line["rollout/weights_version"] for line in found] == [0, 1, 2]
+    assert all(abs(line["importance/gap"]) < TOLERANCE for line in found)
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in healthy], rel=1e-3)
+    assert not list(folder.glob("*vllm-sync*"))

@@ -1,10 +1,11 @@
 """Rollouts from a server that fails: each fault ends in recovery or in one clear error, and nothing is lost.
 
-The real vLLM is in `test_vllm.py`; here a stand-in speaks its protocol, so that faults of all kinds can be had.
+The real vLLM, with a few of these faults, is in `test_vllm.py`; here a stand-in speaks its protocol, so that all kinds can be had.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ def server() -> Iterator[StandIn]:
 
 def engine(server: StandIn, folder: Path, model: Any = None, timeout: float = 0.5, **options: Any) -> ServerEngine:
     asked = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_server_timeout": timeout}
-    args = UniSDConfig(output_dir=str(folder), use_cpu=True, max_completion_length=6, **asked, **options)
+    args = UniSDConfig(output_dir=str(folder), use_cpu=True, max_completion_length=6, **{**asked, **options})
     accelerator = Accelerator(cpu=True)
     return ServerEngine(args, model or tiny.model(), accelerator, [2], lambda: 4, folder / "sync")
 
@@ -89,6 +90,18 @@ def test_a_fault_that_stays_ends_in_one_clear_error(server: StandIn, tmp_path: P
     text = str(raised.value)
     assert server.url in text and "vllm serve" in text and "--resume_from_checkpoint" in text and "\n" not in text
     assert len(server.requests) >= 3 + len(PROMPTS)  # no fewer than three attempts a prompt
+
+
+def test_an_address_with_v1_and_a_server_with_a_key(server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.key = "secret"
+    asked = {"vllm_server_base_url": server.url + "/v1/"}
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match=r"HTTP 401: Unauthorized.*: set OPENAI_API_KEY"):
+        engine(server, tmp_path, **asked)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    built = engine(server, tmp_path, **asked)
+    built.sync()
+    assert len(built.generate(PROMPTS, KEYS, SAMPLING)) == len(PROMPTS)
 
 
 def test_no_server_at_all(tmp_path: Path) -> None:
@@ -164,6 +177,18 @@ def test_all_weights_arrive_and_a_restarted_server_gets_them_again(server: Stand
     assert server.weights.keys() == expected.keys() and server.calls["/finish_weight_update"] == 2
 
 
+def test_an_update_that_fails_is_started_again(server: StandIn, tmp_path: Path) -> None:
+    """Before, the server said but that none was started: neither was it tried again, nor was the cause told."""
+    built = engine(server, tmp_path, timeout=0.1)
+    server.updating = True  # by a run that was killed between start and finish
+    server.unreadable = 2
+    built.sync()
+    assert server.weights and server.version == built._tag and not server.updating
+    server.unreadable = 1000
+    with pytest.raises(RolloutError, match="No such file or directory"):
+        built.sync()
+
+
 def test_an_adapter_goes_alone_under_a_new_name_and_again_to_a_restarted_server(server: StandIn, tmp_path: Path) -> None:
     model = lora()
     built = engine(server, tmp_path, model)
@@ -172,7 +197,7 @@ def test_an_adapter_goes_alone_under_a_new_name_and_again_to_a_restarted_server(
         built.sync()
         names.update(server.adapters)
     assert len(names) == 4 and len(server.adapters) == 2  # older ones are taken back
-    assert len(list((tmp_path / "sync").iterdir())) == 2
+    assert len(list(tmp_path.glob("sync/*/*"))) == 2
     files = {path.name for path in Path(server.adapters[built._tag]).iterdir()}
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files
     healthy = built.generate(PROMPTS, KEYS, SAMPLING)
@@ -180,6 +205,34 @@ def test_an_adapter_goes_alone_under_a_new_name_and_again_to_a_restarted_server(
     server.restart()
     assert built.generate(PROMPTS, KEYS, SAMPLING) == healthy and list(server.adapters) == [built._tag]
     assert server.calls["/update_weights"] == 0
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_no_weights_are_left_over(server: StandIn, tmp_path: Path, with_adapter: bool) -> None:
+    """Neither an earlier run's, which was killed, nor this one's."""
+    folder = tmp_path / "sync"
+    (folder / "0123abcd" / "0123abcd-4-2").mkdir(parents=True)
+    built = engine(server, tmp_path, lora() if with_adapter else None)
+    assert not folder.exists()
+    built.sync()
+    assert {path.name for path in folder.glob("*/*")} == ({built._tag} if with_adapter else set())
+    later = engine(server, tmp_path)  # as in a notebook: the first one is collected when the second has begun
+    later._folder.mkdir(parents=True)
+    del built
+    gc.collect()
+    assert list(folder.iterdir()) == [later._folder]
+    del later
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_one_process_alone_tries_what_the_server_can(server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others write to its folder no more than they open its weights."""
+    (tmp_path / "sync").mkdir()
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    built = engine(server, tmp_path)
+    built.sync()
+    assert set(server.calls) == {"/v1/models"} and (tmp_path / "sync").exists()
 
 
 @pytest.mark.parametrize(
@@ -260,6 +313,36 @@ def test_a_server_gone_in_mid_run_loses_no_step(tmp_path: Path, num_iterations: 
     assert all(value.equal(whole.teacher.state[name]) for name, value in resumed.teacher.state.items())
 
 
+@pytest.mark.parametrize(
+    ("now", "remedy"),
+    [
+        ({"lacking": {"/weight_info"}}, "VLLM_SERVER_DEV_MODE=1"),
+        ({"lacking": {"/start_weight_update"}}, "VLLM_SERVER_DEV_MODE=1"),
+        ({"lacking": {"/v1/models", "/v1/completions"}}, "vllm serve"),
+        ({"key": "new"}, "set OPENAI_API_KEY"),
+    ],
+)
+def test_a_server_that_refuses_in_mid_run_loses_no_step(
+    server: StandIn, tmp_path: Path, now: dict[str, Any], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was started anew with less than before, say."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    built = run(tmp_path, server, save_strategy="no")
+    sync = built.engine.sync
+
+    def after_two_steps() -> None:
+        if built.state.global_step == 2:
+            server.restart()
+            vars(server).update(now)
+        sync()
+
+    built.engine.sync = after_two_steps
+    with pytest.raises(UserError, match="Step 2 is saved in checkpoint-2") as raised:
+        built.train()
+    assert remedy in str(raised.value) and "\n" not in str(raised.value)
+    assert checkpoints.problem_of(tmp_path / "checkpoint-2") is None
+
+
 def test_the_initial_models_answers_come_from_its_weights(server: StandIn, tmp_path: Path) -> None:
     built = run(tmp_path, server, completion_source="initial", distillation_mode="nll", save_strategy="no", max_steps=2)
     name, initial = next((name, p.detach().clone()) for name, p in built.model.named_parameters())
@@ -297,6 +380,14 @@ def test_address_of_the_server(tmp_path: Path) -> None:
 def test_an_address_without_http_is_none() -> None:
     with pytest.raises(UserError, match="http://HOST:PORT"):
         patient_http.Client("localhost:8000", 1.0)
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host:8000", "user:secret@host"])
+def test_an_address_holds_no_password(url: str) -> None:
+    """It would be logged with every retry."""
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as raised:
+        patient_http.Client(url, 1.0)
+    assert "secret" not in str(raised.value)
 
 
 def test_the_plugin_imports_little() -> None:

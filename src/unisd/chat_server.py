@@ -5,13 +5,12 @@ The key, where a server wants one, is read from the environment variable OPENAI_
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from unisd.errors import UserError
-from unisd.patient_http import BadAnswer, Client, Refused, Unavailable
+from unisd.patient_http import BadAnswer, Refused, Unavailable, openai_client
 
 Prompt = str | list[dict[str, Any]]  # a string is a user's message
 
@@ -30,8 +29,7 @@ class ChatServer:
     """
 
     def __init__(self, url: str, model: str | None = None, timeout: float = 240.0, at_once: int = 16) -> None:
-        key = os.environ.get("OPENAI_API_KEY")
-        self.client = Client(url.rstrip("/").removesuffix("/v1"), timeout, {"Authorization": f"Bearer {key}"} if key else None)
+        self.client = openai_client(url, timeout)
         self.at_once = at_once
         self.model: str = model or self._ask("/v1/models", None, method="GET", read=_first_model)
 
@@ -77,7 +75,7 @@ class ChatServer:
                 f"the server at {self.client.url} does not answer ({error}): start it, or correct its address."
             ) from error
         except Refused as error:
-            what = "set OPENAI_API_KEY" if error.status in (401, 403) else "correct its address, or the model's name"
+            what = "set OPENAI_API_KEY" if error.wants_key else "correct its address, or the model's name"
             raise UserError(f"the server at {self.client.url} refuses a request ({error}): {what}.") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import os
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +31,7 @@ class Refused(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"HTTP {status}: {text}")
         self.status, self.text = status, text
+        self.wants_key = status in (401, 403)
 
 
 class Unavailable(Exception):
@@ -49,6 +51,10 @@ class Client:
     """
 
     def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None) -> None:
+        if "@" in url:  # not repeated here: an address is logged, and a password is not for others to read
+            raise UserError(
+                "a server's address must not hold a user or a password: leave out what stands before @, and set OPENAI_API_KEY."
+            )
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{url!r} is not the address of a server: write http://HOST:PORT.")
         self.url = url.rstrip("/")
@@ -65,13 +71,14 @@ class Client:
         read: Callable[[Any], Result] | None = None,
         retry: bool = True,
         done: str | None = None,
+        again: Callable[[], Any] | None = None,
         sentence: bool = False,
     ) -> Any:
         """The JSON answer (None where it is empty), or what `read` makes of it.
 
         `read` raises :class:`BadAnswer` for an answer that is not what was asked for: it counts as a failure of the server. An error
-        whose text holds `done` says that an earlier request, whose answer was lost, has done it already: None. With `sentence` the
-        answer need not be JSON.
+        whose text holds `done` says that an earlier request, whose answer was lost, has done it already: None. `again` is called
+        before each further attempt. With `sentence` the answer need not be JSON.
 
         Raises:
             Refused: 4xx; with `retry=False` also 5xx.
@@ -103,6 +110,8 @@ class Client:
                 self._told = time.monotonic()
                 logger.warning("The server at %s: %s; asking again in %g s.", self.url, trouble, pause)
             time.sleep(pause)
+            if again is not None:
+                again()
 
     def _once(self, path: str, body: dict[str, Any] | None, method: str, sentence: bool) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -122,6 +131,16 @@ class Client:
             if sentence:
                 return None
             raise BadAnswer(f"{len(content)} bytes that are no JSON") from None
+
+
+def openai_client(url: str, timeout: float) -> Client:
+    """A client of a server that speaks OpenAI's protocol: `url` with or without `/v1`, the key (if any) that OPENAI_API_KEY holds.
+
+    Raises:
+        UserError: see :class:`Client`.
+    """
+    key = os.environ.get("OPENAI_API_KEY")
+    return Client(url.rstrip("/").removesuffix("/v1"), timeout, {"Authorization": f"Bearer {key}"} if key else None)
 
 
 def _message(content: bytes) -> str:

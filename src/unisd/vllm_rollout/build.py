@@ -12,7 +12,7 @@ from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.rollout import Engine
 
-SYNC_FOLDER = "vllm-sync"  # inside output_dir: weights on their way to a server
+SYNC_FOLDER = "_vllm-sync"  # inside output_dir: weights on their way to a server; a push to the hub leaves out names with _
 
 
 def build_engine(

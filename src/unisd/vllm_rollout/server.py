@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import shutil
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from unisd.config import UniSDConfig
-from unisd.errors import UserError
-from unisd.patient_http import BadAnswer, Client, Refused, Unavailable
+from unisd.patient_http import BadAnswer, Refused, Unavailable, openai_client
 from unisd.rollout import Completion, NoiseKey, RolloutError, Sampling
 from unisd.vllm_rollout import common
 from unisd.vllm_rollout.plugin import BACKEND
 
 logger = logging.getLogger(__name__)
 
+COMPLETIONS = "/v1/completions"
 ADAPTERS_KEPT = 2  # on disk; a server that was started anew is given the newest again
 
 
@@ -36,10 +38,11 @@ class ServerEngine(common.VllmEngine):
     """Generates on a vLLM server with weights that it is given at each `sync`; see `build_engine` for the arguments.
 
     Args:
-        folder: where weights are put for the server to read: on a disk that both see under the same path.
+        folder: where weights are put for the server to read: on a disk that both see under the same path. What an earlier run has
+            left in it is removed, and so is what this one puts there when it ends.
 
     Raises:
-        UserError: no server answers, or it was started without what this run needs.
+        RolloutError: no server answers, or it was started without what this run needs.
     """
 
     def __init__(
@@ -52,8 +55,7 @@ class ServerEngine(common.VllmEngine):
         folder: Path,
     ) -> None:
         super().__init__(args, model, accelerator, eos_ids, finished_steps)
-        self.client = Client(args.vllm_server_url, args.vllm_server_timeout)
-        self._folder = folder.absolute()
+        self.client = openai_client(args.vllm_server_url, args.vllm_server_timeout)
         self._requests_at_once = args.rollout_batch_size
         self._tag = ""  # what the server calls the weights of the newest sync; the same on all ranks
         self._syncs = 0
@@ -61,6 +63,10 @@ class ServerEngine(common.VllmEngine):
         if accelerator.num_processes > 1:
             broadcast_object_list(run)
         self._run = run[0]
+        self._folder = folder.absolute() / self._run
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+            weakref.finalize(self, _remove, self._folder)
         self._start = self._start_command(args)
         self._base = self._connect(args)
 
@@ -81,38 +87,51 @@ class ServerEngine(common.VllmEngine):
             "the last checkpoint with --resume_from_checkpoint."
         )
 
-    def _unfit(self, what: str) -> UserError:
-        return UserError(f"the vLLM server at {self.client.url} {what}: start it with: {self._start}")
+    def _unfit(self, what: str) -> RolloutError:
+        return RolloutError(f"the vLLM server at {self.client.url} {what}: start it with: {self._start}")
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None, **options: Any) -> Any:
+    def _ask(self, path: str, body: dict[str, Any] | None = None, *, refusal: str = "refuses a request", **options: Any) -> Any:
+        """As `Client.ask`, with errors that end the run and lose no step; `refusal` says what a 4xx means."""
         try:
             return self.client.ask(path, body, **options)
         except Unavailable as error:
             raise self._gone(error) from error
+        except Refused as error:
+            if error.status == 404 and path == COMPLETIONS:  # it does not know the model, say an adapter
+                raise Restarted(error.text) from error
+            if error.wants_key:
+                raise RolloutError(f"the vLLM server at {self.client.url} {refusal} ({error}): set OPENAI_API_KEY.") from error
+            raise self._unfit(f"{refusal} ({error})") from error
 
     def _connect(self, args: UniSDConfig) -> str:
         """Wait for the server, look at what it can do, and return the name of its model."""
         served = self._ask("/v1/models", method="GET", read=_models)
         base = str(served[0]["id"])
+        if not self._accelerator.is_main_process:
+            return base
         longest, needed = served[0].get("max_model_len"), args.max_completion_length + 1
         if isinstance(longest, int) and longest < needed:
             raise self._unfit(f"takes {longest} tokens at most, fewer than max_completion_length={args.max_completion_length}")
         if args.temperature != 1:
             self._check_logprobs_mode(base)
         if not self._with_adapter:
-            try:
-                self._ask("/weight_info", method="GET")
-                self._ask("/init_weight_transfer_engine", {"init_info": {}}, retry=False)
-            except Refused as error:
-                raise self._unfit(f"cannot take over weights ({error}); it needs `unisd` installed beside it") from error
+            self._begin_transfer()
         return base
+
+    def _begin_transfer(self) -> None:
+        refusal = "cannot take over weights; it needs `unisd` installed beside it"
+        self._ask("/weight_info", method="GET", refusal=refusal)
+        self._ask("/init_weight_transfer_engine", {"init_info": {}}, retry=False, refusal=refusal)
 
     def _check_logprobs_mode(self, base: str) -> None:
         """Log-probabilities must be those drawn with: a token's must change with the temperature."""
         likely = []
         for temperature in (1.0, 0.5):
             body = {"model": base, "prompt": [self.eos_ids[0]], "max_tokens": 1, "temperature": temperature, "logprobs": 1}
-            top: dict[str, float] = self._complete({**body, "seed": 0}, read=_top_logprob)
+            try:
+                top: dict[str, float] = self._ask(COMPLETIONS, {**body, "seed": 0}, read=_top_logprob)
+            except Restarted as error:
+                raise self._unfit(f"completes nothing ({error})") from error
             likely.append(max(top.values()))
         if abs(likely[0] - likely[1]) < 1e-6:
             raise self._unfit("tells log-probabilities without the temperature")
@@ -123,8 +142,7 @@ class ServerEngine(common.VllmEngine):
         """Give the student's weights, as they are now, to the server; all ranks must call.
 
         Raises:
-            RolloutError: it does not answer.
-            UserError: it cannot read them.
+            RolloutError: it does not answer, or cannot read them.
         """
         self.weights_version = self._finished_steps()
         self._syncs += 1
@@ -142,7 +160,7 @@ class ServerEngine(common.VllmEngine):
 
     def _write_adapter(self) -> None:
         common.save_adapter(self.model, self._folder / self._tag)
-        older = sorted(self._folder.glob(f"{self._run}-*"), key=lambda path: path.stat().st_mtime)[:-ADAPTERS_KEPT]
+        older = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-ADAPTERS_KEPT]
         for path in older:
             shutil.rmtree(path, ignore_errors=True)
             try:
@@ -152,28 +170,31 @@ class ServerEngine(common.VllmEngine):
 
     def _load_adapter(self) -> None:
         body = {"lora_name": self._tag, "lora_path": str(self._folder / self._tag)}
-        try:
-            self._ask("/v1/load_lora_adapter", body, done="already", sentence=True)
-        except Refused as error:
-            lacks = " (it was started without VLLM_ALLOW_RUNTIME_LORA_UPDATING=1)" if error.status == 404 else ""
-            raise self._unfit(f"does not load the adapter in {self._folder}{lacks}: {error}") from error
+        refusal = f"does not load the adapter in {self._folder}"
+        self._ask("/v1/load_lora_adapter", body, done="already", sentence=True, refusal=refusal)
 
     def _send_weights(self) -> None:
         file = self._folder / "weights.safetensors"
-        common.save_full_weights(self.model, file)
+        refusal = f"does not take over the weights in {file}"
+
+        def start() -> None:
+            self._ask("/start_weight_update", {}, done="already active", refusal=refusal)
+
         try:
-            self._ask("/start_weight_update", {}, done="already active")
-            self._ask("/update_weights", {"update_info": {"path": str(file)}})
-            self._ask("/finish_weight_update", {"weight_version": self._tag}, done="without a matching start")
-            self._ask("/reset_prefix_cache", {}, read=_cleared)  # keys and values of the old weights
-        except Refused as error:
-            raise self._unfit(f"does not take over the weights in {file}: {error}") from error
+            common.save_full_weights(self.model, file)
+            start()
+            # One that fails ends the update that was started.
+            self._ask("/update_weights", {"update_info": {"path": str(file)}}, again=start, refusal=refusal)
+            self._ask("/finish_weight_update", {"weight_version": self._tag}, done="without a matching start", refusal=refusal)
+            self._ask("/reset_prefix_cache", {}, read=_cleared, refusal=refusal)  # keys and values of the old weights
+        finally:
+            file.unlink(missing_ok=True)  # a whole model: written anew for a server that was started anew
 
     def _check_version(self) -> None:
         """All weights live in the server alone: one that was started anew, or another run's, must not go unnoticed."""
         if self._with_adapter or not self._tag:
             return  # an adapter's name is asked for with every request
-        held = (self._ask("/weight_info", method="GET") or {}).get("weight_version")
+        held = (self._ask("/weight_info", method="GET", refusal="cannot tell its weights") or {}).get("weight_version")
         if held != self._tag:
             raise Restarted(f"it holds weights {held!r} instead of {self._tag!r}")
 
@@ -185,8 +206,8 @@ class ServerEngine(common.VllmEngine):
         Before the first `sync` with the weights that the server was started with.
 
         Raises:
-            RolloutError: the server does not answer, or has lost the weights and cannot be given them again.
-            UserError: it refuses a request, such as a prompt that is too long.
+            RolloutError: the server does not answer, refuses a request (a prompt that is too long, say), or has lost the weights and
+                cannot be given them again.
         """
         try:
             return self._generate(prompts, keys, sampling)
@@ -198,7 +219,7 @@ class ServerEngine(common.VllmEngine):
         if self._with_adapter:
             self._load_adapter()
         else:
-            self._ask("/init_weight_transfer_engine", {"init_info": {}})
+            self._begin_transfer()
             self._send_weights()
         try:
             return self._generate(prompts, keys, sampling)
@@ -217,21 +238,13 @@ class ServerEngine(common.VllmEngine):
             def read(answer: Any) -> Completion:
                 return self._completion(answer, prompt, sampling)
 
-            result: Completion = self._complete(body, read=read)
+            result: Completion = self._ask(COMPLETIONS, body, read=read)
             return result
 
         with ThreadPoolExecutor(self._requests_at_once) as pool:
             written = list(pool.map(one, range(len(prompts))))
         self._check_version()
         return written
-
-    def _complete(self, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
-        try:
-            return self._ask("/v1/completions", body, read=read)
-        except Refused as error:
-            if error.status == 404:
-                raise Restarted(error.text) from error
-            raise UserError(f"the vLLM server at {self.client.url} refuses a request: {error}.") from error
 
     def _completion(self, answer: Any, prompt: list[int], sampling: Sampling) -> Completion:
         try:
@@ -250,6 +263,12 @@ class ServerEngine(common.VllmEngine):
 
     def sleep(self) -> None:
         """Nothing: the server's memory is its own."""
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # another run's folder may stand beside it
+        folder.parent.rmdir()
 
 
 def _models(answer: Any) -> list[dict[str, Any]]:

@@ -31,7 +31,11 @@ class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class UnisdTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
-    """Loads weights in the layout of a checkpoint into the running model, layer by layer."""
+    """Loads weights in the layout of a checkpoint into the running model, layer by layer.
+
+    Everything happens in `receive_weights`, all weights in one call: what is sent again, because its answer was lost, is loaded again (a
+    second time within one reload would fail), and no request ever meets a model that waits for its weights.
+    """
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -40,19 +44,23 @@ class UnisdTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore
         pass
 
     def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
+        pass
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.model.load_weights(_from_file(update_info.path) if update_info.path else iter(update_info.tensors.items()))
-
-    def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        initialize_layerwise_reload(self.model)
+        try:
+            self.model.load_weights(_from_file(update_info.path) if update_info.path else iter(update_info.tensors.items()))
+        finally:
+            finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             # Here a head is multiplied from a packed copy; one that is tied to the embeddings gets no weights of its own, and is
             # not packed again by the reload (log-probabilities were 0.5 nats off).
             for module in self.model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
+
+    def finish_weight_update(self) -> None:
+        pass
 
     def shutdown(self) -> None:
         pass
