@@ -30,8 +30,8 @@ from unisd.teacher import Teacher
 
 LAYOUTS = ("append", "turn")
 HEADROOM = 0.05  # least gain in accuracy that is worth a run
-SIDE_ROWS = 16  # the two side questions (wrong reference, auxiliary contexts) are asked of so many rows
-COMPARED_ROWS, COMPARED_TOKENS = 16, 128  # where a grader speaks, distributions are compared on so many rows and first tokens
+SIDE_ROWS = 12  # the two side questions (wrong reference, auxiliary contexts) are asked of so many rows
+COMPARED_ROWS, COMPARED_TOKENS = 12, 128  # where a grader speaks, distributions are compared on so many rows and first tokens
 NOTABLE = 0.05  # nats per token below which a teacher says what the student says
 
 
