@@ -38,11 +38,16 @@ class CompletionSource:
     """Seconds of the newest sync of an engine with weights of its own."""
 
     def check(self) -> None:
-        """Raise `UserError` for the first reference that is longer than a completion may be."""
+        """Raise `UserError` for the first reference that is missing, or longer than a completion may be."""
         if self.args.completion_source not in ("reference", "mixture"):
             return
         limit = self.args.max_completion_length
         for number, row in enumerate(self.rows):
+            if not row.get("completion"):
+                raise UserError(
+                    f"row {number} of the training data has no completion, which completion_source={self.args.completion_source} "
+                    "trains on: add the column."
+                )
             if len(str(row["completion"]).encode()) >= limit and (length := len(self._reference(number).ids)) > limit:
                 raise UserError(
                     f"row {number} of the training data: the completion has {length} tokens, over max_completion_length={limit}: "

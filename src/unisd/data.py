@@ -2,10 +2,10 @@
 
 | column | meaning |
 |---|---|
-| `prompt` | the problem: a string, or chat messages that end in a user turn (required) |
+| `prompt` | the problem: a string, or chat messages; an assistant turn that ends them is split off as the completion (required) |
 | `privileged_context` | the reference solution, shown to the teacher only (required, unless `teacher_prompt` is there) |
 | `teacher_prompt` | a whole teacher prompt, instead of the template |
-| `completion` | the reference as an answer; default: `privileged_context` |
+| `completion` | the reference as an answer, a string or one assistant message; default: `privileged_context` |
 | `auxiliary_contexts` | list of solved examples of *other* problems, or instructions (for agreement) |
 | `negative_context` | a plausible wrong reference (for contrast) |
 | `id` | the row's name in reports |
@@ -71,7 +71,7 @@ def prepare_rows(
     Raises:
         UserError: empty dataset, missing column (with candidates), or the first bad row by its number (from 0).
     """
-    rows = [dict(row) for row in dataset]
+    rows: list[Row] = [dict(row) for row in dataset]
     if not rows:
         raise UserError(f"{name} is empty: give at least one row.")
     for ours, theirs in (mapping or {}).items():
@@ -79,14 +79,51 @@ def prepare_rows(
             close = difflib.get_close_matches(theirs, rows[0], n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" Its columns: {', '.join(map(str, rows[0]))}."
             raise UserError(f"{name} has no column {theirs!r} (mapped to {ours!r}).{hint}")
-        for row in rows:
-            if theirs in row:
-                row[ours] = row.pop(theirs)
+    for number, row in enumerate(rows):
+        _rename(row, mapping or {})
+        _as_text(row, f"row {number} of {name}")
     _check_columns(rows[0], name)
     for number, row in enumerate(rows):
         _check_row(row, f"row {number} of {name}")
         row.setdefault("id", str(number))
     return rows
+
+
+def _rename(row: Row, mapping: dict[str, str]) -> None:
+    """Give columns our names; one of theirs may serve for two of ours."""
+    named = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
+    for theirs in set(mapping.values()) - set(mapping):
+        row.pop(theirs, None)
+    row |= named
+
+
+def _as_text(row: Row, where: str) -> None:
+    """Forms that mean the same: a number for its text, one assistant message for its content, and a conversation for its prompt and the
+    answer that ends it.
+    """
+    for column in ("privileged_context", "completion", "negative_context"):
+        if type(row.get(column)) in (int, float):
+            row[column] = str(row[column])
+    if (content := _answer_of(row.get("prompt"))) is not None and len(row["prompt"]) > 1 and row.get("completion") is None:
+        row["prompt"], row["completion"] = row["prompt"][:-1], content
+        if not row.get("teacher_prompt") and row.get("privileged_context") is None:
+            row["privileged_context"] = content
+    completion = row.get("completion")
+    if (content := _answer_of(completion)) is not None and len(completion) == 1:
+        completion = row["completion"] = content
+    if completion is not None and (not isinstance(completion, str) or not completion.strip()):
+        raise UserError(
+            f"{where}: completion is {_describe(completion)}, a non-empty string or one assistant message is needed: mend or remove "
+            "the row."
+        )
+
+
+def _answer_of(turns: Any) -> str | None:
+    """What the assistant says in the last of some messages."""
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+        return None
+    return str(last["content"])
 
 
 def _check_columns(row: Row, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,15 @@ def get_task(options: RunOptions) -> Task:
     return task
 
 
-def load_data(options: RunOptions, seed: int = 0, training: bool = True) -> RunData:
+def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: bool = False) -> RunData:
     """Rows of the task, or the user's own.
 
+    Args:
+        whole: hold none of the user's own rows out.
+
     Raises:
-        UserError: unreadable or empty data, a row that breaks the contract, a task that must not be trained on.
+        UserError: unreadable or empty data, a row that breaks the contract or that the grader cannot grade, a task that must not be
+            trained on.
     """
     if options.task is not None:
         return _task_data(options, seed, training)
@@ -65,8 +69,13 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True) -> RunD
         name, rows = options.train_file, load_file(options.train_file)
     mapping = parse_column_mapping(options.columns)
     rows = prepare_rows(rows, mapping, name)
+    grade = _named_grader(options, rows, name)
+    evaluation: list[Row] = []
     if options.eval_file is not None:
         evaluation = prepare_rows(load_file(options.eval_file), mapping, options.eval_file)
+        _named_grader(options, evaluation, options.eval_file)
+    elif whole:
+        pass
     elif len(rows) == 1:
         raise UserError(f"{name} has a single row, so that none can be held out: give more rows, or --eval_file.")
     else:
@@ -75,7 +84,7 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True) -> RunD
         name=Path(name).stem if options.train_file else name,
         train=rows[: options.max_train_rows],
         evaluation=evaluation[: options.max_eval_rows],
-        grade=_named_grader(options.grader),
+        grade=grade,
     )
 
 
@@ -109,7 +118,9 @@ def _load_dataset(options: RunOptions) -> list[Row]:
     return [dict(row) for row in loaded]
 
 
-def _named_grader(name: str | None) -> GradeFunction | None:
+def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunction | None:
+    """The grader of the user's own rows, which compares with their answer, or runs their tests."""
+    name = options.grader
     if name is None:
         return None
     import difflib
@@ -120,8 +131,23 @@ def _named_grader(name: str | None) -> GradeFunction | None:
         close = difflib.get_close_matches(name, GRADERS, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(GRADERS))}."
         raise UserError(f"unknown grader {name!r}: {hint}")
+    code = name == "code"
+    columns = ("tests",) if code else ("answer", "completion")
+    for number, row in enumerate(rows):
+        if _gold(row, columns) is None:
+            needed = "a column tests with Python assertions" if code else "a column answer, or a reference"
+            raise UserError(f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row.")
+    if code:
+        sandbox.require(options.allow_unsafe_code_execution)
+        sandbox.allow_unsafe(options.allow_unsafe_code_execution)
     grader = GRADERS[name]
-    return lambda row, text: grader(text, row["completion"])
+    return lambda row, text: grader(text, _gold(row, columns) or "")
+
+
+def _gold(row: Row, columns: Sequence[str]) -> str | None:
+    """What the grader compares with: the first of the columns that holds something."""
+    values = (row.get(column) for column in columns)
+    return next((str(value) for value in values if value is not None and str(value).strip()), None)
 
 
 def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) -> None:

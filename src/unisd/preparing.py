@@ -201,7 +201,8 @@ def run(arguments: Sequence[str]) -> int:
     values = {name: getattr(own, name) for name in SHARED if getattr(own, name) is not None}
     flags = [token for name, value in values.items() for token in (f"--{name}", *(value if isinstance(value, list) else [value]))]
     options, config = parse(flags, "unisd prepare")
-    data = load_data(options, config.seed)
+    _refuse_input(own.output, options)
+    data = load_data(options, config.seed, whole=True)
     loaded: list[tuple[Any, Any]] = []
 
     def load() -> tuple[Any, Any]:
@@ -226,6 +227,15 @@ def run(arguments: Sequence[str]) -> int:
             raise UserError(f"--output {path} cannot be written: {error.strerror}.") from None
         print(f"{len(rows)} rows written to {path}")
     return 0
+
+
+def _refuse_input(output: str | Path | None, options: RunOptions) -> None:
+    """Writing the rows over the file that they came from would lose the rest of it."""
+    if output is None:
+        return
+    for given in (options.train_file, *(options.data_files or ())):
+        if given is not None and Path(output).resolve() == Path(given).resolve():
+            raise UserError(f"--output {output} is the file that the rows are read from: choose another.")
 
 
 def _show(rows: Sequence[Row], prompts: PromptBuilder, config: UniSDConfig) -> None:

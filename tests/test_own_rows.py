@@ -1,0 +1,115 @@
+"""The user's own rows: what a column may hold, what graders compare with, and what `unisd prepare` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+
+from unisd.cli import main
+from unisd.data import prepare_rows
+from unisd.errors import UserError
+from unisd.inputs import load_data
+from unisd.options import RunOptions
+
+ADD = "def add(a, b):\n    return a + b"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def data_of(path: Path, *rows: dict[str, Any], **options: Any) -> Any:
+    file = write(path / "rows.jsonl", [{"prompt": f"p{i}", "privileged_context": "r", **row} for i, row in enumerate(rows * 2)])
+    return load_data(RunOptions(train_file=file, **options))
+
+
+def test_code_is_graded_by_tests(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="row 0 of .* --grader code needs a column tests"):
+        data_of(tmp_path, {"completion": ADD}, grader="code", allow_unsafe_code_execution=True)
+    data = data_of(
+        tmp_path, {"completion": ADD, "tests": "assert add(1, 2) == 3"}, grader="code", allow_unsafe_code_execution=True
+    )
+    row = data.train[0]
+    assert data.grader(row, ADD) and not data.grader(row, "def add(a, b):\n    return 0")
+
+
+def test_code_needs_a_sandbox_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(unsafe: bool) -> None:
+        raise UserError("no sandbox")
+
+    monkeypatch.setattr("unisd.sandbox.require", refuse)
+    with pytest.raises(UserError, match="no sandbox"):
+        data_of(tmp_path, {"tests": "assert True"}, grader="code")
+
+
+def test_an_answer_column_is_what_graders_compare_with(tmp_path: Path) -> None:
+    data = data_of(tmp_path, {"completion": "It is 4, or 5.", "answer": 4}, grader="exact")
+    assert data.grader(data.train[0], "4") and not data.grader(data.train[0], "It is 4, or 5.")
+    data = data_of(tmp_path, {"completion": "4"}, grader="exact")
+    assert data.grader(data.train[0], "4")
+    with pytest.raises(UserError, match="row 0 of .* needs a column answer, or a reference"):
+        data_of(tmp_path, {"privileged_context": None, "teacher_prompt": "t"}, grader="exact")
+
+
+def test_forms_of_a_completion() -> None:
+    row = {"prompt": "p", "privileged_context": "r"}
+    message = {"role": "assistant", "content": "a"}
+    assert prepare_rows([{**row, "completion": [message]}])[0]["completion"] == "a"
+    for wrong in ("", " ", [], [message, message], [{"role": "user", "content": "a"}], {"a": 1}):
+        with pytest.raises(UserError, match="row 0 of the dataset: completion is"):
+            prepare_rows([{**row, "completion": wrong}])
+
+
+def test_numbers_are_text() -> None:
+    row = prepare_rows([{"prompt": "p", "privileged_context": 4, "negative_context": 4.5, "completion": 4}])[0]
+    assert (row["privileged_context"], row["negative_context"], row["completion"]) == ("4", "4.5", "4")
+
+
+def test_conversations_are_split_before_the_answer() -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = prepare_rows([{"messages": turns}], {"prompt": "messages"})[0]
+    assert (row["prompt"], row["completion"], row["privileged_context"]) == (turns[:1], "a", "a")
+    assert (
+        prepare_rows([{"messages": turns, "hint": "h"}], {"prompt": "messages", "privileged_context": "hint"})[0][
+            "privileged_context"
+        ]
+        == "h"
+    )
+
+
+def test_one_column_under_two_names() -> None:
+    row = prepare_rows([{"prompt": "p", "answer": "a"}], {"privileged_context": "answer", "completion": "answer"})[0]
+    assert row == {"prompt": "p", "privileged_context": "a", "completion": "a", "id": "0"}
+    same = {"privileged_context": "privileged_context", "completion": "privileged_context"}
+    assert prepare_rows([{"prompt": "p", "privileged_context": "a"}], same)[0]["completion"] == "a"
+
+
+def test_references_to_train_on_are_there(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"p{i}", "teacher_prompt": "t"} for i in range(4)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    command = ["train", "--model_name_or_path", str(model_dir), "--train_file", file, "--recipe", "sft", "--dry_run"]
+    assert main(command) == 2
+    assert "has no completion, which completion_source=reference trains on" in capsys.readouterr().err
+
+
+def test_prepare_writes_every_row(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}."} for i in range(20)])
+    command = ["prepare", "--model_name_or_path", str(model_dir), "--train_file", file, "--negatives", "corrupt", "--output"]
+    assert main([*command, str(tmp_path / "out.jsonl")]) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
+    assert main([*command, str(tmp_path / "." / "rows.jsonl")]) == 2
+    assert "the file that the rows are read from" in capsys.readouterr().err
