@@ -186,6 +186,32 @@ def test_output_dir_of_another_run(own: Any, tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "results.json"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--resume_from_checkpoint"]])
+def test_output_dir_with_the_users_own_files(own: Any, tmp_path: Path, flags: list[str]) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    assert "holds other files" in own(ROWS, "--output_dir", str(tmp_path / "project"), *flags)
+    assert "holds other files" in own(ROWS, "--output_dir", str(tmp_path), *flags)
+
+
+def test_two_runs_started_together_get_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unisd.outputs import choose_output_dir
+    from unisd.parsing import parse
+
+    monkeypatch.chdir(tmp_path)
+    folders = [choose_output_dir(*parse([]), "pocket")[0].name for _ in range(2)]
+    assert folders == ["unisd-star-pocket-pocket", "unisd-star-pocket-pocket-2"]
+    assert choose_output_dir(*parse([]), "pocket", reserve=False)[0].name == "unisd-star-pocket-pocket-3"
+    assert not (tmp_path / "unisd-output" / "unisd-star-pocket-pocket-3").exists()
+
+
+def test_a_mistake_leaves_no_folder_behind(mistake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_dir: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write_rows(tmp_path / "rows.jsonl", without(ROWS, "auxiliary_contexts"))
+    mistake("train", "--train_file", file, "--model_name_or_path", model_dir, "--agreement", "token")
+    assert not any((tmp_path / "unisd-output").glob("*"))
+
+
 def test_nothing_to_resume(own: Any, tmp_path: Path) -> None:
     assert "no complete checkpoint" in own(ROWS, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint")
     assert "is no folder" in own(ROWS, "--resume_from_checkpoint", "checkpoint-7")

@@ -26,16 +26,21 @@ DEFAULT_ROOT = "unisd-output"
 RESUME = "--resume_from_checkpoint"
 
 
-def choose_output_dir(options: RunOptions, config: UniSDConfig, data_name: str) -> tuple[Path, str | bool | None]:
-    """The output folder, and the checkpoint to resume from (True: its newest whole one, None: start anew). Makes nothing.
+def choose_output_dir(
+    options: RunOptions, config: UniSDConfig, data_name: str, reserve: bool = True
+) -> tuple[Path, str | bool | None]:
+    """The output folder, and the checkpoint to resume from (True: its newest whole one, None: start anew).
 
     A named folder without any checkpoint is started anew also when it was to be resumed: a scheduler gives the same command again,
     however far the run had come.
 
     Without `output_dir`, a run gets the first unused of `unisd-output/<recipe>-<model>-<data>`, `...-2`, `...-3`.
 
+    Args:
+        reserve: make that folder, so that no other run takes it; else nothing is made.
+
     Raises:
-        UserError: a folder that holds another run, one that cannot be written, or nothing to resume from.
+        UserError: a folder that holds another run or other files, one that cannot be written, or nothing to resume from.
     """
     resume = str(config.resume_from_checkpoint or "")
     if resume.lower() in ("", "false", "none"):
@@ -57,12 +62,13 @@ def choose_output_dir(options: RunOptions, config: UniSDConfig, data_name: str) 
         elif resume:
             folder = Path(resume).parent
         else:
-            folder = next(path for path in candidates if not path.exists() or (path.is_dir() and not any(path.iterdir())))
+            check_writable(Path(DEFAULT_ROOT))
+            folder = next(path for path in candidates if (_made(path) if reserve else not path.exists()))
     check_writable(folder)
     if not newest:
         return folder, resume or None
     if not any(folder.glob("checkpoint-*")):
-        if (folder / RESULTS).exists():
+        if (folder / RESULTS).exists() or not (folder / METRICS).exists():
             _refuse_used(folder)
         logger.warning("%s holds no checkpoint to resume from: the run starts from its first step.", folder)
         return folder, None
@@ -98,6 +104,17 @@ def _refuse_used(folder: Path) -> None:
             f"{folder} holds an unfinished run: go on with --resume_from_checkpoint, start over with --overwrite_output_dir, or "
             "choose another --output_dir."
         )
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files, which a run might replace: choose another --output_dir.")
+
+
+def _made(folder: Path) -> bool:
+    """Whether this call has made the folder: of two runs, one only."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def clear_earlier_run(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,13 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
         broadcast_object_list(chosen)
     folder, checkpoint = chosen[0]
     config.output_dir, config.resume_from_checkpoint = str(folder), checkpoint
-    setting = set_up(options, config, data, console)
+    try:
+        setting = set_up(options, config, data, console)
+    except UserError:
+        if "output_dir" not in options.explicit and config.process_index == 0:
+            with suppress(OSError):  # not empty: a run to go on with
+                folder.rmdir()
+        raise
     trainer = setting.trainer
     if trainer.is_world_process_zero():
         if checkpoint is None and options.overwrite_output_dir:
@@ -212,7 +219,7 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
     """
     console, shards = make_console(), shards_of(options)
     data = load_data(options, config.seed)
-    folder, _ = outputs.choose_output_dir(options, config, data.name)
+    folder, _ = outputs.choose_output_dir(options, config, data.name, reserve=False)
     push, config.push_to_hub = config.push_to_hub, False
     with tempfile.TemporaryDirectory() as nowhere:  # the Trainer makes its folder at construction
         config.output_dir = nowhere
