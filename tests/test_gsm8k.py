@@ -52,9 +52,9 @@ def test_held_out_problems_are_disjoint_and_do_not_depend_on_order_or_seed(tmp_p
     rows = problems(300)
     task = GSM8KTask(str(write(tmp_path / "a.jsonl.gz", rows)))
     turned = GSM8KTask(str(write(tmp_path / "b.jsonl", rows[::-1])))
-    train, test = ({row["id"] for row in task.load(split)} for split in ("train", "test"))
+    train, test = ({row["prompt"] for row in task.load(split)} for split in ("train", "test"))
     assert not train & test and len(train | test) == 300 and 10 < len(test) < 60
-    assert {row["id"] for row in turned.load("test", seed=5)} == test
+    assert {row["prompt"] for row in turned.load("test", seed=5)} == test
     assert task.load("validation") == task.load("test")
     # Solved examples of a test row are training problems.
     questions = {row["prompt"].split("\n")[0] for row in task.load("test")}

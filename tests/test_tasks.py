@@ -209,6 +209,14 @@ def test_jsonl_task(tmp_path):
         ("mbpp", {"task_id": 1, "code": "x"}),
         ("gpqa", {"Question": "x"}),
         ("humaneval", {"task_id": "x"}),
+        ("cos_e", {"id": "1", "question": {"stem": "s", "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]}}),
+        ("cos_e", {"id": "1", "question": "s", "choices": [1, 2], "answer": "1"}),
+        ("medmcqa", {"question": "s", "opa": "a", "opb": "b", "opc": "c", "opd": "d"}),
+        ("medmcqa", {"question": "s", "opa": "a", "opb": "b", "opc": "c", "opd": None, "cop": 0}),
+        ("scienceqa", {"question": "s", "choices": ["a", "b"], "answer": 0, "hint": 3}),
+        ("mbpp", {"task_id": 1, "code": "x", "test_list": ["assert 1"], "text": "t", "test_setup_code": 5}),
+        ("toolalpaca", {"Name": "t", "Function_Description": {"f": "x"}, "Instructions": ["i"], "Golden_Answers": ["oops"]}),
+        ("gpqa", {"Question": "q", "Correct Answer": "a", "Incorrect Answer 1": "b", "Incorrect Answer 2": "c"}),
     ],
 )
 def test_wrong_fields_are_named_with_their_row(tmp_path, name, row):
@@ -239,3 +247,22 @@ def test_contamination_of_real_tasks_is_low(name, files, options, record_propert
     record_property("exact", len(report.exact))
     record_property("near", len(report.near))
     assert len(report.exact) <= 0.05 * report.test
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("gsm8k", {"question": "q{}", "answer": "#### 1"}),
+        ("scienceqa", {"question": "q{}", "choices": ["a", "b"], "answer": 0}),
+        ("medmcqa", {"question": "q{}", "choices": ["a", "b"], "answer": 0}),
+        ("jsonl", {"prompt": "the same", "answer": "1"}),
+    ],
+)
+def test_rows_without_an_id_are_numbered(tmp_path, name, record):
+    records = [{key: value.format(i) if isinstance(value, str) else value for key, value in record.items()} for i in range(30)]
+    task = tasks.get(name, data_files=write(tmp_path / "rows.jsonl", records))
+    assert [row["id"] for row in task.load("all")] == [str(i) for i in range(30)]
+    if name != "jsonl":  # a split keeps the numbers, and what was drawn does not depend on them
+        turned = tasks.get(name, data_files=write(tmp_path / "turned.jsonl", records[::-1])).load("train", seed=1)
+        negatives = {row["prompt"]: (row["negative_context"], str(29 - int(row["id"]))) for row in turned}
+        assert negatives == {row["prompt"]: (row["negative_context"], row["id"]) for row in task.load("train", seed=1)}

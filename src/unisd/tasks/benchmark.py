@@ -13,6 +13,7 @@ import json
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,9 +68,10 @@ class Benchmark(Task):
         yield raw
 
     def problem(self, raw: Raw, where: str) -> Problem:
-        """A checked record as this task's own dict; must have `id` (str) and `key` (text that makes it the same problem).
+        """A checked record as this task's own dict; must have `key` (text that makes it the same problem), and `id` (str) where the
+        dataset has one, else the row's number is taken.
 
-        Raises `UserError` for a record that is no such problem.
+        Raises `UserError` for a record that is no such problem; where a field holds something else, any error will do.
         """
         raise NotImplementedError
 
@@ -116,7 +118,7 @@ class Benchmark(Task):
         return [self._row(problems[i], pool, seed) for i in order[:limit]]
 
     def _row(self, problem: Problem, pool: list[Problem], seed: int) -> Row:
-        rng = random.Random(f"{seed} {problem['id']}")
+        rng = random.Random(f"{seed} {problem['seed']}")
         others: list[Problem] = []
         for _ in range(20 * self.num_auxiliary_contexts):  # a small file may hold fewer problems than are wanted
             other = rng.choice(pool)
@@ -129,10 +131,14 @@ class Benchmark(Task):
         """Problems by split. From the Hub only what `split` needs: itself and the training problems."""
         found: dict[str, list[Problem]] = {"train": [], "validation": [], "test": []}
         problems: list[tuple[Problem, str | None]] = []
-        for raw, where, named in self._from_files() if self.data_files is not None else self._from_hub(split):
-            problem = self.problem(self._checked(raw, where), where)
+        counts: Counter[str | None] = Counter()
+        for raw, problem, named in self._from_files() if self.data_files is not None else self._from_hub(split):
             problem["number"] = len(problems)
-            problem.setdefault("id", str(len(problems)))
+            # What is drawn for a problem must not depend on its place in the files.
+            problem["seed"] = problem.get("id") or short_id(problem["key"])
+            numbered = named if self.data_files is None and split != "all" else None
+            problem.setdefault("id", str(counts[numbered]))
+            counts[numbered] += 1
             problems.append((problem, named))
         if split == "all":
             return found | {"train": [problem for problem, _ in problems]}
@@ -153,7 +159,15 @@ class Benchmark(Task):
             found["validation"], found["test"] = found["validation"] or found["test"], found["test"] or found["validation"]
         return found
 
-    def _from_files(self) -> Iterator[tuple[Raw, str, str | None]]:
+    def _read(self, record: Raw, where: str) -> list[tuple[Raw, Problem]]:
+        """The problems of one record."""
+        try:
+            return [(raw, self.problem(self._checked(raw, where), where)) for raw in self.flatten(record)]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else f"a field holds something else ({error})"
+            raise UserError(f"{self.name}: {where} is no record of this task: {reason}") from None
+
+    def _from_files(self) -> Iterator[tuple[Raw, Problem, str | None]]:
         assert self.data_files is not None
         patterns = [self.data_files] if isinstance(self.data_files, (str, Path)) else self.data_files
         for pattern in map(str, patterns):
@@ -165,14 +179,14 @@ class Benchmark(Task):
                     raise UserError(f"{self.name}: {error}") from None
                 by_name = _split_of(Path(path).name)
                 for number, record in enumerate(records):
-                    for raw in self.flatten(record):
-                        yield raw, f"{path}, row {number}", self.split_of(raw) or by_name
+                    for raw, problem in self._read(record, f"{path}, row {number}"):
+                        yield raw, problem, self.split_of(raw) or by_name
 
     def split_of(self, raw: Raw) -> str | None:
         """The split that a record names itself."""
         return _SPLIT_WORDS.get(str(raw.get("split")))
 
-    def _from_hub(self, split: str) -> Iterator[tuple[Raw, str, str | None]]:
+    def _from_hub(self, split: str) -> Iterator[tuple[Raw, Problem, str | None]]:
         from datasets import load_dataset
 
         repository, configuration = self.hub
@@ -189,8 +203,8 @@ class Benchmark(Task):
                     f"{repository} has {len(data)} rows in {theirs}, not {self.counts[ours]}: not the dataset that this task knows"
                 )
             for number, record in enumerate(data):
-                for raw in self.flatten(dict(record)):
-                    yield raw, f"{repository}, {theirs} row {number}", ours
+                for raw, problem in self._read(dict(record), f"{repository}, {theirs} row {number}"):
+                    yield raw, problem, ours
 
     def _checked(self, raw: Raw, where: str) -> Raw:
         missing = [
@@ -214,8 +228,13 @@ def _split_of(file_name: str) -> str | None:
 
 
 def short_id(text: str) -> str:
-    """A stable name for a problem that has none."""
+    """A stable name for a problem."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def own_id(raw: Raw, field: str) -> Problem:
+    """The `id` of a problem whose record has one."""
+    return {"id": str(raw[field])} if raw.get(field) not in (None, "") else {}
 
 
 def as_list(value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unisd.errors import UserError
-from unisd.tasks.benchmark import Problem, Raw, short_id
+from unisd.tasks.benchmark import Problem, Raw, own_id
 from unisd.tasks.multiple_choice import MultipleChoice, check_options
 
 SUBSETS = {"main": 448, "extended": 546, "diamond": 198}
@@ -48,7 +48,7 @@ class GPQATask(MultipleChoice):
             [raw["Correct Answer"], *(raw.get(f"Incorrect Answer {i}") for i in (1, 2, 3))], 0, where, self.name
         )
         return {
-            "id": str(raw.get("Record ID") or short_id(raw["Question"])),
+            **own_id(raw, "Record ID"),
             "key": raw["Question"].strip(),
             "question": raw["Question"].strip(),
             "options": options,

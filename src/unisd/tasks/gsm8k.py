@@ -15,7 +15,7 @@ import re
 from unisd.errors import UserError
 from unisd.graders import extract_number, number
 from unisd.tasks.base import Grade, Row
-from unisd.tasks.benchmark import Benchmark, Problem, Raw, short_id
+from unisd.tasks.benchmark import Benchmark, Problem, Raw
 
 INSTRUCTION = 'Think step by step, briefly, and end with "#### <number>".'
 _NOTE = re.compile(r"<<[^<>\n]{0,500}>>")
@@ -37,7 +37,6 @@ class GSM8KTask(Benchmark):
         reference = _NOTE.sub("", raw["answer"]).strip()
         question = raw["question"].strip()
         return {
-            "id": short_id(question),
             "key": question,
             "reference": reference,
             "answer": reference.rpartition("####")[2].strip(),

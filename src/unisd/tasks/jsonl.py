@@ -13,7 +13,7 @@ from pathlib import Path
 from unisd.errors import UserError
 from unisd.graders import GRADERS
 from unisd.tasks.base import Grade, Row
-from unisd.tasks.benchmark import Benchmark, Problem, Raw, short_id
+from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
 
 
 class JsonlTask(Benchmark):
@@ -49,7 +49,7 @@ class JsonlTask(Benchmark):
         if not isinstance(prompt, (str, list)) or answer is None or not str(answer).strip():
             raise UserError(f"jsonl: {where} has no prompt in {self.prompt_column!r} or no answer in {self.answer_column!r}")
         key = str(prompt)
-        return {"raw": raw, "key": key, "id": str(raw.get("id", short_id(key)))}
+        return {"raw": raw, "key": key, **own_id(raw, "id")}
 
     def row(self, problem: Problem, rng: random.Random) -> Row:
         raw = problem["raw"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from unisd.tasks.benchmark import Problem, Raw, short_id
+from unisd.tasks.benchmark import Problem, Raw, as_list, own_id
 from unisd.tasks.multiple_choice import MultipleChoice, check_options
 
 _LETTER = re.compile(r"^[A-D]\.\s*")
@@ -25,14 +25,15 @@ class MedMCQATask(MultipleChoice):
         if "opa" in raw:
             options, answer = [raw[name] for name in ("opa", "opb", "opc", "opd")], raw["cop"]
         else:
-            options, answer = [_LETTER.sub("", str(option)) for option in raw.get("choices") or []], raw.get("answer")
-        unique = [str(option).strip() for option in options]
+            options, answer = as_list(raw.get("choices")), raw.get("answer")
+            options = [option if option is None else _LETTER.sub("", str(option)) for option in options]
+        unique = ["" if option is None else str(option).strip() for option in options]
         if len(set(unique)) < len(unique):  # a handful repeat an option: told apart by their place
             unique = [f"{text} ({i + 1})" if unique.count(text) > 1 else text for i, text in enumerate(unique)]
         texts, index = check_options(unique, answer, where, self.name)
         key = f"{raw['question'].strip()}\n{texts}"
         return {
-            "id": str(raw.get("id") or short_id(key)),
+            **own_id(raw, "id"),
             "key": key,
             "question": raw["question"].strip(),
             "options": texts,

@@ -84,7 +84,7 @@ def check_options(options: Sequence[object], answer: object, where: str, name: s
 
     Raises `UserError` where they are not.
     """
-    texts = [str(option).strip() for option in options]
+    texts = ["" if option is None else str(option).strip() for option in options]
     if not 2 <= len(texts) <= len(LETTERS) or len(set(texts)) != len(texts) or not all(texts):
         raise UserError(f"{name}: {where} has no 2 to {len(LETTERS)} different options: {texts!r:.200}")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from unisd.tasks.benchmark import Problem, Raw, short_id
+from unisd.tasks.benchmark import Problem, Raw, own_id
 from unisd.tasks.multiple_choice import MultipleChoice, check_options
 
 METADATA = {"skill": "subject", "topic": "topic", "category": "category", "grade": "grade"}
@@ -52,7 +52,7 @@ class ScienceQATask(MultipleChoice):
         shown = "\n".join(part for part in (*before, question) if part)
         key = f"{hint}\n{question}\n{options}"
         return {
-            "id": str(raw.get("pid") or short_id(key)),
+            **own_id(raw, "pid"),
             "key": key,
             "question": shown,
             "options": options,
