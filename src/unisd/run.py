@@ -21,6 +21,7 @@ from unisd.checkpoints import last_complete_checkpoint
 from unisd.config import UniSDConfig
 from unisd.console import ProgressDisplay, make_console, show_example, show_table
 from unisd.cost import Energy, cost_of
+from unisd.errors import UserError
 from unisd.guards import Interruption, on_any_rank
 from unisd.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
 from unisd.launch import shards_of

@@ -132,7 +132,7 @@ class Benchmark(Task):
         found: dict[str, list[Problem]] = {"train": [], "validation": [], "test": []}
         problems: list[tuple[Problem, str | None]] = []
         counts: Counter[str | None] = Counter()
-        for raw, problem, named in self._from_files() if self.data_files is not None else self._from_hub(split):
+        for problem, named in self._from_files() if self.data_files is not None else self._from_hub(split):
             problem["number"] = len(problems)
             # What is drawn for a problem must not depend on its place in the files.
             problem["seed"] = problem.get("id") or short_id(problem["key"])
@@ -167,7 +167,7 @@ class Benchmark(Task):
             reason = f"it lacks {error}" if isinstance(error, KeyError) else f"a field holds something else ({error})"
             raise UserError(f"{self.name}: {where} is no record of this task: {reason}") from None
 
-    def _from_files(self) -> Iterator[tuple[Raw, Problem, str | None]]:
+    def _from_files(self) -> Iterator[tuple[Problem, str | None]]:
         assert self.data_files is not None
         patterns = [self.data_files] if isinstance(self.data_files, (str, Path)) else self.data_files
         for pattern in map(str, patterns):
@@ -180,13 +180,13 @@ class Benchmark(Task):
                 by_name = _split_of(Path(path).name)
                 for number, record in enumerate(records):
                     for raw, problem in self._read(record, f"{path}, row {number}"):
-                        yield raw, problem, self.split_of(raw) or by_name
+                        yield problem, self.split_of(raw) or by_name
 
     def split_of(self, raw: Raw) -> str | None:
         """The split that a record names itself."""
         return _SPLIT_WORDS.get(str(raw.get("split")))
 
-    def _from_hub(self, split: str) -> Iterator[tuple[Raw, Problem, str | None]]:
+    def _from_hub(self, split: str) -> Iterator[tuple[Problem, str | None]]:
         from datasets import load_dataset
 
         repository, configuration = self.hub
@@ -203,8 +203,8 @@ class Benchmark(Task):
                     f"{repository} has {len(data)} rows in {theirs}, not {self.counts[ours]}: not the dataset that this task knows"
                 )
             for number, record in enumerate(data):
-                for raw, problem in self._read(dict(record), f"{repository}, {theirs} row {number}"):
-                    yield raw, problem, ours
+                for _, problem in self._read(dict(record), f"{repository}, {theirs} row {number}"):
+                    yield problem, ours
 
     def _checked(self, raw: Raw, where: str) -> Raw:
         missing = [
