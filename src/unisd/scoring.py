@@ -274,9 +274,10 @@ class Scorer:
                     places = torch.linspace(0, length - 1, min(length, most_tokens), device=device).round().long()
                     hidden[view.job.row][view.job.view] = view.final_TH[places]
 
-        with generating(self.backbone.causal_lm), torch.no_grad(), self._context():
-            with self.teacher.in_place():
-                record(jobs)
+        # A context for each set of weights: within one, autocast remembers its casts of a parameter, whatever its values are by then.
+        with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
+            record(jobs)
+        with generating(self.backbone.causal_lm), self._context():
             record([_Job("student", i, 0, row.student) for i, row in enumerate(rows)])
             heads = {"student": self.backbone.head()}
             other = teacher_head(self.backbone, self.teacher)
