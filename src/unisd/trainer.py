@@ -365,10 +365,11 @@ class UniSDTrainer(SafeTrainer):
             everywhere = torch.ones(len(student_NH), dtype=torch.bool, device=student_NH.device)
             target = self.scorer.target_states(inputs.get("target_states", {}), inputs.get("target_present_N", everywhere))
         reweigh = self.in_forward.reweigh(torch.tensor(inputs["part"]))
-        if args.loss_implementation == "plain":
-            output = plain_loss(*terms, target=target, reweigh=reweigh)
-        else:
-            output = chunked_loss(*terms, args.loss_chunk_tokens, target=target, reweigh=reweigh)
+        with self.accelerator.autocast():  # only the model's own forward has it so far; the scores were taken under it
+            if args.loss_implementation == "plain":
+                output = plain_loss(*terms, target=target, reweigh=reweigh)
+            else:
+                output = chunked_loss(*terms, args.loss_chunk_tokens, target=target, reweigh=reweigh)
         loss = output.loss
         self.finite.see(inputs["row_N"], output.divergence_N, output.student_logp_N)
         self.observer.after_loss(inputs, output, contrast)
