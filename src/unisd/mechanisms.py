@@ -49,7 +49,7 @@ class StepScores:
     negative_logp: Tensor | None = None  # [B,T] l- (negative)
     negative_present: Tensor | None = None  # [B] bool (negative)
     negative_divergence: Tensor | None = None  # [B,T] KL(q||q-), at the distillation temperature (contrast)
-    student_logp: Tensor | None = None  # [B,T] l, from a student pass without gradient (student)
+    student_logp: Tensor | None = None  # [B,T] l, from a student pass without gradient or the rollout itself (student)
     teacher_entropy: Tensor | None = None  # [B,T] H(q) (entropy)
     divergence: Tensor | None = None  # [B,T] D (divergence)
     behaviour_logp: Tensor | None = None  # [B,T] l' with which the token was drawn, NaN if nobody drew it (importance)
@@ -99,7 +99,7 @@ def register_weight(
     """Decorator: make a function `(scores, **options) -> Tensor` known as the reliability weight `name`.
 
     in_forward: the needs `student` and `divergence` are then met by the training pass, without a pass of their own. The function
-    must look at each row alone, because it sees one micro-batch at a time.
+    must look at each row alone, because it sees one micro-batch at a time, and leave each row some weight: rows are counted before.
     """
     if level not in ("token", "sequence"):
         raise UserError(f"token weight {name!r}: level must be token or sequence, got {level!r}.")

@@ -44,6 +44,7 @@ from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
 from unisd.step import (
     InForward,
     check_data_serves,
+    drawn_scores,
     gather_scores,
     idle_agreement,
     loss_coefficients,
@@ -131,13 +132,13 @@ class UniSDTrainer(SafeTrainer):
         if not self.prompts.is_chat:
             logger.warning("The tokenizer has no chat template: prompts are taken as plain text.")
         self.weights = [parse_weight(spec) for spec in args.reliability_weights]
-        self.in_forward = InForward(args, self.weights)
         self.target = None if args.target is None else parse_target(args.target)
         self.sources = scored_sources(args, self.target)
         told = logps_compare(args) if args.use_vllm and engine is None else getattr(engine, "returns_logps", False)
-        off_policy = args.num_iterations > 1 or told
-        self.needs = needed_views(args, self.weights, self.in_forward.weights, self.sources, off_policy)
-        self.off_policy = off_policy and args.importance_cap is not None
+        self.off_policy = (args.num_iterations > 1 or told) and args.importance_cap is not None
+        self.drawn = drawn_scores(args, self.weights) if engine is None and not args.use_vllm else frozenset()
+        self.in_forward = InForward(args, self.weights, self.drawn, self.off_policy)
+        self.needs = needed_views(args, self.weights, self.in_forward.weights, self.sources, self.drawn, self.off_policy)
         self.store = RolloutStore(args.num_iterations)
         if self.rows:
             check_data_serves(self.needs, self.rows)
@@ -195,7 +196,8 @@ class UniSDTrainer(SafeTrainer):
         )
         if engine is None and args.use_vllm:
             engine = build_engine(args, student, self.accelerator, self.eos_ids, lambda: self.state.global_step)
-        self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
+        own = TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size, tells_logps=bool(self.drawn))
+        self.engine: Engine = engine or own
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
         self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
         self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
@@ -256,6 +258,8 @@ class UniSDTrainer(SafeTrainer):
                 completions = with_logps(completions, scores.student_logp)
                 self.store.keep(numbers, completions, self.store.step)
                 scores = replace(scores, behaviour_logp=behaviour_logp(completions, scores.mask.shape[1]))
+            if self.drawn and scores.student_logp is None:
+                scores = replace(scores, student_logp=behaviour_logp(completions, scores.mask.shape[1]))
             own, everywhere = gather_scores(self.accelerator, scores)
             coefficients, weights_log = loss_coefficients(self.args, self.weights, everywhere, self.in_forward.weights)
             coefficients = {name: value_BT[own, : scores.mask.shape[1]] for name, value_BT in coefficients.items()}
