@@ -24,6 +24,7 @@ from unisd.levels import final_answer, first_half, hints, reference_at
 from unisd.losses import chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, parse_weight, step_coefficients
 from unisd.prompts import PromptBuilder
+from unisd.step import needed_views
 from unisd.targets import TargetInputs, TargetStates, parse_target, register_target
 from unisd.weights import confidence_gate, contrast_weight, dash, entropy_trust, position
 
@@ -359,6 +360,25 @@ def test_a_row_that_is_shut_out_does_not_count(tmp_path: Any) -> None:
         batches, _ = built.get_batch_samples(iter(built.get_train_dataloader()), 4, torch.device("cpu"))
         shares_N = torch.cat([batch["divergence_coefficient_N"] for batch in batches])
         torch.testing.assert_close(shares_N.sort().values, torch.tensor([0.0] * 4 + [0.25] * 4))
+
+
+def test_contexts_that_repeat_the_reference_bear_the_teacher_out(tmp_path: Any) -> None:
+    """At a temperature that is not 1: both are asked at the same one."""
+    rows = [{**row, "auxiliary_contexts": [row["privileged_context"]] * 2} for row in tiny.rows(8)]
+    templates = {
+        "teacher_prompt_template": "{privileged_context} {prompt}",
+        "auxiliary_prompt_template": "{context} {prompt}",
+    }
+    built = trainer(tmp_path, rows=rows, temperature=0.7, token_weights=["corroboration"], **templates)
+    assert "teacher" not in built.needs
+    gradients(built)
+    assert built.metrics.values["weight/corroboration/min"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_weight_of_another_package_gets_the_teachers_scores(tmp_path: Any) -> None:
+    args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True)
+    own, other = parse_weight("agreement_token"), replace(parse_weight("agreement_token"), name="agreement_of_mine")
+    assert "teacher" not in needed_views(args, [own]) and "teacher" in needed_views(args, [other])
 
 
 def passes(built: Any) -> tuple[Counter[str], Any]:

@@ -28,6 +28,9 @@ from unisd.scoring import NEGATIVE, ScoringRow, TeacherStates
 from unisd.targets import STUDENT, Target
 
 STUDENT_NEEDS = frozenset({"student", "divergence"})
+AGREEMENT = ("agreement_token", "agreement_sequence")
+AUXILIARY_ALONE = (*AGREEMENT, "corroboration")
+"""Weights that do not look at l+ as the loss has it, whose projection they save."""
 
 
 def normalizer_of(args: UniSDConfig, weights: Sequence[WeightFunction]) -> str:
@@ -84,8 +87,8 @@ def needed_views(
     the importance ratio corrects for that.
     """
     needs = frozenset(need for weight in weights for need in weight.needs - (STUDENT_NEEDS if weight in in_forward else drawn))
-    if any(not weight.name.startswith("agreement_") for weight in weights):
-        needs |= {"teacher"}  # agreement reads the auxiliary scores alone; any other weight may look at l+
+    if any(weight.name not in AUXILIARY_ALONE for weight in weights):
+        needs |= {"teacher"}  # any other weight may look at l+
     if args.agreement_uncertain_share < 1:
         needs |= {"entropy"}
     if args.contrastive_weight or NEGATIVE in sources:
@@ -237,7 +240,7 @@ def loss_coefficients(
 
 
 def weight_metrics(name: str, stats: Mapping[str, float]) -> dict[str, float]:
-    prefix = "agreement" if name.startswith("agreement_") else f"weight/{name}"
+    prefix = "agreement" if name in AGREEMENT else f"weight/{name}"
     return {f"{prefix}/{key}": float(number) for key, number in stats.items()}
 
 
