@@ -112,13 +112,18 @@ class UniSDTrainer(SafeTrainer):
     ) -> None:
         args = args if args is not None else UniSDConfig()
         if isinstance(model, str):
-            model, tokenizer, _ = load_model_and_tokenizer(model)
+            # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
+            model, tokenizer, _ = load_model_and_tokenizer(model, dtype="float32" if peft_config is None else "auto")
             processing_class = processing_class or tokenizer
         student: Any = model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(student.config._name_or_path)
         if peft_config is not None:
             student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
+        if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters()):
+            logger.warning(
+                "Trained weights of 16 bits lose updates of 1e-5: load the model in float32 (bf16=True computes in bf16)."
+            )
 
         self.rows = prepare_rows(train_dataset, name="the training data") if train_dataset is not None else []
         self.grader = grader

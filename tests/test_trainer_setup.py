@@ -1,0 +1,31 @@
+"""What a trainer makes of its model, its rows and its machine before the first step."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+from test_invariants import trainer
+
+import unisd.trainer
+from unisd import UniSDConfig, UniSDTrainer
+
+
+def test_a_model_by_name_is_trained_in_float32(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    asked = []
+
+    def load(name: str, dtype: str = "auto") -> Any:
+        asked.append(dtype)
+        return tiny.model(dtype=torch.bfloat16), tiny.tokenizer(), None
+
+    monkeypatch.setattr(unisd.trainer, "load_model_and_tokenizer", load)
+    args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True)
+    with caplog.at_level(logging.WARNING):
+        UniSDTrainer("some/model", args, tiny.rows(2))
+        assert asked == ["float32"] and caplog.text.count("Trained weights of 16 bits") == 1
+        UniSDTrainer("some/model", args, tiny.rows(2), peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    assert asked == ["float32", "auto"] and caplog.text.count("Trained weights of 16 bits") == 1
