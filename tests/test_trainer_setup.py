@@ -10,6 +10,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from test_invariants import trainer
+from transformers import TrainingArguments
 
 import unisd.trainer
 from unisd import UniSDConfig, UniSDTrainer
@@ -29,3 +30,16 @@ def test_a_model_by_name_is_trained_in_float32(tmp_path: Any, monkeypatch: pytes
         assert asked == ["float32"] and caplog.text.count("Trained weights of 16 bits") == 1
         UniSDTrainer("some/model", args, tiny.rows(2), peft_config=LoraConfig(r=2, target_modules="all-linear"))
     assert asked == ["float32", "auto"] and caplog.text.count("Trained weights of 16 bits") == 1
+
+
+def test_several_devices_without_a_launcher(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    setup = TrainingArguments.__post_init__
+
+    def on_four(self: Any) -> None:
+        setup(self)
+        self._n_gpu = 4
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_four)
+    with caplog.at_level(logging.WARNING):
+        args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
+    assert args.n_gpu == 1 and args.train_batch_size == 2 and "--accelerate_config ddp" in caplog.text
