@@ -13,7 +13,7 @@ from test_invariants import trainer
 from transformers import TrainingArguments
 
 import unisd.trainer
-from unisd import UniSDConfig, UniSDTrainer
+from unisd import UniSDConfig, UniSDTrainer, UserError, recipes
 
 
 def test_a_model_by_name_is_trained_in_float32(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
@@ -43,3 +43,16 @@ def test_several_devices_without_a_launcher(tmp_path: Any, monkeypatch: pytest.M
     with caplog.at_level(logging.WARNING):
         args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
     assert args.n_gpu == 1 and args.train_batch_size == 2 and "--accelerate_config ddp" in caplog.text
+
+
+def test_the_answer_is_the_reference_by_default(tmp_path: Any) -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["privileged_context"]} for row in tiny.rows(8)]
+    built = trainer(tmp_path, rows=rows)
+    assert [row["privileged_context"] for row in built.rows] == [row["completion"] for row in rows]
+    with pytest.raises(UserError, match="no column 'privileged_context'"):
+        trainer(tmp_path, rows=[{"prompt": row["prompt"]} for row in rows])
+
+
+def test_prompts_alone_do_for_the_models_own_answers(tmp_path: Any) -> None:
+    rows = [{"prompt": row["prompt"]} for row in tiny.rows(8)]
+    trainer(tmp_path, rows=rows, **recipes.load("ssd").options | {"max_completion_length": 8, "max_steps": 1}).train()

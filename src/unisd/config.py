@@ -355,6 +355,11 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             raise UserError(f"distillation_mode=nll trains without a teacher: unset {' and '.join(wrong)}.")
 
     @property
+    def uses_reference(self) -> bool:
+        """Whether training looks at the rows' references: not where the likelihood of the model's own answers is all."""
+        return self.distillation_mode != "nll" or self.completion_source in ("reference", "mixture")
+
+    @property
     def divergence_spec(self) -> DivergenceSpec:
         """The divergence part of the options, as the losses take it."""
         return DivergenceSpec(

@@ -125,7 +125,9 @@ class UniSDTrainer(SafeTrainer):
                 "Trained weights of 16 bits lose updates of 1e-5: load the model in float32 (bf16=True computes in bf16)."
             )
 
-        self.rows = prepare_rows(train_dataset, name="the training data") if train_dataset is not None else []
+        self.rows = []
+        if train_dataset is not None:
+            self.rows = prepare_rows(train_dataset, name="the training data", needs_reference=args.uses_reference)
         self.grader = grader
         self.prompts = PromptBuilder(
             processing_class,
@@ -226,7 +228,8 @@ class UniSDTrainer(SafeTrainer):
         if self.rows:
             self.views.check(self.rows)
             self.completions.check()
-            self.prompts.check_generation_prefix(self.rows[0])
+            if args.uses_reference:
+                self.prompts.check_generation_prefix(self.rows[0])
 
     # -- set-up -----------------------------------------------------------------------------------------------------
 
