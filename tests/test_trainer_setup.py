@@ -9,11 +9,35 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from test_invariants import trainer
-from transformers import TrainingArguments
+from test_invariants import gradients, trainer
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, TrainingArguments
 
 import unisd.trainer
 from unisd import UniSDConfig, UniSDTrainer, UserError, recipes
+
+
+def with_a_vision_tower() -> Any:
+    """What `AutoModelForCausalLM` makes of the smaller Gemma-3 checkpoints."""
+    text = Gemma3TextConfig(**tiny.SIZES, head_dim=8, sliding_window=8, query_pre_attn_scalar=8)
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 261, "boi_token_index": 259, "eoi_token_index": 260}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(Gemma3Config(text_config=text.to_dict(), vision_config=vision, **tokens))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_only_what_text_passes_through_is_trained(tmp_path: Any, lora: bool) -> None:
+    """DDP waits for the gradient of every trained parameter."""
+    adapter = {"peft_config": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")} if lora else {}
+    built = trainer(tmp_path, model=with_a_vision_tower(), **adapter)
+    trained = {name for name, p in built.model.named_parameters() if p.requires_grad}
+    assert trained and not any("vision" in name or "projector" in name for name in trained)
+    assert trained == set(gradients(built)[1])
+    assert lora == any("q_proj.lora_A" in name for name in trained)
+    assert not any("vision" in name and "lora" in name for name, _ in built.model.named_parameters())
 
 
 def test_a_model_by_name_is_trained_in_float32(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
@@ -43,6 +67,12 @@ def test_several_devices_without_a_launcher(tmp_path: Any, monkeypatch: pytest.M
     with caplog.at_level(logging.WARNING):
         args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
     assert args.n_gpu == 1 and args.train_batch_size == 2 and "--accelerate_config ddp" in caplog.text
+
+
+@pytest.mark.parametrize("layer", [2, -3, 99])
+def test_layers_that_are_not_there(tmp_path: Any, layer: int) -> None:
+    with pytest.raises(UserError, match=f"feature_layers={layer}: the model has layers 0 to 1"):
+        trainer(tmp_path, feature_weight=0.1, feature_layers=[layer])
 
 
 def test_the_answer_is_the_reference_by_default(tmp_path: Any) -> None:

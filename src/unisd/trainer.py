@@ -155,6 +155,8 @@ class UniSDTrainer(SafeTrainer):
             eval_dataset = prepare_rows(eval_dataset, name="the evaluation data")
 
         self.backbone = Backbone(student)
+        self.backbone.check_layers(args.feature_layers or ())
+        self.backbone.freeze_the_rest()
         context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
         self.views = Views(args, self.prompts, self.needs, self.sources, context)
         self.eos_ids = eos_ids(student, processing_class)
