@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, T
 
 import unisd.trainer
 from unisd import UniSDConfig, UniSDTrainer, UserError, recipes
+from unisd.prompts import encode_completion
 
 
 def with_a_vision_tower() -> Any:
@@ -73,6 +75,16 @@ def test_several_devices_without_a_launcher(tmp_path: Any, monkeypatch: pytest.M
 def test_layers_that_are_not_there(tmp_path: Any, layer: int) -> None:
     with pytest.raises(UserError, match=f"feature_layers={layer}: the model has layers 0 to 1"):
         trainer(tmp_path, feature_weight=0.1, feature_layers=[layer])
+
+
+def test_references_end_as_the_model_ends_them() -> None:
+    """The template closes a turn with another token than the tokenizer's EOS, as Gemma's and Phi-3's do."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.eos_token = "<s>"
+    end, eos = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id
+    assert encode_completion(tokenizer, "a", [eos, end])[1:] == [end]
+    assert encode_completion(tokenizer, "a", [eos])[1:] == encode_completion(tokenizer, "a")[1:] == [eos]
+    assert encode_completion(tokenizer, "a", [eos, 5])[1:] == [eos]  # closes with a token that ends nothing
 
 
 def test_the_answer_is_the_reference_by_default(tmp_path: Any) -> None:
