@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 
+import unisd.scoring
+import unisd.trainer
 from unisd import UniSDConfig, UniSDTrainer
 
 FAMILIES = sorted(tiny.FAMILIES)
@@ -264,3 +266,24 @@ def test_a_step_without_loss_tokens_is_exactly_zero(tmp_path: Any) -> None:
     assert all(float(g.abs().max()) == 0 for g in found.values())
     built.args.max_steps = 1
     built.train()
+
+
+def test_loss_and_scores_share_one_precision(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip at the 0.5-quantile of D, in bf16: the D of the training pass is that of the scoring pass before it."""
+    found: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, module: Any) -> None:
+        original = module.chunked_loss
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            found[name] = output.divergence_N.detach().sort().values
+            return output
+
+        monkeypatch.setattr(module, "chunked_loss", watched)
+
+    watch("scores", unisd.scoring)
+    watch("loss", unisd.trainer)
+    one_batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
+    trainer(tmp_path, bf16=True, token_clip_quantile=0.5, **one_batch).train()
+    torch.testing.assert_close(found["loss"], found["scores"], rtol=1e-4, atol=1e-6)

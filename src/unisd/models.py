@@ -6,6 +6,7 @@ Nothing runs remote code or downloads anything unless asked: a hub id is a reque
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from dataclasses import dataclass
@@ -255,7 +256,23 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
+    peft_config = _within_decoder(model, peft_config)
+
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     set_seed(seed)  # the Trainer would seed only after the adapter's factors are drawn
     return get_peft_model(model, peft_config)
+
+
+def _within_decoder(model: Any, peft_config: Any) -> Any:
+    """The configuration without targets outside of the text decoder: `all-linear` would adapt a vision tower too."""
+    decoder = model.get_decoder()
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    others = [name for name in others if not name.startswith(f"{prefix}.") and name != head]
+    if not prefix or not others or getattr(peft_config, "exclude_modules", "") is not None:
+        return peft_config
+    within = copy.copy(peft_config)
+    within.exclude_modules = rf"(?!{re.escape(prefix)}\.).*"
+    return within
