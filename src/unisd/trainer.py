@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,6 @@ from unisd import sharding
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
-from unisd.cost import TokenCounter
 from unisd.data import Row, prepare_rows
 from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
@@ -199,7 +199,7 @@ class UniSDTrainer(SafeTrainer):
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
         self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
         self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
-        self.tokens = TokenCounter()
+        self.tokens: Counter[str] = Counter()  # of the student's passes with gradient; the scorer counts its own
         self._token_clip: float | None = args.token_clip
         self._teacher_head: Head | None = None  # of the step in progress
         self._said_idle = False
@@ -305,16 +305,19 @@ class UniSDTrainer(SafeTrainer):
                 self.store.keep(numbers, completions, step)
             else:
                 completions = self.store.completions(numbers, step)
-            if versions := [c.version for c in completions if c.version is not None]:
+            versions = [c.version for c in completions if c.version is not None]
+            if versions:
                 self.metrics.values["rollout/weights_version"] = float(min(versions))
-                self.metrics.values["step_time/sync"] = self.completions.sync_s
+            if versions and self.store.is_fresh(step):
+                self.metrics.values["step_time/sync"] = self.completions.sync_s  # a part of the rollout's time
         rows = []
         for (number, _), completion in zip(numbers, completions, strict=True):
             carries_loss = self.completions.carries_loss(completion)
             row, overlong = self.views.of(self.rows[number], number, completion, carries_loss, step)
             rows.append(row)
             self.metrics.add(overlong_views=float(overlong))
-        self.tokens.add(rows, self.needs, args.distillation_mode != "nll")
+            written = len(row.completion)
+            self.tokens.update(trained=len(row.student) + written if written else 0, completion=written)
         return rows, completions
 
     def _weights(self, everywhere: StepScores) -> Tensor:
