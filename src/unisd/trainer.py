@@ -297,7 +297,6 @@ class UniSDTrainer(SafeTrainer):
         return micro_batches, int(everywhere.mask.sum())
 
     def _rollout(self, numbers: Sequence[tuple[int, int]]) -> tuple[list[ScoringRow], list[Completion]]:
-        args = self.args
         with self.metrics.timed("rollout"):
             step = self.state.global_step
             if self.store.is_fresh(step):
