@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from unisd import UniSDConfig, UniSDTrainer
 from unisd.artefacts import read_lines
 from unisd.before import key_of, measured_once
-from unisd.cost import account, cost_of, energy_of
+from unisd.cost import account, cost_of, energy_of, peak_memory
 from unisd.inputs import RunData
 from unisd.memory import ModelSize
 from unisd.parsing import parse
@@ -187,6 +188,16 @@ def test_the_key_of_before_covers_what_it_depends_on() -> None:
     others = [key("--recipe", "sdft", "--max_completion_length", "9"), key(evaluation=[{"prompt": "p", "answer": "b"}])]
     others += [key("--model_name_or_path", "elsewhere"), key("--dtype", "bfloat16")]
     assert len({base, *others}) == 5
+
+
+def test_the_peak_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("unisd.cost.resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=1 << 20))
+    found = []
+    for system in ("linux", "darwin"):
+        monkeypatch.setattr("unisd.cost.sys.platform", system)
+        found.append(peak_memory()[0])
+    assert found == [1 << 30, 1 << 20]
 
 
 def test_cost_is_arithmetic() -> None:

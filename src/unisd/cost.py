@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import resource
 import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -123,7 +124,8 @@ def peak_memory() -> tuple[int, str]:
     """The most memory in use so far, in bytes, and of what."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated()), "tensors on the GPU"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "the whole process"
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, the others KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the whole process"
 
 
 class Energy:
