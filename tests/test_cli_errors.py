@@ -144,9 +144,7 @@ def test_consents_of_train_reach_probe_and_prepare(
     assert seen == [(True, True, ["a=1", "b=2"], 5)]
 
 
-def test_code_that_comes_with_a_model_runs_only_when_asked(
-    mistake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_code_that_comes_with_a_model_runs_only_when_asked(mistake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     seen = []
@@ -200,6 +198,13 @@ def test_reference_longer_than_the_limit(own: Any) -> None:
     rows = [{**row, "privileged_context": "x" * 2000} if i == 2 else row for i, row in enumerate(ROWS)]
     assert "over the limit" in own(rows)
     assert "max_teacher_prompt_length" in own(ROWS, "--max_teacher_prompt_length", "20")
+
+
+def test_prompt_longer_than_the_limit(own: Any) -> None:
+    rows = [{**row, "prompt": "What? " * 20} if i == 3 else row for i, row in enumerate(ROWS)]
+    line = own(rows, "--max_prompt_length", "60")
+    assert "the prompt has" in line and "over the limit of 60 (max_prompt_length)" in line
+    assert "over the limit" not in own(rows, "--max_prompt_length", "400", "--agreement", "token", "--contrastive_weight", "1")
 
 
 def test_agreement_without_contexts(own: Any) -> None:
