@@ -16,8 +16,6 @@ from torch import Tensor
 
 from unisd.artefacts import keep_until
 
-METRICS_FILE = "metrics.jsonl"
-
 
 class StepMetrics:
     """Metrics of the optimizer step in progress, and of the steps since the last log line.

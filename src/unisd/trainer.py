@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
 from unisd import sharding
+from unisd.artefacts import METRICS
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
@@ -33,7 +34,7 @@ from unisd.guards import smaller_until_it_fits
 from unisd.losses import Contrast, Head, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
 from unisd.memory import default_token_budget
-from unisd.metrics import METRICS_FILE, StepMetrics
+from unisd.metrics import StepMetrics
 from unisd.models import eos_ids, load_model_and_tokenizer, with_adapter
 from unisd.observing import Observer, Probes
 from unisd.prompts import PromptBuilder
@@ -198,7 +199,7 @@ class UniSDTrainer(SafeTrainer):
         self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
         self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
-        self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
+        self.metrics = StepMetrics(Path(args.output_dir) / METRICS, args.device, self.accelerator.num_processes)
         self.tokens: Counter[str] = Counter()  # of the student's passes with gradient; the scorer counts its own
         self._token_clip: float | None = args.token_clip
         self._teacher_head: Head | None = None  # of the step in progress
