@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import DATA, needs_data
 
 from unisd import contexts, negatives, tasks
 from unisd.contexts import Settings, build
 from unisd.errors import UserError
 from unisd.similarity import NEAR, contains, jaccard, shingles, words
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark data at {DATA}")
 
 
 def rows(count: int = 40) -> list[dict]:

@@ -217,6 +217,29 @@ def test_feature_matching_equals_naive(tmp_path: Any, extra: dict[str, Any]) -> 
     assert max(float(g.abs().max()) for g in ours[1].values()) > 0
 
 
+def test_the_ema_teacher_follows_every_so_many_steps(tmp_path: Any) -> None:
+    built = trainer(
+        tmp_path,
+        teacher_model_kind="ema",
+        teacher_update_rate=0.25,
+        teacher_sync_steps=2,
+        gradient_accumulation_steps=1,
+        max_steps=3,
+    )
+    expected = {name: p.detach().clone() for name, p in built.model.named_parameters()}
+    update = built.teacher.update
+
+    def remember(step: int) -> None:
+        if step == 2:
+            for name, p in built.model.named_parameters():
+                expected[name].lerp_(p.detach(), 0.25)
+        update(step)
+
+    built.teacher.update = remember  # type: ignore[method-assign]
+    built.train()
+    assert all(torch.equal(value, expected[name]) for name, value in built.teacher.state.items())
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_ema_teacher_is_the_closed_form(tmp_path: Any, lora: bool) -> None:
     """phi_n = beta^n theta_0 + (1 - beta) sum_k beta^(n-k) theta_k, on all trained weights (for LoRA: on the factors)."""

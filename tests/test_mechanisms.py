@@ -231,9 +231,7 @@ def test_coefficients_are_the_text(aggregation: str, normalizer: str, seed: int)
     assert (coefficient * d).sum().item() == pytest.approx(loop_loss(d, m, b, a, aggregation, normalizer), rel=1e-10)
     if normalizer == "weights" and coefficient.any():
         assert coefficient.sum().item() == pytest.approx(1.0)
-    # rows that come with other rows of the step get the same coefficients in whatever order and cut
-    parts = [step_coefficients(m, b, a, aggregation, normalizer)[rows] for rows in (slice(0, 2), slice(2, 5))]
-    assert torch.equal(torch.cat(parts), coefficient)
+    # rows get the same coefficients in whatever order
     order = torch.randperm(5, generator=g)
     torch.testing.assert_close(step_coefficients(m[order], b[order], a[order], aggregation, normalizer), coefficient[order])
 

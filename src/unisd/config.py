@@ -34,11 +34,11 @@ GROUPS = (
 )
 
 
-def option(group: str, help: str, default: Any = None, **kwargs: Any) -> Any:
+def option(group: str, help: str, default: Any = None) -> Any:
     """A dataclass field that knows its group and meaning; `unisd train --help` prints both."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"group": group, "help": help, **kwargs})
-    return field(default=default, metadata={"group": group, "help": help, **kwargs})
+        return field(default_factory=lambda: list(default), metadata={"group": group, "help": help})
+    return field(default=default, metadata={"group": group, "help": help})
 
 
 @dataclass

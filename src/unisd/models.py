@@ -163,17 +163,14 @@ def load_model_and_tokenizer(
     *,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    device_map: Any = None,
-    quantization: str | None = None,
-    quantization_config: Any = None,
-    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
 ) -> tuple[Any, Any, ModelInfo]:
-    """Model (evaluation mode, on the CPU unless `device_map` says otherwise), tokenizer and facts about them.
+    """Model (evaluation mode, on the CPU), tokenizer and facts about them.
 
     Args:
         dtype: `auto`: bf16 where the hardware computes it natively and the model has more than 50 M parameters, else
             float32; or the name of one.
-        quantization: None, `4bit` or `8bit` (needs bitsandbytes); or a transformers `quantization_config` of your own.
+        load_in_4bit: needs bitsandbytes.
 
     Raises:
         UserError: the name is no model, or what it needs is not installed.
@@ -183,10 +180,7 @@ def load_model_and_tokenizer(
     name = str(name_or_path)
     path = resolve(name)
     if (adapter := Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
-        return _load_adapter(
-            name, adapter.parent, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map,
-            quantization=quantization, quantization_config=quantization_config, attn_implementation=attn_implementation,
-        )  # fmt: skip
+        return _load_adapter(name, adapter.parent, dtype=dtype, trust_remote_code=trust_remote_code, load_in_4bit=load_in_4bit)
     config = _load("configuration", name, path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
@@ -196,14 +190,8 @@ def load_model_and_tokenizer(
         )  # fmt: skip
     parameters = sum(p.numel() for p in skeleton.parameters())
     options: dict[str, Any] = {"dtype": _dtype(dtype, parameters), "trust_remote_code": trust_remote_code}
-    if device_map is not None:
-        options["device_map"] = device_map
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    elif quantization is not None:
-        options["quantization_config"] = _quantization(quantization, options["dtype"])
+    if load_in_4bit:
+        options["quantization_config"] = _four_bits(options["dtype"])
     model = _load("weights", name, path, lambda: AutoModelForCausalLM.from_pretrained(path, **options)).eval()
     info = ModelInfo(
         name=name,
@@ -237,17 +225,13 @@ def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, Mo
     return adapted, tokenizer, dataclasses.replace(info, name=name, adapter=str(folder))
 
 
-def _quantization(kind: str, compute: torch.dtype) -> Any:
+def _four_bits(compute: torch.dtype) -> Any:
     import importlib.util
 
     from transformers import BitsAndBytesConfig
 
-    if kind not in ("4bit", "8bit"):
-        raise UserError(f"unknown quantization {kind!r}; use 4bit or 8bit")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"quantization {kind} needs bitsandbytes: pip install bitsandbytes")
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 

@@ -8,6 +8,7 @@ Shapes: B rows of the step on this rank, T longest completion, K auxiliary conte
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -137,6 +138,7 @@ class Scorer:
         self.token_budget = token_budget
         self.pad_id = pad_id
         self.layers = tuple(layers)
+        self.tokens: Counter[str] = Counter()  # read for training so far, by view
         self._autocast = autocast
 
     def _context(self) -> AbstractContextManager[Any]:
@@ -271,7 +273,7 @@ class Scorer:
         hidden: list[dict[str, Tensor]] = [{} for _ in rows]
 
         def record(jobs: Sequence[_Job]) -> None:
-            for group in self._hidden_states(jobs, rows, device):
+            for group in self._hidden_states(jobs, rows, device, Counter()):
                 for view in group:
                     length = len(view.final_TH)
                     places = torch.linspace(0, length - 1, min(length, most_tokens), device=device).round().long()
@@ -361,9 +363,13 @@ class Scorer:
         return 1.0 if view.job.view in ("auxiliary", "untempered") else self.spec.temperature
 
     def _hidden_states(
-        self, jobs: Sequence[_Job], rows: Sequence[ScoringRow], device: torch.device | str
+        self, jobs: Sequence[_Job], rows: Sequence[ScoringRow], device: torch.device | str, tokens: Counter[str] | None = None
     ) -> Iterator[list[_View]]:
-        """The views of each forward pass: hidden states at the positions that predict the completion."""
+        """The views of each forward pass: hidden states at the positions that predict the completion.
+
+        tokens: where the tokens read are counted by view; None: with those of training.
+        """
+        tokens = self.tokens if tokens is None else tokens
         jobs = [job for job in jobs if rows[job.row].completion]
         with in_step(self.backbone.model):
             if self.share_prompts:
@@ -374,11 +380,16 @@ class Scorer:
                         captured, starts = self.backbone.continuations(
                             alike[0].prompt, [completions[i] for i in chosen], self.pad_id, device, self.layers
                         )
+                        tokens[alike[0].view] += len(alike[0].prompt)
+                        for i in chosen:
+                            tokens[alike[i].view] += len(completions[i])
                         yield [_view(captured, alike[i], s, len(completions[i])) for s, i in zip(starts, chosen, strict=True)]
             sequences = [job.prompt + rows[job.row].completion for job in jobs]
             for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
                 batch = lay_out([sequences[i] for i in chosen], self.packed, self.pad_id, device)
                 captured = self.backbone.hidden_states(batch, self.layers)
+                for i in chosen:
+                    tokens[jobs[i].view] += len(sequences[i])
                 yield [
                     _view(captured, jobs[i], start + len(jobs[i].prompt) - 1, len(rows[jobs[i].row].completion))
                     for start, i in zip(batch.starts, chosen, strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,17 +24,17 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
 from unisd import sharding
+from unisd.artefacts import METRICS
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
-from unisd.cost import TokenCounter
 from unisd.data import Row, prepare_rows
 from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
 from unisd.losses import Contrast, Head, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
 from unisd.memory import default_token_budget
-from unisd.metrics import METRICS_FILE, StepMetrics
+from unisd.metrics import StepMetrics
 from unisd.models import eos_ids, load_model_and_tokenizer, with_adapter
 from unisd.observing import Observer, Probes
 from unisd.prompts import PromptBuilder
@@ -210,8 +211,8 @@ class UniSDTrainer(SafeTrainer):
         self.engine: Engine = engine or own
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
         self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
-        self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
-        self.tokens = TokenCounter()
+        self.metrics = StepMetrics(Path(args.output_dir) / METRICS, args.device, self.accelerator.num_processes)
+        self.tokens: Counter[str] = Counter()  # of the student's passes with gradient; the scorer counts its own
         self._token_clip: float | None = args.token_clip
         self._teacher_head: Head | None = None  # of the step in progress
         self._said_idle = False
@@ -320,7 +321,6 @@ class UniSDTrainer(SafeTrainer):
 
     def _rollout(self, numbers: Sequence[tuple[int, int]], fill: int = 0) -> tuple[list[ScoringRow], list[Completion]]:
         """The step's rows on this rank and what was written to them; the last `fill` of them carry no loss."""
-        args = self.args
         with self.metrics.timed("rollout"):
             step = self.state.global_step
             if self.store.is_fresh(step):
@@ -328,16 +328,19 @@ class UniSDTrainer(SafeTrainer):
                 self.store.keep(numbers, completions, step)
             else:
                 completions = self.store.completions(numbers, step)
-            if versions := [c.version for c in completions if c.version is not None]:
+            versions = [c.version for c in completions if c.version is not None]
+            if versions:
                 self.metrics.values["rollout/weights_version"] = float(min(versions))
-                self.metrics.values["step_time/sync"] = self.completions.sync_s
+            if versions and self.store.is_fresh(step):
+                self.metrics.values["step_time/sync"] = self.completions.sync_s  # a part of the rollout's time
         rows = []
         for place, ((number, _), completion) in enumerate(zip(numbers, completions, strict=True)):
             carries_loss = place < len(numbers) - fill and self.completions.carries_loss(completion)
             row, overlong = self.views.of(self.rows[number], number, completion, carries_loss, step)
             rows.append(row)
             self.metrics.add(overlong_views=float(overlong))
-        self.tokens.add(rows, self.needs, args.distillation_mode != "nll")
+            written = len(row.completion)
+            self.tokens.update(trained=len(row.student) + written if written else 0, completion=written)
         return rows, completions
 
     def _weights(self, everywhere: StepScores) -> Tensor:
