@@ -15,9 +15,9 @@ import math
 
 import torch
 
-from unisd import UniSDConfig, UniSDTrainer
+from unisd import TargetInputs, UniSDConfig, UniSDTrainer, register_target
 from unisd.models import load_model_and_tokenizer
-from unisd.targets import TargetInputs, parse_target, register_target
+from unisd.targets import parse_target
 from unisd.tasks import get
 
 

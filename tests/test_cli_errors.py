@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from unisd.cli import COMMANDS, main
+from unisd.errors import UserError
 
 ROWS = [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}.", "auxiliary_contexts": ["a", "b"]} for i in range(6)]
 
@@ -101,6 +102,64 @@ def test_mistakes_before_anything_is_loaded(mistake: Any, arguments: list[str], 
     assert part in mistake(*arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["probe", "--json"],
+        ["prepare", "--output"],
+        ["eval", "--rows"],
+        ["eval", "--json"],
+        ["grade", "pocket", "--completions", "c.jsonl", "--out"],
+        ["report", ".", "--out"],
+    ],
+    ids=" ".join,
+)
+def test_files_that_cannot_be_written_are_refused_before_any_work(mistake: Any, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for path in ("file/p", "/proc/nope/p", str(tmp_path)):
+        assert f"argument {arguments[-1]}: {path} cannot be written (" in mistake(*arguments, path)
+
+
+CONSENTS = ("--trust_remote_code", "--allow_unsafe_code_execution")
+
+
+@pytest.mark.parametrize("command", ["probe", "prepare"])
+@pytest.mark.parametrize("flags", [CONSENTS, [f"{flag}=true" for flag in CONSENTS]], ids=["bare", "with value"])
+def test_consents_of_train_reach_probe_and_prepare(
+    mistake: Any, monkeypatch: pytest.MonkeyPatch, command: str, flags: list[str]
+) -> None:
+    from unisd import preparing, probing
+    from unisd.tasks.pocket import PocketTask
+
+    seen = []
+
+    def stop(options: Any, seed: int) -> Any:
+        seen.append((options.trust_remote_code, options.allow_unsafe_code_execution, options.task_options, seed))
+        raise UserError("seen")
+
+    for module in (preparing, probing):
+        monkeypatch.setattr(module, "load_data", stop)
+    monkeypatch.setattr("unisd.inputs.get_task", lambda options: PocketTask())
+    mistake(command, "--task", "mbpp", "--task_options", "a=1", "b=2", "--seed", "5", *flags)
+    assert seen == [(True, True, ["a=1", "b=2"], 5)]
+
+
+def test_code_that_comes_with_a_model_runs_only_when_asked(mistake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    seen = []
+
+    def stop(name: str, *, trust_remote_code: bool, **options: Any) -> Any:
+        seen.append(trust_remote_code)
+        raise UserError("seen")
+
+    monkeypatch.setattr("unisd.models.load_model_and_tokenizer", stop)
+    for command in (["eval", "--model", "pocket"], ["chat", "pocket", "--prompt", "x"], ["merge", "adapter"]):
+        assert "seen" in mistake(*command)
+        assert "seen" in mistake(*command, "--trust_remote_code")
+    assert seen == [False, True] * 3
+
+
 # -- the user's rows ------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +200,13 @@ def test_reference_longer_than_the_limit(own: Any) -> None:
     assert "max_teacher_prompt_length" in own(ROWS, "--max_teacher_prompt_length", "20")
 
 
+def test_prompt_longer_than_the_limit(own: Any) -> None:
+    rows = [{**row, "prompt": "What? " * 20} for row in ROWS]
+    line = own(rows, "--max_prompt_length", "60")
+    assert "the prompt has" in line and "over the limit of 60 (max_prompt_length)" in line
+    assert "over the limit" not in own(rows, "--max_prompt_length", "400", "--agreement", "token", "--contrastive_weight", "1")
+
+
 def test_agreement_without_contexts(own: Any) -> None:
     assert "auxiliary_contexts" in own(without(ROWS, "auxiliary_contexts"), "--agreement", "token")
 
@@ -150,7 +216,6 @@ def test_contrast_without_negatives(own: Any) -> None:
 
 
 def test_unknown_grader(own: Any) -> None:
-    pytest.importorskip("unisd.graders")
     assert "unknown grader 'nubmer'" in own(ROWS, "--grader", "nubmer")
 
 

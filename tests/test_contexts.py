@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import DATA, needs_data
 
 from unisd import contexts, negatives, tasks
 from unisd.contexts import Settings, build
 from unisd.errors import UserError
 from unisd.similarity import NEAR, contains, jaccard, shingles, words
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark data at {DATA}")
 
 
 def rows(count: int = 40) -> list[dict]:
@@ -106,6 +104,25 @@ def test_pocket_problems_that_differ_in_slots_are_different() -> None:
     built = build(given, Settings("retrieval", k=3))
     no_leak(built)
     assert all(len(row["auxiliary_contexts"]) == 3 for row in built)
+
+
+def test_the_pocket_s_own_contexts_do_not_leak() -> None:
+    rows = tasks.get("pocket").load("train")
+    no_leak(rows)
+    prompts = {row["prompt"]: row["duplicate_key"] for row in rows}
+    assert sum(len(row["auxiliary_contexts"]) == 3 for row in rows) >= 0.85 * len(rows)
+    for row in rows:
+        again = [prompt for prompt, key in prompts.items() if key == row["duplicate_key"]]
+        assert not any(prompt in context for prompt in again for context in row["auxiliary_contexts"])
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "files"), [("cos_e", "cose/csqa_cose_v1.11_train.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")])
+def test_the_tasks_own_contexts_do_not_leak(name: str, files: str) -> None:
+    rows = tasks.get(name, data_files=str(DATA / files)).load("all" if name == "mbpp" else "train", limit=2000)
+    for row in rows:
+        assert not any(contains(context, row["privileged_context"]) for context in row["auxiliary_contexts"])
+    assert sum(len(row["auxiliary_contexts"]) >= 2 for row in rows) >= 0.99 * len(rows)
 
 
 @needs_data

@@ -159,6 +159,21 @@ def test_the_probe_tells_the_wrong_teacher_as_much_as_the_right_one(tmp_path: An
     assert ("leak/full_wrong_cosine" in built.metrics.values) == (level == "answer")
 
 
+def test_the_probe_has_each_set_of_weights_in_mixed_precision(tmp_path: Any) -> None:
+    """Autocast keeps its casts of the parameters: those of the teacher must not stand in for the student's."""
+    built = trainer(tmp_path, bf16=True)
+    gradients(built, perturb=0.5)  # moves the student
+    rows = built._rollout([(0, 0), (1, 0)])[0]
+
+    def student() -> list[torch.Tensor]:
+        return [views["student"] for views in built.scorer.leak_probe(rows, "cpu", 8)]
+
+    found = student()
+    built.scorer._autocast = lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    for ours, without_cache in zip(found, student(), strict=True):
+        assert torch.equal(ours, without_cache)
+
+
 def test_diagnostics_watch_and_do_not_touch(tmp_path: Any) -> None:
     on, off = trainer(tmp_path), trainer(tmp_path, diagnostics=False)
     untouched = gradients(off)

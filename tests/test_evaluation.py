@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import FalconH1Config, FalconH1ForCausalLM, MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from unisd import decoding, evaluation
 from unisd.decoding import GROUPED, decode
@@ -91,6 +92,29 @@ def test_batched_decoding_is_decoding_one_by_one(family):
     got = decode(model, prompts, 40, eos_ids=sorted(ends), pad_id=0, batch_size=5, on_rows=seen.append)
     assert got == [slow_greedy(model, prompt, 40, ends) for prompt in prompts]
     assert sum(seen) == 7
+
+
+OTHER_STATES = {
+    # Takes no key/value cache. With a tied head a random one would repeat its last token for ever.
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**tiny.SIZES, state_size=4, tie_word_embeddings=False)),
+    "falcon_h1": lambda: FalconH1ForCausalLM(  # attention and states in one layer
+        FalconH1Config(
+            **tiny.SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8
+        )
+    ),
+    "rwkv": lambda: RwkvForCausalLM(RwkvConfig(**tiny.SIZES, attention_hidden_size=32, context_length=128)),  # no mask
+}
+
+
+@pytest.mark.parametrize("family", sorted(OTHER_STATES))
+def test_decoding_with_states_that_are_not_keys_and_values(family, monkeypatch):
+    monkeypatch.setitem(tiny.FAMILIES, family, OTHER_STATES[family])
+    model = tiny.model(family)
+    prompts = some_ids(5, 12, seed=1)
+    ends = set(range(2, 262, 9))  # many, so that rows end before and after the first look at who is done
+    expected = [slow_greedy(model, prompt, 36, ends) for prompt in prompts]
+    assert min(map(len, expected)) < max(map(len, expected))
+    assert decode(model, prompts, 36, eos_ids=sorted(ends), pad_id=0) == expected
 
 
 def test_rows_leave_the_batch(monkeypatch):

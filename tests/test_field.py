@@ -24,6 +24,7 @@ from unisd.levels import final_answer, first_half, hints, reference_at
 from unisd.losses import chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, parse_weight, step_coefficients
 from unisd.prompts import PromptBuilder
+from unisd.step import needed_views
 from unisd.targets import TargetInputs, TargetStates, parse_target, register_target
 from unisd.weights import confidence_gate, contrast_weight, dash, entropy_trust, position
 
@@ -329,12 +330,12 @@ STUDENT_WEIGHTS = {"token_weights": ["dash", "confidence_gate:threshold=0.005"],
 def test_in_forward_weights_equal_a_pass_of_their_own(tmp_path: Any, normalizer: str) -> None:
     """The same step, scored by a student pass beforehand."""
     free = trainer(tmp_path, weight_normalizer=normalizer, **STUDENT_WEIGHTS)
-    assert len(free.in_forward.weights) == 2 and not free.needs & {"student", "divergence"}
+    assert [weight.name for weight in free.in_forward.weights] == ["dash"] and not free.needs & {"student", "divergence"}
     paid = trainer(tmp_path, weight_normalizer=normalizer, **STUDENT_WEIGHTS)
     paid.in_forward.weights, paid.scorer.needs = [], frozenset({"student", "divergence"})
     ours = gradients(free)
     assert_same(ours, gradients(paid))
-    logged = free.in_forward.metrics(free.accelerator)
+    logged = free.metrics.values | free.in_forward.metrics(free.accelerator)
     assert logged["weight/dash/mean"] == pytest.approx(paid.metrics.values["weight/dash/mean"], rel=1e-5)
     assert logged["weight/confidence_gate/min"] == 0.0 and logged["weight/dash/max"] > 1
     for options in ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}, {"loss_implementation": "plain"}):
@@ -344,8 +345,40 @@ def test_in_forward_weights_equal_a_pass_of_their_own(tmp_path: Any, normalizer:
 def test_where_the_student_is_scored_beforehand(tmp_path: Any) -> None:
     for options in ({"token_clip_quantile": 0.9}, {"loss_aggregation": "token", "weight_normalizer": "weights"}):
         built = trainer(tmp_path, **STUDENT_WEIGHTS, **options)
-        assert built.in_forward.weights == [] and built.needs >= {"student", "divergence"}
+        assert built.in_forward.weights == [] and "divergence" in built.needs
         gradients(built)
+
+
+def test_a_row_that_is_shut_out_does_not_count(tmp_path: Any) -> None:
+    """Answers of one token, and a threshold between the fourth and the fifth: four rows are left, each with a fourth of the loss."""
+    drawn = trainer(tmp_path, max_completion_length=1, token_weights=["confidence_gate"])._rollout([(i, 0) for i in range(8)])[1]
+    p = sorted(math.exp(logp) for completion in drawn for logp in completion.logps or ())
+    gate = f"confidence_gate:threshold={(p[3] + p[4]) / 2}"
+    for paid in ({}, {"min_p": 1e-9}):  # the rollout tells p only where it draws from all tokens
+        built = trainer(tmp_path, max_completion_length=1, token_weights=[gate], **paid)
+        assert ("student" in built.needs) == bool(paid)
+        batches, _ = built.get_batch_samples(iter(built.get_train_dataloader()), 4, torch.device("cpu"))
+        shares_N = torch.cat([batch["divergence_coefficient_N"] for batch in batches])
+        torch.testing.assert_close(shares_N.sort().values, torch.tensor([0.0] * 4 + [0.25] * 4))
+
+
+def test_contexts_that_repeat_the_reference_bear_the_teacher_out(tmp_path: Any) -> None:
+    """At a temperature that is not 1: both are asked at the same one."""
+    rows = [{**row, "auxiliary_contexts": [row["privileged_context"]] * 2} for row in tiny.rows(8)]
+    templates = {
+        "teacher_prompt_template": "{privileged_context} {prompt}",
+        "auxiliary_prompt_template": "{context} {prompt}",
+    }
+    built = trainer(tmp_path, rows=rows, temperature=0.7, token_weights=["corroboration"], **templates)
+    assert "teacher" not in built.needs
+    gradients(built)
+    assert built.metrics.values["weight/corroboration/min"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_weight_of_another_package_gets_the_teachers_scores(tmp_path: Any) -> None:
+    args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True)
+    own, other = parse_weight("agreement_token"), replace(parse_weight("agreement_token"), name="agreement_of_mine")
+    assert "teacher" not in needed_views(args, [own]) and "teacher" in needed_views(args, [other])
 
 
 def passes(built: Any) -> tuple[Counter[str], Any]:

@@ -9,14 +9,13 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from conftest import DATA, needs_data
 
 from unisd.cli import main
 from unisd.graders import GRADERS, extract_code
 from unisd.grading import bootstrap, pass_at_k, row_results, summarize
 from unisd.tasks import Grade
 from unisd.tool_calls import ToolStep, extract_calls, grade_calls
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def rows_file(tmp_path: Path, count: int = 6) -> str:
@@ -74,7 +73,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, lines, message):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark data at {DATA}")
+@needs_data
 def test_gold_of_toolalpaca_and_gsm8k_grades_right_by_the_command(tmp_path):
     from unisd import tasks
 

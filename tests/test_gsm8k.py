@@ -6,14 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
+from conftest import DATA, needs_data
 
 from unisd import tasks
 from unisd.errors import UserError
 from unisd.graders import extract_number
 from unisd.tasks.gsm8k import GSM8KTask, wrong_reference
-
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl.gz"
-needs_data = pytest.mark.skipif(not SHARED.exists(), reason=f"no GSM8K file at {SHARED}")
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -138,7 +136,7 @@ def test_a_task_from_another_package(monkeypatch):
 
 @needs_data
 def test_the_real_file():
-    task = GSM8KTask(str(SHARED))
+    task = GSM8KTask(str(DATA / "gsm8k" / "train.jsonl.gz"))
     rows = [*task.load("train"), *task.load("test")]
     assert len({row["id"] for row in rows}) == len(rows) == 7473
     assert sum(task.grade(row, row["completion"]).correct for row in rows) == 7473

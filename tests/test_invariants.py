@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 
+import unisd.scoring
+import unisd.trainer
 from unisd import UniSDConfig, UniSDTrainer
 
 FAMILIES = sorted(tiny.FAMILIES)
@@ -215,6 +217,29 @@ def test_feature_matching_equals_naive(tmp_path: Any, extra: dict[str, Any]) -> 
     assert max(float(g.abs().max()) for g in ours[1].values()) > 0
 
 
+def test_the_ema_teacher_follows_every_so_many_steps(tmp_path: Any) -> None:
+    built = trainer(
+        tmp_path,
+        teacher_model_kind="ema",
+        teacher_update_rate=0.25,
+        teacher_sync_steps=2,
+        gradient_accumulation_steps=1,
+        max_steps=3,
+    )
+    expected = {name: p.detach().clone() for name, p in built.model.named_parameters()}
+    update = built.teacher.update
+
+    def remember(step: int) -> None:
+        if step == 2:
+            for name, p in built.model.named_parameters():
+                expected[name].lerp_(p.detach(), 0.25)
+        update(step)
+
+    built.teacher.update = remember  # type: ignore[method-assign]
+    built.train()
+    assert all(torch.equal(value, expected[name]) for name, value in built.teacher.state.items())
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_ema_teacher_is_the_closed_form(tmp_path: Any, lora: bool) -> None:
     """phi_n = beta^n theta_0 + (1 - beta) sum_k beta^(n-k) theta_k, on all trained weights (for LoRA: on the factors)."""
@@ -264,3 +289,24 @@ def test_a_step_without_loss_tokens_is_exactly_zero(tmp_path: Any) -> None:
     assert all(float(g.abs().max()) == 0 for g in found.values())
     built.args.max_steps = 1
     built.train()
+
+
+def test_loss_and_scores_share_one_precision(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip at the 0.5-quantile of D, in bf16: the D of the training pass is that of the scoring pass before it."""
+    found: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, module: Any) -> None:
+        original = module.chunked_loss
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            found[name] = output.divergence_N.detach().sort().values
+            return output
+
+        monkeypatch.setattr(module, "chunked_loss", watched)
+
+    watch("scores", unisd.scoring)
+    watch("loss", unisd.trainer)
+    one_batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
+    trainer(tmp_path, bf16=True, token_clip_quantile=0.5, **one_batch).train()
+    torch.testing.assert_close(found["loss"], found["scores"], rtol=1e-4, atol=1e-6)

@@ -134,11 +134,9 @@ def test_an_adapter_folder_loads_on_its_base(folder, tmp_path):
 
 
 def test_quantization_is_checked(folder, monkeypatch):
-    with pytest.raises(UserError, match="use 4bit or 8bit"):
-        load_model_and_tokenizer(str(folder), quantization="3bit")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        load_model_and_tokenizer(str(folder), quantization="4bit")
+        load_model_and_tokenizer(str(folder), load_in_4bit=True)
 
 
 def test_smollm2_says_how_to_install(monkeypatch):

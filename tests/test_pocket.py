@@ -114,7 +114,7 @@ def test_rows_are_deterministic_complete_and_gradable(split):
         assert grade.extracted is not None
         assert not grade.correct or row["skill"] == "code"  # x%5 and x%7 may differ as text and agree nowhere tested
         if split != "retention":
-            assert len(row["auxiliary_contexts"]) == NUM_CONTEXTS
+            assert 1 <= len(row["auxiliary_contexts"]) <= NUM_CONTEXTS
             assert all(row["prompt"] not in context for context in row["auxiliary_contexts"])
 
 

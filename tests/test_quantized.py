@@ -19,7 +19,7 @@ pytestmark = pytest.mark.real
 def test_teachers_of_a_quantised_model(kind: str, tmp_path: Path) -> None:
     from peft import AutoPeftModelForCausalLM, LoraConfig
 
-    model, tokenizer, _ = load_model_and_tokenizer(str(BASE_DIR), quantization="4bit")
+    model, tokenizer, _ = load_model_and_tokenizer(str(BASE_DIR), load_in_4bit=True)
     packed = {name: p.detach().clone() for name, p in model.named_parameters() if p.dtype == torch.uint8}
     assert packed
     rate, history = 0.25, []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA, needs_data
 
 from unisd import gguf_cache
 from unisd.cli import main
@@ -16,11 +17,10 @@ from unisd.tasks import get
 
 pytestmark = pytest.mark.real
 
-GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k" / "train.jsonl.gz"
-needs_gsm8k = pytest.mark.skipif(not GSM8K.is_file(), reason=f"the GSM8K file is not there: {GSM8K}")
+GSM8K = DATA / "gsm8k" / "train.jsonl.gz"
 
 
-@needs_gsm8k
+@needs_data
 def test_probe_of_smollm2_on_gsm8k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = tmp_path / "probe.json"
     arguments = ["--model_name_or_path", "smollm2-135m", "--task", "gsm8k", "--data_files", str(GSM8K), "--n", "12"]
@@ -34,7 +34,7 @@ def test_probe_of_smollm2_on_gsm8k(tmp_path: Path, capsys: pytest.CaptureFixture
     assert report["advice"] in " ".join(capsys.readouterr().out.split())
 
 
-@needs_gsm8k
+@needs_data
 def test_unisd_star_adapts_smollm2(tmp_path: Path) -> None:
     """Contexts and wrong references as columns of the user's rows; the adapter loads in plain peft."""
     from peft import AutoPeftModelForCausalLM
@@ -59,7 +59,6 @@ def test_unisd_star_adapts_smollm2(tmp_path: Path) -> None:
     assert any(float(p.detach().abs().max()) > 0 for name, p in adapted.named_parameters() if "lora_B" in name)
 
 
-DATA = GSM8K.parent.parent
 TRAINABLE = {
     "gsm8k": ["gsm8k/train.jsonl.gz"],
     "scienceqa": ["scienceqa/text_only_full_fields_sample.jsonl.gz"],
@@ -70,7 +69,7 @@ TRAINABLE = {
 }
 
 
-@needs_gsm8k
+@needs_data
 @pytest.mark.parametrize("task", [t if t == "cos_e" else pytest.param(t, marks=pytest.mark.slow) for t in sorted(TRAINABLE)])
 def test_every_trainable_task_trains_and_probes_on_smollm2(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model_name_or_path", "smollm2-135m", "--task", task, "--data_files", *(str(DATA / f) for f in TRAINABLE[task])]

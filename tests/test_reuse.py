@@ -14,6 +14,7 @@ import torch
 from test_invariants import STAR, trainer
 
 from unisd import StepScores, UniSDConfig, UserError
+from unisd.mechanisms import parse_weight
 from unisd.reuse import RepeatedSteps, RolloutStore, behaviour_logp, importance_ratio, importance_stats
 from unisd.rollout import Completion
 from unisd.step import loss_coefficients
@@ -39,8 +40,9 @@ def test_ratio_is_its_closed_form() -> None:
     assert importance_stats(student, torch.full_like(drawn, NAN), mask, cap=2.0) == {}
 
 
+@pytest.mark.parametrize("gate", [1.0, 0.7])
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
-def test_ratio_multiplies_the_divergence_and_not_the_normaliser(tmp_path: Path, aggregation: str) -> None:
+def test_ratio_multiplies_the_divergence_and_not_the_normaliser(tmp_path: Path, aggregation: str, gate: float) -> None:
     torch.manual_seed(0)
     B, T = 3, 4
     D, student, drawn = torch.rand(B, T), -torch.rand(B, T), -torch.rand(B, T) * 2
@@ -48,25 +50,34 @@ def test_ratio_multiplies_the_divergence_and_not_the_normaliser(tmp_path: Path, 
     drawn[2] = NAN
     args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True, loss_aggregation=aggregation, importance_cap=1.5)
     scores = StepScores(mask, torch.zeros(B, T).long(), student, student_logp=student, behaviour_logp=drawn)
-    coefficients, values = loss_coefficients(args, [], scores)
+    weights = [parse_weight(f"confidence_gate:threshold={gate}")]
+    coefficients, values = loss_coefficients(args, weights, scores)
     loss = float((coefficients["divergence"] * D).sum())
 
     rows = []
     for i in range(B):
         terms = []
         for t in range(T):
-            if mask[i, t]:
+            if mask[i, t] and math.exp(float(student[i, t])) <= gate:
                 ratio = 1.0 if i == 2 else min(math.exp(float(student[i, t] - drawn[i, t])), 1.5)
                 terms.append(ratio * float(D[i, t]))
         rows.append(terms)
     if aggregation == "sequence":
-        expected = sum(sum(terms) / len(terms) for terms in rows) / B
+        means = [sum(terms) / len(terms) for terms in rows if terms]
+        expected = sum(means) / len(means)
     else:
         expected = sum(map(sum, rows)) / sum(map(len, rows))
     assert loss == pytest.approx(expected, rel=1e-5)
     assert values["importance/max"] <= 1.5 + 1e-6
-    without = loss_coefficients(args, [], replace(scores, behaviour_logp=None))[0]["divergence"]
+    without = loss_coefficients(args, weights, replace(scores, behaviour_logp=None))[0]["divergence"]
     assert float((without * D).sum()) != pytest.approx(expected, rel=1e-3)
+
+
+def test_weights_do_not_wait_for_the_student_where_the_ratio_is_taken(tmp_path: Path) -> None:
+    """They would be divided by a sum that holds the ratio."""
+    built = trainer(tmp_path, num_iterations=2, token_weights=["dash"], weight_normalizer="mean1")
+    assert built.in_forward.weights == [] and built.needs >= {"student", "divergence"}
+    assert trainer(tmp_path, num_iterations=2, token_weights=["dash"], importance_cap=None).in_forward.weights
 
 
 def test_second_step_of_a_rollout_has_the_written_out_loss(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from unisd import UniSDConfig, UniSDTrainer
 from unisd.artefacts import read_lines
 from unisd.before import key_of, measured_once
-from unisd.cost import account, energy_of
+from unisd.cost import account, cost_of, energy_of, peak_memory
 from unisd.inputs import RunData
 from unisd.memory import ModelSize
 from unisd.parsing import parse
@@ -122,13 +123,46 @@ def test_token_texts_join_to_the_text() -> None:
 
 def test_tokens_are_counted_by_use(tmp_path: Path) -> None:
     trainer = trained(tmp_path, token_clip=None, token_clip_quantile=0.9, record_samples=0)
-    counts = trainer.tokens.counts
+    trained_on, scored = trainer.tokens, trainer.scorer.tokens
     generated = trainer.completions.generated
-    assert counts["completion"] == generated > 0
-    assert counts["trained"] == counts["scored_student"] == generated + trainer.completions.prefilled
+    assert trained_on["completion"] == generated > 0
+    assert trained_on["trained"] == scored["student"] == generated + trainer.completions.prefilled
     # Every row has three contexts and one wrong reference.
-    assert counts["scored_auxiliary"] > 3 * generated and counts["scored_negative"] > generated
+    assert scored["auxiliary"] > 3 * generated and scored["negative"] > generated
     assert trainer.metrics.phases["update"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "views"),
+    [
+        ({}, {"primary", "auxiliary", "negative"}),
+        ({"agreement_uncertain_share": 0.25}, {"primary", "auxiliary", "negative"}),
+        ({"agreement": "none", "target": "geometric:source=teacher/plain"}, {"primary", "teacher/plain", "negative"}),
+        ({"num_generations": 4, "agreement": "none", "max_steps": 1}, {"primary", "negative"}),
+    ],
+    ids=["star", "budget", "target", "prompts read once"],
+)
+def test_tokens_scored_are_those_of_the_passes(tmp_path: Path, options: dict[str, Any], views: set[str]) -> None:
+    args = UniSDConfig(output_dir=str(tmp_path), **{**STAR, "record_samples": 0, **options})
+    long = [{**row, "privileged_context": row["privileged_context"] * 9} for row in tiny.rows()]
+    trainer = UniSDTrainer(tiny.model(), args, train_dataset=long, processing_class=tiny.tokenizer())
+    read, whole, shared = [], trainer.backbone.hidden_states, trainer.backbone.continuations
+
+    def sequences(batch: Any, *rest: Any) -> Any:
+        read.append(int(batch.attention_mask.sum()))
+        return whole(batch, *rest)
+
+    def continuations(prompt: list[int], completions: list[list[int]], *rest: Any) -> Any:
+        read.append(len(prompt) + sum(map(len, completions)))
+        return shared(prompt, completions, *rest)
+
+    trainer.backbone.hidden_states, trainer.backbone.continuations = sequences, continuations
+    trainer.train()
+    assert sum(trainer.scorer.tokens.values()) == sum(read) and set(trainer.scorer.tokens) == views
+    cost = cost_of(trainer, args, trainer.metrics.phases, None, None)
+    assert cost["tokens"]["scored"] == sum(read) and cost["tokens"]["scored_by_view"] == dict(trainer.scorer.tokens)
+    extra = {"auxiliary": "agreement", "negative": "contrast", "teacher/plain": "target"}
+    assert set(cost["by_mechanism"]) == {extra[view] for view in views - {"primary"}} | {"ema"}
 
 
 def test_before_is_measured_once(tmp_path: Path) -> None:
@@ -154,6 +188,16 @@ def test_the_key_of_before_covers_what_it_depends_on() -> None:
     others = [key("--recipe", "sdft", "--max_completion_length", "9"), key(evaluation=[{"prompt": "p", "answer": "b"}])]
     others += [key("--model_name_or_path", "elsewhere"), key("--dtype", "bfloat16")]
     assert len({base, *others}) == 5
+
+
+def test_the_peak_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("unisd.cost.resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=1 << 20))
+    found = []
+    for system in ("linux", "darwin"):
+        monkeypatch.setattr("unisd.cost.sys.platform", system)
+        found.append(peak_memory()[0])
+    assert found == [1 << 30, 1 << 20]
 
 
 def test_cost_is_arithmetic() -> None:

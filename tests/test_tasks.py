@@ -7,14 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import DATA, needs_data
 
 from unisd import sandbox, tasks
 from unisd.contamination import contamination
 from unisd.errors import UserError
 from unisd.tasks.code import mutants
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark data at {DATA}")
 
 # task, files, options, rows by split
 REAL = [

@@ -18,13 +18,25 @@ _PUBLIC = {
     "UserError": "unisd.errors",
     "StepScores": "unisd.mechanisms",
     "register_weight": "unisd.mechanisms",
+    "TargetInputs": "unisd.targets",
+    "register_target": "unisd.targets",
 }
-__all__ = ["StepScores", "UniSDConfig", "UniSDTrainer", "UserError", "__version__", "register_weight"]
+__all__ = [
+    "StepScores",
+    "TargetInputs",
+    "UniSDConfig",
+    "UniSDTrainer",
+    "UserError",
+    "__version__",
+    "register_target",
+    "register_weight",
+]
 
 if TYPE_CHECKING:
     from unisd.config import UniSDConfig
     from unisd.errors import UserError
     from unisd.mechanisms import StepScores, register_weight
+    from unisd.targets import TargetInputs, register_target
     from unisd.trainer import UniSDTrainer
 
 

@@ -18,8 +18,8 @@ MAX_ANSWER = 100_000
 """Most characters of an answer."""
 
 
-def verdicts(rows: Sequence[Row], found: dict[str, Any]) -> dict[str, Any]:
-    """One state's answers to rows, from what `evaluation.accuracy` returned."""
+def verdicts(found: dict[str, Any]) -> dict[str, Any]:
+    """One state's answers, from what `evaluation.accuracy` returned."""
     return {
         "correct": [bool(verdict) for verdict in found["grades"]],
         "texts": [text[:MAX_ANSWER] for text in found["completions"][:MAX_EXAMPLES]],

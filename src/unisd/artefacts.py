@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,43 @@ SAMPLES = "samples.jsonl"
 ANSWERS = "answers.json"
 PROBE = "probe.json"  # the answers that the diagnostics compare with
 Record = dict[str, Any]
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """What keeps a folder from being made or written into, if anything. Leaves nothing behind."""
+    existing = folder
+    while not existing.exists() and not existing.is_symlink() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        if not existing.is_dir():
+            return f"{existing}: is not a folder"
+        with tempfile.TemporaryDirectory(prefix=".unisd-", dir=existing):
+            return None
+    except OSError as error:
+        return f"{existing}: {error.strerror or error}"
+
+
+def check_writable(folder: Path, option: str = "output_dir") -> None:
+    """Find out now, not after an hour of training.
+
+    Raises:
+        UserError: the folder of this option is not one, or not writable.
+    """
+    if reason := why_unwritable(folder):
+        raise UserError(f"{option} {folder} cannot be written ({reason}): choose another --{option}.")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file that the user asked for, with the folders above it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def write_json(path: Path, content: Record) -> None:

@@ -205,6 +205,22 @@ class Backbone:
             )
         return captured, tails.starts
 
+    def freeze_the_rest(self) -> None:
+        """No gradient for what no text passes through, the vision tower of a model for images: it would get none, and DDP waits for it."""
+        parts = [self.decoder, self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()]
+        used = {id(p) for part in parts for p in part.parameters()}
+        rest = [p for p in self.causal_lm.parameters() if p.requires_grad and id(p) not in used]
+        for p in rest:
+            p.requires_grad_(False)
+        if rest:
+            logger.info("%d weights outside of the text decoder stay as they are.", sum(p.numel() for p in rest))
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise `UserError` for the first of `layers` that the model does not have (negative ones count from the end)."""
+        for index in layers:
+            if not -len(blocks := self.blocks()) <= index < len(blocks):
+                raise UserError(f"feature_layers={index}: the model has layers 0 to {len(blocks) - 1}.")
+
     def blocks(self) -> nn.ModuleList:
         """The list of transformer blocks."""
         depth = self.causal_lm.config.get_text_config().num_hidden_layers

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from unisd import __version__
-from unisd.artefacts import write_json
+from unisd.artefacts import check_writable, write_json
 from unisd.config import UniSDConfig
 from unisd.inputs import RunData
 from unisd.options import RunOptions
-from unisd.outputs import check_writable
 
 
 def key_of(options: RunOptions, config: UniSDConfig, data: RunData) -> str:
@@ -40,7 +39,7 @@ def measured_once(folder: str | None, key: str, measure: Callable[[], dict[str, 
     """
     if folder is None:
         return measure()
-    check_writable(Path(folder))
+    check_writable(Path(folder), "before_cache")
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / f"{key}.json"
     with (Path(folder) / f"{key}.lock").open("w") as lock:

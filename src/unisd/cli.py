@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 
+from unisd import __version__
 from unisd.errors import UserError
 
 OVERVIEW = """\
@@ -55,7 +55,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(OVERVIEW, end="")
         return 0
     if arguments[0] in ("--version", "-V"):
-        print(f"unisd {version('unisd')}")
+        print(f"unisd {__version__}")
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
@@ -64,6 +64,8 @@ def _dispatch(arguments: list[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(COMMANDS)}."
         raise UserError(f"unknown command {name!r}: {hint}")
+    if os.name != "posix":
+        raise UserError("unisd runs on POSIX systems only: on Windows, use WSL.")
     return COMMANDS[name](rest)
 
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from unisd.artefacts import check_writable, why_unwritable
 from unisd.errors import UserError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse, with mistakes as `UserError`."""
+    """argparse, with mistakes as `UserError`.
 
-    def __init__(self, command: str, description: str) -> None:
-        super().__init__(prog=f"unisd {command}", description=description, allow_abbrev=False)
+    Args:
+        shared: options of `unisd train` that the command takes too (`parsing.shared_options`).
+    """
+
+    def __init__(self, command: str, description: str, shared: argparse.ArgumentParser | None = None) -> None:
+        parents = [] if shared is None else [shared]
+        super().__init__(prog=f"unisd {command}", description=description, allow_abbrev=False, parents=parents)
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (see {self.prog} --help).")
@@ -30,17 +37,36 @@ class CommandParser(argparse.ArgumentParser):
             return None
 
 
+def add_trust(parser: CommandParser) -> None:
+    """The flag of commands that load a model without `unisd train`'s options."""
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def output_file(text: str) -> Path:
+    """Type of a flag that names a file to write: refused before any work if it cannot be written."""
+    path = Path(text)
+    if path.is_dir():
+        reason: str | None = "it is a folder"
+    elif path.exists():  # a device too
+        reason = None if os.access(path, os.W_OK) else "permission denied"
+    else:
+        reason = why_unwritable(path.parent)
+    if reason is not None:
+        raise argparse.ArgumentTypeError(f"{path} cannot be written ({reason})")
+    return path
+
+
 def _is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def load_any(name: str, dtype: str = "auto") -> tuple[Any, Any]:
+def load_any(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """A model (an adapter folder gets its base beneath it) ready for inference, and its tokenizer."""
     import torch
 
     from unisd.models import load_model_and_tokenizer
 
-    model, tokenizer, _ = load_model_and_tokenizer(name, dtype=dtype)
+    model, tokenizer, _ = load_model_and_tokenizer(name, dtype=dtype, trust_remote_code=trust_remote_code)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return model.to(device or "cpu").eval(), tokenizer
 
@@ -51,6 +77,7 @@ def merge(arguments: list[str]) -> int:
     parser.add_argument("folder", metavar="DIR", help="folder with adapter_config.json")
     parser.add_argument("--output_dir", help="where the full model goes (default: DIR-merged)")
     parser.add_argument("--dtype", default="auto", help="precision of the saved weights (default: the base's)")
+    add_trust(parser)
     options = parser.parse(arguments)
     if options is None:
         return 0
@@ -65,13 +92,12 @@ def merge(arguments: list[str]) -> int:
         raise UserError(f"{output} exists already: choose another --output_dir.")
 
     from unisd.console import quiet_libraries
-    from unisd.outputs import check_writable
 
     quiet_libraries()
     check_writable(output)
     import torch
 
-    model, tokenizer = load_any(str(folder))
+    model, tokenizer = load_any(str(folder), trust_remote_code=options.trust_remote_code)
     target = model.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
     if not isinstance(target, torch.dtype):
         raise UserError(f"--dtype {options.dtype} is no precision: use float32, bfloat16 or float16.")
@@ -92,6 +118,7 @@ def chat(arguments: list[str]) -> int:
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     parser.add_argument("--seed", type=int, default=0)
+    add_trust(parser)
     options = parser.parse(arguments)
     if options is None:
         return 0
@@ -100,13 +127,13 @@ def chat(arguments: list[str]) -> int:
 
     quiet_libraries()
     console = make_console()
-    model, tokenizer = load_any(options.folder)
+    model, tokenizer = load_any(options.folder, trust_remote_code=options.trust_remote_code)
     speakers: list[tuple[str, Any, bool]] = [(options.folder, model, False)]
     if options.compare == "base" and _is_adapter(options.folder):
         speakers.insert(0, ("base", model, True))
     elif options.compare is not None:
         name = _base_of(options.folder) if options.compare == "base" else options.compare
-        speakers.insert(0, (name, load_any(name)[0], False))
+        speakers.insert(0, (name, load_any(name, trust_remote_code=options.trust_remote_code)[0], False))
 
     def answer(prompt: str, number: int) -> None:
         texts = []

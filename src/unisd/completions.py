@@ -105,6 +105,5 @@ class CompletionSource:
         return "student" if draw < self.args.on_policy_share else "reference"
 
     def _reference(self, row: int) -> Completion:
-        return Completion(
-            encode_completion(self.prompts.tokenizer, str(self.rows[row]["completion"])), truncated=False, sampled=False
-        )
+        ids = encode_completion(self.prompts.tokenizer, str(self.rows[row]["completion"]), self.eos_ids)
+        return Completion(ids, truncated=False, sampled=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from unisd.errors import UserError
 from unisd.levels import LEVELS
 from unisd.losses import DivergenceSpec, check_token_clip
 from unisd.mechanisms import NORMALIZERS
+
+logger = logging.getLogger(__name__)
 
 GROUPS = (
     "rollout",
@@ -31,11 +34,11 @@ GROUPS = (
 )
 
 
-def option(group: str, help: str, default: Any = None, **kwargs: Any) -> Any:
+def option(group: str, help: str, default: Any = None) -> Any:
     """A dataclass field that knows its group and meaning; `unisd train --help` prints both."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"group": group, "help": help, **kwargs})
-    return field(default=default, metadata={"group": group, "help": help, **kwargs})
+        return field(default_factory=lambda: list(default), metadata={"group": group, "help": help})
+    return field(default=default, metadata={"group": group, "help": help})
 
 
 @dataclass
@@ -282,6 +285,9 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu = True  # else every process would train alone, without a word
         super().__post_init__()
+        if self.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel and multiply the batch
+            logger.warning("One of %d devices is used: --accelerate_config ddp uses all of them.", self.n_gpu)
+            self._n_gpu = 1
 
     def check(self) -> None:
         """Raise `UserError` for the first option that is out of range or contradicts another."""
@@ -347,6 +353,11 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         }
         if wrong := [name for name, active in asked.items() if active]:
             raise UserError(f"distillation_mode=nll trains without a teacher: unset {' and '.join(wrong)}.")
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether training looks at the rows' references: not where the likelihood of the model's own answers is all."""
+        return self.distillation_mode != "nll" or self.completion_source in ("reference", "mixture")
 
     @property
     def divergence_spec(self) -> DivergenceSpec:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import resource
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,36 +20,14 @@ from accelerate.utils import gather_object
 from unisd.config import UniSDConfig
 from unisd.memory import ModelSize
 from unisd.models import without_adapter
-from unisd.scoring import ScoringRow
 
 LOAD, OVERHEAD = 0.7, 1.2
 FORMULA = "hours x devices x TDP/1000 x 0.7 x 1.2"
 MECHANISM_OF_VIEW = {"auxiliary": "agreement", "negative": "contrast", "student": "clip"}
-"""Which mechanism asks for a view. The student's extra pass may also serve a reliability weight of one's own."""
+"""Which mechanism asks for a view; the other ones but `primary` are sources of the target (`teacher/plain`, `base/full`, ...).
 
-
-class TokenCounter:
-    """Tokens of this rank by use, over the steps that this process ran."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-
-    def add(self, rows: Sequence[ScoringRow], needs: frozenset[str], has_teacher: bool) -> None:
-        """Count the passes over the rows of one optimizer step."""
-        for row in rows:
-            length = len(row.completion)
-            if not length:
-                continue
-            self.counts["trained"] += len(row.student) + length
-            self.counts["completion"] += length
-            if has_teacher:
-                self.counts["scored_primary"] += len(row.teacher) + length
-            for prompt in row.auxiliary:
-                self.counts["scored_auxiliary"] += len(prompt) + length
-            if row.negative is not None:
-                self.counts["scored_negative"] += len(row.negative) + length
-            if needs & {"student", "divergence"}:
-                self.counts["scored_student"] += len(row.student) + length
+The student's extra pass may also serve a reliability weight of one's own.
+"""
 
 
 def account(
@@ -85,15 +63,16 @@ def account(
     seconds = sum(phases.get(name, 0.0) for name in ("rollout", "score", "student", "update"))
     score_s = phases.get("score", 0.0)
     mechanisms: dict[str, dict[str, float]] = {}
-    for view, mechanism in MECHANISM_OF_VIEW.items():
-        if views.get(view):
-            share = views[view] / scored
-            mechanisms[mechanism] = {
-                "tokens_scored": views[view],
-                "flops": forward * views[view],
-                "share_of_flops": forward * views[view] / max(total, 1),
-                "seconds_estimated": share * score_s,
-            }
+    by_mechanism: Counter[str] = Counter()
+    for view in views.keys() - {"primary"}:
+        by_mechanism[MECHANISM_OF_VIEW.get(view, "target")] += views[view]
+    for mechanism, tokens in sorted(by_mechanism.items()):
+        mechanisms[mechanism] = {
+            "tokens_scored": tokens,
+            "flops": forward * tokens,
+            "share_of_flops": forward * tokens / max(total, 1),
+            "seconds_estimated": tokens / scored * score_s,
+        }
     if phases.get("update"):
         mechanisms["ema"] = {"tokens_scored": 0, "flops": 0, "share_of_flops": 0.0, "seconds_estimated": phases["update"]}
     hours = seconds / 3600 * devices
@@ -145,7 +124,8 @@ def peak_memory() -> tuple[int, str]:
     """The most memory in use so far, in bytes, and of what."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated()), "tensors on the GPU"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "the whole process"
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, the others KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the whole process"
 
 
 class Energy:
@@ -177,7 +157,7 @@ def cost_of(
     trainer: Any, config: UniSDConfig, phases: dict[str, float], tdp_w: float | None, kwh: float | None
 ) -> dict[str, Any]:
     """The cost of a finished training, summed over ranks."""
-    counts = Counter(trainer.tokens.counts)
+    counts = trainer.tokens + Counter({f"scored_{view}": count for view, count in trainer.scorer.tokens.items()})
     counts["generated"], counts["prefilled"] = trainer.completions.generated, trainer.completions.prefilled
     if config.world_size > 1:
         counts = sum(gather_object([counts]), Counter())

@@ -3,7 +3,7 @@
 | column | meaning |
 |---|---|
 | `prompt` | the problem: a string, or chat messages; an assistant turn that ends them is split off as the completion (required) |
-| `privileged_context` | the reference solution, shown to the teacher only (required, unless `teacher_prompt` is there) |
+| `privileged_context` | the reference solution, for the teacher only; default: `completion` (required, unless `teacher_prompt` is there) |
 | `teacher_prompt` | a whole teacher prompt, instead of the template |
 | `completion` | the reference as an answer, a string or one assistant message; default: `privileged_context` |
 | `auxiliary_contexts` | list of solved examples of *other* problems, or instructions (for agreement) |
@@ -59,7 +59,10 @@ def parse_column_mapping(text: str | None) -> dict[str, str]:
 
 
 def prepare_rows(
-    dataset: Iterable[dict[str, Any]], mapping: dict[str, str] | None = None, name: str = "the dataset"
+    dataset: Iterable[dict[str, Any]],
+    mapping: dict[str, str] | None = None,
+    name: str = "the dataset",
+    needs_reference: bool = True,
 ) -> list[Row]:
     """Check every row against the contract and return plain dicts.
 
@@ -67,6 +70,7 @@ def prepare_rows(
         dataset: rows (a `datasets.Dataset`, or any iterable of dicts).
         mapping: our column names to the dataset's.
         name: what to call it in errors.
+        needs_reference: refuse rows without a reference.
 
     Raises:
         UserError: empty dataset, missing column (with candidates), or the first bad row by its number (from 0).
@@ -82,9 +86,9 @@ def prepare_rows(
     for number, row in enumerate(rows):
         _rename(row, mapping or {})
         _as_text(row, f"row {number} of {name}")
-    _check_columns(rows[0], name)
+    _check_columns(rows[0], name, needs_reference)
     for number, row in enumerate(rows):
-        _check_row(row, f"row {number} of {name}")
+        _check_row(row, f"row {number} of {name}", needs_reference)
         row.setdefault("id", str(number))
     return rows
 
@@ -106,8 +110,6 @@ def _as_text(row: Row, where: str) -> None:
             row[column] = str(row[column])
     if (content := _answer_of(row.get("prompt"))) is not None and len(row["prompt"]) > 1 and row.get("completion") is None:
         row["prompt"], row["completion"] = row["prompt"][:-1], content
-        if not row.get("teacher_prompt") and row.get("privileged_context") is None:
-            row["privileged_context"] = content
     completion = row.get("completion")
     if (content := _answer_of(completion)) is not None and len(completion) == 1:
         completion = row["completion"] = content
@@ -126,9 +128,10 @@ def _answer_of(turns: Any) -> str | None:
     return str(last["content"])
 
 
-def _check_columns(row: Row, name: str) -> None:
-    for column, alternative in (("prompt", None), ("privileged_context", "teacher_prompt")):
-        if column in row or (alternative is not None and alternative in row):
+def _check_columns(row: Row, name: str, needs_reference: bool) -> None:
+    needed = [("prompt",), ("privileged_context", "completion", "teacher_prompt")]
+    for column, *alternatives in needed if needs_reference else needed[:1]:
+        if column in row or any(alternative in row for alternative in alternatives):
             continue
         candidates = [theirs for theirs in FOREIGN[column] if theirs in row]
         hint = (
@@ -139,12 +142,14 @@ def _check_columns(row: Row, name: str) -> None:
         raise UserError(f"{name} has no column {column!r}: {hint}.")
 
 
-def _check_row(row: Row, where: str) -> None:
+def _check_row(row: Row, where: str, needs_reference: bool) -> None:
     _check_prompt(row.get("prompt"), where)
+    if row.get("privileged_context") is None and isinstance(row.get("completion"), str):
+        row["privileged_context"] = row["completion"]
     teacher_prompt = row.get("teacher_prompt")
     if teacher_prompt:
         _check_prompt(teacher_prompt, where, "teacher_prompt")
-    else:
+    elif needs_reference:
         reference = row.get("privileged_context")
         if not isinstance(reference, str) or not reference.strip():
             raise UserError(

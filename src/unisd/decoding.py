@@ -14,6 +14,7 @@ token: 84 -> 48 ms.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -116,9 +117,19 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.dev
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def _takes_padding(model: Any) -> bool:
+    """False for the few models (RWKV, xLSTM, ...) that transformers counts as of another kind: padding would enter their states."""
+    return bool(getattr(model, "_supports_default_dynamic_cache", lambda: False)())
+
+
+def _can_drop_rows(cache: DynamicCache) -> bool:
+    """Layers that mix attention with states of other kinds select rows of the keys alone."""
+    return all(hasattr(layer, "batch_select_indices") and not hasattr(layer, "conv_states") for layer in cache.layers)
+
+
 def _empty_cache(model: Any) -> DynamicCache | None:
-    """A growing cache for a plain attention model, None where the model wants a cache of its own kind."""
-    if not getattr(model, "_supports_default_dynamic_cache", lambda: False)():
+    """A growing cache for a model with attention, None where the model wants a cache of its own kind (Mamba's, for one)."""
+    if not _takes_padding(model) or "past_key_values" not in inspect.signature(model.forward).parameters:
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -190,6 +201,8 @@ def decode(
         do_sample=False, eos_token_id=ends or None, pad_token_id=pad_id, use_cache=True, return_dict_in_generate=True
     )
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    if not _takes_padding(without_adapter(model)):
+        batch_size = 1
     with _decoding_mode(model, config), in_step(model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
@@ -212,7 +225,7 @@ def _decode_batch(
     ids_BT, mask_BT = left_padded([prompts[i] for i in alive], config.pad_token_id, device)
     width = ids_BT.shape[1]
     cache = _empty_cache(without_adapter(model))
-    can_drop = cache is not None and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+    can_drop = cache is not None and _can_drop_rows(cache)
     extra: dict[str, Any] = {}
     if cache is not None:
         extra["past_key_values"] = cache

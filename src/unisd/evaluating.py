@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from unisd import sandbox, tasks
+from unisd.artefacts import write_text
 from unisd.chat_server import ChatServer
-from unisd.commands import CommandParser, load_any
+from unisd.commands import CommandParser, add_trust, load_any, output_file
 from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
 from unisd.errors import UserError
 from unisd.grading import grade_many, row_results, summarize
@@ -63,8 +63,8 @@ def grade(arguments: Sequence[str]) -> int:
     parser.add_argument("--data_files", nargs="+", help="files that the task reads (default: its dataset on the Hub)")
     parser.add_argument("--completions", required=True, metavar="C.jsonl", help='a line each: {"id": ..., "completion": ...}')
     parser.add_argument("--split", default="all", help="rows that the completions answer (default: all, in the files' order)")
-    parser.add_argument("--out", metavar="R.jsonl", help="write one object an answer there")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--out", type=output_file, metavar="R.jsonl", help="write one object an answer there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
     _add_task_flags(parser)
     options = parser.parse(arguments)
     if options is None:
@@ -76,9 +76,9 @@ def grade(arguments: Sequence[str]) -> int:
     summary = {"schema_version": SCHEMA_VERSION, "task": options.task, **summarize(rows, grades)}
     show_table(make_console(), (options.task, "value", "answers"), _lines(summary))
     if options.out:
-        write(options.out, "".join(json.dumps(result) + "\n" for result in row_results(rows, grades)))
+        write_text(options.out, "".join(json.dumps(result) + "\n" for result in row_results(rows, grades)))
     if options.json:
-        write(options.json, json.dumps(summary, indent=2) + "\n")
+        write_text(options.json, json.dumps(summary, indent=2) + "\n")
     return 0
 
 
@@ -136,11 +136,12 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--max_new_tokens", type=int, help="cap on each answer (default: the task's)")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
+    add_trust(parser)
     parser.add_argument("--server_url", metavar="URL", help="let an OpenAI-compatible server answer; no perplexities then")
     parser.add_argument("--server_model", metavar="NAME", help="the model's name there (default: the first that it serves)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    parser.add_argument("--rows", metavar="FILE.jsonl", help="write one object an answer there, with its text")
-    parser.add_argument("--markdown", metavar="FILE.md", help="write the table there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
+    parser.add_argument("--rows", type=output_file, metavar="FILE.jsonl", help="write one object an answer there, with its text")
+    parser.add_argument("--markdown", type=output_file, metavar="FILE.md", help="write the table there")
     _add_task_flags(parser)
     options = parser.parse(arguments)
     if options is None:
@@ -164,13 +165,13 @@ def evaluate(arguments: Sequence[str]) -> int:
     header = (evaluation.name, "value", "rows")
     show_table(make_console(), header, evaluation.lines)
     if options.json:
-        write(options.json, json.dumps(figures, indent=2) + "\n")
+        write_text(options.json, json.dumps(figures, indent=2) + "\n")
     if options.rows:
-        write(options.rows, "".join(json.dumps(record) + "\n" for record in evaluation.records))
+        write_text(options.rows, "".join(json.dumps(record) + "\n" for record in evaluation.records))
     if options.markdown:
         rule = ["---"] * len(header)
         cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in (header, rule, *evaluation.lines)]
-        write(options.markdown, "".join(f"| {' | '.join(line)} |\n" for line in cells))
+        write_text(options.markdown, "".join(f"| {' | '.join(line)} |\n" for line in cells))
     return 0
 
 
@@ -198,8 +199,8 @@ class _Evaluation:
         if self.server is not None:
             self.name = self.server.model
         else:
-            self.model, self.tokenizer = load_any(options.model_name_or_path, options.dtype)
-        self.base = load_any(options.base, options.dtype)[0] if options.base else None
+            self.model, self.tokenizer = load_any(options.model_name_or_path, options.dtype, options.trust_remote_code)
+        self.base = load_any(options.base, options.dtype, options.trust_remote_code)[0] if options.base else None
         self.figures: dict[str, Figures] = {}
         self.lines: list[list[str]] = []
         self.records: list[dict[str, Any]] = []
@@ -275,11 +276,3 @@ class _Evaluation:
             )
         texts = iter([self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in written])
         return [[next(texts) for _ in range(options.num_samples)] for _ in rows]
-
-
-def write(path: str, text: str) -> None:
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None

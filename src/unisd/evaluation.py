@@ -259,7 +259,7 @@ def reference_nll(
         reference = row.get("completion") or row.get("privileged_context")
         if reference:
             prompts.append(_ids(tokenizer, row["prompt"]) if prompt_ids is None else prompt_ids[i])
-            completions.append(encode_completion(tokenizer, str(reference)))
+            completions.append(encode_completion(tokenizer, str(reference), eos_ids(model, tokenizer)))
     logp_N, count_N = sequence_logprobs(model, prompts, completions)
     return -float(logp_N.sum()), int(count_N.sum())
 

@@ -29,6 +29,7 @@ from unisd.checkpoints import last_complete_checkpoint
 from unisd.data import Row
 from unisd.gguf_cache import cache_dir
 from unisd.inputs import adapter_config, load_data, load_model
+from unisd.models import eos_ids
 from unisd.parsing import parse
 from unisd.prompts import encode_completion, encode_prompt
 from unisd.tasks import get
@@ -133,7 +134,7 @@ class Examiner:
             options, right = candidates(row)
             groups.append((len(texts), len(options), right))
             prompts += [encode_prompt(self.tokenizer, row["prompt"])] * len(options)
-            texts += [encode_completion(self.tokenizer, option) for option in options]
+            texts += [encode_completion(self.tokenizer, option, eos_ids(model, self.tokenizer)) for option in options]
         logp_N, count_N = evaluation.sequence_logprobs(model, prompts, texts)
         mean_N = logp_N / count_N
         return [int(mean_N[first : first + count].argmax()) == right for first, count, right in groups]

@@ -107,11 +107,3 @@ def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[
         for row, answers in zip(rows, grades, strict=True)
         for answer in answers
     ]
-
-
-def table_lines(summary: dict[str, Any], percent: Callable[[Interval | None], str]) -> list[list[str]]:
-    lines = [["accuracy", percent(summary["accuracy"]), str(summary["accuracy"]["n"])]]
-    lines += [[f"  {skill}", percent(value), str(value["n"])] for skill, value in summary["by_skill"].items()]
-    lines += [[f"pass@{k}", percent(value), str(value["n"])] for k, value in summary.get("pass_at_k", {}).items()]
-    lines += [[name.replace("_", " "), percent(value), str(value["n"])] for name, value in summary["details"].items()]
-    return [*lines, ["answer found", percent(summary["extraction_rate"]), str(summary["extraction_rate"]["n"])]]

@@ -110,11 +110,21 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
 def _load_dataset(options: RunOptions) -> list[Row]:
     import datasets
 
+    name, split = str(options.dataset_name), options.dataset_train_split
+    whole = (Path(name) / "dataset_dict.json").is_file()  # the two that save_to_disk writes
     try:
-        loaded = datasets.load_dataset(options.dataset_name, options.dataset_config, split=options.dataset_train_split)
+        if not whole and not (Path(name) / "state.json").is_file():
+            loaded = datasets.load_dataset(name, options.dataset_config, split=split)
+        elif options.dataset_config is not None:
+            raise ValueError("a saved dataset has no configurations: unset dataset_config.")
+        else:
+            loaded = datasets.load_from_disk(name)
+            if whole and split not in loaded:
+                raise ValueError(f"it has no split {split!r}: set dataset_train_split to one of {', '.join(loaded)}.")
+            loaded = loaded[split] if whole else loaded
     except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"dataset {options.dataset_name!r} cannot be loaded: {reason}") from None
+        raise UserError(f"dataset {name!r} cannot be loaded: {reason}") from None
     return [dict(row) for row in loaded]
 
 
@@ -181,7 +191,7 @@ def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, st
         options.model_name_or_path,
         dtype=dtype,
         trust_remote_code=options.trust_remote_code,
-        quantization="4bit" if options.load_in_4bit else None,
+        load_in_4bit=options.load_in_4bit,
     )
     if info.adapter is not None:
         raise UserError(f"{options.model_name_or_path} is an adapter: make a full model of it first, with `unisd merge`.")

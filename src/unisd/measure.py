@@ -22,7 +22,7 @@ def graded(
     if grade is None or not rows:
         return None, None, None
     found = evaluation.accuracy(model, tokenizer, rows, grade, max_new_tokens=cap, batch_size=batch_size)
-    return found["overall"], found["by_skill"] or None, answers.verdicts(rows, found)
+    return found["overall"], found["by_skill"] or None, answers.verdicts(found)
 
 
 def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> tuple[Figures, Figures]:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 KIND = "token weight"
 ENTRY_POINT_GROUP = "unisd.token_weights"
-NEEDS = frozenset({"auxiliary", "negative", "contrast", "student", "entropy", "divergence"})
+NEEDS = frozenset({"auxiliary", "untempered", "negative", "contrast", "student", "entropy", "divergence"})
 NORMALIZERS = ("weights", "tokens", "mean1")
 SCALE_FLOOR = 1e-6  # nats^2 (var) or nats (range): contexts that agree to rounding
 LEAST_TOKEN_WEIGHT = 0.01
@@ -43,16 +43,17 @@ class StepScores:
 
     mask: Tensor  # [B,T] bool, tokens that carry loss
     tokens: Tensor  # [B,T] realised token ids
-    teacher_logp: Tensor  # [B,T] l+, primary teacher, distillation temperature; zeros where agreement is the only weight
+    teacher_logp: Tensor  # [B,T] l+, primary teacher, distillation temperature; zeros where no weight looks at it
     auxiliary_logp: Tensor | None = None  # [K,B,T] l^k at temperature 1 (auxiliary)
     auxiliary_present: Tensor | None = None  # [K,B] bool: a row may have fewer than K contexts (auxiliary)
     negative_logp: Tensor | None = None  # [B,T] l- (negative)
     negative_present: Tensor | None = None  # [B] bool (negative)
     negative_divergence: Tensor | None = None  # [B,T] KL(q||q-), at the distillation temperature (contrast)
-    student_logp: Tensor | None = None  # [B,T] l, from a student pass without gradient (student)
+    student_logp: Tensor | None = None  # [B,T] l, from a student pass without gradient or the rollout itself (student)
     teacher_entropy: Tensor | None = None  # [B,T] H(q) (entropy)
     divergence: Tensor | None = None  # [B,T] D (divergence)
     behaviour_logp: Tensor | None = None  # [B,T] l' with which the token was drawn, NaN if nobody drew it (importance)
+    untempered_logp: Tensor | None = None  # [B,T] l+ at temperature 1, as the auxiliary scores are (untempered)
 
 
 Weight = TypeVar("Weight", bound=Callable[..., Tensor])
@@ -99,7 +100,7 @@ def register_weight(
     """Decorator: make a function `(scores, **options) -> Tensor` known as the reliability weight `name`.
 
     in_forward: the needs `student` and `divergence` are then met by the training pass, without a pass of their own. The function
-    must look at each row alone, because it sees one micro-batch at a time.
+    must look at each row alone, because it sees one micro-batch at a time, and leave each row some weight: rows are counted before.
     """
     if level not in ("token", "sequence"):
         raise UserError(f"token weight {name!r}: level must be token or sequence, got {level!r}.")
@@ -170,9 +171,9 @@ def agreement_sequence(scores: StepScores, *, gamma: float = 0.01, stat: str = "
     return torch.exp(-gamma * spread_B).clamp(min=LEAST_SEQUENCE_WEIGHT)
 
 
-@register_weight("corroboration", level="token", needs=frozenset({"auxiliary"}), normalizer="weights")
+@register_weight("corroboration", level="token", needs=frozenset({"auxiliary", "untempered"}), normalizer="weights")
 def corroboration(scores: StepScores, *, gamma: float = 1.0) -> Tensor:
-    """w_it = max(0.01, (1 - |p+_it - median_k p^k_it|)^gamma), p = exp(l): do other contexts bear the primary teacher out?
+    """w_it = max(0.01, (1 - |p+_it - median_k p^k_it|)^gamma), p = exp(l) at temperature 1: do contexts bear the teacher out?
 
     Ours, not the paper's. Agreement asks whether the contexts agree among themselves, in log-probability: three contexts that all rule a
     token out, by 7, 9 and 14 nats, count as in disagreement, and so the tokens that carry a new fact are silenced. Here the question is
@@ -185,7 +186,9 @@ def corroboration(scores: StepScores, *, gamma: float = 1.0) -> Tensor:
     known_KBT = torch.where(chosen_KBT, auxiliary_KBT, math.nan).exp()
     # Not torch's nanmedian: that is the lower of the two middle values, and so not the same under 1 - p.
     middle_BT = known_KBT.nanquantile(0.5, dim=0) if len(known_KBT) else torch.zeros_like(scores.teacher_logp)
-    apart_BT = (torch.where(scores.mask, scores.teacher_logp, 0.0).exp() - torch.where(scored_BT, middle_BT, 0.0)).abs()
+    if scores.untempered_logp is None:
+        raise UserError("corroboration needs the teacher's scores at temperature 1, but this step has none.")
+    apart_BT = (torch.where(scores.mask, scores.untempered_logp, 0.0).exp() - torch.where(scored_BT, middle_BT, 0.0)).abs()
     return torch.where(scored_BT, (1 - apart_BT).clamp(min=0).pow(gamma).clamp(min=LEAST_TOKEN_WEIGHT), 1.0)
 
 

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from unisd.artefacts import keep_until
 
-METRICS_FILE = "metrics.jsonl"
-
 
 class StepMetrics:
     """Metrics of the optimizer step in progress, and of the steps since the last log line.
@@ -102,7 +100,7 @@ class StepMetrics:
             values["leak/answer_token_share"] = sums["answer_tokens"] / tokens
         if "features" in sums:
             values["features/distance"] = sums["features"] / tokens
-        values["step_time"] = sum(value for name, value in values.items() if name.startswith("step_time/"))
+        values["step_time"] = sum(values.get(f"step_time/{phase}", 0.0) for phase in self.phases)  # a sync is within rollout
         if is_writer:
             line: dict[str, Any] = {"step": step, "loss": values["loss"], "learning_rate": values["learning_rate"]}
             self.path.parent.mkdir(parents=True, exist_ok=True)

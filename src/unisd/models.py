@@ -6,6 +6,7 @@ Nothing runs remote code or downloads anything unless asked: a hub id is a reque
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from dataclasses import dataclass
@@ -162,17 +163,14 @@ def load_model_and_tokenizer(
     *,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    device_map: Any = None,
-    quantization: str | None = None,
-    quantization_config: Any = None,
-    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
 ) -> tuple[Any, Any, ModelInfo]:
-    """Model (evaluation mode, on the CPU unless `device_map` says otherwise), tokenizer and facts about them.
+    """Model (evaluation mode, on the CPU), tokenizer and facts about them.
 
     Args:
         dtype: `auto`: bf16 where the hardware computes it natively and the model has more than 50 M parameters, else
             float32; or the name of one.
-        quantization: None, `4bit` or `8bit` (needs bitsandbytes); or a transformers `quantization_config` of your own.
+        load_in_4bit: needs bitsandbytes.
 
     Raises:
         UserError: the name is no model, or what it needs is not installed.
@@ -182,10 +180,7 @@ def load_model_and_tokenizer(
     name = str(name_or_path)
     path = resolve(name)
     if (adapter := Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
-        return _load_adapter(
-            name, adapter.parent, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map,
-            quantization=quantization, quantization_config=quantization_config, attn_implementation=attn_implementation,
-        )  # fmt: skip
+        return _load_adapter(name, adapter.parent, dtype=dtype, trust_remote_code=trust_remote_code, load_in_4bit=load_in_4bit)
     config = _load("configuration", name, path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
@@ -195,14 +190,8 @@ def load_model_and_tokenizer(
         )  # fmt: skip
     parameters = sum(p.numel() for p in skeleton.parameters())
     options: dict[str, Any] = {"dtype": _dtype(dtype, parameters), "trust_remote_code": trust_remote_code}
-    if device_map is not None:
-        options["device_map"] = device_map
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    elif quantization is not None:
-        options["quantization_config"] = _quantization(quantization, options["dtype"])
+    if load_in_4bit:
+        options["quantization_config"] = _four_bits(options["dtype"])
     model = _load("weights", name, path, lambda: AutoModelForCausalLM.from_pretrained(path, **options)).eval()
     info = ModelInfo(
         name=name,
@@ -236,17 +225,13 @@ def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, Mo
     return adapted, tokenizer, dataclasses.replace(info, name=name, adapter=str(folder))
 
 
-def _quantization(kind: str, compute: torch.dtype) -> Any:
+def _four_bits(compute: torch.dtype) -> Any:
     import importlib.util
 
     from transformers import BitsAndBytesConfig
 
-    if kind not in ("4bit", "8bit"):
-        raise UserError(f"unknown quantization {kind!r}; use 4bit or 8bit")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"quantization {kind} needs bitsandbytes: pip install bitsandbytes")
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
@@ -255,7 +240,23 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
+    peft_config = _within_decoder(model, peft_config)
+
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     set_seed(seed)  # the Trainer would seed only after the adapter's factors are drawn
     return get_peft_model(model, peft_config)
+
+
+def _within_decoder(model: Any, peft_config: Any) -> Any:
+    """The configuration without targets outside of the text decoder: `all-linear` would adapt a vision tower too."""
+    decoder = model.get_decoder()
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    others = [name for name in others if not name.startswith(f"{prefix}.") and name != head]
+    if not prefix or not others or getattr(peft_config, "exclude_modules", "") is not None:
+        return peft_config
+    within = copy.copy(peft_config)
+    within.exclude_modules = rf"(?!{re.escape(prefix)}\.).*"
+    return within

@@ -62,9 +62,9 @@ class RunOptions:
     )
     train_file: str | None = option("data", "Your rows: .jsonl, .json, .csv or .parquet with prompt and privileged_context.")
     eval_file: str | None = option("data", "Rows to report on; unset: a seeded 10 % of the training rows, held out.")
-    dataset_name: str | None = option("data", "Your rows from a `datasets` folder or hub id.")
+    dataset_name: str | None = option("data", "Your rows from a folder of data files, one that save_to_disk wrote, or a hub id.")
     dataset_config: str | None = option("data", "Configuration of dataset_name.")
-    dataset_train_split: str = option("data", "Split of dataset_name to train on.", "train")
+    dataset_train_split: str = option("data", "Split of dataset_name to train on (where it has splits).", "train")
     agreement_contexts: str = option(
         "data", "Auxiliary contexts for rows that have none: columns (build none), random, retrieval or induction.", "columns"
     )

@@ -6,13 +6,12 @@ import logging
 import re
 import shlex
 import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from unisd import __version__
-from unisd.artefacts import ANSWERS, METRICS, PROBE, RESULTS, SAMPLES, write_json
+from unisd.artefacts import ANSWERS, METRICS, PROBE, RESULTS, SAMPLES, check_writable, write_json
 from unisd.checkpoints import clear_staging, last_complete_checkpoint
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
@@ -125,28 +124,6 @@ def clear_earlier_run(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and (path / "trainer_state.json").exists():
             shutil.rmtree(path)
-
-
-def check_writable(folder: Path) -> None:
-    """Find out now, not after an hour of training. Leaves nothing behind.
-
-    Raises:
-        UserError: not a folder, or not writable.
-    """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        if existing.is_symlink():
-            break
-        existing = existing.parent
-    try:
-        if not existing.is_dir():
-            raise NotADirectoryError(0, "is not a folder")
-        with tempfile.TemporaryDirectory(prefix=".unisd-", dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"output_dir {folder} cannot be written ({existing}: {error.strerror or error}): choose another --output_dir."
-        ) from None
 
 
 def resolved(options: RunOptions, config: UniSDConfig) -> dict[str, Any]:

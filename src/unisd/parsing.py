@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -35,15 +35,19 @@ COMMON = (
 
 
 class OptionParser(HfArgumentParser):  # type: ignore[misc]
-    """Flags of dataclasses, by transformers' own conversion; reports only what was given, and errors as `UserError`."""
+    """Flags of dataclasses, by transformers' own conversion; reports only what was given, and errors as `UserError`.
 
-    def __init__(self, *kinds: type, prog: str = "unisd train") -> None:
+    Args:
+        only: the options to take; None: all.
+    """
+
+    def __init__(self, *kinds: type, prog: str = "unisd train", only: Collection[str] | None = None) -> None:
         super().__init__(prog=prog, add_help=False, allow_abbrev=False)
         self.fields: dict[str, dataclasses.Field[Any]] = {}
         for kind in kinds:
             hints = get_type_hints(kind)
             for item in dataclasses.fields(kind):
-                if item.init:
+                if item.init and (only is None or item.name in only):
                     self._add(item, hints[item.name])
 
     def _add(self, item: dataclasses.Field[Any], hint: Any) -> None:
@@ -57,6 +61,7 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
         for action in self._actions[known:]:
             action.default = argparse.SUPPRESS
             action.required = False
+            action.help = str(item.metadata.get("help") or "").replace("%", "%%")  # shown by commands that share the option
             if type(None) in get_args(hint) and action.type in (int, float):
                 action.type = _or_none(action.type)
             if item.name == "resume_from_checkpoint":  # alone it means: the newest checkpoint
@@ -154,6 +159,16 @@ def parse(arguments: Sequence[str], prog: str = "unisd train") -> tuple[RunOptio
     return resolve(parser, given, arguments)
 
 
+def shared_options(names: Collection[str]) -> OptionParser:
+    """Some options of `unisd train`, as a parent of another command's parser; `resolve_shared` reads what was given of them."""
+    return OptionParser(RunOptions, UniSDConfig, only=names)
+
+
+def resolve_shared(own: argparse.Namespace, names: Collection[str], prog: str) -> tuple[RunOptions, UniSDConfig]:
+    """As `parse`, of the shared options among a command's own arguments."""
+    return resolve(train_parser(prog), {name: _unset(value) for name, value in vars(own).items() if name in names})
+
+
 def resolve(parser: OptionParser, given: Values, arguments: Sequence[str] = ()) -> tuple[RunOptions, UniSDConfig]:
     """Layer what was `given` over the recipe's and the task's values (see the module's docstring)."""
     named = _without_unset(given)
@@ -238,5 +253,4 @@ def group_of(name: str, item: dataclasses.Field[Any]) -> str:
     return str(item.metadata.get("group") or ("training" if name in COMMON else "inherited"))
 
 
-HEADINGS = ("run", "model", "adapter", "data", *GROUPS, "training", "inherited")
-assert set(RUN_GROUPS) | set(GROUPS) <= set(HEADINGS)
+HEADINGS = (*RUN_GROUPS, *GROUPS, "training", "inherited")

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from unisd import contexts, negatives
+from unisd.artefacts import write_text
 from unisd.chat_server import ChatServer
-from unisd.commands import CommandParser
+from unisd.commands import CommandParser, output_file
 from unisd.config import UniSDConfig
 from unisd.console import make_console, quiet_libraries, show_progress, show_table
 from unisd.data import Row
@@ -21,7 +22,7 @@ from unisd.errors import UserError
 from unisd.gguf_cache import cache_dir
 from unisd.inputs import RunData, load_data, load_model
 from unisd.options import RunOptions
-from unisd.parsing import parse, train_parser
+from unisd.parsing import resolve_shared, shared_options
 from unisd.prompts import PromptBuilder, encode_prompt
 from unisd.rollout import seed_of
 from unisd.similarity import prompt_text
@@ -186,21 +187,13 @@ DESCRIPTION = (
 
 def run(arguments: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    parser = CommandParser("prepare", DESCRIPTION)
-    parser.add_argument("--output", metavar="FILE.jsonl", help="write the rows there")
-    fields = train_parser().fields
-    for name in SHARED:
-        many = {"nargs": "+"} if name in ("data_files", "task_options") else {}
-        if name == "allow_unsafe_code_execution" or name == "trust_remote_code":
-            many = {"nargs": "?", "const": "true"}
-        parser.add_argument(f"--{name}", help=str(fields[name].metadata["help"]).replace("%", "%%"), **many)  # type: ignore[arg-type]
+    parser = CommandParser("prepare", DESCRIPTION, shared_options(SHARED))
+    parser.add_argument("--output", type=output_file, metavar="FILE.jsonl", help="write the rows there")
     own = parser.parse(arguments)
     if own is None:
         return 0
     quiet_libraries()
-    values = {name: getattr(own, name) for name in SHARED if getattr(own, name) is not None}
-    flags = [token for name, value in values.items() for token in (f"--{name}", *(value if isinstance(value, list) else [value]))]
-    options, config = parse(flags, "unisd prepare")
+    options, config = resolve_shared(own, SHARED, "unisd prepare")
     _refuse_input(own.output, options)
     data = load_data(options, config.seed, whole=True)
     loaded: list[tuple[Any, Any]] = []
@@ -219,13 +212,8 @@ def run(arguments: Sequence[str]) -> int:
         config,
     )
     if own.output:
-        path = Path(own.output)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--output {path} cannot be written: {error.strerror}.") from None
-        print(f"{len(rows)} rows written to {path}")
+        write_text(own.output, "".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{len(rows)} rows written to {own.output}")
     return 0
 
 

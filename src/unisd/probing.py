@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from unisd import memory
-from unisd.commands import CommandParser
+from unisd.artefacts import write_text
+from unisd.commands import CommandParser, output_file
 from unisd.config import UniSDConfig
 from unisd.console import make_console, number, show_table
 from unisd.data import Row
@@ -20,7 +20,7 @@ from unisd.errors import UserError
 from unisd.inputs import load_data, load_model
 from unisd.measure import percent
 from unisd.options import RunOptions
-from unisd.parsing import parse, train_parser
+from unisd.parsing import resolve_shared, shared_options
 from unisd.probe import COMPARED_TOKENS, LAYOUTS, Probe
 from unisd.prompts import PromptBuilder
 
@@ -30,11 +30,12 @@ DESCRIPTION = (
     "Before training: is the teacher worth learning from? Measures the model's answers without and with the reference (in each "
     "layout, right and wrong) and with auxiliary contexts, and ends in plain words."
 )
-# The options of `unisd train` that a probe shares, with their meaning.
+# The options of `unisd train` that a probe takes too.
 SHARED = (
     "model_name_or_path", "dtype", "trust_remote_code", "task", "data_files", "task_options", "noise", "train_file",
     "dataset_name", "dataset_config",
-    "dataset_train_split", "columns", "grader", "teacher_prompt_template", "auxiliary_prompt_template", "num_auxiliary_contexts", "seed",
+    "dataset_train_split", "columns", "grader", "teacher_prompt_template", "auxiliary_prompt_template", "num_auxiliary_contexts",
+    "allow_unsafe_code_execution", "seed",
 )  # fmt: skip
 
 
@@ -44,29 +45,21 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UserError: as `unisd train` for model and data; rows too long for the model.
     """
-    parser = CommandParser("probe", DESCRIPTION)
+    parser = CommandParser("probe", DESCRIPTION, shared_options(SHARED))
     parser.add_argument("--n", type=int, default=64, help="rows to probe (default: 64)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="cap on each answer (default: 256)")
     parser.add_argument("--batch_size", type=int, default=64, help="rows generated at once (default: 64)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    fields = train_parser().fields
-    for name in SHARED:
-        many = {"nargs": "+"} if name in ("data_files", "task_options") else {}
-        parser.add_argument(f"--{name}", help=str(fields[name].metadata["help"]).replace("%", "%%"), **many)  # type: ignore[arg-type]
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
     own = parser.parse(arguments)
     if own is None:
         return 0
     if own.n < 1:
         raise UserError(f"--n {own.n}: at least one row is needed.")
-    values = {name: getattr(own, name) for name in SHARED if getattr(own, name) is not None}
-    flags = [token for name, value in values.items() for token in (f"--{name}", *(value if isinstance(value, list) else [value]))]
-    options, config = parse(flags, "unisd probe")
+    options, config = resolve_shared(own, SHARED, "unisd probe")
     options.max_train_rows = own.n if options.task is not None else None
     report = probe(options, config, own.n, own.max_new_tokens, own.batch_size)
     if own.json:
-        path = Path(own.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(own.json, json.dumps(report, indent=2) + "\n")
     return 0
 
 

@@ -7,7 +7,7 @@ template exactly once. A tokenizer without a chat template takes string prompts 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,19 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode_completion(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of an answer as the model would write it: the text and the end token."""
+def encode_completion(tokenizer: Any, text: str, ends: Sequence[int] = ()) -> list[int]:
+    """Token ids of an answer as the model would write it: the text and the end token.
+
+    That is the one of `ends` (the tokens that end a generation) with which the chat template closes an answer: it need not be the
+    tokenizer's EOS. That one stands in where there is no template, or it closes with another.
+    """
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
+    end = tokenizer.eos_token_id
+    if tokenizer.chat_template is not None and len(ends) > 1:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        closing = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
+        end = next((i for i in tokenizer(closing, add_special_tokens=False)["input_ids"] if i in ends), end)
+    return [*ids, end] if end is not None else ids
 
 
 def _on_last_turn(prompt: Prompt, change: Callable[[str], str]) -> Prompt:

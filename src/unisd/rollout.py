@@ -92,6 +92,7 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
         self.uniform_BT = torch.from_numpy(np.stack([uniform_noise(key, sampling.max_new_tokens) for key in keys]))
         self.prompt_length = prompt_length
         self.temperature = sampling.temperature
+        self.drawn_logps: list[Tensor] = []  # [B,1] each
         self.warpers = LogitsProcessorList()
         if sampling.top_k > 0:
             self.warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -107,6 +108,8 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
         cumulative_BV = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
         target_B1 = self.uniform_BT[:, position, None].to(scores.device) * cumulative_BV[:, -1:]
         drawn_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_max(scores.shape[-1] - 1)
+        below_B1 = torch.where(drawn_B1 > 0, cumulative_BV.gather(1, (drawn_B1 - 1).clamp_min(0)), 0.0)
+        self.drawn_logps.append(((cumulative_BV.gather(1, drawn_B1) - below_B1) / cumulative_BV[:, -1:]).log())
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn_B1, 0.0)
 
 
@@ -132,15 +135,19 @@ def generate(
     keys: Sequence[NoiseKey] | None = None,
     batch_size: int = 64,
     on_rows: Callable[[int], None] | None = None,
+    tell_logps: bool = False,
 ) -> list[Completion]:
     """Completions of `prompts` (token ids), in their order; greedy where `keys` is None.
 
-    Rows are sorted by length and left-padded in batches of `batch_size`; `on_rows(n)` is told of every `n` finished rows.
+    Rows are sorted by length and left-padded in batches of `batch_size`; `on_rows(n)` is told of every `n` finished rows. With
+    `tell_logps`, drawn tokens come with their log-probabilities.
     """
+    samplers: list[tuple[Sequence[int], KeyedSampler]] = []
 
     def sampler(alive: Sequence[int], prompt_length: int) -> LogitsProcessorList:
         assert keys is not None
-        return LogitsProcessorList([KeyedSampler([keys[i] for i in alive], sampling, prompt_length)])
+        samplers.append((alive, KeyedSampler([keys[i] for i in alive], sampling, prompt_length)))
+        return LogitsProcessorList([samplers[-1][1]])
 
     written = decode(
         model,
@@ -152,8 +159,20 @@ def generate(
         processors=None if keys is None else sampler,
         on_rows=on_rows,
     )
+    logps: list[list[float]] = [[] for _ in prompts]
+    for alive, used in samplers:
+        if used.drawn_logps:
+            for i, of_row in zip(alive, torch.cat(used.drawn_logps, dim=1).tolist(), strict=True):
+                logps[i] += of_row
     ends = set(eos_ids)
-    return [Completion(ids, truncated=len(ids) >= sampling.max_new_tokens and ids[-1] not in ends) for ids in written]
+    return [
+        Completion(
+            ids,
+            truncated=len(ids) >= sampling.max_new_tokens and ids[-1] not in ends,
+            logps=of_row[: len(ids)] if tell_logps and keys is not None else None,
+        )
+        for ids, of_row in zip(written, logps, strict=True)
+    ]
 
 
 @dataclass
@@ -164,6 +183,8 @@ class TransformersEngine:
     eos_ids: Sequence[int]
     pad_id: int
     batch_size: int = 64
+    tells_logps: bool = False
+    """Whether completions come with log-probabilities all the same: l as the step scores it, up to rounding."""
     returns_logps = False
 
     def sync(self) -> None:
@@ -171,7 +192,10 @@ class TransformersEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
         def in_batches_of(size: int) -> list[Completion]:
-            return generate(self.model, prompts, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id, keys=keys, batch_size=size)
+            return generate(
+                self.model, prompts, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id, keys=keys, batch_size=size,
+                tell_logps=self.tells_logps,
+            )  # fmt: skip
 
         # What is sampled does not depend on the batch, so memory that runs out costs time only.
         together = "rollout_batch_size" if is_sharded(self.model) else None

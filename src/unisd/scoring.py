@@ -8,6 +8,7 @@ Shapes: B rows of the step on this rank, T longest completion, K auxiliary conte
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -70,7 +71,7 @@ class TeacherStates:
 class _Job:
     """One sequence to score: which view, of which row."""
 
-    view: str  # primary, negative, auxiliary or student
+    view: str  # primary, negative, auxiliary or student; untempered: the primary at temperature 1
     row: int
     context: int  # number of the auxiliary context
     prompt: list[int]
@@ -92,7 +93,7 @@ class Scorer:
         backbone: the model, shared by student and teacher.
         teacher: its other weights.
         spec: divergence (its temperature applies to all views but the auxiliary ones).
-        needs: what the active reliability weights and clips look at: teacher (l+), auxiliary, negative, student, entropy, divergence.
+        needs: what the active reliability weights and clips look at: teacher (l+), and `mechanisms.NEEDS`.
         packed: rows end to end, or padded.
         token_budget: most tokens per forward pass.
         layers: further layers to keep of the primary teacher.
@@ -137,6 +138,7 @@ class Scorer:
         self.token_budget = token_budget
         self.pad_id = pad_id
         self.layers = tuple(layers)
+        self.tokens: Counter[str] = Counter()  # read for training so far, by view
         self._autocast = autocast
 
     def _context(self) -> AbstractContextManager[Any]:
@@ -175,7 +177,7 @@ class Scorer:
         for i, row in enumerate(rows):
             mask[i, : len(row.loss_mask)] = torch.tensor(row.loss_mask, dtype=torch.bool)
             tokens[i, : len(row.completion)] = torch.tensor(row.completion, dtype=torch.long)
-        teacher_logp, negative_logp, entropy = zeros.clone(), zeros.clone(), zeros.clone()
+        teacher_logp, untempered_logp, negative_logp, entropy = (zeros.clone() for _ in range(4))
         auxiliary_logp = torch.zeros(K, B, T)
         states = TeacherStates([zeros] * B, {layer: [zeros] * B for layer in self.layers})
         jobs = [_Job("primary", i, 0, row.teacher) for i, row in enumerate(rows)]
@@ -212,6 +214,8 @@ class Scorer:
                 if job.view == "primary":
                     teacher_logp[job.row, :length] = logp_T
                     entropy[job.row, :length] = entropy_T
+                elif job.view == "untempered":
+                    untempered_logp[job.row, :length] = logp_T
                 elif job.view == "negative":
                     negative_logp[job.row, :length] = logp_T
                     if NEGATIVE in states.source_logp:
@@ -241,6 +245,7 @@ class Scorer:
             mask=mask,
             tokens=tokens,
             teacher_logp=teacher_logp,
+            untempered_logp=untempered_logp if "untempered" in self.needs else None,
             auxiliary_logp=auxiliary_logp if "auxiliary" in self.needs else None,
             auxiliary_present=auxiliary_present if "auxiliary" in self.needs else None,
             negative_logp=negative_logp if "negative" in self.needs else None,
@@ -268,15 +273,16 @@ class Scorer:
         hidden: list[dict[str, Tensor]] = [{} for _ in rows]
 
         def record(jobs: Sequence[_Job]) -> None:
-            for group in self._hidden_states(jobs, rows, device):
+            for group in self._hidden_states(jobs, rows, device, Counter()):
                 for view in group:
                     length = len(view.final_TH)
                     places = torch.linspace(0, length - 1, min(length, most_tokens), device=device).round().long()
                     hidden[view.job.row][view.job.view] = view.final_TH[places]
 
-        with generating(self.backbone.causal_lm), torch.no_grad(), self._context():
-            with self.teacher.in_place():
-                record(jobs)
+        # A context for each set of weights: within one, autocast remembers its casts of a parameter, whatever its values are by then.
+        with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
+            record(jobs)
+        with generating(self.backbone.causal_lm), self._context():
             record([_Job("student", i, 0, row.student) for i, row in enumerate(rows)])
             heads = {"student": self.backbone.head()}
             other = teacher_head(self.backbone, self.teacher)
@@ -337,7 +343,10 @@ class Scorer:
         The primary teacher is projected here only where something looks at it before the loss does.
         """
         found = []
+        primary = [view for view in group if view.job.view == "primary"]
         wanted = [view for view in group if view.job.view != "primary" or self.needs & {"teacher", "entropy"}]
+        if "untempered" in self.needs:
+            wanted += [replace(view, job=replace(view.job, view="untempered")) for view in primary]
         for temperature in sorted({self._temperature(view) for view in wanted}):
             alike = [view for view in wanted if self._temperature(view) == temperature]
             hidden_NH = torch.cat([view.final_TH for view in alike])
@@ -351,12 +360,16 @@ class Scorer:
         return found
 
     def _temperature(self, view: _View) -> float:
-        return 1.0 if view.job.view == "auxiliary" else self.spec.temperature
+        return 1.0 if view.job.view in ("auxiliary", "untempered") else self.spec.temperature
 
     def _hidden_states(
-        self, jobs: Sequence[_Job], rows: Sequence[ScoringRow], device: torch.device | str
+        self, jobs: Sequence[_Job], rows: Sequence[ScoringRow], device: torch.device | str, tokens: Counter[str] | None = None
     ) -> Iterator[list[_View]]:
-        """The views of each forward pass: hidden states at the positions that predict the completion."""
+        """The views of each forward pass: hidden states at the positions that predict the completion.
+
+        tokens: where the tokens read are counted by view; None: with those of training.
+        """
+        tokens = self.tokens if tokens is None else tokens
         jobs = [job for job in jobs if rows[job.row].completion]
         with in_step(self.backbone.model):
             if self.share_prompts:
@@ -367,11 +380,16 @@ class Scorer:
                         captured, starts = self.backbone.continuations(
                             alike[0].prompt, [completions[i] for i in chosen], self.pad_id, device, self.layers
                         )
+                        tokens[alike[0].view] += len(alike[0].prompt)
+                        for i in chosen:
+                            tokens[alike[i].view] += len(completions[i])
                         yield [_view(captured, alike[i], s, len(completions[i])) for s, i in zip(starts, chosen, strict=True)]
             sequences = [job.prompt + rows[job.row].completion for job in jobs]
             for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
                 batch = lay_out([sequences[i] for i in chosen], self.packed, self.pad_id, device)
                 captured = self.backbone.hidden_states(batch, self.layers)
+                for i in chosen:
+                    tokens[jobs[i].view] += len(sequences[i])
                 yield [
                     _view(captured, jobs[i], start + len(jobs[i].prompt) - 1, len(rows[jobs[i].row].completion))
                     for start, i in zip(batch.starts, chosen, strict=True)

@@ -28,6 +28,9 @@ from unisd.scoring import NEGATIVE, ScoringRow, TeacherStates
 from unisd.targets import STUDENT, Target
 
 STUDENT_NEEDS = frozenset({"student", "divergence"})
+AGREEMENT = ("agreement_token", "agreement_sequence")
+AUXILIARY_ALONE = (*AGREEMENT, "corroboration")
+"""Weights that do not look at l+ as the loss has it, whose projection they save."""
 
 
 def normalizer_of(args: UniSDConfig, weights: Sequence[WeightFunction]) -> str:
@@ -36,13 +39,25 @@ def normalizer_of(args: UniSDConfig, weights: Sequence[WeightFunction]) -> str:
     return args.weight_normalizer or (published[-1] if published else "weights")
 
 
-def in_forward_weights(args: UniSDConfig, weights: Sequence[WeightFunction]) -> list[WeightFunction]:
+def drawn_scores(args: UniSDConfig, weights: Sequence[WeightFunction]) -> frozenset[str]:
+    """What the student's own rollout tells the weights of it: l, where tokens were drawn from the very distribution of the loss."""
+    wanted = any("student" in weight.needs and not weight.in_forward for weight in weights)
+    whole = args.top_p == 1 and args.top_k == 0 and args.min_p == 0 and args.temperature == args.divergence_spec.temperature
+    fresh = args.completion_source == "student" and args.num_iterations == 1
+    return frozenset({"student"} if wanted and whole and fresh else ())
+
+
+def in_forward_weights(
+    args: UniSDConfig, weights: Sequence[WeightFunction], drawn: frozenset[str] = frozenset(), off_policy: bool = False
+) -> list[WeightFunction]:
     """The weights that wait for the student's training pass, and so cost none of their own.
 
-    Not where the student is scored beforehand anyway (for another weight or a clip quantile), nor where the divisor is the sum of all
-    weights of the step, which must be known before the first gradient (`loss_aggregation=token` with normalizer `weights`).
+    Not where the student is scored beforehand anyway (for another weight, a clip quantile or the importance ratio, which must not enter
+    the divisor), nor where the divisor is the sum of all weights of the step, which must be known before the first gradient
+    (`loss_aggregation=token` with normalizer `weights`).
     """
-    scored = args.token_clip_quantile is not None or any(w.needs & STUDENT_NEEDS and not w.in_forward for w in weights)
+    scored = any((w.needs - drawn) & STUDENT_NEEDS and not w.in_forward for w in weights)
+    scored = scored or off_policy or args.token_clip_quantile is not None
     if scored or (args.loss_aggregation == "token" and normalizer_of(args, weights) == "weights"):
         return []
     return [weight for weight in weights if weight.in_forward]
@@ -63,24 +78,24 @@ def needed_views(
     weights: Sequence[WeightFunction],
     in_forward: Sequence[WeightFunction] = (),
     sources: Sequence[str] = (),
+    drawn: frozenset[str] = frozenset(),
     off_policy: bool = False,
 ) -> frozenset[str]:
     """What this run's mechanisms look at; nothing else is scored. The student's part of `in_forward` weights comes for free.
 
-    off_policy: the answers are those of other weights, or another engine's.
+    drawn: what the rollout tells (:func:`drawn_scores`). off_policy: the answers are those of other weights, or another engine's, and
+    the importance ratio corrects for that.
     """
-    needs = frozenset(
-        need for weight in weights for need in weight.needs - (STUDENT_NEEDS if weight in in_forward else frozenset())
-    )
-    if any(not weight.name.startswith("agreement_") for weight in weights):
-        needs |= {"teacher"}  # agreement reads the auxiliary scores alone; any other weight may look at l+
+    needs = frozenset(need for weight in weights for need in weight.needs - (STUDENT_NEEDS if weight in in_forward else drawn))
+    if any(weight.name not in AUXILIARY_ALONE for weight in weights):
+        needs |= {"teacher"}  # any other weight may look at l+
     if args.agreement_uncertain_share < 1:
         needs |= {"entropy"}
     if args.contrastive_weight or NEGATIVE in sources:
         needs |= {"negative"}
     if args.token_clip_quantile is not None:
         needs |= {"divergence"}
-    if off_policy and args.importance_cap is not None:
+    if off_policy:
         needs |= {"student"}
     return needs
 
@@ -231,7 +246,7 @@ def loss_coefficients(
 
 
 def weight_metrics(name: str, stats: Mapping[str, float]) -> dict[str, float]:
-    prefix = "agreement" if name.startswith("agreement_") else f"weight/{name}"
+    prefix = "agreement" if name in AGREEMENT else f"weight/{name}"
     return {f"{prefix}/{key}": float(number) for key, number in stats.items()}
 
 
@@ -240,7 +255,7 @@ class Reweigh:
     """Weights that look at the student, for one micro-batch: called by the loss with what its own pass found (`losses.Reweigh`).
 
     With the normalizers `weights` and `mean1` the divisor is a row's own sum: the factors keep the sum of each row's coefficients, which
-    the step fixed before. A row without any weight left has no loss; it still counts as a row.
+    the step fixed before. A row without any weight left has no loss, but was counted as a row.
     """
 
     weights: Sequence[WeightFunction]
@@ -269,8 +284,10 @@ class Reweigh:
 class InForward:
     """The weights of a run that wait for the student's pass: makes each micro-batch's `Reweigh`, and keeps what it found for the log."""
 
-    def __init__(self, args: UniSDConfig, weights: Sequence[WeightFunction]) -> None:
-        self.weights = in_forward_weights(args, weights)
+    def __init__(
+        self, args: UniSDConfig, weights: Sequence[WeightFunction], drawn: frozenset[str] = frozenset(), off_policy: bool = False
+    ) -> None:
+        self.weights = in_forward_weights(args, weights, drawn, off_policy)
         self._normalizer = normalizer_of(args, weights)
         self._step: tuple[StepScores, Tensor] | None = None
         self._found: dict[str, Tensor] = {}  # by weight [B,T]; rows that are done again take the place of what they left

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,17 +24,17 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
 from unisd import sharding
+from unisd.artefacts import METRICS
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
-from unisd.cost import TokenCounter
 from unisd.data import Row, prepare_rows
 from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
 from unisd.losses import Contrast, Head, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
 from unisd.memory import default_token_budget
-from unisd.metrics import METRICS_FILE, StepMetrics
+from unisd.metrics import StepMetrics
 from unisd.models import eos_ids, load_model_and_tokenizer, with_adapter
 from unisd.observing import Observer, Probes
 from unisd.prompts import PromptBuilder
@@ -44,6 +45,7 @@ from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
 from unisd.step import (
     InForward,
     check_data_serves,
+    drawn_scores,
     gather_scores,
     idle_agreement,
     loss_coefficients,
@@ -112,15 +114,22 @@ class UniSDTrainer(SafeTrainer):
     ) -> None:
         args = args if args is not None else UniSDConfig()
         if isinstance(model, str):
-            model, tokenizer, _ = load_model_and_tokenizer(model)
+            # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
+            model, tokenizer, _ = load_model_and_tokenizer(model, dtype="float32" if peft_config is None else "auto")
             processing_class = processing_class or tokenizer
         student: Any = model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(student.config._name_or_path)
         if peft_config is not None:
             student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
+        if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters()):
+            logger.warning(
+                "Trained weights of 16 bits lose updates of 1e-5: load the model in float32 (bf16=True computes in bf16)."
+            )
 
-        self.rows = prepare_rows(train_dataset, name="the training data") if train_dataset is not None else []
+        self.rows = []
+        if train_dataset is not None:
+            self.rows = prepare_rows(train_dataset, name="the training data", needs_reference=args.uses_reference)
         self.grader = grader
         self.prompts = PromptBuilder(
             processing_class,
@@ -132,13 +141,13 @@ class UniSDTrainer(SafeTrainer):
         if not self.prompts.is_chat:
             logger.warning("The tokenizer has no chat template: prompts are taken as plain text.")
         self.weights = [parse_weight(spec) for spec in args.reliability_weights]
-        self.in_forward = InForward(args, self.weights)
         self.target = None if args.target is None else parse_target(args.target)
         self.sources = scored_sources(args, self.target)
         told = logps_compare(args) if args.use_vllm and engine is None else getattr(engine, "returns_logps", False)
-        off_policy = args.num_iterations > 1 or told
-        self.needs = needed_views(args, self.weights, self.in_forward.weights, self.sources, off_policy)
-        self.off_policy = off_policy and args.importance_cap is not None
+        self.off_policy = (args.num_iterations > 1 or told) and args.importance_cap is not None
+        self.drawn = drawn_scores(args, self.weights) if engine is None and not args.use_vllm else frozenset()
+        self.in_forward = InForward(args, self.weights, self.drawn, self.off_policy)
+        self.needs = needed_views(args, self.weights, self.in_forward.weights, self.sources, self.drawn, self.off_policy)
         self.store = RolloutStore(args.num_iterations)
         if self.rows:
             check_data_serves(self.needs, self.rows)
@@ -148,6 +157,8 @@ class UniSDTrainer(SafeTrainer):
             eval_dataset = prepare_rows(eval_dataset, name="the evaluation data")
 
         self.backbone = Backbone(student)
+        self.backbone.check_layers(args.feature_layers or ())
+        self.backbone.freeze_the_rest()
         context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
         self.views = Views(args, self.prompts, self.needs, self.sources, context)
         self.eos_ids = eos_ids(student, processing_class)
@@ -196,11 +207,12 @@ class UniSDTrainer(SafeTrainer):
         )
         if engine is None and args.use_vllm:
             engine = build_engine(args, student, self.accelerator, self.eos_ids, lambda: self.state.global_step)
-        self.engine: Engine = engine or TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size)
+        own = TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size, tells_logps=bool(self.drawn))
+        self.engine: Engine = engine or own
         self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
         self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
-        self.metrics = StepMetrics(Path(args.output_dir) / METRICS_FILE, args.device, self.accelerator.num_processes)
-        self.tokens = TokenCounter()
+        self.metrics = StepMetrics(Path(args.output_dir) / METRICS, args.device, self.accelerator.num_processes)
+        self.tokens: Counter[str] = Counter()  # of the student's passes with gradient; the scorer counts its own
         self._token_clip: float | None = args.token_clip
         self._teacher_head: Head | None = None  # of the step in progress
         self._said_idle = False
@@ -221,7 +233,8 @@ class UniSDTrainer(SafeTrainer):
         if self.rows:
             self.views.check(self.rows)
             self.completions.check()
-            self.prompts.check_generation_prefix(self.rows[0])
+            if args.uses_reference:
+                self.prompts.check_generation_prefix(self.rows[0])
 
     # -- set-up -----------------------------------------------------------------------------------------------------
 
@@ -258,6 +271,8 @@ class UniSDTrainer(SafeTrainer):
                 completions = with_logps(completions, scores.student_logp)
                 self.store.keep(numbers, completions, self.store.step)
                 scores = replace(scores, behaviour_logp=behaviour_logp(completions, scores.mask.shape[1]))
+            if self.drawn and scores.student_logp is None:
+                scores = replace(scores, student_logp=behaviour_logp(completions, scores.mask.shape[1]))
             own, everywhere = gather_scores(self.accelerator, scores)
             coefficients, weights_log = loss_coefficients(self.args, self.weights, everywhere, self.in_forward.weights)
             coefficients = {name: value_BT[own, : scores.mask.shape[1]] for name, value_BT in coefficients.items()}
@@ -306,7 +321,6 @@ class UniSDTrainer(SafeTrainer):
 
     def _rollout(self, numbers: Sequence[tuple[int, int]], fill: int = 0) -> tuple[list[ScoringRow], list[Completion]]:
         """The step's rows on this rank and what was written to them; the last `fill` of them carry no loss."""
-        args = self.args
         with self.metrics.timed("rollout"):
             step = self.state.global_step
             if self.store.is_fresh(step):
@@ -314,16 +328,19 @@ class UniSDTrainer(SafeTrainer):
                 self.store.keep(numbers, completions, step)
             else:
                 completions = self.store.completions(numbers, step)
-            if versions := [c.version for c in completions if c.version is not None]:
+            versions = [c.version for c in completions if c.version is not None]
+            if versions:
                 self.metrics.values["rollout/weights_version"] = float(min(versions))
-                self.metrics.values["step_time/sync"] = self.completions.sync_s
+            if versions and self.store.is_fresh(step):
+                self.metrics.values["step_time/sync"] = self.completions.sync_s  # a part of the rollout's time
         rows = []
         for place, ((number, _), completion) in enumerate(zip(numbers, completions, strict=True)):
             carries_loss = place < len(numbers) - fill and self.completions.carries_loss(completion)
             row, overlong = self.views.of(self.rows[number], number, completion, carries_loss, step)
             rows.append(row)
             self.metrics.add(overlong_views=float(overlong))
-        self.tokens.add(rows, self.needs, args.distillation_mode != "nll")
+            written = len(row.completion)
+            self.tokens.update(trained=len(row.student) + written if written else 0, completion=written)
         return rows, completions
 
     def _weights(self, everywhere: StepScores) -> Tensor:
@@ -379,10 +396,11 @@ class UniSDTrainer(SafeTrainer):
             everywhere = torch.ones(len(student_NH), dtype=torch.bool, device=student_NH.device)
             target = self.scorer.target_states(inputs.get("target_states", {}), inputs.get("target_present_N", everywhere))
         reweigh = self.in_forward.reweigh(torch.tensor(inputs["part"]))
-        if args.loss_implementation == "plain":
-            output = plain_loss(*terms, target=target, reweigh=reweigh)
-        else:
-            output = chunked_loss(*terms, args.loss_chunk_tokens, target=target, reweigh=reweigh)
+        with self.accelerator.autocast():  # only the model's own forward has it so far; the scores were taken under it
+            if args.loss_implementation == "plain":
+                output = plain_loss(*terms, target=target, reweigh=reweigh)
+            else:
+                output = chunked_loss(*terms, args.loss_chunk_tokens, target=target, reweigh=reweigh)
         loss = output.loss
         self.finite.see(inputs["row_N"], output.divergence_N, output.student_logp_N)
         self.observer.after_loss(inputs, output, contrast)

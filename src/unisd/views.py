@@ -46,7 +46,7 @@ class Views:
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise `UserError` for rows whose prompts leave no room, by number: a cut prompt would teach another task."""
-        level = self.args.teacher_context
+        level = self.args.teacher_context if self.args.uses_reference else "plain"
         empty = [i for i, row in enumerate(rows) if level not in ("full", "plain") and reference_at(row, level) is None]
         if empty:
             raise UserError(
@@ -55,7 +55,7 @@ class Views:
             )
         limits = (
             ("prompt", "max_prompt_length", self.args.max_prompt_length, self.prompts.student),
-            ("prompt with its reference", "max_teacher_prompt_length", self.args.max_teacher_prompt_length, self.prompts.teacher),
+            ("prompt with its reference", "max_teacher_prompt_length", self.args.max_teacher_prompt_length, self._teacher),
         )
         for what, option, own_limit, encode in limits:
             limit = min(self.room, own_limit or _UNLIMITED)
@@ -82,12 +82,18 @@ class Views:
             completion=completion.ids,
             loss_mask=[carries_loss and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))],
             student=self.prompts.student(row),
-            teacher=self.prompts.teacher(row),
+            teacher=self._teacher(row),
             negative=negative,
             auxiliary=budgeted(fitting, args.agreement_budget_contexts, args.seed, step, number),
             sources=self._sources(row),
         )
         return scoring_row, overlong
+
+    def _teacher(self, row: Row) -> list[int]:
+        """The primary teacher's prompt; the student's where the row has no reference and needs none."""
+        if self.args.uses_reference:
+            return self.prompts.teacher(row)
+        return self.prompts.at_level(row, self.args.teacher_context) or self.prompts.student(row)
 
     def _sources(self, row: Row) -> dict[str, list[int]]:
         """The prompts of the target's sources, without those that the row cannot serve or that are too long."""

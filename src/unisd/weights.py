@@ -48,11 +48,12 @@ def position(scores: StepScores, *, w_min: float = 0.25, tau: float = 0.30, s: f
     return w_min + (1.0 - w_min) * torch.sigmoid((u_BT - tau) / s)
 
 
-@register_weight("confidence_gate", needs=frozenset({"student"}), normalizer="weights", in_forward=True)
+@register_weight("confidence_gate", needs=frozenset({"student"}), normalizer="weights")
 def confidence_gate(scores: StepScores, *, threshold: float = 0.99) -> Tensor:
     """g = 1[p(y_t) <= threshold], divided by its own sum: tokens that the student is sure of are left out (arXiv 2609.39687).
 
-    p is taken at the distillation temperature. A row that is gated out altogether has no loss.
+    p is taken at the distillation temperature. A row that is gated out altogether counts as one without loss tokens. Where the student
+    itself writes, without top_p, top_k and min_p, the rollout tells p; elsewhere it costs a student pass without gradient.
     """
     logp_BT = _present(scores.student_logp, "confidence_gate", "student")
     return (logp_BT <= math.log(threshold)).to(logp_BT.dtype)

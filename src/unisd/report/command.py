@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from unisd.artefacts import RESULTS
-from unisd.commands import CommandParser
+from unisd.artefacts import RESULTS, write_text
+from unisd.commands import CommandParser, output_file
 from unisd.errors import UserError
 
 REPORT = "report.html"
@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     parser = CommandParser("report", "A run or a study as one HTML page that works offline, on a phone and in print.")
     parser.add_argument("folder", metavar="RUN_OR_STUDY_DIR", help="what `unisd train` or `unisd study` has written")
-    parser.add_argument("--out", metavar="FILE.html", help=f"the page (default: {REPORT} in that folder)")
+    parser.add_argument("--out", type=output_file, metavar="FILE.html", help=f"the page (default: {REPORT} in that folder)")
     parser.add_argument(
         "--figures", metavar="DIR", help="of a study: write its figures (SVG) and its tables (Markdown) there too"
     )
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"{folder} is no folder: give one that `unisd train` or `unisd study` wrote.")
     from unisd.study.store import RUNS
 
-    out = Path(options.out) if options.out else folder / REPORT
+    out = options.out or folder / REPORT
     if (folder / RUNS).is_file():
         text = _study(folder, options.figures, not options.no_run_pages)
     elif (folder / RESULTS).is_file():
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         text = run_page.build(folder)
     else:
         raise UserError(f"{folder} holds neither results.json nor {RUNS}: give the folder of a finished run or of a study.")
-    write(out, text)
+    write_text(out, text)
     print(f"written to {out} ({len(text.encode()) / 1e6:.1f} MB)")
     return 0
 
@@ -65,20 +65,12 @@ def _study(folder: Path, figures: str | None, run_pages: bool) -> str:
             one = store.run_folder(run_id)
             page = one / REPORT
             if (one / RESULTS).is_file() and (not page.exists() or page.stat().st_mtime < (one / RESULTS).stat().st_mtime):
-                write(page, run_page.build(one))
+                write_text(page, run_page.build(one))
     if figures is not None:
         target = Path(figures)
-        write(target / "analysis.md", recommend.markdown(found))
+        write_text(target / "analysis.md", recommend.markdown(found))
         for task, of_task in found["tasks"].items():
             for name, plot in study_page.figures_of(of_task, found["margin"]).items():
                 plot.write(target / (f"{name}.svg" if len(found["tasks"]) == 1 else f"{task}-{name}.svg"))
         print(f"figures and tables written to {target}")
     return study_page.build(folder, found)
-
-
-def write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None

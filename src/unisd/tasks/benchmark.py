@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 from unisd.data import load_file
 from unisd.errors import UserError
+from unisd.similarity import NEAR, contains, jaccard, shingles, words
 from unisd.tasks.base import Row, Task
 
 logger = logging.getLogger(__name__)
@@ -119,13 +120,19 @@ class Benchmark(Task):
 
     def _row(self, problem: Problem, pool: list[Problem], seed: int) -> Row:
         rng = random.Random(f"{seed} {problem['seed']}")
-        others: list[Problem] = []
-        for _ in range(20 * self.num_auxiliary_contexts):  # a small file may hold fewer problems than are wanted
-            other = rng.choice(pool)
-            if len(others) < self.num_auxiliary_contexts and other["key"] not in {problem["key"], *(o["key"] for o in others)}:
-                others.append(other)
+        drawn = [rng.choice(pool) for _ in range(20 * self.num_auxiliary_contexts)]  # a small file may hold fewer than are wanted
         row = self.row(problem, rng)
+        others: list[Problem] = []
+        for other in drawn:
+            new = other["key"] not in {problem["key"], *(o["key"] for o in others)}
+            if new and len(others) < self.num_auxiliary_contexts and self._may_be_shown(other, problem, row):
+                others.append(other)
         return {"id": problem["id"], **row, "auxiliary_contexts": [self.solved(other) for other in others]}
+
+    def _may_be_shown(self, other: Problem, problem: Problem, row: Row) -> bool:
+        """Whether a solved problem may stand in a row's context: no near-duplicate, and without the row's reference."""
+        mine, theirs = (shingles(words(str(key["key"]))) for key in (problem, other))
+        return jaccard(mine, theirs) < NEAR and not contains(self.solved(other), str(row.get("privileged_context") or ""))
 
     def _problems(self, split: str = "train") -> dict[str, list[Problem]]:
         """Problems by split. From the Hub only what `split` needs: itself and the training problems."""
