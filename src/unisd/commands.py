@@ -37,6 +37,13 @@ class CommandParser(argparse.ArgumentParser):
             return None
 
 
+def at_least_one(**values: int | None) -> None:
+    """Refuse a number below 1, by its flag."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1 is needed.")
+
+
 def add_trust(parser: CommandParser) -> None:
     """The flag of commands that load a model without `unisd train`'s options."""
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
@@ -123,23 +130,24 @@ def chat(arguments: list[str]) -> int:
     if options is None:
         return 0
 
+    at_least_one(max_new_tokens=options.max_new_tokens)
     from unisd.console import make_console, quiet_libraries, show_answers
 
     quiet_libraries()
     console = make_console()
     model, tokenizer = load_any(options.folder, trust_remote_code=options.trust_remote_code)
-    speakers: list[tuple[str, Any, bool]] = [(options.folder, model, False)]
+    speakers: list[tuple[str, Any, Any, bool]] = [(options.folder, model, tokenizer, False)]
     if options.compare == "base" and _is_adapter(options.folder):
-        speakers.insert(0, ("base", model, True))
+        speakers.insert(0, ("base", model, tokenizer, True))
     elif options.compare is not None:
         name = _base_of(options.folder) if options.compare == "base" else options.compare
-        speakers.insert(0, (name, load_any(name, trust_remote_code=options.trust_remote_code)[0], False))
+        speakers.insert(0, (name, *load_any(name, trust_remote_code=options.trust_remote_code), False))
 
     def answer(prompt: str, number: int) -> None:
         texts = []
-        for name, speaker, bare in speakers:
+        for name, speaker, own_tokenizer, bare in speakers:
             with speaker.disable_adapter() if bare else nullcontext():
-                texts.append((name, _answer(speaker, tokenizer, prompt, options, number)))
+                texts.append((name, _answer(speaker, own_tokenizer, prompt, options, number)))
         show_answers(console, texts)
 
     if options.prompt is not None:

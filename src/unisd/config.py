@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from unisd.errors import UserError
 from unisd.levels import LEVELS
@@ -298,6 +299,7 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None and not (low <= value <= high):
                 raise UserError(f"{name}={value} is outside [{low}, {high}].")
+        self._check_trackers()
         if self.temperature <= 0:
             raise UserError("temperature must be above 0: the student's samples need spread; try 0.7.")
         if self.token_clip is not None and self.token_clip_quantile is not None:
@@ -325,6 +327,11 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         check_token_clip(self.divergence_spec, self.token_clip)
         if self.distillation_mode == "sampled" and self.token_clip_quantile is not None:
             raise UserError("distillation_mode=sampled cannot be clipped: unset token_clip_quantile.")
+
+    def _check_trackers(self) -> None:
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        if unknown := [name for name in names if name not in (*INTEGRATION_TO_CALLBACK, "all", "none")]:
+            raise UserError(f"report_to={unknown[0]!r} is not one of: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}.")
 
     def _check_vllm(self) -> None:
         if self.completion_source == "reference":
@@ -402,6 +409,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _INF = float("inf")
 _RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "per_device_train_batch_size": (1, _INF),
+    "gradient_accumulation_steps": (1, _INF),
     "temperature": (0, 100),
     "top_p": (1e-6, 1),
     "top_k": (0, _INF),

@@ -190,7 +190,13 @@ class SentenceTransformerEmbedder:
                 f"embedder {name!r} needs sentence-transformers: pip install 'unisd[retrieval]', or use tfidf."
             ) from None
         self.name = name
-        self._model = SentenceTransformer(name)
+        try:
+            self._model = SentenceTransformer(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"embedder={name!r} is neither tfidf, model nor a sentence-transformers model that can be loaded: {reason}"
+            ) from None
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         vectors: np.ndarray = self._model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False)

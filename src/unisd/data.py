@@ -111,7 +111,7 @@ def _as_text(row: Row, where: str) -> None:
     if (content := _answer_of(row.get("prompt"))) is not None and len(row["prompt"]) > 1 and row.get("completion") is None:
         row["prompt"], row["completion"] = row["prompt"][:-1], content
     completion = row.get("completion")
-    if (content := _answer_of(completion)) is not None and len(completion) == 1:
+    if isinstance(completion, list) and len(completion) == 1 and (content := _answer_of(completion)) is not None:
         completion = row["completion"] = content
     if completion is not None and (not isinstance(completion, str) or not completion.strip()):
         raise UserError(
@@ -143,12 +143,12 @@ def _check_columns(row: Row, name: str, needs_reference: bool) -> None:
 
 
 def _check_row(row: Row, where: str, needs_reference: bool) -> None:
-    _check_prompt(row.get("prompt"), where)
+    check_prompt(row.get("prompt"), where)
     if row.get("privileged_context") is None and isinstance(row.get("completion"), str):
         row["privileged_context"] = row["completion"]
     teacher_prompt = row.get("teacher_prompt")
     if teacher_prompt:
-        _check_prompt(teacher_prompt, where, "teacher_prompt")
+        check_prompt(teacher_prompt, where, "teacher_prompt")
     elif needs_reference:
         reference = row.get("privileged_context")
         if not isinstance(reference, str) or not reference.strip():
@@ -165,7 +165,8 @@ def _check_row(row: Row, where: str, needs_reference: bool) -> None:
         raise UserError(f"{where}: negative_context is {_describe(negative)}, a string is needed.")
 
 
-def _check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
+def check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
+    """Raise `UserError` unless this is text, or messages that end in a user turn."""
     if isinstance(prompt, str) and prompt.strip():
         return
     if isinstance(prompt, list) and prompt:
@@ -204,7 +205,12 @@ def load_file(path: str | Path) -> list[Row]:
         from datasets import Dataset
 
         load = Dataset.from_parquet if kind == ".parquet" else Dataset.from_csv
-        return [dict(row) for row in load(str(path))]
+        try:
+            return [dict(row) for row in load(str(path))]
+        except Exception as error:  # pandas' and pyarrow's kinds, wrapped by the library
+            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+            hint = " (is it saved as UTF-8?)" if kind == ".csv" else ""
+            raise UserError(f"{path} cannot be read: {reason.rstrip('.')}{hint}.") from None
     if kind not in (".jsonl", ".json"):
         raise UserError(f"{path}: unknown kind {kind or 'of file'}: use .jsonl, .json, .csv or .parquet.")
     try:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from unisd import sandbox, tasks
 from unisd.artefacts import write_text
 from unisd.chat_server import ChatServer
-from unisd.commands import CommandParser, add_trust, load_any, output_file
+from unisd.commands import CommandParser, add_trust, at_least_one, load_any, output_file
 from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
 from unisd.errors import UserError
 from unisd.grading import grade_many, row_results, summarize
 from unisd.measure import percent
 from unisd.tasks.base import Grade, Row, Task
 
+logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 Figures = dict[str, Any]
 
@@ -127,7 +129,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--base", help="the model that it was adapted from, for retention perplexities")
     parser.add_argument("--task", nargs="+", default=["pocket"], help=f"one or several of {', '.join(tasks.names())}")
     parser.add_argument("--data_files", nargs="+", help="files of the task; with several tasks TASK=FILE")
-    parser.add_argument("--split", default="test", help="rows to answer (default: test)")
+    parser.add_argument("--split", help="rows to answer (default: test; of task jsonl all)")
     parser.add_argument("--n", type=int, default=500, help="most rows of each evaluation (default: 500)")
     parser.add_argument("--num_samples", type=int, default=1, help="answers a row; several give pass@k (needs a temperature)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
@@ -146,8 +148,11 @@ def evaluate(arguments: Sequence[str]) -> int:
     options = parser.parse(arguments)
     if options is None:
         return 0
-    if options.n < 1 or options.num_samples < 1:
-        raise UserError(f"--n {options.n}, --num_samples {options.num_samples}: at least one is needed.")
+    at_least_one(**{name: getattr(options, name) for name in ("n", "num_samples", "max_new_tokens", "batch_size")})
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise UserError(
+            f"--temperature {options.temperature}, --top_p {options.top_p}: 0 or more, and above 0 up to 1, are needed."
+        )
     if options.num_samples > 1 and options.temperature <= 0:
         raise UserError("--num_samples: greedy answers are all alike; give a --temperature.")
     if options.server_url and options.base:
@@ -155,9 +160,10 @@ def evaluate(arguments: Sequence[str]) -> int:
     quiet_libraries()
     files = _files_by_task(options.task, options.data_files)
     chosen = {name: _task(name, files[name], options) for name in options.task}
+    sets = {name: _sets(name, task, options) for name, task in chosen.items()}
     evaluation = _Evaluation(options)
     for name, task in chosen.items():
-        evaluation.add(name, task)
+        evaluation.add(name, task, sets[name])
     figures = {"schema_version": SCHEMA_VERSION, "model": evaluation.name, "tasks": evaluation.figures}
     # One task: its figures stand at the top as well, under the names of results.json.
     if len(chosen) == 1:
@@ -189,6 +195,17 @@ def _files_by_task(names: Sequence[str], files: Sequence[str] | None) -> dict[st
     return found
 
 
+def _sets(name: str, task: Task, options: Any) -> dict[str, list[Row]]:
+    """The rows of a task to answer, by part."""
+    split = options.split or task.evaluation_split
+    sets = {"task": task.load(split, limit=options.n), "retention": task.retention_rows(limit=options.n)}
+    if task.rows_in_files is not None and len(sets["task"]) < task.rows_in_files:
+        logger.warning("%s: %d of %d rows (split %s).", name, len(sets["task"]), task.rows_in_files, split)
+    if "test_hard" in task.splits and split == "test":
+        sets["test_hard"] = task.load("test_hard", limit=options.n)
+    return sets
+
+
 class _Evaluation:
     """One model on several tasks: figures, table lines and records of all answers."""
 
@@ -200,18 +217,21 @@ class _Evaluation:
             self.name = self.server.model
         else:
             self.model, self.tokenizer = load_any(options.model_name_or_path, options.dtype, options.trust_remote_code)
-        self.base = load_any(options.base, options.dtype, options.trust_remote_code)[0] if options.base else None
+        self.base = None
+        if options.base:
+            self.base, tokenizer = load_any(options.base, options.dtype, options.trust_remote_code)
+            if tokenizer.get_vocab() != self.tokenizer.get_vocab():
+                raise UserError(
+                    f"--base {options.base} has another vocabulary than {self.name}: give the model that it was adapted from."
+                )
         self.figures: dict[str, Figures] = {}
         self.lines: list[list[str]] = []
         self.records: list[dict[str, Any]] = []
 
-    def add(self, name: str, task: Task) -> None:
+    def add(self, name: str, task: Task, sets: dict[str, list[Row]]) -> None:
         from unisd import evaluation, measure
 
         options = self.options
-        sets = {"task": task.load(options.split, limit=options.n), "retention": task.retention_rows(limit=options.n)}
-        if "test_hard" in task.splits and options.split == "test":
-            sets["test_hard"] = task.load("test_hard", limit=options.n)
         found: Figures = {}
         prefix = f"{name}, " if len(options.task) > 1 else ""
         for part, rows in sets.items():

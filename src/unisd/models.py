@@ -245,7 +245,11 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     set_seed(seed)  # the Trainer would seed only after the adapter's factors are drawn
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")})
+        raise UserError(f"lora_target_modules: {str(error).splitlines()[0]} Its linear modules: {', '.join(names)}.") from None
 
 
 def _within_decoder(model: Any, peft_config: Any) -> Any:

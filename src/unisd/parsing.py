@@ -224,6 +224,8 @@ def _check_sources(options: RunOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be 1 or more.")
+    if not 0 <= options.lora_dropout < 1:
+        raise UserError(f"lora_dropout={options.lora_dropout} must be 0 or more and below 1.")
 
 
 def _task_values(options: RunOptions) -> Values:

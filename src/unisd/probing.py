@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from unisd import memory
 from unisd.artefacts import write_text
-from unisd.commands import CommandParser, output_file
+from unisd.commands import CommandParser, at_least_one, output_file
 from unisd.config import UniSDConfig
 from unisd.console import make_console, number, show_table
 from unisd.data import Row
@@ -53,8 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     own = parser.parse(arguments)
     if own is None:
         return 0
-    if own.n < 1:
-        raise UserError(f"--n {own.n}: at least one row is needed.")
+    at_least_one(n=own.n, max_new_tokens=own.max_new_tokens, batch_size=own.batch_size)
     options, config = resolve_shared(own, SHARED, "unisd probe")
     options.max_train_rows = own.n if options.task is not None else None
     report = probe(options, config, own.n, own.max_new_tokens, own.batch_size)

@@ -83,7 +83,10 @@ def from_flags(
         key, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"--task_options {part!r} is not of the form name=value")
-        given[key] = yaml.safe_load(value)
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--task_options {part!r}: {value!r} is no YAML value; put text in quotes") from None
     if data_files:
         given["data_files"] = list(data_files)
     if grader is not None:

@@ -58,6 +58,10 @@ class Task:
     """Cap on the completion in evaluation, in tokens."""
     evaluation_only: ClassVar[bool] = False
     """True for benchmarks whose authors ask that nobody trains on them."""
+    evaluation_split: ClassVar[str] = "test"
+    """What `unisd eval` answers by default."""
+    rows_in_files: int | None = None
+    """Rows of all splits in the files that the task has read last."""
     runs_code: bool = False
     """True where grading runs what a model wrote."""
 

@@ -147,6 +147,7 @@ class Benchmark(Task):
             problem.setdefault("id", str(counts[numbered]))
             counts[numbered] += 1
             problems.append((problem, named))
+        self.rows_in_files = len(problems) if self.data_files is not None else None
         if split == "all":
             return found | {"train": [problem for problem, _ in problems]}
         # Files for training alone, or (when training) for anything but training, are split here.

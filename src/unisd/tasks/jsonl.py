@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from unisd.data import check_prompt
 from unisd.errors import UserError
 from unisd.graders import GRADERS
 from unisd.tasks.base import Grade, Row
@@ -24,6 +25,7 @@ class JsonlTask(Benchmark):
     """
 
     name = "jsonl"
+    evaluation_split = "all"
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class JsonlTask(Benchmark):
         prompt, answer = raw[self.prompt_column], raw[self.answer_column]
         if not isinstance(prompt, (str, list)) or answer is None or not str(answer).strip():
             raise UserError(f"jsonl: {where} has no prompt in {self.prompt_column!r} or no answer in {self.answer_column!r}")
+        check_prompt(prompt, f"jsonl: {where}", self.prompt_column)
         key = str(prompt)
         return {"raw": raw, "key": key, **own_id(raw, "id")}
 
