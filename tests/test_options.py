@@ -53,7 +53,7 @@ def test_the_task_brings_its_prompts_and_cap(yaml_file) -> None:
 
 def test_values_of_a_file_are_converted_like_flags(yaml_file) -> None:
     file = yaml_file(
-        "learning_rate: 1e-3\nfeature_layers: [0, 1]\nbf16: no\ntoken_clip_quantile: null\nlora_target_modules: q_proj\n"
+        "learning_rate: 1e-3\nfeature_layers: [0, 1]\nbf16: no\ntoken_clip_quantile: null\nlora_target_modules: q_proj\nuse_peft: true\n"
         "train_file: rows.jsonl\ncolumns: {prompt: question}\nlr_scheduler_kwargs: {num_cycles: 2}\n"
     )
     options, config = parse(["--config", file])
@@ -72,6 +72,21 @@ def test_a_number_of_the_recipe_can_be_taken_back() -> None:
 def test_asking_for_one_clip_replaces_the_recipes_other() -> None:
     _, config = parse(["--token_clip", "0.5"])
     assert (config.token_clip, config.token_clip_quantile) == (0.5, None)
+    _, config = parse(["--model_name_or_path", "a/b"])
+    assert (config.token_clip, config.token_clip_quantile) == (10.0, None)
+    _, config = parse(["--model_name_or_path", "a/b", "--distillation_alpha", "0.5"])  # at which 10 could never bind
+    assert (config.token_clip, config.token_clip_quantile) == (None, 0.99)
+    with pytest.raises(UserError, match="can never bind"):
+        parse(["--model_name_or_path", "a/b", "--distillation_alpha", "0.5", "--token_clip", "10"])
+
+
+def test_an_empty_list_of_a_file_is_one(yaml_file) -> None:
+    assert parse(["--config", yaml_file("token_weights: []")])[1].token_weights == []
+
+
+def test_evaluations_come_with_checkpoints() -> None:
+    assert parse(["--eval_strategy", "steps", "--save_steps", "40"])[1].eval_steps == 40
+    assert parse(["--eval_strategy", "steps", "--eval_steps", "7"])[1].eval_steps == 7
 
 
 @pytest.mark.parametrize(
@@ -81,6 +96,7 @@ def test_asking_for_one_clip_replaces_the_recipes_other() -> None:
         ("max_steps: many", r"run\.yaml: --max_steps: invalid int value: 'many'"),
         ("- 1", "must hold a mapping"),
         ("a: [", "is not YAML"),
+        ("config: x.yaml", r"unknown key 'config': unisd train --help_all lists them all"),
         ("agreement: tokens", "agreement='tokens' is not one of: none, token, sequence"),
     ],
 )
@@ -101,6 +117,13 @@ def test_mistakes_in_a_file(yaml_file, text: str, message: str) -> None:
         (["--train_file", "a", "--noise", "0.1"], "noise belongs to a task"),
         (["--load_in_4bit"], "load_in_4bit needs use_peft"),
         (["--max_eval_rows", "0"], "max_eval_rows=0"),
+        (["--lora_r", "8"], "lora_r belongs to an adapter: add --use_peft"),
+        (["--use_peft", "--lora_dropout", "2"], r"lora_dropout=2\.0 must be 0 or more and below 1"),
+        (["--report_to", "foo"], "report_to='foo' is not one of: none, all, "),
+        (["--seed", "-1"], r"seed=-1 is outside \[0, "),
+        (["--per_device_train_batch_size", "0"], r"per_device_train_batch_size=0 is outside \[1, "),
+        (["--gradient_accumulation_steps", "0"], r"gradient_accumulation_steps=0 is outside \[1, "),
+        (["--task", "gsm8k", "--task_options", "short=["], r"--task_options 'short=\['.* is no YAML value"),
         (["--lr_scheduler_type", "foo"], "not a valid SchedulerType"),
     ],
 )

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import tiny
 
+from unisd import tasks
 from unisd.cli import main
-from unisd.data import prepare_rows
+from unisd.data import load_file, prepare_rows
 from unisd.errors import UserError
 from unisd.inputs import load_data
+from unisd.models import with_adapter
 from unisd.options import RunOptions
 
 ADD = "def add(a, b):\n    return a + b"
@@ -112,3 +114,66 @@ def test_prepare_writes_every_row(model_dir: Path, tmp_path: Path, capsys: pytes
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
     assert main([*command, str(tmp_path / "." / "rows.jsonl")]) == 2
     assert "the file that the rows are read from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("latin.csv", "prompt,answer\nä,b\n".encode("latin-1")), ("empty.csv", b""), ("broken.parquet", b"PAR1 and no more")],
+)
+def test_tables_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} cannot be read: ."):
+        load_file(tmp_path / name)
+
+
+def test_unknown_modules_of_an_adapter() -> None:
+    from peft import LoraConfig
+
+    with pytest.raises(UserError, match=r"lora_target_modules: .*q_porj.* Its linear modules: .*q_proj"):
+        with_adapter(tiny.model(), LoraConfig(target_modules=["q_porj"], task_type="CAUSAL_LM"), 0, False)
+
+
+def answers_to(tmp_path: Path, model_dir: Path, *more: str) -> list[str]:
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"{i}?", "answer": str(i)} for i in range(6)])
+    flags = ["--model_name_or_path", str(model_dir), "--task", "jsonl", "--data_files", rows, "--max_new_tokens", "2"]
+    return ["eval", *flags, *more]
+
+
+def test_eval_answers_all_of_the_users_rows(model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "f.json"
+    assert main(answers_to(tmp_path, model_dir, "--json", str(figures))) == 0
+    assert json.loads(figures.read_text())["task_accuracy"]["n"] == 6
+    capfd.readouterr()
+    assert main(answers_to(tmp_path, model_dir, "--json", str(figures), "--n", "4")) == 0
+    assert "jsonl: 4 of 6 rows (split all)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_size", "0"], "--batch_size 0: at least 1 is needed"),
+        (["--max_new_tokens", "-3"], "--max_new_tokens -3: at least 1 is needed"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--base", "pocket"], "--base pocket has another vocabulary"),
+    ],
+)
+def test_mistakes_of_an_evaluation(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(answers_to(tmp_path, model_dir, *flags)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_malformed_messages_are_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"prompt": [{"x": 1}], "answer": "a"}])
+    with pytest.raises(UserError, match=r"jsonl: .*row 0: prompt holds .* messages with role and content are needed"):
+        tasks.get("jsonl", data_files=file).load("all")
+
+
+def test_each_speaker_reads_with_its_own_tokenizer(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr("unisd.commands.load_any", lambda name, **_: (f"model of {name}", f"tokenizer of {name}"))
+    monkeypatch.setattr("unisd.commands._answer", lambda model, tokenizer, *_: used.append((model, tokenizer)) or "")
+    assert main(["chat", str(model_dir), "--compare", "other", "--prompt", "x"]) == 0
+    assert used == [(f"model of {name}", f"tokenizer of {name}") for name in ("other", model_dir)]

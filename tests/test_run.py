@@ -113,10 +113,11 @@ def test_pocket_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_own_rows_without_contexts(own: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*own, "--output_dir", str(tmp_path / "run")]) == 0
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: recipe")]
-    assert len(notes) == 1 and "agreement" in notes[0] and "contrast" in notes[0]
+    assert len(notes) == 1 and "agreement" not in notes[0] and "--negatives corrupt" in notes[0]
     results = read(tmp_path / "run")
     assert results["task"] == "sums"
-    assert results["config"]["agreement"] == "none" and results["config"]["contrastive_weight"] == 0
+    assert results["config"]["agreement"] == "token" and results["config"]["contrastive_weight"] == 0
+    assert results["config"]["agreement_contexts"] == "retrieval"
     assert results["before"]["task_accuracy"] is None and results["after"]["retention_accuracy"] is None
     assert results["after"]["n_task"] == 1  # a tenth, held out
     assert results["after"]["gold_ppl"] != results["before"]["gold_ppl"]

@@ -272,6 +272,26 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per micro-batch and device."})
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches per optimizer step."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where the run is written; unset: the first unused of unisd-output/RECIPE-MODEL-DATA, ...-2, ...-3."},
+    )
+    eval_steps: float | None = field(
+        default=None, metadata={"help": "eval_strategy=steps: evaluate every so many steps; unset: every save_steps."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Go on from this checkpoint-N folder; alone: from the newest whole one of the run."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Recompute activations to save memory; unset: switched on where a step would not fit without it."},
+    )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Upload the output folder at the end, with samples.jsonl and answers.json: texts of your rows are in them."
+        },
+    )
     logging_steps: float = field(default=1, metadata={"help": "Log every so many optimizer steps."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide nan and inf in the log; would wait for the device at every micro-batch."}
@@ -285,6 +305,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         self.check()
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu = True  # else every process would train alone, without a word
+        if self.eval_steps is None and self.eval_strategy == "steps":
+            self.eval_steps = self.save_steps  # transformers would take logging_steps, which is 1 here
         super().__post_init__()
         if self.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel and multiply the batch
             logger.warning("One of %d devices is used: --accelerate_config ddp uses all of them.", self.n_gpu)

@@ -168,10 +168,10 @@ def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) ->
     dropped = []
     if config.agreement != "none" and "agreement" not in asked and not contexts:
         config.agreement = "none"
-        dropped.append("agreement (needs a column auxiliary_contexts)")
+        dropped.append("agreement (needs a column auxiliary_contexts, or --agreement_contexts retrieval)")
     if config.contrastive_weight and "contrastive_weight" not in asked and not negatives:
         config.contrastive_weight = 0.0
-        dropped.append("contrast (needs a column negative_context)")
+        dropped.append("contrast (needs a column negative_context, or --negatives corrupt)")
     if dropped and config.process_index == 0:
         logger.warning("recipe %s runs without %s.", options.recipe, " and without ".join(dropped))
 

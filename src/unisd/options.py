@@ -77,7 +77,11 @@ class RunOptions:
     )
     writer_model: str | None = option("data", "writer_url: the model's name there; unset: the first that it serves.")
     columns: str | None = option("data", "Names of your columns: prompt=question,privileged_context=answer.")
-    grader: str | None = option("data", "Grades answers to your rows, so that accuracy is reported (see unisd.graders).")
+    grader: str | None = option(
+        "data",
+        "Grades answers to your rows, so that accuracy is reported: exact, contains, choice, number or call compare with a column "
+        "answer (else the completion); code runs a column tests.",
+    )
     max_train_rows: int | None = option("data", "Train on the first so many rows only.")
     max_eval_rows: int = option("data", "Most rows of each evaluation (task, retention).", 400)
 

@@ -20,11 +20,13 @@ from transformers import HfArgumentParser
 from unisd import contexts, negatives, recipes
 from unisd.artefacts import read_yaml
 from unisd.config import GROUPS, UniSDConfig
+from unisd.divergences import divergence_bound
 from unisd.errors import UserError
 from unisd.options import RUN_GROUPS, RunOptions
 
 Values = dict[str, Any]
 UNSET: Any = object()
+BOUNDED_QUANTILE = 0.99  # clips a bounded divergence, in place of a recipe's static clip
 # Of transformers' options, those that `--help` shows without being asked for all of them.
 COMMON = (
     "output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
@@ -96,8 +98,8 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
         for name, value in values.items():
             if name not in self.fields:
                 raise UserError(f"{where}: unknown key {name!r}: {self._nearest(str(name))}")
-            if value is None:
-                result[name] = UNSET
+            if value is None or value == []:
+                result[name] = UNSET if value is None else []
                 continue
             try:
                 result |= self.given(_as_flag(name, value))
@@ -106,7 +108,8 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
         return result
 
     def _nearest(self, name: str, prefix: str = "") -> str:
-        close = difflib.get_close_matches(name, [*self.fields, "config"], n=1, cutoff=0.5)
+        known = [*self.fields, "config"] if prefix else self.fields  # a file does not name another
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         return f"did you mean {prefix}{close[0]}?" if close else f"{self.prog} --help_all lists them all."
 
 
@@ -185,6 +188,8 @@ def resolve(parser: OptionParser, given: Values, arguments: Sequence[str] = ()) 
     values = _without_unset({**values, **given})
     options = RunOptions(**{name: value for name, value in values.items() if name in own})
     options.explicit = frozenset(named)
+    if not options.use_peft and (lora := sorted(name for name in named if name.startswith("lora_"))):
+        raise UserError(f"{lora[0]} belongs to an adapter: add --use_peft, or unset it.")
     options.command = tuple(arguments)
     try:
         config = UniSDConfig(**{"disable_tqdm": True, **{n: v for n, v in values.items() if n not in own}})
@@ -248,6 +253,11 @@ def _drop_excluded(values: Values, given: Values) -> None:
     for one, other in (("token_clip", "token_clip_quantile"), ("token_clip_quantile", "token_clip")):
         if given.get(one, UNSET) is not UNSET and other not in given:
             values.pop(other, None)
+    alpha, clip = given.get("distillation_alpha"), values.get("token_clip")
+    bounded = isinstance(alpha, float) and 0 < alpha < 1
+    if bounded and isinstance(clip, float) and "token_clip" not in given and clip >= divergence_bound(alpha):
+        del values["token_clip"]  # it could never bind
+        values["token_clip_quantile"] = BOUNDED_QUANTILE
 
 
 def group_of(name: str, item: dataclasses.Field[Any]) -> str:

@@ -26,6 +26,7 @@ from unisd.parsing import resolve_shared, shared_options
 from unisd.prompts import PromptBuilder, encode_prompt
 from unisd.rollout import seed_of
 from unisd.similarity import prompt_text
+from unisd.views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,10 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
     rows = data.train
     written = options.agreement_contexts == "induction" or options.negatives == "model"
     server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
-    if options.agreement_contexts != "columns":
+    wanted = (
+        config.agreement != "none" or "agreement_contexts" in options.explicit
+    )  # a recipe's contexts serve its agreement alone
+    if options.agreement_contexts != "columns" and wanted:
         settings = contexts.Settings(options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder)
         embedder: contexts.Embedder | None = None
         write = None
@@ -151,7 +155,7 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
         )
     short = sum(len(row.get("auxiliary_contexts") or []) < config.num_auxiliary_contexts for row in rows)
     without = sum(not row.get("negative_context") for row in rows)
-    if options.agreement_contexts != "columns" and short:
+    if options.agreement_contexts != "columns" and wanted and short:
         logger.warning("%d of %d rows have fewer than %d auxiliary contexts.", short, len(rows), config.num_auxiliary_contexts)
     if options.negatives != "columns" and without:
         logger.warning("%d of %d rows have no wrong reference: they train without the contrast term.", without, len(rows))
@@ -194,6 +198,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     quiet_libraries()
     options, config = resolve_shared(own, SHARED, "unisd prepare")
+    if "agreement_contexts" not in options.explicit:
+        options.agreement_contexts = "columns"  # here nothing is built unasked, whatever the default recipe says
     _refuse_input(own.output, options)
     data = load_data(options, config.seed, whole=True)
     loaded: list[tuple[Any, Any]] = []
@@ -205,12 +211,12 @@ def run(arguments: Sequence[str]) -> int:
         return loaded[0]
 
     rows = prepare(data, options, config, load)
-    _, tokenizer = load()
-    _show(
-        rows,
-        PromptBuilder(tokenizer, config.teacher_prompt_layout, config.teacher_prompt_template, config.auxiliary_prompt_template),
-        config,
+    model, tokenizer = load()
+    prompts = PromptBuilder(
+        tokenizer, config.teacher_prompt_layout, config.teacher_prompt_template, config.auxiliary_prompt_template
     )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    _show(rows, prompts, config, Views(config, prompts, (), (), context).teacher_room, options.model_name_or_path)
     if own.output:
         write_text(own.output, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} rows written to {own.output}")
@@ -226,9 +232,8 @@ def _refuse_input(output: str | Path | None, options: RunOptions) -> None:
             raise UserError(f"--output {output} is the file that the rows are read from: choose another.")
 
 
-def _show(rows: Sequence[Row], prompts: PromptBuilder, config: UniSDConfig) -> None:
+def _show(rows: Sequence[Row], prompts: PromptBuilder, config: UniSDConfig, limit: int, model: str) -> None:
     """Counts, lengths against the limit, and one example of each kind."""
-    limit = config.max_teacher_prompt_length
     views = {
         "student prompt": [prompts.student(row) for row in rows],
         "with the reference": [prompts.teacher(row) for row in rows],
@@ -240,9 +245,12 @@ def _show(rows: Sequence[Row], prompts: PromptBuilder, config: UniSDConfig) -> N
     lines = []
     for name, found in views.items():
         lengths = sorted(map(len, found)) or [0]
-        over = sum(length > limit for length in lengths) if limit is not None else 0
+        over = sum(length > limit for length in lengths)
         lines.append([name, str(len(found)), str(lengths[len(lengths) // 2]), str(lengths[-1]), str(over)])
-    show_table(make_console(), (f"{len(rows)} rows", "texts", "median tokens", "longest", "over the limit"), lines)
+    show_table(make_console(), (f"{len(rows)} rows", "texts", "median tokens", "longest", f"over {limit}"), lines)
+    print(
+        f"tokens of {model}; {limit}: what its context and max_completion_length={config.max_completion_length} leave, or the option"
+    )
     example = next((row for row in rows if row.get("auxiliary_contexts")), rows[0])
     for name, text in (
         ("prompt", prompt_text(example["prompt"])),

@@ -279,7 +279,9 @@ def advice(report: dict[str, Any]) -> str:
             + ("matters." if fall > 0.1 else "matters little.")
         )
     if auxiliary is None:
-        lines.append("There are no auxiliary contexts: agreement cannot run on these rows.")
+        lines.append(
+            "There are no auxiliary contexts: agreement cannot run on these rows as they are; --agreement_contexts retrieval builds them."
+        )
     elif auxiliary["spread"] is None or auxiliary["spread"] < NOTABLE:
         lines.append("The auxiliary contexts hardly disagree: agreement has nothing to work with.")
     else:

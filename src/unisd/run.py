@@ -49,6 +49,8 @@ class Setting:
 
 def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Console) -> Setting:
     """Load the model and build the trainer, which checks the rows."""
+    if config.push_to_hub and config.process_index == 0:
+        logger.warning("push_to_hub uploads samples.jsonl and answers.json too, with texts of your rows.")
     model, tokenizer, _ = load_model(options)
     if config.process_index == 0:
         data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))

@@ -105,12 +105,12 @@ def check_data_serves(needs: frozenset[str], rows: Sequence[Row]) -> None:
     if "auxiliary" in needs and not any(len(row.get("auxiliary_contexts") or []) >= 2 for row in rows):
         raise UserError(
             "agreement needs auxiliary contexts, but no row has two of them: add a column auxiliary_contexts (a list of solved "
-            "examples of other problems), or set agreement=none."
+            "examples of other problems), build them with --agreement_contexts retrieval, or set agreement=none."
         )
     if "negative" in needs and not any(row.get("negative_context") for row in rows):
         raise UserError(
-            "contrast needs wrong references, but no row has one: add a column negative_context, or unset what needs it "
-            "(contrastive_weight, contrast_weight, the target contrast)."
+            "contrast needs wrong references, but no row has one: add a column negative_context, build them with --negatives corrupt, or "
+            "unset what needs them (contrastive_weight, contrast_weight, the target contrast)."
         )
 
 
