@@ -18,7 +18,7 @@ import yaml
 from unisd.artefacts import append_line, read_lines
 from unisd.cli import main
 from unisd.errors import UserError
-from unisd.study import analysis, runner
+from unisd.study import analysis, command, recommend, runner
 from unisd.study.design import Study, cells_of, from_dict, runs_of
 from unisd.study.executor import Finished, Job, LocalExecutor
 from unisd.study.store import DONE, FAILED, Store
@@ -34,6 +34,7 @@ class FakeExecutor:
     def __init__(self, slots: int = 2, fails: dict[str, list[int]] | None = None) -> None:
         self.slots = slots
         self.fails = fails or {}
+        self.last_words = "unisd: error: this is why"
         self.submitted: list[str] = []
         self.queue: list[Job] = []
 
@@ -45,7 +46,7 @@ class FakeExecutor:
     def wait(self) -> Finished:
         job = self.queue.pop(0)
         code = self.fails.get(job.name, [0]).pop(0) if self.fails.get(job.name) else 0
-        job.log.write_text("one line\nunisd: error: this is why\n")
+        job.log.write_text(f"one line\n{self.last_words}\n")
         if code == 0:
             folder = Path(job.command[job.command.index("--output_dir") + 1])
             write_run(folder, yaml.safe_load(Path(job.command[job.command.index("--config") + 1]).read_text()))
@@ -190,6 +191,15 @@ def test_a_failed_run_is_tried_once_more_and_then_recorded(tmp_path: Path) -> No
     assert [line["returncode"] for line in read_lines(tmp_path / "attempts.jsonl") if line["event"] == "failed"] == [1, 1, -9]
 
 
+def test_a_run_that_an_alarm_stopped_is_not_tried_again(tmp_path: Path) -> None:
+    stopped = runs_of(study())[1].id
+    executor = FakeExecutor(fails={stopped: [2, 2]})
+    executor.last_words = "unisd: error: stopped at step 9 by the alarm 'collapse' (alarms=stop): lower the rate."
+    _, store = carried_out(tmp_path, study(), executor)
+    assert executor.submitted.count(stopped) == 1
+    assert store.runs()[stopped]["status"] == FAILED and "'collapse'" in store.runs()[stopped]["reason"]
+
+
 def test_a_run_that_ended_before_its_record_is_not_run_again(tmp_path: Path) -> None:
     run = runs_of(study())[0]
     write_run(Store(tmp_path, writes=False).run_folder(run.id), run.options)
@@ -265,6 +275,36 @@ def test_pandas_reads_the_store_and_the_analysis_finds_the_effect(tmp_path: Path
     assert main(["train", "--config", str(tmp_path / "recommended.yaml"), "--dry_run"]) == 0
     text = (tmp_path / "analysis.md").read_text()
     assert "| ema | +" in text and "## " in text
+
+
+def test_only_runs_of_the_study_as_it_is_are_analysed(tmp_path: Path) -> None:
+    """A level's options or the seeds may be changed in a study's file; runs of before stay in the store."""
+    factors = {"teacher": {"slow": {"learning_rate": 1e-4}, "fast": {"learning_rate": 2e-4}}}
+    first = study(mechanisms=[], factors=factors)
+    carried_out(tmp_path, first, FakeExecutor())
+    store = Store(tmp_path, writes=False)
+    changed = study(mechanisms=[], factors={"teacher": {**factors["teacher"], "fast": {"learning_rate": 9e-4}}})
+    found = analysis.analyse(changed, store)
+    assert found is not None and found["tasks"]["pocket"]["runs"] == 2 and found["tasks"]["pocket"]["effects"] == []
+    assert found["notes"][-1].startswith("2 runs of the store have other settings")
+    one_seed = analysis.analyse(study(mechanisms=[], factors=factors, seeds=[1]), store)
+    assert one_seed is not None and one_seed["tasks"]["pocket"]["seeds"] == [1] and one_seed["tasks"]["pocket"]["runs"] == 2
+    assert "do not contain the noise of training" in one_seed["notes"][0]
+    assert "training noise is not in the interval" in recommend.markdown(one_seed)
+
+
+def test_the_study_file_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command._remember(tmp_path, study())
+    written = (tmp_path / "study.yaml").read_text()
+
+    def fails(*_: Any, **__: Any) -> str:
+        raise OSError("full")
+
+    monkeypatch.setattr(command.yaml, "safe_dump", fails)
+    command._remember(tmp_path, study())  # nothing has changed, so nothing is written
+    with pytest.raises(OSError, match="full"):
+        command._remember(tmp_path, study(seeds=[1, 2, 3]))
+    assert (tmp_path / "study.yaml").read_text() == written
 
 
 def test_pareto_front() -> None:

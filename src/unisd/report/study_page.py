@@ -9,7 +9,7 @@ from typing import Any
 from unisd.report import plots
 from unisd.report.html import escape, page, section, table, tiles
 from unisd.study.analysis import pareto
-from unisd.study.recommend import OUTCOMES, TITLES, cost_table, effect_table, number
+from unisd.study.recommend import OUTCOMES, TITLES, cost_table, effect_table, notes_of, number
 
 Figures = dict[str, Any]
 
@@ -51,7 +51,8 @@ def _task(folder: Path, task: str, figures: Figures, found: Figures, several: bo
         lines = effect_table(figures, kind)
         if len(lines) > 1:
             opened = " open" if kind == "main" else ""
-            tables += f"<details{opened}><summary>{escape(title)}: all figures</summary>{table(lines)}</details>"
+            said = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes_of(figures, kind))
+            tables += f"<details{opened}><summary>{escape(title)}: all figures</summary>{table(lines)}{said}</details>"
     body += section(f"{prefix}Effects", *effects, tables, note=note)
     if "interaction" in drawn:
         body += section(

@@ -85,9 +85,10 @@ def _carry_out(options: Any, arguments: Sequence[str]) -> int:
         _remember(folder, study)
         known = store.runs()
         if options.retry_failed:
-            for run_id in [run_id for run_id, record in known.items() if record["status"] == FAILED]:
-                store.note(run_id, "anew")
-                del known[run_id]
+            for run in runs:
+                if run.id in known and known[run.id]["status"] == FAILED:
+                    store.note(run.id, "anew")
+                    del known[run.id]
         left = [run for run in runs if run.id not in known]
         executor = executors.make(options.executor, options.jobs, options.ray_address)
         if left:
@@ -107,7 +108,8 @@ def _carry_out(options: Any, arguments: Sequence[str]) -> int:
         store.close()
     if not complete:
         print(f"the budget of {study.budget_minutes:g} minutes is used up; go on with:\n  unisd study {shlex.join(arguments)}")
-    failed = sum(record["status"] == FAILED for record in store.runs().values())
+    mine = {run.id for run in runs}
+    failed = sum(record["status"] == FAILED for run_id, record in store.runs().items() if run_id in mine)
     if failed:
         print(f"{failed} run(s) failed for good: see {folder / 'attempts.jsonl'} and the .log files; --retry_failed tries again")
     code = _analyse(folder, options.margin)
@@ -122,7 +124,11 @@ def _remember(folder: Path, study: design.Study) -> None:
         earlier = design.load(path)
         if {factor.name: list(factor.levels) for factor in earlier.factors} != factors or earlier.base != study.base:
             raise UserError(f"{folder} holds a study of other factors or another base: choose another --output_dir.")
-    path.write_text(yaml.safe_dump(study.source, sort_keys=False), encoding="utf-8")
+        if earlier.source == study.source:
+            return
+    temporary = path.with_suffix(".tmp")  # the study reads the file again: it must be whole or as it was
+    temporary.write_text(yaml.safe_dump(study.source, sort_keys=False), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _analyse(folder: Path, margin: float) -> int:
