@@ -166,7 +166,27 @@ def test_options_are_checked_before_anything_runs(tmp_path: Path, capsys: pytest
     assert "did you mean max_steps" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
     assert main([*arguments, "--dry_run"]) == 0
-    assert capsys.readouterr().out.startswith("36 runs: 12 cells x 1 tasks x 3 seeds")
+    said = capsys.readouterr().out
+    assert said.startswith("36 runs: 12 cells x 1 tasks x 3 seeds") and "model: pocket\n" in said
+    assert main([*arguments, "--dry_run", "--analyse", str(tmp_path), "--max_steps", "3"]) == 2
+    assert "--max_steps belongs to the runs" in capsys.readouterr().err
+
+
+def test_flags_of_the_runs_are_the_studys_base() -> None:
+    def asked(*arguments: str) -> Study:
+        parser = command.study_parser()
+        own, of_runs = command._split(parser, arguments)
+        options = parser.parse(own)
+        assert options is not None
+        return command._study_of(options, of_runs)
+
+    found = asked("--max_steps", "3", "--seeds", "1", "--token_clip=none", "--factor", "learning_rate", "1e-4", "2e-4")
+    assert found.base == {"max_steps": 3, "token_clip": None} and found.seeds == [1]
+    assert [factor.levels for factor in found.factors] == [{"0.0001": {"learning_rate": 1e-4}, "0.0002": {"learning_rate": 2e-4}}]
+    with pytest.raises(UserError, match="did you mean"):
+        asked("--max_stepps", "3")
+    with pytest.raises(UserError, match="two levels"):
+        asked("--factor", "learning_rate", "1e-4")
 
 
 def test_everything_runs_once_and_weights_go(tmp_path: Path) -> None:
@@ -307,6 +327,21 @@ def test_the_study_file_is_kept_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "study.yaml").read_text() == written
 
 
+def test_a_page_elsewhere_links_to_the_runs_and_names_what_failed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder, hopeless = tmp_path / "study", runs_of(study())[2].id
+    folder.mkdir()
+    command._remember(folder, study())
+    carried_out(folder, study(), FakeExecutor(fails={hopeless: [1, 1]}))
+    assert main(["report", str(folder), "--no_run_pages", "--out", str(tmp_path / "elsewhere" / "x.html")]) == 0
+    page = (tmp_path / "elsewhere" / "x.html").read_text()
+    done = runs_of(study())[0].id
+    assert f'href="../study/runs/{done}/results.json"' in page
+    assert hopeless in page and "unisd: error: this is why" in page
+    found = analysis.analyse(study(), Store(folder, writes=False))
+    assert found is not None and f"- {hopeless} failed: unisd: error: this is why" in recommend.markdown(found)
+
+
 def test_pareto_front() -> None:
     cells = [
         {"name": name, "gain": gain, "retention_change": kept}
@@ -330,6 +365,23 @@ def test_local_executor_ends_its_jobs(tmp_path: Path) -> None:
     executor.close()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "b.log").read_text()), 0)
+
+
+def test_what_a_job_has_started_ends_with_it(tmp_path: Path) -> None:
+    """A server or other ranks, also where the job itself ignores the signal."""
+    executor = LocalExecutor(1)
+    child = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    executor.submit(Job("job", (sys.executable, "-c", code), tmp_path / "job.log"))
+    while not (tmp_path / "job.log").read_text().endswith("\n"):
+        time.sleep(0.05)
+    executor.close()
+    left, end = int((tmp_path / "job.log").read_text()), time.monotonic() + 10
+    while time.monotonic() < end and Path(f"/proc/{left}").exists():
+        if "Z" in Path(f"/proc/{left}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    assert not Path(f"/proc/{left}").exists()
 
 
 PARENT = """

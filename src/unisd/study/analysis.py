@@ -110,6 +110,9 @@ def _of_task(study: Study, cells: Sequence[Cell], records: Sequence[Record], mar
     return {
         "runs": len(table),
         "failed": sum(record["status"] == FAILED for record in records),
+        "failures": [
+            {name: record[name] for name in ("run", "cell", "seed", "reason")} for record in records if record["status"] == FAILED
+        ],
         "planned": len(cells) * len(study.seeds),
         "seeds": sorted({seed for _, seed in table}),
         "cells": [_cell(cell, study, table) for cell in cells if any(name == cell.name for name, _ in table)],

@@ -24,6 +24,25 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UserError: a study file that makes no sense, options that `unisd train` refuses, a folder of another study.
     """
+    parser = study_parser()
+    own, of_runs = _split(parser, arguments)
+    options = parser.parse(own)
+    if options is None:
+        return 0
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}: at least one is needed.")
+    if options.analyse:
+        if of_runs:
+            raise UserError(f"{of_runs[0]} belongs to the runs of a study, which --analyse does not run.")
+        if options.folder is None or not (Path(options.folder) / RUNS).is_file():
+            raise UserError("--analyse needs the folder of a study that has finished runs: unisd study DIR --analyse.")
+        return _analyse(Path(options.folder), options.margin)
+    if options.folder is not None:
+        raise UserError(f"{options.folder}: a folder is given with --analyse only; choose where runs go with --output_dir.")
+    return _carry_out(options, of_runs, arguments)
+
+
+def study_parser() -> CommandParser:
     parser = CommandParser(
         "study", "Which components matter for a task: a design of runs, their results, effects with intervals."
     )
@@ -33,6 +52,13 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--mechanisms", nargs="+", help=f"factors on/off: {', '.join(design.MECHANISMS)} (default: all)")
     parser.add_argument("--design", nargs="+", help=f"{', '.join(design.DESIGNS)} (default: one-in leave-one-out)")
     parser.add_argument("--tasks", nargs="+", help="built-in tasks (default: what the study's base says; pocket)")
+    parser.add_argument(
+        "--factor",
+        nargs="+",
+        action="append",
+        metavar="NAME VALUE",
+        help="a further factor: values of an option, the baseline first",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 3")
     parser.add_argument("--budget_minutes", type=float, help="start no run after so many minutes; the same command goes on")
     parser.add_argument("--run_s", type=float, help="expected seconds of a run; unset: a short calibration run measures it")
@@ -44,34 +70,67 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="check all runs and list them; run nothing")
     parser.add_argument("--analyse", action="store_true", help="only analyse what the store holds")
     parser.add_argument("--margin", type=float, default=1.0, help="smallest effect that matters, in points (default: 1)")
-    options = parser.parse(arguments)
-    if options is None:
-        return 0
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}: at least one is needed.")
-    if options.analyse:
-        if options.folder is None or not (Path(options.folder) / RUNS).is_file():
-            raise UserError("--analyse needs the folder of a study that has finished runs: unisd study DIR --analyse.")
-        return _analyse(Path(options.folder), options.margin)
-    if options.folder is not None:
-        raise UserError(f"{options.folder}: a folder is given with --analyse only; choose where runs go with --output_dir.")
-    return _carry_out(options, arguments)
+    parser.epilog = (
+        "Every option of `unisd train` may be given too, and holds for all runs: --model_name_or_path, --max_steps, ..."
+    )
+    return parser
 
 
-def _carry_out(options: Any, arguments: Sequence[str]) -> int:
+def _split(parser: CommandParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A study's own arguments, and those of its runs: flags that it does not have, with their values."""
+    own: list[str] = []
+    of_runs: list[str] = []
+    target = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            target = own if argument.partition("=")[0] in parser._option_string_actions else of_runs
+        target.append(argument)
+    return own, of_runs
+
+
+def _study_of(options: Any, of_runs: Sequence[str]) -> design.Study:
+    """The study of the file and the flags, which win.
+
+    Raises:
+        UserError: as `design.from_dict`; options that `unisd train` does not have.
+    """
+    from unisd.artefacts import read_yaml
+
+    names = ("mechanisms", "design", "tasks", "seeds", "budget_minutes", "run_s", "keep_models")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    values = {**(read_yaml(Path(options.config)) if options.config else {}), **given}
+    further = {"base": _typed(of_runs), "factors": {}}
+    for name, *levels in options.factor or ():
+        further["factors"][name] = [_typed([f"--{name}", level])[name] for level in levels]
+    for name, more in further.items():
+        if more and isinstance(values.get(name) or {}, dict):
+            values[name] = {**(values.get(name) or {}), **more}
+    return design.from_dict(values, options.config or "the flags")
+
+
+def _typed(flags: Sequence[str]) -> dict[str, Any]:
+    """Flags of `unisd train` as a configuration file would hold them."""
+    if not flags:
+        return {}
+    from unisd.parsing import UNSET, train_parser
+
+    found = train_parser("unisd study").given(flags)
+    return {name: None if value is UNSET else value for name, value in found.items()}
+
+
+def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -> int:
     from unisd.console import quiet_libraries
     from unisd.study import executor as executors
     from unisd.study import runner
 
-    names = ("mechanisms", "design", "tasks", "seeds", "budget_minutes", "run_s", "keep_models")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    study = design.load(Path(options.config), given) if options.config else design.from_dict(given, "the flags")
+    study = _study_of(options, of_runs)
     runs = design.runs_of(study)
     quiet_libraries()
     runner.check(runs, study)
     cells = {run.cell.name: run.cell for run in runs}
     print(f"{len(runs)} runs: {len(cells)} cells x {len(study.tasks)} tasks x {len(study.seeds)} seeds")
     print(f"cells: {', '.join(cells)}")
+    print(f"model: {', '.join(dict.fromkeys(str(run.options.get('model_name_or_path', 'pocket')) for run in runs))}")
     if options.dry_run:
         for run in runs:
             print(run.id)

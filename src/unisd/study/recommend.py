@@ -241,6 +241,8 @@ def markdown(found: Figures) -> str:
             f"{figures['runs']} of {figures['planned']} runs, seeds {seeds}; {figures['failed']} failed.",
             "",
         ]
+        parts += [f"- {failure['run']} failed: {failure['reason']}" for failure in figures["failures"]]
+        parts += [""] if figures["failures"] else []
         parts += [f"- **{line['verdict']}** {line['text']}" for line in figures["verdicts"]]
         for kind, title in TITLES.items():
             table = effect_table(figures, kind)
