@@ -245,7 +245,7 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
     other = {**cells[-1], "model": "other/model", "curve": [{**point, "task_correct": "0" * 48} for point in cells[-1]["curve"]]}
     both = evidence_page.page([*cells, other])
     assert "## New facts: other/model, 120 steps, 48 rows\n\n1 of 19 cells" in both
-    assert both.replace(both[both.index("## New facts: other/model") : both.index("## ScienceQA")], "") == text
+    assert both.replace(both[both.index("## New facts: other/model") : both.index("## New facts: smollm2")], "") == text
 
 
 def test_evidence_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -282,7 +283,7 @@ def test_a_study_page_shows_effects_and_links_its_runs(tmp_path: Path) -> None:
 
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nothing")]) == 2 and "is no folder" in capsys.readouterr().err
-    assert main(["report", str(tmp_path)]) == 2 and "neither results.json nor" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2 and "neither results.json, metrics.jsonl nor" in capsys.readouterr().err
     (tmp_path / "results.json").write_text("{")
     assert main(["report", str(tmp_path)]) == 2 and "cannot be read" in capsys.readouterr().err
 
@@ -381,3 +382,13 @@ def test_a_hostile_answer_is_shown_as_text(chromium: Any, tmp_path: Path) -> Non
     assert shown.evaluate("window.hacked") is None
     assert "<script>window.hacked=1</script>" in shown.locator(".pair pre").first.inner_text()
     assert "<script>" in shown.locator("#tip").inner_text() and not browser.errors
+
+
+def test_names_of_points_at_one_place_do_not_cover_each_other() -> None:
+    names = [f"+cell{n}" for n in range(8)]
+    svg = plots.trade_off([(name, 21.8 + 0.05 * (n // 4), -1.8) for n, name in enumerate(names)], names[:1]).svg
+    places = [re.search(rf'rotate\(-0 ([\d.]+) ([\d.]+)\)">{re.escape(name)}<', svg) for name in names]
+    found = [(float(place[1]), float(place[2])) for place in places if place is not None]
+    assert len(found) == len(names)
+    for (x, y), (other_x, other_y) in itertools.combinations(found, 2):
+        assert abs(x - other_x) >= 4 * len(names[0]) or abs(y - other_y) >= 8

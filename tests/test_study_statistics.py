@@ -208,6 +208,7 @@ def test_levels_of_an_option_are_compared_with_the_first() -> None:
         ((0.0, -0.8, 0.9, 1.0), (0.1, -0.5, 0.7, 1.0), ("no effect", "not worth 4 % time")),
         ((3.0, 0.1, 5.9, 0.2), (0.1, -0.5, 0.7, 1.0), ("undecided", "more seeds")),
         ((0.0, -0.8, 0.9, 1.0), (0.1, -2.5, 2.7, 1.0), ("undecided", "more seeds")),
+        ((0.5, 0.2, 0.8, 0.01), (2.0, 1.0, 3.0, 0.01), ("keep", "keep")),
         # Beyond chance, but too small to matter, or at a price on the other side that is not ruled out.
         ((0.3, 0.1, 0.5, 0.01), (0.0, -0.2, 0.2, 1.0), ("no effect", "not worth 4 % time")),
         ((0.3, 0.1, 0.5, 0.01), (0.5, -0.5, 1.5, 1.0), ("undecided", "gains on the task, but by no more than 1 points")),

@@ -70,7 +70,7 @@ def first_place(text: str, answer: str) -> float | None:
     """
     mark = MARK + r"\(?" if len(answer) == 1 and answer.isalpha() else r"(?<!\w)"
     found = re.search(rf"{mark}({re.escape(answer)})(?!\w)", text)
-    return None if found is None else len(text[: found.start(1)].split()) / max(len(text.split()), 1)
+    return None if found is None else len(re.findall(r"\S\s", text[: found.start(1)])) / max(len(text.split()), 1)
 
 
 def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:

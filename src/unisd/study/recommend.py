@@ -87,7 +87,9 @@ def _decide(
     side = on_task or on_retention
     if side == 0:
         return "undecided", "undecided: more seeds or problems are needed"
-    moved, other = (task, None if on_retention else retention) if on_task else (retention, task)
+    pairs = ((task, on_task), (retention, on_retention))
+    moved = [estimate for estimate, moves in pairs if moves and estimate is not None]
+    other = next((estimate for estimate, moves in pairs if not moves), None)
     what = {
         (1, True): "gains on the task",
         (1, False): "forgets less",
@@ -95,7 +97,7 @@ def _decide(
         (-1, False): "forgets more",
     }
     clear = what[side, bool(on_task)]
-    if moved is not None and _most(moved, side) <= margin:
+    if max(_most(estimate, side) for estimate in moved) <= margin:
         return "undecided", f"undecided: {clear}, but by no more than {margin:g} points"
     if other is not None and _most(other, -side) > margin:
         may = what[-side, not on_task]
