@@ -95,7 +95,7 @@ def _unfinished(folder: Path) -> str:
     body = tiles([("state", "unfinished"), ("steps", last), ("alarms", str(len(watch.alarms)))])
     said = (
         "There is no results.json: an alarm (alarms=stop), an error or a person ended this run, or it goes on still. Its answers were not "
-        "measured after training."
+        f"measured after training. Alarms are judged anew from its metrics, with the default alarm_window of {DEFAULT_WINDOW}."
     )
     body += section("Unfinished", f"<p>{said}</p>")
     body += section("Curves", plots.curves((*CURVES, *_by_weight(metrics)), metrics))
