@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from unisd import alarms
@@ -9,13 +10,15 @@ from unisd.alarms import Watch
 
 PULL = {"both": -0.1, "right": 2.0, "wrong": 2.0}
 HEALTHY = {
-    "words/all": 8.0,
+    "counted/doubt": 40.0,
+    "counted/tokens": 5000.0,
     "student/entropy": 1.0,
     "teacher/divergence": 0.5,
     "collapse/repeated_share": 0.05,
     "completions/mean_length": 40.0,
     "completions/truncated_share": 0.05,
-    "leak/gold_first_place": 0.8,
+    "counted/stated": 40.0,
+    "counted/places": 32.0,
     "leak/gold_stated_share": 0.4,
     "retained/nll": 0.3,
     "leak/pull_answers": 40.0,
@@ -25,7 +28,7 @@ HEALTHY = {
 NOISE = [1.0, 0.9, 1.1, 0.8, 1.2]
 
 CASES = [
-    ({"words/all": 1.0}, "suppressed doubt", "from 8.0 to 1.0"),
+    ({"counted/doubt": 5.0}, "suppressed doubt", "from 8.0 to 1.0"),
     ({"teacher/divergence": 0.05, "collapse/repeated_share": 0.2}, "collapse", "divergence fell 90 % while repetition rose"),
     ({"collapse/repeated_share": 0.6}, "collapse", "repetition rose from 5 to 60 % of all 4-grams"),
     ({"teacher/divergence": 0.05, "completions/mean_length": 90.0}, "collapse", "answers grew from 40 to 90"),
@@ -35,7 +38,7 @@ CASES = [
     ({"student/entropy": 0.01}, "entropy collapsed", "from 1 to 0.01"),
     ({"student/entropy": 6.0}, "entropy exploded", "from 1 to 6"),
     ({"teacher/divergence": 2.0}, "drift", "from 0.5 to 2 nats"),
-    ({"leak/gold_first_place": 0.1}, "leak", "first stated after 10 %"),
+    ({"counted/places": 4.0}, "leak", "first stated after 10 %"),
     ({"run/leak/pull_both": 1.0}, "blind teacher", "cosine 0.50; shown the whole reference -0.05"),
     ({"leak/pull_both": 1.0}, "gone blind", "cosine from -0.05 to 0.50"),
     ({"retained/nll": 0.8}, "forgetting", "nats a token"),
@@ -56,7 +59,7 @@ def test_every_rule_has_a_case_and_reads_only_what_it_names() -> None:
 
 
 def test_a_healthy_run_raises_none() -> None:
-    better = {"teacher/divergence": 0.02, "leak/gold_stated_share": 0.9, "leak/gold_first_place": 0.75, "words/all": 5.0}
+    better = {"teacher/divergence": 0.02, "leak/gold_stated_share": 0.9, "counted/places": 30.0, "counted/doubt": 25.0}
     assert alarms.find(HEALTHY, {**HEALTHY, **better}) == {}
     assert alarms.find({}, {}) == alarms.find(HEALTHY, {}) == {}  # what was not measured says nothing
 
@@ -89,11 +92,37 @@ def test_one_bad_step_is_no_alarm_and_rare_words_count() -> None:
     watch = Watch(5)
     for step in range(1, 30):
         broken = {"teacher/divergence": 99.0, "student/entropy": 99.0, "completions/mean_length": 1.0} if step % 7 == 0 else {}
-        rare = {"words/all": 20.0 if step % 5 == 0 else 0.0}  # the median of these is 0, also at the start
+        rare = {"counted/doubt": 100.0 if step % 5 == 0 else 0.0}  # the median of these is 0, also at the start
         assert watch.update(step, {**HEALTHY, **broken, **rare}) == []
     for step in range(30, 36):
-        watch.update(step, {**HEALTHY, "words/all": 0.0})
+        watch.update(step, {**HEALTHY, "counted/doubt": 0.0})
     assert [alarm.name for alarm in watch.alarms] == ["suppressed doubt"]
+
+
+@pytest.mark.parametrize(("rate", "tokens"), [(3.0, 256), (5.0, 800), (10.0, 3200)])
+def test_rare_words_of_a_steady_run_raise_nothing_by_chance(rate: float, tokens: int) -> None:
+    """Poisson counts of one rate: the rule is asked at every step, and most of its windows hold a handful of words."""
+    rng = np.random.default_rng(0)
+    raised = 0
+    for _ in range(40):
+        watch = Watch(5)
+        for step in range(1, 151):
+            watch.update(step, {"counted/doubt": float(rng.poisson(rate * tokens / 1000)), "counted/tokens": float(tokens)})
+        raised += bool(watch.alarms)
+    assert raised <= 1
+    lost = {"counted/doubt": 0.0, "counted/tokens": 8000.0}  # told as soon as there was enough to lose
+    assert "suppressed doubt" in alarms.find({"counted/doubt": 25.0, "counted/tokens": 8000.0}, lost)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_where_answers_are_stated_raises_nothing_by_chance(rows: int) -> None:
+    rng = np.random.default_rng(1)
+    watch = Watch(5)
+    for step in range(1, 1001):
+        stated = int(rng.binomial(rows, 0.4))
+        places = {"counted/stated": float(stated), "counted/places": float(rng.uniform(0.05, 1.0, stated).sum())}
+        watch.update(step, {**places, "leak/gold_stated_share": stated / rows})
+    assert watch.alarms == []
 
 
 def test_a_probe_now_and_then_is_compared_by_the_steps_that_have_it() -> None:
@@ -123,7 +152,7 @@ def test_the_probes_of_a_run_are_added_up() -> None:
 
 
 def test_a_history_read_again_raises_the_same_alarms() -> None:
-    history = [HEALTHY] * 5 + [{**HEALTHY, "words/all": 0.0}] * 6
+    history = [HEALTHY] * 5 + [{**HEALTHY, "counted/doubt": 0.0}] * 6
     whole, cut = Watch(3), Watch(3)
     for watch, values in ((whole, history), (cut, history[:6])):
         for step, line in enumerate(values, 1):

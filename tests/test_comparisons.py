@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -133,6 +135,41 @@ def test_cells_run_beside_each_other_and_wait_for_what_they_need(tmp_path: Path)
     assert sorted(cell["number"] for cell in store.read(file)) == [0, 1, 2, 3, 5]
 
 
+def sleeps(file: str) -> store.Cell:
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(60)
+    return {}
+
+
+PARENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_comparisons import sleeps
+from unisd import cells
+if __name__ == "__main__":
+    cells.carry_out(Path(sys.argv[2]), lambda cells: [sys.argv[3]], sleeps, 1, None)
+"""
+
+
+def test_a_killed_comparison_leaves_no_cell_at_work(tmp_path: Path) -> None:
+    script, file, mark = tmp_path / "parent.py", tmp_path / "cells.jsonl", tmp_path / "mark"
+    script.write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), str(file), str(mark)])
+    while not (mark.exists() and mark.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    with pytest.raises(UserError, match="another process runs the cells"):
+        store.carry_out(file, lambda cells: [], sleeps, 1, None)
+    parent.kill()
+    parent.wait()
+    child, end = Path(f"/proc/{mark.read_text()}"), time.monotonic() + 30
+    while time.monotonic() < end and child.exists():
+        time.sleep(0.05)
+    assert not child.exists()
+    assert store.carry_out(file, lambda cells: [], sleeps, 1, None) == []
+
+
 def test_intervals_cover_the_truth() -> None:
     rng = np.random.default_rng(1)
     covered = 0
@@ -202,6 +239,13 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
     }
     text = evidence_page.page(cells)
     assert "| sft | 3 | 120 | 83.3" in text and "| sft | 60 | 41.7" in text and "**unisd-star**" in text
+    # Another model has pilots of its own, and a table of its own.
+    first = list(evidence.plans(cells, "new_facts", "other/model", 120, 48, ()))
+    assert first and all(plan.pilot or plan.method == "raw" for plan in first)
+    other = {**cells[-1], "model": "other/model", "curve": [{**point, "task_correct": "0" * 48} for point in cells[-1]["curve"]]}
+    both = evidence_page.page([*cells, other])
+    assert "## New facts: other/model, 120 steps, 48 rows\n\n1 of 19 cells" in both
+    assert both.replace(both[both.index("## New facts: other/model") : both.index("## New facts: smollm2")], "") == text
 
 
 def test_evidence_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

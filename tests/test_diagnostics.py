@@ -62,6 +62,8 @@ def test_repetition_and_place() -> None:
     assert repeated_share([1, 2, 3, 4, 5]) == 0 and repeated_share([1, 2, 3]) == 0
     assert repeated_share([1] * 8) == pytest.approx(1 - 1 / 5)
     assert first_place("so it is 4", "4") == 0.75 and first_place("4", "4") == 0 and first_place("it is 42", "4") is None
+    assert first_place("A magnet attracts iron. Answer: A", "A") == 5 / 6 and first_place("A magnet. Answer: B", "A") is None
+    assert first_place("so \\boxed{B}", "B") == 0.5 and first_place("the answer is (C).", "C") == 0.75
 
 
 def test_final_answer_tokens() -> None:
@@ -73,8 +75,14 @@ def test_final_answer_tokens() -> None:
 def test_words_are_data(tmp_path: Any) -> None:
     assert load_words("hedges", "en")["checking"] == "check" and "vielleicht" in load_words("hedges", "de")
     own = tmp_path / "words.txt"
-    own.write_text("# mine\npeut-être\nhein heu\n", encoding="utf-8")
-    assert load_words("hedges", str(own)) == {"peut-être": "peut-être", "hein": "hein", "heu": "hein"}
+    own.write_text("# mine\npeut-être\nhein, heu\nnot sure\n", encoding="utf-8")
+    assert load_words("hedges", str(own)) == {"peut-être": "peut-être", "hein": "hein", "heu": "hein", "not sure": "not sure"}
+    count = Counting(tiny.tokenizer(), str(own)).count
+    found = count([{"prompt": "p"}], [answer("Not\nsure, peut-être. Sure not! heu")])
+    assert found.words == {"not sure": 1, "peut-être": 1, "hein": 1}
+    (tmp_path / "hedges.txt").write_text("maybe\n")
+    (tmp_path / "style.txt").write_text("x\n")
+    assert Counting(tiny.tokenizer(), str(tmp_path)).style(answer("x s")) == [True, True, False]
     with pytest.raises(UserError, match=r"neither a language \(de, en\)"):
         load_words("hedges", "xx")
 

@@ -47,14 +47,25 @@ def test_what_passes() -> None:
     assert provoke.passed(cell("collapse", ("forgetting", 9), ("collapse", 11), task=ruined))  # it had been warned of
 
 
+def test_only_its_own_alarm_before_the_loss_is_what_a_cell_should_do() -> None:
+    ruined = (0.4, 0.35, 0.15)  # lost at step 10
+    late = cell("collapse", ("forgetting", 9), ("collapse", 11), task=ruined)
+    assert provoke.verdict(late) == provoke.OTHER and provoke.own_alarm(late) == 11
+    assert "In 1 more, only another alarm came in time." in provoke.page([late])
+    assert provoke.verdict(cell("collapse", ("forgetting", 9), task=ruined)) == provoke.OTHER
+    assert provoke.verdict(cell("collapse", ("collapse", 10), task=ruined)) == provoke.verdict(cell("healthy")) == "yes"
+    assert provoke.verdict(cell("collapse", ("drift", 11), task=ruined)) == "**no**"
+
+
 def test_the_page_and_what_is_left_to_run() -> None:
     cells = [cell("healthy", seed=1), cell("collapse", ("collapse", 10), ("drift", 12), task=(0.4, 0.1))]
     text = provoke.page(cells)
-    assert f"1 of 2 cells did what they should; {provoke.total()} make the whole." in text
+    assert text.startswith("1 of 2 cells did what they should: ") and f"{provoke.total()} cells make the whole." in text
     assert (
-        "| collapse | 0 | collapse (10), drift (12) | 5 | 40.0, 10.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | **no** |" in text
+        "| collapse | 0 | collapse (10), drift (12) | 10 | 5 | 40.0, 10.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | **no** |"
+        in text
     )
-    assert "| healthy | 1 | none | - | 40.0, 60.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | yes |" in text
+    assert "| healthy | 1 | none | - | - | 40.0, 60.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | yes |" in text
     assert "- `collapse`, step 10, collapse: because." in text
     left = list(provoke.plans(cells))
     assert len(left) == provoke.total() - 2 and provoke.Plan("healthy", 1) not in left

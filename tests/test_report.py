@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -164,12 +165,35 @@ def test_a_run_page_shows_diagnostics_and_alarms(tmp_path: Path) -> None:
 def test_a_run_page_says_when_nothing_was_wrong_or_watched(tmp_path: Path) -> None:
     well = with_diagnostics(tmp_path / "well", [])
     assert "<p>No alarm was raised.</p>" in diagnostics_of(well)
-    (well / "metrics.jsonl").write_text('{"step": 1, "words/all": 1.0}\n')  # without probes
+    (well / "metrics.jsonl").write_text('{"step": 10, "words/all": 1.0}\n')  # without probes
     assert "No alarm was raised. Nobody looked for forgetting" in diagnostics_of(well)
+    (well / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
+    assert "Nobody looked for words of doubt" in diagnostics_of(well)
+    (well / "metrics.jsonl").write_text('{"step": 9, "words/all": 1.0}\n')
+    assert "No alarm could be raised: 9 steps are fewer than the 5 first and 5 last" in diagnostics_of(well)
     assert "alarm" not in diagnostics_of(with_diagnostics(tmp_path / "off", None))
     old = with_diagnostics(tmp_path / "old", None)
     (old / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     assert diagnostics_of(old) == ""
+
+
+def test_a_run_that_did_not_finish_has_a_page_with_its_alarms(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run")
+    (folder / "results.json").unlink()
+    lines = [{"step": step, "step_time": 1.0, "completions/mean_length": 100.0 if step < 6 else 5.0} for step in range(1, 13)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, tags = built(folder)
+    assert "unfinished" in tags.text and "short answers: answers shrank from 100 to 5 tokens" in tags.text
+    assert 'id="supervision"' in text
+
+
+def test_every_weight_has_its_curve_and_those_not_recorded_no_mode(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run", records=[{**record(), "weight": [1.0] * len(record()["tokens"])}])
+    lines = [{"step": step, "weight/dash/mean": 1.4, "weight/dash/min": 0.2, "weight/dash/max": 2.0} for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, tags = built(folder)
+    assert "Reliability weight dash over 2 steps" in text and 'value="weight"' not in text
+    assert '"weight":null' in text and "agreement weight" not in tags.text.lower()
 
 
 def test_alarms_and_words_of_a_run_page_are_bounded_and_escaped(tmp_path: Path) -> None:
@@ -259,7 +283,7 @@ def test_a_study_page_shows_effects_and_links_its_runs(tmp_path: Path) -> None:
 
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nothing")]) == 2 and "is no folder" in capsys.readouterr().err
-    assert main(["report", str(tmp_path)]) == 2 and "neither results.json nor" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2 and "neither results.json, metrics.jsonl nor" in capsys.readouterr().err
     (tmp_path / "results.json").write_text("{")
     assert main(["report", str(tmp_path)]) == 2 and "cannot be read" in capsys.readouterr().err
 
@@ -358,3 +382,13 @@ def test_a_hostile_answer_is_shown_as_text(chromium: Any, tmp_path: Path) -> Non
     assert shown.evaluate("window.hacked") is None
     assert "<script>window.hacked=1</script>" in shown.locator(".pair pre").first.inner_text()
     assert "<script>" in shown.locator("#tip").inner_text() and not browser.errors
+
+
+def test_names_of_points_at_one_place_do_not_cover_each_other() -> None:
+    names = [f"+cell{n}" for n in range(8)]
+    svg = plots.trade_off([(name, 21.8 + 0.05 * (n // 4), -1.8) for n, name in enumerate(names)], names[:1]).svg
+    places = [re.search(rf'rotate\(-0 ([\d.]+) ([\d.]+)\)">{re.escape(name)}<', svg) for name in names]
+    found = [(float(place[1]), float(place[2])) for place in places if place is not None]
+    assert len(found) == len(names)
+    for (x, y), (other_x, other_y) in itertools.combinations(found, 2):
+        assert abs(x - other_x) >= 4 * len(names[0]) or abs(y - other_y) >= 8

@@ -18,7 +18,7 @@ import yaml
 from unisd.artefacts import append_line, read_lines
 from unisd.cli import main
 from unisd.errors import UserError
-from unisd.study import analysis, runner
+from unisd.study import analysis, command, recommend, runner
 from unisd.study.design import Study, cells_of, from_dict, runs_of
 from unisd.study.executor import Finished, Job, LocalExecutor
 from unisd.study.store import DONE, FAILED, Store
@@ -34,6 +34,7 @@ class FakeExecutor:
     def __init__(self, slots: int = 2, fails: dict[str, list[int]] | None = None) -> None:
         self.slots = slots
         self.fails = fails or {}
+        self.last_words = "unisd: error: this is why"
         self.submitted: list[str] = []
         self.queue: list[Job] = []
 
@@ -45,7 +46,7 @@ class FakeExecutor:
     def wait(self) -> Finished:
         job = self.queue.pop(0)
         code = self.fails.get(job.name, [0]).pop(0) if self.fails.get(job.name) else 0
-        job.log.write_text("one line\nunisd: error: this is why\n")
+        job.log.write_text(f"one line\n{self.last_words}\n")
         if code == 0:
             folder = Path(job.command[job.command.index("--output_dir") + 1])
             write_run(folder, yaml.safe_load(Path(job.command[job.command.index("--config") + 1]).read_text()))
@@ -165,7 +166,27 @@ def test_options_are_checked_before_anything_runs(tmp_path: Path, capsys: pytest
     assert "did you mean max_steps" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
     assert main([*arguments, "--dry_run"]) == 0
-    assert capsys.readouterr().out.startswith("36 runs: 12 cells x 1 tasks x 3 seeds")
+    said = capsys.readouterr().out
+    assert said.startswith("36 runs: 12 cells x 1 tasks x 3 seeds") and "model: pocket\n" in said
+    assert main([*arguments, "--dry_run", "--analyse", str(tmp_path), "--max_steps", "3"]) == 2
+    assert "--max_steps belongs to the runs" in capsys.readouterr().err
+
+
+def test_flags_of_the_runs_are_the_studys_base() -> None:
+    def asked(*arguments: str) -> Study:
+        parser = command.study_parser()
+        own, of_runs = command._split(parser, arguments)
+        options = parser.parse(own)
+        assert options is not None
+        return command._study_of(options, of_runs)
+
+    found = asked("--max_steps", "3", "--seeds", "1", "--token_clip=none", "--factor", "learning_rate", "1e-4", "2e-4")
+    assert found.base == {"max_steps": 3, "token_clip": None} and found.seeds == [1]
+    assert [factor.levels for factor in found.factors] == [{"0.0001": {"learning_rate": 1e-4}, "0.0002": {"learning_rate": 2e-4}}]
+    with pytest.raises(UserError, match="did you mean"):
+        asked("--max_stepps", "3")
+    with pytest.raises(UserError, match="two levels"):
+        asked("--factor", "learning_rate", "1e-4")
 
 
 def test_everything_runs_once_and_weights_go(tmp_path: Path) -> None:
@@ -188,6 +209,15 @@ def test_a_failed_run_is_tried_once_more_and_then_recorded(tmp_path: Path) -> No
     assert (runs[unlucky]["status"], runs[unlucky]["attempts"]) == (DONE, 2)
     assert (runs[hopeless]["status"], runs[hopeless]["reason"]) == (FAILED, "unisd: error: this is why")
     assert [line["returncode"] for line in read_lines(tmp_path / "attempts.jsonl") if line["event"] == "failed"] == [1, 1, -9]
+
+
+def test_a_run_that_an_alarm_stopped_is_not_tried_again(tmp_path: Path) -> None:
+    stopped = runs_of(study())[1].id
+    executor = FakeExecutor(fails={stopped: [2, 2]})
+    executor.last_words = "unisd: error: stopped at step 9 by the alarm 'collapse' (alarms=stop): lower the rate."
+    _, store = carried_out(tmp_path, study(), executor)
+    assert executor.submitted.count(stopped) == 1
+    assert store.runs()[stopped]["status"] == FAILED and "'collapse'" in store.runs()[stopped]["reason"]
 
 
 def test_a_run_that_ended_before_its_record_is_not_run_again(tmp_path: Path) -> None:
@@ -244,7 +274,7 @@ def test_pandas_reads_the_store_and_the_analysis_finds_the_effect(tmp_path: Path
     table = pd.read_json(tmp_path / "runs.jsonl", lines=True)
     assert len(table) == 12 and table.groupby("cell").task_accuracy.mean()["+ema"] > table.task_accuracy.min()
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(spec.source))
-    assert main(["study", str(tmp_path), "--analyse"]) == 0
+    assert main(["study", str(tmp_path), "--analyse", "--margin", "2"]) == 0  # what 40 problems can rule out
     found = json.loads((tmp_path / "analysis.json").read_text())["tasks"]["pocket"]
     effects = {(line["kind"], line["name"], line["outcome"]): line for line in found["effects"]}
     ema = effects["main", "ema", "task_accuracy"]
@@ -265,6 +295,51 @@ def test_pandas_reads_the_store_and_the_analysis_finds_the_effect(tmp_path: Path
     assert main(["train", "--config", str(tmp_path / "recommended.yaml"), "--dry_run"]) == 0
     text = (tmp_path / "analysis.md").read_text()
     assert "| ema | +" in text and "## " in text
+
+
+def test_only_runs_of_the_study_as_it_is_are_analysed(tmp_path: Path) -> None:
+    """A level's options or the seeds may be changed in a study's file; runs of before stay in the store."""
+    factors = {"teacher": {"slow": {"learning_rate": 1e-4}, "fast": {"learning_rate": 2e-4}}}
+    first = study(mechanisms=[], factors=factors)
+    carried_out(tmp_path, first, FakeExecutor())
+    store = Store(tmp_path, writes=False)
+    changed = study(mechanisms=[], factors={"teacher": {**factors["teacher"], "fast": {"learning_rate": 9e-4}}})
+    found = analysis.analyse(changed, store)
+    assert found is not None and found["tasks"]["pocket"]["runs"] == 2 and found["tasks"]["pocket"]["effects"] == []
+    assert found["notes"][-1].startswith("2 runs of the store have other settings")
+    one_seed = analysis.analyse(study(mechanisms=[], factors=factors, seeds=[1]), store)
+    assert one_seed is not None and one_seed["tasks"]["pocket"]["seeds"] == [1] and one_seed["tasks"]["pocket"]["runs"] == 2
+    assert "do not contain the noise of training" in one_seed["notes"][0]
+    assert "training noise is not in the interval" in recommend.markdown(one_seed)
+
+
+def test_the_study_file_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command._remember(tmp_path, study())
+    written = (tmp_path / "study.yaml").read_text()
+
+    def fails(*_: Any, **__: Any) -> str:
+        raise OSError("full")
+
+    monkeypatch.setattr(command.yaml, "safe_dump", fails)
+    command._remember(tmp_path, study())  # nothing has changed, so nothing is written
+    with pytest.raises(OSError, match="full"):
+        command._remember(tmp_path, study(seeds=[1, 2, 3]))
+    assert (tmp_path / "study.yaml").read_text() == written
+
+
+def test_a_page_elsewhere_links_to_the_runs_and_names_what_failed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder, hopeless = tmp_path / "study", runs_of(study())[2].id
+    folder.mkdir()
+    command._remember(folder, study())
+    carried_out(folder, study(), FakeExecutor(fails={hopeless: [1, 1]}))
+    assert main(["report", str(folder), "--no_run_pages", "--out", str(tmp_path / "elsewhere" / "x.html")]) == 0
+    page = (tmp_path / "elsewhere" / "x.html").read_text()
+    done = runs_of(study())[0].id
+    assert f'href="../study/runs/{done}/results.json"' in page
+    assert hopeless in page and "unisd: error: this is why" in page
+    found = analysis.analyse(study(), Store(folder, writes=False))
+    assert found is not None and f"- {hopeless} failed: unisd: error: this is why" in recommend.markdown(found)
 
 
 def test_pareto_front() -> None:
@@ -290,6 +365,23 @@ def test_local_executor_ends_its_jobs(tmp_path: Path) -> None:
     executor.close()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "b.log").read_text()), 0)
+
+
+def test_what_a_job_has_started_ends_with_it(tmp_path: Path) -> None:
+    """A server or other ranks, also where the job itself ignores the signal."""
+    executor = LocalExecutor(1)
+    child = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    executor.submit(Job("job", (sys.executable, "-c", code), tmp_path / "job.log"))
+    while not (tmp_path / "job.log").read_text().endswith("\n"):
+        time.sleep(0.05)
+    executor.close()
+    left, end = int((tmp_path / "job.log").read_text()), time.monotonic() + 10
+    while time.monotonic() < end and Path(f"/proc/{left}").exists():
+        if "Z" in Path(f"/proc/{left}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    assert not Path(f"/proc/{left}").exists()
 
 
 PARENT = """

@@ -55,7 +55,7 @@ def test_intervals_cover_the_truth(seeds: int, run_sd: float, problem_sd: float,
         for effect, estimate, p in zip(effects, estimates, adjusted, strict=True):
             assert estimate is not None and estimate.low is not None and estimate.high is not None
             covered[effect.name] += estimate.low <= TRUE[effect.name] <= estimate.high
-            recommended[effect.name] += verdict(estimate.scaled(100), p, None, None, 1.0, 1.0)[0] == "keep"
+            recommended[effect.name] += verdict(estimate.scaled(100), p, None, None, 1.0, None)[0] == "keep"
     mean_coverage = sum(covered.values()) / (SIMULATIONS * len(MECHANISMS))
     assert 0.93 <= mean_coverage <= 0.97, covered
     assert all(0.92 <= count / SIMULATIONS <= 0.98 for count in covered.values()), covered
@@ -95,6 +95,9 @@ def test_one_seed_compares_problems_only() -> None:
     answers = (rng.random((2, 1, 80)) < 0.5).astype(float)
     estimate = Fit(answers.mean(2), answers).contrast(np.array([-1.0, 1.0]))
     assert estimate is not None and "training noise" in estimate.note
+    sure = Estimate(9.0, 8.0, 10.0, None, None, None, f"mean of 1 matched pairs; {estimate.note}; aliased")
+    decision, text = verdict(sure, 0.001, None, None, 1.0, None)
+    assert decision == "undecided" and "one seed" in text and text.endswith("[aliased]")
     assert estimate.p == pytest.approx(stats.ttest_rel(answers[1, 0], answers[0, 0]).pvalue)
 
 
@@ -104,7 +107,21 @@ def test_answers_that_never_differ_do_not_prove_equality() -> None:
     assert estimate is not None and estimate.value == 0 and estimate.p == 1.0
     # The exact binomial bound for 0 of 40.
     assert estimate.high == pytest.approx(stats.beta.ppf(0.95, 1, 40)) and estimate.low == pytest.approx(-estimate.high)
-    assert verdict(estimate.scaled(100), 1.0, None, None, 1.0, 5.0)[0] == "undecided"
+    assert verdict(estimate.scaled(100), 1.0, None, None, 1.0, None)[0] == "undecided"
+
+
+def test_a_difference_without_variance_is_not_certain() -> None:
+    """In each of two seeds one problem more is right: no part of the variance is above 0."""
+    answers = np.ones((2, 2, 200))
+    answers[0, 0, 3] = answers[0, 1, 7] = 0
+    estimate = Fit(answers.mean(2), answers).contrast(np.array([-1.0, 1.0]))
+    assert estimate is not None and estimate.low is not None and estimate.low < 0 < estimate.value == pytest.approx(0.005)
+    assert estimate.p == pytest.approx(0.995**200)
+
+
+def test_cells_that_share_no_seed_cannot_be_compared() -> None:
+    runs = np.array([[0.5, np.nan], [np.nan, 0.9]])
+    assert Fit(runs).contrast(np.array([-1.0, 1.0])) is None
 
 
 def test_a_missing_run_is_left_out_and_a_missing_cell_gives_nothing() -> None:
@@ -191,12 +208,28 @@ def test_levels_of_an_option_are_compared_with_the_first() -> None:
         ((0.0, -0.8, 0.9, 1.0), (0.1, -0.5, 0.7, 1.0), ("no effect", "not worth 4 % time")),
         ((3.0, 0.1, 5.9, 0.2), (0.1, -0.5, 0.7, 1.0), ("undecided", "more seeds")),
         ((0.0, -0.8, 0.9, 1.0), (0.1, -2.5, 2.7, 1.0), ("undecided", "more seeds")),
+        ((0.5, 0.2, 0.8, 0.01), (2.0, 1.0, 3.0, 0.01), ("keep", "keep")),
+        # Beyond chance, but too small to matter, or at a price on the other side that is not ruled out.
+        ((0.3, 0.1, 0.5, 0.01), (0.0, -0.2, 0.2, 1.0), ("no effect", "not worth 4 % time")),
+        ((0.3, 0.1, 0.5, 0.01), (0.5, -0.5, 1.5, 1.0), ("undecided", "gains on the task, but by no more than 1 points")),
+        ((-4.0, -8.5, 0.5, 0.2), (2.0, 1.2, 2.8, 0.01), ("undecided", "forgets less, but perhaps loses on the task")),
+        ((-0.3, -0.5, -0.1, 0.01), (0.0, -0.2, 0.2, 1.0), ("no effect", "above 1 points are ruled out")),
+        ((-3.0, -5.0, -1.0, 0.01), (1.0, -0.5, 2.5, 0.4), ("undecided", "loses on the task, but perhaps forgets less")),
     ],
 )
 def test_verdicts(task: tuple[float, ...], retention: tuple[float, ...], expected: tuple[str, str]) -> None:
     def estimate(value: float, low: float, high: float, _: float) -> Estimate:
         return Estimate(value, low, high, None, None, None)
 
-    decision, text = verdict(estimate(*task), task[3], estimate(*retention), retention[3], 1.0, 4.0)
+    decision, text = verdict(estimate(*task), task[3], estimate(*retention), retention[3], 1.0, estimate(4.0, 3.0, 5.0, 0.0))
     assert decision == expected[0] and expected[1] in text
-    assert f"task {task[0]:+.1f} [{task[1]:.1f}, {task[2]:.1f}]" in text and "+4 % time" in text
+    assert f"task {task[0]:+.1f} [{task[1]:.1f}, {task[2]:.1f}]" in text and "+4 [3, 5] % time" in text
+
+
+def test_a_cost_that_is_not_told_from_none_is_no_price() -> None:
+    small = Estimate(0.1, -0.2, 0.4, None, None, None)
+    time, saved = Estimate(4.0, -3.0, 11.0, None, None, None), Estimate(-30.0, -40.0, -20.0, None, None, None)
+    assert verdict(small, 1.0, None, None, 1.0, time)[1].endswith(
+        "+4 [-3, 11] % time: no gain (effects above 1 points are ruled out)"
+    )
+    assert "saves 30 % operations" in verdict(small, 1.0, None, None, 1.0, saved, "operations")[1]

@@ -1,7 +1,8 @@
 """From the metrics of the steps to alarms: what has gone wrong since the first steps, in plain words, with the remedy.
 
-The one place that judges a run's health. A rule compares the first `window` steps with the last ones: medians, and for rates of rare
-words means; the sums of a probe are added up over the run. What was not measured says nothing. Light: it knows metrics by their names
+The one place that judges a run's health. A rule compares the first `window` steps with the last ones: medians, and of what is rare the
+sums of counts, with a test whether chance would do as much; the sums of a probe are added up over the run. What was not measured says
+nothing. Light: it knows metrics by their names
 in `metrics.jsonl`, and neither models nor torch.
 """
 
@@ -18,12 +19,16 @@ Values = Mapping[str, float]
 NGRAM = 4
 FORGOTTEN_NATS = 0.05  # a token: an answer of 60 tokens has become 20 times less likely
 DOUBT_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
+# That chance does as much with a rate that has not changed; every step asks again, so it must be small. 20 words that are gone pass.
+DOUBT_BY_CHANCE = 1e-5
+STATED_AT_LEAST = 24  # answers that state the gold answer, in either window
+STATED_SIGMAS = 3.5  # of the widest variance that shares with such a mean can have
 REPEATED_AT_LEAST = 0.10
 PROBED_AT_LEAST = 24  # answers; of fewer a cosine is noise
 PROBED_IN_WINDOW = 16
 BLINDER_AT_MOST = 0.15  # than the same teacher on the same tokens, told all
 BLINDED_AT_MOST = 0.45  # since the first steps: other answers, so there is more noise
-SUMS = "leak/pull_"  # metrics that are added up, over a window and over the run
+SUMS = ("leak/pull_", "counted/")  # metrics that are added up, over a window and over the run
 PULLS = ("leak/pull_both", "leak/pull_right", "leak/pull_wrong")
 TOLD_ALL = ("leak/pull_full_both", "leak/pull_full_right", "leak/pull_full_wrong")
 
@@ -83,12 +88,28 @@ def drift(first: Values, last: Values) -> str | None:
 
 
 def suppressed_doubt(first: Values, last: Values) -> str | None:
-    before, now = first["words/all"], last["words/all"]
+    words, words_now = first["counted/doubt"], last["counted/doubt"]
+    tokens, tokens_now = max(first["counted/tokens"], 1.0), max(last["counted/tokens"], 1.0)
+    before, now = 1000 * words / tokens, 1000 * words_now / tokens_now
     if before < DOUBT_AT_LEAST or now >= 0.3 * before:
+        return None
+    if at_most(round(words_now), round(words + words_now), tokens_now / (tokens + tokens_now)) > DOUBT_BY_CHANCE:
         return None
     return (
         f"words of doubt fell from {before:.1f} to {now:.1f} per 1,000 tokens: the student unlearns to check itself; show the "
         "teacher less (teacher_context=hints), or lower the rate."
+    )
+
+
+def at_most(found: int, of: int, share: float) -> float:
+    """Chance of `found` or fewer successes of `of`, each with probability `share`.
+
+    So is the second of two counts of rare events with one rate, given their sum.
+    """
+    whole = math.lgamma(of + 1)
+    return sum(
+        math.exp(whole - math.lgamma(k + 1) - math.lgamma(of - k + 1) + k * math.log(share) + (of - k) * math.log1p(-share))
+        for k in range(found + 1)
     )
 
 
@@ -114,9 +135,14 @@ def collapse(first: Values, last: Values) -> str | None:
 
 
 def early_answer(first: Values, last: Values) -> str | None:
-    place, place_now = first["leak/gold_first_place"], last["leak/gold_first_place"]
+    count, count_now = first["counted/stated"], last["counted/stated"]
     stated, stated_now = first["leak/gold_stated_share"], last["leak/gold_stated_share"]
-    if not (place > 0.2 and stated_now > 0 and place_now < 0.5 * place and stated_now >= 0.8 * stated):
+    if min(count, count_now) < STATED_AT_LEAST or stated_now < 0.8 * stated:
+        return None
+    place, place_now = first["counted/places"] / count, last["counted/places"] / count_now
+    middle = (first["counted/places"] + last["counted/places"]) / (count + count_now)
+    noise = math.sqrt(middle * (1 - middle) * (1 / count + 1 / count_now))
+    if not (place > 0.2 and place_now < 0.5 * place and place - place_now > STATED_SIGMAS * noise):
         return None
     return (
         f"the gold answer is first stated after {100 * place_now:.0f} % of an answer (at first {100 * place:.0f} %): the student "
@@ -177,9 +203,9 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]]
     ("entropy collapsed", ("student/entropy",), entropy_collapsed),
     ("entropy exploded", ("student/entropy",), entropy_exploded),
     ("drift", ("teacher/divergence",), drift),
-    ("suppressed doubt", ("words/all",), suppressed_doubt),
+    ("suppressed doubt", ("counted/doubt", "counted/tokens"), suppressed_doubt),
     ("collapse", ("teacher/divergence", "collapse/repeated_share", "completions/mean_length"), collapse),
-    ("leak", ("leak/gold_first_place", "leak/gold_stated_share"), early_answer),
+    ("leak", ("counted/stated", "counted/places", "leak/gold_stated_share"), early_answer),
     ("blind teacher", tuple(f"run/{name}" for name in ("leak/pull_answers", *PULLS, *TOLD_ALL)), blind_teacher),
     ("gone blind", ("leak/pull_answers", *PULLS), gone_blind),
     ("forgetting", ("retained/nll",), forgetting),
@@ -199,6 +225,23 @@ def middle(metric: str, values: Sequence[float]) -> float:
     if metric.startswith(SUMS):
         return sum(values)
     return mean(values) if metric.startswith("words/") else median(values)
+
+
+def silence(steps: int, window: int, counted: bool, probed: bool) -> str:
+    """What it means that no alarm was raised in so many steps.
+
+    Args:
+        counted: whether the answers' words were (`diagnostics`).
+        probed: whether a probe was taken (`diagnostics_probe_steps`).
+    """
+    if steps < 2 * window:
+        return f"No alarm could be raised: {steps} steps are fewer than the {window} first and {window} last that alarms compare."
+    said = "No alarm was raised."
+    if not counted:
+        said += " Nobody looked for words of doubt, stated answers or repetition: that needs diagnostics."
+    if not probed:
+        said += " Nobody looked for forgetting, or under a wrong reference: that needs diagnostics_probe_steps."
+    return said
 
 
 class Watch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
@@ -14,6 +15,7 @@ from typing import Any
 from unisd.artefacts import append_line, read_lines
 from unisd.console import quiet_libraries, show_progress
 from unisd.errors import UserError
+from unisd.processes import lock
 
 Cell = dict[str, Any]
 
@@ -47,8 +49,20 @@ def carry_out(
         jobs: how many run at once, each with its share of the cores.
 
     Raises:
-        UserError: a cell failed. Those that ran beside it are finished and written first.
+        UserError: a cell failed (those that ran beside it are finished and written first), or another process adds to this file.
     """
+    with lock(file, f"another process runs the cells of {file}: wait for it, or choose another --folder."):
+        return _carry_out(file, plans, run, total, most, jobs)
+
+
+def _carry_out(
+    file: Path,
+    plans: Callable[[list[Cell]], Iterable[Any]],
+    run: Callable[[Any], Cell],
+    total: int,
+    most: int | None,
+    jobs: int,
+) -> list[Cell]:
     cells = read(file)
     running: dict[Future[Cell], Any] = {}
     failed: list[BaseException] = []
@@ -107,7 +121,17 @@ def run_apart(run: Callable[[Any], Cell], plan: Any, threads: int | None = None)
     return cell
 
 
+def _end_with_parent() -> None:
+    """A restarted comparison runs unfinished cells again: one that is still at work must not go on beside it. What forked this process
+    is a server, so no signal tells of the parent's death."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _send(sender: Connection, run: Callable[[Any], Cell], plan: Any, threads: int | None) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     quiet_libraries()

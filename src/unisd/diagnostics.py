@@ -7,7 +7,8 @@
 | collapse and forgetting (arXiv 2607.01763) | `collapse/*`, `retained/nll` | repetition, growth; the probe set is lost |
 
 All but the leak probe and the probe set is counted on the step's own answers, without a forward pass. :mod:`unisd.alarms` judges the
-numbers. The word lists are files in `words/`, one per language; any other file of the same form can take their place.
+numbers. The word lists are files in `words/`, two per language. Another file of words of doubt can take their place, or a folder with
+`hedges.txt` and `style.txt`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from unisd.alarms import NGRAM, pull_cosine
 from unisd.data import Row
 from unisd.errors import UserError
-from unisd.levels import final_answer, reference_at, wrong_twin
+from unisd.levels import MARK, final_answer, reference_at, wrong_twin
 from unisd.prompts import PromptBuilder
 from unisd.rollout import Completion
 from unisd.scoring import Scorer, ScoringRow
@@ -37,19 +38,23 @@ PROBE_TOKENS = 32  # of a row, evenly spaced
 
 
 def load_words(kind: str, name: str) -> dict[str, str]:
-    """Every form of every word -> the word. `name`: a language (`en`, `de`) or a file.
+    """Every form of every word or phrase -> the first form of its line. `name`: a language (`en`, `de`), a file, or a folder.
 
     Raises:
         UserError: no such language or file.
     """
     path = FOLDER / f"{kind}-{name}.txt"
     if not path.is_file():
-        path = Path(name)
+        path = Path(name) / f"{kind}.txt" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         known = ", ".join(sorted(p.stem.partition("-")[2] for p in FOLDER.glob("hedges-*.txt")))
         raise UserError(f"diagnostics_words={name!r} is neither a language ({known}) nor a file of words, one a line.")
-    lines = path.read_text(encoding="utf-8").lower().splitlines()
-    return {form: line.split()[0] for line in lines if line.strip() and not line.startswith("#") for form in line.split()}
+    forms: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").lower().splitlines():
+        found = [" ".join(form.split()) for form in line.split(",") if form.strip()]
+        if found and not line.startswith("#"):
+            forms |= dict.fromkeys(found, found[0])
+    return forms
 
 
 def repeated_share(ids: Sequence[int], n: int = NGRAM) -> float:
@@ -59,9 +64,13 @@ def repeated_share(ids: Sequence[int], n: int = NGRAM) -> float:
 
 
 def first_place(text: str, answer: str) -> float | None:
-    """Where the answer is first stated, as a share of the text's words before it; None where it is not."""
-    found = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text)
-    return None if found is None else len(text[: found.start()].split()) / max(len(text.split()), 1)
+    """Where the answer is first stated, as a share of the text's words before it; None where it is not.
+
+    A letter is an answer only where it is marked as one: "A magnet" states nothing.
+    """
+    mark = MARK + r"\(?" if len(answer) == 1 and answer.isalpha() else r"(?<!\w)"
+    found = re.search(rf"{mark}({re.escape(answer)})(?!\w)", text)
+    return None if found is None else len(re.findall(r"\S\s", text[: found.start(1)])) / max(len(text.split()), 1)
 
 
 def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:
@@ -105,6 +114,9 @@ class Answers:
             "collapse/style_token_share": self.style / tokens,
             "collapse/form_share": self.with_form / answers,
         }
+        # What alarms add up over several steps.
+        values |= {"counted/doubt": float(sum(self.words.values())), "counted/tokens": float(self.tokens)}
+        values |= {"counted/stated": float(self.stated), "counted/places": self.place} if self.gradable else {}
         if self.gradable:
             values["leak/gold_stated_share"] = self.stated / self.gradable
         if self.stated:
@@ -124,7 +136,11 @@ class Counting:
         self.tokenizer = tokenizer
         self.forms = load_words("hedges", words)
         self.hedges = sorted(set(self.forms.values()))
-        self._style_words = load_words("style", words if (FOLDER / f"style-{words}.txt").is_file() else "en")
+        own_style = (FOLDER / f"style-{words}.txt").is_file() or (Path(words) / "style.txt").is_file()
+        self._style_words = load_words("style", words if own_style else "en")
+        letter = r"[^\W\d_]"
+        longest_first = "|".join(map(re.escape, sorted(self.forms, key=len, reverse=True))) or r"(?!)"
+        self._doubt = re.compile(rf"(?<!{letter})(?:{longest_first})(?!{letter})")
         self._style: dict[int, bool] = {}  # of the tokens met so far: decoding a large vocabulary would take seconds
 
     def style(self, ids: Sequence[int]) -> list[bool]:
@@ -139,7 +155,7 @@ class Counting:
         total = Answers()
         for row, ids in zip(rows, completions, strict=True):
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            found = Counter(self.forms[word] for word in re.findall(r"[^\W\d_]+", text.lower()) if word in self.forms)
+            found = Counter(self.forms[word] for word in self._doubt.findall(" ".join(text.lower().split())))
             gold = reference_at(row, "answer")
             place = first_place(text, gold.removeprefix("Answer: ")) if gold else None
             total += Answers(

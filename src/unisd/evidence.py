@@ -40,6 +40,7 @@ METHODS = ("sft", "sdft", "unisd-star")
 RAW = "raw"
 SEEDS = (0, 1, 2)
 PILOT_SEED, PILOT_STEPS, EVERY = 11, 30, 20
+MODEL, ROWS = "smollm2-135m", 200
 STEPS = {"new_facts": 120, "scienceqa": 60}
 # `append` and `turn`: what `unisd probe` says of SmolLM2 on each task.
 TASK_FLAGS = {
@@ -223,6 +224,12 @@ def plans(cells: list[Cell], task: str, model: str, steps: int, rows: int, data_
     def plan(method: str, seed: int, alpha: float, rate: float, pilot: bool = False) -> Plan:
         return Plan(task, method, seed, alpha, rate, pilot, model, min(PILOT_STEPS, steps) if pilot else steps, rows, data_files)
 
+    def mine(cell: Cell) -> bool:
+        return (cell["model"], cell["rows"]) == (model, rows) and cell["steps"] in (steps, min(PILOT_STEPS, steps))
+
+    def best(method: str) -> tuple[float, float] | None:
+        return best_pilot([cell for cell in cells if mine(cell)], task, method)
+
     def new(candidate: Plan) -> bool:
         return all(Plan(**{k: cell[k] for k in asdict(candidate) if k != "data_files"}).key != candidate.key for cell in cells)
 
@@ -230,14 +237,14 @@ def plans(cells: list[Cell], task: str, model: str, steps: int, rows: int, data_
     for method, settings in PILOTS.items():
         for alpha, rate in settings:
             if alpha is None:
-                chosen = best_pilot(cells, task, "sdft")
+                chosen = best("sdft")
                 if chosen is None:
                     continue  # its pilots are still running
                 alpha = chosen[0]
             yield from filter(new, [plan(method, PILOT_SEED, alpha, rate, pilot=True)])
     for seed in SEEDS:
         for method in METHODS:
-            chosen = best_pilot(cells, task, method)
+            chosen = best(method)
             if chosen is None:
                 continue
             yield from filter(new, [plan(method, seed, *chosen)])
@@ -248,9 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("task", choices=sorted(TASK_FLAGS))
     parser.add_argument("--data_files", nargs="*", default=[], help="ScienceQA's files")
     parser.add_argument("--folder", type=Path, default=Path("docs/results"), help="where smollm2.jsonl and the page are")
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--steps", type=int, help="optimizer steps of 16 rows; default: 120 for new facts, 60 for ScienceQA")
-    parser.add_argument("--rows", type=int, default=200, help="most test rows")
+    parser.add_argument("--rows", type=int, default=ROWS, help="most test rows")
     add_jobs(parser)
     args = parser.parse_args(argv)
     setting = (args.task, args.model, args.steps or STEPS[args.task], args.rows, tuple(args.data_files))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from unisd.cells import Cell, read
-from unisd.evidence import METHODS, PILOT_STEPS, PILOTS, RAW, STEPS, TOTAL, best_pilot, score, share
+from unisd.evidence import METHODS, MODEL, PILOT_STEPS, PILOTS, RAW, ROWS, STEPS, TOTAL, best_pilot, score, share
 from unisd.pages import markdown_table, update
 from unisd.pocket.comparison import Marks, percent
 
@@ -82,12 +82,39 @@ def pilots(cells: list[Cell], task: str) -> list[str]:
     return markdown_table(("pilot", "divergence", "rate", "answers right, %", "general, %"), lines)
 
 
+Setting = tuple[str, int, int]
+"""Model, steps and test rows."""
+
+
+def settings(cells: list[Cell]) -> list[tuple[str, Setting]]:
+    """Tasks with the settings that cells have run in, the published one of each first."""
+    found = []
+    for task in TITLES:
+        published = (MODEL, STEPS[task], ROWS)
+        others = {(c["model"], c["steps"], c["rows"]) for c in cells if c["task"] == task and not c["pilot"]} - {published}
+        found += [(task, setting) for setting in (published, *sorted(others))]
+    return found
+
+
+def is_of(cell: Cell, task: str, setting: Setting) -> bool:
+    """Pilots belong to every setting of their model and rows that has as many steps or more."""
+    model, steps, rows = setting
+    wanted = min(PILOT_STEPS, steps) if cell["pilot"] else steps
+    return (cell["task"], cell["model"], cell["rows"], cell["steps"]) == (task, model, rows, wanted)
+
+
 def page(cells: list[Cell]) -> str:
     """Everything between the markers."""
     parts = []
-    for task, title in TITLES.items():
-        done = [cell for cell in cells if cell["task"] == task]
-        parts += [f"## {title}", f"{len(done)} of {TOTAL} cells have run ({STEPS[task]} steps of 16 rows; pilots {PILOT_STEPS})."]
+    everything = cells
+    for task, (model, steps, rows) in settings(everything):
+        cells = done = [cell for cell in everything if is_of(cell, task, (model, steps, rows))]
+        parts += [
+            f"## {TITLES[task]}"
+            + ("" if (model, rows) == (MODEL, ROWS) and steps == STEPS[task] else f": {model}, {steps} steps, {rows} rows"),
+            f"{len(done)} of {TOTAL} cells have run ({model}, {steps} steps of 16 rows, at most {rows} test rows; pilots "
+            f"{min(PILOT_STEPS, steps)} steps).",
+        ]
         if groups(cells, task):
             parts += ["\n".join(at_equal_steps(cells, task)), "\n".join(at_equal_gain(cells, task))]
         if any(cell["pilot"] for cell in done):

@@ -18,6 +18,7 @@ from typing import Any
 LEVELS = ("full", "half", "hints", "answer", "unconditioned", "plain")
 _RESULT = re.compile(r"(=\s*)[-+]?[\d.,]*\d")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+MARK = r"(?:(?:[Aa]nswer\s*(?:is|:)|####)\s*|\\boxed\{)"  # what a final answer is stated after
 _MARKED = re.compile(r"(?:[Aa]nswer\s*(?:is|:)|####)\s*(\S[^\n]*)")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd import __version__
+from unisd.alarms import silence
 from unisd.artefacts import ANSWERS, METRICS, PROBE, RESULTS, SAMPLES, check_writable, write_json
 from unisd.checkpoints import clear_staging, last_complete_checkpoint
 from unisd.config import UniSDConfig
@@ -133,6 +134,11 @@ def resolved(options: RunOptions, config: UniSDConfig) -> dict[str, Any]:
     return {**own, **inherited}
 
 
+def _silence(results: dict[str, Any]) -> str:
+    config = results["config"]
+    return silence(results["steps"], config["alarm_window"], config["diagnostics"], config["diagnostics_probe_steps"] is not None)
+
+
 def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[str]]) -> str:
     """The README.md of the output folder."""
     hub_id = options.model_name_or_path if re.fullmatch(r"[\w.-]+/[\w.-]+", options.model_name_or_path) else None
@@ -159,7 +165,7 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             *markdown_table(("measure", "before", "after", "change"), lines),
             "",
             *(f"- alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in results["alarms"] or ()),
-            *(("No alarm was raised.",) if results["alarms"] == [] else ()),
+            *([_silence(results)] if results["alarms"] == [] else []),
             "",
             "Accuracies: greedy answers, 95 % Wilson intervals in brackets. Perplexities: corpus level. One seed: differences "
             "within the intervals mean nothing.",

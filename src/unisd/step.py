@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -319,6 +320,12 @@ class InForward:
                 values_N = torch.cat(gather_object([values_N]))
             found |= weight_metrics(weight.name, weight_stats(values_N[None], torch.ones(1, len(values_N), dtype=torch.bool)))
         return found
+
+
+def alike(rows: Sequence[ScoringRow], sizes: Sequence[int]) -> list[list[int]]:
+    """Micro-batches of the given sizes, rows of like length together: the step's loss does not depend on how it is cut."""
+    order = iter(sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion)))
+    return [list(islice(order, size)) for size in sizes]
 
 
 def micro_batch(

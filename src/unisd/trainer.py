@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, TrainerCallback
@@ -44,6 +44,7 @@ from unisd.safety import SafeTrainer, on_all_ranks
 from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
 from unisd.step import (
     InForward,
+    alike,
     check_data_serves,
     drawn_scores,
     gather_scores,
@@ -56,6 +57,7 @@ from unisd.step import (
     rows_to_fill,
     scored_sources,
 )
+from unisd.step_callback import StepCallback
 from unisd.targets import parse_target
 from unisd.teacher import STATE_FILE, Teacher
 from unisd.views import Views
@@ -217,7 +219,7 @@ class UniSDTrainer(SafeTrainer):
         self._teacher_head: Head | None = None  # of the step in progress
         self._said_idle = False
         self._uncertain_B: Tensor | None = None  # rows of the step in progress that agreement looks at
-        self.add_callback(_StepCallback(self))
+        self.add_callback(StepCallback(self))
         probes = Probes(
             args,
             [] if probe_dataset is None else prepare_rows(probe_dataset, name="the probe set"),
@@ -248,7 +250,7 @@ class UniSDTrainer(SafeTrainer):
             others["step"] = Teacher(self.model, "restart", restart_steps=self.args.target_reference_steps)
         return others
 
-    def _own_other_teachers(self) -> dict[str, Teacher]:
+    def own_other_teachers(self) -> dict[str, Teacher]:
         return {name: other for name, other in self.other_teachers.items() if other is not self.teacher}
 
     # -- lines 1-3: everything that a step knows before its first gradient -------------------------------------------
@@ -262,38 +264,23 @@ class UniSDTrainer(SafeTrainer):
             return batches, None
         G = self.args.num_generations
         numbers = [(int(row), g) for batch in batches for row in batch["row"] for g in range(G)]
+        data = [self.rows[number] for number, _ in numbers]
         rows, completions = self._rollout(numbers, G * self._rows_to_fill())
         with self.metrics.timed("score"):
             self.scorer.progress = self.state.global_step / max(self.state.max_steps, 1)
             scores, states = self._score(rows, device)
             self._teacher_head = teacher_head(self.backbone, self.teacher)
-            if self.off_policy and scores.student_logp is not None:
-                completions = with_logps(completions, scores.student_logp)
-                self.store.keep(numbers, completions, self.store.step)
-                scores = replace(scores, behaviour_logp=behaviour_logp(completions, scores.mask.shape[1]))
-            if self.drawn and scores.student_logp is None:
-                scores = replace(scores, student_logp=behaviour_logp(completions, scores.mask.shape[1]))
+            scores = self._with_behaviour(scores, numbers, completions)
             own, everywhere = gather_scores(self.accelerator, scores)
-            coefficients, weights_log = loss_coefficients(self.args, self.weights, everywhere, self.in_forward.weights)
-            coefficients = {name: value_BT[own, : scores.mask.shape[1]] for name, value_BT in coefficients.items()}
-            self.in_forward.begin(scores, coefficients["divergence"])
-            if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
-                self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
-            self.metrics.values |= weights_log
+            coefficients = self._weigh(scores, own, everywhere)
             self.observer.before_loss(completions, everywhere, self._token_clip)
-            data = [self.rows[number] for number, _ in numbers]
             step = self.state.global_step + 1
             self.observer.record(step, self.state.max_steps, data, completions, scores, lambda: self._weights(everywhere)[own])
-            if not self._said_idle and (idle := idle_agreement(weights_log, self.args)):
-                logger.warning("step %d: %s", step, idle)
-                self._said_idle = True
         if self.args.diagnostics:
             with self.metrics.timed("diagnostics"):
                 # No coefficients of the loss: they mark tokens.
                 coefficients |= self.observer.diagnose(data, rows, completions, self.state.global_step, scores.mask.shape[1])
         with self.metrics.timed("score"):
-            # Rows of like length share a micro-batch: the step's loss does not depend on how it is cut.
-            order = sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion))
             self.micro_batch_of = partial(
                 micro_batch,
                 rows=rows,
@@ -305,10 +292,7 @@ class UniSDTrainer(SafeTrainer):
                 hidden_size=self.backbone.head_module.in_features,
                 device=device,
             )
-            micro_batches = []
-            for batch in batches:
-                part, order = order[: len(batch["row"]) * G], order[len(batch["row"]) * G :]
-                micro_batches.append(self.micro_batch_of(part))
+            micro_batches = [self.micro_batch_of(part) for part in alike(rows, [G * len(batch["row"]) for batch in batches])]
         self.begin_student_phase()
         # Not None, so that the Trainer does not divide the loss again.
         return micro_batches, int(everywhere.mask.sum())
@@ -342,6 +326,32 @@ class UniSDTrainer(SafeTrainer):
             written = len(row.completion)
             self.tokens.update(trained=len(row.student) + written if written else 0, completion=written)
         return rows, completions
+
+    def _with_behaviour(
+        self, scores: StepScores, numbers: Sequence[tuple[int, int]], completions: Sequence[Completion]
+    ) -> StepScores:
+        """The scores with what the importance ratio and some weights know of the rollout: the log-probabilities it was drawn with."""
+        width = scores.mask.shape[1]
+        if self.off_policy and scores.student_logp is not None:
+            completions = with_logps(completions, scores.student_logp)
+            self.store.keep(numbers, completions, self.store.step)
+            scores = replace(scores, behaviour_logp=behaviour_logp(completions, width))
+        if self.drawn and scores.student_logp is None:
+            scores = replace(scores, student_logp=behaviour_logp(completions, width))
+        return scores
+
+    def _weigh(self, scores: StepScores, own: slice, everywhere: StepScores) -> dict[str, Tensor]:
+        """This rank's coefficients of the loss, `[B,T]`; weights, normalisers and clip are those of all ranks' rows."""
+        coefficients, weights_log = loss_coefficients(self.args, self.weights, everywhere, self.in_forward.weights)
+        coefficients = {name: value_BT[own, : scores.mask.shape[1]] for name, value_BT in coefficients.items()}
+        self.in_forward.begin(scores, coefficients["divergence"])
+        if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
+            self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
+        self.metrics.values |= weights_log
+        if not self._said_idle and (idle := idle_agreement(weights_log, self.args)):
+            logger.warning("step %d: %s", self.state.global_step + 1, idle)
+            self._said_idle = True
+        return coefficients
 
     def _weights(self, everywhere: StepScores) -> Tensor:
         """The reliability weights `[B,T]` of all ranks' rows, as far as they are known before the student's pass."""
@@ -480,14 +490,14 @@ class UniSDTrainer(SafeTrainer):
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None:
             self.save_teacher(self.teacher, output_dir, STATE_FILE)
-            for name, other in self._own_other_teachers().items():
+            for name, other in self.own_other_teachers().items():
                 self.save_teacher(other, output_dir, f"teacher-{name}.safetensors")
             if self.args.num_iterations > 1:
                 self.store.save(output_dir, self.args.should_save, self.accelerator.num_processes)
 
     def load_teachers(self, checkpoint: str | Path) -> None:
         super().load_teachers(checkpoint)
-        for name, other in self._own_other_teachers().items():
+        for name, other in self.own_other_teachers().items():
             other.load(checkpoint, f"teacher-{name}.safetensors")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -495,49 +505,6 @@ class UniSDTrainer(SafeTrainer):
         if not self.rows:
             raise UserError("there are no training rows: give train_dataset.")
         return super().train(resume_from_checkpoint, **kwargs)
-
-
-class _StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Line 5: what follows an optimizer step."""
-
-    def __init__(self, trainer: UniSDTrainer) -> None:
-        self.trainer = trainer
-        self.skipping = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop lines of steps that a resumed run does again, and watch the others again."""
-        metrics = self.trainer.metrics
-        if self.trainer.is_world_process_zero():
-            self.trainer.observer.samples.forget_after(state.global_step)
-        lines = [metrics.forget_after(state.global_step) if self.trainer.is_world_process_zero() else []]
-        if args.world_size > 1:
-            broadcast_object_list(lines)
-        self.trainer.watch_earlier(lines[0])
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A gradient that is not finite must not reach the weights: without gradients the optimizer does nothing at all."""
-        trainer = self.trainer
-        self.skipping = trainer.finite.is_bad(state.global_step + 1, trainer.metrics.sum_of("loss"))
-        if self.skipping:
-            logger.warning("Skipped %s.", trainer.finite.message)
-            trainer.model.zero_grad(set_to_none=True)
-        trainer.metrics.values["guard/skipped_steps"] = float(trainer.finite.skipped)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.metrics.values["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
-        if not self.skipping:
-            with self.trainer.metrics.timed("update"):
-                for teacher in (self.trainer.teacher, *self.trainer._own_other_teachers().values()):
-                    teacher.update(state.global_step + 1)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        trainer.metrics.values |= trainer.in_forward.metrics(trainer.accelerator)
-        if trainer.teacher.kind != "live":
-            trainer.metrics.add(weight_distance=trainer.teacher.distance())
-        values = trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())
-        trainer.watch(state.global_step, values, control)
-        trainer.observer.samples.write()
 
 
 def _collate(numbers: list[int]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Writes `pocket.md` and, for the recipes of later papers, `field.md` between their markers (what a person wrote around them stays), and
 a figure for each. Both pages are of the same cells, with the same splits, seeds, steps and rows. Intervals are 95 %, by bootstrap over
-problems: the marks of all seeds on one problem are drawn together, and methods are compared on the same problems and seeds.
+problems only: the marks of all seeds on one problem are drawn together, and methods are compared on the same problems and seeds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ Marks = NDArray[np.float64]
 
 DRAWS = 2000
 FIELD = ("dash", "pw-opsd", "avsd", "opsd-ectr", "demopsd", "purified-opsd")  # recipes of later papers, on a page of their own
+CAVEAT = (
+    "Intervals draw problems anew, and take the seeds as they are: they hold for other problems of this kind, not for other seeds. Those "
+    "of differences are one by one, not adjusted for how many there are: of 20 methods that differ in nothing, one would look different."
+)
 BESIDE_FIELD = ("sdft", "unisd-star", compare.REFERENCE)  # what they stand beside there
 
 
@@ -141,7 +145,7 @@ def page(cells: list[Cell], figure: str, methods: list[str]) -> str:
     ]
     for condition, title in (("clean", "Right references"), ("noisy", "30 % wrong references")):
         if any(state == condition and method != compare.RAW for method, state in finished(cells)):
-            parts += [f"## {title}", "\n".join(table(cells, condition))]
+            parts += [f"## {title}", "\n".join(table(cells, condition)), CAVEAT]
             parts += [
                 "\n".join(differences(cells, condition, other))
                 for other in (compare.REFERENCE, "sft", "unisd-star")

@@ -37,6 +37,7 @@ from unisd.trainer import UniSDTrainer
 COMMON = ["--recipe", "sdft", "--diagnostics_probe_steps", "2", "--save_strategy", "no", "--record_samples", "0"]
 COMMON += ["--eval_strategy", "steps", "--eval_steps", "5", "--eval_on_start", "true", "--max_eval_rows", "80"]
 LOST = 0.5  # of what it was at the start, on the task or on old skills
+OTHER = "only another alarm came in time"
 EVERY = 5  # steps whose middle is kept of each watched metric
 
 
@@ -122,7 +123,7 @@ def curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
 def watched(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     """The metrics that alarms look at: the middle of every `EVERY` steps."""
     found: dict[str, list[float | None]] = {}
-    for metric in sorted(alarms.WATCHED):
+    for metric in sorted(alarms.WATCHED | {"words/all"}):
         parts = [
             [line[metric] for line in lines[start : start + EVERY] if line.get(metric) is not None] for start in starts(lines)
         ]
@@ -154,7 +155,10 @@ def lost_at(cell: Cell) -> int | None:
 
 
 def passed(cell: Cell) -> bool:
-    """Whether the cell did what its provocation says: its alarm, and a first alarm no later than the accuracy was lost; or no alarm."""
+    """Whether a person who watched was told: its alarm came, and some alarm no later than the accuracy was lost; or none should.
+
+    Less than `verdict` asks, which wants the cell's own alarm in time.
+    """
     wanted, lost = PROVOCATIONS[cell["name"]].alarm, lost_at(cell)
     if wanted is None:
         return not cell["alarms"]
@@ -162,21 +166,44 @@ def passed(cell: Cell) -> bool:
     return wanted in steps and (lost is None or min(steps.values()) <= lost)
 
 
+def own_alarm(cell: Cell) -> int | None:
+    """The step of the first alarm that the provocation must raise."""
+    wanted = PROVOCATIONS[cell["name"]].alarm
+    return min((int(alarm["step"]) for alarm in cell["alarms"] if alarm["name"] == wanted), default=None)
+
+
+def verdict(cell: Cell) -> str:
+    """`yes` where the cell's own alarm came no later than its accuracy was lost, or where none should and none did."""
+    if PROVOCATIONS[cell["name"]].alarm is None:
+        return "**no**" if cell["alarms"] else "yes"
+    own, lost = own_alarm(cell), lost_at(cell)
+    if own is not None and (lost is None or own <= lost):
+        return "yes"
+    others = [int(alarm["step"]) for alarm in cell["alarms"]]
+    return OTHER if others and lost is not None and min(others) <= lost else "**no**"
+
+
 def page(cells: list[Cell]) -> str:
     """The table, and what the alarms said."""
-    head = ["cell", "seed", "alarms (step)", "accuracy lost at step", "task, %: start, end", "old skills, %: start, end"]
-    head += ["words of doubt: start, end", "shared pull", "as it should"]
+    head = [
+        "cell",
+        "seed",
+        "alarms (step)",
+        "its own alarm at step",
+        "accuracy lost at step",
+        "task, %: start, end",
+        "old skills, %: start, end",
+    ]
+    head += ["words of doubt: start, end", "shared pull", "its own alarm in time"]
     rows, said = [], []
     for cell in sorted(cells, key=lambda cell: (list(PROVOCATIONS).index(cell["name"]), cell["seed"])):
         points = [cell["curve"][0], cell["curve"][-1]]
         task, old = (", ".join(f"{100 * point[part]:.1f}" for point in points) for part in ("task", "retention"))
         raised = ", ".join(f"{alarm['name']} ({alarm['step']})" for alarm in cell["alarms"]) or "none"
-        lost = lost_at(cell)
-        verdict = "yes" if passed(cell) else "**no**"
+        steps = ["-" if step is None else str(step) for step in (own_alarm(cell), lost_at(cell))]
         doubt = ", ".join(f"{cell['watched']['words/all'][place] or 0:.1f}" for place in (0, -1))
         pull = ", ".join(f"{value:.2f}" for value in cell["shared_pull"].values())
-        measured = ["-" if lost is None else str(lost), task, old, doubt, pull]
-        rows.append([cell["name"], str(cell["seed"]), raised, *measured, verdict])
+        rows.append([cell["name"], str(cell["seed"]), raised, *steps, task, old, doubt, pull, verdict(cell)])
         if cell["seed"] == 0:
             said += [f"- `{cell['name']}`, step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in cell["alarms"]]
     legend = (
@@ -184,7 +211,11 @@ def page(cells: list[Cell]) -> str:
         "steps. Shared pull: cosine of the teacher's pull under the right and under a wrong reference, told as in the run; then told "
         "all, where that is something else."
     )
-    counted = f"{sum(map(passed, cells))} of {len(cells)} cells did what they should; {total()} make the whole."
+    verdicts = [verdict(cell) for cell in cells]
+    counted = (
+        f"{verdicts.count('yes')} of {len(cells)} cells did what they should: their own alarm came before the accuracy was lost, or none "
+        f"came to a healthy run. In {verdicts.count(OTHER)} more, only another alarm came in time. {total()} cells make the whole."
+    )
     parts = [counted, "\n".join(markdown_table(head, rows)), legend]
     return "\n\n".join([*parts, "With seed 0 the alarms said:", "\n".join(said)] if said else parts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from unisd.artefacts import RESULTS, write_text
+from unisd.artefacts import METRICS, RESULTS, write_text
 from unisd.commands import CommandParser, output_file
 from unisd.errors import UserError
 
@@ -16,7 +16,7 @@ def run(arguments: Sequence[str]) -> int:
     """Write the page; returns the exit code.
 
     Raises:
-        UserError: the folder holds neither a finished run nor a study, or the page cannot be written.
+        UserError: the folder holds neither a run nor a study, or the page cannot be written.
     """
     parser = CommandParser("report", "A run or a study as one HTML page that works offline, on a phone and in print.")
     parser.add_argument("folder", metavar="RUN_OR_STUDY_DIR", help="what `unisd train` or `unisd study` has written")
@@ -35,21 +35,21 @@ def run(arguments: Sequence[str]) -> int:
 
     out = options.out or folder / REPORT
     if (folder / RUNS).is_file():
-        text = _study(folder, options.figures, not options.no_run_pages)
-    elif (folder / RESULTS).is_file():
+        text = _study(folder, out, options.figures, not options.no_run_pages)
+    elif (folder / RESULTS).is_file() or (folder / METRICS).is_file():
         from unisd.report import run_page
 
         if options.figures:
             raise UserError("--figures belongs to a study; a run's page holds its figures.")
         text = run_page.build(folder)
     else:
-        raise UserError(f"{folder} holds neither results.json nor {RUNS}: give the folder of a finished run or of a study.")
+        raise UserError(f"{folder} holds neither results.json, {METRICS} nor {RUNS}: give the folder of a run or of a study.")
     write_text(out, text)
     print(f"written to {out} ({len(text.encode()) / 1e6:.1f} MB)")
     return 0
 
 
-def _study(folder: Path, figures: str | None, run_pages: bool) -> str:
+def _study(folder: Path, out: Path, figures: str | None, run_pages: bool) -> str:
     from unisd.report import run_page, study_page
     from unisd.study import analysis, design, recommend
     from unisd.study.command import STUDY_FILE
@@ -63,8 +63,9 @@ def _study(folder: Path, figures: str | None, run_pages: bool) -> str:
     if run_pages:
         for run_id in store.runs():
             one = store.run_folder(run_id)
-            page = one / REPORT
-            if (one / RESULTS).is_file() and (not page.exists() or page.stat().st_mtime < (one / RESULTS).stat().st_mtime):
+            page, source = one / REPORT, one / RESULTS
+            source = source if source.is_file() else one / METRICS  # of a run that failed
+            if source.is_file() and (not page.exists() or page.stat().st_mtime < source.stat().st_mtime):
                 write_text(page, run_page.build(one))
     if figures is not None:
         target = Path(figures)
@@ -73,4 +74,4 @@ def _study(folder: Path, figures: str | None, run_pages: bool) -> str:
             for name, plot in study_page.figures_of(of_task, found["margin"]).items():
                 plot.write(target / (f"{name}.svg" if len(found["tasks"]) == 1 else f"{task}-{name}.svg"))
         print(f"figures and tables written to {target}")
-    return study_page.build(folder, found)
+    return study_page.build(folder, found, out.parent)

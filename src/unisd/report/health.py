@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from unisd.alarms import silence
 from unisd.report import plots
 from unisd.report.html import escape, section
 
@@ -26,8 +27,11 @@ CURVES: plots.Wanted = (
 )
 
 
-def health(alarms: Sequence[Mapping[str, Any]] | None, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The section; nothing where the run has neither alarms nor diagnostic metrics. `alarms` is None where nobody watched."""
+def health(alarms: Sequence[Mapping[str, Any]] | None, metrics: Sequence[Mapping[str, Any]], window: int) -> str:
+    """The section; nothing where the run has neither alarms nor diagnostic metrics. `alarms` is None where nobody watched.
+
+    window: the run's `alarm_window`.
+    """
     shown = list(alarms or ())[:MAX_ALARMS]
     lines = [f"<li>step {int(alarm['step'])}, <b>{escape(alarm['name'])}</b>: {escape(alarm['text'])}</li>" for alarm in shown]
     if alarms is not None and len(alarms) > len(shown):
@@ -35,10 +39,9 @@ def health(alarms: Sequence[Mapping[str, Any]] | None, metrics: Sequence[Mapping
     said = f'<ul class="alarms">{"".join(lines)}</ul>' if lines else ""
     if alarms is not None and not lines:
         probed = any("retained/nll" in line or "leak/wrong_jsd" in line for line in metrics)
-        unseen = (
-            "" if probed else " Nobody looked for forgetting, or under a wrong reference: that needs diagnostics_probe_steps."
-        )
-        said = f"<p>No alarm was raised.{unseen}</p>"
+        counted = any("words/all" in line for line in metrics)
+        steps = max((int(line["step"]) for line in metrics), default=0)
+        said = f"<p>{silence(steps, window, counted, probed)}</p>"
     marks = sorted({int(alarm["step"]) for alarm in shown})
     note = "What a low loss does not tell. Dashed lines: steps at which an alarm was raised." if marks else ""
     return section("Diagnostics", said, plots.curves((*CURVES, *_by_word(metrics)), metrics, marks), note=note)

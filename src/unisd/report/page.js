@@ -48,7 +48,7 @@
       (sample.auxiliary_logp || []).forEach((values, k) => row(table, "context " + (k + 1), text(values[i]), values[i]));
       if (sample.negative_logp) row(table, "wrong reference", text(of("negative_logp")), of("negative_logp"));
       row(table, "divergence", text(of("divergence")) + (of("clipped") ? " (clipped)" : ""));
-      row(table, "agreement weight", text(of("weight")));
+      if (sample.weight) row(table, "reliability weight", text(of("weight")));
       if (sample.contrast) row(table, "contrast", text(of("contrast")));
       row(table, "student's entropy", text(of("entropy")));
     }

@@ -204,14 +204,42 @@ def trade_off(cells: Sequence[tuple[str, float, float]], front: Sequence[str]) -
         for name, gain, kept in cells:
             colour = _colour(SERIES[1] if name in front else SERIES[0])
             axes.plot([kept], [gain], "o", color=colour, markersize=6)
-            axes.annotate(
-                clean(name), (kept, gain), xytext=(5, 4), textcoords="offset points", fontsize=8, color=_colour("--ink")
-            )
         axes.set_xlabel("change in retention, points (right: less forgotten)")
         axes.set_ylabel("gain on the task, points")
-        axes.margins(0.12)
+        axes.margins(0.15)
         axes.legend()
+        _label(figure, axes, [(clean(name), kept, gain) for name, gain, kept in cells])
         return Plot(figure, "task gain against forgetting")
+
+
+def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside their points, moved up or down until none covers another or a point; a line leads back from the moved ones."""
+    figure.draw_without_rendering()  # fixes what is where
+    scale, height = 72 / figure.dpi, 10.0  # all in points (1/72 inch) from here on
+    places = [tuple(scale * value for value in axes.transData.transform((x, y))) for _, x, y in points]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    right = scale * figure.bbox.width
+    steps = sorted(range(-12, 13), key=abs)
+    for (name, *point), (x, y) in sorted(zip(points, places, strict=True), key=lambda item: item[1][1]):
+        width = 4.6 * len(name)
+        for step, side in itertools.product(steps, (6.0, -6.0 - width)):
+            box = (x + side, y + step * height / 2 - 4, x + side + width, y + step * height / 2 + 6)
+            inside = box[0] > 0 and box[2] < right
+            if inside and not any(
+                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
+            ):
+                break
+        taken.append(box)
+        arrow = {"arrowstyle": "-", "color": _colour("--line"), "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
+        axes.annotate(
+            name,
+            point,
+            xytext=(box[0] - x, box[1] - y + 1),
+            textcoords="offset points",
+            fontsize=8,
+            color=_colour("--ink"),
+            arrowprops=arrow if abs(step) > 2 else None,
+        )
 
 
 def interaction_map(names: Sequence[str], values: Mapping[tuple[str, str], tuple[float, bool]]) -> Plot:

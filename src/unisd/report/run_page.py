@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from unisd.alarms import Watch
 from unisd.artefacts import ANSWERS, METRICS, RESULTS, SAMPLES, read_lines
 from unisd.errors import UserError
 from unisd.report import plots
@@ -16,6 +18,7 @@ from unisd.report.supervision import supervision
 
 MAX_EXAMPLES = 24
 MAX_POINTS = 1000
+MAX_WEIGHTS = 12
 CURVES: plots.Wanted = (
     ("Loss", "", {"loss": "loss"}),
     ("Divergence of teacher and student", "nats a token", {"divergence": "teacher/divergence"}),
@@ -36,12 +39,17 @@ CURVES: plots.Wanted = (
 Figures = dict[str, Any]
 
 
+DEFAULT_WINDOW = 5  # `alarm_window` of a run that has not written down its options
+
+
 def build(folder: Path) -> str:
-    """The page of the run in `folder`.
+    """The page of the run in `folder`; of one that has not finished what there is.
 
     Raises:
         UserError: its results cannot be read.
     """
+    if not (folder / RESULTS).exists():
+        return _unfinished(folder)
     results = read_json(folder / RESULTS)
     answers = read_json(folder / ANSWERS) if (folder / ANSWERS).exists() else {}
     metrics = read_metrics(folder / METRICS)
@@ -59,8 +67,8 @@ def build(folder: Path) -> str:
     changes = [["measure", "before", "after", "change"], *_changes(results, rows)]
     note = "One seed. Bars and brackets are 95 % intervals of an accuracy; differences within them mean little."
     body += section("Before and after", plots.before_after(rows).inline(wide=True) if rows else "", table(changes), note=note)
-    body += section("Curves", plots.curves(CURVES, metrics))
-    body += health(results.get("alarms"), metrics)
+    body += section("Curves", plots.curves((*CURVES, *_by_weight(metrics)), metrics))
+    body += health(results.get("alarms"), metrics, results["config"].get("alarm_window", DEFAULT_WINDOW))
     body += section("Time, memory, cost", _cost(results))
     names = {"task": "task", "retention": "old skills"}
     body += section(
@@ -75,6 +83,35 @@ def build(folder: Path) -> str:
     if after["task_accuracy"] is not None:
         title += f": {100 * results['before']['task_accuracy']['value']:.1f} to {100 * after['task_accuracy']['value']:.1f} %"
     return page(title, body)
+
+
+def _unfinished(folder: Path) -> str:
+    """The page of a run that an alarm, a crash or a person ended, or that goes on still: from its metrics and samples."""
+    lines, metrics = read_lines(folder / METRICS), read_metrics(folder / METRICS)
+    watch = Watch(DEFAULT_WINDOW)
+    for line in lines:
+        watch.update(line["step"], line)
+    last = f"{lines[-1]['step']}" if lines else "0"
+    body = tiles([("state", "unfinished"), ("steps", last), ("alarms", str(len(watch.alarms)))])
+    said = (
+        "There is no results.json: an alarm (alarms=stop), an error or a person ended this run, or it goes on still. Its answers were not "
+        f"measured after training. Alarms are judged anew from its metrics, with the default alarm_window of {DEFAULT_WINDOW}."
+    )
+    body += section("Unfinished", f"<p>{said}</p>")
+    body += section("Curves", plots.curves((*CURVES, *_by_weight(metrics)), metrics))
+    body += health([asdict(alarm) for alarm in watch.alarms], metrics, DEFAULT_WINDOW)
+    body += supervision(read_lines(folder / SAMPLES))
+    return page(f"{folder.resolve().name}: unfinished", body)
+
+
+def _by_weight(metrics: Sequence[Figures]) -> plots.Wanted:
+    """A figure of each reliability weight but agreement, which has its own."""
+    names = sorted({key.split("/")[1] for line in metrics for key in line if key.startswith("weight/")})[:MAX_WEIGHTS]
+    kinds = {"mean": "mean", "least": "min", "largest": "max"}
+    return [
+        (f"Reliability weight {name[:24]}", "", {label: f"weight/{name}/{kind}" for label, kind in kinds.items()})
+        for name in names
+    ]
 
 
 def read_json(path: Path) -> Figures:

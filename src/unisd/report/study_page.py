@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from pathlib import Path
 from typing import Any
 
 from unisd.report import plots
 from unisd.report.html import escape, page, section, table, tiles
 from unisd.study.analysis import pareto
-from unisd.study.recommend import OUTCOMES, TITLES, cost_table, effect_table, number
+from unisd.study.recommend import OUTCOMES, TITLES, cost_table, effect_table, notes_of, number
+from unisd.study.store import FOLDERS
 
 Figures = dict[str, Any]
 
 
-def build(folder: Path, found: Figures) -> str:
-    """The page of the study in `folder`, whose analysis is `found`."""
+def build(folder: Path, found: Figures, place: Path) -> str:
+    """The page of the study in `folder`, whose analysis is `found`; to be written into the folder `place`."""
+    runs = Path(os.path.relpath(folder / FOLDERS, place))
     body = ""
     for task, figures in found["tasks"].items():
-        body += _task(folder, task, figures, found, several=len(found["tasks"]) > 1)
+        body += _task(folder, runs, task, figures, found, several=len(found["tasks"]) > 1)
     body += section("How to read this", "".join(f"<p>{escape(note)}</p>" for note in found["notes"]))
     return page(f"Study: which of {len(found['factors'])} components matter", body)
 
 
-def _task(folder: Path, task: str, figures: Figures, found: Figures, several: bool) -> str:
+def _task(folder: Path, links: Path, task: str, figures: Figures, found: Figures, several: bool) -> str:
     prefix = f"{task}: " if several else ""
     seeds = ", ".join(map(str, figures["seeds"]))
     body = tiles(
@@ -51,7 +53,8 @@ def _task(folder: Path, task: str, figures: Figures, found: Figures, several: bo
         lines = effect_table(figures, kind)
         if len(lines) > 1:
             opened = " open" if kind == "main" else ""
-            tables += f"<details{opened}><summary>{escape(title)}: all figures</summary>{table(lines)}</details>"
+            said = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes_of(figures, kind))
+            tables += f"<details{opened}><summary>{escape(title)}: all figures</summary>{table(lines)}{said}</details>"
     body += section(f"{prefix}Effects", *effects, tables, note=note)
     if "interaction" in drawn:
         body += section(
@@ -67,19 +70,23 @@ def _task(folder: Path, task: str, figures: Figures, found: Figures, several: bo
         table(cost_table(figures)),
         note=f"Means over runs; memory: the most. Energy: {method}." if method else "",
     )
-    return body + section(f"{prefix}Runs", _runs(folder, figures["cells"]))
+    return body + section(f"{prefix}Runs", _runs(folder, links, figures))
 
 
-def _runs(folder: Path, cells: Sequence[Figures]) -> str:
-    lines = [["run", "cell", "seed", "gain", "retention change"]]
+def _runs(folder: Path, place: Path, figures: Figures) -> str:
+    """All runs with links to their pages, from `place`; those that failed with the reason."""
+    lines = [["run", "cell", "seed", "gain", "retention change", *(["failed"] if figures["failures"] else [])]]
     links = {}
-    for cell in cells:
+    for cell in figures["cells"]:
         for run, seed, gain, kept in zip(cell["runs"], cell["seeds"], cell["gains"], cell["retention_changes"], strict=True):
             lines.append([run, cell["name"], str(seed), number(gain, "+.1f"), number(kept, "+.1f")])
-            for name in ("report.html", "results.json"):
-                if (folder / "runs" / run / name).exists():
-                    links[run] = f"runs/{run}/{name}"
-                    break
+    for failure in figures["failures"]:
+        lines.append([failure["run"], failure["cell"], str(failure["seed"]), "-", "-", failure["reason"]])
+    for run, *_ in lines[1:]:
+        for name in ("report.html", "results.json"):
+            if (folder / FOLDERS / run / name).exists():
+                links[run] = (place / run / name).as_posix()
+                break
     return table(lines, links)
 
 

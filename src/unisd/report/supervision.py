@@ -12,7 +12,7 @@ MAX_SHOWN = 16
 MAX_TOKENS = 300
 SHADES = {
     "divergence": "divergence of teacher and student",
-    "weight": "agreement weight (stronger: trusted less)",
+    "weight": "reliability weight (stronger: trusted less)",
     "contrast": "contrast with the wrong reference",
     "contexts": "spread of the contexts' log-probabilities",
 }
@@ -96,6 +96,9 @@ def _data(record: Record) -> Record:
     """What the pointer asks for."""
     names = ("student_logp", "teacher_logp", "negative_logp", "divergence", "weight", "contrast", "entropy", "clipped")
     data = {name: None if record.get(name) is None else record[name][:MAX_TOKENS] for name in names}
+    # Weights that look at the student are not recorded: all 1 says that there was no other.
+    if data["weight"] is not None and all(weight in (None, 1.0) for weight in data["weight"]):
+        data["weight"] = None
     data["auxiliary_logp"] = [values[:MAX_TOKENS] for values in record.get("auxiliary_logp") or []]
     data["tokens"] = [clean(text) for text in record["tokens"][:MAX_TOKENS]]
     return data

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from unisd.study.contrasts import Effect, effects_of
-from unisd.study.design import Cell, Study, cells_of
-from unisd.study.estimate import Estimate, Fit, Values, holm
+from unisd.study.design import Cell, Study, cells_of, runs_of
+from unisd.study.estimate import NO_ANSWERS, ONE_RUN, Estimate, Fit, Values, holm
 from unisd.study.store import DONE, FAILED, Record, Store
 
 SCHEMA_VERSION = 1
@@ -29,7 +29,7 @@ def analyse(study: Study, store: Store, margin: float = 1.0) -> Figures | None:
     Args:
         margin: smallest effect that matters, in points.
     """
-    records = store.runs()
+    records = of_study(study, store.runs())
     cells = cells_of(study)
     tasks = {}
     for task in study.tasks:
@@ -38,6 +38,8 @@ def analyse(study: Study, store: Store, margin: float = 1.0) -> Figures | None:
             tasks[task] = _of_task(study, cells, chosen, margin)
     if not tasks:
         return None
+    others = len(store.runs()) - len(records)
+    left_out = f"{others} runs of the store have other settings than study.yaml, and are left out."
     return {
         "schema_version": SCHEMA_VERSION,
         "margin": margin,
@@ -45,12 +47,27 @@ def analyse(study: Study, store: Store, margin: float = 1.0) -> Figures | None:
         "factors": {factor.name: list(factor.levels) for factor in study.factors},
         "tasks": tasks,
         "notes": [
-            "Effects in points are differences of accuracies on the same problems with the same seeds. Their 95 % intervals hold for other "
-            "seeds and other problems of the same kind, and take the noise of training to be alike in all cells.",
+            f"Effects in points are differences of accuracies on the same problems with the same seeds. {_reach(tasks)}",
             "p (Holm) is adjusted for all main effects on task and retention of one task together; intervals are not adjusted.",
             "Times were measured on whatever else the machine did; operations are an estimate, and the same on any machine.",
+            *([left_out] if others else []),
         ],
     }
+
+
+def of_study(study: Study, records: dict[str, Record]) -> dict[str, Record]:
+    """The records of runs that the study, as it now is, is made of: an id holds every option and the seed."""
+    ids = {run.id for run in runs_of(study)}
+    return {run_id: record for run_id, record in records.items() if run_id in ids}
+
+
+def _reach(tasks: dict[str, Figures]) -> str:
+    """What the intervals of accuracies hold for."""
+    notes = {line["note"] for task in tasks.values() for line in task["effects"] if line["outcome"] in POINTS}
+    if any(ONE_RUN in note for note in notes):
+        return "Their 95 % intervals do not contain the noise of training, which takes two seeds or more: no verdict follows from them."
+    problems = "on these problems" if any(NO_ANSWERS in note for note in notes) else "and other problems of the same kind"
+    return f"Their 95 % intervals hold for other seeds {problems}, and take the noise of training to be alike in all cells."
 
 
 def _of_task(study: Study, cells: Sequence[Cell], records: Sequence[Record], margin: float) -> Figures:
@@ -77,19 +94,25 @@ def _of_task(study: Study, cells: Sequence[Cell], records: Sequence[Record], mar
     verdicts = []
     for name in dict.fromkeys(effect.name for effect in effects if effect.kind == "main"):
         lines = {outcome: main(name, outcome) for outcome in (*POINTS, "train_s", "flops")}
-        cost = lines["train_s"] or lines["flops"]
+        time, operations = _estimate(lines["train_s"]), _estimate(lines["flops"])
+        # Operations are the same on any machine: they tell what a time that scatters cannot.
+        unclear = time is None or (time.covers_zero and operations is not None)
         decision, text = verdict(
             _estimate(lines["task_accuracy"]),
             _p(lines["task_accuracy"]),
             _estimate(lines["retention_accuracy"]),
             _p(lines["retention_accuracy"]),
             margin,
-            None if cost is None else cost["value"],
+            operations if unclear else time,
+            "operations" if unclear else "time",
         )
         verdicts.append({"name": name, "verdict": decision, "text": f"{name}: {text}"})
     return {
         "runs": len(table),
         "failed": sum(record["status"] == FAILED for record in records),
+        "failures": [
+            {name: record[name] for name in ("run", "cell", "seed", "reason")} for record in records if record["status"] == FAILED
+        ],
         "planned": len(cells) * len(study.seeds),
         "seeds": sorted({seed for _, seed in table}),
         "cells": [_cell(cell, study, table) for cell in cells if any(name == cell.name for name, _ in table)],

@@ -24,6 +24,25 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UserError: a study file that makes no sense, options that `unisd train` refuses, a folder of another study.
     """
+    parser = study_parser()
+    own, of_runs = _split(parser, arguments)
+    options = parser.parse(own)
+    if options is None:
+        return 0
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}: at least one is needed.")
+    if options.analyse:
+        if of_runs:
+            raise UserError(f"{of_runs[0]} belongs to the runs of a study, which --analyse does not run.")
+        if options.folder is None or not (Path(options.folder) / RUNS).is_file():
+            raise UserError("--analyse needs the folder of a study that has finished runs: unisd study DIR --analyse.")
+        return _analyse(Path(options.folder), options.margin)
+    if options.folder is not None:
+        raise UserError(f"{options.folder}: a folder is given with --analyse only; choose where runs go with --output_dir.")
+    return _carry_out(options, of_runs, arguments)
+
+
+def study_parser() -> CommandParser:
     parser = CommandParser(
         "study", "Which components matter for a task: a design of runs, their results, effects with intervals."
     )
@@ -33,6 +52,13 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--mechanisms", nargs="+", help=f"factors on/off: {', '.join(design.MECHANISMS)} (default: all)")
     parser.add_argument("--design", nargs="+", help=f"{', '.join(design.DESIGNS)} (default: one-in leave-one-out)")
     parser.add_argument("--tasks", nargs="+", help="built-in tasks (default: what the study's base says; pocket)")
+    parser.add_argument(
+        "--factor",
+        nargs="+",
+        action="append",
+        metavar="NAME VALUE",
+        help="a further factor: values of an option, the baseline first",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 3")
     parser.add_argument("--budget_minutes", type=float, help="start no run after so many minutes; the same command goes on")
     parser.add_argument("--run_s", type=float, help="expected seconds of a run; unset: a short calibration run measures it")
@@ -44,34 +70,67 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="check all runs and list them; run nothing")
     parser.add_argument("--analyse", action="store_true", help="only analyse what the store holds")
     parser.add_argument("--margin", type=float, default=1.0, help="smallest effect that matters, in points (default: 1)")
-    options = parser.parse(arguments)
-    if options is None:
-        return 0
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}: at least one is needed.")
-    if options.analyse:
-        if options.folder is None or not (Path(options.folder) / RUNS).is_file():
-            raise UserError("--analyse needs the folder of a study that has finished runs: unisd study DIR --analyse.")
-        return _analyse(Path(options.folder), options.margin)
-    if options.folder is not None:
-        raise UserError(f"{options.folder}: a folder is given with --analyse only; choose where runs go with --output_dir.")
-    return _carry_out(options, arguments)
+    parser.epilog = (
+        "Every option of `unisd train` may be given too, and holds for all runs: --model_name_or_path, --max_steps, ..."
+    )
+    return parser
 
 
-def _carry_out(options: Any, arguments: Sequence[str]) -> int:
+def _split(parser: CommandParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A study's own arguments, and those of its runs: flags that it does not have, with their values."""
+    own: list[str] = []
+    of_runs: list[str] = []
+    target = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            target = own if argument.partition("=")[0] in parser._option_string_actions else of_runs
+        target.append(argument)
+    return own, of_runs
+
+
+def _study_of(options: Any, of_runs: Sequence[str]) -> design.Study:
+    """The study of the file and the flags, which win.
+
+    Raises:
+        UserError: as `design.from_dict`; options that `unisd train` does not have.
+    """
+    from unisd.artefacts import read_yaml
+
+    names = ("mechanisms", "design", "tasks", "seeds", "budget_minutes", "run_s", "keep_models")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    values = {**(read_yaml(Path(options.config)) if options.config else {}), **given}
+    further = {"base": _typed(of_runs), "factors": {}}
+    for name, *levels in options.factor or ():
+        further["factors"][name] = [_typed([f"--{name}", level])[name] for level in levels]
+    for name, more in further.items():
+        if more and isinstance(values.get(name) or {}, dict):
+            values[name] = {**(values.get(name) or {}), **more}
+    return design.from_dict(values, options.config or "the flags")
+
+
+def _typed(flags: Sequence[str]) -> dict[str, Any]:
+    """Flags of `unisd train` as a configuration file would hold them."""
+    if not flags:
+        return {}
+    from unisd.parsing import UNSET, train_parser
+
+    found = train_parser("unisd study").given(flags)
+    return {name: None if value is UNSET else value for name, value in found.items()}
+
+
+def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -> int:
     from unisd.console import quiet_libraries
     from unisd.study import executor as executors
     from unisd.study import runner
 
-    names = ("mechanisms", "design", "tasks", "seeds", "budget_minutes", "run_s", "keep_models")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    study = design.load(Path(options.config), given) if options.config else design.from_dict(given, "the flags")
+    study = _study_of(options, of_runs)
     runs = design.runs_of(study)
     quiet_libraries()
     runner.check(runs, study)
     cells = {run.cell.name: run.cell for run in runs}
     print(f"{len(runs)} runs: {len(cells)} cells x {len(study.tasks)} tasks x {len(study.seeds)} seeds")
     print(f"cells: {', '.join(cells)}")
+    print(f"model: {', '.join(dict.fromkeys(str(run.options.get('model_name_or_path', 'pocket')) for run in runs))}")
     if options.dry_run:
         for run in runs:
             print(run.id)
@@ -85,9 +144,10 @@ def _carry_out(options: Any, arguments: Sequence[str]) -> int:
         _remember(folder, study)
         known = store.runs()
         if options.retry_failed:
-            for run_id in [run_id for run_id, record in known.items() if record["status"] == FAILED]:
-                store.note(run_id, "anew")
-                del known[run_id]
+            for run in runs:
+                if run.id in known and known[run.id]["status"] == FAILED:
+                    store.note(run.id, "anew")
+                    del known[run.id]
         left = [run for run in runs if run.id not in known]
         executor = executors.make(options.executor, options.jobs, options.ray_address)
         if left:
@@ -107,7 +167,8 @@ def _carry_out(options: Any, arguments: Sequence[str]) -> int:
         store.close()
     if not complete:
         print(f"the budget of {study.budget_minutes:g} minutes is used up; go on with:\n  unisd study {shlex.join(arguments)}")
-    failed = sum(record["status"] == FAILED for record in store.runs().values())
+    mine = {run.id for run in runs}
+    failed = sum(record["status"] == FAILED for run_id, record in store.runs().items() if run_id in mine)
     if failed:
         print(f"{failed} run(s) failed for good: see {folder / 'attempts.jsonl'} and the .log files; --retry_failed tries again")
     code = _analyse(folder, options.margin)
@@ -122,7 +183,11 @@ def _remember(folder: Path, study: design.Study) -> None:
         earlier = design.load(path)
         if {factor.name: list(factor.levels) for factor in earlier.factors} != factors or earlier.base != study.base:
             raise UserError(f"{folder} holds a study of other factors or another base: choose another --output_dir.")
-    path.write_text(yaml.safe_dump(study.source, sort_keys=False), encoding="utf-8")
+        if earlier.source == study.source:
+            return
+    temporary = path.with_suffix(".tmp")  # the study reads the file again: it must be whole or as it was
+    temporary.write_text(yaml.safe_dump(study.source, sort_keys=False), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _analyse(folder: Path, margin: float) -> int:

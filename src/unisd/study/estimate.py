@@ -18,6 +18,7 @@ Shapes: C cells, S seeds, P problems.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ from unisd.errors import UserError
 
 Values = NDArray[np.float64]
 LEVEL = 0.95
+ONE_RUN = "one run a cell: training noise is not in the interval"
+NO_ANSWERS = "no single answers: holds for these problems only"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class Estimate:
     se: float | None
     df: float | None
     note: str = ""
+
+    @property
+    def covers_zero(self) -> bool:
+        return self.low is None or self.high is None or self.low <= 0 <= self.high
 
     def scaled(self, by: float) -> Estimate:
         """In other units (points for shares)."""
@@ -71,15 +78,20 @@ class Fit:
         later = seed_N > 0
         X[np.arange(len(cell_N))[later], C + seed_N[later] - 1] = 1.0
         self._seen = np.any(X != 0, axis=0)  # a cell or seed without any run has no coefficient
-        self._fit: Any = sm.OLS(runs_CS[cell_N, seed_N], X[:, self._seen]).fit() if len(cell_N) else None
+        self._X = X[:, self._seen]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The design matrix is rank-deficient")  # `contrast` asks what can be told
+            self._fit: Any = sm.OLS(runs_CS[cell_N, seed_N], self._X).fit() if len(cell_N) else None
 
     def contrast(self, weights_C: Values) -> Estimate | None:
-        """The effect `sum_C weights * mean`; None where a cell that it needs has no run."""
+        """The effect `sum_C weights * mean`; None where a cell that it needs has no run, or the runs cannot tell it from a seed's."""
         C, S = self.runs_CS.shape
         used = weights_C != 0
         if self._fit is None or not np.all(self._seen[:C][used]):
             return None
         padded = np.concatenate([weights_C, np.zeros(S - 1)])[self._seen]
+        if not np.allclose(np.linalg.pinv(self._X) @ self._X @ padded, padded, atol=1e-8):
+            return None
         value = float(self._fit.params @ padded)
         value = 0.0 if abs(value) < 1e-12 else value  # rounding of equal means
         parts: list[tuple[float, float]] = []  # signed variances with their degrees of freedom
@@ -88,9 +100,9 @@ class Fit:
             se = float(np.asarray(self._fit.t_test(padded).sd).squeeze())
             parts.append((se**2, float(self._fit.df_resid)))
         else:
-            notes.append("one run a cell: training noise is not in the interval")
+            notes.append(ONE_RUN)
         if self.answers_CSP is None:
-            notes.append("no single answers: holds for these problems only")
+            notes.append(NO_ANSWERS)
         else:
             parts += self._problem_parts(weights_C, used, with_runs=bool(parts))
         if not parts:
@@ -127,8 +139,9 @@ def _interval(value: float, parts: list[tuple[float, float]], note: str, problem
     if variance <= 1e-18:  # all alike: no answer differs between the cells
         # What none of P problems shows may still happen in up to 1 - 0.05^(1/P) of them (about 3/P).
         half = 1 - (1 - LEVEL) ** (1 / problems) if problems else 0.0
-        told = note or ("no answer differs" if problems else "no variation at all")
-        return Estimate(value, value - half, value + half, 1.0 if value == 0 else 0.0, half / 2, None, told)
+        told = note or ("no answer differs" if value == 0 and problems else "no variation at all")
+        p = max(0.0, 1 - abs(value)) ** problems if problems else 1.0 if value == 0 else None
+        return Estimate(value, value - half, value + half, p, half / 2, None, told)
     df = variance**2 / sum(part**2 / df for part, df in parts)
     se = float(np.sqrt(variance))
     half = float(stats.t.ppf(0.5 + LEVEL / 2, df)) * se

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unisd.errors import UserError
+from unisd.processes import die_with_parent
 
 POLL_S = 0.1
 GRACE_S = 10.0
@@ -93,7 +94,7 @@ class LocalExecutor:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for us; we end our children
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=die_with_parent,
             )
         self._running[job.name] = (process, slot)
 
@@ -107,24 +108,19 @@ class LocalExecutor:
 
     def close(self) -> None:
         for process, _ in self._running.values():
-            process.terminate()
+            _signal_group(process, signal.SIGTERM)
         end = time.monotonic() + GRACE_S
         for process, _ in self._running.values():
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _signal_group(process, signal.SIGKILL)  # also what the job has started: a server, other ranks
+            process.wait()
         self._running.clear()
 
 
-_LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PARENT_DEATH_SIGNAL = 1
-
-
-def _die_with_parent() -> None:
-    """In the child: be killed when the study is, or two processes would write one run's folder after a restart."""
-    _LIBC.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 class RayExecutor:
@@ -187,7 +183,7 @@ def _run_job(command: list[str], log: str, folder: str, path: list[str], threads
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent,
             check=False,
         ).returncode
 

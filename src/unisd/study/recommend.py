@@ -1,7 +1,8 @@
 """A study's figures in plain words: verdicts, tables, and a configuration that keeps what has paid.
 
-A mechanism is kept only if its gain (or the forgetting it prevents) is beyond chance after adjustment for everything asked at once;
-"not worth it" needs an interval that rules out effects above the margin; everything else is undecided, and says so.
+A mechanism is kept only if its gain (or the forgetting it prevents) is beyond chance after adjustment for everything asked at once, may
+reach the margin, and a loss of more than the margin on the other side is ruled out; "not worth it" needs an interval that rules out
+effects above the margin; everything else is undecided, and says so.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import yaml
 from unisd.artefacts import write_json
 from unisd.pages import markdown_table
 from unisd.study.design import Study
-from unisd.study.estimate import Estimate
+from unisd.study.estimate import ONE_RUN, Estimate
 
 ALPHA = 0.05
 Figures = dict[str, Any]
 
 
-def shown(estimate: Estimate | Figures | None, unit: str = "") -> str:
+def shown(estimate: Estimate | Figures | None, digits: int = 1) -> str:
     """`+3.1 [1.2, 5.0]`."""
     if estimate is None:
         return "-"
@@ -30,12 +31,12 @@ def shown(estimate: Estimate | Figures | None, unit: str = "") -> str:
         if isinstance(estimate, Estimate)
         else (estimate["value"], estimate["low"], estimate["high"])
     )
-    interval = "" if low is None or high is None else f" [{_plain(low)}, {_plain(high)}]"
-    return f"{round(value, 1) + 0.0:+.1f}{unit}{interval}"
+    interval = "" if low is None or high is None else f" [{_plain(low, digits)}, {_plain(high, digits)}]"
+    return f"{round(value, digits) + 0.0:+.{digits}f}{interval}"
 
 
-def _plain(value: float) -> str:
-    return f"{round(value, 1) + 0.0:.1f}"  # never -0.0
+def _plain(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # never -0.0
 
 
 def verdict(
@@ -44,34 +45,72 @@ def verdict(
     retention: Estimate | None,
     p_retention: float | None,
     margin: float,
-    cost_percent: float | None,
+    cost: Estimate | None,
+    cost_of: str = "time",
 ) -> tuple[str, str]:
-    """`keep`, `drop`, `trade`, `no effect` or `undecided`, and why in one line. Effects in points, p-values adjusted."""
+    """`keep`, `drop`, `trade`, `no effect` or `undecided`, and why in one line. Effects in points, p-values adjusted.
 
-    def sign(estimate: Estimate | None, p: float | None) -> int:
-        if estimate is None or p is None or p >= ALPHA:
-            return 0
-        return 1 if estimate.value > 0 else -1
-
-    on_task, on_retention = sign(task, p_task), sign(retention, p_retention)
+    cost: of time or of operations (`cost_of`), in percent.
+    """
     known = [estimate for estimate in (task, retention) if estimate is not None]
-    small = all(e.low is not None and e.high is not None and -margin <= e.low and e.high <= margin for e in known)
-    time = "" if cost_percent is None else f"{round(cost_percent):+d} % time"
+    decision, why = _decide(known, _sign(task, p_task), _sign(retention, p_retention), task, retention, margin)
+    if decision == "no effect":
+        change = 0 if cost is None or cost.covers_zero else round(cost.value)
+        worth = f"not worth {change} % {cost_of}" if change > 0 else "no gain" if change == 0 else f"saves {-change} % {cost_of}"
+        why = f"{worth} ({why})"
+    figures = [f"{name} {shown(found)}" for name, found in (("task", task), ("retention", retention)) if found is not None]
+    figures += [] if cost is None else [f"{shown(cost, digits=0)} % {cost_of}"]
+    notes = dict.fromkeys(note for estimate in known for note in _warnings(estimate.note) if note != ONE_RUN)
+    return decision, f"{', '.join(figures)}: {why}" + (f" [{'; '.join(notes)}]" if notes else "")
+
+
+def _warnings(note: str) -> list[str]:
+    """The parts of a note that limit what follows, without those that say how an estimate is made."""
+    return [part for part in note.split("; ") if part and not part.startswith(("mean of", "linear model with"))]
+
+
+def _sign(estimate: Estimate | None, p: float | None) -> int:
+    if estimate is None or p is None or p >= ALPHA:
+        return 0
+    return 1 if estimate.value > 0 else -1
+
+
+def _decide(
+    known: list[Estimate], on_task: int, on_retention: int, task: Estimate | None, retention: Estimate | None, margin: float
+) -> tuple[str, str]:
+    if any(ONE_RUN in estimate.note for estimate in known):
+        return "undecided", "undecided (one seed): training noise is not in the intervals"
+    if known and all(e.low is not None and e.high is not None and -margin <= e.low and e.high <= margin for e in known):
+        return "no effect", f"effects above {margin:g} points are ruled out"
     if on_task * on_retention < 0:
-        decision, why = "trade", "gains on the task, forgets more" if on_task > 0 else "forgets less, loses on the task"
-    elif on_task + on_retention > 0:
-        decision, why = "keep", "keep" if on_task > 0 else "keep: forgets less"
-    elif on_task + on_retention < 0:
-        decision, why = "drop", "drop: " + ("loses on the task" if on_task < 0 else "forgets more")
-    elif known and small:
-        worth = f"not worth {cost_percent:.0f} % time" if cost_percent is not None and cost_percent >= 1 else "no gain"
-        decision, why = "no effect", f"{worth} (effects above {margin:g} points are ruled out)"
-    else:
-        decision, why = "undecided", "undecided: more seeds or problems are needed"
-    figures = (
-        [f"task {shown(task)}"] + ([f"retention {shown(retention)}"] if retention is not None else []) + ([time] if time else [])
-    )
-    return decision, f"{', '.join(figures)}: {why}"
+        return "trade", "gains on the task, forgets more" if on_task > 0 else "forgets less, loses on the task"
+    side = on_task or on_retention
+    if side == 0:
+        return "undecided", "undecided: more seeds or problems are needed"
+    pairs = ((task, on_task), (retention, on_retention))
+    moved = [estimate for estimate, moves in pairs if moves and estimate is not None]
+    other = next((estimate for estimate, moves in pairs if not moves), None)
+    what = {
+        (1, True): "gains on the task",
+        (1, False): "forgets less",
+        (-1, True): "loses on the task",
+        (-1, False): "forgets more",
+    }
+    clear = what[side, bool(on_task)]
+    if max(_most(estimate, side) for estimate in moved) <= margin:
+        return "undecided", f"undecided: {clear}, but by no more than {margin:g} points"
+    if other is not None and _most(other, -side) > margin:
+        may = what[-side, not on_task]
+        return "undecided", f"undecided: {clear}, but perhaps {may}; more seeds or problems are needed"
+    if side < 0:
+        return "drop", f"drop: {clear}"
+    return "keep", "keep" if on_task else "keep: forgets less"
+
+
+def _most(estimate: Estimate, side: int) -> float:
+    """How far the interval reaches on one side of 0."""
+    end = estimate.high if side > 0 else estimate.low
+    return float("inf") if end is None else side * end
 
 
 def recommended(study: Study, found: Figures, task: str) -> Figures:
@@ -127,6 +166,7 @@ OUTCOMES = {
     "reference_ppl": "perplexity of references (%)",
     "retention_ppl": "retention perplexity (%)",
 }
+OUTCOMES_JUDGED = ("task_accuracy", "retention_accuracy")
 TITLES = {
     "main": "Main effects",
     "one-in": "Added alone to the reference",
@@ -147,10 +187,21 @@ def effect_table(figures: Figures, kind: str) -> list[list[str]]:
         by_outcome = {line["outcome"]: line for line in chosen if line["name"] == name}
         cells = [name, *(shown(by_outcome.get(outcome)) for outcome in outcomes)]
         if with_p:
-            ps = [by_outcome.get(outcome, {}).get("p_holm") for outcome in ("task_accuracy", "retention_accuracy")]
+            ps = [by_outcome.get(outcome, {}).get("p_holm") for outcome in OUTCOMES_JUDGED]
             cells.append(" / ".join("-" if p is None else f"{p:.3f}" for p in ps))
         table.append(cells)
     return table
+
+
+def notes_of(figures: Figures, kind: str) -> list[str]:
+    """What limits a table's effects on accuracies: each warning once, with the effects that it is about where it is not about all."""
+    chosen = [line for line in figures["effects"] if line["kind"] == kind and line["outcome"] in OUTCOMES_JUDGED]
+    about: dict[str, dict[str, None]] = {}
+    for line in chosen:
+        for note in _warnings(line["note"]):
+            about.setdefault(note, {})[line["name"]] = None
+    count = len({line["name"] for line in chosen})
+    return [f"{note}." if len(names) == count else f"{note} ({', '.join(names)})." for note, names in about.items()]
 
 
 def number(value: float | None, form: str = ".1f", by: float = 1.0) -> str:
@@ -192,11 +243,14 @@ def markdown(found: Figures) -> str:
             f"{figures['runs']} of {figures['planned']} runs, seeds {seeds}; {figures['failed']} failed.",
             "",
         ]
+        parts += [f"- {failure['run']} failed: {failure['reason']}" for failure in figures["failures"]]
+        parts += [""] if figures["failures"] else []
         parts += [f"- **{line['verdict']}** {line['text']}" for line in figures["verdicts"]]
         for kind, title in TITLES.items():
             table = effect_table(figures, kind)
             if len(table) > 1:
                 parts += ["", f"### {title}", "", *markdown_table(table[0], table[1:])]
+                parts += [line for note in notes_of(figures, kind) for line in ("", note)]
         costs = cost_table(figures)
         parts += ["", "### Cells and their cost", "", *markdown_table(costs[0], costs[1:])]
         method = next((cell["energy_method"] for cell in figures["cells"] if cell["energy_method"]), None)

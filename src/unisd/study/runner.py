@@ -19,6 +19,7 @@ from unisd.study.store import DONE, FAILED, Record, Store, is_complete
 CONFIG, LOG = "run.yaml", "run.log"
 CACHE = "before"
 CALIBRATION_STEPS, CALIBRATION_ROWS = 2, 16
+STOPPED = "(alarms=stop)"  # in the last words of a run that an alarm ended
 WEIGHTS = ("*.safetensors", "*.bin", "checkpoint-*")
 
 
@@ -124,7 +125,8 @@ def carry_out(
             continue
         reason = _last_words(store.run_folder(run.id).parent / f"{run.id}.log")
         store.note(run.id, "failed", returncode=finished.returncode, seconds=clock() - begun[run.id], reason=reason)
-        if store.failures(run.id) <= study.retries:
+        # What an alarm has stopped goes wrong again: it is seeded.
+        if store.failures(run.id) <= study.retries and STOPPED not in reason:
             say(f"failed, once more: {run.id} ({reason})")
             waiting.insert(0, run)
         else:

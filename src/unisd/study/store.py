@@ -6,7 +6,6 @@ DuckDB read them as they are: `pd.read_json("runs.jsonl", lines=True)`, `read_js
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import IO, Any
 
 from unisd import __version__
 from unisd.artefacts import ANSWERS, METRICS, RESULTS, append_line, read_lines
-from unisd.errors import UserError
+from unisd.processes import lock
 from unisd.study.design import Run
 
 SCHEMA_VERSION = 1
@@ -34,14 +33,8 @@ class Store:
         self.folder = folder
         self._lock: IO[str] | None = None
         if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / LOCK).open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another process runs the study in {folder}: wait for it, or choose another --output_dir."
-                ) from None
+            busy = f"another process runs the study in {folder}: wait for it, or choose another --output_dir."
+            self._lock = lock(folder / LOCK, busy)
 
     def close(self) -> None:
         if self._lock is not None:

@@ -1,0 +1,37 @@
+"""What processes owe each other: one writer of a file at a time, and no child that outlives its parent. Light."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import signal
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from unisd.errors import UserError
+
+_LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PARENT_DEATH_SIGNAL = 1
+
+
+def lock(path: Path, busy: str) -> IO[str]:
+    """Hold the file (made if need be) until the returned one is closed, or this process ends in any way.
+
+    Raises:
+        UserError: with the text `busy`, where another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(busy) from None
+    return file
+
+
+def die_with_parent() -> None:
+    """In a child, on Linux: be killed when the parent ends in any way, or two processes would do one thing after a restart."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
