@@ -110,9 +110,8 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
     rows = data.train
     written = options.agreement_contexts == "induction" or options.negatives == "model"
     server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
-    wanted = (
-        config.agreement != "none" or "agreement_contexts" in options.explicit
-    )  # a recipe's contexts serve its agreement alone
+    # A recipe's contexts serve its agreement alone, and a single row has no others.
+    wanted = "agreement_contexts" in options.explicit or (config.agreement != "none" and len(rows) > 1)
     if options.agreement_contexts != "columns" and wanted:
         settings = contexts.Settings(options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder)
         embedder: contexts.Embedder | None = None
