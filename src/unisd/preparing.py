@@ -110,8 +110,9 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
     rows = data.train
     written = options.agreement_contexts == "induction" or options.negatives == "model"
     server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
-    # A recipe's contexts serve its agreement alone, and a single row has no others.
-    wanted = "agreement_contexts" in options.explicit or (config.agreement != "none" and len(rows) > 1)
+    # What the recipe says is for its agreement, and for rows that bring no contexts at all; a single row has no others.
+    unasked = config.agreement != "none" and len(rows) > 1 and not any(row.get("auxiliary_contexts") for row in rows)
+    wanted = "agreement_contexts" in options.explicit or unasked
     if options.agreement_contexts != "columns" and wanted:
         settings = contexts.Settings(options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder)
         embedder: contexts.Embedder | None = None
