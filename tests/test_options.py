@@ -96,7 +96,7 @@ def test_evaluations_come_with_checkpoints() -> None:
         ("max_steps: many", r"run\.yaml: --max_steps: invalid int value: 'many'"),
         ("- 1", "must hold a mapping"),
         ("a: [", "is not YAML"),
-        ("config: x.yaml", r"unknown key 'config': unisd train --help_all lists them all"),
+        ("config: x.yaml", r"unknown key 'config': a file does not name another"),
         ("agreement: tokens", "agreement='tokens' is not one of: none, token, sequence"),
     ],
 )

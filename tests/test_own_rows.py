@@ -103,13 +103,15 @@ def test_references_to_train_on_are_there(model_dir: Path, tmp_path: Path, capsy
     rows = [{"prompt": f"p{i}", "teacher_prompt": "t"} for i in range(4)]
     file = write(tmp_path / "rows.jsonl", rows)
     command = ["train", "--model_name_or_path", str(model_dir), "--train_file", file, "--recipe", "sft", "--dry_run"]
+    command += ["--max_completion_length", "8"]
     assert main(command) == 2
     assert "has no completion, which completion_source=reference trains on" in capsys.readouterr().err
 
 
 def test_prepare_writes_every_row(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "rows.jsonl", [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}."} for i in range(20)])
-    command = ["prepare", "--model_name_or_path", str(model_dir), "--train_file", file, "--negatives", "corrupt", "--output"]
+    command = ["prepare", "--model_name_or_path", str(model_dir), "--train_file", file, "--negatives", "corrupt"]
+    command += ["--max_completion_length", "8", "--output"]
     assert main([*command, str(tmp_path / "out.jsonl")]) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
     assert main([*command, str(tmp_path / "." / "rows.jsonl")]) == 2

@@ -272,10 +272,6 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per micro-batch and device."})
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches per optimizer step."})
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where the run is written; unset: the first unused of unisd-output/RECIPE-MODEL-DATA, ...-2, ...-3."},
-    )
     eval_steps: float | None = field(
         default=None, metadata={"help": "eval_strategy=steps: evaluate every so many steps; unset: every save_steps."}
     )

@@ -38,6 +38,8 @@ ABOUT = {
     "training": "the most used of transformers' TrainingArguments (all of them: --help_all)",
     "inherited": "the other ones of transformers' TrainingArguments",
 }
+OWN = {"output_dir": "Where the run is written; unset: the first unused of unisd-output/RECIPE-MODEL-DATA, ...-2, ...-3."}
+"""Help in place of transformers'."""
 COLUMN = 34
 
 
@@ -74,7 +76,7 @@ def _entry(item: dataclasses.Field[Any], width: int) -> list[str]:
     default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
     value = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(getattr(default, "value", default))
     shown = "unset" if default is None or value == "" else value.lower() if isinstance(default, bool) else value
-    return _columns(f"--{item.name} [{shown}]", " ".join(str(item.metadata.get("help", "")).split()), width)
+    return _columns(f"--{item.name} [{shown}]", " ".join(OWN.get(item.name, str(item.metadata.get("help", ""))).split()), width)
 
 
 def _columns(left: str, right: str, width: int) -> list[str]:

@@ -97,7 +97,8 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
         result: Values = {}
         for name, value in values.items():
             if name not in self.fields:
-                raise UserError(f"{where}: unknown key {name!r}: {self._nearest(str(name))}")
+                hint = "a file does not name another." if name == "config" else self._nearest(str(name))
+                raise UserError(f"{where}: unknown key {name!r}: {hint}")
             if value is None or value == []:
                 result[name] = UNSET if value is None else []
                 continue
@@ -253,9 +254,10 @@ def _drop_excluded(values: Values, given: Values) -> None:
     for one, other in (("token_clip", "token_clip_quantile"), ("token_clip_quantile", "token_clip")):
         if given.get(one, UNSET) is not UNSET and other not in given:
             values.pop(other, None)
-    alpha, clip = given.get("distillation_alpha"), values.get("token_clip")
-    bounded = isinstance(alpha, float) and 0 < alpha < 1
-    if bounded and isinstance(clip, float) and "token_clip" not in given and clip >= divergence_bound(alpha):
+    alpha: Any = given.get("distillation_alpha")
+    clip: Any = values.get("token_clip")
+    both = isinstance(alpha, float) and isinstance(clip, float) and "token_clip" not in given
+    if both and 0 < alpha < 1 and clip >= divergence_bound(alpha):
         del values["token_clip"]  # it could never bind
         values["token_clip_quantile"] = BOUNDED_QUANTILE
 

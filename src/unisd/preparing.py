@@ -210,13 +210,14 @@ def run(arguments: Sequence[str]) -> int:
             loaded.append((model.to(config.device), tokenizer))
         return loaded[0]
 
-    rows = prepare(data, options, config, load)
     model, tokenizer = load()
     prompts = PromptBuilder(
         tokenizer, config.teacher_prompt_layout, config.teacher_prompt_template, config.auxiliary_prompt_template
     )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    _show(rows, prompts, config, Views(config, prompts, (), (), context).teacher_room, options.model_name_or_path)
+    limit = Views(config, prompts, (), (), context).teacher_room
+    rows = prepare(data, options, config, load)
+    _show(rows, prompts, config, limit, options.model_name_or_path)
     if own.output:
         write_text(own.output, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} rows written to {own.output}")
