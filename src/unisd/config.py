@@ -284,8 +284,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         self.check()
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu = True  # else every process would train alone, without a word
-        # torch warns of pinned memory without a device; the loader carries row numbers, which gain nothing by it.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch would warn of it
         super().__post_init__()
         if self.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel and multiply the batch
             logger.warning("One of %d devices is used: --accelerate_config ddp uses all of them.", self.n_gpu)
