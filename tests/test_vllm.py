@@ -7,7 +7,6 @@ Run by `.ci/run` in an environment that holds vLLM: `pytest -m vllm -s tests/tes
 from __future__ import annotations
 
 import gc
-import gc
 import json
 import os
 import socket
