@@ -141,6 +141,7 @@ def test_process_on_a_cpu_never_trains_alone(monkeypatch: pytest.MonkeyPatch) ->
     from unisd import UniSDConfig
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the other processes
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 1)  # and so would this
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert UniSDConfig().use_cpu

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from unisd.cli import main
-from unisd.probe import Probe, advice
+from unisd.probe import SIDE_ROWS, Probe, advice
 from unisd.prompts import PromptBuilder
 
 
@@ -21,7 +21,7 @@ def test_pocket_probe_finds_the_headroom(tmp_path: Path, capsys: pytest.CaptureF
     assert report["teacher"]["append"]["accuracy"]["value"] >= 0.9 > report["student"]["accuracy"]["value"]
     # Accuracy under a wrong reference shows that the teacher reads it.
     assert report["wrong_reference"]["accuracy"]["value"] <= 0.1
-    assert report["wrong_reference"]["n"] == 16
+    assert report["wrong_reference"]["n"] == SIDE_ROWS
     assert report["auxiliary"]["accuracy"]["value"] >= 0.8
     assert "headroom" in report["advice"] and report["advice"] in " ".join(capsys.readouterr().out.split())
     assert report["predicted"]["s_per_step"] > 0 and report["predicted"]["memory_bytes"] > 1e6

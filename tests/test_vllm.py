@@ -269,4 +269,5 @@ def through_faults(configuration: Path, folder: Path, server: Server, healthy: l
     assert [line["rollout/weights_version"] for line in found] == [0, 1, 2]
     assert all(abs(line["importance/gap"]) < TOLERANCE for line in found)
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in healthy], rel=1e-3)
+    gc.collect()  # the trainer is a cycle; the engine goes with it
     assert not list(folder.glob("*vllm-sync*"))

@@ -303,6 +303,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             self.use_cpu = True  # else every process would train alone, without a word
         if self.eval_steps is None and self.eval_strategy == "steps":
             self.eval_steps = self.save_steps  # transformers would take logging_steps, which is 1 here
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch would warn of it
         super().__post_init__()
         if self.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel and multiply the batch
             logger.warning("One of %d devices is used: --accelerate_config ddp uses all of them.", self.n_gpu)

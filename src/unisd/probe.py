@@ -10,8 +10,9 @@ Shapes: T tokens of a completion, H hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ HEADROOM = 0.05  # least gain in accuracy that is worth a run
 SIDE_ROWS = 12  # the two side questions (wrong reference, auxiliary contexts) are asked of so many rows
 COMPARED_ROWS, COMPARED_TOKENS = 12, 128  # where a grader speaks, distributions are compared on so many rows and first tokens
 NOTABLE = 0.05  # nats per token below which a teacher says what the student says
+
+
+Asked = tuple[Sequence[Row], Sequence[list[int]]]  # rows, and the prompts that are put to the model for them
 
 
 class Probe:
@@ -73,31 +77,36 @@ class Probe:
 
     # -- what it says ---------------------------------------------------------------------------------------------------
 
-    def answers(self, name: str, rows: Sequence[Row], prompts: Sequence[list[int]]) -> tuple[list[Completion], dict[str, Any]]:
-        """Greedy completions, and their figures."""
+    def answers(self, name: str, asked: Mapping[str, Asked]) -> dict[str, tuple[list[Completion], dict[str, Any]]]:
+        """Greedy completions and their figures, by question. All are written together: rows that end late share a batch."""
+        prompts = [prompt for _, part in asked.values() for prompt in part]
         self.on_phase(name, len(prompts))
         start = time.perf_counter()
-        completions = generate(
-            self.model,
-            prompts,
-            Sampling(self.max_new_tokens),
-            eos_ids=self.eos_ids,
-            pad_id=self.pad_id,
-            batch_size=self.batch_size,
-            on_rows=self.on_rows,
+        written = iter(
+            generate(
+                self.model,
+                prompts,
+                Sampling(self.max_new_tokens),
+                eos_ids=self.eos_ids,
+                pad_id=self.pad_id,
+                batch_size=self.batch_size,
+                on_rows=self.on_rows,
+            )
         )
-        seconds = time.perf_counter() - start
-        lengths = [len(completion.ids) for completion in completions]
+        found = {key: list(islice(written, len(rows))) for key, (rows, _) in asked.items()}
+        speed = sum(len(c.ids) for part in found.values() for c in part) / (time.perf_counter() - start)
+        return {key: (part, {**self._figures(asked[key][0], part), "tokens_per_s": speed}) for key, part in found.items()}
+
+    def _figures(self, rows: Sequence[Row], completions: Sequence[Completion]) -> dict[str, Any]:
         figures: dict[str, Any] = {
             "n": len(rows),
-            "mean_length": sum(lengths) / len(lengths),
+            "mean_length": sum(len(completion.ids) for completion in completions) / len(completions),
             "truncated": sum(completion.truncated for completion in completions),
-            "tokens_per_s": sum(lengths) / seconds,
         }
         if self.grade is not None:
             texts = [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
             figures["accuracy"] = wilson(sum(map(self.grade, rows, texts)), len(rows))
-        return completions, figures
+        return figures
 
     # -- how far its distributions lie from the student's ---------------------------------------------------------------
 
@@ -149,10 +158,18 @@ class Probe:
         rows = self.rows
         student_prompts = [self.builders["append"].student(row) for row in rows]
         teacher_prompts = {layout: [builder.teacher(row) for row in rows] for layout, builder in self.builders.items()}
-        completions, student = self.answers("student, plain prompt", rows, student_prompts)
+        asked: dict[str, Asked] = {"student": (rows, student_prompts)}
+        sides = self._side_rows("auxiliary_contexts")
+        if self.grade is not None:
+            asked |= {layout: (rows, prompts) for layout, prompts in teacher_prompts.items()}
+            if sides:
+                # One context per row, taken in turn: the accuracy of the typical context at the price of one generation.
+                views = [self.builders["append"].auxiliary(rows[i], self.contexts) for i in sides]
+                asked["auxiliary"] = ([rows[i] for i in sides], [view[n % len(view)] for n, view in enumerate(views)])
+        answered = self.answers("student's and teacher's answers", asked)
+        completions, student = answered["student"]
         teacher: dict[str, dict[str, Any]] = {
-            layout: self.answers(f"teacher, {layout} layout", rows, prompts)[1] if self.grade else {"n": len(rows)}
-            for layout, prompts in teacher_prompts.items()
+            layout: answered[layout][1] if layout in answered else {"n": len(rows)} for layout in LAYOUTS
         }
         # Without a grader the advice rests on these, so that they get every row and token.
         compared = rows[:COMPARED_ROWS] if self.grade else rows
@@ -183,7 +200,7 @@ class Probe:
             "teacher": teacher,
             "layout": best,
             "wrong_reference": self._wrong_reference(best, states[best], own),
-            "auxiliary": self._auxiliary(own),
+            "auxiliary": self._auxiliary(sides, answered.get("auxiliary", ([], {"n": len(sides)}))[1], own),
             "score_tokens_per_s": score_speed,
         }
         report["advice"] = advice(report)
@@ -210,28 +227,22 @@ class Probe:
         prompts = [self.builders[layout].negative(self.rows[i]) for i in chosen]
         figures: dict[str, Any] = {"n": len(chosen)}
         if self.grade is not None:
-            figures = self.answers("teacher, wrong reference", [self.rows[i] for i in chosen], prompts)[1]
+            asked = {"wrong": ([self.rows[i] for i in chosen], prompts)}
+            figures = self.answers("teacher, wrong reference", asked)["wrong"][1]
         both = [(i, prompt) for i, prompt in zip(chosen, prompts, strict=True) if i < len(own)]
         answers = [own[i] for i, _ in both]
         wrong = self.states([prompt for _, prompt in both], answers)
         figures["divergence_from_right"] = self.divergence([right[i] for i, _ in both], wrong, answers)
         return figures
 
-    def _auxiliary(self, own: Sequence[Completion]) -> dict[str, Any] | None:
-        chosen = self._side_rows("auxiliary_contexts")
+    def _auxiliary(self, chosen: list[int], figures: dict[str, Any], own: Sequence[Completion]) -> dict[str, Any] | None:
+        """`figures` of the answers under a context of the `chosen` rows, and how far the contexts lie apart."""
         if not chosen:
             return None
-        rows = [self.rows[i] for i in chosen]
-        figures: dict[str, Any] = {"n": len(rows)}
-        if self.grade is not None:
-            # One context per row, taken in turn: the accuracy of the typical context at the price of one generation.
-            views = [self.builders["append"].auxiliary(row, self.contexts) for row in rows]
-            figures = self.answers("auxiliary contexts", rows, [view[i % len(view)] for i, view in enumerate(views)])[1]
         both = [i for i in chosen if i < len(own)]
         if self.grade is not None:
             both = both[: COMPARED_ROWS // 2]  # every row is scored under each of its contexts
-        figures["spread"] = self.spread([self.rows[i] for i in both], [own[i] for i in both])
-        return figures
+        return {**figures, "spread": self.spread([self.rows[i] for i in both], [own[i] for i in both])}
 
 
 def advice(report: dict[str, Any]) -> str:
