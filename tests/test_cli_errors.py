@@ -133,7 +133,7 @@ def test_consents_of_train_reach_probe_and_prepare(
 
     seen = []
 
-    def stop(options: Any, seed: int) -> Any:
+    def stop(options: Any, seed: int, whole: bool = False) -> Any:
         seen.append((options.trust_remote_code, options.allow_unsafe_code_execution, options.task_options, seed))
         raise UserError("seen")
 
