@@ -148,7 +148,7 @@ def page(cells: list[Cell], figure: str, methods: list[str]) -> str:
             parts += [f"## {title}", "\n".join(table(cells, condition)), CAVEAT]
             parts += [
                 "\n".join(differences(cells, condition, other))
-                for other in (compare.REFERENCE, "sft", "unisd-star")
+                for other in (compare.REFERENCE, "sft" if "sft" in methods else "unisd-star")
                 if (other, condition) in finished(cells)
             ]
     parts += ["## Pilots", "\n".join(pilots(cells))]
@@ -190,9 +190,11 @@ def draw(cells: list[Cell], file: Path) -> None:
 
 
 def write(folder: Path, cells: list[Cell]) -> None:
-    """Put the tables into `pocket.md` and `field.md`, and draw `pocket.svg` and `field.svg`."""
+    """Put the tables into `pocket.md` and, once it has cells of its own, `field.md`; and draw `pocket.svg` and `field.svg`."""
     for name, title in (("pocket", "Methods on the pocket task"), ("field", "Recipes of later papers on the pocket task")):
         methods = of_page(name == "field")
+        if not any(cell["method"] in methods for cell in cells if name == "pocket" or cell["method"] in FIELD):
+            continue
         draw([cell for cell in cells if cell["method"] in (compare.RAW, *methods)], folder / f"{name}.svg")
         update(folder / f"{name}.md", title, page(cells, f"{name}.svg", methods))
 
