@@ -108,7 +108,8 @@ def test_a_reference_over_the_limit_is_named(tmp_path: Any) -> None:
 @pytest.mark.parametrize("name", recipes.names())
 def test_each_recipe_trains_for_three_steps(tmp_path: Any, name: str) -> None:
     recipe = recipes.load(name)
-    settings = {k: v for k, v in {**recipe.options, **recipe.pocket}.items() if v is not None}
+    merged = {**recipe.options, **recipe.pocket}  # flags of `unisd train`: some are no field of the configuration
+    settings = {k: v for k, v in merged.items() if v is not None and k in UniSDConfig.__dataclass_fields__}
     settings |= {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_completion_length": 24}
     settings |= {"learning_rate": 1e-3, "warmup_steps": 0}
     built = trainer(tmp_path, **settings)
