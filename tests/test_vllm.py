@@ -226,8 +226,8 @@ def test_server(
         server.start()
         flags = ["--use_vllm", "--vllm_mode", "server", "--vllm_server_base_url", server.url, *adapter]
         train_and_compare(configuration, tmp_path / "out", flags, request)
-        two_processes(configuration, tmp_path / "two", flags)
         if not adapter:
+            two_processes(configuration, tmp_path / "two", flags)
             through_faults(configuration, tmp_path / "faults", server, lines(tmp_path / "out"))
     finally:
         server.stop()
