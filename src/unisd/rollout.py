@@ -88,11 +88,11 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
     As a logits processor under greedy search: it leaves the drawn token as the only possible one.
     """
 
-    def __init__(self, keys: Sequence[NoiseKey], sampling: Sampling, prompt_length: int) -> None:
+    def __init__(self, keys: Sequence[NoiseKey], sampling: Sampling, prompt_length: int, tell_logps: bool) -> None:
         self.uniform_BT = torch.from_numpy(np.stack([uniform_noise(key, sampling.max_new_tokens) for key in keys]))
         self.prompt_length = prompt_length
         self.temperature = sampling.temperature
-        self.drawn_logps: list[Tensor] = []  # [B,1] each
+        self.drawn_logps: list[Tensor] | None = [] if tell_logps else None  # [B,1] each
         self.warpers = LogitsProcessorList()
         if sampling.top_k > 0:
             self.warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -108,8 +108,9 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
         cumulative_BV = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
         target_B1 = self.uniform_BT[:, position, None].to(scores.device) * cumulative_BV[:, -1:]
         drawn_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_max(scores.shape[-1] - 1)
-        below_B1 = torch.where(drawn_B1 > 0, cumulative_BV.gather(1, (drawn_B1 - 1).clamp_min(0)), 0.0)
-        self.drawn_logps.append(((cumulative_BV.gather(1, drawn_B1) - below_B1) / cumulative_BV[:, -1:]).log())
+        if self.drawn_logps is not None:
+            below_B1 = torch.where(drawn_B1 > 0, cumulative_BV.gather(1, (drawn_B1 - 1).clamp_min(0)), 0.0)
+            self.drawn_logps.append(((cumulative_BV.gather(1, drawn_B1) - below_B1) / cumulative_BV[:, -1:]).log())
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn_B1, 0.0)
 
 
@@ -146,7 +147,7 @@ def generate(
 
     def sampler(alive: Sequence[int], prompt_length: int) -> LogitsProcessorList:
         assert keys is not None
-        samplers.append((alive, KeyedSampler([keys[i] for i in alive], sampling, prompt_length)))
+        samplers.append((alive, KeyedSampler([keys[i] for i in alive], sampling, prompt_length, tell_logps)))
         return LogitsProcessorList([samplers[-1][1]])
 
     written = decode(
