@@ -212,14 +212,19 @@ class SafeTrainer(ShardedTrainer):
         """The checkpoint to resume from, whole. One process finds out for all, since it reads every byte."""
         if not asked:
             return None
-        found: list[str | None] = [None]
-        if self.accelerator.is_main_process:
-            newest = checkpoints.last_complete_checkpoint(self.args.output_dir, contents=True) if asked is True else None
-            if asked is True and newest is None:
-                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
-            if newest is None:
+
+        def find() -> str | None:
+            if not self.accelerator.is_main_process:
+                return None
+            if asked is not True:
                 checkpoints.require_whole(str(asked))
-            found = [str(newest or asked)]
+                return str(asked)
+            newest = checkpoints.last_complete_checkpoint(self.args.output_dir, contents=True)
+            if newest is None:
+                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
+            return str(newest)
+
+        found = [on_all_ranks(self.accelerator, find)]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(found)
         return found[0]
