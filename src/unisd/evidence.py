@@ -59,6 +59,8 @@ PILOTS: dict[str, list[tuple[float | None, float]]] = {
     "sdft": [(FORWARD, 5e-4), (FORWARD, 1e-3), (JSD, 5e-4), (JSD, 1e-3)],
     "unisd-star": [(None, 5e-4), (None, 1e-3)],
 }
+Setting = tuple[str, int, int]
+"""Model, steps and test rows."""
 TOTAL = 1 + sum(map(len, PILOTS.values())) + len(SEEDS) * len(METHODS)  # cells of one task
 
 
@@ -131,11 +133,12 @@ class Examiner:
         prompts: list[list[int]] = []
         texts: list[list[int]] = []
         groups: list[tuple[int, int, int]] = []
+        ends = eos_ids(model, self.tokenizer)
         for row in self.rows:
             options, right = candidates(row)
             groups.append((len(texts), len(options), right))
             prompts += [encode_prompt(self.tokenizer, row["prompt"])] * len(options)
-            texts += [encode_completion(self.tokenizer, option, eos_ids(model, self.tokenizer)) for option in options]
+            texts += [encode_completion(self.tokenizer, option, ends) for option in options]
         logp_N, count_N = evaluation.sequence_logprobs(model, prompts, texts)
         mean_N = logp_N / count_N
         return [int(mean_N[first : first + count].argmax()) == right for first, count, right in groups]
@@ -209,6 +212,13 @@ def share(marks: str) -> float:
     return marks.count("1") / max(1, len(marks))
 
 
+def is_of(cell: Cell, task: str, setting: Setting) -> bool:
+    """Pilots belong to every setting of their model and rows that has as many steps or more."""
+    model, steps, rows = setting
+    wanted = min(PILOT_STEPS, steps) if cell["pilot"] else steps
+    return (cell["task"], cell["model"], cell["rows"], cell["steps"]) == (task, model, rows, wanted)
+
+
 def best_pilot(cells: list[Cell], task: str, method: str) -> tuple[float, float] | None:
     """Divergence and rate of a method's best pilot; None while pilots are missing."""
     found = [cell for cell in cells if cell["pilot"] and cell["task"] == task and cell["method"] == method]
@@ -224,11 +234,8 @@ def plans(cells: list[Cell], task: str, model: str, steps: int, rows: int, data_
     def plan(method: str, seed: int, alpha: float, rate: float, pilot: bool = False) -> Plan:
         return Plan(task, method, seed, alpha, rate, pilot, model, min(PILOT_STEPS, steps) if pilot else steps, rows, data_files)
 
-    def mine(cell: Cell) -> bool:
-        return (cell["model"], cell["rows"]) == (model, rows) and cell["steps"] in (steps, min(PILOT_STEPS, steps))
-
     def best(method: str) -> tuple[float, float] | None:
-        return best_pilot([cell for cell in cells if mine(cell)], task, method)
+        return best_pilot([cell for cell in cells if is_of(cell, task, (model, steps, rows))], task, method)
 
     def new(candidate: Plan) -> bool:
         return all(Plan(**{k: cell[k] for k in asdict(candidate) if k != "data_files"}).key != candidate.key for cell in cells)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from unisd.cells import Cell, read
-from unisd.evidence import METHODS, MODEL, PILOT_STEPS, PILOTS, RAW, ROWS, STEPS, TOTAL, best_pilot, score, share
+from unisd.evidence import METHODS, MODEL, PILOT_STEPS, PILOTS, RAW, ROWS, STEPS, TOTAL, Setting, best_pilot, is_of, score, share
 from unisd.pages import markdown_table, update
 from unisd.pocket.comparison import Marks, percent
 
@@ -82,10 +82,6 @@ def pilots(cells: list[Cell], task: str) -> list[str]:
     return markdown_table(("pilot", "divergence", "rate", "answers right, %", "general, %"), lines)
 
 
-Setting = tuple[str, int, int]
-"""Model, steps and test rows."""
-
-
 def settings(cells: list[Cell]) -> list[tuple[str, Setting]]:
     """Tasks with the settings that cells have run in, the published one of each first."""
     found = []
@@ -96,29 +92,22 @@ def settings(cells: list[Cell]) -> list[tuple[str, Setting]]:
     return found
 
 
-def is_of(cell: Cell, task: str, setting: Setting) -> bool:
-    """Pilots belong to every setting of their model and rows that has as many steps or more."""
-    model, steps, rows = setting
-    wanted = min(PILOT_STEPS, steps) if cell["pilot"] else steps
-    return (cell["task"], cell["model"], cell["rows"], cell["steps"]) == (task, model, rows, wanted)
-
-
 def page(cells: list[Cell]) -> str:
     """Everything between the markers."""
     parts = []
-    everything = cells
-    for task, (model, steps, rows) in settings(everything):
-        cells = done = [cell for cell in everything if is_of(cell, task, (model, steps, rows))]
+    for task, setting in settings(cells):
+        model, steps, rows = setting
+        of_setting = [cell for cell in cells if is_of(cell, task, setting)]
+        other = "" if setting == (MODEL, STEPS[task], ROWS) else f": {model}, {steps} steps, {rows} rows"
         parts += [
-            f"## {TITLES[task]}"
-            + ("" if (model, rows) == (MODEL, ROWS) and steps == STEPS[task] else f": {model}, {steps} steps, {rows} rows"),
-            f"{len(done)} of {TOTAL} cells have run ({model}, {steps} steps of 16 rows, at most {rows} test rows; pilots "
+            f"## {TITLES[task]}{other}",
+            f"{len(of_setting)} of {TOTAL} cells have run ({model}, {steps} steps of 16 rows, at most {rows} test rows; pilots "
             f"{min(PILOT_STEPS, steps)} steps).",
         ]
-        if groups(cells, task):
-            parts += ["\n".join(at_equal_steps(cells, task)), "\n".join(at_equal_gain(cells, task))]
-        if any(cell["pilot"] for cell in done):
-            parts.append("\n".join(pilots(cells, task)))
+        if groups(of_setting, task):
+            parts += ["\n".join(at_equal_steps(of_setting, task)), "\n".join(at_equal_gain(of_setting, task))]
+        if any(cell["pilot"] for cell in of_setting):
+            parts.append("\n".join(pilots(of_setting, task)))
     return "\n\n".join(part for part in parts if part)
 
 
