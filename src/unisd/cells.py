@@ -51,23 +51,12 @@ def carry_out(
     Raises:
         UserError: a cell failed (those that ran beside it are finished and written first), or another process adds to this file.
     """
-    with lock(file, f"another process runs the cells of {file}: wait for it, or choose another --folder."):
-        return _carry_out(file, plans, run, total, most, jobs)
-
-
-def _carry_out(
-    file: Path,
-    plans: Callable[[list[Cell]], Iterable[Any]],
-    run: Callable[[Any], Cell],
-    total: int,
-    most: int | None,
-    jobs: int,
-) -> list[Cell]:
-    cells = read(file)
+    busy = f"another process runs the cells of {file}: wait for it, or choose another --folder."
     running: dict[Future[Cell], Any] = {}
     failed: list[BaseException] = []
     started, threads = 0, max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
-    with show_progress("cells", total) as advance, ThreadPoolExecutor(jobs) as pool:
+    with lock(file, busy), show_progress("cells", total) as advance, ThreadPoolExecutor(jobs) as pool:
+        cells = read(file)
         advance(len(cells))
         while True:
             while len(running) < jobs and not failed and (most is None or started < most):

@@ -254,12 +254,12 @@ def reference_nll(
     """
     from unisd.prompts import encode_completion
 
-    prompts, completions = [], []
+    prompts, completions, ends = [], [], eos_ids(model, tokenizer)
     for i, row in enumerate(rows):
         reference = row.get("completion") or row.get("privileged_context")
         if reference:
             prompts.append(_ids(tokenizer, row["prompt"]) if prompt_ids is None else prompt_ids[i])
-            completions.append(encode_completion(tokenizer, str(reference), eos_ids(model, tokenizer)))
+            completions.append(encode_completion(tokenizer, str(reference), ends))
     logp_N, count_N = sequence_logprobs(model, prompts, completions)
     return -float(logp_N.sum()), int(count_N.sum())
 

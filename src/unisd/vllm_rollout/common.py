@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
+from unisd.models import without_adapter
 from unisd.patient_http import BadAnswer
 from unisd.rollout import Completion, NoiseKey, Sampling, seed_of
 
@@ -44,7 +45,7 @@ class VllmEngine:
         self._accelerator = accelerator
         self._finished_steps = finished_steps
         self._with_adapter = hasattr(model, "peft_config")
-        self.bare = model.get_base_model() if self._with_adapter else model
+        self.bare = without_adapter(model)
         self._vocabulary = int(self.bare.get_output_embeddings().weight.shape[0])
         self._dtype = str(self._precision()).removeprefix("torch.")  # that the engine computes with
 
