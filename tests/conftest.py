@@ -35,3 +35,14 @@ def log_as_it_was() -> Iterator[None]:
     kept = log.propagate, log.level, list(log.handlers)
     yield
     log.propagate, log.level, log.handlers[:] = kept
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with its tokenizer, saved."""
+    import tiny  # on the path only now, and heavy
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from unisd import run
@@ -22,14 +21,6 @@ ROWS = [{"prompt": f"What is {i} and {i}?", "privileged_context": f"It is {2 * i
 SHORT = ["--max_steps", "2", "--max_completion_length", "6", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2"]
 SHORT += ["--gradient_accumulation_steps", "1"]
 ACCURACY = {"value", "low", "high", "n"}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny.model().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
