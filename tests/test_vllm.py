@@ -45,7 +45,6 @@ gradient_accumulation_steps: 2
 max_completion_length: 12
 max_eval_rows: 1
 learning_rate: 1.0e-4
-lora_dropout: 0.0
 vllm_gpu_memory_utilization: 0.05
 vllm_max_model_length: 512
 save_strategy: "no"
@@ -147,7 +146,7 @@ def train_and_compare(configuration: Path, folder: Path, flags: list[str], reque
     assert set(found[-1]) - engine_keys == request.getfixturevalue("plain_keys")
 
 
-@pytest.mark.parametrize("adapter", [[], ["--use_peft"]], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [[], ["--use_peft", "--lora_dropout", "0"]], ids=["full", "lora"])
 def test_colocated(configuration: Path, tmp_path: Path, adapter: list[str], request: pytest.FixtureRequest) -> None:
     train_and_compare(configuration, tmp_path / "out", ["--use_vllm", "--vllm_mode", "colocate", *adapter], request)
 
@@ -215,7 +214,7 @@ class Server:
 
 @pytest.mark.parametrize(
     ("adapter", "options"),
-    [([], ["--weight-transfer-config", '{"backend": "unisd"}']), (["--use_peft"], ["--enable-lora", "--max-lora-rank", "64"])],
+    [([], ["--weight-transfer-config", '{"backend": "unisd"}']), (["--use_peft", "--lora_dropout", "0"], ["--enable-lora", "--max-lora-rank", "64"])],
     ids=["full", "lora"],
 )
 def test_server(
