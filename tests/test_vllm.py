@@ -214,7 +214,10 @@ class Server:
 
 @pytest.mark.parametrize(
     ("adapter", "options"),
-    [([], ["--weight-transfer-config", '{"backend": "unisd"}']), (["--use_peft", "--lora_dropout", "0"], ["--enable-lora", "--max-lora-rank", "64"])],
+    [
+        ([], ["--weight-transfer-config", '{"backend": "unisd"}']),
+        (["--use_peft", "--lora_dropout", "0"], ["--enable-lora", "--max-lora-rank", "64"]),
+    ],
     ids=["full", "lora"],
 )
 def test_server(
