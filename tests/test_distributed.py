@@ -1,4 +1,4 @@
-"""Several processes train as one, with a whole model each (DDP) or shards of one (FSDP2): same samples, loss and weights.
+"""Several processes train as one, with a whole model each (DDP, ZeRO-2) or shards of one (FSDP2, ZeRO-3): same samples, loss and weights.
 
 One that dies ends the run soon, and any number can resume.
 """
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def best(folder: Path) -> None:
     built.train()
     assert built.state.best_model_checkpoint == str(folder / "checkpoint-1")
     saved = load_file(folder / "checkpoint-1" / "model.safetensors")
-    assert all(sharding.whole(value).equal(saved[name]) for name, value in sharding.weights(built.model).items())
+    assert all(sharding.whole(value).equal(saved[name]) for name, value in built.model.named_parameters())
     (folder / f"rank-{built.accelerator.process_index}").touch()
 
 
@@ -179,15 +180,66 @@ def pocket_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_one_and_two(folder: Path, pocket: bool) -> Path:
     in_one_process(folder, pocket)
+    on_two_ranks(folder, f"in_two_processes(Path({str(folder)!r}), {pocket})", {})
+    return folder
+
+
+def on_two_ranks(folder: Path, call: str, environment: dict[str, str]) -> None:
+    """Run a function of this file in two processes."""
     code = folder / "worker.py"
     code.write_text(
-        f"import sys; sys.path[:0] = {sys.path!r}\nimport test_distributed\nfrom pathlib import Path\n"
-        f"test_distributed.in_two_processes(Path({str(folder)!r}), {pocket})\n"
+        f"import sys; sys.path[:0] = {sys.path!r}\nimport test_distributed\nfrom pathlib import Path\ntest_distributed.{call}\n"
     )
     starter = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(code)]
-    done = subprocess.run(starter, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(starter, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the runs under DeepSpeed are compared with: the same in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    in_one_process(folder, pocket=True)
+    others(folder / "one" / "others", 4)
+    ragged(folder / "one" / "ragged", 4)
     return folder
+
+
+@pytest.fixture(scope="module", params=["zero2", "zero3"])
+def zero(request: pytest.FixtureRequest, alone: Path) -> Path:
+    """The folder of runs under one stage; each stage in processes of its own, since accelerate cannot change it."""
+    kind = str(request.param)
+    on_two_ranks(alone, f"under_zero(Path({str(alone)!r}), {kind!r})", launch.environment(kind, on_cpu=True))
+    return alone / kind
+
+
+def under_zero(folder: Path, kind: str) -> None:
+    for lora in (False, True):
+        train(folder, kind, lora, pocket=True)
+    folder = folder / kind
+    ragged(folder / "ragged", 2)
+    others(folder / "others", 2)
+    best(folder / "best")
+    bad_step(folder / "bad-step")
+    options: dict[str, Any] = {"gradient_checkpointing": True, **STATEFUL}
+    for lora in (False, True):
+        whole = build(folder / f"whole-{lora}", 2, lora, max_steps=4, save_strategy="steps", save_steps=2, **options)
+        whole.train()
+        whole.save_model()
+        resume(folder / f"resumed-{lora}", folder / f"whole-{lora}" / "checkpoint-2", 2, lora, 4, **options)
+
+
+def bad_step(folder: Path) -> None:
+    """The second of three steps has no finite gradient, on one rank only."""
+    built = build(folder, 2, False, max_steps=3, save_strategy="steps", save_steps=1)
+    compute_loss = built.compute_loss
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(*args, **kwargs)
+        return loss * float("nan") if built.state.global_step == 1 and built.accelerator.process_index == 1 else loss
+
+    built.compute_loss = poisoned
+    built.train()
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -330,7 +382,43 @@ def test_every_rank_loads_the_best_checkpoint_at_the_end(runs: Path, kind: str) 
     assert sorted(path.name for path in (runs / kind / "best").glob("rank-*")) == ["rank-0", "rank-1"]
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.real)])
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("lora", [False, True])
+def test_zero_changes_nothing(zero: Path, lora: bool) -> None:
+    same_in_one_and_two(zero.parent, zero.name, lora, pocket=True)
+    parts = [json.loads(file.read_text()) for file in (zero / f"lora-{lora}").glob("held-*.json")]
+    [whole] = [json.loads(file.read_text()) for file in (zero.parent / "one" / f"lora-{lora}").glob("held-*.json")]
+    share = 0.5 if zero.name == "zero3" else 1.0
+    assert all(part == pytest.approx([share * number for number in whole], rel=0.01) for part in parts)  # the last is filled up
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert apart(zero / f"whole-{lora}" / name, zero / f"resumed-{lora}" / name) < 1e-6
+    assert apart(zero / f"whole-{lora}" / "checkpoint-2" / name, zero / f"whole-{lora}" / name) > 1e-4
+
+
+@pytest.mark.deepspeed
+def test_everything_else_is_the_same_under_zero(zero: Path) -> None:
+    alone = zero.parent / "one"
+    for part in ("others", "ragged"):
+        assert [line["loss"] for line in lines(alone / part)] == pytest.approx([x["loss"] for x in lines(zero / part)], rel=1e-4)
+        assert apart(alone / part / "model.safetensors", zero / part / "model.safetensors") < 1e-4
+    evaluated = [json.loads((folder / "others" / "eval.json").read_text()) for folder in (alone, zero)]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-4)
+    assert sorted(path.name for path in (zero / "best").glob("rank-*")) == ["rank-0", "rank-1"]
+
+
+@pytest.mark.deepspeed
+def test_zero_skips_a_step_without_a_finite_gradient(zero: Path) -> None:
+    folders = [zero / "bad-step" / f"checkpoint-{step}" for step in (1, 2, 3)]
+    for name, least in (("model.safetensors", 1e-4), ("teacher.safetensors", 1e-6)):
+        moved = [apart(a / name, b / name) for a, b in pairwise(folders)]
+        assert moved[0] == 0 and moved[1] > least
+    assert [line["guard/skipped_steps"] for line in lines(zero / "bad-step")] == [0, 1, 1]
+
+
+KINDS = ["fsdp2", pytest.param("ddp", marks=pytest.mark.real), pytest.param("zero3", marks=pytest.mark.deepspeed)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_that_is_killed_and_a_launcher_that_is_told_to_stop_lose_nothing(tmp_path: Path, kind: str) -> None:
     """Killed, resumed and stopped by SIGTERM, on two ranks; the weights are those of one process that was left alone."""
     from unisd.cli import main

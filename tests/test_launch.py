@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from unisd import UserError, launch, sharding
+from unisd import UserError, launch, sharding, zero
 from unisd.outputs import resume_command
 from unisd.parsing import parse
 
@@ -25,9 +25,8 @@ def test_launch_commands_and_their_mistakes(tmp_path: Path) -> None:
     own = tmp_path / "mine.yaml"
     own.write_text("distributed_type: MULTI_GPU\n")
     assert launch.config_file(str(own)) == own
-    for name, message in (("zero3", "DeepSpeed is not supported; fsdp2"), ("dpp", "one of: ddp, fsdp2")):
-        with pytest.raises(UserError, match=message):
-            launch.config_file(name)
+    with pytest.raises(UserError, match="one of: ddp, fsdp2, zero2, zero3"):
+        launch.config_file("dpp")
     with pytest.raises(UserError, match="num_processes belongs to accelerate_config"):
         parse(["--num_processes", "2"])
 
@@ -49,11 +48,13 @@ def test_what_a_configuration_says_of_processes(tmp_path: Path) -> None:
         launch.processes_of(options("--accelerate_config", str(own)))
 
 
-def test_dry_run_refuses_what_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_refuses_what_the_run_would(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from unisd.cli import main
 
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
     assert main(["train", "--accelerate_config", "zero3", "--dry_run"]) == 2
-    assert "DeepSpeed is not supported; fsdp2" in capsys.readouterr().err
+    assert 'accelerate_config=zero3 needs DeepSpeed: pip install "unisd[deepspeed]"' in capsys.readouterr().err
 
 
 def test_processes_get_time_to_save_before_they_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,7 @@ def test_command_that_resumes_names_the_newest_checkpoint_only(tmp_path: Path) -
         assert resume_command(options, tmp_path) == expected
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero2", "DEEPSPEED")])
 def test_packaged_configurations_are_ones_that_accelerate_reads(name: str, kind: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -104,9 +105,6 @@ def test_processes_on_a_cpu_are_told_what_accelerates_launcher_would_tell_them(t
         ["--config_file", str(own), "--num_processes", "2", "--main_process_port", "0", "script.py"]
     )
     theirs = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-    own.write_text("distributed_type: DEEPSPEED\n")
-    with pytest.raises(UserError, match="DeepSpeed is not supported; fsdp2"):
-        launch.environment(str(own), on_cpu=True)
     assert len(ours) == 9 and ours == {name: theirs.get(name) for name in ours}
 
 
@@ -119,7 +117,6 @@ def test_processes_on_a_cpu_are_told_what_accelerates_launcher_would_tell_them(t
         ({"cpu_offload": True}, {}, "fsdp_offload_params is not supported"),
         ({}, {"use_vllm": True}, "use_vllm does not work with FSDP yet"),
         ({}, {"fp16": True}, "fp16 is not supported with FSDP: use bf16"),
-        (None, {}, "DeepSpeed is not supported; fsdp2"),
     ],
 )
 def test_ways_of_spreading_weights_that_are_refused(plugin: Any, options: dict[str, Any], message: str) -> None:
@@ -127,12 +124,73 @@ def test_ways_of_spreading_weights_that_are_refused(plugin: Any, options: dict[s
     state = SimpleNamespace(distributed_type=None, fsdp_plugin=FullyShardedDataParallelPlugin(**plugins))
     built = SimpleNamespace(
         accelerator=SimpleNamespace(state=state),
-        is_fsdp_enabled=plugin is not None,
-        is_deepspeed_enabled=plugin is None,
+        is_fsdp_enabled=True,
+        is_deepspeed_enabled=False,
         args=SimpleNamespace(**{"fp16": False, "use_vllm": False, "fsdp_plugin_args": None} | options),
     )
     with pytest.raises(UserError, match=message):
         sharding.set_up(built)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_processes_on_a_cpu_are_told_of_deepspeed_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    monkeypatch.setattr(launch, "find_spec", lambda name: "there")
+    arguments = ["--config_file", str(launch.config_file(name)), "--num_processes", "2", "--main_process_port", "0", "script.py"]
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+    validated = _validate_launch_command(launch_command_parser().parse_args(arguments))[0]
+    validated.deepspeed_fields_from_accelerate_config = ""
+    theirs = prepare_deepspeed_cmd_env(validated)[1]
+    ours = launch.environment(name, on_cpu=True)
+    assert ours.pop("DS_ACCELERATOR") == "cpu"
+    assert len(ours) == 5 and ours == {variable: theirs.get(variable) for variable in ours}
+    assert launch.environment(name, on_cpu=False) == {}
+    shards = launch.shards_of(parse(["--use_cpu", "--accelerate_config", name, "--num_processes", "2"])[0])
+    assert shards == (2 if name == "zero3" else 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"zero_optimization": {"stage": 0}}, {}, "zero_stage 0 is not supported: use accelerate_config=ddp"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            {},
+            "offload_param is not supported: set its device",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, {}, "offload_optimizer is not supported"),
+        (
+            {"zero_optimization": {"stage": 2}, "optimizer": {}},
+            {},
+            "an optimizer or scheduler of its own .* set optim and lr_sch",
+        ),
+        ({"zero_optimization": {"stage": 2}}, {"fp16": True}, "fp16 is not supported: use bf16"),
+        ({"zero_optimization": {"stage": 3}}, {"use_vllm": True}, "use_vllm with stage 3.* use accelerate_config=zero2"),
+    ],
+)
+def test_ways_of_using_deepspeed_that_are_refused(settings: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    plugin = SimpleNamespace(deepspeed_config=settings)
+    built = SimpleNamespace(
+        accelerator=SimpleNamespace(state=SimpleNamespace(distributed_type=None, deepspeed_plugin=plugin)),
+        is_fsdp_enabled=False,
+        is_deepspeed_enabled=True,
+        args=SimpleNamespace(**{"fp16": False, "use_vllm": False, "gradient_checkpointing": False} | options),
+    )
+    with pytest.raises(UserError, match=message):
+        sharding.set_up(built)
+
+
+def test_checkpoint_of_deepspeed_is_for_as_many_processes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not one of DeepSpeed's: resume with the accelerate_config"):
+        zero.require_same_ranks(tmp_path, 2)
+    (tmp_path / "global_step4").mkdir()
+    for rank in (0, 1):
+        (tmp_path / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    zero.require_same_ranks(tmp_path, 2)
+    with pytest.raises(UserError, match="parts of 2 processes and this run has 3: resume with as many, or start a new run"):
+        zero.require_same_ranks(tmp_path, 3)
 
 
 def test_process_on_a_cpu_never_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:

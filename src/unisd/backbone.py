@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from unisd.errors import UserError
 from unisd.losses import Head
 from unisd.models import without_adapter
-from unisd.sharding import at_hand, is_sharded
+from unisd.sharding import at_hand, entry, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class Backbone:
 
     def _run(self, **inputs: Any) -> None:
         if is_sharded(self.model):  # called in part, it would be left half gathered
-            self.model(**{**self._forward_options, **inputs})
+            entry(self.model)(**{**self._forward_options, **inputs})
         else:
             self.decoder(**inputs)
 

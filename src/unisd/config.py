@@ -306,6 +306,7 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch would warn of it
         super().__post_init__()
+        load_whole_models()
         if self.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel and multiply the batch
             logger.warning("One of %d devices is used: --accelerate_config ddp uses all of them.", self.n_gpu)
             self._n_gpu = 1
@@ -475,3 +476,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "diagnostics_probe_steps": (1, _INF),
     "diagnostics_probe_rows": (1, _INF),
 }
+
+
+def load_whole_models() -> None:
+    """Under ZeRO-3 transformers would cut every model while it loads it: here it is loaded whole, looked at, and cut by the trainer."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()

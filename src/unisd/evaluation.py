@@ -25,7 +25,7 @@ from unisd.decoding import decode
 from unisd.errors import UserError
 from unisd.grading import grade_many, wilson
 from unisd.models import eos_ids
-from unisd.sharding import in_step
+from unisd.sharding import entry, in_step
 from unisd.tasks.base import Grade, Row
 
 Interval = dict[str, float]
@@ -160,7 +160,7 @@ class _States:
     def __init__(self, model: Any) -> None:
         from unisd.backbone import Backbone
 
-        self.model = model
+        self.model = entry(model)
         self.backbone: Backbone | None = None
         try:
             self.backbone = Backbone(model)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,17 @@ from unisd.errors import UserError
 from unisd.options import RunOptions
 from unisd.outputs import resume_command
 
-NO_DEEPSPEED = "DeepSpeed is not supported; fsdp2 spreads weights, gradients and optimizer state as ZeRO-3 does: use that."
-
 STOP_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds that torchrun gives its processes after SIGTERM: for the end of a step and a save. Its own default is 30."""
+
+_ZERO = {
+    "zero_stage": "ZERO_STAGE",
+    "deepspeed_config_file": "CONFIG_FILE",
+    "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
+    "offload_param_device": "OFFLOAD_PARAM_DEVICE",
+    "zero3_init_flag": "ZERO3_INIT",
+}
+"""Options of accelerate's configuration, and the variables that carry them."""
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 
@@ -34,10 +42,8 @@ def config_file(name: str) -> Path:
     """The accelerate configuration called `name`: of this package, or a file.
 
     Raises:
-        UserError: there is none, or it is one of DeepSpeed's.
+        UserError: there is none.
     """
-    if name in ("zero1", "zero2", "zero3", "deepspeed"):
-        raise UserError(f"accelerate_config={name}: {NO_DEEPSPEED}")
     packaged = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     if name in packaged:
         return CONFIGS / f"{name}.yaml"
@@ -58,8 +64,10 @@ def command(name: str, processes: int, arguments: Sequence[str], on_cpu: bool) -
 
 def _content(name: str) -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(config_file(name).read_text(encoding="utf-8")) or {}
-    if content.get("distributed_type") == "DEEPSPEED":
-        raise UserError(f"accelerate_config={name}: {NO_DEEPSPEED}")
+    if content.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
+        raise UserError(
+            f'accelerate_config={name} needs DeepSpeed: pip install "unisd[deepspeed]", or use fsdp2, which spreads as much as zero3.'
+        )
     if (content.get("num_machines") or 1) > 1:
         raise UserError(f"accelerate_config={name}: num_machines must be 1 here: for more use torchrun (docs/scale.md).")
     return content
@@ -83,17 +91,27 @@ def shards_of(options: RunOptions) -> int:
     import torch
 
     processes = processes_of(options) or (torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
-    return processes if _content(options.accelerate_config).get("distributed_type") == "FSDP" else 1
+    content = _content(options.accelerate_config)
+    cut = content.get("distributed_type") == "FSDP" or content.get("deepspeed_config", {}).get("zero_stage") == 3
+    return processes if cut else 1
 
 
 def environment(name: str, on_cpu: bool) -> dict[str, str]:
-    """What the processes need beside this one's environment: on a CPU, what accelerate's launcher would set for FSDP.
+    """What the processes need beside this one's environment: on a CPU, what accelerate's launcher would set for FSDP or DeepSpeed.
 
     Raises:
         UserError: as `config_file`.
     """
     content = _content(name)
-    if not on_cpu or content.get("distributed_type") != "FSDP":
+    if not on_cpu:
+        return {}
+    if content.get("distributed_type") == "DEEPSPEED":
+        found = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+        settings = content.get("deepspeed_config", {})
+        return found | {
+            f"ACCELERATE_DEEPSPEED_{_ZERO[key]}": str(value).lower() for key, value in settings.items() if key in _ZERO
+        }
+    if content.get("distributed_type") != "FSDP":
         return {}
     found = {"ACCELERATE_USE_FSDP": "true"}
     for option, value in content.get("fsdp_config", {}).items():

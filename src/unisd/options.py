@@ -28,7 +28,7 @@ class RunOptions:
     )
     accelerate_config: str | None = option(
         "run",
-        "Run in several processes of this machine: ddp, fsdp2 (weights spread over them), or an accelerate configuration of yours.",
+        "Several processes of this machine: ddp, fsdp2, zero2, zero3 (fsdp2 and zero3 spread the weights) or an accelerate file of yours.",
     )
     num_processes: int | None = option("run", "accelerate_config: processes; unset: one for each accelerator.")
 

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
-from unisd import checkpoints
+from unisd import checkpoints, zero
 from unisd.alarms import Watch
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
@@ -49,7 +49,7 @@ def on_all_ranks(accelerator: Accelerator, rollout: Callable[[], Result]) -> Res
     try:
         found.append(rollout())
     except UserError as error:
-        if isinstance(error, OutOfMemory) and accelerator.distributed_type == DistributedType.FSDP:
+        if isinstance(error, OutOfMemory) and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise  # the others wait inside a forward pass of all ranks, and would take a message for a part of it
         failure = str(error)
     failures = [failure] if accelerator.num_processes == 1 else gather_object([failure])
@@ -130,7 +130,7 @@ class SafeTrainer(ShardedTrainer):
     def _check_can_be_smaller(self, rows: int, error: BaseException) -> None:
         if self._most_rows == 1 or rows == 1:
             raise OutOfMemory(ROW_TOO_LARGE) from error
-        if self.accelerator.num_processes > 1:  # the other ranks wait inside their own backward pass
+        if self.accelerator.num_processes > 1 or self.is_deepspeed_enabled:  # the other ranks wait inside their own backward pass
             raise OutOfMemory(
                 f"rank {self.accelerator.process_index} ran out of memory: halve per_device_train_batch_size, double "
                 "gradient_accumulation_steps (the steps stay the same), and resume from the last checkpoint."
@@ -190,6 +190,8 @@ class SafeTrainer(ShardedTrainer):
         """
         checkpoint = self._checkpoint_of(resume_from_checkpoint)
         if checkpoint is not None:
+            if self.is_deepspeed_enabled:
+                zero.require_same_ranks(checkpoint, self.accelerator.num_processes)
             self.load_teachers(checkpoint)
             self.store.load(checkpoint)
             if self.args.should_save:

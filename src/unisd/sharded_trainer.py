@@ -1,6 +1,6 @@
-"""A `transformers.Trainer` whose model may be sharded by FSDP2: how it is set up and what its checkpoints hold.
+"""A `transformers.Trainer` whose model may be sharded, by FSDP2 or DeepSpeed: how it is set up and what its checkpoints hold.
 
-See :mod:`unisd.sharding`; without FSDP this is the Trainer itself.
+See :mod:`unisd.sharding`; without either this is the Trainer itself. DeepSpeed's engine keeps the optimizer in files of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         sharding.set_up(self)
 
     @property
+    def cuts_weights(self) -> bool:
+        """Whether every rank holds a part of the weights only."""
+        return bool(
+            self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
+        )
+
+    @property
     def _in_shards(self) -> bool:
         """Whether each rank writes its own part of a checkpoint (else it holds the files of an unsharded run)."""
         return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
@@ -36,7 +43,7 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; but for checkpoints in shards, one whole model or adapter is written."""
-        if not self.is_fsdp_enabled:
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -55,7 +62,7 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
 
     def save_teacher(self, teacher: Teacher, folder: str, file: str) -> None:
         """Write the teacher's state into a checkpoint, as the model's is written."""
-        if self.args.should_save or self.is_fsdp_enabled:
+        if self.args.should_save or self.cuts_weights:
             teacher.save(folder, file, self.args.should_save, self._in_shards)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -1,4 +1,4 @@
-"""Weights spread over processes by FSDP2: the few places where a sharded model is not like a whole one.
+"""Weights spread over processes by FSDP2 (or ZeRO-3): the few places where a sharded model is not like a whole one.
 
 accelerate shards the model (`fully_shard`: every block, the embeddings, final norm and head), and every forward pass through it
 gathers one part after the other. What this library adds:
@@ -15,6 +15,7 @@ gathers one part after the other. What this library adds:
   `fsdp_state_dict_type: SHARDED_STATE_DICT` they are torch's distributed checkpoints instead, to which each rank writes its part. Any
   number of processes, sharded or not, resumes either.
 
+What DeepSpeed does otherwise (ZeRO-3's shards are flat, and its engine writes its own checkpoints) is in :mod:`unisd.zero`.
 Everything here does nothing, or is the identity, for a model that is not sharded.
 """
 
@@ -39,32 +40,40 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from unisd import zero
 from unisd.errors import UserError
-from unisd.launch import NO_DEEPSPEED
 from unisd.models import without_adapter
 
 # ------------------------------------------------------------------------------------------------------- tensors
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether FSDP2 has spread this model's weights over the processes."""
-    return isinstance(model, FSDPModule)
+    """Whether this model's weights are spread over the processes."""
+    return isinstance(model, FSDPModule) or zero.is_cut(model)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor (sharing its storage), detached; a plain tensor is its own part."""
+    if zero.is_part(tensor):
+        return tensor.ds_tensor.detach()  # type: ignore[attr-defined, no-any-return]
     detached = tensor.detach()
     return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor | zero.Part) -> Tensor:
     """All of a sharded tensor, detached (a collective: all ranks must call); a plain tensor is whole."""
+    if isinstance(tensor, zero.Part):
+        return zero.whole(*tensor)
+    if zero.is_part(tensor):
+        return zero.whole(local(tensor), tensor)
     detached = tensor.detach()
     return detached.full_tensor() if isinstance(detached, DTensor) else detached
 
 
-def laid_out(part: Tensor, like: Tensor) -> Tensor:
+def laid_out(part: Tensor, like: Tensor) -> Tensor | zero.Part:
     """The sharded tensor of which every rank holds a `part` (sharing its storage), cut as `like` is."""
+    if zero.is_part(like):
+        return zero.Part(part, like)
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
@@ -76,6 +85,8 @@ def at_hand(weight: Tensor) -> Tensor:
     Raises:
         RuntimeError: a gradient is wanted, but the forward pass before has not left the weight gathered.
     """
+    if zero.is_part(weight):
+        return zero.at_hand(weight)
     if not isinstance(weight, DTensor):
         return weight
     if torch.is_grad_enabled() and weight.requires_grad:
@@ -85,6 +96,8 @@ def at_hand(weight: Tensor) -> Tensor:
 
 def part_like(value: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor that every rank has, cut as `like` is; without communication."""
+    if zero.is_part(like):
+        return zero.part_of(value, like)
     if not isinstance(like, DTensor):
         return value
     spread = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -100,6 +113,8 @@ def sum_over_ranks(value: Tensor, model: nn.Module) -> Tensor:
 
 def reshard(model: nn.Module) -> None:
     """Give back what forward passes have gathered: the next one must see what has been written into the shards."""
+    if zero.is_cut(model):
+        zero.give_back(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -111,13 +126,18 @@ def shards_in_place(model: nn.Module, parameters: Mapping[str, Tensor], values: 
     reshard(model)
     kept = {name: local(p).clone() for name, p in parameters.items()}
     try:
-        for name, p in parameters.items():
-            local(p).copy_(values[name])
+        _write(model, parameters, values)
         yield
     finally:
         reshard(model)
-        for name, p in parameters.items():
-            local(p).copy_(kept[name])
+        _write(model, parameters, kept)
+
+
+def _write(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, p in parameters.items():
+        local(p).copy_(values[name])
+    if zero.is_cut(model):
+        zero.give_back(model)  # what stays whole must follow
 
 
 # ------------------------------------------------------------------------------------------------ forward passes
@@ -130,9 +150,18 @@ def _anyone_works(mine: bool, device: torch.device) -> bool:
     return mine or bool(working.item())
 
 
+def entry(model: Any) -> Any:
+    """What every forward pass without gradient goes through, so that it is the same passage on all ranks.
+
+    With FSDP2 that is the model itself. ZeRO-3 talks to the other ranks where a pass enters the outermost module, which generating
+    with an adapter does not: so none does.
+    """
+    return without_adapter(model) if zero.is_cut(model) else model
+
+
 def _dummy_pass(model: Any) -> None:
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=without_adapter(model).device), use_cache=False)
+        entry(model)(input_ids=torch.zeros(1, 1, dtype=torch.long, device=without_adapter(model).device), use_cache=False)
 
 
 @contextmanager
@@ -146,8 +175,11 @@ def in_step(model: Any) -> Iterator[None]:
         yield
         return
     device = without_adapter(model).device
-    model.unshard()  # the root's own weights: generating with an adapter does not pass through the root
-    announced = without_adapter(model).get_decoder().register_forward_pre_hook(lambda *_: _announce(device), prepend=True)
+    passage = without_adapter(model)
+    if not zero.is_cut(model):
+        model.unshard()  # the root's own weights: generating with an adapter does not pass through the root
+        passage = passage.get_decoder()
+    announced = passage.register_forward_pre_hook(lambda *_: _announce(device), prepend=True)
     try:
         yield
     finally:
@@ -169,6 +201,9 @@ def set_up(trainer: Any) -> None:
     Raises:
         UserError: a way of spreading weights that is not supported.
     """
+    if trainer.is_deepspeed_enabled:
+        zero.check(trainer)
+        return
     _enable_on_cpu(trainer)
     _check(trainer)
     if trainer.is_fsdp_enabled:  # else every rank would add up whole gradients until the last micro-batch of a step
@@ -187,8 +222,6 @@ def _enable_on_cpu(trainer: Any) -> None:
 
 
 def _check(trainer: Any) -> None:
-    if trainer.is_deepspeed_enabled:
-        raise UserError(f"accelerate_config: {NO_DEEPSPEED}")
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
@@ -219,6 +252,9 @@ def shard(trainer: Any) -> None:
     Raises:
         UserError: the model is quantised.
     """
+    if trainer.is_deepspeed_enabled:
+        zero.cut(trainer)
+        return
     if getattr(without_adapter(trainer.model), "is_quantized", False):
         raise UserError(
             "a quantised model is not supported with FSDP: use accelerate_config=ddp, or load it without load_in_4bit."
@@ -247,7 +283,7 @@ def shard(trainer: Any) -> None:
 # --------------------------------------------------------------------------------------------------- checkpoints
 
 
-def whole_on_writer(tensors: Mapping[str, Tensor], is_writer: bool) -> dict[str, Tensor]:
+def whole_on_writer(tensors: Mapping[str, Tensor | zero.Part], is_writer: bool) -> dict[str, Tensor]:
     """Whole tensors, gathered one by one into the writer's main memory; empty on other ranks (a collective).
 
     What is one tensor under two names (tied weights) stays one.

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -132,7 +133,7 @@ class Teacher:
             digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _laid_out(self) -> dict[str, Tensor]:
+    def _laid_out(self) -> dict[str, Any]:
         """The weights as tensors that know how they are spread over the ranks, sharing storage with the state."""
         return {name: sharding.laid_out(value, self.parameters[name]) for name, value in self.state.items()}
 

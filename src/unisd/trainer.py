@@ -182,7 +182,7 @@ class UniSDTrainer(SafeTrainer):
         )
         # While every rank has a whole model, and before the teacher takes its copy.
         share_prompts = args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
-        if self.is_fsdp_enabled:
+        if self.cuts_weights:
             sharding.shard(self)
         # Our loss is normalised over the whole optimizer step already.
         self.model_accepts_loss_kwargs = True
