@@ -42,19 +42,21 @@ def test_what_passes() -> None:
     assert not provoke.passed(cell("collapse", ("drift", 5)))  # another alarm will not do
     assert provoke.passed(cell("collapse", ("collapse", 10)))
     ruined = (0.4, 0.35, 0.15)  # lost at step 10
-    assert provoke.passed(cell("collapse", ("collapse", 10), task=ruined))
+    assert provoke.passed(cell("collapse", ("collapse", 10), ("collapse", 20), task=ruined))
     assert not provoke.passed(cell("collapse", ("collapse", 11), task=ruined))
-    assert provoke.passed(cell("collapse", ("forgetting", 9), ("collapse", 11), task=ruined))  # it had been warned of
+    assert not provoke.passed(cell("collapse", ("forgetting", 9), ("collapse", 11), task=ruined))
 
 
-def test_only_its_own_alarm_before_the_loss_is_what_a_cell_should_do() -> None:
-    ruined = (0.4, 0.35, 0.15)  # lost at step 10
-    late = cell("collapse", ("forgetting", 9), ("collapse", 11), task=ruined)
-    assert provoke.verdict(late) == provoke.OTHER and provoke.own_alarm(late) == 11
-    assert "In 1 more, only another alarm came in time." in provoke.page([late])
-    assert provoke.verdict(cell("collapse", ("forgetting", 9), task=ruined)) == provoke.OTHER
-    assert provoke.verdict(cell("collapse", ("collapse", 10), task=ruined)) == provoke.verdict(cell("healthy")) == "yes"
-    assert provoke.verdict(cell("collapse", ("drift", 11), task=ruined)) == "**no**"
+def test_old_skills_have_an_alarm_of_their_own() -> None:
+    def forgot(*alarms: tuple[str, int]) -> provoke.Cell:
+        made = cell("leak", *alarms)
+        return {**made, "curve": [{**point, "retention": 0.4 if point["step"] == 10 else 1.0} for point in made["curve"]]}
+
+    assert provoke.passed(forgot(("blind teacher", 20), ("forgetting", 10)))
+    assert not provoke.passed(forgot(("blind teacher", 5), ("forgetting", 11))) and not provoke.passed(
+        forgot(("blind teacher", 5))
+    )
+    assert not provoke.passed(forgot(("forgetting", 5)))
 
 
 def test_the_page_and_what_is_left_to_run() -> None:
@@ -62,10 +64,10 @@ def test_the_page_and_what_is_left_to_run() -> None:
     text = provoke.page(cells)
     assert text.startswith("1 of 2 cells did what they should: ") and f"{provoke.total()} cells make the whole." in text
     assert (
-        "| collapse | 0 | collapse (10), drift (12) | 10 | 5 | 40.0, 10.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | **no** |"
+        "| collapse | 0 | collapse (10), drift (12) | 10 | 5 | - | 40.0, 10.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | **no** |"
         in text
     )
-    assert "| healthy | 1 | none | - | - | 40.0, 60.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | yes |" in text
+    assert "| healthy | 1 | none | - | - | - | 40.0, 60.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | yes |" in text
     assert "- `collapse`, step 10, collapse: because." in text
     left = list(provoke.plans(cells))
     assert len(left) == provoke.total() - 2 and provoke.Plan("healthy", 1) not in left

@@ -17,13 +17,14 @@ from statistics import mean, median
 Values = Mapping[str, float]
 
 NGRAM = 4
-FORGOTTEN_NATS = 0.05  # a token: an answer of 60 tokens has become 20 times less likely
+FORGOTTEN_NATS = 0.03  # a token: an answer of 60 tokens has become 6 times less likely
 DOUBT_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
 # That chance does as much with a rate that has not changed; every step asks again, so it must be small. 20 words that are gone pass.
 DOUBT_BY_CHANCE = 1e-5
 STATED_AT_LEAST = 24  # answers that state the gold answer, in either window
 STATED_SIGMAS = 3.5  # of the widest variance that shares with such a mean can have
 REPEATED_AT_LEAST = 0.10
+UNSURE_NATS = 0.05  # a token, beside twice the entropy of the start
 PROBED_AT_LEAST = 24  # answers; of fewer a cosine is noise
 PROBED_IN_WINDOW = 16
 BLINDER_AT_MOST = 0.15  # than the same teacher on the same tokens, told all
@@ -114,7 +115,9 @@ def at_most(found: int, of: int, share: float) -> float:
 
 
 def collapse(first: Values, last: Values) -> str | None:
-    """Repetition that doubles while the divergence falls, or that grows far; or answers that grow while the divergence falls."""
+    """Repetition that doubles while the divergence falls, or that grows far; answers that grow while the divergence falls; or entropy
+    that doubles while the divergence does not grow: the first sign, where student and teacher go astray together.
+    """
     divergence, divergence_now = first["teacher/divergence"], last["teacher/divergence"]
     repeated, repeated_now = first["collapse/repeated_share"], last["collapse/repeated_share"]
     length, length_now = first["completions/mean_length"], last["completions/mean_length"]
@@ -130,6 +133,12 @@ def collapse(first: Values, last: Values) -> str | None:
         return (
             f"{drop}answers grew from {length:.0f} to {length_now:.0f} tokens: teacher and student go astray together; restart the "
             "teacher or lower the rate."
+        )
+    entropy, entropy_now = first["student/entropy"], last["student/entropy"]
+    if entropy_now > max(2 * entropy, entropy + UNSURE_NATS) and divergence_now < 1.5 * divergence:
+        return (
+            f"the student's entropy rose from {entropy:.3g} to {entropy_now:.3g} nats, and the teacher is as near as before: they go "
+            "astray together; use a fixed or restarted teacher (teacher_model_kind=base, restart), or lower the rate."
         )
     return None
 
@@ -204,7 +213,7 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]]
     ("entropy exploded", ("student/entropy",), entropy_exploded),
     ("drift", ("teacher/divergence",), drift),
     ("suppressed doubt", ("counted/doubt", "counted/tokens"), suppressed_doubt),
-    ("collapse", ("teacher/divergence", "collapse/repeated_share", "completions/mean_length"), collapse),
+    ("collapse", ("teacher/divergence", "collapse/repeated_share", "completions/mean_length", "student/entropy"), collapse),
     ("leak", ("counted/stated", "counted/places", "leak/gold_stated_share"), early_answer),
     ("blind teacher", tuple(f"run/{name}" for name in ("leak/pull_answers", *PULLS, *TOLD_ALL)), blind_teacher),
     ("gone blind", ("leak/pull_answers", *PULLS), gone_blind),

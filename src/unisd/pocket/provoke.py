@@ -1,8 +1,8 @@
 """Runs that are made to go wrong, and healthy ones: which alarm is raised, and when? `python -m unisd.pocket.provoke`.
 
 Each cell trains the pocket model for 60 steps and measures accuracy on the task and on old skills every five steps, so that it can be
-said whether the first alarm came before the accuracy was lost (half of it). Cells become lines of `diagnostics.jsonl`, and those the
-table of `diagnostics.md`; cells that are there are not run again.
+said whether what was lost (half of an accuracy) had been told before: the task by the cell's own alarm, old skills by `forgetting`.
+Cells become lines of `diagnostics.jsonl`, and those the table of `diagnostics.md`; cells that are there are not run again.
 
 | cell | what is wrong | must raise |
 |---|---|---|
@@ -37,7 +37,6 @@ from unisd.trainer import UniSDTrainer
 COMMON = ["--recipe", "sdft", "--diagnostics_probe_steps", "2", "--save_strategy", "no", "--record_samples", "0"]
 COMMON += ["--eval_strategy", "steps", "--eval_steps", "5", "--eval_on_start", "true", "--max_eval_rows", "80"]
 LOST = 0.5  # of what it was at the start, on the task or on old skills
-OTHER = "only another alarm came in time"
 EVERY = 5  # steps whose middle is kept of each watched metric
 
 
@@ -145,42 +144,29 @@ def starts(lines: list[dict[str, Any]]) -> range:
     return range(0, len(lines), EVERY)
 
 
-def lost_at(cell: Cell) -> int | None:
-    """The first evaluation at which an accuracy is less than `LOST` of what it was."""
+def lost_at(cell: Cell, part: str) -> int | None:
+    """The first evaluation at which the accuracy on a part, `task` or `retention`, is less than `LOST` of what it was."""
     first = cell["curve"][0]
-    for point in cell["curve"]:
-        if any(point[part] < LOST * first[part] for part in ("task", "retention")):
-            return int(point["step"])
-    return None
+    return next((int(point["step"]) for point in cell["curve"] if point[part] < LOST * first[part]), None)
+
+
+def told_at(cell: Cell, alarm: str | None) -> int | None:
+    """The step at which an alarm was raised first."""
+    return min((int(raised["step"]) for raised in cell["alarms"] if raised["name"] == alarm), default=None)
 
 
 def passed(cell: Cell) -> bool:
-    """Whether a person who watched was told: its alarm came, and some alarm no later than the accuracy was lost; or none should.
-
-    Less than `verdict` asks, which wants the cell's own alarm in time.
-    """
-    wanted, lost = PROVOCATIONS[cell["name"]].alarm, lost_at(cell)
-    if wanted is None:
+    """Whether no alarm came where none should; else whether the cell's own came, and each loss was told no later than it was measured."""
+    own = PROVOCATIONS[cell["name"]].alarm
+    if own is None:
         return not cell["alarms"]
-    steps = {alarm["name"]: int(alarm["step"]) for alarm in reversed(cell["alarms"])}
-    return wanted in steps and (lost is None or min(steps.values()) <= lost)
-
-
-def own_alarm(cell: Cell) -> int | None:
-    """The step of the first alarm that the provocation must raise."""
-    wanted = PROVOCATIONS[cell["name"]].alarm
-    return min((int(alarm["step"]) for alarm in cell["alarms"] if alarm["name"] == wanted), default=None)
-
-
-def verdict(cell: Cell) -> str:
-    """`yes` where the cell's own alarm came no later than its accuracy was lost, or where none should and none did."""
-    if PROVOCATIONS[cell["name"]].alarm is None:
-        return "**no**" if cell["alarms"] else "yes"
-    own, lost = own_alarm(cell), lost_at(cell)
-    if own is not None and (lost is None or own <= lost):
-        return "yes"
-    others = [int(alarm["step"]) for alarm in cell["alarms"]]
-    return OTHER if others and lost is not None and min(others) <= lost else "**no**"
+    if told_at(cell, own) is None:
+        return False
+    for part, alarm in (("task", own), ("retention", "forgetting")):
+        lost, told = lost_at(cell, part), told_at(cell, alarm)
+        if lost is not None and (told is None or told > lost):
+            return False
+    return True
 
 
 def page(cells: list[Cell]) -> str:
@@ -190,31 +176,33 @@ def page(cells: list[Cell]) -> str:
         "seed",
         "alarms (step)",
         "its own alarm at step",
-        "accuracy lost at step",
+        "half of the task lost at step",
+        "half of the old skills lost at step",
         "task, %: start, end",
         "old skills, %: start, end",
     ]
-    head += ["words of doubt: start, end", "shared pull", "its own alarm in time"]
+    head += ["words of doubt: start, end", "shared pull", "told in time"]
     rows, said = [], []
     for cell in sorted(cells, key=lambda cell: (list(PROVOCATIONS).index(cell["name"]), cell["seed"])):
         points = [cell["curve"][0], cell["curve"][-1]]
         task, old = (", ".join(f"{100 * point[part]:.1f}" for point in points) for part in ("task", "retention"))
         raised = ", ".join(f"{alarm['name']} ({alarm['step']})" for alarm in cell["alarms"]) or "none"
-        steps = ["-" if step is None else str(step) for step in (own_alarm(cell), lost_at(cell))]
+        own = told_at(cell, PROVOCATIONS[cell["name"]].alarm)
+        steps = ["-" if step is None else str(step) for step in (own, lost_at(cell, "task"), lost_at(cell, "retention"))]
         doubt = ", ".join(f"{cell['watched']['words/all'][place] or 0:.1f}" for place in (0, -1))
         pull = ", ".join(f"{value:.2f}" for value in cell["shared_pull"].values())
-        rows.append([cell["name"], str(cell["seed"]), raised, *steps, task, old, doubt, pull, verdict(cell)])
+        rows.append(
+            [cell["name"], str(cell["seed"]), raised, *steps, task, old, doubt, pull, "yes" if passed(cell) else "**no**"]
+        )
         if cell["seed"] == 0:
             said += [f"- `{cell['name']}`, step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in cell["alarms"]]
     legend = (
-        f"Accuracy is lost where less than {100 * LOST:.0f} % of it is left. Words of doubt: per 1,000 tokens, first and last {EVERY} "
-        "steps. Shared pull: cosine of the teacher's pull under the right and under a wrong reference, told as in the run; then told "
-        "all, where that is something else."
+        f"Accuracies are measured every {EVERY} steps. Words of doubt: per 1,000 tokens, first and last {EVERY} steps. Shared pull: cosine "
+        "of the teacher's pull under the right and under a wrong reference, told as in the run; then told all, where that is another thing."
     )
-    verdicts = [verdict(cell) for cell in cells]
     counted = (
-        f"{verdicts.count('yes')} of {len(cells)} cells did what they should: their own alarm came before the accuracy was lost, or none "
-        f"came to a healthy run. In {verdicts.count(OTHER)} more, only another alarm came in time. {total()} cells make the whole."
+        f"{sum(map(passed, cells))} of {len(cells)} cells did what they should: a healthy run raised no alarm; another raised its own, and "
+        f"what was lost had been told by then, the task by that alarm, old skills by `forgetting`. {total()} cells make the whole."
     )
     parts = [counted, "\n".join(markdown_table(head, rows)), legend]
     return "\n\n".join([*parts, "With seed 0 the alarms said:", "\n".join(said)] if said else parts)
