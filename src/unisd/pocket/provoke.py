@@ -231,8 +231,11 @@ def main(argv: list[str] | None = None) -> int:
     add_jobs(parser)
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
+    file = args.folder / "diagnostics.jsonl"
+    if any(PROVOCATIONS[plan.name].hedging for plan in plans(read_lines(file), args.only)):
+        hedging_base(args.base)  # before there are several jobs that would train it
     run = partial(run_cell, base=args.base)
-    cells = carry_out(args.folder / "diagnostics.jsonl", partial(plans, only=args.only), run, total(), args.most, args.jobs)
+    cells = carry_out(file, partial(plans, only=args.only), run, total(), args.most, args.jobs)
     update(args.folder / "diagnostics.md", "Alarms, provoked", page(cells))
     return 0
 
