@@ -26,6 +26,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM
 
 from unisd import launch, sharding
+from unisd import zero as zero_stages
 from unisd.checkpoints import last_complete_checkpoint, problem_of
 from unisd.models import load_model_and_tokenizer
 from unisd.step import rows_to_fill
@@ -216,17 +217,24 @@ def zero(request: pytest.FixtureRequest, alone: Path) -> Path:
 def under_zero(folder: Path, kind: str) -> None:
     for lora in (False, True):
         train(folder, kind, lora, pocket=True)
-    folder = folder / kind
+    folder, check = folder / kind, zero_stages.check
+
+    def nothing_stays_whole(trainer: Any) -> None:
+        check(trainer)
+        trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    zero_stages.check = nothing_stays_whole
     ragged(folder / "ragged", 2)
     others(folder / "others", 2)
     best(folder / "best")
     bad_step(folder / "bad-step")
     options: dict[str, Any] = {"gradient_checkpointing": True, **STATEFUL}
     for lora in (False, True):
-        whole = build(folder / f"whole-{lora}", 2, lora, max_steps=4, save_strategy="steps", save_steps=2, **options)
+        micro_batches = 1 if lora else 2
+        whole = build(folder / f"whole-{lora}", micro_batches, lora, max_steps=4, save_strategy="steps", save_steps=2, **options)
         whole.train()
         whole.save_model()
-        resume(folder / f"resumed-{lora}", folder / f"whole-{lora}" / "checkpoint-2", 2, lora, 4, **options)
+        resume(folder / f"resumed-{lora}", folder / f"whole-{lora}" / "checkpoint-2", micro_batches, lora, 4, **options)
 
 
 def bad_step(folder: Path) -> None:

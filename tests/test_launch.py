@@ -133,7 +133,7 @@ def test_ways_of_spreading_weights_that_are_refused(plugin: Any, options: dict[s
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_processes_on_a_cpu_are_told_of_deepspeed_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_on_a_cpu_are_told_of_deepspeed_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
@@ -147,6 +147,12 @@ def test_processes_on_a_cpu_are_told_of_deepspeed_too(name: str, monkeypatch: py
     assert ours.pop("DS_ACCELERATOR") == "cpu"
     assert len(ours) == 5 and ours == {variable: theirs.get(variable) for variable in ours}
     assert launch.environment(name, on_cpu=False) == {}
+    own = tmp_path / "own.yaml"
+    content = yaml.safe_load(launch.config_file(name).read_text())
+    content["deepspeed_config"] = {"deepspeed_config_file": "/Home/DS.json", "gradient_clipping": 0.5}
+    own.write_text(yaml.safe_dump(content))
+    assert launch.environment(str(own), on_cpu=True)["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == "/Home/DS.json"
+    assert launch.environment(str(own), on_cpu=True)["ACCELERATE_GRADIENT_CLIPPING"] == "0.5"
     shards = launch.shards_of(parse(["--use_cpu", "--accelerate_config", name, "--num_processes", "2"])[0])
     assert shards == (2 if name == "zero3" else 1)
 
@@ -167,7 +173,13 @@ def test_processes_on_a_cpu_are_told_of_deepspeed_too(name: str, monkeypatch: py
             "an optimizer or scheduler of its own .* set optim and lr_sch",
         ),
         ({"zero_optimization": {"stage": 2}}, {"fp16": True}, "fp16 is not supported: use bf16"),
-        ({"zero_optimization": {"stage": 3}}, {"use_vllm": True}, "use_vllm with stage 3.* use accelerate_config=zero2"),
+        ({"zero_optimization": {"stage": 2}}, {"use_vllm": True}, "use_vllm is not supported: use accelerate_config=ddp"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            {},
+            "zero_hpz_partition_size is not supported: set it to 1",
+        ),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, {}, "mics_shard_size is not supported: unset it"),
     ],
 )
 def test_ways_of_using_deepspeed_that_are_refused(settings: dict[str, Any], options: dict[str, Any], message: str) -> None:
@@ -182,15 +194,33 @@ def test_ways_of_using_deepspeed_that_are_refused(settings: dict[str, Any], opti
         sharding.set_up(built)
 
 
-def test_checkpoint_of_deepspeed_is_for_as_many_processes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not one of DeepSpeed's: resume with the accelerate_config"):
-        zero.require_same_ranks(tmp_path, 2)
+def test_checkpoint_of_deepspeed_is_for_the_same_stage_and_as_many_processes(tmp_path: Path) -> None:
+    zero.require_resumable(tmp_path, None, 2)
+    with pytest.raises(
+        UserError, match="was written with no DeepSpeed and this run has zero2: resume with the accelerate_config"
+    ):
+        zero.require_resumable(tmp_path, 2, 2)
     (tmp_path / "global_step4").mkdir()
     for rank in (0, 1):
         (tmp_path / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    zero.require_same_ranks(tmp_path, 2)
+    (tmp_path / "global_step4" / "mp_rank_00_model_states.pt").touch()
+    zero.require_resumable(tmp_path, 2, 2)
     with pytest.raises(UserError, match="parts of 2 processes and this run has 3: resume with as many, or start a new run"):
-        zero.require_same_ranks(tmp_path, 3)
+        zero.require_resumable(tmp_path, 2, 3)
+    for stage, now in ((3, "zero3"), (None, "no DeepSpeed")):
+        with pytest.raises(UserError, match=f"was written with zero2 and this run has {now}"):
+            zero.require_resumable(tmp_path, stage, 2)
+    (tmp_path / "global_step4" / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    zero.require_resumable(tmp_path, 3, 2)
+
+
+def test_filling_of_a_part_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = SimpleNamespace(ds_tensor=torch.zeros(3), ds_numel=5)
+    for rank, size in ((0, 3), (1, 2), (2, 0)):
+        monkeypatch.setattr(zero.dist, "get_rank", lambda rank=rank: rank)
+        assert len(sharding.owned(torch.ones(3), like)) == size  # type: ignore[arg-type]
+    plain = torch.ones(3)
+    assert sharding.owned(plain, torch.ones(3)) is plain
 
 
 def test_process_on_a_cpu_never_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,8 +137,8 @@ def collapse(first: Values, last: Values) -> str | None:
     entropy, entropy_now = first["student/entropy"], last["student/entropy"]
     if entropy_now > max(2 * entropy, entropy + UNSURE_NATS) and divergence_now < 1.5 * divergence:
         return (
-            f"the student's entropy rose from {entropy:.3g} to {entropy_now:.3g} nats, and the teacher is as near as before: they go "
-            "astray together; use a fixed or restarted teacher (teacher_model_kind=base, restart), or lower the rate."
+            f"the student's entropy rose from {entropy:.3g} to {entropy_now:.3g} nats, and the teacher is hardly farther away: they go "
+            "astray together; lower the rate, or use a fixed or restarted teacher (teacher_model_kind=base, restart)."
         )
     return None
 

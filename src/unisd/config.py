@@ -306,7 +306,8 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch would warn of it
         super().__post_init__()
-        load_whole_models()
+        if getattr(self, "deepspeed_plugin", None) is not None:
+            load_whole_models()
         if self.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel and multiply the batch
             logger.warning("One of %d devices is used: --accelerate_config ddp uses all of them.", self.n_gpu)
             self._n_gpu = 1

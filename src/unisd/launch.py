@@ -27,8 +27,11 @@ _ZERO = {
     "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
     "offload_param_device": "OFFLOAD_PARAM_DEVICE",
     "zero3_init_flag": "ZERO3_INIT",
+    "zero3_save_16bit_model": "ZERO3_SAVE_16BIT_MODEL",
 }
 """Options of accelerate's configuration, and the variables that carry them."""
+
+_OF_STEPS = ("gradient_accumulation_steps", "gradient_clipping")
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 
@@ -108,16 +111,19 @@ def environment(name: str, on_cpu: bool) -> dict[str, str]:
     if content.get("distributed_type") == "DEEPSPEED":
         found = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
         settings = content.get("deepspeed_config", {})
-        return found | {
-            f"ACCELERATE_DEEPSPEED_{_ZERO[key]}": str(value).lower() for key, value in settings.items() if key in _ZERO
-        }
+        found |= {f"ACCELERATE_DEEPSPEED_{_ZERO[key]}": _said(value) for key, value in settings.items() if key in _ZERO}
+        return found | {f"ACCELERATE_{key.upper()}": _said(settings[key]) for key in _OF_STEPS if key in settings}
     if content.get("distributed_type") != "FSDP":
         return {}
     found = {"ACCELERATE_USE_FSDP": "true"}
     for option, value in content.get("fsdp_config", {}).items():
         variable = option.upper().replace("_LAYER_CLS_", "_CLS_")
-        found[variable] = str(value).lower() if isinstance(value, bool) else str(value)
+        found[variable] = _said(value)
     return found
+
+
+def _said(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def launch(options: RunOptions, output_dir: str) -> int:

@@ -188,10 +188,12 @@ class SafeTrainer(ShardedTrainer):
             UserError: nothing to resume from, a broken checkpoint or one of another kind of run; and, after
                 a checkpoint was saved, a run that cannot go on (see :mod:`unisd.guards`).
         """
+        if self.deepspeed is not None:
+            raise UserError("DeepSpeed's engine trains once: build a new trainer.")
         checkpoint = self._checkpoint_of(resume_from_checkpoint)
         if checkpoint is not None:
-            if self.is_deepspeed_enabled:
-                zero.require_same_ranks(checkpoint, self.accelerator.num_processes)
+            stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
+            zero.require_resumable(checkpoint, stage, self.accelerator.num_processes)
             self.load_teachers(checkpoint)
             self.store.load(checkpoint)
             if self.args.should_save:

@@ -60,6 +60,11 @@ def local(tensor: Tensor) -> Tensor:
     return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
+def owned(part: Tensor, like: Tensor) -> Tensor:
+    """What a part holds of the tensor itself."""
+    return zero.without_filling(part, like) if zero.is_part(like) else part
+
+
 def whole(tensor: Tensor | zero.Part) -> Tensor:
     """All of a sharded tensor, detached (a collective: all ranks must call); a plain tensor is whole."""
     if isinstance(tensor, zero.Part):
@@ -176,7 +181,9 @@ def in_step(model: Any) -> Iterator[None]:
         return
     device = without_adapter(model).device
     passage = without_adapter(model)
-    if not zero.is_cut(model):
+    if zero.is_cut(model):
+        zero.forget_passes(model)
+    else:
         model.unshard()  # the root's own weights: generating with an adapter does not pass through the root
         passage = passage.get_decoder()
     announced = passage.register_forward_pre_hook(lambda *_: _announce(device), prepend=True)

@@ -116,8 +116,8 @@ class Teacher:
         self._follow_device()
         apart, norm = torch.zeros(()), torch.zeros(())
         for name, p in self.parameters.items():
-            value = sharding.local(p).float()
-            apart = apart.to(p.device) + (self.state[name].float() - value).square().sum()
+            value = sharding.owned(sharding.local(p), p).float()
+            apart = apart.to(p.device) + (sharding.owned(self.state[name], p).float() - value).square().sum()
             norm = norm.to(p.device) + value.square().sum()
         apart, norm = sharding.sum_over_ranks(torch.stack([apart, norm]), self.model)
         return torch.where(norm > 0, (apart / norm).sqrt(), 0.0)

@@ -184,6 +184,10 @@ class UniSDTrainer(SafeTrainer):
         share_prompts = args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
         if self.cuts_weights:
             sharding.shard(self)
+        elif self.is_deepspeed_enabled and not getattr(self.backbone.causal_lm, "is_quantized", False):
+            self._move_model_to_device(
+                self.model, args.device
+            )  # transformers leaves that to the engine, which is built for training
         # Our loss is normalised over the whole optimizer step already.
         self.model_accepts_loss_kwargs = True
         self.teacher = Teacher(

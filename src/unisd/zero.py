@@ -58,6 +58,19 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return part.to(cut.ds_tensor.device)
 
 
+def without_filling(part: Tensor, like: Tensor) -> Tensor:
+    """What of a part is no filling: the parts of all ranks are of one size, and what fills the last is left as memory was."""
+    cut: Any = like
+    return part[: max(0, cut.ds_numel - dist.get_rank() * part.numel())]
+
+
+def forget_passes(model: Any) -> None:
+    """DeepSpeed learns the order of modules from a step, and would take the passes of a rollout for a part of it."""
+    coordinator = model.zero_offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
 def at_hand(weight: Any) -> Tensor:
     """A parameter of stage 3, whole: as it is where it stays so (the head), else gathered and without gradient (a collective).
 
@@ -82,6 +95,9 @@ def give_back(model: Any) -> None:
 # -------------------------------------------------------------------------------------------------------- set-up
 
 
+OTHER_PARTS = ("mics_shard_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights")
+
+
 def check(trainer: Any) -> None:
     """Refuse, and set, what the engine is configured with.
 
@@ -102,14 +118,14 @@ def check(trainer: Any) -> None:
             "an optimizer or scheduler of its own",
             "set optim and lr_scheduler_type",
         ),
+        (settings.get("zero_hpz_partition_size", 1) > 1, "zero_hpz_partition_size", "set it to 1"),
         (args.fp16, "fp16", "use bf16"),
-        (args.use_vllm and stage == 3, "use_vllm with stage 3, which cuts the weights", "use accelerate_config=zero2"),
+        (args.use_vllm, "use_vllm", "use accelerate_config=ddp, or unset use_vllm"),
+        *((settings.get(name), name, "unset it: the teacher is put into the parts that it does not use") for name in OTHER_PARTS),
     ):
         if is_set:
             raise UserError(f"DeepSpeed: {what} is not supported: {remedy}.")
     if stage == 3:
-        # Else small weights would stay whole, and a teacher that is put in place of the parts would not be seen.
-        settings["stage3_param_persistence_threshold"] = 0
         # The other kind of gradient checkpointing compares shapes, and a weight that is given back has none.
         args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
 
@@ -131,9 +147,8 @@ def cut(trainer: Any) -> None:
         raise UserError(
             "a quantised model is not supported with stage 3: use accelerate_config=ddp, or load it without load_in_4bit."
         )
-    deepspeed_init(trainer, num_training_steps=max(trainer.args.max_steps, 1))
-    trainer.create_optimizer()
-    engine, optimizer = accelerator.prepare(model, trainer.optimizer)
+    optimizer, _ = deepspeed_init(trainer, num_training_steps=max(trainer.args.max_steps, 1))
+    engine, optimizer = accelerator.prepare(model, optimizer)
     keep_whole(model, engine)
     prepare, wrapped = accelerator.prepare, accelerator.deepspeed_engine_wrapped
     accelerator.deepspeed_engine_wrapped = None  # `free_memory` would destroy the engine when training begins
@@ -161,12 +176,22 @@ def keep_whole(model: Any, engine: Any) -> None:
 # --------------------------------------------------------------------------------------------------- checkpoints
 
 
-def require_same_ranks(checkpoint: str | Path, ranks: int) -> None:
-    """Raise `UserError` if a checkpoint holds parts of another number of processes, or none of DeepSpeed's."""
-    saved = len(list(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_mp_rank_00_optim_states.pt")))
-    if saved == 0:
-        raise UserError(f"{checkpoint} is not one of DeepSpeed's: resume with the accelerate_config that it was written with.")
-    if saved != ranks:
+def require_resumable(checkpoint: str | Path, stage: int | None, ranks: int) -> None:
+    """Raise `UserError` if a checkpoint's optimizer state is not for this run.
+
+    stage: of this run; None: it is not one of DeepSpeed's.
+    """
+    files = [path.name for path in Path(checkpoint).glob("global_step*/*_states.pt")]
+    saved = sum("zero_pp_rank_" in name and name.endswith("_optim_states.pt") for name in files)
+    cut = any("zero_pp_rank_" in name and name.endswith("_model_states.pt") for name in files)
+    was = ("zero3" if cut else "zero2") if saved else "no DeepSpeed"
+    now = "no DeepSpeed" if stage is None else "zero3" if stage == 3 else "zero2"
+    if was != now:
+        raise UserError(
+            f"{checkpoint} was written with {was} and this run has {now}: resume with the accelerate_config that it was written with, or "
+            "start a new run from the model in it (model_name_or_path)."
+        )
+    if saved not in (0, ranks):
         raise UserError(
             f"{checkpoint} holds DeepSpeed's parts of {saved} processes and this run has {ranks}: resume with as many, or start a new run "
             "from the model in it (model_name_or_path). Checkpoints of ddp and fsdp2 are resumed by any number."
