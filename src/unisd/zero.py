@@ -166,10 +166,10 @@ def keep_whole(model: Any, engine: Any) -> None:
     """The head is read outside of a forward pass, by the losses: it stays whole on every process, and its gradient is still cut."""
     model.zero_offload = offload = engine.optimizer.parameter_offload
     for parameter in without_adapter(model).get_output_embeddings().parameters():
-        parameter.ds_persist = parameter.is_external_param = (
-            True  # the first alone does not hold before DeepSpeed has seen a whole pass
-        )
-        offload.persistent_parameters.append(parameter)
+        parameter.is_external_param = True  # `ds_persist` alone does not hold before DeepSpeed has seen a whole pass
+        if not parameter.ds_persist:  # a small one is in the list already
+            parameter.ds_persist = True
+            offload.persistent_parameters.append(parameter)
     give_back(model)
 
 
