@@ -155,6 +155,9 @@ def page(cells: list[Cell], figure: str, methods: list[str]) -> str:
     return "\n\n".join(parts)
 
 
+FAR = 40.0  # points of old skills
+
+
 def draw(cells: list[Cell], file: Path) -> None:
     """Task accuracy gained against old skills lost, one mark per method; filled: right references, hollow: 30 % wrong."""
     import matplotlib
@@ -168,7 +171,8 @@ def draw(cells: list[Cell], file: Path) -> None:
         return
     start = {name: 100 * marks(raw, name).mean() for name in ("task", "retention")}
     with pyplot.rc_context({"svg.hashsalt": "pocket", "svg.fonttype": "none"}):
-        figure, axes = pyplot.subplots(figsize=(8, 5.5))
+        figure, axes = pyplot.subplots(figsize=(9, 5.5))
+        outside = []
         names = [name for name in compare.methods() if any(method == name for method, _ in groups)]
         colours = dict(zip(names, pyplot.get_cmap("tab20").colors, strict=False))
         for (method, condition), group in groups.items():
@@ -176,14 +180,22 @@ def draw(cells: list[Cell], file: Path) -> None:
                 continue
             gain = 100 * marks(group, "task").mean() - start["task"]
             lost = start["retention"] - 100 * marks(group, "retention").mean()
-            face = colours[method] if condition == "clean" else "none"
-            axes.scatter(lost, gain, s=60, edgecolors=[colours[method]], facecolors=[face], zorder=3)
-            if condition == "clean":
-                axes.annotate(method, (lost, gain), xytext=(6, 3), textcoords="offset points", fontsize=8)
+            if lost > FAR:  # drawn to scale, it would press all others into a corner
+                outside.append(f"{method}, {condition}: {gain:+.0f} gained, {lost:.0f} forgotten")
+                continue
+            clean = condition == "clean"
+            face = colours[method] if clean else "none"
+            label = method if clean else None
+            axes.scatter(lost, gain, s=60, edgecolors=[colours[method]], facecolors=[face], zorder=3, label=label)
         axes.set_xlabel("old skills forgotten, points")
         axes.set_ylabel("task accuracy gained, points")
         axes.set_title("Gain against forgetting (hollow: 30 % wrong references)", fontsize=10)
         axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+        if outside:
+            axes.text(
+                0.98, 0.02, "\n".join(["outside:", *outside]), transform=axes.transAxes, ha="right", va="bottom", fontsize=8
+            )
         figure.tight_layout()
         figure.savefig(file, metadata={"Date": None})
         pyplot.close(figure)
