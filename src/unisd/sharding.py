@@ -90,9 +90,7 @@ def at_hand(weight: Tensor) -> Tensor:
     Raises:
         RuntimeError: a gradient is wanted, but the forward pass before has not left the weight gathered.
     """
-    if zero.is_part(weight):
-        return zero.at_hand(weight)
-    if not isinstance(weight, DTensor):
+    if zero.is_whole(weight) if zero.is_part(weight) else not isinstance(weight, DTensor):
         return weight
     if torch.is_grad_enabled() and weight.requires_grad:
         raise RuntimeError("the head was given back after the forward pass: its gradient would not reach all ranks")
@@ -128,21 +126,21 @@ def reshard(model: nn.Module) -> None:
 @contextmanager
 def shards_in_place(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
     """While active, the model computes with other values of its shards. They are copied in and out: nothing is rounded."""
-    reshard(model)
     kept = {name: local(p).clone() for name, p in parameters.items()}
     try:
         _write(model, parameters, values)
         yield
     finally:
-        reshard(model)
         _write(model, parameters, kept)
 
 
 def _write(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    if not zero.is_cut(model):
+        reshard(model)
     for name, p in parameters.items():
         local(p).copy_(values[name])
     if zero.is_cut(model):
-        zero.give_back(model)  # what stays whole must follow
+        reshard(model)  # what stays whole must follow
 
 
 # ------------------------------------------------------------------------------------------------ forward passes

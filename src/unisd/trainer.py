@@ -185,9 +185,8 @@ class UniSDTrainer(SafeTrainer):
         if self.cuts_weights:
             sharding.shard(self)
         elif self.is_deepspeed_enabled and not getattr(self.backbone.causal_lm, "is_quantized", False):
-            self._move_model_to_device(
-                self.model, args.device
-            )  # transformers leaves that to the engine, which is built for training
+            # transformers leaves that to the engine, which is built for training only.
+            self._move_model_to_device(self.model, args.device)
         # Our loss is normalised over the whole optimizer step already.
         self.model_accepts_loss_kwargs = True
         self.teacher = Teacher(

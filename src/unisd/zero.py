@@ -14,7 +14,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -71,17 +70,9 @@ def forget_passes(model: Any) -> None:
         coordinator._invalidate_trace()
 
 
-def at_hand(weight: Any) -> Tensor:
-    """A parameter of stage 3, whole: as it is where it stays so (the head), else gathered and without gradient (a collective).
-
-    Raises:
-        RuntimeError: a gradient is wanted, but it was given back.
-    """
-    if weight.ds_status.name == "AVAILABLE":
-        return weight  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and weight.requires_grad:
-        raise RuntimeError("the head was given back after the forward pass: its gradient would not reach all ranks")
-    return whole(weight.ds_tensor.detach(), weight)
+def is_whole(weight: Any) -> bool:
+    """Whether a parameter of stage 3 is gathered at the moment; the head always is."""
+    return bool(weight.ds_status.name == "AVAILABLE")
 
 
 def give_back(model: Any) -> None:
