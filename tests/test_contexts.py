@@ -220,6 +220,10 @@ def test_wrong_references_are_proved_wrong() -> None:
         tried.append(len(prompts))
         return [f"maybe {int(p.split('+')[0]) + 1 if attempt == 0 and n % 2 else 99}" for n, p in enumerate(prompts)]
 
+    asked: list[str] = []
+    template = "Spoil {privileged_context} {for me}, an answer to {prompt}"
+    negatives.build(given[:1], "model", write=lambda prompts, attempt: asked.extend(prompts) or ["no"], template=template)
+    assert asked == ["Spoil 0+1 = 1 {for me}, an answer to 0+1?"]
     built = negatives.build(given, "model", grade=grade, write=write)
     assert tried == [6, 3] and all(row["negative_context"] == "maybe 99" for row in built)
     right = negatives.build(given, "model", grade=lambda row, text: True, write=write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def test_the_estimate_follows_its_formulae() -> None:
     assert sizes["student"] == 400 + sizes["teacher_states"] + sizes["activations"] + max(sizes["logits"], layer)
     settings.teacher_model_kind = "live"
     assert estimate(SIZE, settings)["teacher"] == 0
+    assert estimate(replace(SIZE, merged=300), settings)["rollout"] == estimate(SIZE, settings)["rollout"] + 300
 
 
 def test_what_is_spread_over_devices_is_divided_and_what_is_gathered_is_added() -> None:

@@ -1,11 +1,12 @@
 """Batched decoding with a transformers model: left-padded, finished rows leave the batch, and no needless copies on a CPU.
 
-Five things make it faster than one plain `generate` call, none changes what is generated (beyond rounding):
+Six things make it faster than one plain `generate` call, none changes what is generated (beyond rounding):
 - rows that came to an end leave the batch and its cache every few tokens: the longest row does not hold up the others
 - the key/value cache grows by amortised doubling instead of one full copy per token
 - prompts are read with others of like length, not padded to the longest, and one that occurs several times (generations) only once
 - on a CPU, grouped-query attention under a padding mask reads the shared heads in place (transformers repeats them first)
 - on a CPU, the head multiplies from the left, which is the faster order for few rows and many columns
+- in float32, an adapter is merged into a copy of the weights that it adapts, for as long as decoding takes
 
 Measured in the shapes of a 135M Llama, batch 48, 300 tokens of context, one AVX2 core, per layer and token: attention
 23.5 -> 7.0 ms, cache 4.5 -> 0.04 ms, beside 13.9 ms for the linear maps; on two cores the head (vocabulary 49,152), per
@@ -29,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from unisd.backbone import forward_batches
+from unisd.merging import merged_lora
 from unisd.models import without_adapter
 from unisd.sharding import in_step
 
@@ -144,7 +146,7 @@ def _left_linear(module: nn.Linear, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """No gradient, evaluation mode, a neutral generation config and cheap attention; everything is put back afterwards.
+    """No gradient, evaluation mode, a neutral generation config, merged adapters, cheap attention; all is put back afterwards.
 
     The model's own generation defaults (penalties, top-k, ...) would fill every option that a given config leaves open.
     """
@@ -164,7 +166,7 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
             owner.generation_config = config
         if grouped:
             bare.set_attn_implementation(GROUPED)
-        with torch.no_grad():
+        with torch.no_grad(), merged_lora(model, keep=True):
             yield
     finally:
         if type(head) is nn.Linear:

@@ -13,7 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from unisd.console import show_progress
 from unisd.decoding import decode
 from unisd.errors import UserError
 from unisd.grading import grade_many, wilson
+from unisd.merging import merged_lora
 from unisd.models import eos_ids
 from unisd.sharding import entry, in_step
 from unisd.tasks.base import Grade, Row
@@ -142,12 +143,14 @@ def accuracy(
 
 @contextmanager
 def _scoring(*models: Any) -> Iterator[None]:
-    """Evaluation mode without gradient; every module's own mode is put back."""
+    """Evaluation mode without gradient, adapters merged; every module's own mode is put back."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as merged:
+            for model in models:
+                merged.enter_context(merged_lora(model, keep=False))
             yield
     finally:
         for module in training:

@@ -11,6 +11,7 @@ import torch
 
 from unisd.config import UniSDConfig
 from unisd.losses import chunk_bytes
+from unisd.merging import mergeable
 from unisd.targets import parse_target
 
 MIB = 1 << 20
@@ -38,6 +39,7 @@ class ModelSize:
     vocabulary: int
     intermediate: int = 0  # of the MLP; 0: four times hidden
     key_value: int = 0  # keys of one token and layer, over all heads; 0: hidden
+    merged: int = 0  # bytes of the weights that an adapter is merged into while decoding
 
     @classmethod
     def of(cls, model: Any) -> ModelSize:
@@ -60,6 +62,7 @@ class ModelSize:
             vocabulary=config.vocab_size,
             intermediate=getattr(config, "intermediate_size", None) or 0,
             key_value=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
+            merged=sum(layer.base_layer.weight.nbytes for layer in mergeable(model)),
         )
 
 
@@ -76,7 +79,8 @@ def estimate(
     - weights = P w; optimizer = 8 A (two AdamW states in float32)
     - teacher = A w (base; in the weights' precision), 4 A (ema, float32) or 0 (live); under LoRA A is the adapter alone
     one after another, the largest counts:
-    - rollout = 2 B (Q + T) G L c (cache) + 24 B V (logits, probabilities and their sums in double precision); 0 if `rollout` is false
+    - rollout = 2 B (Q + T) G L c (cache) + 24 B V (logits, probabilities and their sums in double precision) + the weights that a
+      float32 adapter is merged into; 0 if `rollout` is false
     - scoring = teacher_states + W (4 H + 3 I) c, or the chunk's logits; W = `token_budget`
     - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits and one layer's values
     where
@@ -114,6 +118,7 @@ def estimate(
         layer_weights = size.parameters / size.layers
         held["gathered"] = size.bytes_per_weight * (3 * size.vocabulary * size.hidden + 2 * layer_weights)
     aside = size.trained * size.bytes_per_trained / shards if shards > 1 else 0
+    merged = size.merged if shards == 1 else 0
     parts = {
         "gradients": size.trained * size.bytes_per_trained / shards,
         "teacher_states": step_rows * completion * per_token * (1 + len(config.feature_layers or []) + sources),
@@ -122,7 +127,7 @@ def estimate(
     }
     views = min(budget, step_rows * length * (2 + config.num_auxiliary_contexts))
     phases = {
-        "rollout": generated * (2 * length * keys * size.layers * compute + 24 * size.vocabulary) if rollout else 0,
+        "rollout": generated * (2 * length * keys * size.layers * compute + 24 * size.vocabulary) + merged if rollout else 0,
         "scoring": aside + parts["teacher_states"] + max(views * compute * (4 * size.hidden + 3 * inner), logits),
         "student": sum(parts.values()) - logits + max(logits, layer if config.gradient_checkpointing else 0),
     }

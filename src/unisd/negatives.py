@@ -3,7 +3,7 @@
 | kind | the wrong reference is |
 |---|---|
 | `corrupt` | the right one with its last number, option letter or yes/no changed |
-| `model` | written by the model when asked for a plausible wrong answer |
+| `model` | written by the model when asked for a plausible wrong answer, in the task's words where it has any |
 
 With a grader each is proved wrong before it is used; one that turns out right is tried again, and a row for which none is found goes
 without (it is reported, never dropped).
@@ -21,6 +21,7 @@ from pathlib import Path
 from unisd.contexts import read_cache, write_cache
 from unisd.data import Row
 from unisd.errors import UserError
+from unisd.prompts import fill
 from unisd.similarity import prompt_text, words
 
 KINDS = ("columns", "corrupt", "model")
@@ -31,7 +32,7 @@ _LETTER = re.compile(r"(?<![A-Za-z])([A-E])(?=[).:,]?\s*$)")
 _SWAPS = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
 WRONG_ANSWER = (
-    "{prompt}\n\nThis is the right answer:\n{reference}\n\nWrite an answer in the same form that looks plausible but is wrong: "
+    "{prompt}\n\nThis is the right answer:\n{privileged_context}\n\nWrite an answer in the same form that looks plausible but is wrong: "
     "another final answer, with reasons that lead to it. Write the wrong answer only."
 )
 
@@ -43,6 +44,7 @@ def build(
     seed: int = 0,
     grade: Callable[[Row, str], bool] | None = None,
     write: Callable[[list[str], int], list[str]] | None = None,
+    template: str | None = None,
     model_key: str = "",
     cache_dir: Path | None = None,
 ) -> list[Row]:
@@ -51,6 +53,7 @@ def build(
     Args:
         grade: proves it wrong; without one it only has to differ from the reference.
         write: for `model`: (prompts, try number) -> texts that the model writes.
+        template: what the model is asked, with `{prompt}` and `{privileged_context}`; None: `WRONG_ANSWER`.
         model_key: name and revision of the model behind `write`, and of the grader, for the cache.
         cache_dir: where to keep what a model wrote, so that a run that goes on has the same; None: nowhere.
 
@@ -59,13 +62,13 @@ def build(
     """
     if kind not in KINDS[1:]:
         raise UserError(f"negatives={kind!r} is not one of {', '.join(KINDS)}.")
-    path = None
+    path, template = None, template or WRONG_ANSWER
     if cache_dir is not None and kind == "model":
         parts = [[row.get(name) for name in ("prompt", "privileged_context", "completion", "negative_context")] for row in rows]
-        key = hashlib.sha256(json.dumps([FORMAT, WRONG_ANSWER, seed, model_key, parts], default=str).encode()).hexdigest()[:24]
+        key = hashlib.sha256(json.dumps([FORMAT, template, seed, model_key, parts], default=str).encode()).hexdigest()[:24]
         path = cache_dir / f"negatives-{key}.json"
     if (kept := read_cache(path)) is None:
-        kept = _proved_wrong(rows, kind, seed, grade, write)
+        kept = _proved_wrong(rows, kind, seed, grade, write, template)
         write_cache(path, kept)
     found: dict[int, str] = {int(i): text for i, text in kept.items()}
     return [row | {"negative_context": found[i]} if i in found else row for i, row in enumerate(rows)]
@@ -77,6 +80,7 @@ def _proved_wrong(
     seed: int,
     grade: Callable[[Row, str], bool] | None,
     write: Callable[[list[str], int], list[str]] | None,
+    template: str,
 ) -> dict[int, str]:
     """By row, the wrong references of the rows that have none yet."""
     found: dict[int, str] = {}
@@ -86,7 +90,8 @@ def _proved_wrong(
             texts = [corrupted(_reference(rows[i]), random.Random(f"{seed} {attempt} {rows[i].get('id', i)}")) for i in waiting]
         else:
             assert write is not None
-            prompts = [WRONG_ANSWER.format(prompt=prompt_text(rows[i]["prompt"]), reference=_reference(rows[i])) for i in waiting]
+            asked = [{"prompt": prompt_text(rows[i]["prompt"]), "privileged_context": _reference(rows[i])} for i in waiting]
+            prompts = [fill(template, **of_row) for of_row in asked]
             texts = list(write(prompts, attempt)) if prompts else []
         for i, text in zip(waiting, texts, strict=True):
             if text and words(text) != words(_reference(rows[i])) and not (grade is not None and grade(rows[i], text)):

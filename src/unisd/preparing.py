@@ -150,6 +150,7 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
             seed=config.seed,
             grade=data.grader,
             write=write,
+            template=data.task.negative_prompt_template if data.task is not None else None,
             model_key=f"{key} {data.name} {options.grader} {options.task_options}",
             cache_dir=cache_dir() / "contexts",
         )

@@ -75,7 +75,7 @@ def _on_last_turn(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
     return [*prompt[:-1], {**prompt[-1], "content": change(str(prompt[-1]["content"]))}]
 
 
-def _fill(template: str, **values: str) -> str:
+def fill(template: str, **values: str) -> str:
     """Fill placeholders in one pass: prompts may hold braces, and one value may contain another's placeholder."""
     pieces = [template]
     for name, value in values.items():
@@ -135,12 +135,12 @@ class PromptBuilder:
             turns: Messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             return [*turns, {"role": "assistant", "content": reference}, turns[-1]]
         template = self.teacher_template or (TEACHER_TEMPLATE if self.is_chat else PLAIN_TEACHER_TEMPLATE)
-        return _on_last_turn(prompt, lambda text: _fill(template, prompt=text, privileged_context=reference))
+        return _on_last_turn(prompt, lambda text: fill(template, prompt=text, privileged_context=reference))
 
     def with_context(self, prompt: Prompt, context: str) -> Prompt:
         """An auxiliary view: a solved example of another problem (or an instruction) before the problem."""
         template = self.auxiliary_template or (AUXILIARY_TEMPLATE if self.is_chat else PLAIN_AUXILIARY_TEMPLATE)
-        return _on_last_turn(prompt, lambda text: _fill(template, context=context, prompt=text))
+        return _on_last_turn(prompt, lambda text: fill(template, context=context, prompt=text))
 
     def student(self, row: dict[str, Any]) -> list[int]:
         return encode_prompt(self.tokenizer, row["prompt"])
@@ -174,7 +174,7 @@ class PromptBuilder:
     def without_question(self, prompt: Prompt, reference: str) -> Prompt:
         """The reference alone, in the append layout's words; system turns stay."""
         template = self.teacher_template or (TEACHER_TEMPLATE if self.is_chat else PLAIN_TEACHER_TEMPLATE)
-        text = _fill(template, prompt="", privileged_context=reference).strip()
+        text = fill(template, prompt="", privileged_context=reference).strip()
         if isinstance(prompt, str):
             return text
         return [*(turn for turn in prompt if turn["role"] == "system"), {"role": "user", "content": text}]

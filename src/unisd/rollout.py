@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 from unisd.decoding import decode
 from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
+from unisd.merging import merged_lora
 from unisd.sharding import is_sharded
 
 NoiseKey = tuple[int, int, int, int]  # seed, optimizer step, row of the dataset, generation
@@ -116,11 +117,11 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
 
 @contextmanager
 def generating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient, undone afterwards."""
+    """Evaluation mode without gradient, adapters merged; undone afterwards."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), merged_lora(model, keep=False):
             yield
     finally:
         model.train(was_training)

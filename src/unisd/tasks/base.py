@@ -54,6 +54,8 @@ class Task:
     """Joins {prompt} and {privileged_context}; None: the library's default."""
     auxiliary_prompt_template: str | None = None
     """Joins {prompt} and one auxiliary context; None: the library's default."""
+    negative_prompt_template: str | None = None
+    """Asks a model for a plausible wrong answer to {prompt}, whose right one is {privileged_context}; None: the library's default."""
     max_new_tokens: int = 256
     """Cap on the completion in evaluation, in tokens."""
     evaluation_only: ClassVar[bool] = False

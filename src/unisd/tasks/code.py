@@ -20,6 +20,10 @@ class CodeTask(Benchmark):
 
     runs_code = True
     max_new_tokens = 512
+    negative_prompt_template = (
+        "{prompt}\n\nThis program passes:\n{privileged_context}\n\nWrite the same program with one subtle bug in it, of the kind that a "
+        "careful programmer makes, so that a test fails. Reply with one Python code block and do not point the bug out."
+    )
     timeout_s = 10.0
 
     def program(self, row: Row, completion: str) -> str | None:
