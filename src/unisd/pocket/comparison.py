@@ -27,7 +27,7 @@ CAVEAT = (
     "Intervals draw problems anew, and take the seeds as they are: they hold for other problems of this kind, not for other seeds. Those "
     "of differences are one by one, not adjusted for how many there are: of 20 methods that differ in nothing, one would look different."
 )
-BESIDE_FIELD = ("sdft", "unisd-star", compare.REFERENCE)  # what they stand beside there
+BESIDE_FIELD = ("opsd", "sdft", "unisd-star", compare.REFERENCE)  # what they stand beside there; some add to OPSD
 
 
 def marks(cells: list[Cell], name: str, kind: str = "known") -> Marks:
@@ -148,7 +148,7 @@ def page(cells: list[Cell], figure: str, methods: list[str]) -> str:
             parts += [f"## {title}", "\n".join(table(cells, condition)), CAVEAT]
             parts += [
                 "\n".join(differences(cells, condition, other))
-                for other in (compare.REFERENCE, "sft" if "sft" in methods else "unisd-star")
+                for other in (compare.REFERENCE, *(["sft"] if "sft" in methods else ["opsd", "unisd-star"]))
                 if (other, condition) in finished(cells)
             ]
     parts += ["## Pilots", "\n".join(pilots(cells))]
