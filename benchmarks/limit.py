@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Example
+from unisd.merging import merged_lora
 
 BUDGET = 1024  # tokens of a packed row
 
@@ -63,7 +64,7 @@ def star_step(
     """Same contract as the plain one; returns 0."""
     base = model.get_base_model()
     decoder, head, device = base.get_decoder(), base.get_output_embeddings().weight, model.device
-    with torch.no_grad(), teacher():
+    with torch.no_grad(), teacher(), merged_lora(model, keep=False):
         score(model, [row for batch in batches for row in batch], chunk_tokens)
     for batch in batches:
         hidden = states(decoder, [(row.student, row.completion) for row in batch], device)

@@ -18,7 +18,9 @@ from unisd.scoring import ScoringRow
 
 
 class GivenCompletions:
-    """An engine that has written everything before."""
+    """An engine that has written everything before (with made-up log-probabilities)."""
+
+    returns_logps = False
 
     def __init__(self, rows: Sequence[Example]) -> None:
         self.rows = rows
@@ -28,7 +30,8 @@ class GivenCompletions:
 
     def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
         assert keys is not None
-        return [Completion(self.rows[row].completion, truncated=False) for _, _, row, _ in keys]
+        written = [self.rows[row].completion for _, _, row, _ in keys]
+        return [Completion(ids, truncated=False, logps=[-1.0] * len(ids)) for ids in written]
 
     def sleep(self) -> None:
         pass
@@ -77,8 +80,9 @@ def trainer(model: Any, rows: Sequence[Example], s: Star, options: dict[str, Any
         train_dataset=[row.text_row for row in rows],
         processing_class=tokenizer(model.config.vocab_size),
         peft_config=lora() if peft else None,
-        engine=GivenCompletions(rows),
     )
+    # In the place of the trainer's own engine, not beside it: some weights look at the log-probabilities that only its own one tells.
+    built.engine = built.completions.engine = GivenCompletions(rows)
     built.remove_callback(PrinterCallback)
     return built
 

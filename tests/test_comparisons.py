@@ -232,19 +232,18 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
         ] or [{}]
         record = {name: value for name, value in plan.__dict__.items() if name != "data_files"}
         cells.append({**record, "curve": points, "peak_mb": 1000.0})
-    assert len(cells) == 1 + 9 + 9
+    assert len(cells) == 1 + 5 + 9
     assert not list(evidence.plans(cells, "new_facts", "smollm2-135m", 120, 48, ("elsewhere",)))
-    assert {cell["alpha"] for cell in cells if cell["method"] == "unisd-star"} == {
-        evidence.best_pilot(cells, "new_facts", "sdft")[0]
-    }
+    settings = {(cell["alpha"], cell["learning_rate"]) for cell in cells if cell["method"] == "unisd-star"}
+    assert settings == {evidence.best_pilot(cells, "new_facts", "sdft")}
     text = evidence_page.page(cells)
-    assert "| sft | 3 | 120 | 83.3" in text and "| sft | 60 | 41.7" in text and "**unisd-star**" in text
+    assert "| sft | 3 | 120 | 83.3" in text and "| sft | 60 | 41.7" in text and "**sdft**" in text
     # Another model has pilots of its own, and a table of its own.
     first = list(evidence.plans(cells, "new_facts", "other/model", 120, 48, ()))
     assert first and all(plan.pilot or plan.method == "raw" for plan in first)
     other = {**cells[-1], "model": "other/model", "curve": [{**point, "task_correct": "0" * 48} for point in cells[-1]["curve"]]}
     both = evidence_page.page([*cells, other])
-    assert "## New facts: other/model, 120 steps, 48 rows\n\n1 of 19 cells" in both
+    assert "## New facts: other/model, 120 steps, 48 rows\n\n1 of 15 cells" in both
     assert both.replace(both[both.index("## New facts: other/model") : both.index("## New facts: smollm2")], "") == text
 
 

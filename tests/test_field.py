@@ -375,10 +375,17 @@ def test_contexts_that_repeat_the_reference_bear_the_teacher_out(tmp_path: Any) 
     assert built.metrics.values["weight/corroboration/min"] == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_weight_of_another_package_gets_the_teachers_scores(tmp_path: Any) -> None:
+def test_the_teachers_scores_are_there_for_weights_that_declare_them(tmp_path: Any) -> None:
     args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True)
-    own, other = parse_weight("agreement_token"), replace(parse_weight("agreement_token"), name="agreement_of_mine")
-    assert "teacher" not in needed_views(args, [own]) and "teacher" in needed_views(args, [other])
+    own = parse_weight("agreement_token")
+    asking = replace(own, needs=own.needs | {"teacher"})
+    assert "teacher" not in needed_views(args, [own]) and "teacher" in needed_views(args, [own, asking])
+    for weights, asked in (([], False), (["entropy_trust"], False), (["asks"], True)):
+        built = trainer(tmp_path, token_weights=[w for w in weights if w != "asks"])
+        built.scorer.needs |= {"teacher"} if asked else set()
+        scores = built.scorer.score(built._rollout([(0, 0)])[0], "cpu")[0]
+        assert (scores.teacher_logp is not None) is asked
+        assert not asked or bool((scores.teacher_logp[scores.mask] < 0).all())
 
 
 def passes(built: Any) -> tuple[Counter[str], Any]:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 KIND = "token weight"
 ENTRY_POINT_GROUP = "unisd.token_weights"
-NEEDS = frozenset({"auxiliary", "untempered", "negative", "contrast", "student", "entropy", "divergence"})
+NEEDS = frozenset({"teacher", "auxiliary", "untempered", "negative", "contrast", "student", "entropy", "divergence"})
 NORMALIZERS = ("weights", "tokens", "mean1")
 SCALE_FLOOR = 1e-6  # nats^2 (var) or nats (range): contexts that agree to rounding
 LEAST_TOKEN_WEIGHT = 0.01
@@ -43,7 +43,7 @@ class StepScores:
 
     mask: Tensor  # [B,T] bool, tokens that carry loss
     tokens: Tensor  # [B,T] realised token ids
-    teacher_logp: Tensor  # [B,T] l+, primary teacher, distillation temperature; zeros where no weight looks at it
+    teacher_logp: Tensor | None = None  # [B,T] l+, primary teacher, distillation temperature (teacher)
     auxiliary_logp: Tensor | None = None  # [K,B,T] l^k at temperature 1 (auxiliary)
     auxiliary_present: Tensor | None = None  # [K,B] bool: a row may have fewer than K contexts (auxiliary)
     negative_logp: Tensor | None = None  # [B,T] l- (negative)
@@ -185,7 +185,7 @@ def corroboration(scores: StepScores, *, gamma: float = 1.0) -> Tensor:
     chosen_KBT = (present_KB[:, :, None] & scores.mask).expand_as(auxiliary_KBT)
     known_KBT = torch.where(chosen_KBT, auxiliary_KBT, math.nan).exp()
     # Not torch's nanmedian: that is the lower of the two middle values, and so not the same under 1 - p.
-    middle_BT = known_KBT.nanquantile(0.5, dim=0) if len(known_KBT) else torch.zeros_like(scores.teacher_logp)
+    middle_BT = known_KBT.nanquantile(0.5, dim=0) if len(known_KBT) else torch.zeros(scores.mask.shape)
     if scores.untempered_logp is None:
         raise UserError("corroboration needs the teacher's scores at temperature 1, but this step has none.")
     apart_BT = (torch.where(scores.mask, scores.untempered_logp, 0.0).exp() - torch.where(scored_BT, middle_BT, 0.0)).abs()

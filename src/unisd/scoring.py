@@ -93,7 +93,7 @@ class Scorer:
         backbone: the model, shared by student and teacher.
         teacher: its other weights.
         spec: divergence (its temperature applies to all views but the auxiliary ones).
-        needs: what the active reliability weights and clips look at: teacher (l+), and `mechanisms.NEEDS`.
+        needs: what the active reliability weights and clips look at, of `mechanisms.NEEDS`.
         packed: rows end to end, or padded.
         token_budget: most tokens per forward pass.
         layers: further layers to keep of the primary teacher.
@@ -244,7 +244,7 @@ class Scorer:
         scores = StepScores(
             mask=mask,
             tokens=tokens,
-            teacher_logp=teacher_logp,
+            teacher_logp=teacher_logp if "teacher" in self.needs else None,
             untempered_logp=untempered_logp if "untempered" in self.needs else None,
             auxiliary_logp=auxiliary_logp if "auxiliary" in self.needs else None,
             auxiliary_present=auxiliary_present if "auxiliary" in self.needs else None,
@@ -295,7 +295,7 @@ class Scorer:
         self, scores: StepScores, rows: Sequence[ScoringRow], states: TeacherStates, device: torch.device | str
     ) -> StepScores:
         """One student pass without gradient: its log-probabilities and the divergence before any update."""
-        student_logp, divergence = torch.zeros_like(scores.teacher_logp), torch.zeros_like(scores.teacher_logp)
+        student_logp, divergence = torch.zeros(scores.mask.shape), torch.zeros(scores.mask.shape)
         head_of_teacher = teacher_head(self.backbone, self.teacher)
         jobs = [_Job("student", i, 0, row.student) for i, row in enumerate(rows)]
         with generating(self.backbone.causal_lm), self._context():

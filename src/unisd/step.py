@@ -30,8 +30,6 @@ from unisd.targets import STUDENT, Target
 
 STUDENT_NEEDS = frozenset({"student", "divergence"})
 AGREEMENT = ("agreement_token", "agreement_sequence")
-AUXILIARY_ALONE = (*AGREEMENT, "corroboration")
-"""Weights that do not look at l+ as the loss has it, whose projection they save."""
 
 
 def normalizer_of(args: UniSDConfig, weights: Sequence[WeightFunction]) -> str:
@@ -88,8 +86,6 @@ def needed_views(
     the importance ratio corrects for that.
     """
     needs = frozenset(need for weight in weights for need in weight.needs - (STUDENT_NEEDS if weight in in_forward else drawn))
-    if any(weight.name not in AUXILIARY_ALONE for weight in weights):
-        needs |= {"teacher"}  # any other weight may look at l+
     if args.agreement_uncertain_share < 1:
         needs |= {"entropy"}
     if args.contrastive_weight or NEGATIVE in sources:

@@ -49,13 +49,14 @@ def scores(noise: float, seed: int) -> tuple[StepScores, Tensor]:
         model, tokenizer, _ = load_model(options)
         trainer = UniSDTrainer(model, config, data.train, processing_class=tokenizer)
         rows, _ = trainer._rollout([(number, 0) for number in range(len(data.train))])
+        trainer.scorer.needs |= {"teacher"}  # no weight looks at it; the choice of tokens below does
         found, _ = trainer.scorer.score(rows, config.device)
     return found, torch.tensor([bool(row["noisy"]) for row in data.train])
 
 
 def table(found: StepScores, wrong_B: Tensor) -> list[str]:
     """Markdown lines, one per group of tokens."""
-    assert found.negative_logp is not None and found.divergence is not None
+    assert found.teacher_logp is not None and found.negative_logp is not None and found.divergence is not None
     fact_BT = found.mask & ((found.teacher_logp - found.negative_logp).abs() >= APART)
     weights = {}
     for name, spec in WEIGHTS.items():
