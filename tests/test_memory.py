@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,3 +128,33 @@ def test_checkpointing_is_chosen_on_all_ranks_if_on_one(monkeypatch: pytest.Monk
     trainer: Any = type("Trainer", (), {"model": None})
     run._save_memory(trainer, options, settings)
     assert settings.gradient_checkpointing
+
+
+PINNED = """
+import torch
+from pathlib import Path
+from unisd.memory import give_back_what_is_freed
+if {asked}:
+    give_back_what_is_freed(torch.device("cpu"))
+held = lambda: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+del_me = torch.ones(8 << 20)  # 32 MiB: freed, it raises glibc's threshold to its own size
+del del_me
+before, kept = held(), []
+for layer in range(20):
+    activations = [torch.ones(2 << 20) for _ in range(3)]  # 8 MiB each
+    kept.append(torch.ones(1 << 16))
+    activations[0] = None
+    kept.append(torch.ones(1 << 16))
+    del activations
+    kept.append(torch.ones(1 << 18))  # 1 MiB
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_freed_activations_leave_the_process() -> None:
+    held = {}
+    for asked in (False, True):
+        code = PINNED.replace("{asked}", str(asked))
+        held[asked] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert held[True] < 40_000 < held[False]

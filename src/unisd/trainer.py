@@ -33,7 +33,7 @@ from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
 from unisd.losses import Contrast, Head, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
-from unisd.memory import default_token_budget
+from unisd.memory import default_token_budget, give_back_what_is_freed
 from unisd.metrics import StepMetrics
 from unisd.models import eos_ids, load_model_and_tokenizer, with_adapter
 from unisd.observing import Observer, Probes
@@ -119,6 +119,7 @@ class UniSDTrainer(SafeTrainer):
             # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
             model, tokenizer, _ = load_model_and_tokenizer(model, dtype="float32" if peft_config is None else "auto")
             processing_class = processing_class or tokenizer
+        give_back_what_is_freed(args.device)
         student: Any = model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(student.config._name_or_path)
