@@ -5,6 +5,8 @@ Shapes: C tokens of a chunk, V vocabulary. Notation: p student, q teacher, M the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,13 @@ BLOCK_BYTES = 2 * 2**20
 """On a CPU the arithmetic between the products goes through a chunk in row blocks of this size, which stay in the cache."""
 
 
-def closed_form(part: LossInputs, want_gradient: bool) -> ChunkResult:
-    """Mode `full`: both projections at once, then row block by row block; the gradient takes the place of the student's logits."""
-    student_CV = part.student_head.project(part.student_hidden_NH)
-    teacher_CV = part.teacher_head.project(part.teacher_hidden_NH).to(student_CV.dtype)
+def closed_form(part: LossInputs, want_gradient: bool, room: Sequence[Tensor | None] = (None, None)) -> ChunkResult:
+    """Mode `full`: both projections at once, then row block by row block; the gradient takes the place of the student's logits.
+
+    room: where the two projections may go.
+    """
+    student_CV = part.student_head.project(part.student_hidden_NH, room[0])
+    teacher_CV = part.teacher_head.project(part.teacher_hidden_NH, room[1]).to(student_CV.dtype)
     blocks = row_blocks(student_CV)
     # One set of scratch rows for all blocks: on a CPU, getting fresh memory costs more than what is computed in it.
     scratch = student_CV.new_empty(2 if part.spec.alpha in (0.0, 1.0) else 3, *student_CV[blocks[0]].shape)

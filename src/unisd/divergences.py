@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unisd.errors import UserError
+from unisd.products import linear
 
 LOWEST_LOGIT = -1e30  # stands in for -inf (a vocabulary entry ruled out), so that 0 * (log q - log p) is 0 and not NaN
 
@@ -53,13 +54,13 @@ class Head:
         """Logits [N,V] in float32 (float64 stays); the product runs in the weight's dtype, or in autocast's."""
         return self.shape_logits(self.project(hidden_NH))
 
-    def project(self, hidden_NH: Tensor) -> Tensor:
-        """The linear part [N,V], before scale and softcap."""
+    def project(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:
+        """The linear part [N,V], before scale and softcap; `room`: see :func:`unisd.products.linear`."""
         bias_V = self.bias
         if bias_V is not None:
             lowest = max(LOWEST_LOGIT, torch.finfo(self.weight.dtype).min)
             bias_V = bias_V.to(self.weight.dtype).clamp(min=lowest)
-        return at_least_float32(F.linear(hidden_NH.to(self.weight.dtype), self.weight, bias_V))
+        return at_least_float32(linear(hidden_NH.to(self.weight.dtype), self.weight, bias_V, room))
 
     def shape_logits(self, logits_NV: Tensor) -> Tensor:
         """Scale and softcap of the projected hidden states."""

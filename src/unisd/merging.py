@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from unisd.products import linear
 from unisd.sharding import is_sharded
 
 
