@@ -27,4 +27,4 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Ten
         torch.mm(rows_NI, weight_OI[chosen].T, out=out_NO[:, chosen])
     if bias_O is not None:
         out_NO += bias_O
-    return out_NO.view(*x.shape[:-1], -1)
+    return out_NO.view(*x.shape[:-1], len(weight_OI))
