@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from unisd.backbone import forward_batches
-from unisd.merging import merged_lora
+from unisd.merging import inference
 from unisd.models import without_adapter
 from unisd.products import linear
 from unisd.sharding import in_step
@@ -147,12 +147,10 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     bare = without_adapter(model)
     owners = [bare] if bare is model else [model, bare]
     own_configs = [owner.generation_config for owner in owners]
-    training = [module for module in model.modules() if module.training]
     attention = bare.config._attn_implementation
     on_cpu = bare.device.type == "cpu"
     grouped = attention == "sdpa" and on_cpu
     head = bare.get_output_embeddings() if on_cpu else None
-    model.eval()
     try:
         if type(head) is nn.Linear:
             head.forward = partial(linear, weight_OI=head.weight, bias_O=head.bias)  # type: ignore[method-assign]
@@ -160,7 +158,7 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
             owner.generation_config = config
         if grouped:
             bare.set_attn_implementation(GROUPED)
-        with torch.no_grad(), merged_lora(model, keep=True):
+        with inference(model, keep=True):
             yield
     finally:
         if type(head) is nn.Linear:
@@ -169,8 +167,6 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
             bare.set_attn_implementation(attention)
         for owner, own in zip(owners, own_configs, strict=True):
             owner.generation_config = own
-        for module in training:
-            module.training = True
 
 
 def decode(

@@ -13,7 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from unisd.console import show_progress
 from unisd.decoding import decode
 from unisd.errors import UserError
 from unisd.grading import grade_many, wilson
-from unisd.merging import merged_lora
+from unisd.merging import inference
 from unisd.models import eos_ids
 from unisd.sharding import entry, in_step
 from unisd.tasks.base import Grade, Row
@@ -141,22 +141,6 @@ def accuracy(
 # ---------------------------------------------------------------- likelihood
 
 
-@contextmanager
-def _scoring(*models: Any) -> Iterator[None]:
-    """Evaluation mode without gradient, adapters merged; every module's own mode is put back."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad(), ExitStack() as merged:
-            for model in models:
-                merged.enter_context(merged_lora(model, keep=False))
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 class _States:
     """Completion states of one model: hidden states and its head, or for an unknown head the logits themselves."""
 
@@ -229,7 +213,7 @@ def sequence_logprobs(
     _check_pairs(prompt_ids, completion_ids)
     logp_N = torch.zeros(len(prompt_ids), dtype=torch.float64)
     count_N = torch.tensor([len(c) for c in completion_ids], dtype=torch.int64)
-    with _scoring(model), in_step(model):
+    with inference(model), in_step(model):
         states = _States(model)
         for rows in _batches(prompt_ids, completion_ids, token_budget):
             hidden = states.of([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows])
@@ -343,7 +327,7 @@ def _along(
     logp_N2 = torch.zeros(len(prompts), 2, dtype=torch.float64)  # adapted, base
     count_N = torch.tensor([len(a) for a in answers], dtype=torch.int64)
     divergence = 0.0
-    with _scoring(model, *([] if base is None else [base])):
+    with inference(model, *([] if base is None else [base])):
         adapted_states = _States(model)
         base_states = adapted_states if base is None else _States(base)
         for rows in _batches(prompts, answers, budget):

@@ -6,7 +6,7 @@ In float32 only. In 16 bits the sum would be rounded to the precision of W, whic
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,22 @@ def merged_lora(model: nn.Module, *, keep: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+@contextmanager
+def inference(*models: nn.Module, keep: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradient, adapters merged (`keep`: as in `merged_lora`); every module's own mode is put back."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad(), ExitStack() as merged:
+            for model in models:
+                merged.enter_context(merged_lora(model, keep=keep))
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def mergeable(model: nn.Module) -> list[Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 BLOCK, WIDE = 1024, 4096
 """Outputs that are computed at a time, where there are `WIDE` or more. MKL on AVX2 (two cores) made 105 GFLOP/s of the product of 164 rows
-with a head of 151,936 x 896 in blocks and 57 in one piece, 36 and 19 of 16 rows."""
+with a head of 151,936 x 896 in blocks and 57 in one piece, 35 and 21 of 16 rows."""
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Tensor | None = None) -> Tensor:

@@ -6,8 +6,7 @@ and position, so what is sampled depends neither on how the step is cut into mic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +23,6 @@ from transformers.generation.logits_process import (
 from unisd.decoding import decode
 from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
-from unisd.merging import merged_lora
 from unisd.sharding import is_sharded
 
 NoiseKey = tuple[int, int, int, int]  # seed, optimizer step, row of the dataset, generation
@@ -113,18 +111,6 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
             below_B1 = torch.where(drawn_B1 > 0, cumulative_BV.gather(1, (drawn_B1 - 1).clamp_min(0)), 0.0)
             self.drawn_logps.append(((cumulative_BV.gather(1, drawn_B1) - below_B1) / cumulative_BV[:, -1:]).log())
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn_B1, 0.0)
-
-
-@contextmanager
-def generating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient, adapters merged; undone afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), merged_lora(model, keep=False):
-            yield
-    finally:
-        model.train(was_training)
 
 
 def generate(

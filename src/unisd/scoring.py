@@ -21,7 +21,7 @@ from unisd.backbone import Backbone, Captured, forward_batches, lay_out
 from unisd.divergences import log_probs
 from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_logprobs, token_scores
 from unisd.mechanisms import StepScores
-from unisd.rollout import generating
+from unisd.merging import inference
 from unisd.sharding import in_step
 from unisd.targets import Target, TargetStates
 from unisd.teacher import Teacher
@@ -225,7 +225,7 @@ class Scorer:
                 else:
                     auxiliary_logp[job.context, job.row, :length] = logp_T
 
-        with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
+        with inference(self.backbone.causal_lm), self.teacher.in_place(), self._context():
             head = self.backbone.head()
             record(jobs)
             if "auxiliary" in self.needs and self.choose_rows is not None:
@@ -237,7 +237,7 @@ class Scorer:
                 assert negative_divergence is not None
                 negative_divergence[i, : len(compared[0])], negative_logp[i, : len(compared[0])] = compared
         for weights, other in self.others.items():
-            with generating(self.backbone.causal_lm), other.in_place(), self._context():
+            with inference(self.backbone.causal_lm), other.in_place(), self._context():
                 head = self.backbone.head()
                 record([job for job in sources if job.view.startswith(f"{weights}/")])
 
@@ -280,9 +280,9 @@ class Scorer:
                     hidden[view.job.row][view.job.view] = view.final_TH[places]
 
         # A context for each set of weights: within one, autocast remembers its casts of a parameter, whatever its values are by then.
-        with generating(self.backbone.causal_lm), self.teacher.in_place(), self._context():
+        with inference(self.backbone.causal_lm), self.teacher.in_place(), self._context():
             record(jobs)
-        with generating(self.backbone.causal_lm), self._context():
+        with inference(self.backbone.causal_lm), self._context():
             record([_Job("student", i, 0, row.student) for i, row in enumerate(rows)])
             heads = {"student": self.backbone.head()}
             other = teacher_head(self.backbone, self.teacher)
@@ -298,7 +298,7 @@ class Scorer:
         student_logp, divergence = torch.zeros(scores.mask.shape), torch.zeros(scores.mask.shape)
         head_of_teacher = teacher_head(self.backbone, self.teacher)
         jobs = [_Job("student", i, 0, row.student) for i, row in enumerate(rows)]
-        with generating(self.backbone.causal_lm), self._context():
+        with inference(self.backbone.causal_lm), self._context():
             head = self.backbone.head()
             for group in self._hidden_states(jobs, rows, device):
                 student_NH = torch.cat([view.final_TH for view in group])
