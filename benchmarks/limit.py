@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Example
+from unisd.attention import FRUGAL
+from unisd.memory import default_token_budget
 from unisd.merging import merged_lora
+from unisd.products import linear
 
-BUDGET = 1024  # tokens of a packed row
 
-
-def packed(sequences: list[list[int]], device: Any) -> dict[str, Tensor]:
+def packed(sequences: list[list[int]], device: Any) -> dict[str, Any]:
     ids = torch.tensor([[token for s in sequences for token in s]], device=device)
-    if len({len(s) for s in sequences}) == 1:  # rows of one length: a plain batch wastes nothing, and attends to its own row only
-        return {"input_ids": ids.view(len(sequences), -1)}
-    return {"input_ids": ids, "position_ids": torch.tensor([[i for s in sequences for i in range(len(s))]], device=device)}
+    positions = torch.tensor([[i for s in sequences for i in range(len(s))]], device=device)
+    return {"input_ids": ids, "position_ids": positions, "row_starts": [i for i, p in enumerate(positions[0].tolist()) if p == 0]}
 
 
 def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any) -> Tensor:
@@ -36,10 +36,10 @@ def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any) -
     return torch.cat(kept)
 
 
-def groups(jobs: list[tuple[list[int], list[int]]]) -> list[list[tuple[list[int], list[int]]]]:
+def groups(jobs: list[tuple[list[int], list[int]]], most_tokens: int) -> list[list[tuple[list[int], list[int]]]]:
     found: list[list[tuple[list[int], list[int]]]] = [[]]
     for job in sorted(jobs, key=lambda j: -len(j[0] + j[1])):
-        if found[-1] and sum(len(p + c) for p, c in [*found[-1], job]) > BUDGET:
+        if found[-1] and sum(len(p + c) for p, c in [*found[-1], job]) > most_tokens:
             found.append([])
         found[-1].append(job)
     return found
@@ -47,15 +47,18 @@ def groups(jobs: list[tuple[list[int], list[int]]]) -> list[list[tuple[list[int]
 
 def project(hidden: Tensor, head: Tensor, tokens: int) -> None:
     for start in range(0, len(hidden), tokens):
-        hidden[start : start + tokens] @ head.T
+        linear(hidden[start : start + tokens], head)
 
 
 def score(model: Any, rows: list[Example], chunk_tokens: int) -> None:
     """The passes without gradient: K + 2 views of all rows."""
     base = model.get_base_model()
+    base.set_attn_implementation(FRUGAL)
     decoder, head = base.get_decoder(), base.get_output_embeddings().weight
-    for group in groups([(prompt, row.completion) for row in rows for prompt in (row.teacher, row.negative, *row.auxiliary)]):
-        project(states(decoder, group, model.device), head, chunk_tokens)
+    views = [(prompt, row.completion) for row in rows for prompt in (row.teacher, row.negative, *row.auxiliary)]
+    with merged_lora(model, keep=False):
+        for group in groups(views, default_token_budget(model.device)):
+            project(states(decoder, group, model.device), head, chunk_tokens)
 
 
 def star_step(
@@ -64,7 +67,7 @@ def star_step(
     """Same contract as the plain one; returns 0."""
     base = model.get_base_model()
     decoder, head, device = base.get_decoder(), base.get_output_embeddings().weight, model.device
-    with torch.no_grad(), teacher(), merged_lora(model, keep=False):
+    with torch.no_grad(), teacher():
         score(model, [row for batch in batches for row in batch], chunk_tokens)
     for batch in batches:
         hidden = states(decoder, [(row.student, row.completion) for row in batch], device)
@@ -72,6 +75,6 @@ def star_step(
             gradient = torch.empty_like(hidden)
             for start in range(0, len(hidden), chunk_tokens):
                 part = slice(start, start + chunk_tokens)
-                gradient[part] = (hidden[part] @ head.T) @ head
+                gradient[part] = linear(hidden[part], head) @ head
         hidden.backward(gradient / gradient.norm())
     return 0.0

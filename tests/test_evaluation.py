@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import FalconH1Config, FalconH1ForCausalLM, MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from unisd import decoding, evaluation
-from unisd.decoding import GROUPED, decode
+from unisd.attention import FRUGAL
+from unisd.decoding import decode
 from unisd.errors import UserError
 from unisd.evaluation import (
     accuracy,
@@ -171,7 +172,7 @@ def test_decoding_leaves_the_model_as_it_was():
     own = model.generation_config
     prompts = some_ids(3, 9)
     got = decode(model, prompts, 12, eos_ids=[2], pad_id=0)
-    assert model.generation_config is own and model.config._attn_implementation != GROUPED
+    assert model.generation_config is own and model.config._attn_implementation != FRUGAL
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     assert got == [slow_greedy(model.eval(), prompt, 12, {2}) for prompt in prompts]  # no penalty was applied
 

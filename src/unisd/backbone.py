@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from unisd.attention import FRUGAL
 from unisd.errors import UserError
 from unisd.losses import Head
 from unisd.models import without_adapter
@@ -42,6 +43,11 @@ class Batch:
         """Keyword arguments of the model's forward."""
         kept = {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": self.attention_mask}
         return {name: value for name, value in kept.items() if value is not None}
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences lie end to end in one row."""
+        return self.attention_mask is None
 
 
 def lay_out(sequences: Sequence[Sequence[int]], packed: bool, pad_id: int, device: torch.device | str) -> Batch:
@@ -92,6 +98,12 @@ class Backbone:
                 f"{type(causal_lm).__name__} has no separate decoder below its head: not a causal LM that can be trained here."
             )
         parameters = inspect.signature(causal_lm.forward).parameters
+        if causal_lm.config._attn_implementation == "sdpa":
+            causal_lm.set_attn_implementation(FRUGAL)  # and stays: backward passes of checkpointed layers compute it again
+        decoder_parameters = inspect.signature(self.decoder.forward).parameters
+        self._takes_row_starts = causal_lm.config._attn_implementation == FRUGAL and all(
+            any(p.kind is p.VAR_KEYWORD for p in found.values()) for found in (parameters, decoder_parameters)
+        )
         # The head is applied to one position only: its full output is never needed.
         self._forward_options: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in parameters:
@@ -159,13 +171,17 @@ class Backbone:
     def forward(self, model: nn.Module, batch: Batch, layers: Sequence[int] = ()) -> Captured:
         """Forward pass through `model` (this model or a wrapper around it, whose hooks must run), keeping hidden states."""
         with self.capture(layers) as captured:
-            model(**batch.inputs, **self._forward_options)
+            model(**self._inputs(batch), **self._forward_options)
         return captured
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Of the model's forward; attention is told where packed rows begin."""
+        return {**batch.inputs, **({"row_starts": batch.starts} if batch.packed and self._takes_row_starts else {})}
 
     def hidden_states(self, batch: Batch, layers: Sequence[int] = ()) -> Captured:
         """Hidden states without the head, which is not needed, and without gradient."""
         with self.capture(layers) as captured:
-            self._run(**batch.inputs, use_cache=False)
+            self._run(**self._inputs(batch), use_cache=False)
         return captured
 
     def _run(self, **inputs: Any) -> None:

@@ -4,7 +4,7 @@ Six things make it faster than one plain `generate` call, none changes what is g
 - rows that came to an end leave the batch and its cache every few tokens: the longest row does not hold up the others
 - the key/value cache grows by amortised doubling instead of one full copy per token
 - prompts are read with others of like length, not padded to the longest, and one that occurs several times (generations) only once
-- on a CPU, grouped-query attention under a padding mask reads the shared heads in place (transformers repeats them first)
+- on a CPU, grouped-query attention under a padding mask reads the shared heads in place (:mod:`unisd.attention`)
 - on a CPU, the head multiplies block by block (:mod:`unisd.products`)
 - in float32, an adapter is merged into a copy of the weights that it adapts, for as long as decoding takes
 
@@ -22,50 +22,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from unisd.attention import FRUGAL
 from unisd.backbone import forward_batches
 from unisd.merging import inference
 from unisd.models import without_adapter
 from unisd.products import linear
 from unisd.sharding import in_step
 
-GROUPED = "unisd_grouped_sdpa"
 COMPACT_EVERY = 16  # tokens between two looks at which rows are done
 READ_AT_ONCE_CPU, READ_AT_ONCE = 2048, 32768
 """Tokens (with padding) of prompts read in one pass, on a CPU and on an accelerator."""
 
 ProcessorFactory = Callable[[Sequence[int], int], LogitsProcessorList]
 """(prompt indices of the batch's rows, padded prompt length) -> processors for exactly these rows."""
-
-
-def grouped_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' sdpa attention, without repeating key/value heads where a mask is given."""
-    if attention_mask is None or kwargs.get("position_bias") is not None or query.shape[1] == key.shape[1]:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    out = scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(GROUPED, grouped_sdpa)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -149,21 +121,21 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     own_configs = [owner.generation_config for owner in owners]
     attention = bare.config._attn_implementation
     on_cpu = bare.device.type == "cpu"
-    grouped = attention == "sdpa" and on_cpu
+    wasteful = attention == "sdpa" and on_cpu
     head = bare.get_output_embeddings() if on_cpu else None
     try:
         if type(head) is nn.Linear:
             head.forward = partial(linear, weight_OI=head.weight, bias_O=head.bias)  # type: ignore[method-assign]
         for owner in owners:
             owner.generation_config = config
-        if grouped:
-            bare.set_attn_implementation(GROUPED)
+        if wasteful:
+            bare.set_attn_implementation(FRUGAL)
         with inference(model, keep=True):
             yield
     finally:
         if type(head) is nn.Linear:
             del head.forward
-        if grouped:
+        if wasteful:
             bare.set_attn_implementation(attention)
         for owner, own in zip(owners, own_configs, strict=True):
             owner.generation_config = own
