@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Example
+from unisd.adapters import merged_lora
 from unisd.attention import FRUGAL
 from unisd.memory import default_token_budget
-from unisd.merging import merged_lora
 from unisd.products import linear
 
 

@@ -104,10 +104,9 @@ class Backbone:
         self._takes_row_starts = causal_lm.config._attn_implementation == FRUGAL and all(
             any(p.kind is p.VAR_KEYWORD for p in found.values()) for found in (parameters, decoder_parameters)
         )
-        # The head is applied to one position only: its full output is never needed.
         self._forward_options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in parameters:
-            self._forward_options["logits_to_keep"] = 1
+        if "logits_to_keep" in parameters:  # of no position: the head's output is never needed
+            self._forward_options["logits_to_keep"] = torch.zeros(0, dtype=torch.long)
         text_config = causal_lm.config.get_text_config()
         self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self._scale: float = 1.0

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
+from unisd.adapters import inference
 from unisd.attention import FRUGAL
 from unisd.backbone import forward_batches
-from unisd.merging import inference
 from unisd.models import without_adapter
 from unisd.products import linear
 from unisd.sharding import in_step

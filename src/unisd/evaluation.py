@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unisd.adapters import inference
 from unisd.console import show_progress
 from unisd.decoding import decode
 from unisd.errors import UserError
 from unisd.grading import grade_many, wilson
-from unisd.merging import inference
 from unisd.models import eos_ids
 from unisd.sharding import entry, in_step
 from unisd.tasks.base import Grade, Row

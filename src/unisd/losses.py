@@ -15,6 +15,7 @@ chunk. Notation: p student, q teacher, M their mixture; l log-probability of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -125,7 +126,9 @@ def chunked_loss(
     """
     tracked = (student_hidden_NH, student_head.weight, student_head.bias)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked)
-    chunk = chunk_tokens or default_chunk_tokens(student_head.weight.shape[0], student_hidden_NH.device)
+    most = chunk_tokens or default_chunk_tokens(student_head.weight.shape[0], student_hidden_NH.device)
+    tokens = max(len(student_hidden_NH), 1)
+    chunk = math.ceil(tokens / math.ceil(tokens / most))  # alike: a small last one would be slower a token
     if reweigh is not None and (wanted[1] or wanted[2] or contrast is not None):
         with torch.no_grad():
             known = chunked_loss(

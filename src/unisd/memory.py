@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from unisd.adapters import mergeable
 from unisd.config import UniSDConfig
 from unisd.losses import chunk_bytes
-from unisd.merging import mergeable
 from unisd.targets import parse_target
 
 MIB = 1 << 20

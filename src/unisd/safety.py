@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
 from unisd import checkpoints, zero
+from unisd.adapters import fused_lora
 from unisd.alarms import Watch
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
@@ -117,7 +118,8 @@ class SafeTrainer(ShardedTrainer):
             pieces = pieces_of(part, self._most_rows or max(len(part), 1)) or [part]
             for piece in pieces:
                 laid_out = inputs if inputs is not None and piece == part else self.micro_batch_of(piece)
-                loss += super().training_step(model, laid_out, items)
+                with fused_lora(self.model):
+                    loss += super().training_step(model, laid_out, items)
         return loss
 
     def _again(self, model: nn.Module, parts: list[list[int]], items: Any, most_rows: int) -> Tensor:

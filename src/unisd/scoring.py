@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unisd.adapters import inference
 from unisd.backbone import Backbone, Captured, forward_batches, lay_out
 from unisd.divergences import log_probs
 from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_logprobs, token_scores
 from unisd.mechanisms import StepScores
-from unisd.merging import inference
 from unisd.sharding import in_step
 from unisd.targets import Target, TargetStates
 from unisd.teacher import Teacher

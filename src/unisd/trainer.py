@@ -387,7 +387,7 @@ class UniSDTrainer(SafeTrainer):
     ) -> Any:
         """Loss of one micro-batch, already normalised over the whole optimizer step and all ranks."""
         args = self.args
-        batch = Batch(inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"], [])
+        batch = Batch(inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"], inputs["starts"])
         captured = self.backbone.forward(model, batch, args.feature_layers or ())
         assert captured.final is not None
         student_NH = captured.final.flatten(0, 1)[inputs["positions_N"]]

@@ -1,4 +1,4 @@
-"""Adapters merged where no gradient is asked for: the same results, and no trace afterwards."""
+"""Adapters merged, and fused into one product where a gradient is asked for: the same results, and no trace afterwards."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
-from unisd.merging import mergeable, merged_lora
+from unisd.adapters import _FusedLoRA, fused_lora, mergeable, merged_lora
 
 
 class Net(nn.Module):
@@ -91,3 +92,48 @@ def test_autocast_computes_as_in_training() -> None:
         plain = model(x)
         with merged_lora(model, keep=True):
             assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("into_input", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_fused_gives_the_gradients_of_the_adapter(checkpointing: bool, into_input: bool) -> None:
+    model, x = adapted().train(), torch.randn(4, 6, 7, requires_grad=into_input)
+    weights = torch.randn(4, 6, 5)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        x.grad = None
+        out = checkpoint(model, x, use_reentrant=False) if checkpointing else model(x)
+        (out * weights).sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in (x, *model.parameters()) if p.grad is not None)]
+
+    peft = gradients()
+    with fused_lora(model):
+        ours = gradients()
+    assert len(ours) == len(peft) == 5 + into_input
+    for a, b in zip(ours, peft, strict=True):
+        assert_close(a, b)
+
+
+def test_fused_is_exact_in_float64() -> None:
+    sizes = {"x": (2, 3, 5), "weight": (7, 5), "bias": (7,), "A": (2, 5), "B": (7, 2)}
+    x, weight, bias, A, B = (torch.randn(*size, dtype=torch.float64) for size in sizes.values())
+    tracked = [t.requires_grad_() for t in (x, A, B)]
+    assert torch.autograd.gradcheck(lambda x, A, B: _FusedLoRA.apply(x, weight, bias, A, B, 1.7), tracked)
+    torch.testing.assert_close(_FusedLoRA.apply(x, weight, bias, A, B, 1.7), x @ (weight + 1.7 * B @ A).T + bias)
+
+
+def test_what_cannot_be_fused_is_left_to_peft() -> None:
+    x = torch.randn(3, 7)
+    dropped, unfrozen = adapted(lora_dropout=0.5).train(), adapted().train()
+    for p in unfrozen.parameters():
+        p.requires_grad_(True)
+    for model, own in ((dropped, 4), (unfrozen, 7)):
+        torch.manual_seed(0)
+        plain = model(x)
+        torch.manual_seed(0)
+        with fused_lora(model):
+            out = model(x)
+            assert torch.equal(out, plain)
+            out.sum().backward()
+        assert sum(p.grad is not None for p in model.parameters()) == own

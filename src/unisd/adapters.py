@@ -1,0 +1,141 @@
+"""LoRA layers without their cost, in float32 and on whole weights; peft computes all others.
+
+Where no gradient is asked for, one product with W + s B A takes the place of three (`merged_lora`). In 16 bits the sum would be rounded
+to the precision of W, which an adapter of the first steps lies below. With gradient, the small product is added into the large one
+(`fused_lora`): peft makes it, scales it and adds it, three tensors of the size of the output, and the same again backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from unisd.products import linear
+from unisd.sharding import is_sharded
+
+
+@contextmanager
+def merged_lora(model: nn.Module, *, keep: bool) -> Iterator[None]:
+    """While active, plain LoRA layers of `model` compute with their merged weight; no parameter is touched.
+
+    Args:
+        model: in evaluation mode, without gradient; PEFT-wrapped or not.
+        keep: merge each weight once, at one more copy of the adapted weights (for many passes over few tokens); False: anew in
+            each pass, at the cost of about r tokens and one weight's memory.
+    """
+    with _computing(mergeable(model), lambda layer: partial(_merged, layer, {} if keep else None)):
+        yield
+
+
+@contextmanager
+def fused_lora(model: nn.Module) -> Iterator[None]:
+    """While active, forward and backward passes of plain LoRA layers on frozen weights make no tensor but the result."""
+    with _computing(mergeable(model), lambda layer: partial(_fused, layer)):
+        yield
+
+
+@contextmanager
+def _computing(layers: Sequence[Any], forward: Callable[[Any], Callable[..., Tensor]]) -> Iterator[None]:
+    for layer in layers:
+        layer.forward = forward(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def inference(*models: nn.Module, keep: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradient, adapters merged (`keep`: as in `merged_lora`); every module's own mode is put back."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad(), ExitStack() as merged:
+            for model in models:
+                merged.enter_context(merged_lora(model, keep=keep))
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def mergeable(model: nn.Module) -> list[Any]:
+    """The layers that `merged_lora` merges: LoRA without bias or variant (DoRA, ...) on whole float32 linear maps."""
+    return [] if is_sharded(model) else [module for module in model.modules() if _can_merge(module)]
+
+
+def _can_merge(module: Any) -> bool:
+    if type(module) is not lora.Linear or type(module.base_layer) is not nn.Linear or module.merged or module.lora_variant:
+        return False
+    if "forward" in vars(module):  # computed in another way further out
+        return False
+    weights = [module.base_layer.weight, *(factor.weight for factor in module.lora_A.values())]
+    biased = any(factor.bias is not None for factor in module.lora_B.values())
+    return not biased and all(weight.dtype == torch.float32 for weight in weights)
+
+
+def _active(layer: Any, x: Tensor, *others: Any) -> list[str]:
+    """The adapters that count; none where peft has to compute."""
+    if layer.disable_adapters or any(others) or torch.is_autocast_enabled(x.device.type):
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _merged(layer: Any, kept: dict[str, Tensor] | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    adapters = _active(layer, x, args, kwargs)
+    if not adapters:
+        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    base = layer.base_layer
+    if kept is not None and "weight" in kept:
+        return linear(x, kept["weight"], base.bias)
+    weight = base.weight
+    for name in adapters:
+        weight = torch.addmm(weight, layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])
+    if kept is not None:
+        kept["weight"] = weight
+    return linear(x, weight, base.bias)
+
+
+def _fused(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    adapters = _active(layer, x, args, kwargs)
+    base = layer.base_layer
+    frozen = not any(p.requires_grad for p in base.parameters())
+    if len(adapters) != 1 or not frozen or (layer.training and getattr(layer.lora_dropout[adapters[0]], "p", 0.0) > 0):
+        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    [name] = adapters
+    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return _FusedLoRA.apply(x, base.weight, base.bias, *factors, layer.scaling[name])  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _FusedLoRA(torch.autograd.Function):
+    """x W^T + b + s x A^T B^T for x `[...,I]`, frozen W `[O,I]`, A `[r,I]`, B `[O,r]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, A_rI: Tensor, B_Or: Tensor, scaling: float
+    ) -> Tensor:
+        x_NI = x.flatten(0, -2)
+        inner_Nr = x_NI @ A_rI.T
+        out_NO = linear(x_NI, weight_OI, bias_O).addmm_(inner_Nr, B_Or.T, alpha=scaling)
+        ctx.save_for_backward(x, inner_Nr, weight_OI, A_rI, B_Or)
+        ctx.scaling = scaling
+        return out_NO.view(*x.shape[:-1], len(weight_OI))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner_Nr, weight_OI, A_rI, B_Or = ctx.saved_tensors
+        grad_NO, wanted = grad.flatten(0, -2), ctx.needs_input_grad
+        grad_inner_Nr = (grad_NO @ B_Or).mul_(ctx.scaling)
+        grad_x = (grad_NO @ weight_OI).addmm_(grad_inner_Nr, A_rI).view_as(x) if wanted[0] else None
+        grad_A = grad_inner_Nr.T @ x.flatten(0, -2) if wanted[3] else None
+        grad_B = (grad_NO.T @ inner_Nr).mul_(ctx.scaling) if wanted[4] else None
+        return grad_x, None, None, grad_A, grad_B, None
