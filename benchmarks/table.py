@@ -11,8 +11,8 @@ HEAD = """# Speed and memory
 
 Each block is one run of one command: all implementations in one process on the same tensors, in turn, medians over the rounds.
 Extra memory is the peak above what the process held before the call. Ratios are of medians inside that run; below 1 is ours ahead
-(for `time_vs_limit`, how far the bare passes are away; they multiply with the head in one product, as torch does, where ours goes block
-by block on a CPU). `plain` and `limit` are `benchmarks/plain.py` and `benchmarks/limit.py`.
+(for `time_vs_limit`, how far the bare passes are away; they pack, attend and multiply in the same order as ours).
+`plain` and `limit` are `benchmarks/plain.py` and `benchmarks/limit.py`.
 """
 
 
