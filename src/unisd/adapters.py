@@ -17,7 +17,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from unisd.products import linear
-from unisd.sharding import is_sharded
+from unisd.sharding import is_shard
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def inference(*models: nn.Module, keep: bool = False) -> Iterator[None]:
 
 def mergeable(model: nn.Module) -> list[Any]:
     """The layers that `merged_lora` merges: LoRA without bias or variant (DoRA, ...) on whole float32 linear maps."""
-    return [] if is_sharded(model) else [module for module in model.modules() if _can_merge(module)]
+    return [module for module in model.modules() if _can_merge(module)]
 
 
 def _can_merge(module: Any) -> bool:
@@ -79,7 +79,7 @@ def _can_merge(module: Any) -> bool:
         return False
     weights = [module.base_layer.weight, *(factor.weight for factor in module.lora_A.values())]
     biased = any(factor.bias is not None for factor in module.lora_B.values())
-    return not biased and all(weight.dtype == torch.float32 for weight in weights)
+    return not biased and all(weight.dtype == torch.float32 and not is_shard(weight) for weight in weights)
 
 
 def _active(layer: Any, x: Tensor, *others: Any) -> list[str]:

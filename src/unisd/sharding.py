@@ -52,6 +52,11 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule) or zero.is_cut(model)
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a parameter is cut over the processes."""
+    return zero.is_part(tensor) or isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor (sharing its storage), detached; a plain tensor is its own part."""
     if zero.is_part(tensor):
