@@ -16,33 +16,17 @@ from torch import Tensor
 from benchmarks.shapes import Example
 from unisd.adapters import merged_lora
 from unisd.attention import FRUGAL
+from unisd.backbone import forward_batches, lay_out
 from unisd.memory import default_token_budget
 from unisd.products import linear
 
 
-def packed(sequences: list[list[int]], device: Any) -> dict[str, Any]:
-    ids = torch.tensor([[token for s in sequences for token in s]], device=device)
-    positions = torch.tensor([[i for s in sequences for i in range(len(s))]], device=device)
-    return {"input_ids": ids, "position_ids": positions, "row_starts": [i for i, p in enumerate(positions[0].tolist()) if p == 0]}
-
-
 def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any) -> Tensor:
     """Final hidden states `[N,H]` that predict the completions of (prompt, completion) pairs, in one pass."""
-    hidden = decoder(**packed([p + c for p, c in jobs], device), use_cache=False).last_hidden_state.flatten(0, 1)
-    kept, start = [], 0
-    for prompt, completion in jobs:
-        kept.append(hidden[start + len(prompt) - 1 : start + len(prompt) + len(completion) - 1])
-        start += len(prompt) + len(completion)
-    return torch.cat(kept)
-
-
-def groups(jobs: list[tuple[list[int], list[int]]], most_tokens: int) -> list[list[tuple[list[int], list[int]]]]:
-    found: list[list[tuple[list[int], list[int]]]] = [[]]
-    for job in sorted(jobs, key=lambda j: -len(j[0] + j[1])):
-        if found[-1] and sum(len(p + c) for p, c in [*found[-1], job]) > most_tokens:
-            found.append([])
-        found[-1].append(job)
-    return found
+    batch = lay_out([p + c for p, c in jobs], packed=True, pad_id=0, device=device)
+    hidden = decoder(**batch.inputs, row_starts=batch.starts, use_cache=False).last_hidden_state[0]
+    places = [(start + len(p) - 1, len(c)) for start, (p, c) in zip(batch.starts, jobs, strict=True)]
+    return torch.cat([hidden[first : first + length] for first, length in places])
 
 
 def project(hidden: Tensor, head: Tensor, tokens: int) -> None:
@@ -57,8 +41,8 @@ def score(model: Any, rows: list[Example], chunk_tokens: int) -> None:
     decoder, head = base.get_decoder(), base.get_output_embeddings().weight
     views = [(prompt, row.completion) for row in rows for prompt in (row.teacher, row.negative, *row.auxiliary)]
     with merged_lora(model, keep=False):
-        for group in groups(views, default_token_budget(model.device)):
-            project(states(decoder, group, model.device), head, chunk_tokens)
+        for chosen in forward_batches([len(p + c) for p, c in views], default_token_budget(model.device), packed=True):
+            project(states(decoder, [views[i] for i in chosen], model.device), head, chunk_tokens)
 
 
 def star_step(
