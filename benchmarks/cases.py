@@ -10,14 +10,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import get_peft_model
 
 from benchmarks import limit, ours, plain, vllm_peer
-from benchmarks.measure import Samples, interleave, measure
+from benchmarks.measure import Samples, interleave, measure, peak_tflop_per_s
 from benchmarks.settings import Star
 from benchmarks.shapes import EOS, PAD, Example, build, examples, lora, twin
 from unisd.losses import DivergenceSpec, Head, chunked_loss, default_chunk_tokens
@@ -27,6 +28,7 @@ from unisd.teacher import Teacher
 Rows = list[dict[str, Any]]
 Ratios = dict[str, float]
 Function = Callable[[], float]
+T = TypeVar("T")
 
 
 EXTRAS = ("sdft trl topk_logits", "star equal limit")
@@ -54,7 +56,7 @@ class Options:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    def chosen(self, functions: dict[str, Function]) -> dict[str, Function]:
+    def chosen(self, functions: dict[str, T]) -> dict[str, T]:
         """Those that were asked for; without a word, all but the slow extras on a CPU."""
         extras = () if self.full or self.device.type != "cpu" else EXTRAS
         return {name: f for name, f in functions.items() if (name in self.impls if self.impls else name not in extras)}
@@ -150,7 +152,8 @@ def manual_step(base: Any, rows: Sequence[Example], s: Star, batch: int, functio
 
     def call() -> float:
         model.train()
-        value = function(model, teacher.in_place, batches, *extra)
+        with as_trained(base):
+            value = function(model, teacher.in_place, batches, *extra)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -158,6 +161,12 @@ def manual_step(base: Any, rows: Sequence[Example], s: Star, batch: int, functio
         return value
 
     return call
+
+
+def as_trained(base: Any) -> Any:
+    """Mixed precision around a model in bfloat16, as the trainers have it: its adapter is float32. Nothing is remembered of the adapter,
+    which holds the teacher's weights for a while."""
+    return torch.autocast(base.device.type, dtype=torch.bfloat16, enabled=base.dtype == torch.bfloat16, cache_enabled=False)
 
 
 def primed(trainer: Any) -> Any:
@@ -175,28 +184,29 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def star_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[str, Function]:
-    """UniSD* of the same rows by ours, the plain version and the bare limit."""
-    built = primed(ours.trainer(twin(base), rows, s, ours.star_options(s, len(rows[0].auxiliary)), batch))
+def star_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[str, Callable[[], Function]]:
+    """UniSD* of the same rows by ours, the plain version and the bare limit; each is built when it is called for."""
     chunk = default_chunk_tokens(base.config.vocab_size, base.device)
+    options = ours.star_options(s, len(rows[0].auxiliary))
     return {
-        "ours": lambda: ours.step(built),
-        "plain": manual_step(base, rows, s, batch, plain.star_step, s),
-        "limit": manual_step(base, rows, s, batch, limit.star_step, chunk),
+        "ours": lambda: partial(ours.step, primed(ours.trainer(twin(base), rows, s, options, batch))),
+        "plain": lambda: manual_step(base, rows, s, batch, plain.star_step, s),
+        "limit": lambda: manual_step(base, rows, s, batch, limit.star_step, chunk),
     }
 
 
-def sdft_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[str, Function]:
+def sdft_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[str, Callable[[], Function]]:
     """SDFT (EMA teacher, full divergence, no mechanism) of the same rows by ours and by TRL."""
-    from benchmarks import trl_peer
 
-    built = primed(ours.trainer(twin(base), rows, s, {"distillation_alpha": s.alpha}, batch))
-    full = primed(trl_peer.trainer(twin(base), rows, s, "full_logits", batch))
-    topk = primed(trl_peer.trainer(twin(base), rows, s, "topk_logits", batch))
+    def trl(mode: str) -> Function:
+        from benchmarks import trl_peer
+
+        return partial(trl_peer.step, primed(trl_peer.trainer(twin(base), rows, s, mode, batch)))
+
     return {
-        "ours": lambda: ours.step(built),
-        "trl full_logits": lambda: trl_peer.step(full),
-        "trl topk_logits": lambda: trl_peer.step(topk),
+        "ours": lambda: partial(ours.step, primed(ours.trainer(twin(base), rows, s, {"distillation_alpha": s.alpha}, batch))),
+        "trl full_logits": lambda: trl("full_logits"),
+        "trl topk_logits": lambda: trl("topk_logits"),
     }
 
 
@@ -209,7 +219,8 @@ def step(o: Options) -> tuple[Rows, Ratios]:
     rows: Rows = []
     ratios: Ratios = {}
     for prefix, make, data in (("sdft", sdft_steps, equal), ("star equal", star_steps, equal), ("star", star_steps, mixed)):
-        functions = o.chosen({f"{prefix} {name}": f for name, f in make(base, data, s, o.batch).items()})
+        chosen = o.chosen({f"{prefix} {name}": f for name, f in make(base, data, s, o.batch).items()})
+        functions = {name: make_step() for name, make_step in chosen.items()}
         with torch.no_grad():  # libraries set themselves up in their first product
             base(input_ids=torch.tensor([data[0].student], device=o.device), use_cache=False, logits_to_keep=1)
         samples = interleave(functions, o.device, o.repetitions, o.seconds / 3, warm_up=o.device.type != "cpu")
@@ -218,6 +229,8 @@ def step(o: Options) -> tuple[Rows, Ratios]:
             for row in rows[len(rows) - len(samples) :]:
                 row["tokens_per_s"] = passed_tokens(data) / row["time_s"]
                 row["tflop_per_s"] = needed_flop(base, data) / row["time_s"] / 1e12
+                if (peak := peak_tflop_per_s(o.device)) is not None:
+                    row["mfu"] = row["tflop_per_s"] / peak
         one = f"{prefix} ours"
         if prefix == "sdft":
             for what in ("time", "extra_memory"):
@@ -265,7 +278,7 @@ def score(o: Options) -> tuple[Rows, Ratios]:
         limit.score(model, data, default_chunk_tokens(base.config.vocab_size, o.device))
         return 0.0
 
-    functions = o.chosen({"ours": run_ours, "plain": run_plain, "limit": run_limit})
+    functions = o.chosen({"ours": run_ours, "plain": as_trained(base)(run_plain), "limit": as_trained(base)(run_limit)})
     samples = interleave(functions, o.device, o.repetitions, o.seconds)
     ratios: Ratios = {}
     _ratio(samples, "time_vs_plain", "ours", "plain", "time", ratios)
@@ -410,7 +423,7 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
             base = build(o.shape if axis != "vocabulary" else f"{o.shape}:{value}", o.device, o.dtype, o.layers)
             data = examples(base.config.vocab_size, at["rows"], (o.prompt, o.prompt), (at["completion"],) * 2, contexts=at["K"])
             steps = star_steps(base, data, Star(), o.batch)
-            samples = interleave({name: steps[name] for name in ("ours", "limit")}, o.device, o.repetitions, o.seconds / 16)
+            samples = interleave({name: steps[name]() for name in ("ours", "limit")}, o.device, o.repetitions, o.seconds / 16)
             tokens = passed_tokens(data)
             for name, sample in samples.items():
                 rows.append(sample.row(name) | {"axis": axis, "at": value, "passed_tokens": tokens})

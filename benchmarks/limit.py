@@ -24,7 +24,7 @@ from unisd.products import linear
 def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any) -> Tensor:
     """Final hidden states `[N,H]` that predict the completions of (prompt, completion) pairs, in one pass."""
     batch = lay_out([p + c for p, c in jobs], packed=True, pad_id=0, device=device)
-    hidden = decoder(**batch.inputs, row_starts=batch.starts, use_cache=False).last_hidden_state[0]
+    hidden = decoder(**batch.inputs, **batch.rows, use_cache=False).last_hidden_state[0]
     places = [(start + len(p) - 1, len(c)) for start, (p, c) in zip(batch.starts, jobs, strict=True)]
     return torch.cat([hidden[first : first + length] for first, length in places])
 

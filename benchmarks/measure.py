@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 MB = 1e6
+PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
 
 @dataclass
@@ -117,6 +118,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     return found
+
+
+def peak_tflop_per_s(device: torch.device) -> float | None:
+    """Dense bfloat16 products a second by the maker's data sheet, for the share of it that is used (MFU); None: not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def versions() -> dict[str, str]:

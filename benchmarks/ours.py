@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback
 
 from benchmarks.settings import Star
@@ -56,6 +57,7 @@ def trainer(model: Any, rows: Sequence[Example], s: Star, options: dict[str, Any
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="unisd-bench-"),
         "use_cpu": model.device.type == "cpu",
+        "bf16": model.dtype == torch.bfloat16,
         "max_steps": 1,
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": len(rows) // batch,

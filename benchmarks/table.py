@@ -26,6 +26,7 @@ COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [  # title, the key that 
     ("predicted (MB)", "predicted_mb", lambda row: f"{row['predicted_mb']:.0f}"),
     ("tokens/s", "tokens_per_s", lambda row: f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row else ""),
     ("TFLOP/s", "tflop_per_s", lambda row: f"{row['tflop_per_s']:.3f}" if "tflop_per_s" in row else ""),
+    ("MFU", "mfu", lambda row: f"{row['mfu']:.0%}" if "mfu" in row else ""),
     ("rounds", "impl", lambda row: str(row.get("repetitions", 1))),
 ]
 

@@ -20,9 +20,9 @@ def final_and_gradients(backbone: Backbone) -> list[torch.Tensor]:
     rows = [torch.randint(3, 60, (length,), generator=generator).tolist() for length in LENGTHS]
     model = backbone.model.train()
     model.zero_grad()
-    final = backbone.forward(model, lay_out(rows, True, 0, "cpu")).final
+    final = backbone.forward(model, lay_out(rows, True, 0, model.device)).final
     assert final is not None
-    (final * torch.randn(final.shape, generator=generator)).sum().backward()
+    (final * torch.randn(final.shape, generator=generator).to(final.device)).sum().backward()
     return [final.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 

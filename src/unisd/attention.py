@@ -1,7 +1,8 @@
-"""transformers' SDPA attention without its waste on a CPU: shared heads are read in place, and packed rows attend to themselves alone.
+"""transformers' SDPA attention without its waste: shared heads are read in place, and packed rows attend to themselves alone.
 
 transformers repeats the key/value heads of grouped-query attention where a mask is given, and it hands a packed row of N tokens to the
-kernel whole, which multiplies N x N of them to throw most away. Both cost nothing in results. On an accelerator it computes as "sdpa" does.
+kernel whole, which multiplies N x N of them to throw most away. Neither changes the result. A CPU takes the rows one by one; CUDA all
+at once, by the flash attention for rows of varying length that comes with torch, in half precision (in float32 as "sdpa" does).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,15 +31,20 @@ def frugal_sdpa(
     dropout: float = 0.0,
     scaling: float | None = None,
     row_starts: Sequence[int] | None = None,
+    row_bounds: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As `sdpa_attention_forward`, of `[B,heads,L,size]`, its masks included (windows, chunks).
 
     row_starts: where the rows of a packed batch (B = 1) begin, given to the model's forward; None: not packed.
+    row_bounds: the same and the end, int32 `[rows + 1]` on the device, which no layer must wait for.
     """
+    starts = row_starts or ()
+    if len(starts) > 1 and row_bounds is not None and _flash_fits(module, query, value, dropout, kwargs):
+        return _flash(query, key, value, scaling, starts, row_bounds, kwargs.get("sliding_window")), None
     apart = query.device.type == "cpu" and kwargs.get("position_bias") is None
-    if apart and row_starts is not None and len(row_starts) > 1:
-        rows = [slice(*ends) for ends in pairwise([*row_starts, query.shape[2]])]
+    if apart and len(starts) > 1:
+        rows = [slice(*ends) for ends in pairwise([*starts, query.shape[2]])]
         masks = [None if attention_mask is None else attention_mask[..., row, row] for row in rows]
         parts = [
             frugal_sdpa(module, query[:, :, row], key[:, :, row], value[:, :, row], mask, dropout, scaling, **kwargs)[0]
@@ -52,6 +59,60 @@ def frugal_sdpa(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _flash_dtype(query: Tensor) -> torch.dtype:
+    """What the kernel would compute in: autocast's precision, which custom operators are not cast to by themselves."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
+def avoid_plans(device: torch.device) -> None:
+    """For the whole process: torch prefers cuDNN's attention on a Hopper, which plans anew for every length of prompt and answer."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def packs_well(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packed rows are read at once without products between them. A CPU reads them one by one: no faster than padded ones."""
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
+
+def _flash_fits(module: nn.Module, query: Tensor, value: Tensor, dropout: float, options: dict[str, Any]) -> bool:
+    """Whether this layer attends backwards, at most within a window: what the kernel can be told."""
+    chunked = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    size = query.shape[-1]
+    return (
+        packs_well(query.device, _flash_dtype(query))
+        and size <= 256
+        and size % 8 == 0
+        and size == value.shape[-1]
+        and not dropout
+        and not chunked
+        and options.get("position_bias") is None
+        and getattr(module, "is_causal", True)
+    )
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    starts: Sequence[int],
+    bounds: Tensor,
+    window: int | None,
+) -> Tensor:
+    """Attention `[1,N,heads,size]` of packed rows, each to its own past, `window` tokens of it (itself included)."""
+    longest = max(b - a for a, b in pairwise([*starts, query.shape[2]]))
+    q_NhD, k_NgD, v_NgD = (x[0].transpose(0, 1).to(_flash_dtype(query)) for x in (query, key, value))
+    left = -1 if window is None else window - 1
+    out_NhD = varlen_attn(
+        q_NhD, k_NgD, v_NgD, bounds, bounds, longest, longest,
+        scale=scaling, window_size=(left, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    assert isinstance(out_NhD, Tensor)
+    return out_NhD[None]
 
 
 AttentionInterface.register(FRUGAL, frugal_sdpa)

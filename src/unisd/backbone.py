@@ -37,6 +37,12 @@ class Batch:
     position_ids: Tensor  # [B,L]
     attention_mask: Tensor | None  # [B,L] when padded, None when packed
     starts: list[int]  # flat index (into B*L) of each sequence's first token
+    bounds: Tensor | None = None  # the same on the device as int32, and the end, where packed
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What :func:`unisd.attention.frugal_sdpa` is to be told of a packed row."""
+        return {"row_starts": self.starts, "row_bounds": self.bounds} if self.packed else {}
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -57,7 +63,8 @@ def lay_out(sequences: Sequence[Sequence[int]], packed: bool, pad_id: int, devic
         flat = [token for sequence in sequences for token in sequence]
         positions = [position for length in lengths for position in range(length)]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        return Batch(torch.tensor([flat], device=device), torch.tensor([positions], device=device), None, starts)
+        bounds = torch.tensor([*starts, len(flat)], dtype=torch.int32, device=device)
+        return Batch(torch.tensor([flat], device=device), torch.tensor([positions], device=device), None, starts, bounds)
     longest = max(lengths)
     ids = torch.full((len(sequences), longest), pad_id)
     mask = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -175,7 +182,7 @@ class Backbone:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Of the model's forward; attention is told where packed rows begin."""
-        return {**batch.inputs, **({"row_starts": batch.starts} if batch.packed and self._takes_row_starts else {})}
+        return {**batch.inputs, **(batch.rows if self._takes_row_starts else {})}
 
     def hidden_states(self, batch: Batch, layers: Sequence[int] = ()) -> Captured:
         """Hidden states without the head, which is not needed, and without gradient."""
@@ -282,7 +289,8 @@ class Backbone:
     def _packing_is_exact(self, rows: list[list[int]], pad_id: int, device: Any, tolerance: float) -> bool:
         try:
             packed = self.forward(self.causal_lm, lay_out(rows, True, pad_id, device)).final
-        except (RuntimeError, ValueError, TypeError):  # an architecture without position ids, for one
+        except (RuntimeError, ValueError, TypeError) as error:  # an architecture without position ids, for one
+            logger.warning("A packed row cannot be read by %s: %r", type(self.causal_lm).__name__, error)
             return False
         assert packed is not None
         separate = [self.forward(self.causal_lm, lay_out([row], True, pad_id, device)).final for row in rows]

@@ -26,7 +26,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from unisd.adapters import inference
-from unisd.attention import FRUGAL
+from unisd.attention import FRUGAL, avoid_plans
 from unisd.backbone import forward_batches
 from unisd.models import without_adapter
 from unisd.products import linear
@@ -122,6 +122,7 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     attention = bare.config._attn_implementation
     on_cpu = bare.device.type == "cpu"
     wasteful = attention == "sdpa" and on_cpu
+    avoid_plans(bare.device)
     head = bare.get_output_embeddings() if on_cpu else None
     try:
         if type(head) is nn.Linear:

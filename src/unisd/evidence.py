@@ -12,7 +12,6 @@ page. Hours on two cores; on a GPU --steps, --rows and --model take it to the pu
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import sys
 import time
@@ -21,14 +20,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from unisd import evaluation
 from unisd.cells import Cell, add_jobs, append, carry_out, read
 from unisd.checkpoints import last_complete_checkpoint
+from unisd.cost import peak_memory
 from unisd.data import Row
 from unisd.gguf_cache import cache_dir
 from unisd.inputs import adapter_config, load_data, load_model
+from unisd.memory import MIB
 from unisd.models import eos_ids
 from unisd.parsing import parse
 from unisd.prompts import encode_completion, encode_prompt
@@ -48,7 +50,8 @@ TASK_FLAGS = {
     "scienceqa": ["--task", "scienceqa", "--task_options", "short=true", "--teacher_prompt_layout", "turn"],
 }
 SHARED_FLAGS = [
-    "--use_peft", "--lora_r", "32", "--lora_alpha", "64", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2",
+    "--dtype", "float32", "--use_peft", "--lora_r", "32", "--lora_alpha", "64",
+    "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2",
     "--num_train_epochs", "1000", "--max_completion_length", "40", "--save_strategy", "steps", "--save_steps", str(EVERY),
     "--save_total_limit", "1",
 ]  # fmt: skip
@@ -179,6 +182,7 @@ def run_cell(plan: Plan) -> Cell:
     options, config = parse([*arguments(plan), "--output_dir", str(folder)])
     data = load_data(options, config.seed)
     model, tokenizer, _ = load_model(options)
+    model.to(config.device)
     assert data.task is not None
     examine = Examiner(plan, data.task, tokenizer, model)
     record = {name: value for name, value in asdict(plan).items() if name != "data_files"}
@@ -191,7 +195,7 @@ def run_cell(plan: Plan) -> Cell:
     checkpoint = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     cell = {**record, "curve": read(curve), "phases_s": dict(trainer.metrics.phases)}
-    cell["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    cell |= {"peak_mb": peak_memory()[0] / MIB, "device": device_name(config.device)}
     if not plan.pilot:
         moved = evaluation.retention(
             trainer.model, None, tokenizer, examine.general, max_new_tokens=examine.general_task.max_new_tokens, progress=False
@@ -199,6 +203,10 @@ def run_cell(plan: Plan) -> Cell:
         cell |= {"retention_ppl_forward": moved["forward"]["ppl"], "retention_jsd": moved["reverse"]["jsd"]}
     shutil.rmtree(folder)
     return cell
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def score(cell: Cell) -> float:

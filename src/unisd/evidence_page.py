@@ -38,7 +38,7 @@ def groups(cells: list[Cell], task: str) -> dict[str, list[Cell]]:
 def at_equal_steps(cells: list[Cell], task: str) -> list[str]:
     """Markdown lines: every method after its last step."""
     head = ["method", "seeds", "steps", "answers right, %", "form right, %", "knowledge, %", "general, %", "PPL_fit"]
-    head += ["PPL_ret forward", "PPL_ret reverse", "train, CPU s", "MB"]
+    head += ["PPL_ret forward", "PPL_ret reverse", "train, s", "MB"]
     lines = []
     for method, runs in groups(cells, task).items():
         last = [cell["curve"][-1] for cell in runs]
@@ -57,7 +57,7 @@ def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
         return []
     curves = {method: _mean_curve(runs) for method, runs in found.items()}
     target = min(max(point["task"] for point in curve) for curve in curves.values())
-    head = ["method", "step", "answers right, %", "general, %", "PPL_ret reverse", "train, CPU s"]
+    head = ["method", "step", "answers right, %", "general, %", "PPL_ret reverse", "train, s"]
     lines = []
     for method, curve in curves.items():
         point = next(point for point in curve if point["task"] >= target)

@@ -68,6 +68,7 @@ def probe(options: RunOptions, config: UniSDConfig, n: int, max_new_tokens: int,
     data = load_data(options, config.seed)
     rows = [*data.train, *data.evaluation][:n] if len(data.train) < n else data.train[:n]
     model, tokenizer, _ = load_model(options, training=False)
+    model.to(config.device)
     if tokenizer.chat_template is None:
         console.print("note: the tokenizer has no chat template; prompts are plain text", markup=False, highlight=False)
     prompts = PromptBuilder(tokenizer, "append", config.teacher_prompt_template, config.auxiliary_prompt_template)

@@ -105,7 +105,8 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
         position = input_ids.shape[1] - self.prompt_length
         # Double precision: a float32 running sum over a large vocabulary would be off by more than rare tokens weigh.
         cumulative_BV = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
-        target_B1 = self.uniform_BT[:, position, None].to(scores.device) * cumulative_BV[:, -1:]
+        self.uniform_BT = self.uniform_BT.to(scores.device)  # once
+        target_B1 = self.uniform_BT[:, position, None] * cumulative_BV[:, -1:]
         drawn_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_max(scores.shape[-1] - 1)
         if self.drawn_logps is not None:
             below_B1 = torch.where(drawn_B1 > 0, cumulative_BV.gather(1, (drawn_B1 - 1).clamp_min(0)), 0.0)

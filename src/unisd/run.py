@@ -26,6 +26,7 @@ from unisd.guards import Interruption, on_any_rank
 from unisd.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
 from unisd.launch import shards_of
 from unisd.measure import change_lines, drift, measure, pair_answers
+from unisd.models import AUTO_BF16_FROM, native_bf16
 from unisd.options import RunOptions
 from unisd.parsing import HEADINGS, group_of, train_parser
 from unisd.preparing import prepare
@@ -52,6 +53,7 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
     if config.push_to_hub and config.process_index == 0:
         logger.warning("push_to_hub uploads samples.jsonl and answers.json too, with texts of your rows.")
     model, tokenizer, _ = load_model(options)
+    _compute_in_bf16(model, options, config)
     if config.process_index == 0:
         data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
     if config.world_size > 1:  # what a model writes must be the same on all ranks
@@ -75,6 +77,13 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return Setting(data, trainer, tokenizer, progress, interruption)
+
+
+def _compute_in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> None:
+    """On an accelerator that can, the products of all but small models are computed in bfloat16, unless the user has said otherwise."""
+    asked = {"bf16", "fp16", "dtype"} & options.explicit
+    if not asked and config.device.type != "cpu" and native_bf16() and model.num_parameters() > AUTO_BF16_FROM:
+        config.bf16, config.mixed_precision = True, "bf16"
 
 
 def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> None:

@@ -373,6 +373,7 @@ def micro_batch(
         "position_ids": batch.position_ids,
         "attention_mask": batch.attention_mask,
         "starts": batch.starts,
+        "bounds": batch.bounds,
         "positions_N": torch.tensor(positions, dtype=torch.long, device=device),
         "targets_N": at_loss_tokens(scores.tokens),
         "teacher_NH": states_at_loss_tokens(states.final),

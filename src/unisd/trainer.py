@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from unisd import sharding
 from unisd.artefacts import METRICS
+from unisd.attention import avoid_plans, packs_well
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
@@ -120,6 +121,7 @@ class UniSDTrainer(SafeTrainer):
             model, tokenizer, _ = load_model_and_tokenizer(model, dtype="float32" if peft_config is None else "auto")
             processing_class = processing_class or tokenizer
         give_back_what_is_freed(args.device)
+        avoid_plans(args.device)
         student: Any = model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(student.config._name_or_path)
@@ -166,11 +168,6 @@ class UniSDTrainer(SafeTrainer):
         self.views = Views(args, self.prompts, self.needs, self.sources, context)
         self.eos_ids = eos_ids(student, processing_class)
         self.pad_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else self.eos_ids[0]
-        packed = self.backbone.check(self.pad_id, args.packing)
-        if args.packing == "auto" and args.device.type == "cpu":
-            # Attention on a CPU computes the masked pairs too: padded rows of like length took 2/3 of the time of packed ones.
-            packed = False
-
         super().__init__(
             model=student,
             args=args,
@@ -182,6 +179,9 @@ class UniSDTrainer(SafeTrainer):
             optimizers=optimizers,
         )
         # While every rank has a whole model, and before the teacher takes its copy.
+        packed = self.backbone.check(self.pad_id, args.packing)
+        if args.packing == "auto" and not packs_well(args.device, self._compute_dtype()):
+            packed = False  # rows of like length lose little to padding
         share_prompts = args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
         if self.cuts_weights:
             sharding.shard(self)
@@ -241,6 +241,11 @@ class UniSDTrainer(SafeTrainer):
             self.completions.check()
             if args.uses_reference:
                 self.prompts.check_generation_prefix(self.rows[0])
+
+    def _compute_dtype(self) -> torch.dtype:
+        """What the model's products are computed in."""
+        named = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return named or self.backbone.head_module.weight.dtype
 
     # -- set-up -----------------------------------------------------------------------------------------------------
 
@@ -387,7 +392,7 @@ class UniSDTrainer(SafeTrainer):
     ) -> Any:
         """Loss of one micro-batch, already normalised over the whole optimizer step and all ranks."""
         args = self.args
-        batch = Batch(inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"], inputs["starts"])
+        batch = Batch(inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"], inputs["starts"], inputs["bounds"])
         captured = self.backbone.forward(model, batch, args.feature_layers or ())
         assert captured.final is not None
         student_NH = captured.final.flatten(0, 1)[inputs["positions_N"]]
