@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unisd import fused
 from unisd.divergences import DivergenceSpec, Head, pick
 from unisd.loss_terms import ChunkResult, LossInputs, token_terms
 
@@ -22,6 +23,8 @@ def closed_form(part: LossInputs, want_gradient: bool, room: Sequence[Tensor | N
 
     room: where the two projections may go.
     """
+    if fused.fits(part):
+        return fused.closed_form(part, want_gradient)
     student_CV = part.student_head.project(part.student_hidden_NH, room[0])
     teacher_CV = part.teacher_head.project(part.teacher_hidden_NH, room[1]).to(student_CV.dtype)
     blocks = row_blocks(student_CV)

@@ -55,12 +55,16 @@ class Head:
         return self.shape_logits(self.project(hidden_NH))
 
     def project(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:
-        """The linear part [N,V], before scale and softcap; `room`: see :func:`unisd.products.linear`."""
+        """The linear part [N,V] in float32 or more, before scale and softcap; `room`: see :func:`unisd.products.linear`."""
+        return at_least_float32(self.product(hidden_NH, room))
+
+    def product(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:
+        """The same in the weight's precision."""
         bias_V = self.bias
         if bias_V is not None:
             lowest = max(LOWEST_LOGIT, torch.finfo(self.weight.dtype).min)
             bias_V = bias_V.to(self.weight.dtype).clamp(min=lowest)
-        return at_least_float32(linear(hidden_NH.to(self.weight.dtype), self.weight, bias_V, room))
+        return linear(hidden_NH.to(self.weight.dtype), self.weight, bias_V, room)
 
     def shape_logits(self, logits_NV: Tensor) -> Tensor:
         """Scale and softcap of the projected hidden states."""

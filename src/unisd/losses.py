@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unisd import fused
 from unisd.closed_form import closed_form, log_probs_in_place, row_blocks
 from unisd.divergences import (
     Contrast,
@@ -60,9 +61,8 @@ CHUNK_BYTES = 104 * 2**20
 """Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds two of them, of the student and of the teacher. Each product reads the
 whole head, so that few rows at a time are slow: at V = 152k and H = 896, 31.0 ms a token for the three products of a chunk of 82 tokens
 and 28.0 for 164 (one AVX2 core)."""
-LARGEST_CHUNK_BYTES = 512 * 2**20
-"""The same on an accelerator, which needs more rows per product to be busy and holds four of them (mixture: five) at a time; there
-also at most 1/64 of its memory."""
+ACCELERATOR_CHUNK_BYTES = 128 * 2**20
+"""The same on an accelerator: two in the head's precision where :mod:`unisd.fused` does the arithmetic, else four or five in float32."""
 
 
 def plain_loss(
@@ -259,9 +259,7 @@ def _teacher_logp(part: LossInputs, student_logp_CV: Tensor) -> tuple[Tensor, Te
 
 def chunk_bytes(device: torch.device | None = None) -> int:
     """Most bytes of one [C,V] float32 tensor on a device (default: a CPU)."""
-    if device is None or device.type != "cuda":
-        return CHUNK_BYTES
-    return max(CHUNK_BYTES, min(LARGEST_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64))
+    return CHUNK_BYTES if device is None or device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
 
 
 def default_chunk_tokens(vocabulary: int, device: torch.device | None = None) -> int:
@@ -283,7 +281,7 @@ def _add_outer(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
     if total_VH.is_cuda and half and torch.__version__ >= "2.8":  # tensor cores that add up in float32
         torch.addmm(total_VH, grad_CV.to(hidden_CH.dtype).T, hidden_CH, out_dtype=torch.float32, out=total_VH)
     else:
-        total_VH.addmm_(grad_CV.T, hidden_CH.to(total_VH.dtype))
+        total_VH.addmm_(grad_CV.T.to(total_VH.dtype), hidden_CH.to(total_VH.dtype))
 
 
 def _times_head(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
@@ -307,6 +305,11 @@ def _scores(
     with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
         for start in range(0, len(hidden_NH), chunk):
             rows = slice(start, start + chunk)
+            if fused.runs_on(head.weight):
+                _, logp_N[rows], entropy_N[rows] = fused.moments(
+                    head.product(hidden_NH[rows]), head, targets_N[rows], temperature
+                )
+                continue
             projected_CV = head.project(hidden_NH[rows])
             blocks = row_blocks(projected_CV)
             scratch_RV = torch.empty_like(projected_CV[blocks[0]]) if want_entropy else projected_CV

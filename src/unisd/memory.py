@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from unisd import fused
 from unisd.adapters import mergeable
 from unisd.config import UniSDConfig
 from unisd.losses import chunk_bytes
@@ -19,7 +20,7 @@ MIB = 1 << 20
 M_MMAP_THRESHOLD, OWN_BLOCK_FROM = -3, 4 * MIB
 """An option of glibc's `mallopt`, and its value: blocks of so many bytes or more are mapped, and go back to the system when freed."""
 CHUNK_BUFFERS = 2
-"""[C,V] tensors of a chunk on a CPU: the student's and the teacher's logits; on an accelerator also three for the arithmetic."""
+"""[C,V] tensors of a chunk: the student's and the teacher's logits; on an accelerator without Triton also three for the arithmetic."""
 SAVED_HIDDEN, SAVED_INTERMEDIATE = 13, 5
 """Values that one layer keeps per token for backward, in units of the hidden and of the MLP's inner size: two norms (input, and the
 normalised in float32), query, key, value before and after rotation, attention's output, two residual sums; gate, up, the activation,
@@ -88,7 +89,8 @@ def estimate(
     - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits and one layer's values
     where
     - teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers + the target's sources
-    - logits = 2 tensors (accelerator: 5) of a chunk; with `loss_implementation=plain` 8 x 4 R T V
+    - logits = 2 tensors of a chunk (on CUDA in c; without Triton, or with a target or entry clip, 5); with
+      `loss_implementation=plain` 8 x 4 R T V
     - activations = R (Q + T) L c (13 H + 5 I), the input of each layer alone, R (Q + T) L c H, with gradient checkpointing
     with the weights spread over n = `shards` devices
     - weights, optimizer, teacher and gradients are divided by n
@@ -104,7 +106,8 @@ def estimate(
     per_token = size.hidden * compute
     full_logits = 4 * rows * completion * size.vocabulary
     per_chunk = 4 * config.loss_chunk_tokens * size.vocabulary if config.loss_chunk_tokens else chunk_bytes(config.device)
-    buffers = CHUNK_BUFFERS if config.device.type == "cpu" else CHUNK_BUFFERS + 3
+    in_place = config.device.type == "cuda" and fused.AVAILABLE and config.target is None and config.entry_clip is None
+    buffers = CHUNK_BUFFERS if config.device.type == "cpu" else CHUNK_BUFFERS * compute / 4 if in_place else CHUNK_BUFFERS + 3
     logits = 8 * full_logits if config.loss_implementation == "plain" else buffers * min(per_chunk, full_logits)
     layer = rows * length * compute * (SAVED_HIDDEN * size.hidden + SAVED_INTERMEDIATE * inner)
     budget = max(config.token_budget or default_token_budget(config.device), length)
