@@ -47,6 +47,8 @@ def _block(result: dict[str, Any]) -> str:
         f"({where}; {', '.join(f'{name} {number}' for name, number in versions.items())})",
         "",
     ]
+    if "note" in result:
+        lines += [result["note"], ""]
     columns = [(title, write) for title, key, write in COLUMNS if any(key in row for row in result["rows"])]
     lines += markdown_table([title for title, _ in columns], [[write(row) for _, write in columns] for row in result["rows"]])
     if result["ratios"]:

@@ -59,8 +59,7 @@ __all__ = [
 
 CHUNK_BYTES = 104 * 2**20
 """Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds two of them, of the student and of the teacher. Each product reads the
-whole head, so that few rows at a time are slow: at V = 152k and H = 896, 31.0 ms a token for the three products of a chunk of 82 tokens
-and 28.0 for 164 (one AVX2 core)."""
+whole head, so that few rows at a time are slow."""
 ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 """The same on an accelerator: two in the head's precision where :mod:`unisd.fused` does the arithmetic, else four or five in float32."""
 
