@@ -56,3 +56,57 @@ def test_equals_transformers_own(family: str, checkpointing: bool, monkeypatch: 
     assert len(ours) == len(theirs) > 3
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() <= 1e-9 * b.norm()
+
+
+def rows_one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    _bounds: torch.Tensor,
+    longest: int,
+    _longest: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch documents of `varlen_attn`, written out: `[N,heads,size]`, each row to its own past and at most so far back."""
+    assert enable_gqa == (query.shape[1] != key.shape[1]) and bounds.dtype == torch.int32
+    shared = query.shape[1] // key.shape[1]
+    found = []
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        assert end - start <= longest
+        q, k, v = (
+            x[start:end].transpose(0, 1) for x in (query, key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1))
+        )
+        back = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
+        scores = (q @ k.transpose(1, 2) * (scale or q.shape[-1] ** -0.5)).masked_fill(~seen, float("-inf"))
+        found.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_what_the_flash_kernel_is_told(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel itself runs on CUDA only (`test_gpu.py`); its arguments mean the same rows, windows and shared heads."""
+    exact = final_and_gradients(Backbone(tiny.model(family, dtype=torch.float64)))
+    asked: list[int] = []
+
+    def kernel(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append(kwargs["window_size"][0])
+        return rows_one_by_one(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "packs_well", lambda device, dtype: True)
+    found = final_and_gradients(Backbone(tiny.model(family, dtype=torch.float64)))
+    assert asked == [7 if family == "gemma3" else -1] * 2
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).norm() <= 1e-9 * b.norm()
+
+
+def test_what_the_flash_kernel_cannot_do() -> None:
+    cuda, query = torch.device("cuda"), torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)
+    assert attention.packs_well(cuda, torch.bfloat16) and not attention.packs_well(cuda, torch.float32)
+    assert not attention.packs_well(query.device, torch.bfloat16)
+    assert not attention._flash_fits(torch.nn.Identity(), query, query, 0.0, {})

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from unisd import run
+from unisd import evaluation, measure, run
 from unisd.cli import main
 from unisd.models import load_model_and_tokenizer
 from unisd.parsing import parse
@@ -232,3 +232,24 @@ def test_overwriting_removes_only_what_a_run_wrote(own: list[str], tmp_path: Pat
     assert main([*own, "--output_dir", str(folder), "--overwrite_output_dir"]) == 0
     assert (folder / "notes.txt").exists() and not (folder / "checkpoint-9").exists()
     assert read(folder)["schema_version"] == 1
+
+
+def test_answers_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far a model has drifted is read off the answers that its accuracy was measured by, before and after."""
+    batches: list[int] = []
+    written = evaluation.generate_greedy
+
+    def watched(model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Any:
+        batches.append(len(prompts))
+        return written(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(evaluation, "generate_greedy", watched)
+    flags = ["--max_steps", "1", "--max_train_rows", "8", "--max_eval_rows", "6", "--max_completion_length", "8"]
+    assert main(["train", *flags, "--output_dir", str(tmp_path / "out")]) == 0
+    assert batches == [6, 6, 6, 6]  # task and old skills, before and after
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["after"]["retention_ppl"]
+    monkeypatch.setattr("unisd.run.drift", lambda *args: measure.drift(*args[:-1]))
+    assert main(["train", *flags, "--output_dir", str(tmp_path / "anew")]) == 0
+    assert batches[4:] == [6] * 6
+    anew = json.loads((tmp_path / "anew" / "results.json").read_text())["after"]["retention_ppl"]
+    assert found == pytest.approx(anew, rel=1e-6)

@@ -21,6 +21,7 @@ MAX_ANSWER = 100_000
 def verdicts(found: dict[str, Any]) -> dict[str, Any]:
     """One state's answers, from what `evaluation.accuracy` returned."""
     return {
+        "token_ids": found["completion_ids"],
         "correct": [bool(verdict) for verdict in found["grades"]],
         "texts": [text[:MAX_ANSWER] for text in found["completions"][:MAX_EXAMPLES]],
         "reasons": [verdict.reason[:500] for verdict in found["grades"][:MAX_EXAMPLES]],

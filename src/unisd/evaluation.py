@@ -109,8 +109,8 @@ def accuracy(
 
     Returns:
         `overall` and each of `by_skill` as `wilson` gives them; `extraction_rate` (share of answers in which an answer was
-        found; None where the grader does not say), `completions` (texts), `grades`, `mean_tokens`, `truncated` (rows cut by
-        `max_new_tokens`), `tokens_per_s`.
+        found; None where the grader does not say), `completions` (texts), `completion_ids`, `grades`, `mean_tokens`,
+        `truncated` (rows cut by `max_new_tokens`), `tokens_per_s`.
     """
     prompts = [row["prompt"] for row in rows] if prompt_ids is None else prompt_ids
     start = time.perf_counter()
@@ -133,6 +133,7 @@ def accuracy(
         "by_skill": {name: wilson(sum(marks), len(marks)) for name, marks in sorted(groups.items())},
         "extraction_rate": found / len(grades) if found else None,
         "completions": texts,
+        "completion_ids": ids,
         "grades": grades,
         "mean_tokens": tokens / max(len(ids), 1),
         "truncated": sum(not one or one[-1] not in ends for one in ids),
@@ -281,12 +282,14 @@ def retention(
     batch_size: int | None = None,
     token_budget: int = TOKEN_BUDGET,
     progress: bool | None = None,
+    answers: tuple[Sequence[Ids], Sequence[Ids]] | None = None,
 ) -> dict[str, Any]:
     """How far an adapted model has moved from its base, on both models' own greedy answers.
 
     Args:
         model: the adapted model.
         base: the model it comes from; None: `model` is a peft model and its base is itself without the adapter.
+        answers: the adapted model's and the base's, where they are known; None: they are written.
 
     Returns:
         `forward`: the adapted model's answers; `reverse`: the base's answers. Each holds `ppl` (of the answers under the
@@ -301,15 +304,16 @@ def retention(
         raise UserError("retention needs the base model: give --base, or a model with an adapter that can be taken off")
     prompts = [_ids(tokenizer, row["prompt"]) for row in rows] if prompt_ids is None else list(prompt_ids)
 
-    def answers(which: Any, description: str) -> list[list[int]]:
+    def written(which: Any, description: str) -> list[list[int]]:
         return generate_greedy(which, tokenizer, prompts, max_new_tokens, batch_size, progress, description)
 
-    adapted_answers = answers(model, "answers of the adapted model")
-    with _as_base(model, base) as bare:
-        base_answers = answers(bare, "answers of the base model")
+    if answers is None:
+        adapted_answers = written(model, "answers of the adapted model")
+        with _as_base(model, base) as bare:
+            answers = adapted_answers, written(bare, "answers of the base model")
     return {
-        "forward": _along(model, base, prompts, adapted_answers, token_budget, written_by_base=False),
-        "reverse": _along(model, base, prompts, base_answers, token_budget, written_by_base=True),
+        "forward": _along(model, base, prompts, answers[0], token_budget, written_by_base=False),
+        "reverse": _along(model, base, prompts, answers[1], token_budget, written_by_base=True),
         "n": len(prompts),
     }
 

@@ -46,9 +46,22 @@ def pair_answers(data: RunData, before: Figures, after: Figures) -> Figures:
     return {part: answers.paired(rows[part], before[part], after[part]) for part in rows if before[part] and after[part]}
 
 
-def drift(model: Any, base: Any | None, tokenizer: Any, rows: Sequence[Row], cap: int, batch_size: int) -> Figures:
-    """How far the model has moved from its base: `retention_ppl` both ways, and details (`evaluation.retention`)."""
-    found = evaluation.retention(model, base, tokenizer, rows, max_new_tokens=cap, batch_size=batch_size)
+def drift(
+    model: Any,
+    base: Any | None,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    cap: int,
+    batch_size: int,
+    known: tuple[Figures | None, Figures | None] = (None, None),
+) -> Figures:
+    """How far the model has moved from its base: `retention_ppl` both ways, and details (`evaluation.retention`).
+
+    known: what `graded` says of the model's and the base's answers to these very rows; where it is missing they are written anew.
+    """
+    after, before = ((side or {}).get("token_ids") for side in known)
+    answers = None if after is None or before is None else (after, before)
+    found = evaluation.retention(model, base, tokenizer, rows, max_new_tokens=cap, batch_size=batch_size, answers=answers)
     ways = ("forward", "reverse")
     return {"retention_ppl": {way: _finite(found[way]["ppl"]) for way in ways}, "retention_detail": {w: found[w] for w in ways}}
 

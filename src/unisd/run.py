@@ -164,7 +164,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     _save_model(setting, config, folder)  # a run that is stopped while it measures has done its work
     clock = time.perf_counter()
     after, answers = measure(trainer.model, setting.tokenizer, data, config)
-    after |= _drift(setting, options, config)
+    after |= _drift(setting, options, config, answers, before["answers"])
     after["n_task"], after["n_retention"] = len(data.evaluation), len(data.retention)
     phases["eval"] += time.perf_counter() - clock + trainer.metrics.phases["eval"]
     phases = {**trainer.metrics.phases, **phases}
@@ -191,7 +191,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     return results
 
 
-def _drift(setting: Setting, options: RunOptions, config: UniSDConfig) -> Results:
+def _drift(setting: Setting, options: RunOptions, config: UniSDConfig, after: Results, before: Results) -> Results:
     """Distance from the initial model on the retention rows, or where the task has none, on the evaluation rows.
 
     Not of a sharded model without an adapter: `unisd eval --base` measures it afterwards.
@@ -201,7 +201,8 @@ def _drift(setting: Setting, options: RunOptions, config: UniSDConfig) -> Result
         return {"retention_ppl": None, "retention_detail": None}
     base = None if options.use_peft else load_model(options)[0].to(model.device)
     cap = config.eval_max_new_tokens or config.max_completion_length
-    return drift(model, base, setting.tokenizer, rows, cap, config.rollout_batch_size)
+    part = "retention" if setting.data.retention else "task"
+    return drift(model, base, setting.tokenizer, rows, cap, config.rollout_batch_size, (after[part], before[part]))
 
 
 def _save_model(setting: Setting, config: UniSDConfig, folder: Path) -> None:
