@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,8 +106,20 @@ def test_what_the_flash_kernel_is_told(family: str, monkeypatch: pytest.MonkeyPa
         assert (a - b).norm() <= 1e-9 * b.norm()
 
 
-def test_what_the_flash_kernel_cannot_do() -> None:
-    cuda, query = torch.device("cuda"), torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)
-    assert attention.packs_well(cuda, torch.bfloat16) and not attention.packs_well(cuda, torch.float32)
-    assert not attention.packs_well(query.device, torch.bfloat16)
-    assert not attention._flash_fits(torch.nn.Identity(), query, query, 0.0, {})
+def test_what_the_flash_kernel_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, layer, query = torch.device("cpu"), torch.nn.Identity(), torch.zeros(1, 2, 3, 8)
+    assert not attention.packs_well(cpu, torch.bfloat16)
+    monkeypatch.setattr(attention, "_has_flash", lambda device: True)
+    assert attention.packs_well(cpu, torch.bfloat16) and not attention.packs_well(cpu, torch.float32)
+    half = query.bfloat16()
+    assert attention._flash_fits(layer, half, half, 0.0, {})
+    assert not attention._flash_fits(layer, query, query, 0.0, {})
+    assert not attention._flash_fits(layer, half[..., :7], half[..., :7], 0.0, {})
+    assert not attention._flash_fits(layer, half, half[..., :4], 0.0, {})
+    assert not attention._flash_fits(layer, half, half, 0.1, {})
+    assert not attention._flash_fits(layer, half, half, 0.0, {"position_bias": half})
+    layer.is_causal = False  # type: ignore[assignment]
+    assert not attention._flash_fits(layer, half, half, 0.0, {})
+    chunked = torch.nn.Identity()
+    chunked.config = SimpleNamespace(attention_chunk_size=4)  # type: ignore[assignment]
+    assert not attention._flash_fits(chunked, half, half, 0.0, {})

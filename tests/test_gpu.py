@@ -60,7 +60,7 @@ def test_packed_rows_by_flash_attention(family: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_chunked_loss(dtype: torch.dtype, alpha: float) -> None:
-    x = problem(dtype, tokens=29, vocabulary=301)
+    x = problem(dtype, tokens=29, vocabulary=9001)
 
     def move(value: torch.Tensor) -> torch.Tensor:
         return value.detach().to(CUDA).requires_grad_(value.requires_grad)
@@ -100,15 +100,14 @@ def test_the_steps_of_a_cpu(tmp_path: Path, lora: bool) -> None:
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "options", [{"bf16": True}, {"gradient_checkpointing": True}, {"num_generations": 2}, {"packing": "padded"}]
-)
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}, {"packing": "padded"}])
 def test_half_precision_weights_with_an_adapter(tmp_path: Path, options: dict[str, Any]) -> None:
     peft = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = tiny.model("qwen3", dtype=torch.bfloat16)
-    built = trainer(tmp_path, model=model, use_cpu=False, max_steps=3, peft_config=peft, **STAR, **options)
-    built.train()
-    assert all(torch.isfinite(torch.tensor(losses(tmp_path)))) and len(losses(tmp_path)) == 3
+    common = {"use_cpu": False, "max_steps": 3, "completion_source": "reference", "peft_config": peft, **STAR}
+    trainer(tmp_path / "half", model=model, **common, **options).train()
+    trainer(tmp_path / "whole", model=tiny.model("qwen3", dtype=torch.bfloat16).float(), **common).train()
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "whole"), rel=0.1)
 
 
 def test_resume(tmp_path: Path) -> None:

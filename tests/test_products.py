@@ -19,6 +19,18 @@ def test_wide_maps_are_those_of_torch(shape: tuple[int, ...], bias: bool) -> Non
     torch.testing.assert_close(linear(x, weight, b), expected.float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(300, 400), (products.WIDE + 7, 32)])
+@pytest.mark.parametrize("rows", [1, 2, products.VERY_FEW, products.VERY_FEW + 1, products.FEW, products.FEW + 1])
+@torch.no_grad()
+def test_few_rows_of_large_maps(rows: int, outputs: int, inputs: int) -> None:
+    x, weight, bias = torch.randn(rows, 1, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    assert weight.numel() >= products.LARGE
+    expected = F.linear(x.double(), weight.double(), bias.double()).float()
+    torch.testing.assert_close(linear(x, weight, bias), expected, atol=1e-4, rtol=1e-5)
+    room = torch.empty(rows + 1, outputs)
+    torch.testing.assert_close(linear(x, weight, bias, room=room), expected, atol=1e-4, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_room_takes_the_result() -> None:
     x, weight, room = torch.randn(3, 8), torch.randn(products.WIDE, 8), torch.full((5, products.WIDE), torch.nan)

@@ -2,12 +2,14 @@
 
 transformers repeats the key/value heads of grouped-query attention where a mask is given, and it hands a packed row of N tokens to the
 kernel whole, which multiplies N x N of them to throw most away. Neither changes the result. A CPU takes the rows one by one; CUDA all
-at once, by the flash attention for rows of varying length that comes with torch, in half precision (in float32 as "sdpa" does).
+at once, by the flash attention for rows of varying length that comes with torch, in half precision (in float32 as "sdpa" does). The
+mask of N x N bits that transformers makes for a packed row remains, and is read by no kernel there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -73,9 +75,15 @@ def avoid_plans(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether torch's flash kernels run there: NVIDIA's Ampere or later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def packs_well(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether packed rows are read at once without products between them. A CPU reads them one by one: no faster than padded ones."""
-    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return dtype in (torch.float16, torch.bfloat16) and _has_flash(device)
 
 
 def _flash_fits(module: nn.Module, query: Tensor, value: Tensor, dropout: float, options: dict[str, Any]) -> bool:

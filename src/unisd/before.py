@@ -27,7 +27,7 @@ def key_of(options: RunOptions, config: UniSDConfig, data: RunData) -> str:
         "data": [data.name, options.grader, options.task_options],
         "rows": [data.evaluation, data.retention],
         "answers": [config.eval_max_new_tokens, config.max_completion_length, config.rollout_batch_size],
-        "device": str(config.device),
+        "computed": [str(config.device), config.mixed_precision],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 

@@ -117,7 +117,8 @@ def _map(module: nn.Linear, x: Tensor) -> Tensor:
 
 @contextmanager
 def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """No gradient, evaluation mode, a neutral generation config, merged adapters, cheap attention; all is put back afterwards.
+    """No gradient, evaluation mode, a neutral generation config, merged adapters, cheap attention; all is put back afterwards
+    but for torch's choice of attention kernels (`avoid_plans`).
 
     The model's own generation defaults (penalties, top-k, ...) would fill every option that a given config leaves open.
     """
@@ -128,7 +129,7 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     on_cpu = bare.device.type == "cpu"
     wasteful = attention == "sdpa" and on_cpu
     avoid_plans(bare.device)
-    maps = [module for module in bare.modules() if type(module) is nn.Linear] if on_cpu else []
+    maps = [module for module in bare.modules() if type(module) is nn.Linear and "forward" not in vars(module)] if on_cpu else []
     try:
         for module in maps:
             module.forward = partial(_map, module)  # type: ignore[method-assign]
@@ -140,7 +141,7 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
             yield
     finally:
         for module in maps:
-            del module.forward
+            vars(module).pop("forward", None)
         if wasteful:
             bare.set_attn_implementation(attention)
         for owner, own in zip(owners, own_configs, strict=True):

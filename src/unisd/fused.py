@@ -9,7 +9,9 @@ in float32; the gradient takes their place. Shapes and notation: see :mod:`unisd
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from unisd.divergences import Head
 from unisd.loss_terms import ChunkResult, LossInputs, token_terms
 
+logger = logging.getLogger(__name__)
 AVAILABLE = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by numpy, on any device: for tests
 BLOCK = 4096
@@ -140,7 +143,19 @@ def fits(part: LossInputs) -> bool:
 
 def runs_on(weight: Tensor) -> bool:
     """Whether logits of this head can be worked on here."""
-    return AVAILABLE and (weight.is_cuda or INTERPRETED) and weight.dtype != torch.float64
+    on_device = AVAILABLE and (INTERPRETED or (weight.is_cuda and _works(weight.device)))
+    return on_device and weight.dtype != torch.float64
+
+
+@lru_cache
+def _works(device: torch.device) -> bool:
+    """Tried once: Triton compiles for the device, and needs a C compiler to do so."""
+    try:
+        moments(torch.zeros(1, 2, device=device), Head(torch.zeros(2, 1)), torch.zeros(1, dtype=torch.long, device=device), 1.0)
+    except Exception as error:  # of many kinds
+        logger.warning("The loss runs without its Triton kernels, which cannot be built here: %s", error)
+        return False
+    return True
 
 
 def _shape(head: Head, temperature: float) -> tuple[float, float, bool]:

@@ -199,7 +199,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_CV is None:
                     continue
                 if grad_bias_V is not None:
-                    grad_bias_V += grad_CV.sum(0)
+                    grad_bias_V += grad_CV.sum(0, dtype=full)
                 if grad_weight_VH is not None:
                     _add_outer(grad_weight_VH, grad_CV, part.student_hidden_NH.to(head.weight.dtype))
                 if grad_hidden_NH is not None:

@@ -89,7 +89,7 @@ def estimate(
     - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits and one layer's values
     where
     - teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers + the target's sources
-    - logits = 2 tensors of a chunk (on CUDA in c; without Triton, or with a target or entry clip, 5); with
+    - logits = 2 tensors of a chunk (on CUDA in c; without Triton, with a target or entry clip, or in another mode than `full` 5); with
       `loss_implementation=plain` 8 x 4 R T V
     - activations = R (Q + T) L c (13 H + 5 I), the input of each layer alone, R (Q + T) L c H, with gradient checkpointing
     with the weights spread over n = `shards` devices
@@ -106,7 +106,8 @@ def estimate(
     per_token = size.hidden * compute
     full_logits = 4 * rows * completion * size.vocabulary
     per_chunk = 4 * config.loss_chunk_tokens * size.vocabulary if config.loss_chunk_tokens else chunk_bytes(config.device)
-    in_place = config.device.type == "cuda" and fused.AVAILABLE and config.target is None and config.entry_clip is None
+    whole = config.distillation_mode == "full" and config.target is None and config.entry_clip is None
+    in_place = config.device.type == "cuda" and fused.AVAILABLE and whole
     buffers = CHUNK_BUFFERS if config.device.type == "cpu" else CHUNK_BUFFERS * compute / 4 if in_place else CHUNK_BUFFERS + 3
     logits = 8 * full_logits if config.loss_implementation == "plain" else buffers * min(per_chunk, full_logits)
     layer = rows * length * compute * (SAVED_HIDDEN * size.hidden + SAVED_INTERMEDIATE * inner)

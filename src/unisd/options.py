@@ -37,7 +37,10 @@ class RunOptions:
         "model", "A folder, hub id or .gguf file; or `pocket` (embedded, 1M parameters) or `smollm2-135m`.", "pocket"
     )
     dtype: str = option(
-        "model", "float32, bfloat16 or float16; auto: float32, under an adapter bfloat16 where it is native.", "auto"
+        "model",
+        "float32, bfloat16 or float16; auto: float32, under an adapter bfloat16 where it is native. Products on one GPU are in bfloat16 "
+        "(from 50M parameters) unless dtype, bf16 or fp16 is given.",
+        "auto",
     )
     trust_remote_code: bool = option("model", "Run code that comes with the model.", False)
     load_in_4bit: bool = option("model", "QLoRA: 4-bit base weights (needs bitsandbytes and use_peft).", False)

@@ -80,9 +80,10 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
 
 
 def _compute_in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> None:
-    """On an accelerator that can, the products of all but small models are computed in bfloat16, unless the user has said otherwise."""
-    asked = {"bf16", "fp16", "dtype"} & options.explicit
-    if not asked and config.device.type != "cpu" and native_bf16() and model.num_parameters() > AUTO_BF16_FROM:
+    """On one accelerator that can, the products of all but small models are computed in bfloat16, unless the user has said otherwise;
+    where there are several, the launcher's configuration says."""
+    said = {"bf16", "fp16", "dtype"} & options.explicit or config.mixed_precision != "no" or config.world_size > 1
+    if not said and config.device.type != "cpu" and native_bf16() and model.num_parameters() > AUTO_BF16_FROM:
         config.bf16, config.mixed_precision = True, "bf16"
 
 
@@ -146,7 +147,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     before = shared.measured_once(
         options.before_cache if config.world_size == 1 else None,  # ranks measure together: none can wait for a file
         key,
-        lambda: dict(zip(state, measure(trainer.model, setting.tokenizer, data, config), strict=True)),
+        lambda: dict(zip(state, _measured(setting, config), strict=True)),
     )
     phases["eval"] = time.perf_counter() - clock
     try:
@@ -163,8 +164,9 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
 
     _save_model(setting, config, folder)  # a run that is stopped while it measures has done its work
     clock = time.perf_counter()
-    after, answers = measure(trainer.model, setting.tokenizer, data, config)
-    after |= _drift(setting, options, config, answers, before["answers"])
+    after, answers = _measured(setting, config)
+    with trainer.accelerator.autocast():
+        after |= _drift(setting, options, config, answers, before["answers"])
     after["n_task"], after["n_retention"] = len(data.evaluation), len(data.retention)
     phases["eval"] += time.perf_counter() - clock + trainer.metrics.phases["eval"]
     phases = {**trainer.metrics.phases, **phases}
@@ -189,6 +191,12 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     if trainer.is_world_process_zero():
         _report(console, results, folder, options)
     return results
+
+
+def _measured(setting: Setting, config: UniSDConfig) -> tuple[Results, Results]:
+    """One state of the model, in the precision that it is trained in: before training no wrapper sees to that."""
+    with setting.trainer.accelerator.autocast():
+        return measure(setting.trainer.model, setting.tokenizer, setting.data, config)
 
 
 def _drift(setting: Setting, options: RunOptions, config: UniSDConfig, after: Results, before: Results) -> Results:
