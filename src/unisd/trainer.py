@@ -179,8 +179,7 @@ class UniSDTrainer(SafeTrainer):
             optimizers=optimizers,
         )
         # While every rank has a whole model, and before the teacher takes its copy.
-        with self.accelerator.autocast():  # as in training
-            packed = self.backbone.check(self.pad_id, args.packing)
+        packed = self.backbone.check(self.pad_id, args.packing)
         if args.packing == "auto" and not packs_well(args.device, self._compute_dtype()):
             packed = False  # rows of like length lose little to padding
         share_prompts = args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
