@@ -133,7 +133,7 @@ def test_checkpointing_is_chosen_on_all_ranks_if_on_one(monkeypatch: pytest.Monk
 PINNED = """
 import torch
 from pathlib import Path
-from unisd.memory import give_back_what_is_freed
+from unisd.heap import keep_what_is_freed, set_up
 
 def grown():
     held = lambda: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
@@ -150,14 +150,31 @@ def grown():
 large = torch.ones(8 << 20)  # 32 MiB: freed, it raises glibc's threshold to its own size
 del large
 print(grown())
-give_back_what_is_freed(torch.device("cpu"))
+set_up(torch.device("cpu"), frugal=True)
 ballast = [torch.ones(1 << 18) for _ in range(300)]  # fills the holes that the first round has left
 print(grown())
+
+from resource import RUSAGE_SELF, getrusage
+def faults():
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2 << 20)
+    return getrusage(RUSAGE_SELF).ru_minflt - before
+
+with keep_what_is_freed():
+    with keep_what_is_freed():
+        torch.ones(2 << 20)
+    kept = faults()
+mapped = faults()
+set_up(torch.device("cpu"), frugal=False)
+faults()
+print(mapped, max(kept, faults()))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
 def test_freed_activations_leave_the_process() -> None:
     run = subprocess.run([sys.executable, "-c", PINNED], capture_output=True, text=True, check=True)
-    before, after = map(int, run.stdout.split())
+    before, after, faults_mapped, faults_kept = map(int, run.stdout.split())
     assert after < 40_000 < before
+    assert faults_kept <= 2048 < faults_mapped  # 8 MiB are 2,048 pages, and all twenty had to be asked for

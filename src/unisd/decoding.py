@@ -34,7 +34,7 @@ from unisd.sharding import in_step
 
 COMPACT_EVERY_CPU, COMPACT_EVERY = 16, 64
 """Tokens between two looks at which rows are done: on an accelerator a row more costs next to nothing, a look as much as a token."""
-READ_AT_ONCE_CPU, READ_AT_ONCE = 2048, 32768
+READ_AT_ONCE_CPU, READ_AT_ONCE = 512, 32768
 """Tokens (with padding) of prompts read in one pass, on a CPU and on an accelerator."""
 
 ProcessorFactory = Callable[[Sequence[int], int], LogitsProcessorList]

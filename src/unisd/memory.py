@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from unisd.losses import chunk_bytes
 from unisd.targets import parse_target
 
 MIB = 1 << 20
-M_MMAP_THRESHOLD, OWN_BLOCK_FROM = -3, 4 * MIB
-"""An option of glibc's `mallopt`, and its value: blocks of so many bytes or more are mapped, and go back to the system when freed."""
 CHUNK_BUFFERS = 2
 """[C,V] tensors of a chunk: the student's and the teacher's logits; on an accelerator without Triton also three for the arithmetic."""
 SAVED_HIDDEN, SAVED_INTERMEDIATE = 13, 5
@@ -145,18 +142,6 @@ def estimate(
 def default_token_budget(device: torch.device) -> int:
     """Tokens of a forward pass without gradient, where `token_budget` is unset."""
     return 1024 if device.type == "cpu" else 8192
-
-
-def give_back_what_is_freed(device: torch.device) -> None:
-    """On a CPU with glibc, for the whole process: activations that are freed leave the process at once.
-
-    glibc takes ever larger blocks from its heap (up to 32 MiB, after the first that was freed), where the few that stay, such as the
-    inputs of checkpointed layers, hold the room of all others. A step at the shape of a 0.5B model held twice of what it needed;
-    mapping costs it a few percent of its time. A threshold in MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES is left alone.
-    """
-    chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
-    if device.type == "cpu" and not chosen and hasattr(ctypes.pythonapi, "gnu_get_libc_version"):
-        ctypes.pythonapi.mallopt(M_MMAP_THRESHOLD, OWN_BLOCK_FROM)
 
 
 def available(device: torch.device) -> int | None:

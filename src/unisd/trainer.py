@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
-from unisd import sharding
+from unisd import heap, sharding
 from unisd.artefacts import METRICS
 from unisd.attention import avoid_plans, packs_well
 from unisd.backbone import Backbone, Batch
@@ -34,7 +34,7 @@ from unisd.errors import UserError
 from unisd.guards import smaller_until_it_fits
 from unisd.losses import Contrast, Head, chunked_loss, plain_loss
 from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
-from unisd.memory import default_token_budget, give_back_what_is_freed
+from unisd.memory import default_token_budget
 from unisd.metrics import StepMetrics
 from unisd.models import eos_ids, load_model_and_tokenizer, with_adapter
 from unisd.observing import Observer, Probes
@@ -120,7 +120,7 @@ class UniSDTrainer(SafeTrainer):
             # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
             model, tokenizer, _ = load_model_and_tokenizer(model, dtype="float32" if peft_config is None else "auto")
             processing_class = processing_class or tokenizer
-        give_back_what_is_freed(args.device)
+        heap.set_up(args.device, frugal=args.gradient_checkpointing)
         avoid_plans(args.device)
         student: Any = model
         if processing_class is None:
