@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from unisd.adapters import _FusedLoRA, fused_lora, mergeable, merged_lora
+from unisd.adapters import _FusedLoRA, _kept, fused_lora, mergeable, merged_lora
 
 
 class Net(nn.Module):
@@ -119,21 +119,66 @@ def test_fused_is_exact_in_float64() -> None:
     sizes = {"x": (2, 3, 5), "weight": (7, 5), "bias": (7,), "A": (2, 5), "B": (7, 2)}
     x, weight, bias, A, B = (torch.randn(*size, dtype=torch.float64) for size in sizes.values())
     tracked = [t.requires_grad_() for t in (x, A, B)]
+    kept = torch.rand(sizes["x"]) > 0.3
     assert torch.autograd.gradcheck(lambda x, A, B: _FusedLoRA.apply(x, weight, bias, A, B, 1.7), tracked)
+    assert torch.autograd.gradcheck(lambda x, A, B: _FusedLoRA.apply(x, weight, bias, A, B, 1.7, kept), tracked)
     torch.testing.assert_close(_FusedLoRA.apply(x, weight, bias, A, B, 1.7), x @ (weight + 1.7 * B @ A).T + bias)
 
 
 def test_what_cannot_be_fused_is_left_to_peft() -> None:
     x = torch.randn(3, 7)
-    dropped, unfrozen = adapted(lora_dropout=0.5).train(), adapted().train()
-    for p in unfrozen.parameters():
+    model = adapted().train()
+    for p in model.parameters():
         p.requires_grad_(True)
-    for model, own in ((dropped, 4), (unfrozen, 7)):
-        torch.manual_seed(0)
-        plain = model(x)
-        torch.manual_seed(0)
-        with fused_lora(model):
-            out = model(x)
-            assert torch.equal(out, plain)
-            out.sum().backward()
-        assert sum(p.grad is not None for p in model.parameters()) == own
+    plain = model(x)
+    with fused_lora(model):
+        out = model(x)
+    assert torch.equal(out, plain)
+    out.sum().backward()
+    assert sum(p.grad is not None for p in model.parameters()) == 7
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+def test_dropout_leaves_its_share_and_follows_the_generator(p: float) -> None:
+    x = torch.zeros(1001, 999)
+    torch.manual_seed(3)
+    kept = _kept(x, p)
+    assert kept.shape == x.shape and abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-17
+    # Neighbours come from one random number: they must not go together.
+    both = float((kept[:, :-1] & kept[:, 1:]).float().mean())
+    assert abs(both - (1 - p) ** 2) < 0.002
+    assert not torch.equal(_kept(x, p), kept)
+    torch.manual_seed(3)
+    assert torch.equal(_kept(x, p), kept)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_fused_dropout_is_that_of_its_mask(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(lora_dropout=0.25).train(), torch.randn(4, 6, 7, requires_grad=True)
+    masks: list[torch.Tensor] = []
+
+    def remembered(x: torch.Tensor, p: float) -> torch.Tensor:
+        masks.append(_kept(x, p))
+        return masks[-1]
+
+    monkeypatch.setattr("unisd.adapters._kept", remembered)
+    weights = torch.randn(4, 6, 5)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        x.grad = None
+        out = checkpoint(model, x, use_reentrant=False) if checkpointing else model(x)
+        (out * weights).sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in (x, *model.parameters()) if p.grad is not None)]
+
+    with fused_lora(model):
+        ours = gradients()
+    assert len(masks) == (4 if checkpointing else 2)
+    assert all(torch.equal(a, b) for a, b in zip(masks[:2], masks[-2:], strict=True))  # drawn again, the same
+    used = iter([*masks])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.forward = lambda value: value * next(used) / 0.75  # type: ignore[method-assign]
+    for a, b in zip(ours, gradients(), strict=True):
+        assert_close(a, b)
+    assert any(not mask.all() for mask in masks)

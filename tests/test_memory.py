@@ -161,11 +161,11 @@ def faults():
         torch.ones(2 << 20)
     return getrusage(RUSAGE_SELF).ru_minflt - before
 
+mapped = faults()
 with keep_what_is_freed():
     with keep_what_is_freed():
         torch.ones(2 << 20)
     kept = faults()
-mapped = faults()
 set_up(torch.device("cpu"), frugal=False)
 faults()
 print(mapped, max(kept, faults()))

@@ -82,7 +82,8 @@ def estimate(
     one after another, the largest counts:
     - rollout = 2 B (Q + T) G L c (cache) + 24 B V (logits, probabilities and their sums in double precision) + the weights that a
       float32 adapter is merged into; 0 if `rollout` is false
-    - scoring = teacher_states + W (4 H + 3 I) c, or the chunk's logits; W = `token_budget`
+    - scoring = teacher_states + W (4 H + 3 I) c, or the chunk's logits; W = `token_budget`; without gradient checkpointing also a copy
+      of the weights that an adapter is merged into
     - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits and one layer's values
     where
     - teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers + the target's sources
@@ -132,7 +133,10 @@ def estimate(
     views = min(budget, step_rows * length * (2 + config.num_auxiliary_contexts))
     phases = {
         "rollout": generated * (2 * length * keys * size.layers * compute + 24 * size.vocabulary) + merged if rollout else 0,
-        "scoring": aside + parts["teacher_states"] + max(views * compute * (4 * size.hidden + 3 * inner), logits),
+        "scoring": aside
+        + (0 if config.gradient_checkpointing else merged)
+        + parts["teacher_states"]
+        + max(views * compute * (4 * size.hidden + 3 * inner), logits),
         "student": sum(parts.values()) - logits + max(logits, layer if config.gradient_checkpointing else 0),
     }
     sizes = {name: round(value) for name, value in {**held, **parts, **phases}.items()}

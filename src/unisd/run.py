@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ from unisd.sharding import is_sharded
 from unisd.trainer import UniSDTrainer
 
 logger = logging.getLogger(__name__)
+
+SHOWN_TOKENS = 48
+"""Most tokens of the answer in the example before a run: written for nothing but to be looked at."""
 Results = dict[str, Any]
 
 
@@ -285,10 +288,12 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
     )
     row = trainer.rows[0]
     student = trainer.prompts.student(row)
-    completion = trainer.engine.generate([student], [(config.seed, 0, 0, 0)], trainer.sampling)[0]
+    sampling = replace(trainer.sampling, max_new_tokens=min(trainer.sampling.max_new_tokens, SHOWN_TOKENS))
+    answer = trainer.engine.generate([student], [(config.seed, 0, 0, 0)], sampling)[0].ids
     trainer.engine.sleep()
     decode = setting.tokenizer.decode
-    show_example(console, decode(student), decode(trainer.prompts.teacher(row)), decode(completion.ids))
+    cut = " ..." if len(answer) == SHOWN_TOKENS else ""
+    show_example(console, decode(student), decode(trainer.prompts.teacher(row)), decode(answer) + cut)
 
 
 def _say_how_to_resume(options: RunOptions, folder: Path) -> None:

@@ -130,6 +130,7 @@ class Scorer:
         self.sources = tuple(sources)
         self.others = dict(others or {})
         self.progress = 0.0  # of the run, for targets with a schedule
+        self.merge_once = False  # adapters into a copy of the weights for all passes; else anew in each pass, without the copy
         self.backbone = backbone
         self.teacher = teacher
         self.spec = spec
@@ -225,7 +226,7 @@ class Scorer:
                 else:
                     auxiliary_logp[job.context, job.row, :length] = logp_T
 
-        with inference(self.backbone.causal_lm), self.teacher.in_place(), self._context():
+        with inference(self.backbone.causal_lm, keep=self.merge_once), self.teacher.in_place(), self._context():
             head = self.backbone.head()
             record(jobs)
             if "auxiliary" in self.needs and self.choose_rows is not None:
@@ -237,7 +238,7 @@ class Scorer:
                 assert negative_divergence is not None
                 negative_divergence[i, : len(compared[0])], negative_logp[i, : len(compared[0])] = compared
         for weights, other in self.others.items():
-            with inference(self.backbone.causal_lm), other.in_place(), self._context():
+            with inference(self.backbone.causal_lm, keep=self.merge_once), other.in_place(), self._context():
                 head = self.backbone.head()
                 record([job for job in sources if job.view.startswith(f"{weights}/")])
 

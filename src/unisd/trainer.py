@@ -377,6 +377,7 @@ class UniSDTrainer(SafeTrainer):
         together = "token_budget" if sharding.is_sharded(self.model) else None
         remedy = "scoring a single row does not fit into memory: lower max_completion_length, or shorten the rows."
         self._uncertain_B = None
+        self.scorer.merge_once = not self.args.gradient_checkpointing  # which is there where memory is scarce
         return smaller_until_it_fits(within, self.scorer.token_budget, least=64, remedy=remedy, together=together)[0]
 
     def _most_uncertain(self, entropy_B: Tensor) -> Tensor:
