@@ -17,8 +17,10 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of `mallopt`
 OWN_BLOCK_FROM, TRIM_FROM = 4 << 20, 128 << 10
-"""Blocks of so many bytes are mapped; a free end of the heap of so many goes back (glibc's default)."""
+"""Blocks of so many bytes are mapped; a free end of the heap of so many goes back."""
 ALL = 2**31 - 1
+USUAL = 32 << 20, 64 << 20
+"""The same two where glibc's own rule arrives, once large blocks were freed; a rule that is set cannot be unset."""
 
 _libc = ctypes.pythonapi
 _mapping = False
@@ -29,16 +31,25 @@ def _map_from(size: int, trim: int) -> None:
     _libc.mallopt(M_TRIM_THRESHOLD, trim)
 
 
-def set_up(device: torch.device, frugal: bool) -> None:
-    """On a CPU with glibc, from now on: freed activations leave the process at once (`frugal`), or stay in it for the next ones.
+@contextmanager
+def training(device: torch.device, frugal: bool) -> Iterator[None]:
+    """On a CPU with glibc: freed activations leave the process at once (`frugal`), or stay in it for the next ones until the end.
 
     A threshold in MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES is left alone.
     """
     global _mapping
     chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
-    if device.type == "cpu" and not chosen and hasattr(_libc, "gnu_get_libc_version"):
-        _map_from(*((OWN_BLOCK_FROM, TRIM_FROM) if frugal else (ALL, ALL)))
-        _mapping = frugal
+    if device.type != "cpu" or chosen or not hasattr(_libc, "gnu_get_libc_version"):
+        yield
+        return
+    _map_from(*((OWN_BLOCK_FROM, TRIM_FROM) if frugal else (ALL, ALL)))
+    _mapping = frugal
+    try:
+        yield
+    finally:
+        _map_from(*USUAL)
+        _mapping = False
+        _libc.malloc_trim(0)
 
 
 @contextmanager

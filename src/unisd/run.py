@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
 from unisd import before as shared
-from unisd import heap, memory, outputs
+from unisd import memory, outputs
 from unisd.artefacts import ANSWERS
 from unisd.checkpoints import last_complete_checkpoint
 from unisd.config import UniSDConfig
@@ -103,7 +103,6 @@ def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig
     wanted = free is not None and memory.wants_checkpointing(size, config, longest_prompt(trainer), free, shards)
     if on_any_rank(wanted, config.world_size):
         config.gradient_checkpointing = True
-        heap.set_up(config.device, frugal=True)
         room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
         logger.warning("gradient checkpointing is on: the step would not fit %s without it.", room)
 

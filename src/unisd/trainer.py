@@ -120,7 +120,6 @@ class UniSDTrainer(SafeTrainer):
             # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
             model, tokenizer, _ = load_model_and_tokenizer(model, dtype="float32" if peft_config is None else "auto")
             processing_class = processing_class or tokenizer
-        heap.set_up(args.device, frugal=args.gradient_checkpointing)
         avoid_plans(args.device)
         student: Any = model
         if processing_class is None:
@@ -514,7 +513,8 @@ class UniSDTrainer(SafeTrainer):
         """See :class:`unisd.safety.SafeTrainer`. Raises `UserError` if there are no training rows."""
         if not self.rows:
             raise UserError("there are no training rows: give train_dataset.")
-        return super().train(resume_from_checkpoint, **kwargs)
+        with heap.training(self.args.device, frugal=self.args.gradient_checkpointing):
+            return super().train(resume_from_checkpoint, **kwargs)
 
 
 def _collate(numbers: list[int]) -> dict[str, Tensor]:
