@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of `mallopt`
-OWN_BLOCK_FROM, TRIM_FROM = 4 << 20, 128 << 10
+OWN_BLOCK_FROM, TRIM_FROM = 1 << 20, 128 << 10
 """Blocks of so many bytes are mapped; a free end of the heap of so many goes back."""
 ALL = 2**31 - 1
 USUAL = 32 << 20, 64 << 20
