@@ -94,22 +94,23 @@ def test_autocast_computes_as_in_training() -> None:
             assert torch.equal(model(x), plain)
 
 
+def gradients(model: nn.Module, x: torch.Tensor, checkpointing: bool) -> list[torch.Tensor]:
+    """The output, and the gradients of a fixed function of it."""
+    model.zero_grad()
+    x.grad = None
+    out = checkpoint(model, x, use_reentrant=False) if checkpointing else model(x)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in (x, *model.parameters()) if p.grad is not None)]
+
+
 @pytest.mark.parametrize("into_input", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_fused_gives_the_gradients_of_the_adapter(checkpointing: bool, into_input: bool) -> None:
     model, x = adapted().train(), torch.randn(4, 6, 7, requires_grad=into_input)
-    weights = torch.randn(4, 6, 5)
 
-    def gradients() -> list[torch.Tensor]:
-        model.zero_grad()
-        x.grad = None
-        out = checkpoint(model, x, use_reentrant=False) if checkpointing else model(x)
-        (out * weights).sum().backward()
-        return [out.detach(), *(p.grad.clone() for p in (x, *model.parameters()) if p.grad is not None)]
-
-    peft = gradients()
+    peft = gradients(model, x, checkpointing)
     with fused_lora(model):
-        ours = gradients()
+        ours = gradients(model, x, checkpointing)
     assert len(ours) == len(peft) == 5 + into_input
     for a, b in zip(ours, peft, strict=True):
         assert_close(a, b)
@@ -138,7 +139,7 @@ def test_what_cannot_be_fused_is_left_to_peft() -> None:
     assert sum(p.grad is not None for p in model.parameters()) == 7
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999, 1.0])
 def test_dropout_leaves_its_share_and_follows_the_generator(p: float) -> None:
     x = torch.zeros(1001, 999)
     torch.manual_seed(3)
@@ -162,23 +163,15 @@ def test_fused_dropout_is_that_of_its_mask(checkpointing: bool, monkeypatch: pyt
         return masks[-1]
 
     monkeypatch.setattr("unisd.adapters._kept", remembered)
-    weights = torch.randn(4, 6, 5)
-
-    def gradients() -> list[torch.Tensor]:
-        model.zero_grad()
-        x.grad = None
-        out = checkpoint(model, x, use_reentrant=False) if checkpointing else model(x)
-        (out * weights).sum().backward()
-        return [out.detach(), *(p.grad.clone() for p in (x, *model.parameters()) if p.grad is not None)]
 
     with fused_lora(model):
-        ours = gradients()
+        ours = gradients(model, x, checkpointing)
     assert len(masks) == (4 if checkpointing else 2)
     assert all(torch.equal(a, b) for a, b in zip(masks[:2], masks[-2:], strict=True))  # drawn again, the same
     used = iter([*masks])
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.forward = lambda value: value * next(used) / 0.75  # type: ignore[method-assign]
-    for a, b in zip(ours, gradients(), strict=True):
+    for a, b in zip(ours, gradients(model, x, checkpointing), strict=True):
         assert_close(a, b)
     assert any(not mask.all() for mask in masks)

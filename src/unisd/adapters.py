@@ -126,7 +126,8 @@ def _kept(x: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu":
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
     drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    return (drawn.view(torch.int16)[: x.numel()] >= round(p * 2**16) - 2**15).view(x.shape)
+    least = min(round(p * 2**16), 2**16 - 1) - 2**15
+    return (drawn.view(torch.int16)[: x.numel()] >= least).view(x.shape)
 
 
 class _FusedLoRA(torch.autograd.Function):
