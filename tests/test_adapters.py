@@ -144,7 +144,7 @@ def test_dropout_leaves_its_share_and_follows_the_generator(p: float) -> None:
     x = torch.zeros(1001, 999)
     torch.manual_seed(3)
     kept = _kept(x, p)
-    assert kept.shape == x.shape and abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-17
+    assert kept.shape == x.shape and abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
     # Neighbours come from one random number: they must not go together.
     both = float((kept[:, :-1] & kept[:, 1:]).float().mean())
     assert abs(both - (1 - p) ** 2) < 0.002
