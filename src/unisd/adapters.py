@@ -91,12 +91,12 @@ def _active(layer: Any, x: Tensor, *others: Any) -> list[str]:
 
 
 def _merged(layer: Any, kept: dict[str, Tensor] | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    base = layer.base_layer
-    if kept and not (layer.disable_adapters or args or kwargs or torch.is_autocast_enabled(x.device.type)):
-        return linear(x, kept["weight"], base.bias)
     adapters = _active(layer, x, args, kwargs)
     if not adapters:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    base = layer.base_layer
+    if kept:
+        return linear(x, kept["weight"], base.bias)
     weight = base.weight
     for name in adapters:
         weight = torch.addmm(weight, layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])

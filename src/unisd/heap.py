@@ -16,9 +16,9 @@ from contextlib import contextmanager
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of `mallopt`
-OWN_BLOCK_FROM, TRIM_FROM = 1 << 20, 128 << 10
+FRUGAL = 1 << 20, 128 << 10
 """Blocks of so many bytes are mapped; a free end of the heap of so many goes back."""
-ALL = 2**31 - 1
+KEEP = 2**31 - 1, 2**31 - 1  # neither ever
 USUAL = 32 << 20, 64 << 20
 """The same two where glibc's own rule arrives, once large blocks were freed; a rule that is set cannot be unset."""
 
@@ -42,7 +42,7 @@ def training(device: torch.device, frugal: bool) -> Iterator[None]:
     if device.type != "cpu" or chosen or not hasattr(_libc, "gnu_get_libc_version"):
         yield
         return
-    _map_from(*((OWN_BLOCK_FROM, TRIM_FROM) if frugal else (ALL, ALL)))
+    _map_from(*(FRUGAL if frugal else KEEP))
     _mapping = frugal
     try:
         yield
@@ -59,11 +59,11 @@ def keep_what_is_freed() -> Iterator[None]:
     if not _mapping:
         yield
         return
-    _map_from(ALL, ALL)
+    _map_from(*KEEP)
     _mapping = False
     try:
         yield
     finally:
-        _map_from(OWN_BLOCK_FROM, TRIM_FROM)
+        _map_from(*FRUGAL)
         _mapping = True
         _libc.malloc_trim(0)

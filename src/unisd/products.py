@@ -23,9 +23,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Ten
     """
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_OI, bias_O))
     plain = x.device.type == "cpu" and x.dtype == weight_OI.dtype == torch.float32
-    outputs, inputs = weight_OI.shape
-    rows = x.numel() // max(inputs, 1)
-    few = 1 < rows <= FEW and outputs * inputs >= LARGE
+    outputs, rows = len(weight_OI), x.numel() // max(x.shape[-1], 1)
+    few = 1 < rows <= FEW and weight_OI.numel() >= LARGE
     if tracked or not plain or not (few or outputs >= WIDE) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight_OI, bias_O)
     rows_NI = x.flatten(0, -2)
