@@ -52,7 +52,7 @@ def test_equals_transformers_own(family: str, checkpointing: bool, monkeypatch: 
     ours = final_and_gradients(backbone)
     assert set(seen) == set(LENGTHS)
     backbone.causal_lm.set_attn_implementation("sdpa")
-    backbone._takes_row_starts = False
+    backbone.tells_rows = False
     theirs = final_and_gradients(backbone)
     assert len(ours) == len(theirs) > 3
     for a, b in zip(ours, theirs, strict=True):

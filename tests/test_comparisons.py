@@ -214,7 +214,7 @@ def test_new_facts_are_never_asked_as_they_were_trained() -> None:
 def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
     cells: list[store.Cell] = []
     for plan in evidence.plans(cells, "new_facts", "smollm2-135m", 120, 48, ()):
-        learnt = 0 if plan.method == "raw" else 40 if plan.method == "sft" else 20
+        learnt = {"raw": 0, "sft": 40, "opsd-ectr": 0}.get(plan.method, 20)
         points = [
             {
                 "step": step,
@@ -232,18 +232,21 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
         ] or [{}]
         record = {name: value for name, value in plan.__dict__.items() if name != "data_files"}
         cells.append({**record, "curve": points, "peak_mb": 1000.0})
-    assert len(cells) == 1 + 5 + 9
+    assert len(cells) == 1 + 5 + 15
     assert not list(evidence.plans(cells, "new_facts", "smollm2-135m", 120, 48, ("elsewhere",)))
-    settings = {(cell["alpha"], cell["learning_rate"]) for cell in cells if cell["method"] == "unisd-star"}
-    assert settings == {evidence.best_pilot(cells, "new_facts", "sdft")}
+    settings = {(cell["method"], cell["alpha"], cell["learning_rate"]) for cell in cells if not cell["pilot"]}
+    alpha, rate = evidence.best_pilot(cells, "new_facts", "sdft") or (None, None)
+    assert {("sdft", alpha, rate), ("unisd-star", alpha, rate), ("demopsd", 1.0, rate), ("opsd-ectr", 0.5, rate)} < settings
     text = evidence_page.page(cells)
     assert "| sft | 3 | 120 | 83.3" in text and "| sft | 60 | 41.7" in text and "**sdft**" in text
+    # A method that learns nothing sets no mark for the others.
+    assert "every method but opsd-ectr, which gain nothing, reaches is 41.7 %" in text and "| opsd-ectr | 20 |" not in text
     # Another model has pilots of its own, and a table of its own.
     first = list(evidence.plans(cells, "new_facts", "other/model", 120, 48, ()))
     assert first and all(plan.pilot or plan.method == "raw" for plan in first)
     other = {**cells[-1], "model": "other/model", "curve": [{**point, "task_correct": "0" * 48} for point in cells[-1]["curve"]]}
     both = evidence_page.page([*cells, other])
-    assert "## New facts: other/model, 120 steps, 48 rows\n\n1 of 15 cells" in both
+    assert "## New facts: other/model, 120 steps, 48 rows\n\n1 of 21 cells" in both
     assert both.replace(both[both.index("## New facts: other/model") : both.index("## New facts: smollm2")], "") == text
 
 

@@ -411,7 +411,7 @@ def test_scoring_and_rollout_out_of_memory_change_nothing(tmp_path: Path, monkey
     built = build(tmp_path / "small", max_steps=1, save_strategy="no", rollout_batch_size=4, token_budget=1024, **STAR)
     from unisd import rollout, scoring
 
-    generate, forward_batches = rollout.generate, scoring.forward_batches
+    generate, shared_batches = rollout.generate, scoring.shared_batches
     asked: dict[str, list[int]] = {"rollout": [], "scoring": []}
 
     def limited_generate(*args: Any, batch_size: int, **kwargs: Any) -> Any:
@@ -420,14 +420,14 @@ def test_scoring_and_rollout_out_of_memory_change_nothing(tmp_path: Path, monkey
             raise out_of_memory()
         return generate(*args, batch_size=batch_size, **kwargs)
 
-    def limited_batches(lengths: Any, budget: int, packed: bool) -> Any:
+    def limited_batches(sequences: Any, shareable: Any, budget: int) -> Any:
         asked["scoring"].append(budget)
         if budget > 300:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-        return forward_batches(lengths, budget, packed)
+        return shared_batches(sequences, shareable, budget)
 
     monkeypatch.setattr(rollout, "generate", limited_generate)
-    monkeypatch.setattr(scoring, "forward_batches", limited_batches)
+    monkeypatch.setattr(scoring, "shared_batches", limited_batches)
     built.train()
     assert asked["rollout"] == [4, 2, 1] and asked["scoring"][:3] == [1024, 512, 256]
     assert lines(tmp_path / "small")[0]["loss"] == pytest.approx(lines(tmp_path / "whole")[0]["loss"], rel=1e-4)

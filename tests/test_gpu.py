@@ -41,7 +41,7 @@ def test_packed_rows_by_flash_attention(family: str, monkeypatch: pytest.MonkeyP
         backbone = Backbone(tiny.model(family, dtype=dtype).to(CUDA))
         if implementation == "sdpa":
             backbone.causal_lm.set_attn_implementation("sdpa")
-            backbone._takes_row_starts = False
+            backbone.tells_rows = False
         calls: list[Any] = []
         kernel = attention.varlen_attn
 

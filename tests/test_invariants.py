@@ -119,13 +119,26 @@ def test_generations_that_share_the_reading_of_their_prompt(tmp_path: Any, famil
     monkeypatch.setattr("unisd.scoring.SHARED_FROM", 2)
     options = {"num_generations": 4, "gradient_accumulation_steps": 2, **STAR}
     shared, separate = (trainer(tmp_path / name, family, **options) for name in ("a", "b"))
-    assert shared.scorer.share_prompts
-    separate.scorer.share_prompts = False
+    assert shared.backbone.can_continue(shared.pad_id)
+    for built in (shared, separate):
+        built.scorer.share_prefixes = False
+        built.scorer.share_prompts = built is shared
     passes: list[int] = []
     continuations = shared.backbone.continuations
     shared.backbone.continuations = lambda prompt, *rest: passes.append(len(rest[0])) or continuations(prompt, *rest)  # type: ignore
     assert_same(gradients(shared), gradients(separate), 1e-4)
     assert set(passes) == {4} and len(passes) == 4 * 6  # 4 rows under primary, negative, 3 auxiliary and student views
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_views_that_share_what_they_begin_with(tmp_path: Any, family: str) -> None:
+    shared, separate = (trainer(tmp_path / name, family, **STAR) for name in ("a", "b"))
+    # Gemma's layers look back through a window.
+    assert shared.scorer.share_prefixes == (family != "gemma3")
+    separate.scorer.share_prefixes = False
+    assert_same(gradients(shared), gradients(separate), 1e-4)
+    read, whole = (sum(built.scorer.tokens.values()) for built in (shared, separate))
+    assert read < 0.9 * whole if family != "gemma3" else read == whole
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

@@ -149,7 +149,7 @@ def test_tokens_scored_are_those_of_the_passes(tmp_path: Path, options: dict[str
     read, whole, shared = [], trainer.backbone.hidden_states, trainer.backbone.continuations
 
     def sequences(batch: Any, *rest: Any) -> Any:
-        read.append(int(batch.attention_mask.sum()))
+        read.append(int(batch.attention_mask.sum()) if batch.attention_mask is not None else batch.input_ids.numel())
         return whole(batch, *rest)
 
     def continuations(prompt: list[int], completions: list[list[int]], *rest: Any) -> Any:

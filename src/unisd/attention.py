@@ -1,9 +1,10 @@
 """transformers' SDPA attention without its waste: shared heads are read in place, and packed rows attend to themselves alone.
 
 transformers repeats the key/value heads of grouped-query attention where a mask is given, and it hands a packed row of N tokens to the
-kernel whole, which multiplies N x N of them to throw most away. Neither changes the result. A CPU takes the rows one by one; CUDA all
-at once, by the flash attention for rows of varying length that comes with torch, in half precision (in float32 as "sdpa" does). The
-mask of N x N bits that transformers makes for a packed row remains, and is read by no kernel there.
+kernel whole, which multiplies N x N of them to throw most away. Neither changes the result. A CPU takes the rows one by one (and lets
+rows that begin alike share their beginning); CUDA all at once, by the flash attention for rows of varying length that comes with torch,
+in half precision (in float32 as "sdpa" does). The mask of N x N bits that transformers makes for a packed row remains, and is read by no
+kernel there.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ def frugal_sdpa(
     scaling: float | None = None,
     row_starts: Sequence[int] | None = None,
     row_bounds: Tensor | None = None,
+    row_contexts: Sequence[Sequence[slice]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As `sdpa_attention_forward`, of `[B,heads,L,size]`, its masks included (windows, chunks).
 
     row_starts: where the rows of a packed batch (B = 1) begin, given to the model's forward; None: not packed.
     row_bounds: the same and the end, int32 `[rows + 1]` on the device, which no layer must wait for.
+    row_contexts: of each row the spans before it that it continues, in order; on a CPU, for layers that attend to all of the past.
     """
     starts = row_starts or ()
     if len(starts) > 1 and row_bounds is not None and _flash_fits(module, query, value, dropout, kwargs):
@@ -47,6 +50,10 @@ def frugal_sdpa(
     apart = query.device.type == "cpu" and kwargs.get("position_bias") is None
     if apart and len(starts) > 1:
         rows = [slice(*ends) for ends in pairwise([*starts, query.shape[2]])]
+        if row_contexts is not None:
+            spans = zip(rows, row_contexts, strict=True)
+            parts = [_continued(query[:, :, row], key, value, [*before, row], dropout, scaling) for row, before in spans]
+            return torch.cat(parts, dim=1), None
         masks = [None if attention_mask is None else attention_mask[..., row, row] for row in rows]
         parts = [
             frugal_sdpa(module, query[:, :, row], key[:, :, row], value[:, :, row], mask, dropout, scaling, **kwargs)[0]
@@ -61,6 +68,18 @@ def frugal_sdpa(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _continued(query: Tensor, key: Tensor, value: Tensor, seen: Sequence[slice], dropout: float, scaling: float | None) -> Tensor:
+    """Attention `[B,n,heads,size]` of the last of the spans `seen` to all of them."""
+    key, value = (torch.cat([x[:, :, span] for span in seen], dim=2) for x in (key, value))
+    new, total = query.shape[2], key.shape[2]
+    mask_nm = torch.ones(new, total, dtype=torch.bool).tril(total - new) if total > new else None
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask_nm, dropout_p=dropout, is_causal=mask_nm is None, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2)
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype:

@@ -38,11 +38,13 @@ class Batch:
     attention_mask: Tensor | None  # [B,L] when padded, None when packed
     starts: list[int]  # flat index (into B*L) of each sequence's first token
     bounds: Tensor | None = None  # the same on the device as int32, and the end, where packed
+    contexts: list[list[slice]] | None = None  # of each row the spans that it continues, where rows share their beginnings
 
     @property
     def rows(self) -> dict[str, Any]:
         """What :func:`unisd.attention.frugal_sdpa` is to be told of a packed row."""
-        return {"row_starts": self.starts, "row_bounds": self.bounds} if self.packed else {}
+        shared = {} if self.contexts is None else {"row_contexts": self.contexts}
+        return {"row_starts": self.starts, "row_bounds": self.bounds, **shared} if self.packed else {}
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -108,7 +110,7 @@ class Backbone:
         if causal_lm.config._attn_implementation == "sdpa":
             causal_lm.set_attn_implementation(FRUGAL)  # and stays: backward passes of checkpointed layers compute it again
         decoder_parameters = inspect.signature(self.decoder.forward).parameters
-        self._takes_row_starts = causal_lm.config._attn_implementation == FRUGAL and all(
+        self.tells_rows = causal_lm.config._attn_implementation == FRUGAL and all(
             any(p.kind is p.VAR_KEYWORD for p in found.values()) for found in (parameters, decoder_parameters)
         )
         self._forward_options: dict[str, Any] = {"use_cache": False}
@@ -182,7 +184,7 @@ class Backbone:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Of the model's forward; attention is told where packed rows begin."""
-        return {**batch.inputs, **(batch.rows if self._takes_row_starts else {})}
+        return {**batch.inputs, **(batch.rows if self.tells_rows else {})}
 
     def hidden_states(self, batch: Batch, layers: Sequence[int] = ()) -> Captured:
         """Hidden states without the head, which is not needed, and without gradient."""

@@ -51,19 +51,23 @@ def at_equal_steps(cells: list[Cell], task: str) -> list[str]:
 
 
 def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
-    """Markdown lines: the first point of each method's mean curve that is as good as what all methods reach."""
-    found = {method: runs for method, runs in groups(cells, task).items() if method != RAW}
-    if len(found) < 2:
+    """Markdown lines: the first point of each method's mean curve that is as good as what all methods reach that gain anything."""
+    curves = {method: _mean_curve(runs) for method, runs in groups(cells, task).items()}
+    untouched = max((point["task"] for point in curves.pop(RAW, [])), default=0.0)
+    best = {method: max(point["task"] for point in curve) for method, curve in curves.items()}
+    idle = [method for method, reached in best.items() if reached <= untouched]
+    curves = {method: curve for method, curve in curves.items() if method not in idle}
+    if len(curves) < 2:
         return []
-    curves = {method: _mean_curve(runs) for method, runs in found.items()}
-    target = min(max(point["task"] for point in curve) for curve in curves.values())
+    target = min(best[method] for method in curves)
     head = ["method", "step", "answers right, %", "general, %", "PPL_ret reverse", "train, s"]
     lines = []
     for method, curve in curves.items():
         point = next(point for point in curve if point["task"] >= target)
         values = [f"{point['step']:.0f}", f"{100 * point['task']:.1f}", f"{100 * point['general']:.1f}"]
         lines.append([method, *values, f"{point['reverse']:.3f}", f"{point['train_cpu_s']:.0f}"])
-    said = f"The best that every method reaches is {100 * target:.1f} %; each at the first evaluation where it is that good:"
+    whose = "every method" if not idle else f"every method but {' and '.join(idle)}, which gain nothing,"
+    said = f"The best that {whose} reaches is {100 * target:.1f} %; each at the first evaluation where it is that good:"
     return [said, "", *markdown_table(head, lines)]
 
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from unisd.adapters import inference
-from unisd.backbone import Backbone, Captured, forward_batches, lay_out
+from unisd.backbone import Backbone, Batch, Captured, forward_batches, lay_out
 from unisd.divergences import log_probs
 from unisd.losses import DivergenceSpec, Head, LossOutput, chunked_loss, token_logprobs, token_scores
 from unisd.mechanisms import StepScores
+from unisd.prefixes import lay_out_shared, shared_batches
 from unisd.sharding import in_step
 from unisd.targets import Target, TargetStates
 from unisd.teacher import Teacher
@@ -98,6 +99,7 @@ class Scorer:
         token_budget: most tokens per forward pass.
         layers: further layers to keep of the primary teacher.
         share_prompts: read a prompt once for all of its generations, where that saves enough.
+        share_prefixes: read what prompts begin with once for all that lie in a pass (packed then, as `prefixes.can_share` allows).
         autocast: makes the context of a forward pass (mixed precision as in training).
         choose_rows: agreement's budget: `[B]` mean teacher entropies -> `[B]` bool, the rows whose auxiliary views are scored;
             None: all. The others count as rows without contexts.
@@ -119,12 +121,14 @@ class Scorer:
         layers: Sequence[int] = (),
         autocast: Any = None,
         share_prompts: bool = False,
+        share_prefixes: bool = False,
         choose_rows: Callable[[Tensor], Tensor] | None = None,
         target: Target | None = None,
         sources: Sequence[str] = (),
         others: Mapping[str, Teacher] | None = None,
     ) -> None:
         self.share_prompts = share_prompts
+        self.share_prefixes = share_prefixes
         self.choose_rows = choose_rows
         self.target = target
         self.sources = tuple(sources)
@@ -385,16 +389,30 @@ class Scorer:
                         for i in chosen:
                             tokens[alike[i].view] += len(completions[i])
                         yield [_view(captured, alike[i], s, len(completions[i])) for s, i in zip(starts, chosen, strict=True)]
-            sequences = [job.prompt + rows[job.row].completion for job in jobs]
-            for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
-                batch = lay_out([sequences[i] for i in chosen], self.packed, self.pad_id, device)
+            for together, batch, starts, read in self._laid_out(jobs, rows, device):
                 captured = self.backbone.hidden_states(batch, self.layers)
-                for i in chosen:
-                    tokens[jobs[i].view] += len(sequences[i])
+                for job, length in zip(together, read, strict=True):
+                    tokens[job.view] += length
                 yield [
-                    _view(captured, jobs[i], start + len(jobs[i].prompt) - 1, len(rows[jobs[i].row].completion))
-                    for start, i in zip(batch.starts, chosen, strict=True)
+                    _view(captured, job, start + len(job.prompt) - 1, len(rows[job.row].completion))
+                    for job, start in zip(together, starts, strict=True)
                 ]
+
+    def _laid_out(
+        self, jobs: Sequence[_Job], rows: Sequence[ScoringRow], device: torch.device | str
+    ) -> Iterator[tuple[list[_Job], Batch, list[int], list[int]]]:
+        """The forward passes: jobs, their sequences laid out, where each begins and how many of its tokens are read."""
+        sequences = [job.prompt + rows[job.row].completion for job in jobs]
+        if self.share_prefixes:
+            # A prompt's last token predicts the completion's first: it is the first that a job has for itself.
+            shareable = [len(job.prompt) - 1 for job in jobs]
+            for chosen in shared_batches(sequences, shareable, self.token_budget):
+                laid = lay_out_shared([sequences[i] for i in chosen], [shareable[i] for i in chosen], device)
+                yield [jobs[i] for i in chosen], laid.batch, laid.starts, laid.read
+            return
+        for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
+            batch = lay_out([sequences[i] for i in chosen], self.packed, self.pad_id, device)
+            yield [jobs[i] for i in chosen], batch, batch.starts, [len(sequences[i]) for i in chosen]
 
 
 def _view(captured: Captured, job: _Job, first: int, length: int) -> _View:

@@ -38,6 +38,7 @@ from unisd.memory import default_token_budget
 from unisd.metrics import StepMetrics
 from unisd.models import eos_ids, load_model_and_tokenizer, with_adapter
 from unisd.observing import Observer, Probes
+from unisd.prefixes import can_share
 from unisd.prompts import PromptBuilder
 from unisd.reuse import RepeatedSteps, RolloutStore, behaviour_logp, with_logps
 from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
@@ -179,9 +180,10 @@ class UniSDTrainer(SafeTrainer):
         )
         # While every rank has a whole model, and before the teacher takes its copy.
         packed = self.backbone.check(self.pad_id, args.packing)
+        share_prefixes = packed and can_share(self.backbone)
         if args.packing == "auto" and not packs_well(args.device, self._compute_dtype()):
             packed = False  # rows of like length lose little to padding
-        share_prompts = args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
+        share_prompts = not share_prefixes and args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
         if self.cuts_weights:
             sharding.shard(self)
         elif self.is_deepspeed_enabled and not getattr(self.backbone.causal_lm, "is_quantized", False):
@@ -205,6 +207,7 @@ class UniSDTrainer(SafeTrainer):
             layers=args.feature_layers or (),
             autocast=self.accelerator.autocast,
             share_prompts=share_prompts,
+            share_prefixes=share_prefixes,
             choose_rows=self._most_uncertain if args.agreement_uncertain_share < 1 else None,
             target=self.target,
             sources=self.sources,
