@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unisd.attention import frugal_sdpa
 from unisd.backbone import Backbone, lay_out
 from unisd.prefixes import LEAST, can_share, lay_out_shared, shared_batches
 
@@ -51,8 +52,9 @@ def test_every_sequence_is_there_in_order(stems: list[list[int]], own: list[int]
         tokens = laid.batch.input_ids.numel()
         assert sum(laid.read) == tokens <= sum(len(sequences[i]) for i in group)
         assert tokens <= budget or len(group) == 1
-        for i, start, rows in zip(group, laid.starts, [laid.batch.starts] * len(group), strict=True):
-            assert start + shareable[i] >= max(row for row in rows if row <= start + len(sequences[i]) - 1)  # in its own row
+        for i, start in zip(group, laid.starts, strict=True):
+            own_row = max(row for row in laid.batch.starts if row <= start + len(sequences[i]) - 1)
+            assert start + shareable[i] >= own_row
 
 
 def test_a_beginning_is_read_once_and_short_ones_are_left_alone() -> None:
@@ -86,3 +88,22 @@ def test_a_model_that_is_not_told_of_rows_shares_nothing() -> None:
     backbone.tells_rows = True
     backbone.decoder.layers[0].self_attn.forward = lambda *args, **kwargs: (kwargs["hidden_states"].cumsum(1), None)  # type: ignore
     assert not can_share(backbone)
+
+
+def test_an_attention_that_cannot_share_says_so() -> None:
+    """A wrong result would look like a right one."""
+    x = torch.ones(1, 2, 6, 8)
+    shared = {"row_starts": [0, 3], "row_contexts": [[], [slice(0, 3)]]}
+    assert frugal_sdpa(torch.nn.Module(), x, x, x, None, **shared)[0].shape == (1, 6, 2, 8)
+    for mask, options in (
+        (None, {"position_bias": x}),
+        (torch.zeros(1, 1, 6, 6), {}),
+        (torch.ones(1, 2, 6, 6, dtype=torch.bool), {}),
+    ):
+        with pytest.raises(ValueError, match="share their beginnings"):
+            frugal_sdpa(torch.nn.Module(), x, x, x, mask, **shared, **options)
+
+
+def test_who_comes_first_pays_for_what_is_shared() -> None:
+    later_in_order = [[*TRUNK, 9, 9], [*TRUNK, 5, 5]]
+    assert lay_out_shared(later_in_order, [len(TRUNK)] * 2, "cpu").read == [len(TRUNK) + 2, 2]

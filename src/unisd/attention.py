@@ -48,6 +48,9 @@ def frugal_sdpa(
     if len(starts) > 1 and row_bounds is not None and _flash_fits(module, query, value, dropout, kwargs):
         return _flash(query, key, value, scaling, starts, row_bounds, kwargs.get("sliding_window")), None
     apart = query.device.type == "cpu" and kwargs.get("position_bias") is None
+    plain = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+    if row_contexts is not None and len(starts) > 1 and not (apart and plain):
+        raise ValueError("rows that share their beginnings can be read on a CPU alone, by layers without a bias of their own")
     if apart and len(starts) > 1:
         rows = [slice(*ends) for ends in pairwise([*starts, query.shape[2]])]
         if row_contexts is not None:

@@ -36,7 +36,7 @@ class Batch:
     input_ids: Tensor  # [B,L]; B = 1 when packed
     position_ids: Tensor  # [B,L]
     attention_mask: Tensor | None  # [B,L] when padded, None when packed
-    starts: list[int]  # flat index (into B*L) of each sequence's first token
+    starts: list[int]  # flat index (into B*L) of each row's first token
     bounds: Tensor | None = None  # the same on the device as int32, and the end, where packed
     contexts: list[list[slice]] | None = None  # of each row the spans that it continues, where rows share their beginnings
 
@@ -271,8 +271,8 @@ class Backbone:
                 logits = self.causal_lm(input_ids=torch.tensor([rows[1]], device=device), use_cache=False).logits
             assert captured.final is not None
             ours = self.head().logits(captured.final[0])
-            tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
-            if not _close(ours, logits[0].float(), tolerance):
+            tolerance = tolerance_of(logits.dtype)
+            if not close(ours, logits[0].float(), tolerance):
                 raise UserError(
                     f"the head of {type(self.causal_lm).__name__} does not reproduce its logits (an unknown scaling of logits): "
                     "this architecture is not supported."
@@ -296,7 +296,7 @@ class Backbone:
             return False
         assert packed is not None
         separate = [self.forward(self.causal_lm, lay_out([row], True, pad_id, device)).final for row in rows]
-        return _close(packed[0], torch.cat([hidden[0] for hidden in separate if hidden is not None]), tolerance)
+        return close(packed[0], torch.cat([hidden[0] for hidden in separate if hidden is not None]), tolerance)
 
     @torch.no_grad()
     def can_continue(self, pad_id: int) -> bool:
@@ -311,11 +311,11 @@ class Backbone:
             captured, starts = self.continuations(prompt, completions, pad_id, device)
             assert captured.final is not None
             flat = captured.final.flatten(0, 1)
-            tolerance = 1e-3 if flat.dtype == torch.float32 else 5e-2
+            tolerance = tolerance_of(flat.dtype)
             for start, completion in zip(starts, completions, strict=True):
                 alone = self.forward(self.causal_lm, lay_out([prompt + completion], True, pad_id, device)).final
                 assert alone is not None
-                if not _close(flat[start : start + len(completion)], alone[0, len(prompt) - 1 : -1], tolerance):
+                if not close(flat[start : start + len(completion)], alone[0, len(prompt) - 1 : -1], tolerance):
                     return False
             return True
         except (RuntimeError, ValueError, TypeError, AttributeError):  # an architecture with a cache of its own kind
@@ -324,7 +324,13 @@ class Backbone:
             self.causal_lm.train(was_training)
 
 
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far apart, relative to the largest value, two ways to compute the same may be."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether no value is further off than `tolerance` of the largest."""
     scale = b.float().abs().max().clamp_min(1e-6)
     return bool((a.float() - b.float()).abs().max() <= tolerance * scale)
 

@@ -35,13 +35,15 @@ from unisd.memory import MIB
 from unisd.models import eos_ids
 from unisd.parsing import parse
 from unisd.prompts import encode_completion, encode_prompt
+from unisd.recipes import load as load_recipe
 from unisd.tasks import get
 from unisd.tasks.base import Task
 from unisd.trainer import UniSDTrainer
 
 # The later recipes are the two that look best on the pocket (docs/results/field.md): the most points of the task plus points kept of old
 # skills, over its two tables.
-METHODS = ("sft", "sdft", "unisd-star", "demopsd", "opsd-ectr")
+LATER = ("demopsd", "opsd-ectr")
+METHODS = ("sft", "sdft", "unisd-star", *LATER)
 RAW = "raw"
 SEEDS = (0, 1, 2)
 PILOT_SEED, PILOT_STEPS, EVERY = 11, 30, 20
@@ -66,7 +68,6 @@ PILOTS: dict[str, list[tuple[float, float]]] = {
 }
 Setting = tuple[str, int, int]
 """Model, steps and test rows."""
-PUBLISHED_DIVERGENCE = {"demopsd": 1.0, "opsd-ectr": JSD}
 TOTAL = 1 + sum(map(len, PILOTS.values())) + len(SEEDS) * len(METHODS)  # cells of one task
 
 
@@ -262,7 +263,9 @@ def plans(cells: list[Cell], task: str, model: str, steps: int, rows: int, data_
             if chosen is None:
                 continue
             alpha, rate = chosen
-            yield from filter(new, [plan(method, seed, PUBLISHED_DIVERGENCE.get(method, alpha), rate)])
+            if method in LATER:
+                alpha = load_recipe(method).options["distillation_alpha"]
+            yield from filter(new, [plan(method, seed, alpha, rate)])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -51,23 +51,26 @@ def at_equal_steps(cells: list[Cell], task: str) -> list[str]:
 
 
 def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
-    """Markdown lines: the first point of each method's mean curve that is as good as what all methods reach that gain anything."""
-    curves = {method: _mean_curve(runs) for method, runs in groups(cells, task).items()}
+    """Markdown lines: the first point of each method's mean curve that is as good as what all methods reach that gain anything.
+
+    Methods with fewer seeds than others wait.
+    """
+    found = groups(cells, task)
+    most = max((len(runs) for runs in found.values()), default=0)
+    curves = {method: _mean_curve(runs) for method, runs in found.items() if method == RAW or len(runs) == most}
     untouched = max((point["task"] for point in curves.pop(RAW, [])), default=0.0)
     best = {method: max(point["task"] for point in curve) for method, curve in curves.items()}
-    idle = [method for method, reached in best.items() if reached <= untouched]
-    curves = {method: curve for method, curve in curves.items() if method not in idle}
-    if len(curves) < 2:
+    best = {method: reached for method, reached in best.items() if reached > untouched}
+    if len(best) < 2:
         return []
-    target = min(best[method] for method in curves)
+    target = min(best.values())
     head = ["method", "step", "answers right, %", "general, %", "PPL_ret reverse", "train, s"]
     lines = []
-    for method, curve in curves.items():
-        point = next(point for point in curve if point["task"] >= target)
+    for method in best:
+        point = next(point for point in curves[method] if point["task"] >= target)
         values = [f"{point['step']:.0f}", f"{100 * point['task']:.1f}", f"{100 * point['general']:.1f}"]
         lines.append([method, *values, f"{point['reverse']:.3f}", f"{point['train_cpu_s']:.0f}"])
-    whose = "every method" if not idle else f"every method but {' and '.join(idle)}, which gain nothing,"
-    said = f"The best that {whose} reaches is {100 * target:.1f} %; each at the first evaluation where it is that good:"
+    said = f"The best that all of these reach is {100 * target:.1f} %; each at the first evaluation where it is that good:"
     return [said, "", *markdown_table(head, lines)]
 
 

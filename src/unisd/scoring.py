@@ -1,6 +1,7 @@
 """The phase without gradient: every view of a whole optimizer step, in one sweep (Algorithm 1, line 2).
 
-All views of all rows are sorted by length and packed to a token budget under one switch of the teacher's weights. Kept are the primary
+All views of all rows are laid out to a token budget (by length, or with what they begin with read once) under one switch of the teacher's
+weights. Kept are the primary
 teacher's hidden states (not logits: at 7B they are 42 times smaller) and one number per token for every other view.
 
 Shapes: B rows of the step on this rank, T longest completion, K auxiliary contexts, N tokens of a forward pass, H hidden size.
@@ -378,7 +379,9 @@ class Scorer:
         jobs = [job for job in jobs if rows[job.row].completion]
         with in_step(self.backbone.model):
             if self.share_prompts:
-                shared, jobs = _sharing(jobs, rows)
+                # A pass that shares beginnings holds them all; a long prompt would leave its generations little room there.
+                least = max(SHARED_FROM, self.token_budget // 4 if self.share_prefixes else 0)
+                shared, jobs = _sharing(jobs, rows, least)
                 for alike in shared:
                     completions = [rows[job.row].completion for job in alike]
                     for chosen in forward_batches([len(c) for c in completions], self.token_budget, packed=False):
@@ -406,7 +409,7 @@ class Scorer:
         if self.share_prefixes:
             # A prompt's last token predicts the completion's first: it is the first that a job has for itself.
             shareable = [len(job.prompt) - 1 for job in jobs]
-            for chosen in shared_batches(sequences, shareable, self.token_budget):
+            for chosen in map(sorted, shared_batches(sequences, shareable, self.token_budget)):
                 laid = lay_out_shared([sequences[i] for i in chosen], [shareable[i] for i in chosen], device)
                 yield [jobs[i] for i in chosen], laid.batch, laid.starts, laid.read
             return
@@ -424,8 +427,8 @@ def _view(captured: Captured, job: _Job, first: int, length: int) -> _View:
     return _View(job, captured.final.flatten(0, 1)[span].clone(), layers_TH)
 
 
-def _sharing(jobs: Sequence[_Job], rows: Sequence[ScoringRow]) -> tuple[list[list[_Job]], list[_Job]]:
-    """Jobs whose prompt is worth reading once for all of them (the generations of a prompt), and the other jobs."""
+def _sharing(jobs: Sequence[_Job], rows: Sequence[ScoringRow], least: int) -> tuple[list[list[_Job]], list[_Job]]:
+    """Jobs whose prompt, of `least` tokens or more, is worth a pass for all of them (the generations of a prompt), and the other jobs."""
     by_prompt: dict[tuple[int, ...], list[_Job]] = {}
     for job in jobs:
         by_prompt.setdefault(tuple(job.prompt), []).append(job)
@@ -433,7 +436,7 @@ def _sharing(jobs: Sequence[_Job], rows: Sequence[ScoringRow]) -> tuple[list[lis
     for prompt, alike in by_prompt.items():
         saved = len(prompt) * (len(alike) - 1)
         rest = len(prompt) + sum(len(rows[job.row].completion) for job in alike)
-        if len(prompt) >= SHARED_FROM and saved >= rest / 2:
+        if len(prompt) >= least and saved >= rest / 2:
             shared.append(alike)
         else:
             others += alike

@@ -180,10 +180,11 @@ class UniSDTrainer(SafeTrainer):
         )
         # While every rank has a whole model, and before the teacher takes its copy.
         packed = self.backbone.check(self.pad_id, args.packing)
-        share_prefixes = packed and can_share(self.backbone)
+        # The model may lie elsewhere still.
+        share_prefixes = packed and args.device.type == "cpu" and can_share(self.backbone)
         if args.packing == "auto" and not packs_well(args.device, self._compute_dtype()):
             packed = False  # rows of like length lose little to padding
-        share_prompts = not share_prefixes and args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
+        share_prompts = args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
         if self.cuts_weights:
             sharding.shard(self)
         elif self.is_deepspeed_enabled and not getattr(self.backbone.causal_lm, "is_quantized", False):
