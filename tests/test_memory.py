@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from benchmarks import cases
-from unisd import memory, run
+from unisd import heap, memory, run
 from unisd.cells import run_apart
 from unisd.memory import ModelSize, available, estimate, wants_checkpointing
 from unisd.parsing import parse
@@ -130,25 +131,11 @@ def test_checkpointing_is_chosen_on_all_ranks_if_on_one(monkeypatch: pytest.Monk
     assert settings.gradient_checkpointing
 
 
-PINNED = """
+FAULTS = """
 import torch
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from unisd import heap
-
-CPU = torch.device("cpu")
-
-def grown():
-    held = lambda: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    before, kept = held(), []
-    for layer in range(20):
-        activations = [torch.ones(2 << 20) for _ in range(3)]  # 8 MiB each
-        kept.append(torch.ones(1 << 16))
-        activations[0] = None
-        kept.append(torch.ones(1 << 16))
-        del activations
-        kept.append(torch.ones(1 << 18))  # 1 MiB
-    return held() - before
 
 def faults():
     before = getrusage(RUSAGE_SELF).ru_minflt
@@ -156,27 +143,54 @@ def faults():
         torch.ones(16 << 20)  # 64 MiB, which are 16,384 pages
     return getrusage(RUSAGE_SELF).ru_minflt - before
 
-large = torch.ones(8 << 20)  # 32 MiB: freed, it raises glibc's threshold to its own size
-del large
-before = grown()
-with heap.training(CPU, frugal=True):
-    ballast = [torch.ones(1 << 18) for _ in range(300)]  # fills the holes that the first round has left
-    after = grown()
-    mapped = faults()
-    with heap.keep_what_is_freed():
-        with heap.keep_what_is_freed():
-            torch.ones(16 << 20)
-        kept = faults()
-with heap.training(CPU, frugal=False):
+def in_heap(x):
+    line = next(line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
+    first, last = (int(end, 16) for end in line.split()[0].split("-"))
+    return int(first <= x.data_ptr() < last)
+
+mapped = faults()
+with heap.training(torch.device("cpu")):
     faults()
-    kept = max(kept, faults())
-print(before, after, mapped, kept)
+    kept = faults()
+    print(mapped, kept, in_heap(torch.ones(1 << 18)), in_heap(heap.own_block((1 << 18,), torch.float32)))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
-def test_freed_activations_leave_the_process() -> None:
-    run = subprocess.run([sys.executable, "-c", PINNED], capture_output=True, text=True, check=True)
-    before, after, faults_mapped, faults_kept = map(int, run.stdout.split())
-    assert after < 40_000 < before
-    assert faults_kept <= 16_384 < faults_mapped  # in the second case nine blocks more had to be asked for
+def test_freed_memory_is_used_again_and_what_stays_lies_apart() -> None:
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    mapped, kept, *places = map(int, run.stdout.split())
+    assert kept <= 16_384 < mapped  # in the second case nine blocks more had to be asked for
+    assert places == [1, 0]
+
+
+def test_outputs_in_own_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    copied: list[Any] = []
+    own_block = heap.own_block
+    monkeypatch.setattr(heap, "own_block", lambda shape, dtype: copied.append(tuple(shape)) or own_block(shape, dtype))
+
+    def gradients() -> list[torch.Tensor]:
+        model.train().zero_grad()
+        model(input_ids=torch.arange(20)[None]).logits.square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain = gradients()
+    with heap.outputs_in_own_blocks(model.model.layers):
+        apart = gradients()
+        with torch.no_grad():
+            model(input_ids=torch.arange(20)[None])
+    assert all(torch.equal(a, b) for a, b in zip(apart, plain, strict=True))
+    assert copied == [(1, 20, 32)] * 2  # when they are computed again, it ends before
+    gradients()
+    assert len(copied) == 2
+
+
+def test_own_blocks() -> None:
+    x = torch.arange(6, dtype=torch.bfloat16).view(2, 3).requires_grad_()
+    copy = heap.own_block(x.shape, x.dtype).copy_(x)
+    assert torch.equal(copy, x) and copy.dtype == x.dtype
+    (copy * 2).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 2))
+    assert heap.own_block((0, 3), torch.float32).shape == (0, 3)

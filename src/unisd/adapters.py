@@ -16,7 +16,6 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from unisd.heap import keep_what_is_freed
 from unisd.products import linear
 from unisd.sharding import is_shard
 
@@ -54,12 +53,12 @@ def _computing(layers: Sequence[Any], forward: Callable[[Any], Callable[..., Ten
 
 @contextmanager
 def inference(*models: nn.Module, keep: bool = False) -> Iterator[None]:
-    """Evaluation mode without gradient, adapters merged (`keep`: as in `merged_lora`), buffers used again; all is put back."""
+    """Evaluation mode without gradient, adapters merged (`keep`: as in `merged_lora`); all is put back."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
     try:
-        with torch.no_grad(), keep_what_is_freed(), ExitStack() as merged:
+        with torch.no_grad(), ExitStack() as merged:
             for model in models:
                 merged.enter_context(merged_lora(model, keep=keep))
             yield

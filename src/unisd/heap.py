@@ -1,29 +1,31 @@
-"""Which freed memory a process on a CPU keeps, where glibc is its allocator: all of it, or, where memory is scarce, what is used again.
+"""Freed memory of a process on a CPU is kept for the next activations, where glibc is its allocator.
 
-glibc takes ever larger blocks from its heap (up to 32 MiB, after the first that was freed), where the few that stay, such as the inputs
-of checkpointed layers, hold the room of all others: a step at the shape of a 0.5B model held twice of what it needed. Mapped blocks go
-back to the system when freed, and cost a page fault for every 4 KiB when they are asked for again, a seventh of the time of
-a pass. So a run with gradient checkpointing maps its large blocks, but for passes without gradient, which leave next to nothing behind.
+Blocks that are mapped anew cost a page fault for every 4 KiB, a sixth of the time of a pass; blocks of the heap cost nothing when they are
+used again. But what stays in the heap while its neighbours come and go holds their room: above all the inputs of checkpointed layers,
+kept from the forward pass to the backward pass. They get mappings of their own (`own_block`), and so do the few blocks that are so large
+that the heap would seldom have room for them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of `mallopt`
-FRUGAL = 1 << 20, 128 << 10
+KEEP = 2**31 - 1, 2**31 - 1
 """Blocks of so many bytes are mapped; a free end of the heap of so many goes back."""
-KEEP = 2**31 - 1, 2**31 - 1  # neither ever
 USUAL = 32 << 20, 64 << 20
 """The same two where glibc's own rule arrives, once large blocks were freed; a rule that is set cannot be unset."""
 
 _libc = ctypes.pythonapi
-_mapping = False
 
 
 def _map_from(size: int, trim: int) -> None:
@@ -32,38 +34,43 @@ def _map_from(size: int, trim: int) -> None:
 
 
 @contextmanager
-def training(device: torch.device, frugal: bool) -> Iterator[None]:
-    """On a CPU with glibc: freed activations leave the process at once (`frugal`), or stay in it for the next ones until the end.
+def training(device: torch.device) -> Iterator[None]:
+    """On a CPU with glibc: freed memory stays in the process until the end, and then goes back.
 
     A threshold in MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES is left alone.
     """
-    global _mapping
     chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
     if device.type != "cpu" or chosen or not hasattr(_libc, "gnu_get_libc_version"):
         yield
         return
-    _map_from(*(FRUGAL if frugal else KEEP))
-    _mapping = frugal
+    _map_from(*KEEP)
     try:
         yield
     finally:
         _map_from(*USUAL)
-        _mapping = False
         _libc.malloc_trim(0)
+
+
+def own_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor on the CPU in a mapping of its own: the heap would put it between others wherever there is room."""
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(*shape)
 
 
 @contextmanager
-def keep_what_is_freed() -> Iterator[None]:
-    """For passes without gradient: their buffers are used again and again, and go back at the end. Nothing where nothing is mapped."""
-    global _mapping
-    if not _mapping:
+def outputs_in_own_blocks(layers: nn.ModuleList) -> Iterator[None]:
+    """While active, what checkpointed `layers` hand on, the input of the next one, lies in blocks of its own where a gradient will come."""
+
+    def hand_on(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        handed_on = output[0] if isinstance(output, tuple) else output
+        copy = own_block(handed_on.shape, handed_on.dtype).copy_(handed_on)
+        return (copy, *output[1:]) if isinstance(output, tuple) else copy
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_hook(hand_on).remove)
         yield
-        return
-    _map_from(*KEEP)
-    _mapping = False
-    try:
-        yield
-    finally:
-        _map_from(*FRUGAL)
-        _mapping = True
-        _libc.malloc_trim(0)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisd import fused
+from unisd import fused, heap
 from unisd.closed_form import closed_form, log_probs_in_place, row_blocks
 from unisd.divergences import (
     Contrast,
@@ -186,7 +186,7 @@ class _ChunkedLoss(torch.autograd.Function):
             unit, scaled = torch.ones_like(unit), replace(scaled, coefficient_N=torch.ones(tokens, dtype=full, device=device))
         room: Sequence[Tensor | None] = (None, None)
         if device.type == "cpu" and head.weight.dtype == torch.float32 and scaled.spec.mode == "full":
-            room = [head.weight.new_empty(min(chunk, tokens), len(head.weight)) for _ in range(2)]
+            room = [heap.own_block((min(chunk, tokens), len(head.weight)), torch.float32) for _ in range(2)]
         with torch.autocast(device.type, enabled=False):
             for start in range(0, tokens, chunk):
                 rows = slice(start, start + chunk)

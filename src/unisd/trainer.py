@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -517,7 +518,11 @@ class UniSDTrainer(SafeTrainer):
         """See :class:`unisd.safety.SafeTrainer`. Raises `UserError` if there are no training rows."""
         if not self.rows:
             raise UserError("there are no training rows: give train_dataset.")
-        with heap.training(self.args.device, frugal=self.args.gradient_checkpointing):
+        checkpointed = self.args.gradient_checkpointing and self.args.device.type == "cpu" and not sharding.is_sharded(self.model)
+        with heap.training(self.args.device), ExitStack() as stack:
+            if checkpointed:
+                with suppress(UserError):  # layers that are not found
+                    stack.enter_context(heap.outputs_in_own_blocks(self.backbone.blocks()))
             return super().train(resume_from_checkpoint, **kwargs)
 
 
