@@ -72,10 +72,18 @@ def test_chunked_loss(dtype: torch.dtype, alpha: float) -> None:
     clip = float(run(plain_loss, x, spec)[0].divergence_N.median()) * 1.01  # half of the tokens
     plain, plain_grads = run(plain_loss, x, spec, token_clip=clip)
     ours, grads = run(chunked_loss, x, spec, token_clip=clip, chunk_tokens=7)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert float(ours.loss) == pytest.approx(float(plain.loss), rel=tolerance)
-    for a, b in zip(grads, plain_grads, strict=True):
-        assert off(a, b) < tolerance
+    assert float(ours.loss.detach()) == pytest.approx(float(plain.loss.detach()), rel=1e-5 if dtype == torch.float32 else 2e-2)
+    if dtype == torch.bfloat16:
+        assert all(off(a, b) < 2e-2 for a, b in zip(grads, plain_grads, strict=True))
+        return
+    # Two float32 computations of a JSD's gradient, a difference of like numbers, are 3e-5 apart: both are held against float64.
+    for name in ("hidden", "weight", "bias", "teacher_hidden", "coefficient"):
+        value = getattr(x, name)
+        setattr(x, name, value.detach().double().requires_grad_(value.requires_grad))
+    x.teacher = Head(x.teacher.weight.double(), x.teacher.bias.double())
+    _, exact_grads = run(plain_loss, x, spec, token_clip=clip)
+    for a, b, exact in zip(grads, plain_grads, exact_grads, strict=True):
+        assert off(a, exact) < 1.5 * off(b, exact) + 1e-6
 
 
 def losses(folder: Path) -> list[float]:
