@@ -194,3 +194,5 @@ def test_own_blocks() -> None:
     (copy * 2).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 2))
     assert heap.own_block((0, 3), torch.float32).shape == (0, 3)
+    with pytest.raises(MemoryError, match="no mapping of 4611686018427387904 bytes"):
+        heap.own_block((1 << 60,), torch.float32)

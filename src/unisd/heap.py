@@ -26,6 +26,7 @@ USUAL = 32 << 20, 64 << 20
 """The same two where glibc's own rule arrives, once large blocks were freed; a rule that is set cannot be unset."""
 
 _libc = ctypes.pythonapi
+_PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 def _map_from(size: int, trim: int) -> None:
@@ -52,11 +53,18 @@ def training(device: torch.device) -> Iterator[None]:
 
 
 def own_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An empty tensor on the CPU in a mapping of its own: the heap would put it between others wherever there is room."""
+    """An empty tensor on the CPU in a mapping of its own: the heap would put it between others wherever there is room.
+
+    Raises:
+        MemoryError: there is none.
+    """
     count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(*shape)
+    try:
+        return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, **_PRIVATE), dtype=dtype).view(*shape)
+    except OSError as error:
+        raise MemoryError(f"no mapping of {count * dtype.itemsize} bytes: {error}") from error
 
 
 @contextmanager
