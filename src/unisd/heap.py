@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of `mallopt`
 KEEP = 2**31 - 1, 2**31 - 1
-"""Blocks of so many bytes are mapped; a free end of the heap of so many goes back."""
+"""Blocks of so many bytes are mapped; a free end of the heap of so many goes back: neither ever."""
 USUAL = 32 << 20, 64 << 20
 """The same two where glibc's own rule arrives, once large blocks were freed; a rule that is set cannot be unset."""
 
