@@ -189,7 +189,8 @@ def on_two_ranks(folder: Path, call: str, environment: dict[str, str]) -> None:
     """Run a function of this file in two processes."""
     code = folder / "worker.py"
     code.write_text(
-        f"import sys; sys.path[:0] = {sys.path!r}\nimport test_distributed\nfrom pathlib import Path\ntest_distributed.{call}\n"
+        f"import sys; sys.path[:0] = {sys.path!r}\nimport test_distributed\nfrom pathlib import Path\nfrom unisd import launch\n"
+        f"test_distributed.{call}\nlaunch.leave()\n"
     )
     starter = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(code)]
     done = subprocess.run(starter, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})

@@ -85,7 +85,9 @@ def _train(arguments: list[str]) -> int:
     if options.dry_run:
         run.dry_run(options, config)
         return 0
-    return 130 if run.train(options, config) is None else 0
+    ended = run.train(options, config) is not None
+    launch.leave()
+    return 0 if ended else 130
 
 
 def _probe(arguments: list[str]) -> int:

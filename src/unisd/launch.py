@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +40,19 @@ CONFIGS = Path(__file__).parent / "accelerate_configs"
 def is_launched() -> bool:
     """Whether this is one of the processes of a distributed run."""
     return "LOCAL_RANK" in os.environ
+
+
+def leave() -> None:
+    """Take the process group down after a run, if there is one.
+
+    A thread of gloo drops the tensors of the last exchange under Python's lock: while Python shuts down that would abort the process, and
+    while the group is taken down by the holder of the lock neither would ever end. So it is given the lock first.
+    """
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(0.5)
+        torch.distributed.destroy_process_group()
 
 
 def config_file(name: str) -> Path:
