@@ -148,20 +148,30 @@ def in_heap(x):
     first, last = (int(end, 16) for end in line.split()[0].split("-"))
     return int(first <= x.data_ptr() < last)
 
+def resident():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+
 mapped = faults()
 with heap.training(torch.device("cpu")):
     faults()
     kept = faults()
     print(mapped, kept, in_heap(torch.ones(1 << 18)), in_heap(heap.own_block((1 << 18,), torch.float32)))
+    before = resident()  # with 64 MiB that are free
+    small = [block.zero_() for block in heap.passing_blocks(2, (1 << 20,), torch.float32)]
+    beside = resident() - before
+    large = [block.zero_() for block in heap.passing_blocks(2, (8 << 20,), torch.float32)]
+    print(beside, resident() - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
 def test_freed_memory_is_used_again_and_what_stays_lies_apart() -> None:
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    mapped, kept, *places = map(int, run.stdout.split())
+    mapped, kept, *places, beside, instead = map(int, run.stdout.split())
     assert kept <= 16_384 < mapped  # in the second case nine blocks more had to be asked for
     assert places == [1, 0]
+    assert beside == pytest.approx(8192, abs=1024)  # KiB
+    assert instead < beside + 1024  # 64 MiB more took the place of others
 
 
 def test_outputs_in_own_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

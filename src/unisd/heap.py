@@ -3,7 +3,7 @@
 Blocks that are mapped anew cost a page fault for every 4 KiB, a sixth of the time of a pass; blocks of the heap cost nothing when they are
 used again. But what stays in the heap while its neighbours come and go holds their room: above all the inputs of checkpointed layers,
 kept from the forward pass to the backward pass. They get mappings of their own (`own_block`), and so do the few blocks that are so large
-that the heap would seldom have room for them.
+that the heap would seldom have room for them: what is free in it goes back first (`passing_blocks`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ KEEP = 2**31 - 1, 2**31 - 1
 """Blocks of so many bytes are mapped; a free end of the heap of so many goes back: neither ever."""
 USUAL = 32 << 20, 64 << 20
 """The same two where glibc's own rule arrives, once large blocks were freed; a rule that is set cannot be unset."""
+LARGE = 32 << 20
+"""Bytes for a passing use before which what is free in the heap goes back, as the two would lie side by side."""
 
 _libc = ctypes.pythonapi
 _PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -49,6 +51,12 @@ def training(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _map_from(*USUAL)
+        give_back()
+
+
+def give_back() -> None:
+    """Hand what is free in the heap back to the system, where the allocator can. When used again, it costs page faults."""
+    if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
 
 
@@ -65,6 +73,17 @@ def own_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, **_PRIVATE), dtype=dtype).view(*shape)
     except OSError as error:
         raise MemoryError(f"no mapping of {count * dtype.itemsize} bytes: {error}") from error
+
+
+def passing_blocks(count: int, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """So many blocks of their own, for something short; large ones take the place of what is free in the heap.
+
+    Raises:
+        MemoryError: there is none.
+    """
+    if count * math.prod(shape) * dtype.itemsize >= LARGE:
+        give_back()
+    return [own_block(shape, dtype) for _ in range(count)]
 
 
 @contextmanager

@@ -186,7 +186,7 @@ class _ChunkedLoss(torch.autograd.Function):
             unit, scaled = torch.ones_like(unit), replace(scaled, coefficient_N=torch.ones(tokens, dtype=full, device=device))
         room: Sequence[Tensor | None] = (None, None)
         if device.type == "cpu" and head.weight.dtype == torch.float32 and scaled.spec.mode == "full":
-            room = [heap.own_block((min(chunk, tokens), len(head.weight)), torch.float32) for _ in range(2)]
+            room = heap.passing_blocks(2, (min(chunk, tokens), len(head.weight)), torch.float32)
         with torch.autocast(device.type, enabled=False):
             for start in range(0, tokens, chunk):
                 rows = slice(start, start + chunk)
