@@ -6,7 +6,9 @@ Writes the tables into `smollm2.md` between its markers. Intervals are 95 %, by 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +71,8 @@ def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
     for method in best:
         point = next(point for point in curves[method] if point["task"] >= target)
         values = [f"{point['step']:.0f}", f"{100 * point['task']:.1f}", f"{100 * point['general']:.1f}"]
-        lines.append([method, *values, f"{point['reverse']:.3f}", f"{point['train_cpu_s']:.0f}"])
+        seconds = "-" if math.isnan(point["train_cpu_s"]) else f"{point['train_cpu_s']:.0f}"
+        lines.append([method, *values, f"{point['reverse']:.3f}", seconds])
     said = f"The best that all of these reach is {100 * target:.1f} %; each at the first evaluation where it is that good:"
     return [said, "", *markdown_table(head, lines)]
 
@@ -89,6 +92,19 @@ def pilots(cells: list[Cell], task: str) -> list[str]:
     return markdown_table(("pilot", "divergence", "rate", "answers right, %", "general, %"), lines)
 
 
+def costs_of_one_device(cells: list[Cell]) -> list[Cell]:
+    """The cells, with time and memory of those only that ran where most did: of two kinds of device no mean is taken."""
+    counts = Counter(cell["device"] for cell in cells if "device" in cell)
+    usual = max(counts, key=counts.__getitem__, default=None)
+    kept = []
+    for cell in cells:
+        if cell.get("device", usual) != usual:
+            curve = [{name: value for name, value in point.items() if name != "train_cpu_s"} for point in cell["curve"]]
+            cell = {name: value for name, value in cell.items() if name != "peak_mb"} | {"curve": curve}
+        kept.append(cell)
+    return kept
+
+
 def settings(cells: list[Cell]) -> list[tuple[str, Setting]]:
     """Tasks with the settings that cells have run in, the published one of each first."""
     found = []
@@ -104,7 +120,7 @@ def page(cells: list[Cell]) -> str:
     parts = []
     for task, setting in settings(cells):
         model, steps, rows = setting
-        of_setting = [cell for cell in cells if is_of(cell, task, setting)]
+        of_setting = costs_of_one_device([cell for cell in cells if is_of(cell, task, setting)])
         other = "" if setting == (MODEL, STEPS[task], ROWS) else f": {model}, {steps} steps, {rows} rows"
         parts += [
             f"## {TITLES[task]}{other}",
@@ -135,7 +151,7 @@ def _mean_curve(runs: list[Cell]) -> list[dict[str, float]]:
                 "task": float(np.mean([share(point["task_correct"]) for point in points])),
                 "general": float(np.mean([share(point["general_correct"]) for point in points])),
                 "reverse": float(np.mean([point["retention_ppl_reverse"] for point in points])),
-                "train_cpu_s": float(np.mean([point["train_cpu_s"] for point in points])),
+                "train_cpu_s": float(np.mean([point["train_cpu_s"] for point in points if "train_cpu_s" in point] or math.nan)),
             }
         )
     return curve
