@@ -20,6 +20,23 @@ def packed_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.clone() for name, p in model.state_dict().items() if p.dtype == torch.uint8 and name.endswith(".weight")}
 
 
+def test_gradients_pass_through_weights_that_have_been_evaluated() -> None:
+    """In eval mode bitsandbytes would give a CPU that computes in bf16 a layout of the weights whose product has no gradient."""
+    model, _, _ = load_model_and_tokenizer(str(BASE_DIR), load_in_4bit=True)
+    x = model.get_input_embeddings()(torch.arange(8)[None]).detach()
+
+    def gradient() -> torch.Tensor:
+        given = x.clone().requires_grad_()
+        model.train()(inputs_embeds=given).logits.square().sum().backward()
+        assert given.grad is not None
+        return given.grad
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(inputs_embeds=x)
+    torch.testing.assert_close(gradient(), before)
+
+
 @pytest.mark.parametrize("kind", ["base", "ema"])
 def test_teachers_of_a_quantised_model(kind: str, tmp_path: Path) -> None:
     from peft import AutoPeftModelForCausalLM, LoraConfig

@@ -193,6 +193,9 @@ def load_model_and_tokenizer(
     if load_in_4bit:
         options["quantization_config"] = _four_bits(options["dtype"])
     model = _load("weights", name, path, lambda: AutoModelForCausalLM.from_pretrained(path, **options)).eval()
+    for module in model.modules() if load_in_4bit else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: products in that layout of the weights have no gradient
+            module.support_avx512bf16_for_cpu = False
     info = ModelInfo(
         name=name,
         path=path,
