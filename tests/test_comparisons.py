@@ -242,9 +242,10 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
     # A method that learns nothing sets no mark for the others.
     assert "The best that all of these reach is 41.7 %" in text and "| opsd-ectr | 20 |" not in text
     # Time and memory are those of the device that most cells ran on.
-    elsewhere = [{**cell, "device": "cpu" if cell["method"] == "sft" and cell["seed"] else "gpu"} for cell in cells]
-    slow = [{**cell, "peak_mb": 9.0, "curve": [{**p, "train_cpu_s": 9e9} for p in cell["curve"]]} for cell in elsewhere]
-    mixed = [slow[i] if cell["device"] == "cpu" else cell for i, cell in enumerate(elsewhere)]
+    mixed = [{**cell, "device": "gpu"} for cell in cells]
+    for cell in mixed:
+        if cell["method"] == "sft" and cell["seed"]:
+            cell |= {"device": "cpu", "peak_mb": 9.0, "curve": [{**point, "train_cpu_s": 9e9} for point in cell["curve"]]}
     assert evidence_page.page(mixed) == text
     # Another model has pilots of its own, and a table of its own.
     first = list(evidence.plans(cells, "new_facts", "other/model", 120, 48, ()))
