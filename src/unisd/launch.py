@@ -43,16 +43,15 @@ def is_launched() -> bool:
 
 
 def leave() -> None:
-    """Take the process group down after a run, if there is one.
+    """Let a process of a distributed run end, if this is one.
 
-    A thread of gloo drops the tensors of the last exchange under Python's lock: while Python shuts down that would abort the process, and
-    while the group is taken down by the holder of the lock neither would ever end. So it is given the lock first.
+    A thread of gloo drops the tensors of the last exchange under Python's lock, and while Python shuts down that would abort the process.
+    So it is given the lock first. The process group stays: an engine for rollouts takes its own part down as it is dropped.
     """
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         time.sleep(0.5)
-        torch.distributed.destroy_process_group()
 
 
 def config_file(name: str) -> Path:
