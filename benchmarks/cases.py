@@ -440,11 +440,12 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
 
 
 def passed_tokens(data: Sequence[Example]) -> int:
-    """Tokens that a UniSD* step passes through the model: once without gradient under every view, three times for the student
-    (forward, forward again for checkpointing, backward with frozen weights)."""
+    """Tokens that a UniSD* step passes through the model: once without gradient under every view (the problem of the right reference is
+    that of the wrong one), three times for the student (forward, forward again for checkpointing, backward with frozen weights)."""
     return sum(
         sum(len(view) + len(row.completion) for view in (row.teacher, row.negative, *row.auxiliary))
-        + 3 * (len(row.student) + len(row.completion))
+        + 2 * len(row.student)
+        + 3 * len(row.completion)
         for row in data
     )
 

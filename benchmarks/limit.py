@@ -1,7 +1,8 @@
 """The bare limit of a UniSD* step: the forward and backward passes and projections that the mathematics needs, nothing else.
 
-Tokens are packed (no padding), only the completion's positions are projected, the student's and the primary teacher's once; no
-softmax, divergence, weight or other arithmetic is done. What it computes is no loss: it is a time and a memory to come close to.
+Tokens are packed (no padding), on a CPU what views begin with is read once, as ours reads it; only the completion's positions are
+projected, the student's and the primary teacher's once; no softmax, divergence, weight or other arithmetic is done. What it computes is
+no loss: it is a time and a memory to come close to.
 """
 
 from __future__ import annotations
@@ -18,14 +19,21 @@ from unisd.adapters import merged_lora
 from unisd.attention import FRUGAL
 from unisd.backbone import forward_batches, lay_out
 from unisd.memory import default_token_budget
+from unisd.prefixes import lay_out_shared, shared_batches
 from unisd.products import linear
 
 
-def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any) -> Tensor:
+def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any, share: bool = False) -> Tensor:
     """Final hidden states `[N,H]` that predict the completions of (prompt, completion) pairs, in one pass."""
-    batch = lay_out([p + c for p, c in jobs], packed=True, pad_id=0, device=device)
+    sequences = [p + c for p, c in jobs]
+    if share:
+        laid = lay_out_shared(sequences, [len(p) - 1 for p, _ in jobs], device)
+        batch, starts = laid.batch, laid.starts
+    else:
+        batch = lay_out(sequences, packed=True, pad_id=0, device=device)
+        starts = batch.starts
     hidden = decoder(**batch.inputs, **batch.rows, use_cache=False).last_hidden_state[0]
-    places = [(start + len(p) - 1, len(c)) for start, (p, c) in zip(batch.starts, jobs, strict=True)]
+    places = [(start + len(p) - 1, len(c)) for start, (p, c) in zip(starts, jobs, strict=True)]
     return torch.cat([hidden[first : first + length] for first, length in places])
 
 
@@ -40,9 +48,14 @@ def score(model: Any, rows: list[Example], chunk_tokens: int) -> None:
     base.set_attn_implementation(FRUGAL)
     decoder, head = base.get_decoder(), base.get_output_embeddings().weight
     views = [(prompt, row.completion) for row in rows for prompt in (row.teacher, row.negative, *row.auxiliary)]
+    sequences, budget, share = [p + c for p, c in views], default_token_budget(model.device), model.device.type == "cpu"
+    if share:
+        batches = shared_batches(sequences, [len(p) - 1 for p, _ in views], budget)
+    else:
+        batches = forward_batches([len(sequence) for sequence in sequences], budget, packed=True)
     with merged_lora(model, keep=False):
-        for chosen in forward_batches([len(p + c) for p, c in views], default_token_budget(model.device), packed=True):
-            project(states(decoder, [views[i] for i in chosen], model.device), head, chunk_tokens)
+        for chosen in batches:
+            project(states(decoder, [views[i] for i in chosen], model.device, share), head, chunk_tokens)
 
 
 def star_step(

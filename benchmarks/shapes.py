@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 PAD, EOS = 0, 1
-TEACHER_TEMPLATE = "{privileged_context} {prompt}"
+TEACHER_TEMPLATE = "{prompt} {privileged_context}"
 AUXILIARY_TEMPLATE = "{context} {prompt}"
+"""The published layout: a reference follows the problem, a solved example of another problem comes before it."""
 CONTEXTS = 3
 
 
@@ -106,14 +107,12 @@ class Example:
         def words(ids: list[int]) -> str:
             return " ".join(f"t{i}" for i in ids)
 
-        def context(view: list[int]) -> str:
-            return words(view[: len(view) - len(self.student)])
-
+        length = len(self.student)
         return {
             "prompt": words(self.student),
-            "privileged_context": context(self.teacher),
-            "negative_context": context(self.negative),
-            "auxiliary_contexts": [context(view) for view in self.auxiliary],
+            "privileged_context": words(self.teacher[length:]),
+            "negative_context": words(self.negative[length:]),
+            "auxiliary_contexts": [words(view[:-length]) for view in self.auxiliary],
         }
 
 
@@ -135,6 +134,6 @@ def examples(
     rows = []
     for _ in range(count):
         prompt, completion = ids(draw.randint(*prompts)), ids(draw.randint(*completions))
-        views = [ids(reference) + prompt for _ in range(2 + contexts)]
-        rows.append(Example(prompt, views[0], views[1], views[2:], completion))
+        right, wrong = (prompt + ids(reference) for _ in range(2))
+        rows.append(Example(prompt, right, wrong, [ids(reference) + prompt for _ in range(contexts)], completion))
     return rows

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from unisd.adapters import _FusedLoRA, _kept, fused_lora, mergeable, merged_lora
+from unisd.adapters import _kept, _product, fused_lora, mergeable, merged_lora
 
 
 class Net(nn.Module):
@@ -121,9 +121,23 @@ def test_fused_is_exact_in_float64() -> None:
     x, weight, bias, A, B = (torch.randn(*size, dtype=torch.float64) for size in sizes.values())
     tracked = [t.requires_grad_() for t in (x, A, B)]
     kept = torch.rand(sizes["x"]) > 0.3
-    assert torch.autograd.gradcheck(lambda x, A, B: _FusedLoRA.apply(x, weight, bias, A, B, 1.7), tracked)
-    assert torch.autograd.gradcheck(lambda x, A, B: _FusedLoRA.apply(x, weight, bias, A, B, 1.7, kept), tracked)
-    torch.testing.assert_close(_FusedLoRA.apply(x, weight, bias, A, B, 1.7), x @ (weight + 1.7 * B @ A).T + bias)
+    assert torch.autograd.gradcheck(lambda x, A, B: _product(x, weight, bias, A, B, 1.7), tracked)
+    assert torch.autograd.gradcheck(lambda x, A, B: _product(x, weight, bias, A, B, 1.7, kept), tracked)
+    torch.testing.assert_close(_product(x, weight, bias, A, B, 1.7), x @ (weight + 1.7 * B @ A).T + bias)
+
+
+def test_a_checkpointed_block_does_not_compute_its_last_product_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted().train(), torch.randn(4, 6, 7, requires_grad=True)
+    computed: list[tuple[int, ...]] = []
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        computed.append(tuple(weight.shape))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr("unisd.adapters.linear", watched)
+    with fused_lora(model):
+        gradients(model, x, checkpointing=True)
+    assert len(computed) == 3 and computed[0] == computed[2]  # first and last layer; the first once more
 
 
 def test_what_cannot_be_fused_is_left_to_peft() -> None:

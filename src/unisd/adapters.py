@@ -116,7 +116,7 @@ def _fused(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     kept = None
     if dropout.training and getattr(dropout, "p", 0.0) > 0:
         kept, scaling = _kept(x, dropout.p), scaling / (1 - dropout.p) if dropout.p < 1 else 0.0
-    return _FusedLoRA.apply(x, base.weight, base.bias, *factors, scaling, kept)  # type: ignore[no-any-return, no-untyped-call]
+    return _product(x, base.weight, base.bias, *factors, scaling, kept)
 
 
 def _kept(x: Tensor, p: float) -> Tensor:
@@ -129,30 +129,36 @@ def _kept(x: Tensor, p: float) -> Tensor:
     return (drawn.view(torch.int16)[: x.numel()] >= least).view(x.shape)
 
 
-class _FusedLoRA(torch.autograd.Function):
-    """x W^T + b + s (m x) A^T B^T for x `[...,I]`, frozen W `[O,I]`, A `[r,I]`, B `[O,r]`, dropout's mask m `[...,I]` or none."""
+def _product(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, A_rI: Tensor, B_Or: Tensor, scaling: float, kept: Tensor | None = None
+) -> Tensor:
+    """x W^T + b + s (m x) A^T B^T for x `[...,I]`, frozen W `[O,I]`, A `[r,I]`, B `[O,r]`, dropout's mask m `[...,I]` or none.
+
+    What its backward pass needs is kept before the large product: a checkpointed block is computed anew only up to the last value that
+    was kept, and so its last product, the third of an MLP, is not.
+    """
+    inner_Nr, placed = _SavedLoRA.apply(x, weight_OI, A_rI, B_Or, scaling, kept)  # type: ignore[no-untyped-call]
+    return _Product.apply(placed, x, weight_OI, bias_O, inner_Nr, B_Or, scaling)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _SavedLoRA(torch.autograd.Function):
+    """Keeps what the backward pass needs. Returns (m x) A^T `[N,r]`, and a tensor of the result's shape without memory of its own,
+    whose gradient is the result's."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        A_rI: Tensor,
-        B_Or: Tensor,
-        scaling: float,
-        kept: Tensor | None = None,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight_OI: Tensor, A_rI: Tensor, B_Or: Tensor, scaling: float, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         x_NI = x.flatten(0, -2)
         inner_Nr = (x_NI if kept is None else x_NI * kept.flatten(0, -2)) @ A_rI.T
-        out_NO = linear(x_NI, weight_OI, bias_O).addmm_(inner_Nr, B_Or.T, alpha=scaling)
         ctx.save_for_backward(x, inner_Nr, weight_OI, A_rI, B_Or, kept)
         ctx.scaling = scaling
-        return out_NO.view(*x.shape[:-1], len(weight_OI))
+        ctx.mark_non_differentiable(inner_Nr)
+        return inner_Nr, x.new_empty(1).expand(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner_Nr, weight_OI, A_rI, B_Or, kept = ctx.saved_tensors
         grad_NO, wanted = grad.flatten(0, -2), ctx.needs_input_grad
         grad_inner_Nr = (grad_NO @ B_Or).mul_(ctx.scaling)
@@ -165,6 +171,28 @@ class _FusedLoRA(torch.autograd.Function):
                 grad_x.add_((grad_inner_Nr @ A_rI).mul_(kept.flatten(0, -2)))
             grad_x = grad_x.view_as(x)
         dropped = x if kept is None else x * kept
-        grad_A = grad_inner_Nr.T @ dropped.flatten(0, -2) if wanted[3] else None
-        grad_B = (grad_NO.T @ inner_Nr).mul_(ctx.scaling) if wanted[4] else None
-        return grad_x, None, None, grad_A, grad_B, None, None
+        grad_A = grad_inner_Nr.T @ dropped.flatten(0, -2) if wanted[2] else None
+        grad_B = (grad_NO.T @ inner_Nr).mul_(ctx.scaling) if wanted[3] else None
+        return grad_x, None, grad_A, grad_B, None, None
+
+
+class _Product(torch.autograd.Function):
+    """The result itself, as the value of `_SavedLoRA`'s second output. Keeps nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        _: Tensor,
+        x: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        inner_Nr: Tensor,
+        B_Or: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        out_NO = linear(x.flatten(0, -2), weight_OI, bias_O).addmm_(inner_Nr, B_Or.T, alpha=scaling)
+        return out_NO.view(*x.shape[:-1], len(weight_OI))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None, None, None, None

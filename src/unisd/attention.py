@@ -23,6 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 FRUGAL = "unisd_sdpa"
+PACKED_FROM = 50_000_000
+"""Parameters from which a CPU should read rows packed: it attends to them one by one, and a small model's padding costs less than that."""
 
 
 def frugal_sdpa(
@@ -104,7 +106,7 @@ def _has_flash(device: torch.device) -> bool:
 
 
 def packs_well(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packed rows are read at once without products between them. A CPU reads them one by one: no faster than padded ones."""
+    """Whether packed rows are read at once without products between them."""
     return dtype in (torch.float16, torch.bfloat16) and _has_flash(device)
 
 

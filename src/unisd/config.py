@@ -223,12 +223,12 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     # -- scoring ----------------------------------------------------------------------------------------------------------
     packing: str = option(
         "scoring",
-        "auto: packed rows on CUDA in 16 bits, where that is exact, else padded; or packed, padded.",
+        "auto: packed rows where that is exact and faster (CUDA in 16 bits; on a CPU from 50M parameters), else padded; or packed, padded.",
         "auto",
     )
     token_budget: int | None = option(
         "scoring",
-        "Tokens per forward pass without gradient; unset: 1024 on a CPU, 8192 elsewhere.",
+        "Tokens per forward pass without gradient; unset: 4096 on a CPU, 8192 elsewhere.",
     )
 
     # -- diagnostics ------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from unisd import heap, sharding
 from unisd.artefacts import METRICS
-from unisd.attention import avoid_plans, packs_well
+from unisd.attention import PACKED_FROM, avoid_plans, packs_well
 from unisd.backbone import Backbone, Batch
 from unisd.completions import CompletionSource
 from unisd.config import UniSDConfig
@@ -183,8 +183,9 @@ class UniSDTrainer(SafeTrainer):
         packed = self.backbone.check(self.pad_id, args.packing)
         # The model may lie elsewhere still.
         share_prefixes = packed and args.device.type == "cpu" and can_share(self.backbone)
-        if args.packing == "auto" and not packs_well(args.device, self._compute_dtype()):
-            packed = False  # rows of like length lose little to padding
+        one_by_one = args.device.type == "cpu" and self.backbone.tells_rows and student.num_parameters() >= PACKED_FROM
+        if args.packing == "auto" and not (one_by_one or packs_well(args.device, self._compute_dtype())):
+            packed = False
         share_prompts = args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
         if self.cuts_weights:
             sharding.shard(self)
