@@ -157,9 +157,9 @@ with heap.training(torch.device("cpu")):
     kept = faults()
     print(mapped, kept, in_heap(torch.ones(1 << 18)), in_heap(heap.own_block((1 << 18,), torch.float32)))
     before = resident()  # with 64 MiB that are free
-    small = [block.zero_() for block in heap.passing_blocks(2, (1 << 20,), torch.float32)]
+    small = heap.passing_block((2 << 20,), torch.float32).zero_()
     beside = resident() - before
-    large = [block.zero_() for block in heap.passing_blocks(2, (8 << 20,), torch.float32)]
+    large = heap.passing_block((16 << 20,), torch.float32).zero_()
     print(beside, resident() - before)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ unisd: adapt a causal language model to your task by self-distillation (UniSD, a
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C or SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Imported along with peft, on a CPU with bfloat16 it tells of kernels from a hub that it could not load.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return _dispatch(arguments)
     except UserError as error:

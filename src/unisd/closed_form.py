@@ -5,8 +5,6 @@ Shapes: C tokens of a chunk, V vocabulary. Notation: p student, q teacher, M the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,15 +16,14 @@ BLOCK_BYTES = 2 * 2**20
 """On a CPU the arithmetic between the products goes through a chunk in row blocks of this size, which stay in the cache."""
 
 
-def closed_form(part: LossInputs, want_gradient: bool, room: Sequence[Tensor | None] = (None, None)) -> ChunkResult:
+def closed_form(part: LossInputs, want_gradient: bool, room: Tensor | None = None) -> ChunkResult:
     """Mode `full`: both projections at once, then row block by row block; the gradient takes the place of the student's logits.
 
-    room: where the two projections may go.
+    room: 2 C rows or more of V values, where the projections may go.
     """
     if fused.fits(part):
         return fused.closed_form(part, want_gradient)
-    student_CV = part.student_head.project(part.student_hidden_NH, room[0])
-    teacher_CV = part.teacher_head.project(part.teacher_hidden_NH, room[1]).to(student_CV.dtype)
+    student_CV, teacher_CV = _projections(part, room)
     blocks = row_blocks(student_CV)
     # One set of scratch rows for all blocks: on a CPU, getting fresh memory costs more than what is computed in it.
     scratch = student_CV.new_empty(2 if part.spec.alpha in (0.0, 1.0) else 3, *student_CV[blocks[0]].shape)
@@ -35,6 +32,19 @@ def closed_form(part: LossInputs, want_gradient: bool, room: Sequence[Tensor | N
         for rows in blocks
     ]
     return tuple(map(torch.cat, zip(*collected, strict=True))), student_CV if want_gradient else None
+
+
+def _projections(part: LossInputs, room: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of student and teacher; by one product where they have one head, which is then read once."""
+    student_CH, teacher_CH, tokens = part.student_hidden_NH, part.teacher_hidden_NH, len(part.student_hidden_NH)
+    one, other = part.student_head, part.teacher_head
+    if one.weight is other.weight and one.bias is other.bias and student_CH.dtype == teacher_CH.dtype:
+        both = one.project(torch.cat([student_CH, teacher_CH]), room)
+        student_CV, teacher_CV = both[:tokens], both[tokens:]
+    else:
+        rest = None if room is None else room[tokens:]
+        student_CV, teacher_CV = one.project(student_CH, room), other.project(teacher_CH, rest)
+    return student_CV, teacher_CV.to(student_CV.dtype)
 
 
 def row_blocks(x_CV: Tensor) -> list[slice]:

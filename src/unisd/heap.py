@@ -3,7 +3,7 @@
 Blocks that are mapped anew cost a page fault for every 4 KiB, a sixth of the time of a pass; blocks of the heap cost nothing when they are
 used again. But what stays in the heap while its neighbours come and go holds their room: above all the inputs of checkpointed layers,
 kept from the forward pass to the backward pass. They get mappings of their own (`own_block`), and so do the few blocks that are so large
-that the heap would seldom have room for them: what is free in it goes back first (`passing_blocks`).
+that the heap would seldom have room for them: what is free in it goes back first (`passing_block`).
 """
 
 from __future__ import annotations
@@ -75,20 +75,25 @@ def own_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         raise MemoryError(f"no mapping of {count * dtype.itemsize} bytes: {error}") from error
 
 
-def passing_blocks(count: int, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-    """So many blocks of their own, for something short; large ones take the place of what is free in the heap.
+def passing_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A block of its own, for something short; a large one takes the place of what is free in the heap.
 
     Raises:
         MemoryError: there is none.
     """
-    if count * math.prod(shape) * dtype.itemsize >= LARGE:
+    if math.prod(shape) * dtype.itemsize >= LARGE:
         give_back()
-    return [own_block(shape, dtype) for _ in range(count)]
+    return own_block(shape, dtype)
 
 
 @contextmanager
 def outputs_in_own_blocks(layers: nn.ModuleList) -> Iterator[None]:
-    """While active, what checkpointed `layers` hand on, the input of the next one, lies in blocks of its own where a gradient will come."""
+    """While active, what checkpointed `layers` hand on, the input of the next one, lies in blocks of its own where a gradient will come.
+    Before every eighth what is free in the heap goes back: of the room that one layer has left, a part does not fit the blocks of the next.
+    """
+
+    def make_room(_module: nn.Module, _args: Any) -> None:
+        give_back()
 
     def hand_on(_module: nn.Module, _args: Any, output: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -98,6 +103,8 @@ def outputs_in_own_blocks(layers: nn.ModuleList) -> Iterator[None]:
         return (copy, *output[1:]) if isinstance(output, tuple) else copy
 
     with ExitStack() as hooks:
+        for layer in layers[::8]:
+            hooks.callback(layer.register_forward_pre_hook(make_room).remove)
         for layer in layers:
             hooks.callback(layer.register_forward_hook(hand_on).remove)
         yield
