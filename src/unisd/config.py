@@ -228,7 +228,7 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
     )
     token_budget: int | None = option(
         "scoring",
-        "Tokens per forward pass without gradient; unset: 4096 on a CPU, 8192 elsewhere.",
+        "Tokens per forward pass without gradient; unset: 2048 on a CPU, 8192 elsewhere.",
     )
 
     # -- diagnostics ------------------------------------------------------------------------------------------------------

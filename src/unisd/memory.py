@@ -145,7 +145,7 @@ def estimate(
 
 def default_token_budget(device: torch.device) -> int:
     """Tokens of a forward pass without gradient, where `token_budget` is unset."""
-    return 4096 if device.type == "cpu" else 8192
+    return 2048 if device.type == "cpu" else 8192
 
 
 def available(device: torch.device) -> int | None:
