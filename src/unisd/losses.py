@@ -263,13 +263,19 @@ def chunk_bytes(device: torch.device | None = None) -> int:
 
 
 def default_chunk_tokens(vocabulary: int, device: torch.device | None = None) -> int:
-    """Tokens of a chunk whose [C,V] float32 tensor takes `chunk_bytes(device)`."""
-    return max(1, chunk_bytes(device) // (4 * vocabulary))
+    """Tokens of a chunk whose [C,V] float32 tensor takes at most `chunk_bytes(device)`: as many as products are fast with."""
+    most = max(1, chunk_bytes(device) // (4 * vocabulary))
+    return _fast(most) or most
+
+
+def _fast(most: int) -> int:
+    """The largest multiple of `PRODUCT_ROWS` up to `most`; 0 where there is none."""
+    return most // PRODUCT_ROWS * PRODUCT_ROWS
 
 
 def _chunk(tokens: int, most: int) -> int:
     """Tokens of each chunk but the last: as many as products are fast with, unless that leaves a small last one; then all alike."""
-    fast = most // PRODUCT_ROWS * PRODUCT_ROWS
+    fast = _fast(most)
     if fast and (tokens % fast == 0 or tokens % fast >= PRODUCT_ROWS):
         return fast
     tokens = max(tokens, 1)
