@@ -20,7 +20,7 @@ from unisd.attention import FRUGAL
 from unisd.backbone import forward_batches, lay_out
 from unisd.memory import default_token_budget
 from unisd.prefixes import lay_out_shared, shared_batches
-from unisd.products import linear
+from unisd.products import linear, product
 
 
 def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any, share: bool = False) -> Tensor:
@@ -72,6 +72,6 @@ def star_step(
             gradient = torch.empty_like(hidden)
             for start in range(0, len(hidden), chunk_tokens):
                 part = slice(start, start + chunk_tokens)
-                gradient[part] = linear(hidden[part], head) @ head
+                gradient[part] = product(linear(hidden[part], head), head.T)
         hidden.backward(gradient / gradient.norm())
     return 0.0

@@ -1,50 +1,78 @@
-"""The block-by-block product: torch's own results, and torch's own path where a gradient is asked for."""
+"""Products by oneDNN: torch's own results in float64, and torch's own path where a gradient is asked for."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from unisd import products
-from unisd.products import linear
+from unisd.products import FEW, ROWS, add_outer, linear, product
+
+SHAPES = [(4096, 512), (512, 4096), (2048, 1024)]  # outputs, inputs: of one row already worth oneDNN's overhead
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, FEW, FEW + 1, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS, 3 * ROWS + 5])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_those_of_float64(outputs: int, inputs: int, rows: int, transposed: bool) -> None:
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    if transposed:
+        x, weight = x.T.contiguous().T, weight.T.contiguous().T
+    torch.testing.assert_close(product(x, weight), (x.double() @ weight.double().T).float(), atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_few_shapes_reach_onednn(outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not products._has_onednn():
+        pytest.skip("this processor's torch has no oneDNN")
+    seen, real = set(), products._onednn
+
+    def record(x: torch.Tensor, weight: torch.Tensor) -> Any:
+        seen.add(len(x))
+        return real(x, weight)
+
+    monkeypatch.setattr(products, "_onednn", record)
+    for rows in range(1, 4 * ROWS):
+        assert product(torch.ones(rows, inputs), torch.ones(outputs, inputs)).shape == (rows, outputs)
+    assert seen <= {*range(1, FEW), *range(FEW, ROWS, FEW), *range(ROWS, 5 * ROWS, ROWS)}
+    assert len(seen) > FEW
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (0, 8)])
+@pytest.mark.parametrize("shape", [(3, 512), (2, 70, 512), (0, 512), (3, 8)])
 @torch.no_grad()
-def test_wide_maps_are_those_of_torch(shape: tuple[int, ...], bias: bool) -> None:
-    x, weight, b = torch.randn(shape), torch.randn(products.WIDE + 7, 8), torch.randn(products.WIDE + 7) if bias else None
-    expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
-    torch.testing.assert_close(linear(x, weight, b), expected.float(), atol=1e-5, rtol=1e-5)
+def test_linear_maps(shape: tuple[int, ...], bias: bool) -> None:
+    outputs = 4096 + 7
+    x, weight, b = torch.randn(shape), torch.randn(outputs, shape[-1]), torch.randn(outputs) if bias else None
+    expected = F.linear(x.double(), weight.double(), None if b is None else b.double()).float()
+    torch.testing.assert_close(linear(x, weight, b), expected, atol=1e-3, rtol=1e-5)
+    room = torch.full((x.flatten(0, -2).shape[0] + 1, outputs), torch.nan)
+    out = linear(x, weight, b, room)
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-5)
+    assert out.data_ptr() == room.data_ptr() or not x.numel()
+    assert bool(room[-1].isnan().all())
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(300, 400), (products.WIDE + 7, 32)])
-@pytest.mark.parametrize("rows", [1, 2, products.VERY_FEW, products.VERY_FEW + 1, products.FEW, products.FEW + 1])
+def test_outer_products_are_added() -> None:
+    y, x, total = torch.randn(100, 3000), torch.randn(100, 512), torch.randn(3000, 512)
+    expected = (total.double() + y.double().T @ x.double()).float()
+    add_outer(total, y, x)
+    torch.testing.assert_close(total, expected, atol=1e-3, rtol=1e-5)
+
+
 @torch.no_grad()
-def test_few_rows_of_large_maps(rows: int, outputs: int, inputs: int) -> None:
-    x, weight, bias = torch.randn(rows, 1, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-    assert weight.numel() >= products.LARGE
-    expected = F.linear(x.double(), weight.double(), bias.double()).float()
-    torch.testing.assert_close(linear(x, weight, bias), expected, atol=1e-4, rtol=1e-5)
-    room = torch.empty(rows + 1, outputs)
-    torch.testing.assert_close(linear(x, weight, bias, room=room), expected, atol=1e-4, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_room_takes_the_result() -> None:
-    x, weight, room = torch.randn(3, 8), torch.randn(products.WIDE, 8), torch.full((5, products.WIDE), torch.nan)
-    out = linear(x, weight, room=room)
-    assert out.data_ptr() == room.data_ptr() and out.shape == (3, products.WIDE) and bool(room[3:].isnan().all())
-    torch.testing.assert_close(out, F.linear(x, weight))
-
-
-def test_gradients_other_precisions_and_autocast_take_torchs_path() -> None:
-    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(products.WIDE, 8)
-    linear(x, weight).sum().backward()
-    [expected] = torch.autograd.grad(F.linear(x, weight).sum(), x)
+def test_gradients_other_precisions_autocast_and_torchs_switch_take_torchs_path() -> None:
+    x, weight = torch.randn(8, 512, requires_grad=True), torch.randn(4096, 512)
+    with torch.enable_grad():
+        linear(x, weight).sum().backward()
+        [expected] = torch.autograd.grad(F.linear(x, weight).sum(), x)
     assert torch.equal(x.grad, expected)
     for dtype in (torch.float64, torch.bfloat16):
         assert torch.equal(linear(x.detach().to(dtype), weight.to(dtype)), F.linear(x.detach().to(dtype), weight.to(dtype)))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(linear(x, weight), F.linear(x, weight))

@@ -16,7 +16,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from unisd.products import linear
+from unisd.products import linear, product
 from unisd.sharding import is_shard
 
 
@@ -150,7 +150,7 @@ class _SavedLoRA(torch.autograd.Function):
         ctx: Any, x: Tensor, weight_OI: Tensor, A_rI: Tensor, B_Or: Tensor, scaling: float, kept: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x_NI = x.flatten(0, -2)
-        inner_Nr = (x_NI if kept is None else x_NI * kept.flatten(0, -2)) @ A_rI.T
+        inner_Nr = product(x_NI if kept is None else x_NI * kept.flatten(0, -2), A_rI)
         ctx.save_for_backward(x, inner_Nr, weight_OI, A_rI, B_Or, kept)
         ctx.scaling = scaling
         ctx.mark_non_differentiable(inner_Nr)
@@ -161,18 +161,18 @@ class _SavedLoRA(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner_Nr, weight_OI, A_rI, B_Or, kept = ctx.saved_tensors
         grad_NO, wanted = grad.flatten(0, -2), ctx.needs_input_grad
-        grad_inner_Nr = (grad_NO @ B_Or).mul_(ctx.scaling)
+        grad_inner_Nr = product(grad_NO, B_Or.T).mul_(ctx.scaling)
         grad_x = None
         if wanted[0]:
-            grad_x = grad_NO @ weight_OI
+            grad_x = product(grad_NO, weight_OI.T)
             if kept is None:
                 grad_x.addmm_(grad_inner_Nr, A_rI)
             else:
                 grad_x.add_((grad_inner_Nr @ A_rI).mul_(kept.flatten(0, -2)))
             grad_x = grad_x.view_as(x)
         dropped = x if kept is None else x * kept
-        grad_A = grad_inner_Nr.T @ dropped.flatten(0, -2) if wanted[2] else None
-        grad_B = (grad_NO.T @ inner_Nr).mul_(ctx.scaling) if wanted[3] else None
+        grad_A = product(grad_inner_Nr.T, dropped.flatten(0, -2).T) if wanted[2] else None
+        grad_B = product(inner_Nr.T, grad_NO.T).mul_(ctx.scaling).T if wanted[3] else None
         return grad_x, None, grad_A, grad_B, None, None
 
 

@@ -38,6 +38,7 @@ from unisd.divergences import (
     pick,
 )
 from unisd.loss_terms import ChunkResult, LossInputs, LossOutput, Reweigh, token_terms
+from unisd.products import add_outer, product
 from unisd.targets import TargetStates
 
 __all__ = [
@@ -204,7 +205,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_weight_VH is not None:
                     _add_outer(grad_weight_VH, grad_CV, part.student_hidden_NH.to(head.weight.dtype))
                 if grad_hidden_NH is not None:
-                    grad_hidden_NH[rows] = _times_head(grad_CV, head.weight).to(full) * unit
+                    grad_hidden_NH[rows] = product(grad_CV.to(head.weight.dtype), head.weight.T).to(full) * unit
                 del grad_CV  # before the next chunk's tensors, not after
             divergence_N, logp_N, entropy_N, teacher_logp_N = values_4N.unbind()
             if inputs.reweigh is not None:
@@ -296,13 +297,7 @@ def _add_outer(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
     if total_VH.is_cuda and half and torch.__version__ >= "2.8":  # tensor cores that add up in float32
         torch.addmm(total_VH, grad_CV.to(hidden_CH.dtype).T, hidden_CH, out_dtype=torch.float32, out=total_VH)
     else:
-        total_VH.addmm_(grad_CV.T.to(total_VH.dtype), hidden_CH.to(total_VH.dtype))
-
-
-def _times_head(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
-    """grad @ weight; on a CPU from the left, which took 7 to 10 % less there."""
-    grad_CV = grad_CV.to(weight_VH.dtype)
-    return grad_CV @ weight_VH if grad_CV.is_cuda else (weight_VH.T @ grad_CV.T).T
+        add_outer(total_VH, grad_CV.to(total_VH.dtype), hidden_CH.to(total_VH.dtype))
 
 
 def _kept_dtype(like: Tensor) -> torch.dtype:
