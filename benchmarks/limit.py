@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Example
-from unisd.adapters import merged_lora
+from unisd.adapters import fused_lora, merged_lora
 from unisd.attention import FRUGAL
 from unisd.backbone import forward_batches, lay_out
 from unisd.memory import default_token_budget
@@ -67,11 +67,12 @@ def star_step(
     with torch.no_grad(), teacher():
         score(model, [row for batch in batches for row in batch], chunk_tokens)
     for batch in batches:
-        hidden = states(decoder, [(row.student, row.completion) for row in batch], device)
-        with torch.no_grad():
-            gradient = torch.empty_like(hidden)
-            for start in range(0, len(hidden), chunk_tokens):
-                part = slice(start, start + chunk_tokens)
-                gradient[part] = product(linear(hidden[part], head), head.T)
-        hidden.backward(gradient / gradient.norm())
+        with fused_lora(model):
+            hidden = states(decoder, [(row.student, row.completion) for row in batch], device)
+            with torch.no_grad():
+                gradient = torch.empty_like(hidden)
+                for start in range(0, len(hidden), chunk_tokens):
+                    part = slice(start, start + chunk_tokens)
+                    gradient[part] = product(linear(hidden[part], head), head.T)
+            hidden.backward(gradient / gradient.norm())
     return 0.0

@@ -1,4 +1,4 @@
-"""Products by oneDNN: torch's own results in float64, and torch's own path where a gradient is asked for."""
+"""Products by oneDNN: torch's own results in float64, and torch's own gradients."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from unisd import products
+from unisd.adapters import fast_maps
 from unisd.products import FEW, ROWS, add_outer, linear, product
 
 SHAPES = [(4096, 512), (512, 4096), (2048, 1024)]  # outputs, inputs: of one row already worth oneDNN's overhead
@@ -63,15 +65,49 @@ def test_outer_products_are_added() -> None:
     torch.testing.assert_close(total, expected, atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [(2, 32), (3, 23)])
+def test_gradients_of_linear_maps(rows: tuple[int, int], frozen: bool, checkpointing: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.SiLU(), torch.nn.Linear(1024, 256)).requires_grad_(
+        not frozen
+    )
+    x = torch.randn(*rows, 512, requires_grad=True)
+    wanted = [x] if frozen else [x, *model.parameters()]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = checkpoint(model, x, use_reentrant=False) if checkpointing else model(x)
+        return torch.autograd.grad(out.square().sum(), wanted)
+
+    torchs = gradients()
+    with fast_maps(model):
+        ours = gradients()
+    assert "forward" not in vars(model[0])
+    for a, b in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+
+def test_a_checkpointed_map_at_the_end_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.Linear(1024, 256)), torch.randn(64, 512)
+    computed: list[tuple[int, ...]] = []
+
+    def watched(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        computed.append(tuple(weight.shape))
+        return x @ weight.T
+
+    monkeypatch.setattr(products, "product", watched)
+    with fast_maps(model):
+        out = checkpoint(model, x, use_reentrant=False)
+        assert computed == [(1024, 512), (256, 1024)]
+        out.sum().backward()
+    assert computed[2:].count((1024, 512)) == 1 and (256, 1024) not in computed[2:]
+
+
 @torch.no_grad()
-def test_gradients_other_precisions_autocast_and_torchs_switch_take_torchs_path() -> None:
-    x, weight = torch.randn(8, 512, requires_grad=True), torch.randn(4096, 512)
-    with torch.enable_grad():
-        linear(x, weight).sum().backward()
-        [expected] = torch.autograd.grad(F.linear(x, weight).sum(), x)
-    assert torch.equal(x.grad, expected)
+def test_other_precisions_autocast_and_torchs_switch_take_torchs_path() -> None:
+    x, weight = torch.randn(8, 512), torch.randn(4096, 512)
     for dtype in (torch.float64, torch.bfloat16):
-        assert torch.equal(linear(x.detach().to(dtype), weight.to(dtype)), F.linear(x.detach().to(dtype), weight.to(dtype)))
+        assert torch.equal(linear(x.to(dtype), weight.to(dtype)), F.linear(x.to(dtype), weight.to(dtype)))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):

@@ -16,7 +16,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from unisd.products import linear, product
+from unisd.products import Computed, linear, placed_for, product
 from unisd.sharding import is_shard
 
 
@@ -41,6 +41,16 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def fast_maps(model: nn.Module) -> Iterator[None]:
+    """While active, whole float32 linear maps of a model on a CPU are those of :mod:`unisd.products`."""
+    maps = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+    weights = [(module, module.weight) for module in maps]
+    chosen = [module for module, w in weights if w.device.type == "cpu" and w.dtype == torch.float32 and not is_shard(w)]
+    with _computing(chosen, lambda layer: lambda x: linear(x, layer.weight, layer.bias)):
+        yield
+
+
+@contextmanager
 def _computing(layers: Sequence[Any], forward: Callable[[Any], Callable[..., Tensor]]) -> Iterator[None]:
     for layer in layers:
         layer.forward = forward(layer)
@@ -60,6 +70,7 @@ def inference(*models: nn.Module, keep: bool = False) -> Iterator[None]:
     try:
         with torch.no_grad(), ExitStack() as merged:
             for model in models:
+                merged.enter_context(fast_maps(model))
                 merged.enter_context(merged_lora(model, keep=keep))
             yield
     finally:
@@ -132,18 +143,18 @@ def _kept(x: Tensor, p: float) -> Tensor:
 def _product(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, A_rI: Tensor, B_Or: Tensor, scaling: float, kept: Tensor | None = None
 ) -> Tensor:
-    """x W^T + b + s (m x) A^T B^T for x `[...,I]`, frozen W `[O,I]`, A `[r,I]`, B `[O,r]`, dropout's mask m `[...,I]` or none.
-
-    What its backward pass needs is kept before the large product: a checkpointed block is computed anew only up to the last value that
-    was kept, and so its last product, the third of an MLP, is not.
-    """
+    """x W^T + b + s (m x) A^T B^T for x `[...,I]`, frozen W `[O,I]`, A `[r,I]`, B `[O,r]`, dropout's mask m `[...,I]` or none."""
     inner_Nr, placed = _SavedLoRA.apply(x, weight_OI, A_rI, B_Or, scaling, kept)  # type: ignore[no-untyped-call]
-    return _Product.apply(placed, x, weight_OI, bias_O, inner_Nr, B_Or, scaling)  # type: ignore[no-any-return, no-untyped-call]
+
+    def compute() -> Tensor:
+        out_NO = linear(x.flatten(0, -2), weight_OI, bias_O).addmm_(inner_Nr, B_Or.T, alpha=scaling)
+        return out_NO.view(*x.shape[:-1], len(weight_OI))
+
+    return Computed.apply(placed, compute)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _SavedLoRA(torch.autograd.Function):
-    """Keeps what the backward pass needs. Returns (m x) A^T `[N,r]`, and a tensor of the result's shape without memory of its own,
-    whose gradient is the result's."""
+    """Keeps what the backward pass needs. Returns (m x) A^T `[N,r]`, and what stands for the result."""
 
     @staticmethod
     def forward(
@@ -154,7 +165,7 @@ class _SavedLoRA(torch.autograd.Function):
         ctx.save_for_backward(x, inner_Nr, weight_OI, A_rI, B_Or, kept)
         ctx.scaling = scaling
         ctx.mark_non_differentiable(inner_Nr)
-        return inner_Nr, x.new_empty(1).expand(*x.shape[:-1], len(weight_OI))
+        return inner_Nr, placed_for(x, weight_OI)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -174,25 +185,3 @@ class _SavedLoRA(torch.autograd.Function):
         grad_A = product(grad_inner_Nr.T, dropped.flatten(0, -2).T) if wanted[2] else None
         grad_B = product(inner_Nr.T, grad_NO.T).mul_(ctx.scaling).T if wanted[3] else None
         return grad_x, None, grad_A, grad_B, None, None
-
-
-class _Product(torch.autograd.Function):
-    """The result itself, as the value of `_SavedLoRA`'s second output. Keeps nothing."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        _: Tensor,
-        x: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        inner_Nr: Tensor,
-        B_Or: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        out_NO = linear(x.flatten(0, -2), weight_OI, bias_O).addmm_(inner_Nr, B_Or.T, alpha=scaling)
-        return out_NO.view(*x.shape[:-1], len(weight_OI))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None, None, None, None, None, None

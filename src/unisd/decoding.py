@@ -5,7 +5,7 @@ Six things make it faster than one plain `generate` call, none changes what is g
 - the key/value cache grows by amortised doubling instead of one full copy per token
 - prompts are read with others of like length, not padded to the longest, and one that occurs several times (generations) only once
 - on a CPU, grouped-query attention under a padding mask reads the shared heads in place (:mod:`unisd.attention`)
-- on a CPU, linear maps multiply in the order that is fast for few rows (:mod:`unisd.products`)
+- on a CPU, linear maps are those of :mod:`unisd.products`
 - in float32, an adapter is merged into a copy of the weights that it adapts, for as long as decoding takes
 
 Measured in the shapes of a 135M Llama, batch 48, 300 tokens of context, one AVX2 core, per layer and token: attention
@@ -17,11 +17,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
@@ -29,7 +28,6 @@ from unisd.adapters import inference
 from unisd.attention import FRUGAL, avoid_plans
 from unisd.backbone import forward_batches
 from unisd.models import without_adapter
-from unisd.products import linear
 from unisd.sharding import in_step
 
 COMPACT_EVERY_CPU, COMPACT_EVERY = 16, 64
@@ -111,10 +109,6 @@ def _empty_cache(model: Any) -> DynamicCache | None:
     return cache if cache.layers else None
 
 
-def _map(module: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, module.weight, module.bias)
-
-
 @contextmanager
 def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     """No gradient, evaluation mode, a neutral generation config, merged adapters, cheap attention; all is put back afterwards
@@ -126,13 +120,9 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     owners = [bare] if bare is model else [model, bare]
     own_configs = [owner.generation_config for owner in owners]
     attention = bare.config._attn_implementation
-    on_cpu = bare.device.type == "cpu"
-    wasteful = attention == "sdpa" and on_cpu
+    wasteful = attention == "sdpa" and bare.device.type == "cpu"
     avoid_plans(bare.device)
-    maps = [module for module in bare.modules() if type(module) is nn.Linear and "forward" not in vars(module)] if on_cpu else []
     try:
-        for module in maps:
-            module.forward = partial(_map, module)  # type: ignore[method-assign]
         for owner in owners:
             owner.generation_config = config
         if wasteful:
@@ -140,8 +130,6 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
         with inference(model, keep=True):
             yield
     finally:
-        for module in maps:
-            vars(module).pop("forward", None)
         if wasteful:
             bare.set_attn_implementation(attention)
         for owner, own in zip(owners, own_configs, strict=True):

@@ -7,7 +7,9 @@ AVX2 alone. Both compute in float32 throughout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +60,18 @@ def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Tensor | None = None) -> Tensor:
-    """`x [...,I] @ weight.T + bias`, as `torch.nn.functional.linear`, and by it where a gradient is asked for.
+    """`x [...,I] @ weight.T + bias`, as `torch.nn.functional.linear`, with its gradients.
 
-    room: as many rows of O values or more, which may be overwritten by the result; None: fresh memory, which costs a CPU a few percent.
+    room: without gradient, as many rows of O values or more, which may be overwritten by the result; None: fresh memory, which costs a
+    CPU a few percent.
     """
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_OI, bias_O))
-    if tracked or torch.is_autocast_enabled(x.device.type) or (room is None and not _suits(x, weight_OI)):
-        return F.linear(x, weight_OI, bias_O)
+    given = (x, weight_OI, bias_O)
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if torch.is_autocast_enabled(x.device.type) or not (_suits(x, weight_OI) or (room is not None and not tracked)):
+        return F.linear(*given)
+    if tracked:
+        placed = _Saved.apply(*given)  # type: ignore[no-untyped-call]
+        return Computed.apply(placed, lambda: linear(*given))  # type: ignore[no-any-return, no-untyped-call]
     rows_NI = x.flatten(0, -2)
     if room is None:
         out_NO = product(rows_NI, weight_OI)
@@ -75,6 +82,46 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Ten
     if bias_O is not None:
         out_NO += bias_O
     return out_NO.view(*x.shape[:-1], len(weight_OI))
+
+
+def placed_for(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """A tensor of the result's shape without memory of its own."""
+    return x.new_empty(1).expand(*x.shape[:-1], len(weight_OI))
+
+
+class Computed(torch.autograd.Function):
+    """What a function computes, as the value of a tensor that was placed in the graph before. Keeps nothing.
+
+    What a backward pass needs is thus kept before the product: a checkpointed block is computed anew only up to the last value that was
+    kept, and so its last product, the third of an MLP, is not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None
+
+
+class _Saved(torch.autograd.Function):
+    """Keeps what the backward pass of a linear map needs. Returns what stands for its result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if weight_OI.requires_grad else None, weight_OI)
+        ctx.shape = x.shape
+        return placed_for(x, weight_OI)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        grad_NO, wanted = grad.flatten(0, -2), ctx.needs_input_grad
+        grad_x = product(grad_NO, weight_OI.T).view(ctx.shape) if wanted[0] else None
+        grad_weight = product(grad_NO.T, x.flatten(0, -2).T) if wanted[1] else None
+        return grad_x, grad_weight, grad_NO.sum(0) if wanted[2] else None
 
 
 def add_outer(total_OI: Tensor, y_NO: Tensor, x_NI: Tensor) -> None:

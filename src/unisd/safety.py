@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
 from unisd import checkpoints, zero
-from unisd.adapters import fused_lora
+from unisd.adapters import fast_maps, fused_lora
 from unisd.alarms import Watch
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
@@ -118,7 +118,7 @@ class SafeTrainer(ShardedTrainer):
             pieces = pieces_of(part, self._most_rows or max(len(part), 1)) or [part]
             for piece in pieces:
                 laid_out = inputs if inputs is not None and piece == part else self.micro_batch_of(piece)
-                with fused_lora(self.model):
+                with fast_maps(self.model), fused_lora(self.model):
                     loss += super().training_step(model, laid_out, items)
         return loss
 
