@@ -308,11 +308,17 @@ def _kept_dtype(like: Tensor) -> torch.dtype:
 def _scores(
     hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float, chunk_tokens: int | None, want_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    # One tensor of a chunk, where the loss holds two.
-    chunk = _chunk(len(hidden_NH), chunk_tokens or 2 * default_chunk_tokens(head.weight.shape[0], hidden_NH.device))
+    on_cpu = hidden_NH.device.type == "cpu"
+    usual = default_chunk_tokens(head.weight.shape[0], hidden_NH.device) * (
+        1 if on_cpu else 2
+    )  # one tensor, where the loss holds two
+    chunk = _chunk(len(hidden_NH), chunk_tokens or usual)
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     logp_N, entropy_N = torch.empty(2, len(hidden_NH), dtype=dtype, device=hidden_NH.device)
     head = _autocast_head(head)
+    room = None
+    if on_cpu and head.weight.dtype == torch.float32:  # in the heap it would lie between what passes use again
+        room = heap.own_block((min(chunk, len(hidden_NH)), len(head.weight)), torch.float32)
     with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
         for start in range(0, len(hidden_NH), chunk):
             rows = slice(start, start + chunk)
@@ -321,7 +327,7 @@ def _scores(
                     head.product(hidden_NH[rows]), head, targets_N[rows], temperature
                 )
                 continue
-            projected_CV = head.project(hidden_NH[rows])
+            projected_CV = head.project(hidden_NH[rows], room)
             blocks = row_blocks(projected_CV)
             scratch_RV = torch.empty_like(projected_CV[blocks[0]]) if want_entropy else projected_CV
             for block in blocks:
