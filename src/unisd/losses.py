@@ -38,7 +38,7 @@ from unisd.divergences import (
     pick,
 )
 from unisd.loss_terms import ChunkResult, LossInputs, LossOutput, Reweigh, token_terms
-from unisd.products import add_outer, product
+from unisd.products import ROWS, add_outer, product
 from unisd.targets import TargetStates
 
 __all__ = [
@@ -60,9 +60,6 @@ __all__ = [
 CHUNK_BYTES = 112 * 2**20
 """Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds two of them, of the student and of the teacher. Each product reads the
 whole head, so that few rows at a time are slow."""
-PRODUCT_ROWS = 64
-"""Products with a multiple of so many rows are fast: MKL with AVX512 (two cores) made 202 GFLOP/s of a gradient of 192 tokens times a head
-of 151,936 x 896, and 165 of 171."""
 ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 """The same on an accelerator: two in the head's precision where :mod:`unisd.fused` does the arithmetic, else four or five in float32."""
 
@@ -270,14 +267,14 @@ def default_chunk_tokens(vocabulary: int, device: torch.device | None = None) ->
 
 
 def _fast(most: int) -> int:
-    """The largest multiple of `PRODUCT_ROWS` up to `most`; 0 where there is none."""
-    return most // PRODUCT_ROWS * PRODUCT_ROWS
+    """The largest multiple of `ROWS` up to `most`; 0 where there is none."""
+    return most // ROWS * ROWS
 
 
 def _chunk(tokens: int, most: int) -> int:
     """Tokens of each chunk but the last: as many as products are fast with, unless that leaves a small last one; then all alike."""
     fast = _fast(most)
-    if fast and (tokens % fast == 0 or tokens % fast >= PRODUCT_ROWS):
+    if fast and (tokens % fast == 0 or tokens % fast >= ROWS):
         return fast
     tokens = max(tokens, 1)
     return math.ceil(tokens / math.ceil(tokens / most))
