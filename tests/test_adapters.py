@@ -116,6 +116,23 @@ def test_fused_gives_the_gradients_of_the_adapter(checkpointing: bool, into_inpu
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("tokens", [64, 69])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_fused_is_that_of_float64_where_products_are_large(tokens: int, dropout: bool) -> None:
+    x, weight, bias, A, B = (torch.randn(*size) for size in ((2, tokens, 512), (1024, 512), (1024,), (8, 512), (1024, 8)))
+    kept = torch.rand(x.shape) > 0.3 if dropout else None
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        x_, weight_, bias_, A_, B_ = (t.to(dtype) for t in (x, weight, bias, A, B))
+        tracked = [t.requires_grad_() for t in (x_, A_, B_)]
+        out = _product(x_, weight_, bias_, A_, B_, 1.7, kept)
+        return [out.detach(), *torch.autograd.grad(out.clamp_(-30, 30).sum(), tracked)]
+
+    x.requires_grad_(False)
+    for ours, exact in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        torch.testing.assert_close(ours, exact.float(), atol=0.02, rtol=1e-3)
+
+
 def test_fused_is_exact_in_float64() -> None:
     sizes = {"x": (2, 3, 5), "weight": (7, 5), "bias": (7,), "A": (2, 5), "B": (7, 2)}
     x, weight, bias, A, B = (torch.randn(*size, dtype=torch.float64) for size in sizes.values())

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from unisd import products
 from unisd.adapters import fast_maps
-from unisd.products import FEW, ROWS, add_outer, linear, product
+from unisd.products import FEW, ROWS, add_outer, linear, outer, product
 
+with_onednn = pytest.mark.skipif(not products._has_onednn(), reason="this processor's torch has no oneDNN")
 SHAPES = [(4096, 512), (512, 4096), (2048, 1024)]  # outputs, inputs: of one row already worth oneDNN's overhead
 
 
@@ -27,9 +28,8 @@ def test_products_are_those_of_float64(outputs: int, inputs: int, rows: int, tra
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@with_onednn
 def test_few_shapes_reach_onednn(outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not products._has_onednn():
-        pytest.skip("this processor's torch has no oneDNN")
     seen, real = set(), products._onednn
 
     def record(x: torch.Tensor, weight: torch.Tensor) -> Any:
@@ -58,9 +58,11 @@ def test_linear_maps(shape: tuple[int, ...], bias: bool) -> None:
     assert bool(room[-1].isnan().all())
 
 
-def test_outer_products_are_added() -> None:
-    y, x, total = torch.randn(100, 3000), torch.randn(100, 512), torch.randn(3000, 512)
+@pytest.mark.parametrize("tokens", [0, 1, ROWS - 1, ROWS, 100])
+def test_outer_products_are_added(tokens: int) -> None:
+    y, x, total = torch.randn(tokens, 3000), torch.randn(tokens, 512), torch.randn(3000, 512)
     expected = (total.double() + y.double().T @ x.double()).float()
+    torch.testing.assert_close(outer(y, x), expected - total, atol=1e-3, rtol=1e-4)
     add_outer(total, y, x)
     torch.testing.assert_close(total, expected, atol=1e-3, rtol=1e-5)
 
@@ -81,12 +83,14 @@ def test_gradients_of_linear_maps(rows: tuple[int, int], frozen: bool, checkpoin
 
     torchs = gradients()
     with fast_maps(model):
+        assert all("forward" in vars(model[i]) for i in (0, 2))
         ours = gradients()
-    assert "forward" not in vars(model[0])
+    assert not any("forward" in vars(model[i]) for i in (0, 2))
     for a, b in zip(ours, torchs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
 
 
+@with_onednn
 def test_a_checkpointed_map_at_the_end_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.Linear(1024, 256)), torch.randn(64, 512)
     computed: list[tuple[int, ...]] = []
@@ -112,3 +116,32 @@ def test_other_precisions_autocast_and_torchs_switch_take_torchs_path() -> None:
         assert linear(x, weight).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_results_may_be_changed_in_place_as_torchs_may() -> None:
+    layer, x = torch.nn.Linear(512, 1024), torch.randn(2, 32, 512)
+    expected = torch.autograd.grad(layer(x).clamp_(-1, 1).sum(), layer.weight)[0]
+    with fast_maps(layer):
+        torch.testing.assert_close(torch.autograd.grad(layer(x).clamp_(-1, 1).sum(), layer.weight)[0], expected)
+
+
+def test_a_vector_and_a_bias_alone() -> None:
+    layer, x = torch.nn.Linear(2048, 2048), torch.randn(2048)
+    layer.weight.requires_grad_(False)
+    with fast_maps(layer):
+        torch.testing.assert_close(layer(input=x), layer(x[None])[0], atol=1e-4, rtol=1e-4)
+        layer(x[None].expand(3, -1)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((2048,), 3.0)) and layer.weight.grad is None
+
+
+def test_maps_of_other_precisions_are_left_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4).bfloat16(), torch.nn.Linear(4, 4).double(), torch.nn.Linear(4, 4))
+    with fast_maps(model), fast_maps(model):
+        assert ["forward" in vars(layer) for layer in model] == [False, False, True]
+    assert not any("forward" in vars(layer) for layer in model)
+
+
+@torch.no_grad()
+def test_room_of_another_precision_is_not_used() -> None:
+    x, weight, room = torch.randn(3, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64), torch.empty(3, 5)
+    assert torch.equal(linear(x, weight, room=room), F.linear(x, weight))

@@ -1,4 +1,5 @@
-"""LoRA layers without their cost, in float32 and on whole weights; peft computes all others.
+"""Linear maps as :mod:`unisd.products` computes them, and LoRA layers without their cost, in float32 and on whole weights; torch and
+peft compute all others.
 
 Where no gradient is asked for, one product with W + s B A takes the place of three (`merged_lora`). In 16 bits the sum would be rounded
 to the precision of W, which an adapter of the first steps lies below. With gradient, the small product is added into the large one
@@ -16,7 +17,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from unisd.products import Computed, linear, placed_for, product
+from unisd.products import Computed, linear, outer, placed_for, product
 from unisd.sharding import is_shard
 
 
@@ -44,10 +45,17 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 def fast_maps(model: nn.Module) -> Iterator[None]:
     """While active, whole float32 linear maps of a model on a CPU are those of :mod:`unisd.products`."""
     maps = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
-    weights = [(module, module.weight) for module in maps]
-    chosen = [module for module, w in weights if w.device.type == "cpu" and w.dtype == torch.float32 and not is_shard(w)]
-    with _computing(chosen, lambda layer: lambda x: linear(x, layer.weight, layer.bias)):
+    with _computing([module for module in maps if _is_whole(module.weight)], lambda layer: partial(_mapped, layer)):
         yield
+
+
+def _is_whole(weight: Tensor) -> bool:
+    own = type(weight) in (Tensor, nn.Parameter)  # not a quantised one that calls itself float32
+    return own and weight.device.type == "cpu" and weight.dtype == torch.float32 and not is_shard(weight)
+
+
+def _mapped(layer: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, layer.weight, layer.bias)
 
 
 @contextmanager
@@ -63,7 +71,7 @@ def _computing(layers: Sequence[Any], forward: Callable[[Any], Callable[..., Ten
 
 @contextmanager
 def inference(*models: nn.Module, keep: bool = False) -> Iterator[None]:
-    """Evaluation mode without gradient, adapters merged (`keep`: as in `merged_lora`); all is put back."""
+    """Evaluation mode without gradient, fast linear maps, adapters merged (`keep`: as in `merged_lora`); all is put back."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
@@ -182,6 +190,6 @@ class _SavedLoRA(torch.autograd.Function):
                 grad_x.add_((grad_inner_Nr @ A_rI).mul_(kept.flatten(0, -2)))
             grad_x = grad_x.view_as(x)
         dropped = x if kept is None else x * kept
-        grad_A = product(grad_inner_Nr.T, dropped.flatten(0, -2).T) if wanted[2] else None
-        grad_B = product(inner_Nr.T, grad_NO.T).mul_(ctx.scaling).T if wanted[3] else None
+        grad_A = outer(grad_inner_Nr, dropped.flatten(0, -2)) if wanted[2] else None
+        grad_B = outer(inner_Nr, grad_NO).mul_(ctx.scaling).T if wanted[3] else None
         return grad_x, None, grad_A, grad_B, None, None

@@ -306,10 +306,9 @@ def _scores(
     hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float, chunk_tokens: int | None, want_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     on_cpu = hidden_NH.device.type == "cpu"
-    usual = default_chunk_tokens(head.weight.shape[0], hidden_NH.device) * (
-        1 if on_cpu else 2
-    )  # one tensor, where the loss holds two
-    chunk = _chunk(len(hidden_NH), chunk_tokens or usual)
+    usual = default_chunk_tokens(head.weight.shape[0], hidden_NH.device)
+    # One tensor, where the loss holds two. On a CPU longer chunks are no faster.
+    chunk = _chunk(len(hidden_NH), chunk_tokens or (usual if on_cpu else 2 * usual))
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     logp_N, entropy_N = torch.empty(2, len(hidden_NH), dtype=dtype, device=hidden_NH.device)
     head = _autocast_head(head)

@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS, FEW = 64, 8
-"""oneDNN compiles a kernel for each shape and keeps up to 1,024 of them, at 1.6 ms and 0.6 MB: it is given multiples of `ROWS` rows, or of
-`FEW` up to `ROWS`, or fewer than that."""
+"""oneDNN compiles a kernel for each shape and keeps up to 1,024 of them, at 1.6 ms and 0.6 MB: it is given multiples of `ROWS` rows (and of
+tokens to sum over), or of `FEW` up to `ROWS`, or fewer than that."""
 LEAST = 2**21
 """Multiplications from which oneDNN is the faster one; below, its overhead of some microseconds counts."""
-DEPTH = 32
-"""What is summed over comes in multiples of so many where it is a layer's width; otherwise it may be a number of tokens: any number."""
 BLOCK = 1024
 """Outputs at a time that are copied to where they belong while they lie in the cache."""
 
@@ -34,14 +32,23 @@ def _has_onednn() -> bool:
 
 
 def _suits(x: Tensor, weight_OI: Tensor) -> bool:
-    if x.device.type != "cpu" or not x.dtype == weight_OI.dtype == torch.float32:
-        return False
-    large = x.numel() * len(weight_OI) >= LEAST and x.shape[-1] % DEPTH == 0
-    return large and _has_onednn() and bool(torch.backends.mkldnn.enabled)
+    plain = x.device.type == "cpu" and x.dtype == weight_OI.dtype == torch.float32 and x.dim() > 1
+    return plain and x.numel() * len(weight_OI) >= LEAST and _has_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 def _onednn(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _ragged(rows: int) -> tuple[int, int]:
+    """What a kernel's number of rows is a multiple of, and how many are too many for that."""
+    step = 1 if rows <= FEW else FEW if rows <= ROWS else ROWS
+    return step, rows % step
+
+
+def _padded(x_NI: Tensor) -> Tensor:
+    step, ragged = _ragged(len(x_NI))
+    return F.pad(x_NI, (0, 0, 0, step - ragged)) if ragged else x_NI
 
 
 def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -49,14 +56,18 @@ def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     if not _suits(x_NI, weight_OI):
         return x_NI @ weight_OI.T
     (rows, inputs), outputs = x_NI.shape, len(weight_OI)
-    step = 1 if rows <= FEW else FEW if rows <= ROWS else ROWS
-    ragged = rows % step
-    if not ragged:
-        return _onednn(x_NI, weight_OI)
-    if rows < ROWS or outputs >= inputs:  # what goes in is less than what comes out
-        return _onednn(F.pad(x_NI, (0, 0, 0, step - ragged)), weight_OI)[:rows]
-    whole = rows - ragged
-    return torch.cat([_onednn(x_NI[:whole], weight_OI), x_NI[whole:] @ weight_OI.T])
+    if rows < ROWS or outputs >= inputs:  # what goes in, and is copied, is less than what comes out
+        return _onednn(_padded(x_NI), weight_OI)[:rows]
+    whole = rows - _ragged(rows)[1]
+    found = _onednn(x_NI[:whole], weight_OI)
+    return found if whole == rows else torch.cat([found, x_NI[whole:] @ weight_OI.T])
+
+
+def outer(y_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """`y.T @ x`: a weight's gradient."""
+    whole = len(x_NI) - len(x_NI) % ROWS
+    found = product(y_NO[:whole].T, x_NI[:whole].T)
+    return found if whole == len(x_NI) else found.addmm_(y_NO[whole:].T, x_NI[whole:])
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Tensor | None = None) -> Tensor:
@@ -67,7 +78,9 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Ten
     """
     given = (x, weight_OI, bias_O)
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    if torch.is_autocast_enabled(x.device.type) or not (_suits(x, weight_OI) or (room is not None and not tracked)):
+    if tracked or (room is not None and room.dtype != x.dtype):
+        room = None
+    if torch.is_autocast_enabled(x.device.type) or (room is None and not _suits(x, weight_OI)):
         return F.linear(*given)
     if tracked:
         placed = _Saved.apply(*given)  # type: ignore[no-untyped-call]
@@ -76,9 +89,9 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Ten
     if room is None:
         out_NO = product(rows_NI, weight_OI)
     else:
-        out_NO = room[: len(rows_NI)]
+        out_NO, padded_NI = room[: len(rows_NI)], _padded(rows_NI)
         for start in range(0, len(weight_OI), BLOCK):
-            out_NO[:, start : start + BLOCK] = product(rows_NI, weight_OI[start : start + BLOCK])
+            out_NO[:, start : start + BLOCK] = product(padded_NI, weight_OI[start : start + BLOCK])[: len(rows_NI)]
     if bias_O is not None:
         out_NO += bias_O
     return out_NO.view(*x.shape[:-1], len(weight_OI))
@@ -98,7 +111,8 @@ class Computed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, _: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        return compute()
+        out = compute()
+        return torch.ops.aten._unsafe_view(out, out.shape)  # type: ignore[no-any-return]  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,7 +124,7 @@ class _Saved(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if weight_OI.requires_grad else None, weight_OI)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI)
         ctx.shape = x.shape
         return placed_for(x, weight_OI)
 
@@ -120,11 +134,14 @@ class _Saved(torch.autograd.Function):
         x, weight_OI = ctx.saved_tensors
         grad_NO, wanted = grad.flatten(0, -2), ctx.needs_input_grad
         grad_x = product(grad_NO, weight_OI.T).view(ctx.shape) if wanted[0] else None
-        grad_weight = product(grad_NO.T, x.flatten(0, -2).T) if wanted[1] else None
+        grad_weight = outer(grad_NO, x.flatten(0, -2)) if wanted[1] else None
         return grad_x, grad_weight, grad_NO.sum(0) if wanted[2] else None
 
 
 def add_outer(total_OI: Tensor, y_NO: Tensor, x_NI: Tensor) -> None:
-    """`total += y.T @ x`, block by block: a product of few rows with a large total is only as fast as memory."""
+    """`total += y.T @ x`; on a CPU block by block: a product of few rows with a large total is only as fast as memory."""
+    if total_OI.device.type != "cpu":
+        total_OI.addmm_(y_NO.T, x_NI)
+        return
     for start in range(0, len(total_OI), BLOCK):
-        total_OI[start : start + BLOCK] += product(y_NO[:, start : start + BLOCK].T, x_NI.T)
+        total_OI[start : start + BLOCK] += outer(y_NO[:, start : start + BLOCK], x_NI)
