@@ -24,7 +24,7 @@ def test_products_are_those_of_float64(outputs: int, inputs: int, rows: int, tra
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     if transposed:
         x, weight = x.T.contiguous().T, weight.T.contiguous().T
-    torch.testing.assert_close(product(x, weight), (x.double() @ weight.double().T).float(), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(product(x, weight), (x.double() @ weight.double().T).float(), atol=1.2e-5 * inputs**0.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
@@ -47,13 +47,13 @@ def test_few_shapes_reach_onednn(outputs: int, inputs: int, monkeypatch: pytest.
 @pytest.mark.parametrize("shape", [(3, 512), (2, 70, 512), (0, 512), (3, 8)])
 @torch.no_grad()
 def test_linear_maps(shape: tuple[int, ...], bias: bool) -> None:
-    outputs = 4096 + 7
+    outputs, atol = 4096 + 7, 1e-5 if shape[-1] == 8 else 3e-4
     x, weight, b = torch.randn(shape), torch.randn(outputs, shape[-1]), torch.randn(outputs) if bias else None
     expected = F.linear(x.double(), weight.double(), None if b is None else b.double()).float()
-    torch.testing.assert_close(linear(x, weight, b), expected, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(linear(x, weight, b), expected, atol=atol, rtol=1e-5)
     room = torch.full((x.flatten(0, -2).shape[0] + 1, outputs), torch.nan)
     out = linear(x, weight, b, room)
-    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(out, expected, atol=atol, rtol=1e-5)
     assert out.data_ptr() == room.data_ptr() or not x.numel()
     assert bool(room[-1].isnan().all())
 
