@@ -21,8 +21,10 @@ from benchmarks import limit, ours, plain, vllm_peer
 from benchmarks.measure import Samples, interleave, measure, peak_tflop_per_s
 from benchmarks.settings import Star
 from benchmarks.shapes import EOS, PAD, Example, build, examples, lora, twin
-from unisd.losses import DivergenceSpec, Head, chunked_loss, default_chunk_tokens
+from unisd.losses.chunked import chunked_loss, default_chunk_tokens
+from unisd.losses.head import Head
 from unisd.memory import MIB
+from unisd.methods.divergence import DivergenceSpec
 from unisd.teacher import Teacher
 
 Rows = list[dict[str, Any]]
@@ -295,7 +297,7 @@ def generate(o: Options) -> tuple[Rows, Ratios]:
     """
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-    from unisd.decoding import decode
+    from unisd.rollout.decoding import decode
 
     model = build(o.shape, o.device, o.dtype, o.layers)
     data = examples(
@@ -350,7 +352,7 @@ def main_job(o: Options) -> tuple[Rows, Ratios]:
     """`unisd train` as the README gives it, in a process of its own: wall time and peak memory of all of it."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = [sys.executable, "-m", "unisd.cli", "train", "--output_dir", str(Path(folder) / "out")]
+        command = [sys.executable, "-m", "unisd.cli.main", "train", "--output_dir", str(Path(folder) / "out")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 * MIB / 1e6

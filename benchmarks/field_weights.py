@@ -22,7 +22,7 @@ from benchmarks.cases import primed
 from benchmarks.measure import interleave
 from benchmarks.settings import Star
 from benchmarks.shapes import SHAPES, build, examples, twin
-from unisd.pages import markdown_table
+from unisd.console import markdown_table
 
 CONTRAST: dict[str, Any] = {"contrastive_weight": 0.01, "contrastive_margin": 0.1}
 # Name -> options, and the step that it is compared with.

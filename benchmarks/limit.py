@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Example
-from unisd.adapters import fused_lora, merged_lora
-from unisd.attention import FRUGAL
-from unisd.backbone import forward_batches, lay_out
+from unisd.batching import forward_batches, lay_out
+from unisd.kernels.attention import FRUGAL
+from unisd.kernels.cpu_linear import linear, product
+from unisd.kernels.lora import fused_lora, merged_lora
 from unisd.memory import default_token_budget
-from unisd.prefixes import lay_out_shared, shared_batches
-from unisd.products import linear, product
+from unisd.scoring.prefix_sharing import lay_out_shared, shared_batches
 
 
 def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any, share: bool = False) -> Tensor:

@@ -6,8 +6,8 @@ python benchmarks/memory_table.py
 from __future__ import annotations
 
 from unisd.config import UniSDConfig
+from unisd.console import markdown_table
 from unisd.memory import ModelSize, estimate
-from unisd.pages import markdown_table
 
 # name: (parameters, hidden, layers, MLP, key/value width, vocabulary), from the models' published configurations
 SHAPES = {

@@ -14,8 +14,8 @@ from transformers import PrinterCallback
 from benchmarks.settings import Star
 from benchmarks.shapes import AUXILIARY_TEMPLATE, TEACHER_TEMPLATE, Example, lora, tokenizer
 from unisd import UniSDConfig, UniSDTrainer
-from unisd.rollout import Completion, NoiseKey, Sampling
-from unisd.scoring import ScoringRow
+from unisd.rollout.engine import Completion, NoiseKey, Sampling
+from unisd.scoring.scorer import ScoringRow
 
 
 class GivenCompletions:

@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback
 
+from unisd.cli.parsing import parse
 from unisd.console import make_console, quiet_libraries
-from unisd.inputs import load_data
-from unisd.parsing import parse
-from unisd.run import set_up
+from unisd.run.inputs import load_data
+from unisd.run.train import set_up
 
 
 class Watch(TrainerCallback):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from unisd.pages import markdown_table
+from unisd.console import markdown_table
 
 HEAD = """# Speed and memory
 
@@ -14,8 +14,8 @@ Extra memory is the peak above what the process held before the call. Ratios are
 (for `time_vs_limit`, how far the bare passes are away; they pack, attend and multiply as ours does, but read the head for student
 and teacher apart). `plain` and `limit` are `benchmarks/plain.py` and `benchmarks/limit.py`.
 
-On a CPU ours manages the allocator while it trains (`unisd.heap`), and ours and the limit multiply float32 in oneDNN
-(`unisd.products`); the others run under the usual rules of both, which on x86 means MKL. All compute in float32 throughout.
+On a CPU ours manages the allocator while it trains (`unisd.kernels.cpu_memory`), and ours and the limit multiply float32 in oneDNN
+(`unisd.kernels.cpu_linear`); the others run under the usual rules of both, which on x86 means MKL. All compute in float32 throughout.
 """
 
 

@@ -21,7 +21,7 @@ def writer(
     """
     from vllm import SamplingParams
 
-    from unisd.vllm_rollout.colocated import ColocatedEngine
+    from unisd.rollout.vllm.colocated import ColocatedEngine
 
     longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
     args = UniSDConfig(

@@ -7,7 +7,7 @@ This one trusts tokens on which the teacher is sure: w = exp(-beta * H(q)), with
 
 A package makes its weights available to the command too (`unisd train --token_weights sure_teacher:beta=0.5`) by an entry point:
 
-    [project.entry-points."unisd.token_weights"]
+    [project.entry-points."unisd.methods.weights"]
     sure_teacher = "my_package.weights:sure_teacher"
 """
 
@@ -18,7 +18,7 @@ import argparse
 import torch
 
 from unisd import StepScores, UniSDConfig, UniSDTrainer, register_weight
-from unisd.models import load_model_and_tokenizer
+from unisd.models.load import load_model_and_tokenizer
 from unisd.tasks import get
 
 

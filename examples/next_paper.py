@@ -6,7 +6,7 @@ distribution it needs, and the trainer scores it: one more forward pass, and no 
     python examples/next_paper.py                                      # a few steps on the pocket model
     python -m pytest examples/next_paper.py                            # its test
 
-In a package, an entry point under `unisd.targets` makes it known to the command: `unisd train --target arithmetic:a=0.2`.
+In a package, an entry point under `unisd.methods.targets` makes it known to the command: `unisd train --target arithmetic:a=0.2`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import math
 import torch
 
 from unisd import TargetInputs, UniSDConfig, UniSDTrainer, register_target
-from unisd.models import load_model_and_tokenizer
-from unisd.targets import parse_target
+from unisd.methods.targets import parse_target
+from unisd.models.load import load_model_and_tokenizer
 from unisd.tasks import get
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from unisd.adapters import _kept, _product, fused_lora, mergeable, merged_lora
+from unisd.kernels.lora import _kept, _product, fused_lora, mergeable, merged_lora
 
 
 class Net(nn.Module):
@@ -151,7 +151,7 @@ def test_a_checkpointed_block_does_not_compute_its_last_product_again(monkeypatc
         computed.append(tuple(weight.shape))
         return torch.nn.functional.linear(x, weight, bias)
 
-    monkeypatch.setattr("unisd.adapters.linear", watched)
+    monkeypatch.setattr("unisd.kernels.lora.linear", watched)
     with fused_lora(model):
         gradients(model, x, checkpointing=True)
     assert len(computed) == 3 and computed[0] == computed[2]  # first and last layer; the first once more
@@ -193,7 +193,7 @@ def test_fused_dropout_is_that_of_its_mask(checkpointing: bool, monkeypatch: pyt
         masks.append(_kept(x, p))
         return masks[-1]
 
-    monkeypatch.setattr("unisd.adapters._kept", remembered)
+    monkeypatch.setattr("unisd.kernels.lora._kept", remembered)
 
     with fused_lora(model):
         ours = gradients(model, x, checkpointing)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unisd import alarms
-from unisd.alarms import Watch
+from unisd.monitoring import alarms
+from unisd.monitoring.alarms import Watch
 
 PULL = {"both": -0.1, "right": 2.0, "wrong": 2.0}
 HEALTHY = {

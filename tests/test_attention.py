@@ -9,9 +9,10 @@ import pytest
 import tiny
 import torch
 
-from unisd import attention
-from unisd.attention import FRUGAL
-from unisd.backbone import Backbone, lay_out
+from unisd.backbone import Backbone
+from unisd.batching import lay_out
+from unisd.kernels import attention
+from unisd.kernels.attention import FRUGAL
 
 LENGTHS = (9, 5, 17, 1)
 

@@ -14,8 +14,8 @@ from benchmarks.__main__ import main
 from benchmarks.measure import Samples, interleave, machine, measure
 from benchmarks.settings import Star
 from benchmarks.table import table
-from unisd import prefixes
-from unisd.attention import FRUGAL
+from unisd.kernels.attention import FRUGAL
+from unisd.scoring import prefix_sharing as prefixes
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from serving import StandIn, serving
 
-from unisd import UserError, patient_http
-from unisd.chat_server import ChatServer
-from unisd.cli import main
+from unisd import UserError
+from unisd import http_client as patient_http
+from unisd.cli.main import main
+from unisd.run.chat_server import ChatServer
 
 
 @pytest.fixture
@@ -86,6 +87,6 @@ def test_eval_lets_the_server_answer(server: StandIn, tmp_path: Path) -> None:
     assert found["model"] == "base" and found["gold_ppl"] is None
     assert found["task_accuracy"]["value"] == pytest.approx(0.75) and found["task_accuracy"]["n"] == 4
     with pytest.raises(UserError, match="--base"):
-        from unisd.evaluating import evaluate
+        from unisd.cli.evaluate import evaluate
 
         evaluate([*asked, "--base", "pocket"])

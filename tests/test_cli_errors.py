@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 
-from unisd.cli import COMMANDS, main
+from unisd.cli.main import COMMANDS, main
 from unisd.errors import UserError
 
 ROWS = [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}.", "auxiliary_contexts": ["a", "b"]} for i in range(6)]
@@ -128,8 +128,9 @@ CONSENTS = ("--trust_remote_code", "--allow_unsafe_code_execution")
 def test_consents_of_train_reach_probe_and_prepare(
     mistake: Any, monkeypatch: pytest.MonkeyPatch, command: str, flags: list[str]
 ) -> None:
-    from unisd import preparing, probing
-    from unisd.tasks.pocket import PocketTask
+    from unisd.cli import prepare as preparing
+    from unisd.cli import probe as probing
+    from unisd.pocket.task import PocketTask
 
     seen = []
 
@@ -139,7 +140,7 @@ def test_consents_of_train_reach_probe_and_prepare(
 
     for module in (preparing, probing):
         monkeypatch.setattr(module, "load_data", stop)
-    monkeypatch.setattr("unisd.inputs.get_task", lambda options: PocketTask())
+    monkeypatch.setattr("unisd.run.inputs.get_task", lambda options: PocketTask())
     mistake(command, "--task", "mbpp", "--task_options", "a=1", "b=2", "--seed", "5", *flags)
     assert seen == [(True, True, ["a=1", "b=2"], 5)]
 
@@ -153,7 +154,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(mistake: Any, monkeyp
         seen.append(trust_remote_code)
         raise UserError("seen")
 
-    monkeypatch.setattr("unisd.models.load_model_and_tokenizer", stop)
+    monkeypatch.setattr("unisd.models.load.load_model_and_tokenizer", stop)
     for command in (["eval", "--model", "pocket"], ["chat", "pocket", "--prompt", "x"], ["merge", "adapter"]):
         assert "seen" in mistake(*command)
         assert "seen" in mistake(*command, "--trust_remote_code")
@@ -260,8 +261,8 @@ def test_output_dir_with_the_users_own_files(own: Any, tmp_path: Path, flags: li
 
 
 def test_two_runs_started_together_get_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unisd.outputs import choose_output_dir
-    from unisd.parsing import parse
+    from unisd.cli.parsing import parse
+    from unisd.run.outputs import choose_output_dir
 
     monkeypatch.chdir(tmp_path)
     folders = [choose_output_dir(*parse([]), "pocket")[0].name for _ in range(2)]

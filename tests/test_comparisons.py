@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from unisd import cells as store
-from unisd import evidence, evidence_page
+from experiments import grid as store
+from experiments import pocket_methods as compare
+from experiments import pocket_page as comparison
+from experiments import smollm2 as evidence
+from experiments import smollm2_page as evidence_page
+from experiments.pages import between_markers
 from unisd.errors import UserError
-from unisd.pages import between_markers
-from unisd.pocket import compare, comparison
+from unisd.pocket.task import PocketTask
 from unisd.tasks import get
 from unisd.tasks.new_facts import NewFactsTask
-from unisd.tasks.pocket import PocketTask
 
 
 def pocket_cell(plan: compare.Plan, rng: np.random.Generator) -> store.Cell:
@@ -72,7 +74,7 @@ def test_pilots_and_table_share_no_rows() -> None:
 
 @pytest.mark.parametrize("method", compare.methods())
 def test_cells_of_the_pocket_comparison_are_valid_runs(method: str) -> None:
-    from unisd.parsing import parse
+    from unisd.cli.parsing import parse
 
     options, config = parse(compare.arguments(compare.Plan(method, "noisy", 1, 1e-3)))
     assert config.learning_rate == 1e-3 and options.noise == 0.3 and config.max_steps == 40
@@ -142,11 +144,12 @@ def sleeps(file: str) -> store.Cell:
 
 
 PARENT = """
+import os
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from pathlib import Path
 from test_comparisons import sleeps
-from unisd import cells
+from experiments import grid as cells
 if __name__ == "__main__":
     cells.carry_out(Path(sys.argv[2]), lambda cells: [sys.argv[3]], sleeps, 1, None)
 """
@@ -155,7 +158,7 @@ if __name__ == "__main__":
 def test_a_killed_comparison_leaves_no_cell_at_work(tmp_path: Path) -> None:
     script, file, mark = tmp_path / "parent.py", tmp_path / "cells.jsonl", tmp_path / "mark"
     script.write_text(PARENT)
-    parent = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), str(file), str(mark)])
+    parent = subprocess.Popen([sys.executable, str(script), os.pathsep.join(sys.path), str(file), str(mark)])
     while not (mark.exists() and mark.read_text()):
         assert parent.poll() is None
         time.sleep(0.1)

@@ -68,7 +68,7 @@ def test_the_initial_model_writes_once_whatever_the_student_has_become(tmp_path:
 
 
 def test_empty_answers_of_the_initial_model_carry_no_loss(tmp_path: Any) -> None:
-    from unisd.rollout import Completion
+    from unisd.rollout.engine import Completion
 
     built = trainer(tmp_path, completion_source="initial", distillation_mode="nll")
     assert not built.completions.carries_loss(Completion([2], False))

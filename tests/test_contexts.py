@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import DATA, needs_data
 
-from unisd import contexts, negatives, tasks
-from unisd.contexts import Settings, build
+from unisd import tasks
+from unisd.data import contexts, negatives
+from unisd.data.contexts import Settings, build
+from unisd.data.text import NEAR, contains, jaccard, shingles, words
 from unisd.errors import UserError
-from unisd.similarity import NEAR, contains, jaccard, shingles, words
 
 
 def rows(count: int = 40) -> list[dict]:
@@ -246,7 +247,7 @@ def test_wrong_answers_that_a_model_wrote_are_kept_for_a_run_that_goes_on(tmp_pa
 
 
 def test_the_command_prepares_rows_that_train_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from unisd.cli import main
+    from unisd.cli.main import main
 
     source, out = tmp_path / "rows.jsonl", tmp_path / "prepared.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows(12)))

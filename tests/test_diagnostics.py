@@ -12,8 +12,9 @@ import tiny
 import torch
 from test_invariants import assert_same, gradients, trainer
 
-from unisd.alarms import pull_cosine
-from unisd.diagnostics import (
+from unisd.errors import UserError
+from unisd.monitoring.alarms import pull_cosine
+from unisd.monitoring.diagnostics import (
     Answers,
     Counting,
     answer_tokens,
@@ -24,8 +25,7 @@ from unisd.diagnostics import (
     pull_products,
     repeated_share,
 )
-from unisd.errors import UserError
-from unisd.rollout import Completion
+from unisd.rollout.engine import Completion
 
 
 def counting() -> Counting:

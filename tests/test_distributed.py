@@ -25,12 +25,13 @@ from test_invariants import STAR, trainer
 from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM
 
-from unisd import launch, sharding
-from unisd import zero as zero_stages
-from unisd.checkpoints import last_complete_checkpoint, problem_of
-from unisd.models import load_model_and_tokenizer
-from unisd.step import rows_to_fill
+from unisd.distributed import sharding
+from unisd.distributed import zero as zero_stages
+from unisd.models.load import load_model_and_tokenizer
+from unisd.run import launch
 from unisd.tasks import get
+from unisd.training.checkpoints import last_complete_checkpoint, problem_of
+from unisd.training.micro_batch import rows_to_fill
 
 STEPS = {"one": 10, "ddp": 10, "fsdp": 4}
 """Of the runs on the tiny model; on the pocket (with `-m real`) all make 10."""
@@ -189,7 +190,7 @@ def on_two_ranks(folder: Path, call: str, environment: dict[str, str]) -> None:
     """Run a function of this file in two processes."""
     code = folder / "worker.py"
     code.write_text(
-        f"import sys; sys.path[:0] = {sys.path!r}\nimport test_distributed\nfrom pathlib import Path\nfrom unisd import launch\n"
+        f"import sys; sys.path[:0] = {sys.path!r}\nimport test_distributed\nfrom pathlib import Path\nfrom unisd.run import launch\n"
         f"test_distributed.{call}\nlaunch.leave()\n"
     )
     starter = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(code)]
@@ -430,7 +431,7 @@ KINDS = ["fsdp2", pytest.param("ddp", marks=pytest.mark.real), pytest.param("zer
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_that_is_killed_and_a_launcher_that_is_told_to_stop_lose_nothing(tmp_path: Path, kind: str) -> None:
     """Killed, resumed and stopped by SIGTERM, on two ranks; the weights are those of one process that was left alone."""
-    from unisd.cli import main
+    from unisd.cli.main import main
 
     model, rows, out = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
     tiny.model().save_pretrained(model)

@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unisd.errors import UserError
-from unisd.losses import (
-    Contrast,
-    DivergenceSpec,
-    check_token_clip,
-    contrast_hinge,
-    divergence,
-    divergence_bound,
-)
+from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence, divergence_bound
+from unisd.methods.terms import Contrast, contrast_hinge
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
 F64 = torch.float64

@@ -11,24 +11,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import FalconH1Config, FalconH1ForCausalLM, MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
 
-from unisd import decoding, evaluation
-from unisd.attention import FRUGAL
-from unisd.decoding import decode
+from unisd.data.prompts import encode_completion, encode_prompt
 from unisd.errors import UserError
-from unisd.evaluation import (
-    accuracy,
-    corpus_ppl,
-    generate_greedy,
-    gold_ppl,
-    jsd,
-    paired_delta,
-    reference_nll,
-    retention,
-    sequence_logprobs,
-    wilson,
-)
-from unisd.prompts import encode_completion, encode_prompt
-from unisd.tasks import Grade
+from unisd.evaluation import likelihood
+from unisd.evaluation.accuracy import accuracy, generate_greedy
+from unisd.evaluation.grading import wilson
+from unisd.evaluation.likelihood import corpus_ppl, gold_ppl, reference_nll, sequence_logprobs
+from unisd.evaluation.retention import jsd, paired_delta, retention
+from unisd.kernels.attention import FRUGAL
+from unisd.rollout import decoding
+from unisd.rollout.decoding import decode
+from unisd.tasks.base import Grade
 
 
 def some_ids(count: int, most: int, seed: int = 0) -> list[list[int]]:
@@ -243,7 +236,7 @@ def test_accuracy_overall_and_by_skill():
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_log_probabilities_equal_slow_float64(family, chunk, monkeypatch):
     model = tiny.model(family).train()  # dropout-free, but the mode must be put back
-    monkeypatch.setattr(evaluation, "CHUNK_ENTRIES", chunk * model.config.vocab_size)
+    monkeypatch.setattr(likelihood, "CHUNK_ENTRIES", chunk * model.config.vocab_size)
     prompts, completions = some_ids(6, 12), [*some_ids(5, 17, seed=1), []]
     logp, count = sequence_logprobs(model, prompts, completions, token_budget=40)
     want = [
@@ -310,7 +303,7 @@ def test_jsd_of_known_distributions():
 def test_retention_equals_slow_float64(chunk, monkeypatch):
     base = tiny.model("llama")
     model, tokenizer = near_copy(base), tiny.tokenizer()
-    monkeypatch.setattr(evaluation, "CHUNK_ENTRIES", chunk * base.config.vocab_size)
+    monkeypatch.setattr(likelihood, "CHUNK_ENTRIES", chunk * base.config.vocab_size)
     rows = tiny.rows(5)
     result = retention(model, base, tokenizer, rows, max_new_tokens=20, token_budget=100)
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
@@ -364,14 +357,14 @@ def test_an_adapter_is_compared_with_itself_taken_off():
 def test_logits_of_a_large_vocabulary_never_exist_at_once(monkeypatch):
     """One chunk holds CHUNK_ENTRIES logits, however long the rows are."""
     model = tiny.model("llama")
-    monkeypatch.setattr(evaluation, "CHUNK_ENTRIES", 4 * model.config.vocab_size)
+    monkeypatch.setattr(likelihood, "CHUNK_ENTRIES", 4 * model.config.vocab_size)
     sizes = []
-    plain = evaluation._States.logp
-    monkeypatch.setattr(evaluation._States, "logp", lambda self, h: sizes.append(len(h)) or plain(self, h))
+    plain = likelihood._States.logp
+    monkeypatch.setattr(likelihood._States, "logp", lambda self, h: sizes.append(len(h)) or plain(self, h))
     sequence_logprobs(model, some_ids(3, 10), [[7] * 50] * 3)
     assert max(sizes) == 4
     other = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=10**9)))
-    assert evaluation._States.chunk.fget(SimpleNamespace(model=other)) == 1
+    assert likelihood._States.chunk.fget(SimpleNamespace(model=other)) == 1
 
 
 # ---------------------------------------------------------------- a real model
@@ -380,8 +373,8 @@ def test_logits_of_a_large_vocabulary_never_exist_at_once(monkeypatch):
 @pytest.mark.real
 def test_smollm2_uses_a_reference():
     """On a few GSM8K-like problems: shown the solution, the real model does far better than without."""
-    from unisd.models import load_model_and_tokenizer
-    from unisd.prompts import PromptBuilder
+    from unisd.data.prompts import PromptBuilder
+    from unisd.models.load import load_model_and_tokenizer
     from unisd.tasks.gsm8k import INSTRUCTION, GSM8KTask
 
     model, tokenizer, _ = load_model_and_tokenizer("smollm2-135m")

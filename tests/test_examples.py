@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from unisd.cli import main
+from unisd.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 

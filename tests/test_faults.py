@@ -15,10 +15,13 @@ import tiny
 import torch
 from test_invariants import STAR, trainer
 
-from unisd import UserError, alarms, checkpoints
+from unisd import UserError
 from unisd import trainer as trainer_module
-from unisd.guards import FiniteGuard, Interruption, is_out_of_memory, pieces_of, smaller_until_it_fits
-from unisd.rollout import RolloutError
+from unisd.errors import RolloutError
+from unisd.memory import is_out_of_memory, smaller_until_it_fits
+from unisd.monitoring import alarms
+from unisd.training import checkpoints
+from unisd.training.guards import FiniteGuard, Interruption, pieces_of
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 99}
 
@@ -409,7 +412,8 @@ def test_scoring_and_rollout_out_of_memory_change_nothing(tmp_path: Path, monkey
     whole = build(tmp_path / "whole", max_steps=1, save_strategy="no", **STAR)
     whole.train()
     built = build(tmp_path / "small", max_steps=1, save_strategy="no", rollout_batch_size=4, token_budget=1024, **STAR)
-    from unisd import rollout, scoring
+    from unisd.rollout import transformers_engine as rollout
+    from unisd.scoring import scorer as scoring
 
     generate, shared_batches = rollout.generate, scoring.shared_batches
     asked: dict[str, list[int]] = {"rollout": [], "scoring": []}

@@ -18,15 +18,20 @@ from test_losses import problem, run
 from torch import Tensor
 
 from unisd import UniSDConfig
-from unisd.divergences import DivergenceSpec, Head, divergence
+from unisd.data.privilege import final_answer, first_half, hints, reference_at
+from unisd.data.prompts import PromptBuilder
 from unisd.errors import UserError
-from unisd.levels import final_answer, first_half, hints, reference_at
-from unisd.losses import chunked_loss, plain_loss
-from unisd.mechanisms import StepScores, parse_weight, step_coefficients
-from unisd.prompts import PromptBuilder
-from unisd.step import needed_views
-from unisd.targets import TargetInputs, TargetStates, parse_target, register_target
-from unisd.weights import confidence_gate, contrast_weight, dash, entropy_trust, position
+from unisd.losses.chunked import chunked_loss
+from unisd.losses.head import Head
+from unisd.losses.plain import plain_loss
+from unisd.losses.terms import TargetStates
+from unisd.methods.aggregation import step_coefficients
+from unisd.methods.divergence import DivergenceSpec, divergence
+from unisd.methods.registry import parse_weight
+from unisd.methods.scores import StepScores, TargetInputs
+from unisd.methods.targets import parse_target, register_target
+from unisd.methods.weights import confidence_gate, contrast_weight, dash, entropy_trust, position
+from unisd.training.plan import needed_views
 
 F64 = torch.float64
 quick = settings(max_examples=30, deadline=None)
@@ -289,7 +294,7 @@ def test_targets_refuse() -> None:
     p, q, b = random_logp(0, 3)
     with pytest.raises(UserError, match="constant or disagreement"):
         parse_target("geometric:mixing=some")(TargetInputs(p, q, {"teacher/plain": b}))
-    with pytest.raises(UserError, match=r"already registered by unisd\.targets"):
+    with pytest.raises(UserError, match=r"already registered by unisd\.methods\.targets"):
         register_target("pmi", sources=())(lambda inputs: inputs.teacher_logp)
     with pytest.raises(UserError, match="nll trains without a teacher: unset target"):
         UniSDConfig(distillation_mode="nll", target="contrast")

@@ -15,7 +15,7 @@ MEANT = "chunked or scores or contrast or half or frozen or extremes or bias"
 def test_the_kernels_pass_the_tests_of_the_loss() -> None:
     pytest.importorskip("triton", reason="the kernels are Triton's: pip install 'unisd[dev]'")
     count = (
-        "import pytest, unisd.fused as f\n"
+        "import pytest, unisd.losses.triton_kernels as f\n"
         "f.BLOCK = 16  # every row in several blocks\n"
         "calls = []\n"
         "inner = f.closed_form\n"

@@ -15,10 +15,13 @@ from test_attention import final_and_gradients
 from test_invariants import STAR, trainer
 from test_losses import problem, run
 
-from unisd import attention
-from unisd.attention import FRUGAL
 from unisd.backbone import Backbone
-from unisd.losses import DivergenceSpec, Head, chunked_loss, plain_loss
+from unisd.kernels import attention
+from unisd.kernels.attention import FRUGAL
+from unisd.losses.chunked import chunked_loss
+from unisd.losses.head import Head
+from unisd.losses.plain import plain_loss
+from unisd.methods.divergence import DivergenceSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda")

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from unisd.graders import GRADERS, choice, contains, exact, extract_choice, extract_number, number
-from unisd.tasks import Grade
+from unisd.tasks.base import Grade
+from unisd.tasks.graders import GRADERS, choice, contains, exact, extract_choice, extract_number, number
 
 
 @pytest.mark.parametrize(

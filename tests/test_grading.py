@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import DATA, needs_data
 
-from unisd.cli import main
-from unisd.graders import GRADERS, extract_code
-from unisd.grading import bootstrap, pass_at_k, row_results, summarize
-from unisd.tasks import Grade
-from unisd.tool_calls import ToolStep, extract_calls, grade_calls
+from unisd.cli.main import main
+from unisd.evaluation.grading import bootstrap, pass_at_k, row_results, summarize
+from unisd.tasks.base import Grade
+from unisd.tasks.graders import GRADERS, extract_code
+from unisd.tasks.tool_calls import ToolStep, extract_calls, grade_calls
 
 
 def rows_file(tmp_path: Path, count: int = 6) -> str:

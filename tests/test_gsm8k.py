@@ -10,7 +10,7 @@ from conftest import DATA, needs_data
 
 from unisd import tasks
 from unisd.errors import UserError
-from unisd.graders import extract_number
+from unisd.tasks.graders import extract_number
 from unisd.tasks.gsm8k import GSM8KTask, wrong_reference
 
 

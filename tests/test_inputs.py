@@ -10,8 +10,8 @@ import datasets
 import pytest
 
 from unisd.errors import UserError
-from unisd.inputs import load_data
-from unisd.options import RunOptions
+from unisd.run.inputs import load_data
+from unisd.run.options import RunOptions
 
 FIRST = [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}."} for i in range(20)]
 SECOND = [{"prompt": f"Who is {i}?", "privileged_context": f"She is {i}."} for i in range(20)]

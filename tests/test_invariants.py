@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 
-import unisd.scoring
+import unisd.scoring.scorer
 import unisd.trainer
 from unisd import UniSDConfig, UniSDTrainer
 
@@ -116,7 +116,7 @@ def naive_sdft(built: UniSDTrainer, alpha: float) -> tuple[float, dict[str, torc
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generations_that_share_the_reading_of_their_prompt(tmp_path: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unisd.scoring.SHARED_FROM", 2)
+    monkeypatch.setattr("unisd.scoring.scorer.SHARED_FROM", 2)
     options = {"num_generations": 4, "gradient_accumulation_steps": 2, **STAR}
     shared, separate = (trainer(tmp_path / name, family, **options) for name in ("a", "b"))
     assert shared.backbone.can_continue(shared.pad_id)
@@ -321,7 +321,7 @@ def test_loss_and_scores_share_one_precision(tmp_path: Any, monkeypatch: pytest.
 
         monkeypatch.setattr(module, "chunked_loss", watched)
 
-    watch("scores", unisd.scoring)
+    watch("scores", unisd.scoring.scorer)
     watch("loss", unisd.trainer)
     one_batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
     trainer(tmp_path, bf16=True, token_clip_quantile=0.5, **one_batch).train()

@@ -13,9 +13,11 @@ import torch
 import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from unisd import UserError, launch, sharding, zero
-from unisd.outputs import resume_command
-from unisd.parsing import parse
+from unisd import UserError
+from unisd.cli.parsing import parse
+from unisd.distributed import sharding, zero
+from unisd.run import launch
+from unisd.run.outputs import resume_command
 
 
 def test_launch_commands_and_their_mistakes(tmp_path: Path) -> None:
@@ -49,7 +51,7 @@ def test_what_a_configuration_says_of_processes(tmp_path: Path) -> None:
 
 
 def test_dry_run_refuses_what_the_run_would(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from unisd.cli import main
+    from unisd.cli.main import main
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setattr(launch, "find_spec", lambda name: None)

@@ -56,8 +56,8 @@ def harness_accuracy(model_dir: str, rows: list[dict], tmp_path: Path) -> float:
 def test_the_pocket_model_in_the_harness(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     from unisd import tasks
-    from unisd.commands import load_any
-    from unisd.evaluation import accuracy
+    from unisd.cli.merge import load_any
+    from unisd.evaluation.accuracy import accuracy
 
     task = tasks.get("pocket")
     rows = [row for row in task.load("test") if row["skill"] == "mcq"][:48]
@@ -70,7 +70,7 @@ def test_the_pocket_model_in_the_harness(tmp_path, monkeypatch):
 
 def test_smollm2_in_the_harness(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    from unisd.models import load_model_and_tokenizer
+    from unisd.models.load import load_model_and_tokenizer
 
     _, _, info = load_model_and_tokenizer("smollm2-135m")
     rows = [

@@ -21,7 +21,7 @@ import tiny
 from peft import LoraConfig
 
 from unisd import UniSDConfig, UniSDTrainer
-from unisd.rollout import Completion, NoiseKey, Sampling
+from unisd.rollout.engine import Completion, NoiseKey, Sampling
 
 TRACES = Path(__file__).parent / "traces" / "loss.json"
 STEPS = 20

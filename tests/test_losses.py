@@ -11,20 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisd import losses
-from unisd.divergences import log_probs
-from unisd.losses import (
-    Contrast,
-    DivergenceSpec,
-    Head,
-    LossOutput,
-    chunked_loss,
-    default_chunk_tokens,
-    divergence,
-    plain_loss,
-    token_logprobs,
-    token_scores,
-)
+from unisd.losses import chunked as losses
+from unisd.losses.chunked import chunked_loss, default_chunk_tokens, token_logprobs, token_scores
+from unisd.losses.head import Head
+from unisd.losses.plain import plain_loss
+from unisd.losses.terms import LossOutput
+from unisd.methods.divergence import DivergenceSpec, divergence, log_probs
+from unisd.methods.terms import Contrast
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
 F64 = torch.float64
@@ -154,7 +147,7 @@ def test_one_head_is_read_once_for_student_and_teacher(dtype: torch.dtype, monke
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_row_blocks_within_a_chunk(alpha: float, head: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unisd.closed_form.BLOCK_BYTES", 2 * 37 * 8)  # two rows of 37 in float64
+    monkeypatch.setattr("unisd.losses.closed_form.BLOCK_BYTES", 2 * 37 * 8)  # two rows of 37 in float64
     x = problem(F64, **head)
     for entry_clip in (None, 0.02):
         spec = DivergenceSpec(alpha=alpha, temperature=0.7, entry_clip=entry_clip)

@@ -13,21 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisd import mechanisms, plugins
 from unisd.errors import UserError
-from unisd.mechanisms import (
-    StepScores,
-    agreement_sequence,
-    agreement_token,
-    feature_distance,
-    get_weight,
-    parse_weight,
-    quantile_clip,
-    register_weight,
-    step_coefficients,
-    term_coefficients,
-    weight_stats,
-)
+from unisd.methods import registry as plugins
+from unisd.methods.aggregation import step_coefficients, term_coefficients, weight_stats
+from unisd.methods.agreement import agreement_sequence, agreement_token
+from unisd.methods.registry import get_weight, parse_weight, register_weight
+from unisd.methods.scores import StepScores
+from unisd.methods.terms import feature_distance, quantile_clip
 
 F64 = torch.float64
 quick = settings(max_examples=40, deadline=None)
@@ -328,8 +320,8 @@ def test_weight_stats() -> None:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
     get_weight("dash")  # the published ones register on first use: not into the copy
-    known = dict(mechanisms._REGISTRY)
-    monkeypatch.setattr(mechanisms, "_REGISTRY", known)
+    known = dict(plugins._REGISTRY)
+    monkeypatch.setattr(plugins, "_REGISTRY", known)
     return known
 
 
@@ -394,7 +386,7 @@ def test_registration_mistakes(registry: dict) -> None:
     ):
         with pytest.raises(UserError, match=message):
             register_weight("bad", **options)(lambda scores: scores.mask)
-    with pytest.raises(UserError, match=r"already registered by unisd\.mechanisms"):
+    with pytest.raises(UserError, match=r"already registered by unisd\.methods\.[a-z]+"):
         declare_position("agreement_token")
     register_weight("short", level="token")(lambda scores: torch.ones(len(scores.mask)))
     with pytest.raises(UserError, match=r"must return shape \(5, 7\)"):
@@ -415,7 +407,7 @@ def test_entry_points(registry: dict, monkeypatch: pytest.MonkeyPatch) -> None:
         entry("early", lambda: loaded.append("early") or declare_position("early")),
         entry("silent", lambda: None),
     ]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: offered if group == "unisd.token_weights" else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: offered if group == "unisd.methods.weights" else [])
     assert get_weight("early")(random_scores()).shape == (5, 7)
     assert loaded == ["early"]  # only what was asked for is imported
     assert get_weight("late").normalizer == "tokens"  # registered under another name than its entry point's

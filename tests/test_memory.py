@@ -14,10 +14,12 @@ import tiny
 import torch
 
 from benchmarks import cases
-from unisd import heap, memory, run
-from unisd.cells import run_apart
+from experiments.grid import run_apart
+from unisd import memory
+from unisd.cli.parsing import parse
+from unisd.kernels import cpu_memory as heap
 from unisd.memory import ModelSize, available, estimate, wants_checkpointing
-from unisd.parsing import parse
+from unisd.run import train as run
 
 
 def config(*options: str) -> Any:
@@ -135,7 +137,7 @@ FAULTS = """
 import torch
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
-from unisd import heap
+from unisd.kernels import cpu_memory as heap
 
 def faults():
     before = getrusage(RUSAGE_SELF).ru_minflt

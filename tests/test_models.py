@@ -10,9 +10,10 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from unisd import gguf_cache, models
 from unisd.errors import UserError
-from unisd.models import ModelInfo, eos_ids, load_model_and_tokenizer, load_tokenizer, native_bf16, resolve
+from unisd.models import gguf as gguf_cache
+from unisd.models import load as models
+from unisd.models.load import ModelInfo, eos_ids, load_model_and_tokenizer, load_tokenizer, native_bf16, resolve
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_smollm2():
     model, tokenizer, info = load_model_and_tokenizer("smollm2-135m")
     assert info.parameters == 134_515_008 and info.vocab_size == 49_152 and info.has_chat_template
     assert info.eos_ids == (2,) and tokenizer.decode([2]) == "<|im_end|>"
-    from unisd.evaluation import generate_greedy
+    from unisd.evaluation.accuracy import generate_greedy
 
     out = generate_greedy(model, tokenizer, ["What is the capital of France?"], 16)
     assert "Paris" in tokenizer.decode(out[0])
@@ -236,8 +237,8 @@ def test_gemma3():
         assemble(target)
     model, tokenizer, info = load_model_and_tokenizer(str(target))
     assert info.model_type == "gemma3_text" and info.vocab_size > 262_000 and not info.has_chat_template
-    from unisd.evaluation import generate_greedy
-    from unisd.prompts import encode_prompt
+    from unisd.data.prompts import encode_prompt
+    from unisd.evaluation.accuracy import generate_greedy
 
     assert encode_prompt(tokenizer, "The capital of France is")[0] == tokenizer.bos_token_id
     out = generate_greedy(model, tokenizer, ["The capital of France is"], 8)

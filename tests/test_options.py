@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from unisd.cli.help import help_text
+from unisd.cli.parsing import parse, train_parser
 from unisd.errors import UserError
-from unisd.helptext import help_text
-from unisd.parsing import parse, train_parser
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 import tiny
 
 from unisd import tasks
-from unisd.cli import main
-from unisd.data import load_file, prepare_rows
+from unisd.cli.main import main
+from unisd.data.rows import load_file, prepare_rows
 from unisd.errors import UserError
-from unisd.inputs import load_data
-from unisd.models import with_adapter
-from unisd.options import RunOptions
+from unisd.models.load import with_adapter
+from unisd.run.inputs import load_data
+from unisd.run.options import RunOptions
 
 ADD = "def add(a, b):\n    return a + b"
 
@@ -44,7 +44,7 @@ def test_code_needs_a_sandbox_before_anything_else(tmp_path: Path, monkeypatch: 
     def refuse(unsafe: bool) -> None:
         raise UserError("no sandbox")
 
-    monkeypatch.setattr("unisd.sandbox.require", refuse)
+    monkeypatch.setattr("unisd.tasks.sandbox.require", refuse)
     with pytest.raises(UserError, match="no sandbox"):
         data_of(tmp_path, {"tests": "assert True"}, grader="code")
 
@@ -167,7 +167,7 @@ def test_malformed_messages_are_named(tmp_path: Path) -> None:
 
 def test_each_speaker_reads_with_its_own_tokenizer(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    monkeypatch.setattr("unisd.commands.load_any", lambda name, **_: (f"model of {name}", f"tokenizer of {name}"))
-    monkeypatch.setattr("unisd.commands._answer", lambda model, tokenizer, *_: used.append((model, tokenizer)) or "")
+    monkeypatch.setattr("unisd.cli.chat.load_any", lambda name, **_: (f"model of {name}", f"tokenizer of {name}"))
+    monkeypatch.setattr("unisd.cli.chat._answer", lambda model, tokenizer, *_: used.append((model, tokenizer)) or "")
     assert main(["chat", str(model_dir), "--compare", "other", "--prompt", "x"]) == 0
     assert used == [(f"model of {name}", f"tokenizer of {name}") for name in ("other", model_dir)]

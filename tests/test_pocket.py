@@ -9,16 +9,18 @@ import time
 import pytest
 import torch
 
-from unisd.diagnostics import load_words
+from experiments.pocket_base import check
+from experiments.pocket_base.documents import DocumentSampler
+from experiments.pocket_base.hedging import HedgingSampler
+from experiments.pocket_base.pretrain import Muon, encode, make_batch, pretrain, rate
 from unisd.errors import UserError
-from unisd.pocket import BASE_DIR, check
+from unisd.monitoring.diagnostics import load_words
+from unisd.pocket import BASE_DIR
 from unisd.pocket.expressions import ExpressionError, equivalent, evaluate
-from unisd.pocket.hedging import DOUBTS, HedgingSampler
-from unisd.pocket.pretrain import Muon, encode, make_batch, pretrain, rate
 from unisd.pocket.skills import SKILLS
-from unisd.pocket.world import DocumentSampler, make_world, teacher_messages, wrong_values
+from unisd.pocket.task import DOUBTS, NUM_CONTEXTS, SIZES, PocketTask, extract, problems
+from unisd.pocket.world import make_world, teacher_messages, wrong_values
 from unisd.tasks import get
-from unisd.tasks.pocket import NUM_CONTEXTS, SIZES, PocketTask, extract, problems
 
 ALL_SPLITS = PocketTask.splits
 HOSTILE = (
@@ -259,7 +261,7 @@ def test_muon_and_schedule():
 
 @pytest.mark.parametrize("variant", ["base", "hedging"])
 def test_pretraining_resumes_exactly(tmp_path, monkeypatch, variant):
-    from unisd.pocket import pretrain as module
+    from experiments.pocket_base import pretrain as module
 
     monkeypatch.setattr(module, "ROWS", 2)
     monkeypatch.setattr(module, "SAVE_EVERY", 2)

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisd.attention import frugal_sdpa
-from unisd.backbone import Backbone, lay_out
-from unisd.prefixes import LEAST, can_share, lay_out_shared, shared_batches
+from unisd.backbone import Backbone
+from unisd.batching import lay_out
+from unisd.kernels.attention import frugal_sdpa
+from unisd.scoring.prefix_sharing import LEAST, can_share, lay_out_shared, shared_batches
 
 TRUNK, BRANCH = list(range(3, 3 + LEAST + 4)), list(range(60, 60 + LEAST))
 SEQUENCES = [

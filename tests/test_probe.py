@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tiny
 
-from unisd.cli import main
-from unisd.probe import SIDE_ROWS, Probe, advice
-from unisd.prompts import PromptBuilder
+from unisd.cli.main import main
+from unisd.data.prompts import PromptBuilder
+from unisd.evaluation.teacher_probe import SIDE_ROWS, Probe, advice
 
 
 def test_pocket_probe_finds_the_headroom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

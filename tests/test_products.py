@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from unisd import products
-from unisd.adapters import fast_maps
-from unisd.products import FEW, ROWS, add_outer, linear, outer, product
+from unisd.kernels import cpu_linear as products
+from unisd.kernels.cpu_linear import FEW, ROWS, add_outer, linear, outer, product
+from unisd.kernels.lora import fast_maps
 
 with_onednn = pytest.mark.skipif(not products._has_onednn(), reason="this processor's torch has no oneDNN")
 SHAPES = [(4096, 512), (512, 4096), (2048, 1024)]  # outputs, inputs: of one row already worth oneDNN's overhead

@@ -16,11 +16,16 @@ from test_invariants import assert_same, gradients, trainer
 from torch import Tensor
 
 from unisd import UniSDConfig
-from unisd.divergences import Contrast, contrast_hinge
 from unisd.errors import UserError
-from unisd.losses import DivergenceSpec, Head, chunked_loss
-from unisd.mechanisms import StepScores, agreement_sequence, agreement_token, quantile_clip, step_coefficients
-from unisd.step import budgeted, most_uncertain
+from unisd.losses.chunked import chunked_loss
+from unisd.losses.head import Head
+from unisd.methods.aggregation import step_coefficients
+from unisd.methods.agreement import agreement_sequence, agreement_token
+from unisd.methods.divergence import DivergenceSpec
+from unisd.methods.scores import StepScores
+from unisd.methods.terms import Contrast, contrast_hinge, quantile_clip
+from unisd.scoring.requests import budgeted
+from unisd.training.coefficients import most_uncertain
 
 F64 = torch.float64
 quick = settings(max_examples=30, deadline=None)

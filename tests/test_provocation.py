@@ -1,6 +1,6 @@
 """Alarms proved by provocation on the pocket model: runs made to go wrong raise theirs in time, healthy ones raise none.
 
-Each run takes minutes, so these are left to `pytest -m slow tests/test_provocation.py`; `python -m unisd.pocket.provoke` runs the same
+Each run takes minutes, so these are left to `pytest -m slow tests/test_provocation.py`; `python -m experiments.pocket_alarms` runs the same
 cells, and writes them down.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from unisd.pocket import provoke
+from experiments import pocket_alarms as provoke
 
 
 @pytest.fixture(scope="module")

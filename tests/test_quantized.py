@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unisd import UniSDConfig, UniSDTrainer
-from unisd.models import load_model_and_tokenizer
+from unisd.models.load import load_model_and_tokenizer
 from unisd.pocket import BASE_DIR
 from unisd.tasks import get
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import DATA, needs_data
 
-from unisd import gguf_cache
-from unisd.cli import main
+from unisd.cli.main import main
+from unisd.models import gguf as gguf_cache
 from unisd.tasks import get
 
 pytestmark = pytest.mark.real

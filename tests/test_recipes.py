@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from unisd import recipes
-from unisd.cli import main
+from unisd.cli.main import main
+from unisd.cli.parsing import parse
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
-from unisd.mechanisms import parse_weight
-from unisd.parsing import parse
-from unisd.targets import parse_target
+from unisd.methods.registry import parse_weight
+from unisd.methods.targets import parse_target
 
 FIELD = ("dash", "pw-opsd", "avsd", "opsd-ectr", "demopsd", "purified-opsd")
 FIELDS = {field.name for field in dataclasses.fields(UniSDConfig)} | {"agreement_contexts"}  # of the rows, but part of a method

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 import yaml
 from test_study import FakeExecutor, carried_out, study
 
-from unisd.cli import main
+from unisd.cli.main import main
 from unisd.report import plots
 from unisd.report.html import clean, data_block, escape, page, table
 from unisd.report.supervision import MAX_SHOWN, shades, spread, supervision

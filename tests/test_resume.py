@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_invariants import STAR, trainer
 
 from unisd import UserError
-from unisd.checkpoints import last_complete_checkpoint, problem_of
+from unisd.training.checkpoints import last_complete_checkpoint, problem_of
 
 STEPS = 7
 

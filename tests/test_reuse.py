@@ -14,10 +14,11 @@ import torch
 from test_invariants import STAR, trainer
 
 from unisd import StepScores, UniSDConfig, UserError
-from unisd.mechanisms import parse_weight
-from unisd.reuse import RepeatedSteps, RolloutStore, behaviour_logp, importance_ratio, importance_stats
-from unisd.rollout import Completion
-from unisd.step import loss_coefficients
+from unisd.methods.aggregation import importance_ratio, importance_stats
+from unisd.methods.registry import parse_weight
+from unisd.rollout.engine import Completion
+from unisd.rollout.replay import RepeatedSteps, RolloutStore, behaviour_logp
+from unisd.training.coefficients import loss_coefficients
 
 NAN = math.nan
 
@@ -161,7 +162,7 @@ def test_engine_with_other_log_probabilities_is_corrected(tmp_path: Path, cap: f
     plain = trainer(tmp_path / "plain", max_steps=1)
     plain.train()
     model = tiny.model()
-    from unisd.rollout import TransformersEngine
+    from unisd.rollout.transformers_engine import TransformersEngine
 
     engine = Shifted(TransformersEngine(model, [2], 0), 0.3)
     built = trainer(tmp_path / "engine", model=model, max_steps=1, importance_cap=cap, engine=engine)

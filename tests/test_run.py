@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from unisd import evaluation, measure, run
-from unisd.cli import main
-from unisd.models import load_model_and_tokenizer
-from unisd.parsing import parse
+from unisd.cli.main import main
+from unisd.cli.parsing import parse
+from unisd.evaluation.accuracy import generate_greedy
+from unisd.models.load import load_model_and_tokenizer
+from unisd.run import measure
+from unisd.run import train as run
 
 ROWS = [{"prompt": f"What is {i} and {i}?", "privileged_context": f"It is {2 * i}."} for i in range(10)]
 SHORT = ["--max_steps", "2", "--max_completion_length", "6", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2"]
@@ -96,7 +99,7 @@ def test_pocket_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     # The README's first command works twice: nothing of the first run is touched.
     options, config = parse([])
-    from unisd.outputs import choose_output_dir
+    from unisd.run.outputs import choose_output_dir
 
     assert choose_output_dir(options, config, "pocket")[0].name == "unisd-star-pocket-pocket-2"
 
@@ -237,18 +240,19 @@ def test_overwriting_removes_only_what_a_run_wrote(own: list[str], tmp_path: Pat
 def test_answers_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """How far a model has drifted is read off the answers that its accuracy was measured by, before and after."""
     batches: list[int] = []
-    written = evaluation.generate_greedy
+    written = generate_greedy
 
     def watched(model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Any:
         batches.append(len(prompts))
         return written(model, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr(evaluation, "generate_greedy", watched)
+    for name in ("accuracy", "retention"):  # by name: the package re-exports functions called like its modules
+        monkeypatch.setattr(importlib.import_module(f"unisd.evaluation.{name}"), "generate_greedy", watched)
     flags = ["--max_steps", "1", "--max_train_rows", "8", "--max_eval_rows", "6", "--max_completion_length", "8"]
     assert main(["train", *flags, "--output_dir", str(tmp_path / "out")]) == 0
     assert batches == [6, 6, 6, 6]  # task and old skills, before and after
     found = json.loads((tmp_path / "out" / "results.json").read_text())["after"]["retention_ppl"]
-    monkeypatch.setattr("unisd.run.drift", lambda *args: measure.drift(*args[:-1]))
+    monkeypatch.setattr("unisd.run.train.drift", lambda *args: measure.drift(*args[:-1]))
     assert main(["train", *flags, "--output_dir", str(tmp_path / "anew")]) == 0
     assert batches[4:] == [6] * 6
     anew = json.loads((tmp_path / "anew" / "results.json").read_text())["after"]["retention_ppl"]

@@ -11,13 +11,13 @@ import tiny
 import torch
 
 from unisd import UniSDConfig, UniSDTrainer
-from unisd.artefacts import read_lines
-from unisd.before import key_of, measured_once
-from unisd.cost import account, cost_of, energy_of, peak_memory
-from unisd.inputs import RunData
+from unisd.cli.parsing import parse
+from unisd.files import read_lines
 from unisd.memory import ModelSize
-from unisd.parsing import parse
-from unisd.samples import MAX_RECORDS, SampleRecorder, token_texts
+from unisd.monitoring.cost import account, cost_of, energy_of, peak_memory
+from unisd.monitoring.token_records import MAX_RECORDS, SampleRecorder, token_texts
+from unisd.run.baseline import key_of, measured_once
+from unisd.run.inputs import RunData
 
 STAR: dict[str, Any] = {
     "agreement": "token",
@@ -192,10 +192,10 @@ def test_the_key_of_before_covers_what_it_depends_on() -> None:
 
 def test_the_peak_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("unisd.cost.resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=1 << 20))
+    monkeypatch.setattr("unisd.monitoring.cost.resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=1 << 20))
     found = []
     for system in ("linux", "darwin"):
-        monkeypatch.setattr("unisd.cost.sys.platform", system)
+        monkeypatch.setattr("unisd.monitoring.cost.sys.platform", system)
         found.append(peak_memory()[0])
     assert found == [1 << 30, 1 << 20]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from unisd import sandbox
 from unisd.errors import UserError
+from unisd.tasks import sandbox
 
 pytestmark = pytest.mark.sandbox
 
@@ -1011,7 +1011,7 @@ def test_attacks_leave_nothing_behind(host, attacked):
 
 DRIVER = lines("""
     import json, sys
-    from unisd import sandbox
+    from unisd.tasks import sandbox
     given = json.load(open(sys.argv[1]))
     if sandbox.check() is not None:
         print(json.dumps({"cannot": sandbox.check()}))

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from unisd.artefacts import append_line, read_lines
-from unisd.cli import main
+from unisd.cli import study as command
+from unisd.cli.main import main
 from unisd.errors import UserError
-from unisd.study import analysis, command, recommend, runner
+from unisd.files import append_line, read_lines
+from unisd.study import analysis, recommend, runner
 from unisd.study.design import Study, cells_of, from_dict, runs_of
 from unisd.study.executor import Finished, Job, LocalExecutor
 from unisd.study.store import DONE, FAILED, Store

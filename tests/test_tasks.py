@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import DATA, needs_data
 
-from unisd import sandbox, tasks
-from unisd.contamination import contamination
+from unisd import tasks
+from unisd.cli.contamination import contamination
 from unisd.errors import UserError
+from unisd.tasks import sandbox
 from unisd.tasks.code import mutants
 
 # task, files, options, rows by split
@@ -128,7 +129,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 def test_gpqa_and_humaneval_are_for_evaluation_only(tmp_path):
-    from unisd.cli import main
+    from unisd.cli.main import main
 
     rows = [
         {"Question": f"Which {i}?", "Correct Answer": "yes", "Incorrect Answer 1": "no", "Incorrect Answer 2": "maybe",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, T
 
 import unisd.trainer
 from unisd import UniSDConfig, UniSDTrainer, UserError, recipes
-from unisd.prompts import encode_completion
+from unisd.data.prompts import encode_completion
 
 
 def with_a_vision_tower() -> Any:

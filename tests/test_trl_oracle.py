@@ -21,8 +21,11 @@ from trl.experimental.sdft import loss_utils
 from trl.experimental.sdft.sdft_trainer import SDFTTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from unisd.losses import DivergenceSpec, Head, chunked_loss, plain_loss
-from unisd.mechanisms import step_coefficients
+from unisd.losses.chunked import chunked_loss
+from unisd.losses.head import Head
+from unisd.losses.plain import plain_loss
+from unisd.methods.aggregation import step_coefficients
+from unisd.methods.divergence import DivergenceSpec
 
 ALPHAS = [0.0, 0.5, 1.0]
 B, T, H, V = 4, 6, 16, 50

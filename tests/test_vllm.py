@@ -21,11 +21,12 @@ import pytest
 import torch
 from serving import passing_on
 
-from unisd import models, trainer
-from unisd.cli import main
-from unisd.prompts import encode_prompt
-from unisd.rollout import Sampling
-from unisd.vllm_rollout.server import COMPLETIONS, ServerEngine
+from unisd import trainer
+from unisd.cli.main import main
+from unisd.data.prompts import encode_prompt
+from unisd.models import load as models
+from unisd.rollout.engine import Sampling
+from unisd.rollout.vllm.server import COMPLETIONS, ServerEngine
 
 pytestmark = pytest.mark.vllm
 

@@ -19,10 +19,13 @@ from peft import LoraConfig, get_peft_model
 from serving import StandIn, serving
 from test_invariants import STAR, trainer
 
-from unisd import UniSDConfig, UserError, checkpoints, patient_http
-from unisd.rollout import RolloutError, Sampling
-from unisd.vllm_rollout import common
-from unisd.vllm_rollout.server import ServerEngine
+from unisd import UniSDConfig, UserError
+from unisd import http_client as patient_http
+from unisd.errors import RolloutError
+from unisd.rollout.engine import Sampling
+from unisd.rollout.vllm import common
+from unisd.rollout.vllm.server import ServerEngine
+from unisd.training import checkpoints
 
 PROMPTS = [[1, 10, 11], [1, 12], [1, 13, 14, 15]]
 SAMPLING = Sampling(max_new_tokens=6, temperature=0.7)
@@ -401,7 +404,7 @@ def test_the_plugin_imports_little() -> None:
     import subprocess
     import sys
 
-    code = "import sys, unisd.vllm_rollout.plugin; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    code = "import sys, unisd.rollout.vllm.plugin; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

@@ -16,10 +16,10 @@ _PUBLIC = {
     "UniSDConfig": "unisd.config",
     "UniSDTrainer": "unisd.trainer",
     "UserError": "unisd.errors",
-    "StepScores": "unisd.mechanisms",
-    "register_weight": "unisd.mechanisms",
-    "TargetInputs": "unisd.targets",
-    "register_target": "unisd.targets",
+    "StepScores": "unisd.methods.scores",
+    "register_weight": "unisd.methods.registry",
+    "TargetInputs": "unisd.methods.scores",
+    "register_target": "unisd.methods.targets",
 }
 __all__ = [
     "StepScores",
@@ -35,8 +35,9 @@ __all__ = [
 if TYPE_CHECKING:
     from unisd.config import UniSDConfig
     from unisd.errors import UserError
-    from unisd.mechanisms import StepScores, register_weight
-    from unisd.targets import TargetInputs, register_target
+    from unisd.methods.registry import register_weight
+    from unisd.methods.scores import StepScores, TargetInputs
+    from unisd.methods.targets import register_target
     from unisd.trainer import UniSDTrainer
 
 

@@ -12,10 +12,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from unisd.data.privilege import LEVELS
 from unisd.errors import UserError
-from unisd.levels import LEVELS
-from unisd.losses import DivergenceSpec, check_token_clip
-from unisd.mechanisms import NORMALIZERS
+from unisd.methods.divergence import DivergenceSpec, check_token_clip
+from unisd.methods.scores import NORMALIZERS
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,13 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; a `|` in a cell is escaped."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (header, *rows)]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+
+
 SILENT_S = 3.0  # seconds before a progress bar appears
 PLAIN_LINES = 20
 """Progress lines of a run whose output is not a terminal."""

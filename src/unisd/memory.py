@@ -2,18 +2,69 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from unisd import fused
-from unisd.adapters import mergeable
 from unisd.config import UniSDConfig
-from unisd.losses import chunk_bytes
-from unisd.targets import parse_target
+from unisd.errors import OutOfMemory
+from unisd.kernels.lora import mergeable
+from unisd.losses import triton_kernels as fused
+from unisd.losses.chunked import chunk_bytes
+from unisd.methods.targets import parse_target
+
+Result = TypeVar("Result")
+
+
+# ---------------------------------------------------------------------------------------------------- out of memory
+
+
+ROW_TOO_LARGE = "a single row does not fit into memory: lower max_completion_length, or set gradient_checkpointing."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of any device, as torch and Python say it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    )
+
+
+def release_memory() -> None:
+    """After the exception is gone, whose frames held the tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def smaller_until_it_fits(
+    work: Callable[[int], Result], size: int, least: int = 1, *, remedy: str = ROW_TOO_LARGE, together: str | None = None
+) -> tuple[Result, int]:
+    """`work(size)`, and where memory runs out `work` of half the size, and so on; also returns the size that fitted.
+
+    remedy: what to say where the least size does not fit.
+    together: the option that sets the size, where all ranks compute as one and none can go back alone.
+
+    Raises:
+        OutOfMemory: the least size does not fit either, or all ranks compute together.
+    """
+    while True:
+        try:
+            return work(size), size
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size <= least:
+                raise OutOfMemory(remedy) from error
+            if together is not None:
+                raise OutOfMemory(f"memory ran out: set {together} below {size}, and resume from the last checkpoint.") from error
+        size = max(least, size // 2)
+        release_memory()
+
 
 MIB = 1 << 20
 CHUNK_BUFFERS = 2

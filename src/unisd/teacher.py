@@ -2,7 +2,7 @@
 
 Under LoRA and QLoRA that is a copy of the adapter's factors (the base weights exist once); under full fine-tuning it is one extra copy
 of the model. Swapping storage is exact: nothing is merged, added or subtracted (method: trap 10). Of a model that is spread over
-processes, each has the values of its own shards (:mod:`unisd.sharding`).
+processes, each has the values of its own shards (:mod:`unisd.distributed.sharding`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unisd import sharding
+from unisd.distributed import sharding
 from unisd.errors import UserError
 
 STATE_FILE = "teacher.safetensors"

@@ -24,48 +24,43 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
-from unisd import heap, sharding
-from unisd.artefacts import METRICS
-from unisd.attention import PACKED_FROM, avoid_plans, packs_well
-from unisd.backbone import Backbone, Batch
-from unisd.completions import CompletionSource
+from unisd.backbone import Backbone
+from unisd.batching import Batch
 from unisd.config import UniSDConfig
-from unisd.data import Row, prepare_rows
+from unisd.data.prompts import PromptBuilder
+from unisd.data.rows import Row, prepare_rows
+from unisd.distributed import sharding
+from unisd.distributed.collectives import gather_scores, on_all_ranks
 from unisd.errors import UserError
-from unisd.guards import smaller_until_it_fits
-from unisd.losses import Contrast, Head, chunked_loss, plain_loss
-from unisd.mechanisms import StepScores, feature_distance, parse_weight, quantile_clip
-from unisd.memory import default_token_budget
-from unisd.metrics import StepMetrics
-from unisd.models import eos_ids, load_model_and_tokenizer, with_adapter
-from unisd.observing import Observer, Probes
-from unisd.prefixes import can_share
-from unisd.prompts import PromptBuilder
-from unisd.reuse import RepeatedSteps, RolloutStore, behaviour_logp, with_logps
-from unisd.rollout import Completion, Engine, Sampling, TransformersEngine
-from unisd.safety import SafeTrainer, on_all_ranks
-from unisd.scoring import Scorer, ScoringRow, TeacherStates, teacher_head
-from unisd.step import (
-    InForward,
-    alike,
-    check_data_serves,
-    drawn_scores,
-    gather_scores,
-    idle_agreement,
-    loss_coefficients,
-    micro_batch,
-    most_uncertain,
-    needed_views,
-    reliability,
-    rows_to_fill,
-    scored_sources,
-)
-from unisd.step_callback import StepCallback
-from unisd.targets import parse_target
+from unisd.files import METRICS
+from unisd.kernels import cpu_memory as heap
+from unisd.kernels.attention import PACKED_FROM, avoid_plans, packs_well
+from unisd.losses.chunked import chunked_loss
+from unisd.losses.head import Head
+from unisd.losses.plain import plain_loss
+from unisd.memory import default_token_budget, smaller_until_it_fits
+from unisd.methods.registry import parse_weight
+from unisd.methods.scores import StepScores
+from unisd.methods.targets import parse_target
+from unisd.methods.terms import Contrast, feature_distance, quantile_clip
+from unisd.models.load import eos_ids, load_model_and_tokenizer, with_adapter
+from unisd.monitoring.metrics import StepMetrics
+from unisd.monitoring.observer import Observer, Probes
+from unisd.rollout.engine import Completion, Engine, Sampling
+from unisd.rollout.replay import RepeatedSteps, RolloutStore, behaviour_logp, with_logps
+from unisd.rollout.sources import CompletionSource
+from unisd.rollout.transformers_engine import TransformersEngine
+from unisd.rollout.vllm.build import build_engine
+from unisd.rollout.vllm.common import logps_compare
+from unisd.scoring.prefix_sharing import can_share
+from unisd.scoring.requests import Views
+from unisd.scoring.scorer import Scorer, ScoringRow, TeacherStates, teacher_head
 from unisd.teacher import STATE_FILE, Teacher
-from unisd.views import Views
-from unisd.vllm_rollout.build import build_engine
-from unisd.vllm_rollout.common import logps_compare
+from unisd.training.coefficients import InForward, idle_agreement, loss_coefficients, most_uncertain, reliability
+from unisd.training.fault_tolerant_trainer import SafeTrainer
+from unisd.training.micro_batch import alike, micro_batch, rows_to_fill
+from unisd.training.plan import check_data_serves, drawn_scores, needed_views, scored_sources
+from unisd.training.step_callback import StepCallback
 
 logger = logging.getLogger(__name__)
 
@@ -456,8 +451,8 @@ class UniSDTrainer(SafeTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """`eval_loss` (nats per token of the reference, given the plain prompt) and, with a grader, greedy `eval_accuracy`."""
-        from unisd.evaluation import reference_nll
-        from unisd.grading import grade_many
+        from unisd.evaluation.grading import grade_many
+        from unisd.evaluation.likelihood import reference_nll
 
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
@@ -516,7 +511,7 @@ class UniSDTrainer(SafeTrainer):
             other.load(checkpoint, f"teacher-{name}.safetensors")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """See :class:`unisd.safety.SafeTrainer`. Raises `UserError` if there are no training rows."""
+        """See :class:`unisd.training.fault_tolerant_trainer.SafeTrainer`. Raises `UserError` if there are no training rows."""
         if not self.rows:
             raise UserError("there are no training rows: give train_dataset.")
         checkpointed = self.args.gradient_checkpointing and self.args.device.type == "cpu" and not sharding.is_sharded(self.model)

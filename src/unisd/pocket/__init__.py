@@ -3,6 +3,8 @@
 `BASE_DIR` is a transformers model directory (weights, tokenizer with chat template, model card).
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 BASE_DIR = Path(__file__).parent / "base"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unisd.alarms import silence
+from unisd.monitoring.alarms import silence
 from unisd.report import plots
 from unisd.report.html import escape, section
 

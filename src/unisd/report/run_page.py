@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unisd.alarms import Watch
-from unisd.artefacts import ANSWERS, METRICS, RESULTS, SAMPLES, read_lines
 from unisd.errors import UserError
+from unisd.files import ANSWERS, METRICS, RESULTS, SAMPLES, read_lines
+from unisd.monitoring.alarms import Watch
 from unisd.report import plots
 from unisd.report.health import health
 from unisd.report.html import escape, page, section, table, tiles

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unisd.artefacts import read_yaml
 from unisd.errors import UserError
+from unisd.files import read_yaml
 
 Levels = dict[str, str]
 Options = dict[str, Any]

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from unisd.artefacts import write_json
-from unisd.pages import markdown_table
+from unisd.console import markdown_table
+from unisd.files import write_json
 from unisd.study.design import Study
 from unisd.study.estimate import ONE_RUN, Estimate
 

@@ -29,7 +29,7 @@ def check(runs: Sequence[Run], study: Study) -> None:
     Raises:
         UserError: options that `unisd train` refuses, or a mechanism that is off in the recipe and cannot be studied.
     """
-    from unisd.parsing import resolve, train_parser
+    from unisd.cli.parsing import resolve, train_parser
 
     parser = train_parser("unisd study")
     seen: set[str] = set()
@@ -69,7 +69,7 @@ def command_of(run: Run, store: Store) -> tuple[str, ...]:
 def _has_checkpoint(folder: Path) -> bool:
     if not any(folder.glob("checkpoint-*")):
         return False
-    from unisd.checkpoints import last_complete_checkpoint
+    from unisd.training.checkpoints import last_complete_checkpoint
 
     return last_complete_checkpoint(folder) is not None
 
@@ -182,8 +182,8 @@ def _distance(cell: Cell, study: Study) -> int:
 
 def _calibrate(run: Run, store: Store, executor: Executor) -> float:
     """Time a very short run of the costliest cell, and stretch it: load + evaluation by rows + training by steps."""
-    from unisd.inputs import load_data
-    from unisd.parsing import resolve, train_parser
+    from unisd.cli.parsing import resolve, train_parser
+    from unisd.run.inputs import load_data
 
     parser = train_parser()
     options, config = resolve(parser, parser.from_dict(run.options, "calibration"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from unisd import __version__
-from unisd.artefacts import ANSWERS, METRICS, RESULTS, append_line, read_lines
+from unisd.files import ANSWERS, METRICS, RESULTS, append_line, read_lines
 from unisd.processes import lock
 from unisd.study.design import Run
 

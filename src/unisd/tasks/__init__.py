@@ -26,7 +26,7 @@ __all__ = ["Grade", "Row", "Task", "get", "names"]
 ENTRY_POINT_GROUP = "unisd.tasks"
 
 _BUILT_IN: dict[str, str] = {
-    "pocket": "unisd.tasks.pocket:PocketTask",
+    "pocket": "unisd.pocket.task:PocketTask",
     "new_facts": "unisd.tasks.new_facts:NewFactsTask",
     "gsm8k": "unisd.tasks.gsm8k:GSM8KTask",
     "scienceqa": "unisd.tasks.scienceqa:ScienceQATask",

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unisd.data import load_file
+from unisd.data.rows import load_file
+from unisd.data.text import NEAR, contains, jaccard, shingles, words
 from unisd.errors import UserError
-from unisd.similarity import NEAR, contains, jaccard, shingles, words
 from unisd.tasks.base import Row, Task
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ import ast
 import random
 from collections.abc import Iterator
 
-from unisd import sandbox
 from unisd.errors import UserError
-from unisd.graders import extract_code
+from unisd.tasks import sandbox
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark
+from unisd.tasks.graders import extract_code
 
 TRIES = 12  # mutants of a reference that are run before it goes without a wrong version
 

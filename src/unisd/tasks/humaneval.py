@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import random
 
-from unisd.graders import extract_code
 from unisd.tasks.base import Row
 from unisd.tasks.benchmark import Problem, Raw
 from unisd.tasks.code import CodeTask, fenced
+from unisd.tasks.graders import extract_code
 
 
 class HumanEvalTask(CodeTask):

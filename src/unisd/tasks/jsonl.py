@@ -10,16 +10,16 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from unisd.data import check_prompt
+from unisd.data.rows import check_prompt
 from unisd.errors import UserError
-from unisd.graders import GRADERS
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
+from unisd.tasks.graders import GRADERS
 
 
 class JsonlTask(Benchmark):
     """Args:
-    grader: a name of `unisd.graders.GRADERS`; `code` takes the answer as tests.
+    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the answer as tests.
     prompt_column, answer_column: where the rows hold them. `privileged_context` (default: the answer) is the reference;
         `auxiliary_contexts` and `negative_context` are taken as they are.
     """

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unisd.errors import UserError
-from unisd.graders import choice
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem
+from unisd.tasks.graders import choice
 
 LETTERS = "ABCDEFGHIJ"
 REASONED = 'Reason briefly, then end with "Answer: <letter>".'

@@ -17,7 +17,7 @@ from pathlib import Path
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, as_list
-from unisd.tool_calls import ToolStep, extract_calls, grade_calls
+from unisd.tasks.tool_calls import ToolStep, extract_calls, grade_calls
 
 FORM = (
     "Answer with the calls that are needed, in order, each as two lines:\nAction: <function>\nAction Input: <JSON object>\n"

@@ -1,0 +1,86 @@
+"""Token sequences laid out for one forward pass: end to end in one row, or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Sequences laid out for one forward pass, packed in one row or right-padded."""
+
+    input_ids: Tensor  # [B,L]; B = 1 when packed
+    position_ids: Tensor  # [B,L]
+    attention_mask: Tensor | None  # [B,L] when padded, None when packed
+    starts: list[int]  # flat index (into B*L) of each row's first token
+    bounds: Tensor | None = None  # the same on the device as int32, and the end, where packed
+    contexts: list[list[slice]] | None = None  # of each row the spans that it continues, where rows share their beginnings
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What :func:`unisd.kernels.attention.frugal_sdpa` is to be told of a packed row."""
+        shared = {} if self.contexts is None else {"row_contexts": self.contexts}
+        return {"row_starts": self.starts, "row_bounds": self.bounds, **shared} if self.packed else {}
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward."""
+        kept = {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": self.attention_mask}
+        return {name: value for name, value in kept.items() if value is not None}
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences lie end to end in one row."""
+        return self.attention_mask is None
+
+
+def lay_out(sequences: Sequence[Sequence[int]], packed: bool, pad_id: int, device: torch.device | str) -> Batch:
+    """Lay token sequences out for one forward pass: end to end with restarting positions, or padded on the right."""
+    lengths = [len(sequence) for sequence in sequences]
+    if packed:
+        flat = [token for sequence in sequences for token in sequence]
+        positions = [position for length in lengths for position in range(length)]
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        bounds = torch.tensor([*starts, len(flat)], dtype=torch.int32, device=device)
+        return Batch(torch.tensor([flat], device=device), torch.tensor([positions], device=device), None, starts, bounds)
+    longest = max(lengths)
+    ids = torch.full((len(sequences), longest), pad_id)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        ids[i, : lengths[i]] = torch.tensor(sequence)
+        mask[i, : lengths[i]] = 1
+    positions_BL = torch.arange(longest).expand(len(sequences), longest).contiguous()
+    starts = [i * longest for i in range(len(sequences))]
+    return Batch(ids.to(device), positions_BL.to(device), mask.to(device), starts)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far apart, relative to the largest value, two ways to compute the same may be."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether no value is further off than `tolerance` of the largest."""
+    scale = b.float().abs().max().clamp_min(1e-6)
+    return bool((a.float() - b.float()).abs().max() <= tolerance * scale)
+
+
+def forward_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
+    """Group sequences, longest first, so that no forward pass holds more than `budget` tokens (or a single sequence)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    used = 0
+    for i in order:
+        cost = lengths[i] if packed or not batches else lengths[batches[-1][0]]
+        if not batches or used + cost > budget:
+            batches.append([])
+            used = 0
+            cost = lengths[i]
+        batches[-1].append(i)
+        used += cost
+    return batches

@@ -1,0 +1,5 @@
+import sys
+
+from unisd.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,102 @@
+"""`unisd merge` and `unisd chat`: what one does with a saved model; and what the small commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from unisd.cli.merge import _is_adapter, load_any
+from unisd.cli.parser import CommandParser, add_trust, at_least_one
+from unisd.errors import UserError
+
+
+def chat(arguments: list[str]) -> int:
+    """Answer prompts, one by one (no memory), if wanted beside the base model."""
+    parser = CommandParser("chat", "Try a model; each prompt stands alone, as in training.")
+    parser.add_argument("folder", metavar="DIR", help="model or adapter folder, or a model name")
+    parser.add_argument("--compare", metavar="BASE", help="another model beside it; `base`: the one it was adapted from")
+    parser.add_argument("--prompt", help="answer this one prompt and end")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    add_trust(parser)
+    options = parser.parse(arguments)
+    if options is None:
+        return 0
+
+    at_least_one(max_new_tokens=options.max_new_tokens)
+    from unisd.console import make_console, quiet_libraries, show_answers
+
+    quiet_libraries()
+    console = make_console()
+    model, tokenizer = load_any(options.folder, trust_remote_code=options.trust_remote_code)
+    speakers: list[tuple[str, Any, Any, bool]] = [(options.folder, model, tokenizer, False)]
+    if options.compare == "base" and _is_adapter(options.folder):
+        speakers.insert(0, ("base", model, tokenizer, True))
+    elif options.compare is not None:
+        name = _base_of(options.folder) if options.compare == "base" else options.compare
+        speakers.insert(0, (name, *load_any(name, trust_remote_code=options.trust_remote_code), False))
+
+    def answer(prompt: str, number: int) -> None:
+        texts = []
+        for name, speaker, own_tokenizer, bare in speakers:
+            with speaker.disable_adapter() if bare else nullcontext():
+                texts.append((name, _answer(speaker, own_tokenizer, prompt, options, number)))
+        show_answers(console, texts)
+
+    if options.prompt is not None:
+        answer(options.prompt, 0)
+    elif not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+        if not prompt:
+            raise UserError("there is no prompt: give --prompt TEXT, or text on standard input.")
+        answer(prompt, 0)
+    else:
+        _read_and_answer(answer)
+    return 0
+
+
+def _read_and_answer(answer: Any) -> None:
+    print("an empty line or Ctrl-D ends")
+    number = 0
+    while True:
+        try:
+            prompt = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if not prompt:
+            return
+        answer(prompt, number)
+        number += 1
+
+
+def _answer(model: Any, tokenizer: Any, prompt: str, options: argparse.Namespace, number: int) -> str:
+    from unisd.data.prompts import encode_prompt
+    from unisd.models.load import eos_ids
+    from unisd.rollout.engine import Sampling
+    from unisd.rollout.transformers_engine import generate
+
+    ends = eos_ids(model, tokenizer)
+    completion = generate(
+        model,
+        [encode_prompt(tokenizer, prompt)],
+        Sampling(options.max_new_tokens, options.temperature or 1.0),
+        eos_ids=ends,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
+        keys=[(options.seed, 0, number, 0)] if options.temperature > 0 else None,
+    )[0]
+    return str(tokenizer.decode(completion.ids, skip_special_tokens=True))
+
+
+def _base_of(folder: str) -> str:
+    """The model that a run of ours started from."""
+    try:
+        name = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder} has no results.json that names its base: give it, --compare MODEL.") from None
+    return str(name)

@@ -1,0 +1,96 @@
+"""Do test problems occur in the training rows? `python -m unisd.cli.contamination TASK [--data_files F ...]` counts and shows them.
+
+Exact: the same words in the same order, whatever case, punctuation and spacing. Near: the Jaccard similarity of their sets of word
+triples is at least 0.8. What a task writes around each problem (instructions, option letters) counts for little in long prompts and
+for much in short ones, so problems are compared without lines that most prompts share.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unisd import tasks
+from unisd.cli.parser import CommandParser
+from unisd.console import make_console, show_table
+from unisd.data.text import NEAR, prompt_text, shingles, words
+from unisd.errors import UserError
+from unisd.tasks.base import Row
+
+COMMON_LINE = 0.5  # a line in more than this share of the prompts is the task's own wording
+
+
+@dataclass(frozen=True)
+class Report:
+    """Test rows that occur in the training rows: pairs of (test id, train id)."""
+
+    test: int
+    exact: list[tuple[str, str]]
+    near: list[tuple[str, str]]
+
+
+def contamination(train: Sequence[Row], test: Sequence[Row]) -> Report:
+    """Each test row at most once, exact before near."""
+    common = _common_lines([*train, *test])
+    known = [(str(row["id"]), _words(row, common)) for row in train]
+    exact_index = {found: name for name, found in known}
+    parts_of = {name: shingles(found) for name, found in known}
+    posting: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, parts in parts_of.items():
+        for part in parts:
+            posting[part].append(name)
+    exact, near = [], []
+    for row in test:
+        found = _words(row, common)
+        if found in exact_index:
+            exact.append((str(row["id"]), exact_index[found]))
+            continue
+        mine = shingles(found)
+        shared = Counter(name for part in mine for name in posting.get(part, ()))
+        for name, count in shared.most_common(20):
+            if count / (len(mine) + len(parts_of[name]) - count) >= NEAR:
+                near.append((str(row["id"]), name))
+                break
+    return Report(len(test), exact, near)
+
+
+def _common_lines(rows: Sequence[Row]) -> set[str]:
+    counts = Counter(line for row in rows for line in set(prompt_text(row["prompt"]).splitlines()))
+    return {line for line, count in counts.items() if count > max(1, COMMON_LINE * len(rows))}
+
+
+def _words(row: Row, common: set[str]) -> tuple[str, ...]:
+    return words("\n".join(line for line in prompt_text(row["prompt"]).splitlines() if line not in common))
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = CommandParser("contamination", __doc__ or "")
+    parser.add_argument("task", metavar="TASK", help=f"one of {', '.join(tasks.names())}")
+    parser.add_argument("--data_files", nargs="+")
+    parser.add_argument("--task_options", nargs="+", metavar="NAME=VALUE")
+    options = parser.parse(arguments)
+    if options is None:
+        return 0
+    task = tasks.from_flags(options.task, options.data_files, options.task_options)
+    if task.evaluation_only:
+        raise UserError(f"task {task.name} has no training rows: it is for evaluation only.")
+    task.prepare_training()
+    report = contamination(task.load("train"), task.load("test"))
+    lines = [
+        [name, str(len(pairs)), f"{len(pairs) / report.test:.2%}"]
+        for name, pairs in (("exact", report.exact), ("near", report.near))
+    ]
+    show_table(make_console(), (f"{task.name}: test rows in train", "rows", f"of {report.test}"), lines)
+    for kind, pairs in (("exact", report.exact), ("near", report.near)):
+        for test_id, train_id in pairs[:5]:
+            print(f"{kind}: test {test_id} = train {train_id}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

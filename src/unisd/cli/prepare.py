@@ -1,0 +1,109 @@
+"""`unisd prepare`: contexts and wrong references built and shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unisd.cli.parser import CommandParser, output_file
+from unisd.cli.parsing import resolve_shared, shared_options
+from unisd.config import UniSDConfig
+from unisd.console import make_console, quiet_libraries, show_table
+from unisd.data.prompts import PromptBuilder
+from unisd.data.rows import Row
+from unisd.data.text import prompt_text
+from unisd.errors import UserError
+from unisd.files import write_text
+from unisd.run.inputs import load_data, load_model
+from unisd.run.options import RunOptions
+from unisd.run.prepare import prepare
+from unisd.scoring.requests import Views
+
+# ---------------------------------------------------------------- the command
+
+SHARED = (
+    "model_name_or_path", "dtype", "trust_remote_code", "task", "data_files", "task_options", "noise", "train_file", "dataset_name",
+    "dataset_config", "dataset_train_split", "columns", "grader", "max_train_rows", "agreement_contexts", "embedder", "negatives",
+    "writer_url", "writer_model",
+    "num_auxiliary_contexts", "teacher_prompt_layout", "teacher_prompt_template", "auxiliary_prompt_template",
+    "max_teacher_prompt_length", "max_completion_length", "allow_unsafe_code_execution", "seed",
+)  # fmt: skip
+DESCRIPTION = (
+    "Build auxiliary contexts and wrong references for the rows of a task or a file, look at them, and write rows that `unisd train "
+    "--train_file` takes."
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    parser = CommandParser("prepare", DESCRIPTION, shared_options(SHARED))
+    parser.add_argument("--output", type=output_file, metavar="FILE.jsonl", help="write the rows there")
+    own = parser.parse(arguments)
+    if own is None:
+        return 0
+    quiet_libraries()
+    options, config = resolve_shared(own, SHARED, "unisd prepare")
+    if "agreement_contexts" not in options.explicit:
+        options.agreement_contexts = "columns"  # here nothing is built unasked, whatever the default recipe says
+    _refuse_input(own.output, options)
+    data = load_data(options, config.seed, whole=True)
+    loaded: list[tuple[Any, Any]] = []
+
+    def load() -> tuple[Any, Any]:
+        if not loaded:
+            model, tokenizer, _ = load_model(options, training=False)
+            loaded.append((model.to(config.device), tokenizer))
+        return loaded[0]
+
+    model, tokenizer = load()
+    prompts = PromptBuilder(
+        tokenizer, config.teacher_prompt_layout, config.teacher_prompt_template, config.auxiliary_prompt_template
+    )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = Views(config, prompts, (), (), context).teacher_room
+    rows = prepare(data, options, config, load)
+    _show(rows, prompts, config, limit, options.model_name_or_path)
+    if own.output:
+        write_text(own.output, "".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{len(rows)} rows written to {own.output}")
+    return 0
+
+
+def _refuse_input(output: str | Path | None, options: RunOptions) -> None:
+    """Writing the rows over the file that they came from would lose the rest of it."""
+    if output is None:
+        return
+    for given in (options.train_file, *(options.data_files or ())):
+        if given is not None and Path(output).resolve() == Path(given).resolve():
+            raise UserError(f"--output {output} is the file that the rows are read from: choose another.")
+
+
+def _show(rows: Sequence[Row], prompts: PromptBuilder, config: UniSDConfig, limit: int, model: str) -> None:
+    """Counts, lengths against the limit, and one example of each kind."""
+    views = {
+        "student prompt": [prompts.student(row) for row in rows],
+        "with the reference": [prompts.teacher(row) for row in rows],
+        "with a wrong reference": [prompts.negative(row) for row in rows if row.get("negative_context")],
+        "with an auxiliary context": [
+            ids for row in rows if row.get("auxiliary_contexts") for ids in prompts.auxiliary(row, config.num_auxiliary_contexts)
+        ],
+    }
+    lines = []
+    for name, found in views.items():
+        lengths = sorted(map(len, found)) or [0]
+        over = sum(length > limit for length in lengths)
+        lines.append([name, str(len(found)), str(lengths[len(lengths) // 2]), str(lengths[-1]), str(over)])
+    show_table(make_console(), (f"{len(rows)} rows", "texts", "median tokens", "longest", f"over {limit}"), lines)
+    print(
+        f"tokens of {model}; {limit}: what its context and max_completion_length={config.max_completion_length} leave, or the option"
+    )
+    example = next((row for row in rows if row.get("auxiliary_contexts")), rows[0])
+    for name, text in (
+        ("prompt", prompt_text(example["prompt"])),
+        ("reference", str(example.get("privileged_context"))),
+        *(("auxiliary context", text) for text in (example.get("auxiliary_contexts") or [])[:2]),
+        ("wrong reference", str(example.get("negative_context") or "-")),
+    ):
+        print(f"{name}:\n  " + text[:600].replace("\n", "\n  "))

@@ -1,0 +1,189 @@
+"""`unisd probe`: arguments in, table and advice out. What is measured is in `probe.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from unisd import memory
+from unisd.cli.parser import CommandParser, at_least_one, output_file
+from unisd.cli.parsing import resolve_shared, shared_options
+from unisd.config import UniSDConfig
+from unisd.console import make_console, number, show_table
+from unisd.data.prompts import PromptBuilder
+from unisd.data.rows import Row
+from unisd.errors import UserError
+from unisd.evaluation.teacher_probe import COMPARED_TOKENS, LAYOUTS, Probe
+from unisd.files import write_text
+from unisd.run.inputs import load_data, load_model
+from unisd.run.measure import percent
+from unisd.run.options import RunOptions
+
+SCHEMA_VERSION = 1
+STEP_ROWS = 16
+DESCRIPTION = (
+    "Before training: is the teacher worth learning from? Measures the model's answers without and with the reference (in each "
+    "layout, right and wrong) and with auxiliary contexts, and ends in plain words."
+)
+# The options of `unisd train` that a probe takes too.
+SHARED = (
+    "model_name_or_path", "dtype", "trust_remote_code", "task", "data_files", "task_options", "noise", "train_file",
+    "dataset_name", "dataset_config",
+    "dataset_train_split", "columns", "grader", "teacher_prompt_template", "auxiliary_prompt_template", "num_auxiliary_contexts",
+    "allow_unsafe_code_execution", "seed",
+)  # fmt: skip
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command; returns its exit code.
+
+    Raises:
+        UserError: as `unisd train` for model and data; rows too long for the model.
+    """
+    parser = CommandParser("probe", DESCRIPTION, shared_options(SHARED))
+    parser.add_argument("--n", type=int, default=64, help="rows to probe (default: 64)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="cap on each answer (default: 256)")
+    parser.add_argument("--batch_size", type=int, default=64, help="rows generated at once (default: 64)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
+    own = parser.parse(arguments)
+    if own is None:
+        return 0
+    at_least_one(n=own.n, max_new_tokens=own.max_new_tokens, batch_size=own.batch_size)
+    options, config = resolve_shared(own, SHARED, "unisd probe")
+    options.max_train_rows = own.n if options.task is not None else None
+    report = probe(options, config, own.n, own.max_new_tokens, own.batch_size)
+    if own.json:
+        write_text(own.json, json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def probe(options: RunOptions, config: UniSDConfig, n: int, max_new_tokens: int, batch_size: int) -> dict[str, Any]:
+    """Measure, print and return the report."""
+    console = make_console()
+    data = load_data(options, config.seed)
+    rows = [*data.train, *data.evaluation][:n] if len(data.train) < n else data.train[:n]
+    model, tokenizer, _ = load_model(options, training=False)
+    model.to(config.device)
+    if tokenizer.chat_template is None:
+        console.print("note: the tokenizer has no chat template; prompts are plain text", markup=False, highlight=False)
+    prompts = PromptBuilder(tokenizer, "append", config.teacher_prompt_template, config.auxiliary_prompt_template)
+    rows, overlong = _fitting(rows, prompts, model, max_new_tokens)
+    with _progress(console) as (on_phase, on_rows):
+        measured = Probe(
+            model,
+            tokenizer,
+            rows,
+            data.grader,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            contexts=config.num_auxiliary_contexts,
+            batch_size=batch_size,
+            on_phase=on_phase,
+            on_rows=on_rows,
+        ).run()
+    report = {"schema_version": SCHEMA_VERSION, "model": options.model_name_or_path, "task": data.name, **measured}
+    report["overlong"] = overlong
+    report["predicted"] = _predicted(report, model, config, prompts, rows)
+    _print(console, report)
+    return report
+
+
+def _fitting(rows: list[Row], prompts: PromptBuilder, model: Any, max_new_tokens: int) -> tuple[list[Row], int]:
+    """Rows whose prompts leave room for an answer, and how many do not."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return rows, 0
+    fitting = [row for row in rows if len(prompts.teacher(row)) + max_new_tokens <= context]
+    if not fitting:
+        raise UserError(
+            f"no row leaves room for {max_new_tokens} new tokens in the model's context of {context}: "
+            "lower --max_new_tokens or shorten the rows."
+        )
+    return fitting, len(rows) - len(fitting)
+
+
+def _predicted(
+    report: dict[str, Any], model: Any, config: UniSDConfig, prompts: PromptBuilder, rows: list[Row]
+) -> dict[str, Any]:
+    """Time and memory of a UniSD* step of 16 rows on this machine, from the measured speeds.
+
+    A step writes 16 answers, scores them under K + 2 views, and takes a student pass with gradient, which costs about three
+    passes without.
+    """
+    answer = report["student"]["mean_length"]
+    prompt_lengths = [len(prompts.teacher(row)) for row in rows]
+    passage = sum(prompt_lengths) / len(rows) + answer
+    views = config.num_auxiliary_contexts + 2
+    seconds = STEP_ROWS * (answer / report["student"]["tokens_per_s"] + (views + 3) * passage / report["score_tokens_per_s"])
+    sizes = memory.estimate(memory.ModelSize.of(model), config, max(prompt_lengths))
+    return {"rows_per_step": STEP_ROWS, "s_per_step": seconds, "memory_bytes": sizes["total"]}
+
+
+def _print(console: Console, report: dict[str, Any]) -> None:
+    lines = []
+
+    def add(name: str, figures: dict[str, Any] | None, divergence: float | None = None) -> None:
+        if figures is None:
+            return
+        likelihood = figures.get("nll", figures.get("copying_nll"))
+        lines.append(
+            [
+                name,
+                percent(figures.get("accuracy")),
+                number(divergence),
+                number(likelihood),
+                number(figures.get("mean_length"), 0),
+                str(figures.get("truncated", "-")),
+                str(figures["n"]),
+            ]
+        )
+
+    add("student, plain prompt", report["student"])
+    for layout in LAYOUTS:
+        add(f"teacher, {layout}", report["teacher"][layout], report["teacher"][layout]["divergence"])
+    wrong = report["wrong_reference"]
+    add("teacher, wrong reference", wrong, wrong and wrong["divergence_from_right"])
+    add("auxiliary contexts", report["auxiliary"], report["auxiliary"] and report["auxiliary"]["spread"])
+    header = ("", "accuracy", "nats/token", "reference NLL", "tokens", "truncated", "rows")
+    show_table(console, header, lines, f"{report['model']} on {report['task']}")
+    notes = [
+        "nats/token: KL from teacher to student on the student's own answers (wrong reference: from the right one; auxiliary: spread)."
+    ]
+    if report["n_compared"] < report["n"]:
+        notes.append(
+            f"Distributions are compared on {report['n_compared']} rows and their first {COMPARED_TOKENS} tokens, spread on half of them."
+        )
+    if "nll" in report["student"]:
+        notes.append("reference NLL of a teacher that sees the reference is copying; the advice does not use it.")
+    if report["overlong"]:
+        notes.append(f"{report['overlong']} row(s) are too long for the model's context and were left out.")
+    predicted = report["predicted"]
+    notes.append(
+        f"A UniSD* step of {predicted['rows_per_step']} rows would take about {predicted['s_per_step']:.0f} s here, "
+        f"and training with all weights about {memory.readable(predicted['memory_bytes'])}."
+    )
+    for note in (*notes, "", report["advice"]):
+        console.print(note, markup=False, highlight=False)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
+    """A bar per part on a terminal; nothing elsewhere."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
+        disable=not console.is_terminal,
+    )  # fmt: skip
+    current: list[TaskID] = []
+
+    def on_phase(name: str, count: int) -> None:
+        if current:
+            bar.update(current[-1], completed=bar.tasks[-1].total)
+        current.append(bar.add_task(name, total=count))
+
+    with bar:
+        yield on_phase, lambda count: bar.advance(current[-1], count)

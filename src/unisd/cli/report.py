@@ -1,0 +1,77 @@
+"""`unisd report`: the folder of a run or a study in, one self-contained HTML file out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from unisd.cli.parser import CommandParser, output_file
+from unisd.errors import UserError
+from unisd.files import METRICS, RESULTS, write_text
+
+REPORT = "report.html"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Write the page; returns the exit code.
+
+    Raises:
+        UserError: the folder holds neither a run nor a study, or the page cannot be written.
+    """
+    parser = CommandParser("report", "A run or a study as one HTML page that works offline, on a phone and in print.")
+    parser.add_argument("folder", metavar="RUN_OR_STUDY_DIR", help="what `unisd train` or `unisd study` has written")
+    parser.add_argument("--out", type=output_file, metavar="FILE.html", help=f"the page (default: {REPORT} in that folder)")
+    parser.add_argument(
+        "--figures", metavar="DIR", help="of a study: write its figures (SVG) and its tables (Markdown) there too"
+    )
+    parser.add_argument("--no_run_pages", action="store_true", help="of a study: make no pages of its runs")
+    options = parser.parse(arguments)
+    if options is None:
+        return 0
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give one that `unisd train` or `unisd study` wrote.")
+    from unisd.study.store import RUNS
+
+    out = options.out or folder / REPORT
+    if (folder / RUNS).is_file():
+        text = _study(folder, out, options.figures, not options.no_run_pages)
+    elif (folder / RESULTS).is_file() or (folder / METRICS).is_file():
+        from unisd.report import run_page
+
+        if options.figures:
+            raise UserError("--figures belongs to a study; a run's page holds its figures.")
+        text = run_page.build(folder)
+    else:
+        raise UserError(f"{folder} holds neither results.json, {METRICS} nor {RUNS}: give the folder of a run or of a study.")
+    write_text(out, text)
+    print(f"written to {out} ({len(text.encode()) / 1e6:.1f} MB)")
+    return 0
+
+
+def _study(folder: Path, out: Path, figures: str | None, run_pages: bool) -> str:
+    from unisd.cli.study import STUDY_FILE
+    from unisd.report import run_page, study_page
+    from unisd.study import analysis, design, recommend
+    from unisd.study.store import Store
+
+    margin = recommend.read(folder)["margin"] if (folder / "analysis.json").is_file() else 1.0
+    store = Store(folder, writes=False)
+    found = analysis.analyse(design.load(folder / STUDY_FILE), store, margin)
+    if found is None:
+        raise UserError(f"no run of the study in {folder} has finished yet.")
+    if run_pages:
+        for run_id in store.runs():
+            one = store.run_folder(run_id)
+            page, source = one / REPORT, one / RESULTS
+            source = source if source.is_file() else one / METRICS  # of a run that failed
+            if source.is_file() and (not page.exists() or page.stat().st_mtime < source.stat().st_mtime):
+                write_text(page, run_page.build(one))
+    if figures is not None:
+        target = Path(figures)
+        write_text(target / "analysis.md", recommend.markdown(found))
+        for task, of_task in found["tasks"].items():
+            for name, plot in study_page.figures_of(of_task, found["margin"]).items():
+                plot.write(target / (f"{name}.svg" if len(found["tasks"]) == 1 else f"{task}-{name}.svg"))
+        print(f"figures and tables written to {target}")
+    return study_page.build(folder, found, out.parent)

@@ -1,0 +1,387 @@
+"""Weights spread over processes by FSDP2 (or ZeRO-3): the few places where a sharded model is not like a whole one.
+
+accelerate shards the model (`fully_shard`: every block, the embeddings, final norm and head), and every forward pass through it
+gathers one part after the other. What this library adds:
+
+- *Sharded at construction*, before the teacher is built: student, teacher and optimizer only ever hold their own shards.
+- *The teacher* is a second value of every local shard (:func:`shards_in_place` copies it in and the student's back), its updates are
+  local, and no rank ever holds a whole teacher. The price beside the teacher: while it scores, a copy of the student's trained shards.
+- *The head* is the one weight that the losses read outside of a forward pass. The student's is gathered by its forward pass and left so
+  until its backward pass, which also takes its gradient (as with any other weight, a mean over ranks); the teacher's is gathered once
+  a step. That is one [V,H] tensor each.
+- *In step*: every forward pass is a collective, but ranks hold other rows. Under :func:`in_step` each pass is announced by a sum over
+  ranks, and a rank that is done keeps answering with dummy passes until all are.
+- *Checkpoints* are the files of an unsharded run, which one process writes parameter by parameter; with
+  `fsdp_state_dict_type: SHARDED_STATE_DICT` they are torch's distributed checkpoints instead, to which each rank writes its part. Any
+  number of processes, sharded or not, resumes either.
+
+What DeepSpeed does otherwise (ZeRO-3's shards are flat, and its engine writes its own checkpoints) is in :mod:`unisd.distributed.zero`.
+Everything here does nothing, or is the identity, for a model that is not sharded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from unisd.distributed import zero
+from unisd.errors import UserError
+from unisd.models.load import without_adapter
+
+# ------------------------------------------------------------------------------------------------------- tensors
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether this model's weights are spread over the processes."""
+    return isinstance(model, FSDPModule) or zero.is_cut(model)
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a parameter is cut over the processes."""
+    return zero.is_part(tensor) or isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor (sharing its storage), detached; a plain tensor is its own part."""
+    if zero.is_part(tensor):
+        return tensor.ds_tensor.detach()  # type: ignore[attr-defined, no-any-return]
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
+
+
+def owned(part: Tensor, like: Tensor) -> Tensor:
+    """What a part holds of the tensor itself."""
+    return zero.without_filling(part, like) if zero.is_part(like) else part
+
+
+def whole(tensor: Tensor | zero.Part) -> Tensor:
+    """All of a sharded tensor, detached (a collective: all ranks must call); a plain tensor is whole."""
+    if isinstance(tensor, zero.Part):
+        return zero.whole(*tensor)
+    if zero.is_part(tensor):
+        return zero.whole(local(tensor), tensor)
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def laid_out(part: Tensor, like: Tensor) -> Tensor | zero.Part:
+    """The sharded tensor of which every rank holds a `part` (sharing its storage), cut as `like` is."""
+    if zero.is_part(like):
+        return zero.Part(part, like)
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def at_hand(weight: Tensor) -> Tensor:
+    """A weight that is read outside of a forward pass: as it is where one has gathered it, else whole and without gradient.
+
+    Raises:
+        RuntimeError: a gradient is wanted, but the forward pass before has not left the weight gathered.
+    """
+    if zero.is_whole(weight) if zero.is_part(weight) else not isinstance(weight, DTensor):
+        return weight
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise RuntimeError("the head was given back after the forward pass: its gradient would not reach all ranks")
+    return whole(weight)
+
+
+def part_like(value: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor that every rank has, cut as `like` is; without communication."""
+    if zero.is_part(like):
+        return zero.part_of(value, like)
+    if not isinstance(like, DTensor):
+        return value
+    spread = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return spread.to_local().clone()  # not a view that keeps the whole
+
+
+def sum_over_ranks(value: Tensor, model: nn.Module) -> Tensor:
+    """The sum of a quantity that each rank has of its own shards; of an unsharded model it is the value itself."""
+    if is_sharded(model):
+        dist.all_reduce(value)
+    return value
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what forward passes have gathered: the next one must see what has been written into the shards."""
+    if zero.is_cut(model):
+        zero.give_back(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def shards_in_place(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """While active, the model computes with other values of its shards. They are copied in and out: nothing is rounded."""
+    kept = {name: local(p).clone() for name, p in parameters.items()}
+    try:
+        _write(model, parameters, values)
+        yield
+    finally:
+        _write(model, parameters, kept)
+
+
+def _write(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    if not zero.is_cut(model):
+        reshard(model)
+    for name, p in parameters.items():
+        local(p).copy_(values[name])
+    if zero.is_cut(model):
+        reshard(model)  # what stays whole must follow
+
+
+# ------------------------------------------------------------------------------------------------ forward passes
+
+
+def _anyone_works(mine: bool, device: torch.device) -> bool:
+    """Whether any rank is about to make a forward pass; each of them, and each rank that waits, takes part once."""
+    working = torch.tensor([int(mine)], device=device)
+    dist.all_reduce(working)
+    return mine or bool(working.item())
+
+
+def entry(model: Any) -> Any:
+    """What every forward pass without gradient goes through, so that it is the same passage on all ranks.
+
+    With FSDP2 that is the model itself. ZeRO-3 talks to the other ranks where a pass enters the outermost module, which generating
+    with an adapter does not: so none does.
+    """
+    return without_adapter(model) if zero.is_cut(model) else model
+
+
+def _dummy_pass(model: Any) -> None:
+    with torch.no_grad():
+        entry(model)(input_ids=torch.zeros(1, 1, dtype=torch.long, device=without_adapter(model).device), use_cache=False)
+
+
+@contextmanager
+def in_step(model: Any) -> Iterator[None]:
+    """All ranks make the same number of forward passes inside, however many each of them needs (also none).
+
+    All ranks must enter and leave; no other collective may happen inside. A rank that raises ends the run: the others wait for it
+    until they are stopped.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    device = without_adapter(model).device
+    passage = without_adapter(model)
+    if zero.is_cut(model):
+        zero.forget_passes(model)
+    else:
+        model.unshard()  # the root's own weights: generating with an adapter does not pass through the root
+        passage = passage.get_decoder()
+    announced = passage.register_forward_pre_hook(lambda *_: _announce(device), prepend=True)
+    try:
+        yield
+    finally:
+        announced.remove()
+    while _anyone_works(False, device):
+        _dummy_pass(model)
+
+
+def _announce(device: torch.device) -> None:
+    _anyone_works(True, device)
+
+
+# -------------------------------------------------------------------------------------------------------- set-up
+
+
+def set_up(trainer: Any) -> None:
+    """When the accelerator exists: switch FSDP on also on a CPU (accelerate knows it on accelerators only, torch's runs on gloo too).
+
+    Raises:
+        UserError: a way of spreading weights that is not supported.
+    """
+    if trainer.is_deepspeed_enabled:
+        zero.check(trainer)
+        return
+    _enable_on_cpu(trainer)
+    _check(trainer)
+    if trainer.is_fsdp_enabled:  # else every rank would add up whole gradients until the last micro-batch of a step
+        trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+
+def _enable_on_cpu(trainer: Any) -> None:
+    state, asked = trainer.accelerator.state, trainer.args.fsdp_plugin_args
+    if state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    if asked is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**(asked or {}))
+    state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+
+def _check(trainer: Any) -> None:
+    if not trainer.is_fsdp_enabled:
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UserError(
+            "FSDP1 is not supported: set fsdp_version: 2 in the accelerate configuration, or use accelerate_config=fsdp2."
+        )
+    for option, is_set, remedy in (
+        ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, "set it to false, each rank checks what it loads"),
+        ("fsdp_activation_checkpointing", plugin.activation_checkpointing, "set gradient_checkpointing instead"),
+        ("fsdp_offload_params", isinstance(plugin.cpu_offload, CPUOffloadPolicy), "set it to false"),
+    ):
+        if is_set:
+            raise UserError(f"{option} is not supported: {remedy}.")
+    if trainer.args.use_vllm:
+        raise UserError(
+            "use_vllm does not work with FSDP yet, it reads whole weights: use accelerate_config=ddp, or unset use_vllm."
+        )
+    if trainer.args.fp16:
+        raise UserError("fp16 is not supported with FSDP: use bf16.")
+
+
+def shard(trainer: Any) -> None:
+    """Spread the trainer's model over the ranks, and build its optimizer on the shards.
+
+    Once: a second preparation (in `train`) would look the optimizer's parameters up by address, which empty shards share.
+
+    Raises:
+        UserError: the model is quantised.
+    """
+    if trainer.is_deepspeed_enabled:
+        zero.cut(trainer)
+        return
+    if getattr(without_adapter(trainer.model), "is_quantized", False):
+        raise UserError(
+            "a quantised model is not supported with FSDP: use accelerate_config=ddp, or load it without load_in_4bit."
+        )
+    accelerator, was_training = trainer.accelerator, trainer.model.training
+    trainer.create_optimizer()
+    model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model = trainer.model_wrapped = model
+    trainer.optimizer = optimizer
+    prepare = accelerator.prepare
+
+    def prepare_others(*objects: Any, **options: Any) -> Any:
+        if objects[:1] != (model,):
+            return prepare(*objects, **options)
+        # `free_memory` has forgotten them.
+        accelerator._models, accelerator._optimizers = [model], [optimizer]
+        return model, optimizer
+
+    accelerator.prepare = prepare_others
+    model.eval()
+    _dummy_pass(model)  # tells FSDP which module is the root: later passes may begin further inside
+    model.train(was_training)
+    reshard(model)
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+
+def whole_on_writer(tensors: Mapping[str, Tensor | zero.Part], is_writer: bool) -> dict[str, Tensor]:
+    """Whole tensors, gathered one by one into the writer's main memory; empty on other ranks (a collective).
+
+    What is one tensor under two names (tied weights) stays one.
+    """
+    found: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
+    for name, value in tensors.items():
+        if id(value) not in gathered:
+            one = whole(value)
+            gathered[id(value)] = one.contiguous().cpu() if is_writer else one.new_empty(0)
+        if is_writer:
+            found[name] = gathered[id(value)]
+    return found
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """What a checkpoint keeps of the model, sharing storage with it: the adapter, or all weights."""
+    reshard(model)
+    found: dict[str, Tensor] = get_peft_model_state_dict(model) if hasattr(model, "peft_config") else model.state_dict()
+    return found
+
+
+def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """The optimizer's state by names of parameters, made where there is none yet."""
+    return get_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
+
+
+def save_shards(state: Mapping[str, Any], folder: Path) -> None:
+    """Each rank writes its own parts of a (nested) dictionary of tensors into a distributed checkpoint of torch."""
+    save(dict(state), checkpoint_id=folder)
+
+
+def load_shards(state: dict[str, Any], folder: Path) -> None:
+    """Fill tensors, however they are cut now, from what `save_shards` wrote.
+
+    Raises:
+        UserError: the checkpoint lacks one.
+    """
+    try:
+        load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise UserError(f"{folder} belongs to other trained parameters: resume with the same model and LoRA options.") from error
+
+
+@torch.no_grad()
+def load_model(model: Any, folder: Path) -> None:
+    """Each rank takes its own parts of the weights, or of the adapter, that an unsharded run or :func:`whole_on_writer` has left.
+
+    Raises:
+        UserError: there are none, or those of another model.
+    """
+    target, stem = weights(model), "adapter_model" if hasattr(model, "peft_config") else "model"
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no {stem}.safetensors: resume with the checkpoint's options.")
+    for file in files:
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118, it cannot be iterated itself
+                if name not in target:
+                    raise UserError(f"{file} belongs to another model, it has a {name}: resume with the checkpoint's options.")
+                local(target[name]).copy_(part_like(opened.get_tensor(name), target[name]))
+
+
+def whole_optimizer_state(optimizer: Any, is_writer: bool) -> dict[str, Any]:
+    """`optimizer.state_dict()` as without sharding, on the writer (a collective)."""
+    content: dict[str, Any] = optimizer.state_dict()
+    state = {}
+    for number, values in content["state"].items():
+        tensors = whole_on_writer({name: v for name, v in values.items() if isinstance(v, Tensor)}, is_writer)
+        state[number] = {**values, **tensors} if is_writer else {}
+    return {**content, "state": state}
+
+
+def load_optimizer_shards(model: nn.Module, optimizer: Any, folder: Path) -> None:
+    """Take over the `optimizer` that `save_shards` wrote."""
+    state = {"optimizer": optimizer_state(model, optimizer)}
+    load_shards(state, folder)
+    set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), optim_state_dict=state["optimizer"])
+
+
+def load_optimizer_state(optimizer: Any, content: Mapping[str, Any]) -> None:
+    """Take over what an optimizer without sharding has saved: its parameters have the same order."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for number, values in content["state"].items():
+        p = parameters[number]
+        state[number] = {
+            name: laid_out(part_like(v, p), p) if isinstance(v, Tensor) and v.shape == p.shape else v
+            for name, v in values.items()
+        }
+    optimizer.load_state_dict({**content, "state": state})

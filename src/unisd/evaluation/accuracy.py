@@ -1,0 +1,123 @@
+"""What a model can do and what it has forgotten: greedy accuracy, fit to references, retention against a base model.
+
+Perplexities are corpus-level: exp of minus the total log-probability over the total number of tokens. Logits exist for a
+few tokens at a time only, whatever the vocabulary. Nothing here changes a model: training mode, generation config and
+adapters are as before afterwards.
+
+Shapes: T tokens of a completion, H hidden size, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from unisd.console import show_progress
+from unisd.evaluation.grading import grade_many, wilson
+from unisd.evaluation.likelihood import Ids, _ids
+from unisd.models.load import eos_ids
+from unisd.rollout.decoding import decode
+from unisd.tasks.base import Grade, Row
+
+Interval = dict[str, float]
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def _in_shares(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
+    """`work(items)`, one result for each; processes that train as one do a share each, and all get all (all must call)."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks == 1:
+        return work(items)
+    parts: list[list[Any]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(parts, work(items[dist.get_rank() :: ranks]))
+    return [parts[i % ranks][i // ranks] for i in range(len(items))]
+
+
+# ---------------------------------------------------------------- generation
+
+
+def generate_greedy(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Ids | str | list[dict[str, Any]]],
+    max_new_tokens: int = 256,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    description: str = "generating",
+) -> list[list[int]]:
+    """Greedy completions (token ids up to and with the first end token) of prompts, in their order.
+
+    Args:
+        prompts: token ids as they are; a string or chat messages are rendered by `prompts.encode_prompt`.
+        batch_size: prompts at a time; None: 48 on a CPU, 256 on an accelerator.
+        progress: a bar on stderr; None: only where stderr is a terminal, after a few seconds.
+    """
+    at_once = batch_size or (48 if model.device.type == "cpu" else 256)
+    ends = eos_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+
+    def write(mine: Sequence[Ids | str | list[dict[str, Any]]]) -> list[list[int]]:
+        with show_progress(description, len(mine), progress) as advance:
+            return decode(
+                model, [_ids(tokenizer, p) for p in mine], max_new_tokens,
+                eos_ids=ends, pad_id=pad, batch_size=at_once, on_rows=advance,
+            )  # fmt: skip
+
+    return _in_shares(write, prompts)
+
+
+def accuracy(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    grade: Callable[[Row, str], Grade | bool],
+    *,
+    prompt_ids: Sequence[Ids] | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Greedy accuracy on rows, overall and by the column `skill`.
+
+    Args:
+        grade: `(row, completion) -> Grade` (a task's `grade`) or a bool.
+        prompt_ids: other prompts than the rows' own (a teacher's, for example).
+
+    Returns:
+        `overall` and each of `by_skill` as `wilson` gives them; `extraction_rate` (share of answers in which an answer was
+        found; None where the grader does not say), `completions` (texts), `completion_ids`, `grades`, `mean_tokens`,
+        `truncated` (rows cut by `max_new_tokens`), `tokens_per_s`.
+    """
+    prompts = [row["prompt"] for row in rows] if prompt_ids is None else prompt_ids
+    start = time.perf_counter()
+    ids = generate_greedy(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+    seconds = time.perf_counter() - start
+    texts = [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
+
+    def graded(pairs: Sequence[tuple[Row, str]]) -> list[Grade]:
+        return grade_many(grade, [row for row, _ in pairs], [text for _, text in pairs])
+
+    grades = _in_shares(graded, list(zip(rows, texts, strict=True)))
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for row, verdict in zip(rows, grades, strict=True):
+        if row.get("skill") is not None:
+            groups[str(row["skill"])].append(verdict.correct)
+    ends, tokens = set(eos_ids(model, tokenizer)), sum(map(len, ids))
+    found = sum(verdict.extracted is not None for verdict in grades)
+    return {
+        "overall": wilson(sum(verdict.correct for verdict in grades), len(grades)),
+        "by_skill": {name: wilson(sum(marks), len(marks)) for name, marks in sorted(groups.items())},
+        "extraction_rate": found / len(grades) if found else None,
+        "completions": texts,
+        "completion_ids": ids,
+        "grades": grades,
+        "mean_tokens": tokens / max(len(ids), 1),
+        "truncated": sum(not one or one[-1] not in ends for one in ids),
+        "tokens_per_s": tokens / max(seconds, 1e-9),
+    }

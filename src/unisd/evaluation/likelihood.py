@@ -1,0 +1,148 @@
+"""Log-probabilities of given completions, and the perplexities that follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unisd.distributed.sharding import entry, in_step
+from unisd.errors import UserError
+from unisd.kernels.lora import inference
+from unisd.models.load import eos_ids
+from unisd.tasks.base import Row
+
+Ids = Sequence[int]
+
+CHUNK_ENTRIES = 1 << 24  # entries of one [C,V] tensor: 64 MiB in float32
+TOKEN_BUDGET = 4096  # tokens of one forward pass without cache
+
+
+def _ids(tokenizer: Any, prompt: Ids | str | list[dict[str, Any]]) -> list[int]:
+    from unisd.data.prompts import encode_prompt
+
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
+        return encode_prompt(tokenizer, prompt)  # type: ignore[arg-type]
+    return list(prompt)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- likelihood
+
+
+class _States:
+    """Completion states of one model: hidden states and its head, or for an unknown head the logits themselves."""
+
+    def __init__(self, model: Any) -> None:
+        from unisd.backbone import Backbone
+
+        self.model = entry(model)
+        self.backbone: Backbone | None = None
+        try:
+            self.backbone = Backbone(model)
+            self.backbone.check(pad_id=0, packing="padded")
+        except UserError:  # not trainable here, but it can be evaluated
+            self.backbone = None
+
+    def of(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Tensor]:
+        """`[T,H]` (or logits `[T,V]`) of each row, at the positions that predict its completion; right-padded batch."""
+        from unisd.batching import lay_out
+
+        device = self.model.device
+        sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+        if self.backbone is not None:
+            states_BL = self.backbone.forward(self.model, lay_out(sequences, False, 0, device)).final
+            assert states_BL is not None
+        else:
+            batch = lay_out(sequences, False, 0, device)
+            states_BL = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return [
+            states_BL[row, len(p) - 1 : len(p) + len(c) - 1] for row, (p, c) in enumerate(zip(prompts, completions, strict=True))
+        ]
+
+    def logp(self, states_CH: Tensor) -> Tensor:
+        """Log-probabilities [C,V], float32 (float64 stays)."""
+        logits = states_CH if self.backbone is None else self.backbone.head().logits(states_CH)
+        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens whose logits may exist at once."""
+        return max(1, CHUNK_ENTRIES // int(self.model.config.get_text_config().vocab_size))
+
+
+def _check_pairs(prompts: Sequence[Ids], completions: Sequence[Ids]) -> None:
+    if len(prompts) != len(completions):
+        raise UserError(f"{len(prompts)} prompts and {len(completions)} completions: give one completion per prompt")
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if completion and not prompt:
+            raise UserError(f"row {i} has an empty prompt: the first token of its completion has no probability")
+
+
+def _batches(prompts: Sequence[Ids], completions: Sequence[Ids], budget: int) -> Iterator[list[int]]:
+    """Rows of similar length, longest first, at most `budget` tokens with padding (a longer row stands alone)."""
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    batch: list[int] = []
+    for i in sorted((i for i in range(len(lengths)) if completions[i]), key=lambda i: (-lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def sequence_logprobs(
+    model: Any, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], *, token_budget: int = TOKEN_BUDGET
+) -> tuple[Tensor, Tensor]:
+    """Total log-probability (float64 [N], nats) of each completion given its prompt, and its number of tokens (int64 [N]).
+
+    Memory: hidden states of `token_budget` tokens and `CHUNK_ENTRIES` logits.
+    """
+    _check_pairs(prompt_ids, completion_ids)
+    logp_N = torch.zeros(len(prompt_ids), dtype=torch.float64)
+    count_N = torch.tensor([len(c) for c in completion_ids], dtype=torch.int64)
+    with inference(model), in_step(model):
+        states = _States(model)
+        for rows in _batches(prompt_ids, completion_ids, token_budget):
+            hidden = states.of([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows])
+            for i, hidden_TH in zip(rows, hidden, strict=True):
+                target_T = torch.tensor(completion_ids[i], device=hidden_TH.device)
+                for first in range(0, len(target_T), states.chunk):
+                    part = slice(first, first + states.chunk)
+                    picked = states.logp(hidden_TH[part]).gather(-1, target_T[part, None])
+                    logp_N[i] += picked.double().sum().cpu()
+    return logp_N, count_N
+
+
+def corpus_ppl(logp_N: Tensor, count_N: Tensor) -> float:
+    """exp(-total log-probability / total tokens); NaN without tokens."""
+    tokens = int(count_N.sum())
+    return math.exp(min(-float(logp_N.sum()) / tokens, 700.0)) if tokens else math.nan
+
+
+def reference_nll(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, prompt_ids: Sequence[Ids] | None = None
+) -> tuple[float, int]:
+    """Total negative log-probability (nats) and tokens of the rows' references, with their end token, given the prompts.
+
+    The reference is `completion`, else `privileged_context`; rows with neither are left out.
+    """
+    from unisd.data.prompts import encode_completion
+
+    prompts, completions, ends = [], [], eos_ids(model, tokenizer)
+    for i, row in enumerate(rows):
+        reference = row.get("completion") or row.get("privileged_context")
+        if reference:
+            prompts.append(_ids(tokenizer, row["prompt"]) if prompt_ids is None else prompt_ids[i])
+            completions.append(encode_completion(tokenizer, str(reference), ends))
+    logp_N, count_N = sequence_logprobs(model, prompts, completions)
+    return -float(logp_N.sum()), int(count_N.sum())
+
+
+def gold_ppl(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float | None:
+    """Corpus perplexity of the references given the plain prompts; None where no row has a reference."""
+    nll, tokens = reference_nll(model, tokenizer, rows)
+    return math.exp(min(nll / tokens, 700.0)) if tokens else None

@@ -1,0 +1,306 @@
+"""Before anybody pays for training: is this teacher worth learning from?
+
+The teacher is the same model with the reference in its prompt. Measured is what it says (greedy accuracy in each layout, with a wrong
+reference, with auxiliary contexts) and, on the student's own answers, how far its distributions lie from the student's (nats per
+token). Without a grader only the latter speaks: a teacher that copies its reference makes the reference likely, which proves nothing.
+
+Shapes: T tokens of a completion, H hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unisd.backbone import Backbone
+from unisd.data.prompts import PromptBuilder
+from unisd.data.rows import Row
+from unisd.evaluation.grading import wilson
+from unisd.evaluation.likelihood import reference_nll
+from unisd.losses.chunked import chunked_loss, token_logprobs
+from unisd.methods.divergence import DivergenceSpec
+from unisd.models.load import eos_ids
+from unisd.rollout.engine import Completion, Sampling
+from unisd.rollout.transformers_engine import generate
+from unisd.scoring.scorer import Scorer, ScoringRow
+from unisd.teacher import Teacher
+
+LAYOUTS = ("append", "turn")
+HEADROOM = 0.05  # least gain in accuracy that is worth a run
+SIDE_ROWS = 12  # the two side questions (wrong reference, auxiliary contexts) are asked of so many rows
+COMPARED_ROWS, COMPARED_TOKENS = 12, 128  # where a grader speaks, distributions are compared on so many rows and first tokens
+NOTABLE = 0.05  # nats per token below which a teacher says what the student says
+
+
+Asked = tuple[Sequence[Row], Sequence[list[int]]]  # rows, and the prompts that are put to the model for them
+
+
+class Probe:
+    """Measures one model on rows.
+
+    Args:
+        model, tokenizer: the student, untrained.
+        rows: as in :mod:`unisd.data`.
+        grade: `(row, completion) -> bool`, or None where there is no grader.
+        prompts: builds the prompts (its layout is varied here).
+        max_new_tokens: cap on each completion.
+        contexts: most auxiliary contexts per row.
+        on_phase: called with a name and the number of rows before each part, and `on_rows(count)` as rows finish.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: Sequence[Row],
+        grade: Callable[[Row, str], bool] | None,
+        prompts: PromptBuilder,
+        *,
+        max_new_tokens: int = 256,
+        contexts: int = 3,
+        batch_size: int = 64,
+        on_phase: Callable[[str, int], None] = lambda name, count: None,
+        on_rows: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.model, self.tokenizer, self.rows, self.grade = model, tokenizer, list(rows), grade
+        self.builders = {layout: replace(prompts, layout=layout) for layout in LAYOUTS}
+        self.max_new_tokens, self.contexts, self.batch_size = max_new_tokens, contexts, batch_size
+        self.on_phase, self.on_rows = on_phase, on_rows
+        self.eos_ids = eos_ids(model, tokenizer)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+        self.backbone = Backbone(model)
+        self.packed = self.backbone.check(self.pad_id) and model.device.type != "cpu"
+
+    # -- what it says ---------------------------------------------------------------------------------------------------
+
+    def answers(self, name: str, asked: Mapping[str, Asked]) -> dict[str, tuple[list[Completion], dict[str, Any]]]:
+        """Greedy completions and their figures, by question. All are written together: rows that end late share a batch."""
+        prompts = [prompt for _, part in asked.values() for prompt in part]
+        self.on_phase(name, len(prompts))
+        start = time.perf_counter()
+        written = iter(
+            generate(
+                self.model,
+                prompts,
+                Sampling(self.max_new_tokens),
+                eos_ids=self.eos_ids,
+                pad_id=self.pad_id,
+                batch_size=self.batch_size,
+                on_rows=self.on_rows,
+            )
+        )
+        found = {key: list(islice(written, len(rows))) for key, (rows, _) in asked.items()}
+        speed = sum(len(c.ids) for part in found.values() for c in part) / (time.perf_counter() - start)
+        return {key: (part, {**self._figures(asked[key][0], part), "tokens_per_s": speed}) for key, part in found.items()}
+
+    def _figures(self, rows: Sequence[Row], completions: Sequence[Completion]) -> dict[str, Any]:
+        figures: dict[str, Any] = {
+            "n": len(rows),
+            "mean_length": sum(len(completion.ids) for completion in completions) / len(completions),
+            "truncated": sum(completion.truncated for completion in completions),
+        }
+        if self.grade is not None:
+            texts = [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+            figures["accuracy"] = wilson(sum(map(self.grade, rows, texts)), len(rows))
+        return figures
+
+    # -- how far its distributions lie from the student's ---------------------------------------------------------------
+
+    def states(self, prompts: Sequence[list[int]], completions: Sequence[Completion]) -> list[Tensor]:
+        """Final hidden states `[T_i,H]` under each prompt, at the positions that predict the completion."""
+        rows = [ScoringRow(c.ids, [True] * len(c.ids), p, p) for p, c in zip(prompts, completions, strict=True)]
+        scorer = Scorer(
+            self.backbone,
+            Teacher(self.model, "live"),
+            DivergenceSpec(),
+            needs=frozenset(),
+            packed=self.packed,
+            token_budget=2048,
+            pad_id=self.pad_id,
+        )
+        _, states = scorer.score(rows, self.model.device)
+        return states.final
+
+    def divergence(self, teacher: Sequence[Tensor], student: Sequence[Tensor], completions: Sequence[Completion]) -> float:
+        """Mean KL(teacher || student) per token, in nats."""
+        head, total, count = self.backbone.head(), 0.0, 0
+        with torch.no_grad():
+            for teacher_TH, student_TH, completion in zip(teacher, student, completions, strict=True):
+                target_T = torch.tensor(completion.ids, device=student_TH.device)
+                zero_T = torch.zeros(len(target_T), device=student_TH.device)
+                output = chunked_loss(student_TH, head, teacher_TH, head, target_T, DivergenceSpec(), zero_T)
+                total += float(output.divergence_N.sum())
+                count += len(target_T)
+        return total / max(count, 1)
+
+    def spread(self, rows: Sequence[Row], completions: Sequence[Completion]) -> float | None:
+        """Mean over tokens of the range of log-probabilities over the auxiliary contexts, in nats; None without two contexts."""
+        ranges = []
+        for row, completion in zip(rows, completions, strict=True):
+            contexts = self.builders["append"].auxiliary(row, self.contexts)
+            if len(contexts) < 2 or not completion.ids:
+                continue
+            target_T = torch.tensor(completion.ids, device=self.model.device)
+            with torch.no_grad():
+                states = self.states(contexts, [completion] * len(contexts))
+                logp_KT = torch.stack([token_logprobs(hidden_TH, self.backbone.head(), target_T) for hidden_TH in states])
+            ranges.append((logp_KT.amax(0) - logp_KT.amin(0)).mean())
+        return float(torch.stack(ranges).mean()) if ranges else None
+
+    # -- the report -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """All figures (accuracies with 95 % intervals, divergences in nats per token) and the advice in plain words."""
+        rows = self.rows
+        student_prompts = [self.builders["append"].student(row) for row in rows]
+        teacher_prompts = {layout: [builder.teacher(row) for row in rows] for layout, builder in self.builders.items()}
+        asked: dict[str, Asked] = {"student": (rows, student_prompts)}
+        sides = self._side_rows("auxiliary_contexts")
+        if self.grade is not None:
+            asked |= {layout: (rows, prompts) for layout, prompts in teacher_prompts.items()}
+            if sides:
+                # One context per row, taken in turn: the accuracy of the typical context at the price of one generation.
+                views = [self.builders["append"].auxiliary(rows[i], self.contexts) for i in sides]
+                asked["auxiliary"] = ([rows[i] for i in sides], [view[n % len(view)] for n, view in enumerate(views)])
+        answered = self.answers("student's and teacher's answers", asked)
+        completions, student = answered["student"]
+        teacher: dict[str, dict[str, Any]] = {
+            layout: answered[layout][1] if layout in answered else {"n": len(rows)} for layout in LAYOUTS
+        }
+        # Without a grader the advice rests on these, so that they get every row and token.
+        compared = rows[:COMPARED_ROWS] if self.grade else rows
+        own = [self._compared(completion) for completion in completions[: len(compared)]]
+        self.on_phase("divergences on the student's answers", 3 * len(compared))
+        start, scored = time.perf_counter(), 0
+        states = {}
+        for name, prompts in (("student", student_prompts), *teacher_prompts.items()):
+            prompts = prompts[: len(compared)]
+            states[name] = self.states(prompts, own)
+            scored += sum(len(p) + len(c.ids) for p, c in zip(prompts, own, strict=True))
+            self.on_rows(len(compared))
+        score_speed = scored / (time.perf_counter() - start)
+        for layout in LAYOUTS:
+            teacher[layout]["divergence"] = self.divergence(states[layout], states["student"], own)
+        if self.grade is None:
+            nll, tokens = reference_nll(self.model, self.tokenizer, list(rows))
+            student["nll"] = nll / max(tokens, 1)
+            for layout, prompts in teacher_prompts.items():
+                # Copying, not knowledge: reported under that name and never used for advice.
+                nll, tokens = reference_nll(self.model, self.tokenizer, list(rows), prompt_ids=prompts)
+                teacher[layout]["copying_nll"] = nll / max(tokens, 1)
+        best = max(LAYOUTS, key=lambda layout: self._merit(teacher[layout]))
+        report: dict[str, Any] = {
+            "n": len(rows),
+            "n_compared": len(compared),
+            "student": student,
+            "teacher": teacher,
+            "layout": best,
+            "wrong_reference": self._wrong_reference(best, states[best], own),
+            "auxiliary": self._auxiliary(sides, answered.get("auxiliary", ([], {"n": len(sides)}))[1], own),
+            "score_tokens_per_s": score_speed,
+        }
+        report["advice"] = advice(report)
+        return report
+
+    def _merit(self, figures: dict[str, Any]) -> float:
+        if "accuracy" in figures:
+            return float(figures["accuracy"]["value"])
+        # Without a grader: the layout in which the reference moves the teacher further.
+        return float(figures["divergence"])
+
+    def _compared(self, completion: Completion) -> Completion:
+        return completion if self.grade is None else replace(completion, ids=completion.ids[:COMPARED_TOKENS])
+
+    def _side_rows(self, column: str) -> list[int]:
+        """The first rows that have the column: each costs a whole generation."""
+        return [i for i, row in enumerate(self.rows) if row.get(column)][:SIDE_ROWS]
+
+    def _wrong_reference(self, layout: str, right: Sequence[Tensor], own: Sequence[Completion]) -> dict[str, Any] | None:
+        """`own`: the student's answers of the compared rows, `right`: the teacher's states along them."""
+        chosen = self._side_rows("negative_context")
+        if not chosen:
+            return None
+        prompts = [self.builders[layout].negative(self.rows[i]) for i in chosen]
+        figures: dict[str, Any] = {"n": len(chosen)}
+        if self.grade is not None:
+            asked = {"wrong": ([self.rows[i] for i in chosen], prompts)}
+            figures = self.answers("teacher, wrong reference", asked)["wrong"][1]
+        both = [(i, prompt) for i, prompt in zip(chosen, prompts, strict=True) if i < len(own)]
+        answers = [own[i] for i, _ in both]
+        wrong = self.states([prompt for _, prompt in both], answers)
+        figures["divergence_from_right"] = self.divergence([right[i] for i, _ in both], wrong, answers)
+        return figures
+
+    def _auxiliary(self, chosen: list[int], figures: dict[str, Any], own: Sequence[Completion]) -> dict[str, Any] | None:
+        """`figures` of the answers under a context of the `chosen` rows, and how far the contexts lie apart."""
+        if not chosen:
+            return None
+        both = [i for i in chosen if i < len(own)]
+        if self.grade is not None:
+            both = both[: COMPARED_ROWS // 2]  # every row is scored under each of its contexts
+        return {**figures, "spread": self.spread([self.rows[i] for i in both], [own[i] for i in both])}
+
+
+def advice(report: dict[str, Any]) -> str:
+    """The figures in plain words: layout, headroom, whether agreement has anything to work with, or that this cannot help."""
+    layout, student, teacher = report["layout"], report["student"], report["teacher"][report["layout"]]
+    wrong, auxiliary = report["wrong_reference"], report["auxiliary"]
+    lines = []
+    if "accuracy" in student:
+        gain = teacher["accuracy"]["value"] - student["accuracy"]["value"]
+        if gain < HEADROOM:
+            lines.append(
+                f"Self-distillation cannot help here: with the reference in its prompt the model is right in "
+                f"{teacher['accuracy']['value']:.0%}, without it in {student['accuracy']['value']:.0%}. Try another prompt, better "
+                "references or a larger model."
+            )
+        else:
+            lines.append(
+                f"Use teacher_prompt_layout={layout}: the teacher is right in {teacher['accuracy']['value']:.0%}, the student in "
+                f"{student['accuracy']['value']:.0%}: a headroom of {gain * 100:.0f} points."
+            )
+            if teacher["accuracy"]["low"] <= student["accuracy"]["high"]:
+                lines.append(f"With {report['n']} rows the difference is not certain: probe more rows (--n).")
+    else:
+        moved = wrong["divergence_from_right"] if wrong else None
+        if teacher["divergence"] < NOTABLE:
+            lines.append(
+                f"The reference hardly changes what the model says ({teacher['divergence']:.3f} nats per token): "
+                "self-distillation has little to teach here."
+            )
+        elif moved is not None and moved < NOTABLE:
+            lines.append(
+                f"The teacher moves ({teacher['divergence']:.2f} nats per token), but hardly cares whether its reference is right "
+                f"or wrong ({moved:.3f}): self-distillation would teach style, not content."
+            )
+        else:
+            lines.append(
+                f"Use teacher_prompt_layout={layout}: the reference moves the teacher by {teacher['divergence']:.2f} nats per token"
+                + (f", a wrong one by {moved:.2f} from there." if moved is not None else ".")
+                + " Without a grader nothing says whether it moves in the right direction: name one with --grader."
+            )
+    if wrong and "accuracy" in wrong and "accuracy" in teacher:
+        fall = teacher["accuracy"]["value"] - wrong["accuracy"]["value"]
+        lines.append(
+            f"A wrong reference costs the teacher {fall * 100:.0f} points: the quality of your references "
+            + ("matters." if fall > 0.1 else "matters little.")
+        )
+    if auxiliary is None:
+        lines.append(
+            "There are no auxiliary contexts: agreement cannot run on these rows as they are; --agreement_contexts retrieval builds them."
+        )
+    elif auxiliary["spread"] is None or auxiliary["spread"] < NOTABLE:
+        lines.append("The auxiliary contexts hardly disagree: agreement has nothing to work with.")
+    else:
+        lines.append(
+            f"The auxiliary contexts disagree by {auxiliary['spread']:.2f} nats per token: agreement has something to weigh."
+        )
+    if student["truncated"] > 0.1 * report["n"]:
+        lines.append(f"{student['truncated']} of {report['n']} answers ran into the limit: raise max_completion_length.")
+    return " ".join(lines)

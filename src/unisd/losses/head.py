@@ -1,0 +1,45 @@
+"""How hidden states become logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unisd.kernels.cpu_linear import linear
+from unisd.methods.divergence import LOWEST_LOGIT, at_least_float32
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """How hidden states become logits: `softcap(scale * (hidden @ weight.T + bias))`."""
+
+    weight: Tensor  # [V,H]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0  # Cohere: logit_scale; Granite: 1 / logits_scaling
+    softcap: float | None = None  # Gemma-2: cap * tanh(x / cap)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [N,V] in float32 (float64 stays); the product runs in the weight's dtype, or in autocast's."""
+        return self.shape_logits(self.project(hidden_NH))
+
+    def project(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:
+        """The linear part [N,V] in float32 or more, before scale and softcap; `room`: see :func:`unisd.kernels.cpu_linear.linear`."""
+        return at_least_float32(self.product(hidden_NH, room))
+
+    def product(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:
+        """The same in the weight's precision."""
+        bias_V = self.bias
+        if bias_V is not None:
+            lowest = max(LOWEST_LOGIT, torch.finfo(self.weight.dtype).min)
+            bias_V = bias_V.to(self.weight.dtype).clamp(min=lowest)
+        return linear(hidden_NH.to(self.weight.dtype), self.weight, bias_V, room)
+
+    def shape_logits(self, logits_NV: Tensor) -> Tensor:
+        """Scale and softcap of the projected hidden states."""
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV

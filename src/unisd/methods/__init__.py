@@ -1,0 +1,5 @@
+"""The methods: pure functions of tensors, each a page. Importing this package registers the published ones."""
+
+from unisd.methods import agreement, targets, weights
+
+__all__ = ["agreement", "targets", "weights"]

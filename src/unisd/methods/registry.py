@@ -1,0 +1,167 @@
+"""Functions known by name: from here, or from other packages by entry point; their options bound from text.
+
+What is registered (token weights, targets) is a frozen object with the fields `name`, `function` and `options`.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from unisd.errors import UserError
+from unisd.methods.scores import NEEDS, NORMALIZERS, StepScores
+
+logger = logging.getLogger(__name__)
+
+Plugin = TypeVar("Plugin")
+
+
+def find(kind: str, name: str, registry: Mapping[str, Plugin], group: str) -> Plugin:
+    """The plug-in registered as `name`, here or by an installed package under the entry point group.
+
+    Raises:
+        UserError: an unknown name, with the nearest known one; a package that cannot be loaded or registers nothing.
+    """
+    offered = [] if name in registry else list(entry_points(group=group))
+    for entry in sorted(offered, key=lambda entry: entry.name != name):  # a package may register under another name
+        if name in registry:
+            break
+        try:
+            entry.load()
+        except Exception as error:  # whatever another package's import raises
+            if entry.name == name:
+                raise UserError(f"{kind} {name!r}: loading {entry.value} failed: {error!r}") from error
+            logger.warning("%s %r could not be loaded from %s: %r", kind, entry.name, entry.value, error)
+    if name in registry:
+        return registry[name]
+    for entry in offered:
+        if entry.name == name:
+            raise UserError(f"{kind} {name!r}: {entry.value} was loaded but registers no {kind} of that name.")
+    names = sorted(registry.keys() | {entry.name for entry in offered})
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise UserError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def bound_options(kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, after unknown and missing ones are refused: here, not in the first step. The first parameter is no option."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    accepted = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = [] if any(p.kind == p.VAR_KEYWORD for p in parameters) else sorted(set(options) - set(accepted))
+    if unknown:
+        listed = ", ".join(accepted) or "none"
+        raise UserError(f"{kind} {name!r} has no option {unknown[0]!r} (accepted: {listed}).")
+    missing = [p.name for p in parameters if p.name in accepted and p.default is p.empty and p.name not in options]
+    if missing:
+        raise UserError(f"{kind} {name!r} needs a value for its option {missing[0]!r}.")
+    return dict(options)
+
+
+def all_options(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the function's defaults for those that are not bound."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(options)
+
+
+def parse(kind: str, text: str) -> tuple[str, dict[str, Any]]:
+    """`name` or `name:option=value,option=value`; values are Python literals, or else strings."""
+    name, _, tail = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in re.split(r",(?=\s*\w+\s*=)", tail) if tail.strip() else []:  # a comma inside a list is not a separator
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise UserError(f"{kind} {text!r}: expected option=value, got {part!r}.")
+        try:
+            options[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            options[key.strip()] = value.strip()
+    return name.strip(), options
+
+
+KIND = "token weight"
+ENTRY_POINT_GROUP = "unisd.methods.weights"
+
+
+Weight = TypeVar("Weight", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class WeightFunction:
+    """A registered reliability weight and its options; call it with the scores of a step."""
+
+    name: str
+    function: Callable[..., Tensor]
+    level: str  # "token": weights [B,T]; "sequence": weights [B]
+    needs: frozenset[str]  # subset of NEEDS
+    normalizer: str  # published divisor: "weights" (sum of b m) or "tokens" (sum of m); "mean1": b scaled to mean 1 per row
+    options: Mapping[str, Any] = field(default_factory=dict)
+    in_forward: bool = False  # looks at the student and at each row alone: called with a micro-batch, after its forward pass
+
+    def __call__(self, scores: StepScores) -> Tensor:
+        weights = self.function(scores, **self.options)
+        expected = scores.mask.shape if self.level == "token" else scores.mask.shape[:1]
+        if weights.shape != expected:
+            raise UserError(
+                f"token weight {self.name!r} is of level {self.level} and must return shape {tuple(expected)}, "
+                f"but returned {tuple(weights.shape)}."
+            )
+        return weights
+
+    def with_options(self, **options: Any) -> WeightFunction:
+        """The same with options bound; unknown and missing ones are refused here, not in the first step."""
+        return replace(self, options=bound_options(KIND, self.name, self.function, {**self.options, **options}))
+
+
+_REGISTRY: dict[str, WeightFunction] = {}
+
+
+def register_weight(
+    name: str,
+    *,
+    level: str = "token",
+    needs: frozenset[str] = frozenset(),
+    normalizer: str = "weights",
+    in_forward: bool = False,
+) -> Callable[[Weight], Weight]:
+    """Decorator: make a function `(scores, **options) -> Tensor` known as the reliability weight `name`.
+
+    in_forward: the needs `student` and `divergence` are then met by the training pass, without a pass of their own. The function
+    must look at each row alone, because it sees one micro-batch at a time, and leave each row some weight: rows are counted before.
+    """
+    if level not in ("token", "sequence"):
+        raise UserError(f"token weight {name!r}: level must be token or sequence, got {level!r}.")
+    if normalizer not in NORMALIZERS:
+        raise UserError(f"token weight {name!r}: normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}.")
+    if in_forward and level != "token":
+        raise UserError(f"token weight {name!r}: only weights of level token can be in_forward.")
+    if unknown := sorted(frozenset(needs) - NEEDS):
+        raise UserError(f"token weight {name!r} needs {unknown[0]!r}, which scoring does not offer: {sorted(NEEDS)}.")
+
+    def register(function: Weight) -> Weight:
+        known = _REGISTRY.get(name)
+        if known is not None and known.function.__module__ != function.__module__:  # a reload replaces its own
+            raise UserError(f"token weight {name!r} is already registered by {known.function.__module__}.")
+        _REGISTRY[name] = WeightFunction(name, function, level, frozenset(needs), normalizer, in_forward=in_forward)
+        return function
+
+    return register
+
+
+def get_weight(name: str) -> WeightFunction:
+    """The reliability weight registered as `name`, here or by an installed package."""
+    return find(KIND, name, _REGISTRY, ENTRY_POINT_GROUP)
+
+
+def parse_weight(text: str) -> WeightFunction:
+    """`name` or `name:option=value,option=value`; values are Python literals, or else strings."""
+    name, options = parse(KIND, text)
+    return get_weight(name).with_options(**options)

@@ -1,0 +1,269 @@
+"""Models by name: a path or hub id as in transformers, a `.gguf` file, `pocket`, or `smollm2-135m`.
+
+`load_model_and_tokenizer` also opens a folder with a peft adapter (its base is loaded by the name the adapter gives).
+Nothing runs remote code or downloads anything unless asked: a hub id is a request for that model.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unisd.errors import UserError
+from unisd.models import gguf as gguf_cache
+
+logger = logging.getLogger(__name__)
+
+POCKET = "pocket"
+SMOLLM2 = "smollm2-135m"
+AUTO_BF16_FROM = 50_000_000
+"""Parameters; below, bf16 saves little and costs accuracy."""
+
+_DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was loaded."""
+
+    name: str  # as asked for
+    path: str  # local folder or hub id given to transformers
+    model_type: str  # architecture family, e.g. "llama"
+    parameters: int  # without adapter
+    vocab_size: int
+    dtype: torch.dtype
+    eos_ids: tuple[int, ...]
+    has_chat_template: bool
+    adapter: str | None = None  # folder of a peft adapter, if one was loaded
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def resolve(name_or_path: str) -> str:
+    """The local folder of a model, or the hub id unchanged; converts GGUF files into the local cache.
+
+    Raises `UserError`: not a model folder, no such path, GGUF without the package `gguf`, SmolLM2 not installed.
+    """
+    name = str(name_or_path)
+    if name == POCKET:
+        base = Path(str(resources.files("unisd.pocket") / "base"))
+        if not (base / "config.json").is_file():
+            raise UserError(f"the pocket model is missing from this installation ({base}); reinstall unisd")
+        return str(base)
+    if name == SMOLLM2:
+        return str(gguf_cache.converted(gguf_cache.smollm2_file()))
+    path = Path(name).expanduser()
+    if name.lower().endswith(".gguf"):
+        return str(gguf_cache.converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise UserError(f"{name} is not a model: no config.json in that folder; give a folder that save_pretrained wrote")
+        return str(path)
+    if path.exists():
+        raise UserError(f"{name} is not a model: it is a file; give a model folder, a .gguf file or a hub id")
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"no model at {name}: there is no such folder; give an existing folder, a hub id, {POCKET} or {SMOLLM2}")
+    return name
+
+
+def without_adapter(model: Any) -> Any:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """All token ids that end an answer: of the generation config, the config and the tokenizer; sorted."""
+    found: set[int] = set()
+    configs = (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True), tokenizer)
+    for source in configs:
+        value = getattr(source, "eos_token_id", None)
+        if value is not None:
+            found.update(int(i) for i in (value if isinstance(value, (list, tuple)) else [value]))
+    return sorted(found)
+
+
+def native_bf16() -> bool:
+    """Whether the accelerator, or the CPU where there is none, computes in bf16 itself rather than by emulation."""
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        module = getattr(torch, accelerator.type, None) if accelerator is not None else None
+        supported = getattr(module, "is_bf16_supported", None)
+        return bool(supported is not None and supported(including_emulation=False))
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return match is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(match[1].split())
+
+
+def _dtype(dtype: str, parameters: int) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if parameters > AUTO_BF16_FROM and native_bf16() else torch.float32
+    if dtype not in _DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; use auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _load(what: str, name: str, path: str, build: Any) -> Any:
+    """Run one transformers loader and turn what it says of a wrong name into one line."""
+    try:
+        return build()
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if Path(path).is_dir():
+            raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
+        raise UserError(
+            f"no model {name}: neither a local folder nor to be had from the Hugging Face hub; check the spelling and the "
+            f"network, or give a local folder, {POCKET} or {SMOLLM2}"
+        ) from error
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, always with a pad token (one that exists already: embeddings are not resized)."""
+    from transformers import AutoTokenizer
+
+    path = resolve(name_or_path)
+    tokenizer = _load(
+        "tokenizer", name_or_path, path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    )
+    if tokenizer.pad_token is None:
+        special = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+        if special is None:
+            raise UserError(f"the tokenizer of {name_or_path} has neither pad nor end token; set pad_token in its config")
+        tokenizer.pad_token = special
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model_and_tokenizer(
+    name_or_path: str,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
+) -> tuple[Any, Any, ModelInfo]:
+    """Model (evaluation mode, on the CPU), tokenizer and facts about them.
+
+    Args:
+        dtype: `auto`: bf16 where the hardware computes it natively and the model has more than 50 M parameters, else
+            float32; or the name of one.
+        load_in_4bit: needs bitsandbytes.
+
+    Raises:
+        UserError: the name is no model, or what it needs is not installed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = str(name_or_path)
+    path = resolve(name)
+    if (adapter := Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        return _load_adapter(name, adapter.parent, dtype=dtype, trust_remote_code=trust_remote_code, load_in_4bit=load_in_4bit)
+    config = _load("configuration", name, path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        skeleton = _load(
+            "architecture", name, path,
+            lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
+        )  # fmt: skip
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    options: dict[str, Any] = {"dtype": _dtype(dtype, parameters), "trust_remote_code": trust_remote_code}
+    if load_in_4bit:
+        options["quantization_config"] = _four_bits(options["dtype"])
+    model = _load("weights", name, path, lambda: AutoModelForCausalLM.from_pretrained(path, **options)).eval()
+    for module in model.modules() if load_in_4bit else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: products in that layout of the weights have no gradient
+            module.support_avx512bf16_for_cpu = False
+    info = ModelInfo(
+        name=name,
+        path=path,
+        model_type=config.model_type,
+        parameters=parameters,
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        dtype=options["dtype"],
+        eos_ids=tuple(eos_ids(model, tokenizer)),
+        has_chat_template=tokenizer.chat_template is not None,
+    )
+    return model, tokenizer, info
+
+
+def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, ModelInfo]:
+    """A peft adapter on the base that it names; the tokenizer saved beside the adapter wins over the base's."""
+    import dataclasses
+
+    from peft import PeftConfig, PeftModel
+
+    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base_name:
+        raise UserError(f"the adapter {name} does not name its base model; set base_model_name_or_path in adapter_config.json")
+    try:
+        model, tokenizer, info = load_model_and_tokenizer(base_name, **options)
+    except UserError as error:
+        raise UserError(f"the adapter {name} needs its base model: {error}") from error
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(str(folder), trust_remote_code=options["trust_remote_code"])
+    adapted = _load("adapter", name, str(folder), lambda: PeftModel.from_pretrained(model, str(folder))).eval()
+    return adapted, tokenizer, dataclasses.replace(info, name=name, adapter=str(folder))
+
+
+def _four_bits(compute: torch.dtype) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing: bool) -> Any:
+    """The model with a new adapter, whose factors are drawn with `seed`; a quantised one is prepared for training first."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import set_seed
+
+    peft_config = _within_decoder(model, peft_config)
+
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    set_seed(seed)  # the Trainer would seed only after the adapter's factors are drawn
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")})
+        raise UserError(f"lora_target_modules: {str(error).splitlines()[0]} Its linear modules: {', '.join(names)}.") from None
+
+
+def _within_decoder(model: Any, peft_config: Any) -> Any:
+    """The configuration without targets outside of the text decoder: `all-linear` would adapt a vision tower too."""
+    decoder = model.get_decoder()
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    others = [name for name in others if not name.startswith(f"{prefix}.") and name != head]
+    if not prefix or not others or getattr(peft_config, "exclude_modules", "") is not None:
+        return peft_config
+    within = copy.copy(peft_config)
+    within.exclude_modules = rf"(?!{re.escape(prefix)}\.).*"
+    return within

@@ -1,0 +1,131 @@
+"""What a step did, in numbers: collected over micro-batches and ranks, one line of `metrics.jsonl` per optimizer step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+
+from unisd.files import keep_until
+
+
+class StepMetrics:
+    """Metrics of the optimizer step in progress, and of the steps since the last log line.
+
+    Args:
+        path: `metrics.jsonl`; only rank 0 writes.
+        device: where sums over ranks are formed.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, path: Path, device: torch.device, world_size: int) -> None:
+        self.path = path
+        self.device = device
+        self.world_size = world_size
+        self.phases: dict[str, float] = dict.fromkeys(("rollout", "score", "student", "update", "eval", "diagnostics"), 0.0)
+        self.values: dict[str, float] = {}  # already means over all ranks
+        self._sums: dict[str, Tensor | float] = {}  # over micro-batches of this rank
+        self._marked: dict[str, Tensor | float] = {}
+        self._unlogged: list[dict[str, float]] = []
+
+    def add(self, **values: Tensor | float) -> None:
+        """Add to this rank's sums over micro-batches."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def mark(self) -> None:
+        """Remember the sums: before the first micro-batch."""
+        self._marked = dict(self._sums)
+
+    def rewind(self) -> None:
+        """Back to the mark: the micro-batches are done again."""
+        self._sums = dict(self._marked)
+
+    def sum_of(self, name: str) -> float:
+        """This rank's sum so far."""
+        return float(self._sums.get(name, 0.0))
+
+    @contextmanager
+    def timed(self, phase: str, wait: bool = True) -> Iterator[None]:
+        """Adds the wall time to a phase, in seconds; waits for the device, whose work is asynchronous.
+
+        `wait=False` does not: the work is then counted where the phase is next waited for.
+        """
+        start = time.perf_counter()
+        yield
+        if wait and self.device.type != "cpu" and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - start
+        self.phases[phase] += seconds
+        if phase != "eval":
+            key = f"step_time/{phase}"
+            self.values[key] = self.values.get(key, 0.0) + seconds
+
+    def finish(self, step: int, is_writer: bool) -> dict[str, float]:
+        """After optimizer step number `step`: reduce the sums over ranks, append one line, and return its values."""
+        names = sorted(self._sums)
+        sums_of_rank = torch.stack([torch.as_tensor(self._sums[n], dtype=torch.float32, device=self.device) for n in names])
+        if self.world_size > 1:
+            sums_of_rank = reduce(sums_of_rank, "sum")
+        sums = dict(zip(names, sums_of_rank.tolist(), strict=True))
+        tokens = max(sums["tokens"], 1)
+        values = self.values
+        # Every rank's loss was multiplied by the number of ranks, against DDP's averaging.
+        values["loss"] = sums["loss"] / self.world_size
+        values["completions/loss_tokens"] = sums["tokens"]
+        values["teacher/divergence"] = sums["divergence"] / tokens
+        values["teacher/overlong_views"] = sums["overlong_views"]
+        values["student/entropy"] = sums["entropy"] / tokens
+        values["student/logp"] = sums["student_logp"] / tokens
+        if "teacher_logp" in sums:
+            values["teacher/logp"] = sums["teacher_logp"] / tokens
+        if "weight_distance" in sums:  # the same on every rank
+            values["teacher/weight_distance"] = sums["weight_distance"] / self.world_size
+        values["clip/share"] = sums["clipped"] / tokens
+        if "contrast" in sums:
+            of_contrast = max(sums["contrast_tokens"], 1)
+            values["contrastive/loss"] = sums["contrast"] / of_contrast
+            values["contrastive/active_share"] = sums["contrast_active"] / of_contrast
+        if "style_loss" in sums:
+            values["words/style_loss_share"] = sums["style_loss"] / (sums["whole_loss"] or 1.0)
+            values["leak/answer_loss_share"] = sums["answer_loss"] / (sums["whole_loss"] or 1.0)
+            values["leak/answer_token_share"] = sums["answer_tokens"] / tokens
+        if "features" in sums:
+            values["features/distance"] = sums["features"] / tokens
+        values["step_time"] = sum(values.get(f"step_time/{phase}", 0.0) for phase in self.phases)  # a sync is within rollout
+        if is_writer:
+            line: dict[str, Any] = {"step": step, "loss": values["loss"], "learning_rate": values["learning_rate"]}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                finite = {name: value if math.isfinite(value) else None for name, value in (line | values).items()}
+                file.write(json.dumps(finite) + "\n")
+        self._unlogged.append(values)
+        self.values, self._sums = {}, {}
+        return values
+
+    def take_means(self) -> dict[str, float]:
+        """Means over the steps since the last call, without what the Trainer logs itself."""
+        steps, self._unlogged = self._unlogged, []
+        names = sorted({name for step in steps for name in step} - {"loss", "learning_rate"})
+        return {name: mean([step[name] for step in steps if name in step]) for name in names}
+
+    def forget_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop lines of steps that a resumed run does again (and a line that a kill cut short); returns the others."""
+        return keep_until(self.path, step)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def masked_mean(value: Tensor, mask: Tensor) -> float:
+    """Mean over the masked-in entries, 0 if there are none."""
+    return float(value[mask].mean()) if mask.any() else 0.0

@@ -1,0 +1,166 @@
+"""What a run shows of itself: metrics of answers and loss, sampled records, probes. Nothing here changes the training.
+
+Shapes: B rows of the step, T longest completion, N loss tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from unisd.config import UniSDConfig
+from unisd.data.prompts import PromptBuilder
+from unisd.data.rows import Row
+from unisd.distributed.collectives import on_all_ranks
+from unisd.files import PROBE, SAMPLES
+from unisd.losses.terms import LossOutput
+from unisd.methods.scores import StepScores
+from unisd.methods.terms import Contrast
+from unisd.monitoring.diagnostics import Answers, Counting, answer_tokens, answers_to_keep, means, probe_leak
+from unisd.monitoring.metrics import StepMetrics, masked_mean, mean
+from unisd.monitoring.token_records import SampleRecorder
+from unisd.rollout.engine import Completion, Engine, Sampling
+from unisd.scoring.scorer import Scorer, ScoringRow
+
+
+@dataclass
+class Probes:
+    """What costs passes of its own, so it is done now and then (`diagnostics_probe_steps`): see :mod:`unisd.monitoring.diagnostics`."""
+
+    args: UniSDConfig
+    rows: Sequence[Row]  # of what must not be lost
+    model: nn.Module
+    tokenizer: Any
+    prompts: PromptBuilder
+    engine: Engine
+    sampling: Sampling
+    scorer: Scorer
+    is_writer: bool
+    _answers: list[Row] | None = None
+
+    def run(self, scored: Sequence[tuple[Row, ScoringRow]], step: int) -> dict[str, float]:
+        """This rank's share: the probe set's likelihood, and some of the step's answers under other contexts."""
+        from unisd.evaluation.likelihood import reference_nll
+
+        values: dict[str, float] = {}
+        if self.rows:
+            if self._answers is None:
+                self._answers = answers_to_keep(
+                    self.rows[: self.args.diagnostics_probe_rows],
+                    lambda rows: self.engine.generate([self.prompts.student(row) for row in rows], None, self.sampling),
+                    self.tokenizer,
+                    Path(self.args.output_dir) / PROBE,
+                    resumed=step > 0,
+                    is_writer=self.is_writer,
+                )
+            nll, tokens = reference_nll(self.model, self.tokenizer, self._answers)
+            values["retained/nll"] = nll / max(tokens, 1)
+        if self.args.distillation_mode != "nll":
+            values |= probe_leak(self.scorer, self.prompts, scored[: self.args.diagnostics_probe_rows], self.args.device)
+        return values
+
+
+class Observer:
+    """Fills `metrics` and the sampled records of the step in progress.
+
+    Args:
+        grader: verdict on a completion, for the records; or None.
+        probes: run every `diagnostics_probe_steps`, if there are diagnostics.
+    """
+
+    def __init__(
+        self,
+        args: UniSDConfig,
+        accelerator: Accelerator,
+        metrics: StepMetrics,
+        tokenizer: Any,
+        grader: Callable[[Row, str], bool] | None,
+        probes: Probes,
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.metrics = metrics
+        self.tokenizer = tokenizer
+        self.probes = probes
+        recorded = args.record_samples if accelerator.is_main_process else 0
+        self.samples = SampleRecorder(Path(args.output_dir) / SAMPLES, recorded, tokenizer, grader)
+        self.counting = Counting(tokenizer, args.diagnostics_words) if args.diagnostics else None
+        self._mask_BT = torch.zeros(0, 0, dtype=torch.bool)
+
+    def before_loss(self, completions: Sequence[Completion], everywhere: StepScores, token_clip: float | None) -> None:
+        """Metrics that are known before the student's pass. everywhere: the scores of all ranks."""
+        pairs = [(len(completion.ids), completion.truncated) for completion in completions]
+        if self.accelerator.num_processes > 1:
+            pairs = gather_object(pairs)
+        values = self.metrics.values
+        values["completions/mean_length"] = mean([length for length, _ in pairs])
+        values["completions/max_length"] = float(max(length for length, _ in pairs))
+        values["completions/truncated_share"] = mean([truncated for _, truncated in pairs])
+        if everywhere.negative_logp is not None and everywhere.negative_present is not None:
+            mask = everywhere.mask & everywhere.negative_present[:, None]
+            values["contrastive/negative_logp"] = masked_mean(everywhere.negative_logp, mask)
+        if token_clip is not None:
+            values["clip/threshold"] = token_clip
+
+    def record(
+        self,
+        step: int,
+        max_steps: int,
+        rows: Sequence[Row],
+        completions: Sequence[Completion],
+        scores: StepScores,
+        weights: Callable[[], Tensor],
+    ) -> None:
+        """Open the records of step number `step` (from 1), if it is one of those recorded. weights(): reliability `[B,T]`."""
+        self._mask_BT = scores.mask
+        if self.samples.wants(step, max_steps, self.args.logging_steps):
+            self.samples.begin(step, rows, completions, scores, weights(), self.args.divergence_spec.temperature)
+
+    def diagnose(
+        self, rows: Sequence[Row], scored: Sequence[ScoringRow], completions: Sequence[Completion], step: int, width: int
+    ) -> dict[str, Tensor]:
+        """What the step's answers are made of, over all ranks, and now and then the probes. step: number of finished ones.
+
+        Returns marks `[B,T]`, 1 or 0, T = `width`, of the tokens that are an answer's final answer, and of those of style.
+        """
+        assert self.counting is not None
+        counted = self.counting.count(rows, [completion.ids for completion in completions])
+        if self.accelerator.num_processes > 1:
+            counted = sum(gather_object([counted]), Answers())
+        self.metrics.values |= counted.metrics(self.counting.hedges)
+        every = self.args.diagnostics_probe_steps
+        if every is not None and step % every == 0:
+            found = [on_all_ranks(self.accelerator, lambda: self.probes.run(list(zip(rows, scored, strict=True)), step))]
+            if self.accelerator.num_processes > 1:  # all ranks must come to the same alarms
+                found = gather_object(found)
+            self.metrics.values |= means(found)
+        marks = {"answer": torch.zeros(len(completions), width), "style": torch.zeros(len(completions), width)}
+        for i, completion in enumerate(completions):
+            marks["answer"][i, : len(completion.ids)] = torch.tensor(answer_tokens(self.tokenizer, completion.ids)).float()
+            marks["style"][i, : len(completion.ids)] = torch.tensor(self.counting.style(completion.ids)).float()
+        return marks
+
+    def after_loss(self, inputs: Mapping[str, Any], output: LossOutput, contrast: Contrast | None) -> None:
+        """Sums over one micro-batch's loss tokens. Nothing here may wait for the device."""
+        add = self.metrics.add
+        add(tokens=len(output.divergence_N), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
+        add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
+        if self.args.distillation_mode != "nll":
+            add(teacher_logp=output.teacher_logp_N.sum())
+        if self.counting is not None:
+            weighed_N = (inputs["divergence_coefficient_N"] * output.divergence_N).abs()
+            answer_N = inputs["answer_coefficient_N"]
+            add(style_loss=(weighed_N * inputs["style_coefficient_N"]).sum(), whole_loss=weighed_N.sum())
+            add(answer_loss=(weighed_N * answer_N).sum(), answer_tokens=answer_N.sum())
+        if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
+            # h is 0 where there is no negative. Selecting by mask would wait for the device.
+            add(contrast=output.contrast_N.sum(), contrast_tokens=(contrast.coefficient_N > 0).sum())
+            add(contrast_active=output.contrast_active_N.sum())
+        self.samples.take(self.samples.spans(inputs["part"], self._mask_BT), output)

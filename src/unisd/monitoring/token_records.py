@@ -1,0 +1,167 @@
+"""A few annotated completions per logged step, in `samples.jsonl`: what a report shows of the supervision, token by token.
+
+Bounded: at most `MAX_RECORDS` completions a run and `MAX_TOKENS` tokens of each. Only numbers that the step has computed anyway are
+written, so that recording costs next to nothing and changes nothing.
+
+Shapes: B rows of the step on this rank, T longest completion, N loss tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unisd.data.rows import Row
+from unisd.data.text import MAX_TEXT, as_text
+from unisd.files import keep_until
+from unisd.losses.terms import LossOutput
+from unisd.methods.scores import StepScores
+from unisd.rollout.engine import Completion
+
+MAX_RECORDS = 200
+MAX_TOKENS = 512
+
+Span = tuple[int, int, int]
+"""A recorded row's number in the step, and its loss tokens' first and end place in a micro-batch."""
+
+
+class SampleRecorder:
+    """Collects the records of the step in progress; `write` appends them.
+
+    Args:
+        path: `samples.jsonl`.
+        per_step: completions of a logged step; 0 records nothing.
+        tokenizer: splits a completion into the texts of its tokens.
+        grader: verdict on a completion, or None.
+    """
+
+    def __init__(self, path: Path, per_step: int, tokenizer: Any, grader: Callable[[Row, str], bool] | None) -> None:
+        self.path = path
+        self.per_step = per_step
+        self.tokenizer = tokenizer
+        self.grader = grader
+        self._pending: dict[int, dict[str, Any]] = {}
+        self._places: dict[int, list[int]] = {}  # of the loss tokens within the record's tokens
+
+    def wants(self, step: int, max_steps: int, logging_steps: float) -> bool:
+        """Whether step number `step` (from 1) is recorded: logged steps, fewer of them in a run so long that the file would grow."""
+        if self.per_step < 1:
+            return False
+        every = max(math.ceil(logging_steps), math.ceil(max_steps * self.per_step / MAX_RECORDS), 1)
+        return step % every == 0 or step == 1
+
+    def begin(
+        self,
+        step: int,
+        rows: Sequence[Row],
+        completions: Sequence[Completion],
+        scores: StepScores,
+        weight_BT: Tensor,
+        temperature: float,
+    ) -> None:
+        """Open the records of a step, with all that is known before its gradient. `weight_BT`: reliability weights, 1 without."""
+        loss_tokens = scores.mask.any(-1).tolist()
+        chosen = [i for i in range(len(rows)) if loss_tokens[i]][: self.per_step]
+        self._pending, self._places = {}, {}
+        for i in chosen:
+            completion, row = completions[i], rows[i]
+            ids = completion.ids[:MAX_TOKENS]
+            length = len(ids)
+            mask_T = scores.mask[i, :length]
+            contexts = (
+                [] if scores.auxiliary_logp is None or scores.auxiliary_present is None else range(len(scores.auxiliary_logp))
+            )
+
+            def known(value_T: Tensor, mask_T: Tensor = mask_T) -> list[float | None]:
+                pairs = zip(value_T.tolist(), mask_T.tolist(), strict=True)
+                return [_rounded(value) if carries_loss else None for value, carries_loss in pairs]
+
+            negative = (
+                scores.negative_logp is not None and scores.negative_present is not None and bool(scores.negative_present[i])
+            )
+            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            self._places[i] = mask_T.nonzero().flatten().tolist()
+            self._pending[i] = {
+                "step": step,
+                "id": str(row.get("id", "")),
+                "prompt": as_text(row["prompt"])[:MAX_TEXT],
+                "reference": str(row.get("privileged_context") or row.get("completion") or "")[:MAX_TEXT],
+                "correct": None if self.grader is None else bool(self.grader(row, text)),
+                "tokens": token_texts(self.tokenizer, ids),
+                "cut": len(completion.ids) - length,
+                "weights_version": completion.version,  # None: the student's own at this step
+                "temperature": temperature,
+                "weight": known(weight_BT[i, :length]),
+                "teacher_logp": None,  # known with the student's pass, as are the others that `take` adds
+                "auxiliary_logp": [
+                    known(scores.auxiliary_logp[k, i, :length])
+                    for k in contexts
+                    if scores.auxiliary_logp is not None
+                    and scores.auxiliary_present is not None
+                    and scores.auxiliary_present[k, i]
+                ],
+                "negative_logp": known(scores.negative_logp[i, :length])
+                if negative and scores.negative_logp is not None
+                else None,
+            }
+
+    def spans(self, part: Sequence[int], mask_BT: Tensor) -> list[Span]:
+        """Where the recorded rows' loss tokens lie among those of a micro-batch made of the rows `part`."""
+        found, start = [], 0
+        for i in part:
+            end = start + int(mask_BT[i].sum())
+            if i in self._pending:
+                found.append((i, start, end))
+            start = end
+        return found
+
+    def take(self, spans: Sequence[Span], output: LossOutput) -> None:
+        """Add what the student's pass says of its tokens."""
+        for i, start, end in spans:
+            record, places = self._pending[i], self._places[i]
+
+            def spread(value_N: Tensor, record: Any = record, places: Any = places, start: int = start, end: int = end) -> Any:
+                values: list[Any] = [None] * len(record["tokens"])
+                for place, value in zip(places, value_N[start:end].tolist(), strict=False):  # the record may be cut
+                    values[place] = bool(value) if isinstance(value, bool) else _rounded(value)
+                return values
+
+            record["teacher_logp"] = spread(output.teacher_logp_N)
+            record["student_logp"] = spread(output.student_logp_N)
+            record["entropy"] = spread(output.student_entropy_N)
+            record["divergence"] = spread(output.divergence_N)
+            record["clipped"] = spread(output.clipped_N)
+            negative = record["negative_logp"] is not None and output.contrast_N is not None
+            record["contrast"] = spread(output.contrast_N) if negative and output.contrast_N is not None else None
+
+    def write(self) -> None:
+        """Append the step's records."""
+        if not self._pending:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in self._pending.values())
+        self._pending = {}
+
+    def forget_after(self, step: int) -> None:
+        """Drop records of steps that a resumed run does again (and one that a kill cut short)."""
+        keep_until(self.path, step)
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to the one before it: alone, a token of a word's beginning may lose its space."""
+    texts = []
+    for place, token in enumerate(ids):
+        before = tokenizer.decode(ids[place - 1 : place]) if place else ""
+        both = tokenizer.decode(ids[max(place - 1, 0) : place + 1])
+        texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode([token]))
+    return texts
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None

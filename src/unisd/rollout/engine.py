@@ -1,0 +1,60 @@
+"""Prompts in, completions out: what an engine is (:class:`Engine`), and the noise that makes a rollout repeatable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+NoiseKey = tuple[int, int, int, int]  # seed, optimizer step, row of the dataset, generation
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Token ids that the model wrote (with the end token, if it came to one)."""
+
+    ids: list[int]
+    truncated: bool  # ran into the length limit
+    logps: list[float] | None = None  # of each token as it was drawn, at the sampling temperature; None: not told
+    sampled: bool = True  # by the student; False for references and the initial model's answers
+    version: int | None = None  # optimizer step of the weights that wrote it, from engines with weights of their own
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    max_new_tokens: int
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+class Engine(Protocol):
+    """Turns prompts into completions with the student's current weights."""
+
+    returns_logps: bool  # whether completions come with the log-probabilities they were drawn with
+
+    def sync(self) -> None:
+        """Take over the student's weights (nothing to do where the engine shares them)."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
+        """One completion per prompt; `keys=None` means greedy."""
+
+    def sleep(self) -> None:
+        """Give memory back until the next `sync`."""
+
+
+def uniform_noise(key: NoiseKey, length: int) -> np.ndarray:
+    """`length` uniform numbers in [0, 1) of one completion: a counter-based generator, position by position."""
+    seed, step, row, generation = key
+    bits = np.random.SeedSequence([seed, step, row, generation]).generate_state(2, np.uint64)
+    return np.random.Generator(np.random.Philox(key=bits)).random(length)
+
+
+def seed_of(key: NoiseKey) -> int:
+    """The seed (63 bits) of one request to an engine that draws by itself: the same row in the same step asks for the same answer."""
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,109 @@
+"""Where the completions of a step come from: the student, the dataset's references, the initial model, or a mixture by rows.
+
+Which source a row gets, and what is sampled for it, depends on (seed, step, row, generation) alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from unisd.config import UniSDConfig
+from unisd.data.prompts import PromptBuilder, encode_completion
+from unisd.data.rows import Row
+from unisd.distributed.sharding import is_sharded
+from unisd.errors import UserError
+from unisd.rollout.engine import Completion, Engine, NoiseKey, Sampling, uniform_noise
+from unisd.teacher import Teacher
+
+OFFLINE_STEP = 0  # the initial model's samples are the same in every epoch, as if drawn beforehand
+
+
+@dataclass
+class CompletionSource:
+    """Completions of prompts of `rows`, by their numbers."""
+
+    args: UniSDConfig
+    rows: Sequence[Row]
+    prompts: PromptBuilder
+    engine: Engine
+    teacher: Teacher
+    sampling: Sampling
+    eos_ids: Sequence[int]
+    generated: int = 0
+    """Tokens that a model has written so far, and `prefilled`: of the prompts it read for them."""
+    prefilled: int = 0
+    sync_s: float = 0.0
+    """Seconds of the newest sync of an engine with weights of its own."""
+
+    def check(self) -> None:
+        """Raise `UserError` for the first reference that is missing, or longer than a completion may be."""
+        if self.args.completion_source not in ("reference", "mixture"):
+            return
+        limit = self.args.max_completion_length
+        for number, row in enumerate(self.rows):
+            if not row.get("completion"):
+                raise UserError(
+                    f"row {number} of the training data has no completion, which completion_source={self.args.completion_source} "
+                    "trains on: add the column."
+                )
+            if len(str(row["completion"]).encode()) >= limit and (length := len(self._reference(number).ids)) > limit:
+                raise UserError(
+                    f"row {number} of the training data: the completion has {length} tokens, over max_completion_length={limit}: "
+                    "shorten or remove it, or raise max_completion_length."
+                )
+
+    def complete(self, numbers: Sequence[tuple[int, int]], step: int) -> list[Completion]:
+        """One completion for each (row, generation) of an optimizer step."""
+        sources = [self._source(row, generation, step) for row, generation in numbers]
+        found: dict[int, Completion] = {i: self._reference(numbers[i][0]) for i, s in enumerate(sources) if s == "reference"}
+        if "student" in sources:
+            self._sync()
+        for source, at_step in (("student", step), ("initial", OFFLINE_STEP)):
+            chosen = [i for i, s in enumerate(sources) if s == source]
+            keys: list[NoiseKey] = [(self.args.seed, at_step, *numbers[i]) for i in chosen]
+            if not chosen and not self._others_sample(source):
+                continue
+            prompts = [self.prompts.student(self.rows[numbers[i][0]]) for i in chosen]
+            if source == "initial":
+                with self.teacher.in_place():
+                    self._sync()  # an engine with weights of its own must have these
+                    written = [
+                        replace(c, sampled=False, version=None if c.version is None else OFFLINE_STEP)
+                        for c in self.engine.generate(prompts, keys, self.sampling)
+                    ]
+            else:
+                written = self.engine.generate(prompts, keys, self.sampling)
+            self.prefilled += sum(map(len, prompts))
+            self.generated += sum(len(completion.ids) for completion in written)
+            found.update(zip(chosen, written, strict=True))
+        self.engine.sleep()
+        return [found[i] for i in range(len(numbers))]
+
+    def _sync(self) -> None:
+        start = time.perf_counter()
+        self.engine.sync()
+        self.sync_s = time.perf_counter() - start
+
+    def _others_sample(self, source: str) -> bool:
+        """Whether other ranks may need this one to sample from `source`, because they share the model's weights."""
+        of_rows = "student" if self.args.completion_source == "mixture" else self.args.completion_source
+        return source == of_rows and is_sharded(self.teacher.model)
+
+    def carries_loss(self, completion: Completion) -> bool:
+        """False for answers that are left out: cut ones if asked so, and empty ones of the initial model (SSD's filter)."""
+        if completion.truncated and self.args.mask_truncated_completions:
+            return False
+        return self.args.completion_source != "initial" or any(token not in self.eos_ids for token in completion.ids)
+
+    def _source(self, row: int, generation: int, step: int) -> str:
+        if self.args.completion_source != "mixture":
+            return self.args.completion_source
+        # One number beyond those that sample the completion itself.
+        draw = uniform_noise((self.args.seed, step, row, generation), self.sampling.max_new_tokens + 1)[-1]
+        return "student" if draw < self.args.on_policy_share else "reference"
+
+    def _reference(self, row: int) -> Completion:
+        ids = encode_completion(self.prompts.tokenizer, str(self.rows[row]["completion"]), self.eos_ids)
+        return Completion(ids, truncated=False, sampled=False)

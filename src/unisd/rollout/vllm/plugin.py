@@ -1,0 +1,15 @@
+"""What vLLM loads by the entry point `vllm.general_plugins`: the name of our weight-transfer backend, and nothing heavy."""
+
+from __future__ import annotations
+
+BACKEND = "unisd"
+
+
+def register() -> None:
+    """Tell vLLM, in this process, of the backend; again does nothing."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    try:
+        WeightTransferEngineFactory.register_engine(BACKEND, "unisd.rollout.vllm.transfer", "UnisdTransfer")
+    except ValueError:
+        return  # it knows already

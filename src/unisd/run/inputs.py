@@ -1,0 +1,215 @@
+"""What a run works on, from its options: rows with their grader, the model with its adapter, and what the rows can serve."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unisd import tasks
+from unisd.config import UniSDConfig
+from unisd.data.rows import Row, hold_out, load_file, parse_column_mapping, prepare_rows
+from unisd.errors import UserError
+from unisd.run.options import RunOptions
+from unisd.tasks import sandbox
+from unisd.tasks.base import Grade, Task
+
+logger = logging.getLogger(__name__)
+
+GradeFunction = Callable[[Row, str], Grade]
+
+
+@dataclass
+class RunData:
+    """Rows by use. `grade` is None where nobody can tell a right answer; `retention` is empty where there are no such skills."""
+
+    name: str
+    train: list[Row]
+    evaluation: list[Row]
+    retention: list[Row] = field(default_factory=list)
+    grade: GradeFunction | None = None
+    task: Task | None = None
+
+    @property
+    def grader(self) -> Callable[[Row, str], bool] | None:
+        """The grade as a plain verdict, as the trainer takes it."""
+        grade = self.grade
+        return None if grade is None else lambda row, text: grade(row, text).correct
+
+
+def get_task(options: RunOptions) -> Task:
+    """The task that the options name, with those of its own options that were given."""
+    assert options.task is not None
+    own = {"noise": options.noise, "reference_style": options.reference_style}
+    grader = options.grader if options.task == "jsonl" else None
+    task = tasks.from_flags(options.task, options.data_files, options.task_options, grader, **own)
+    if task.runs_code:
+        sandbox.require(options.allow_unsafe_code_execution)
+        sandbox.allow_unsafe(options.allow_unsafe_code_execution)
+    return task
+
+
+def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: bool = False) -> RunData:
+    """Rows of the task, or the user's own.
+
+    Args:
+        whole: hold none of the user's own rows out.
+
+    Raises:
+        UserError: unreadable or empty data, a row that breaks the contract or that the grader cannot grade, a task that must not be
+            trained on.
+    """
+    if options.task is not None:
+        return _task_data(options, seed, training)
+    if options.dataset_name is not None:
+        name, rows = options.dataset_name, _load_dataset(options)
+    else:
+        assert options.train_file is not None
+        name, rows = options.train_file, load_file(options.train_file)
+    mapping = parse_column_mapping(options.columns)
+    rows = prepare_rows(rows, mapping, name)
+    grade = _named_grader(options, rows, name)
+    evaluation: list[Row] = []
+    if options.eval_file is not None:
+        evaluation = prepare_rows(load_file(options.eval_file), mapping, options.eval_file)
+        _named_grader(options, evaluation, options.eval_file)
+    elif whole:
+        pass
+    elif len(rows) == 1:
+        raise UserError(f"{name} has a single row, so that none can be held out: give more rows, or --eval_file.")
+    else:
+        rows, evaluation = hold_out(rows, seed=seed)
+    return RunData(
+        name=Path(name).stem if options.train_file else name,
+        train=rows[: options.max_train_rows],
+        evaluation=evaluation[: options.max_eval_rows],
+        grade=grade,
+    )
+
+
+def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
+    assert options.task is not None
+    task = get_task(options)
+    if training and task.evaluation_only:
+        raise UserError(f"task {task.name} is for evaluation only (its authors ask so): train on another one.")
+    where = f"task {task.name}"
+    if training:
+        task.prepare_training()
+    return RunData(
+        name=options.task,
+        train=prepare_rows(task.load("train", limit=options.max_train_rows, seed=seed), name=where) if training else [],
+        # Evaluation rows do not depend on the run's seed, so that runs can be compared.
+        evaluation=prepare_rows(task.load("test", limit=options.max_eval_rows), name=where),
+        retention=task.retention_rows(limit=options.max_eval_rows),
+        grade=task.grade,
+        task=task,
+    )
+
+
+def _load_dataset(options: RunOptions) -> list[Row]:
+    import datasets
+
+    name, split = str(options.dataset_name), options.dataset_train_split
+    whole = (Path(name) / "dataset_dict.json").is_file()  # the two that save_to_disk writes
+    try:
+        if not whole and not (Path(name) / "state.json").is_file():
+            loaded = datasets.load_dataset(name, options.dataset_config, split=split)
+        elif options.dataset_config is not None:
+            raise ValueError("a saved dataset has no configurations: unset dataset_config.")
+        else:
+            loaded = datasets.load_from_disk(name)
+            if whole and split not in loaded:
+                raise ValueError(f"it has no split {split!r}: set dataset_train_split to one of {', '.join(loaded)}.")
+            loaded = loaded[split] if whole else loaded
+    except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"dataset {name!r} cannot be loaded: {reason}") from None
+    return [dict(row) for row in loaded]
+
+
+def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunction | None:
+    """The grader of the user's own rows, which compares with their answer, or runs their tests."""
+    name = options.grader
+    if name is None:
+        return None
+    import difflib
+
+    from unisd.tasks.graders import GRADERS
+
+    if name not in GRADERS:
+        close = difflib.get_close_matches(name, GRADERS, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(GRADERS))}."
+        raise UserError(f"unknown grader {name!r}: {hint}")
+    code = name == "code"
+    columns = ("tests",) if code else ("answer", "completion")
+    for number, row in enumerate(rows):
+        if _gold(row, columns) is None:
+            needed = "a column tests with Python assertions" if code else "a column answer, or a reference"
+            raise UserError(f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row.")
+    if code:
+        sandbox.require(options.allow_unsafe_code_execution)
+        sandbox.allow_unsafe(options.allow_unsafe_code_execution)
+    grader = GRADERS[name]
+    return lambda row, text: grader(text, _gold(row, columns) or "")
+
+
+def _gold(row: Row, columns: Sequence[str]) -> str | None:
+    """What the grader compares with: the first of the columns that holds something."""
+    values = (row.get(column) for column in columns)
+    return next((str(value) for value in values if value is not None and str(value).strip()), None)
+
+
+def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) -> None:
+    """Switch off what a recipe asks for and the rows cannot serve. What the user asked for stays, and the trainer refuses it."""
+    asked = options.explicit
+    contexts = any(len(row.get("auxiliary_contexts") or []) >= 2 for row in rows)
+    negatives = any(row.get("negative_context") for row in rows)
+    dropped = []
+    if config.agreement != "none" and "agreement" not in asked and not contexts:
+        config.agreement = "none"
+        dropped.append("agreement (needs a column auxiliary_contexts, or --agreement_contexts retrieval)")
+    if config.contrastive_weight and "contrastive_weight" not in asked and not negatives:
+        config.contrastive_weight = 0.0
+        dropped.append("contrast (needs a column negative_context, or --negatives corrupt)")
+    if dropped and config.process_index == 0:
+        logger.warning("recipe %s runs without %s.", options.recipe, " and without ".join(dropped))
+
+
+def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, str]:
+    """The model, its tokenizer and the path that they came from.
+
+    Raises:
+        UserError: not a model, or a library that is missing.
+    """
+    from unisd.models.load import load_model_and_tokenizer
+
+    # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
+    full = training and not options.use_peft
+    dtype = "float32" if options.dtype == "auto" and full else options.dtype
+    model, tokenizer, info = load_model_and_tokenizer(
+        options.model_name_or_path,
+        dtype=dtype,
+        trust_remote_code=options.trust_remote_code,
+        load_in_4bit=options.load_in_4bit,
+    )
+    if info.adapter is not None:
+        raise UserError(f"{options.model_name_or_path} is an adapter: make a full model of it first, with `unisd merge`.")
+    return model, tokenizer, info.path
+
+
+def adapter_config(options: RunOptions) -> Any:
+    """The LoRA configuration, or None for training all weights."""
+    if not options.use_peft:
+        return None
+    from peft import LoraConfig
+
+    modules: Any = options.lora_target_modules
+    return LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=modules[0] if modules == ["all-linear"] else modules,
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,169 @@
+"""`unisd prepare`, and the same before a training run: contexts and wrong references built for rows that lack them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from unisd.config import UniSDConfig
+from unisd.console import show_progress
+from unisd.data import contexts, negatives
+from unisd.data.prompts import encode_prompt
+from unisd.data.rows import Row
+from unisd.models.gguf import cache_dir
+from unisd.rollout.engine import seed_of
+from unisd.run.chat_server import ChatServer
+from unisd.run.inputs import RunData
+from unisd.run.options import RunOptions
+
+logger = logging.getLogger(__name__)
+
+WRITTEN_TOKENS = 192  # most tokens of an instruction or a wrong answer
+POOLED_TOKENS = 2048  # tokens of a forward pass of the model's own embeddings
+
+
+class ModelEmbedder:
+    """The model's own final hidden states, averaged over a text's tokens."""
+
+    name = "model"
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        from unisd.backbone import Backbone
+        from unisd.batching import forward_batches, lay_out
+
+        backbone = Backbone(self.model)
+        sequences = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:POOLED_TOKENS] or [0] for text in texts]
+        found: list[np.ndarray] = [np.zeros(0)] * len(texts)
+        self.model.eval()
+        with show_progress("embedding", len(texts)) as advance:
+            for chosen in forward_batches([len(s) for s in sequences], POOLED_TOKENS, packed=False):
+                batch = lay_out([sequences[i] for i in chosen], False, 0, self.model.device)
+                final_BLH = backbone.forward(self.model, batch).final
+                assert final_BLH is not None
+                for place, i in enumerate(chosen):
+                    found[i] = final_BLH[place, : len(sequences[i])].float().mean(0).cpu().numpy()
+                advance(len(chosen))
+        return np.stack(found)
+
+
+def writer(model: Any, tokenizer: Any, seed: int, what: str) -> Callable[[list[str], int], list[str]]:
+    """What the model writes to prompts, sampled; another try draws anew."""
+    from unisd.models.load import eos_ids
+    from unisd.rollout.engine import Sampling
+    from unisd.rollout.transformers_engine import generate
+
+    ends = eos_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+
+    def write(prompts: list[str], attempt: int) -> list[str]:
+        keys = [(seed, attempt, i, 0) for i in range(len(prompts))]
+        with show_progress(f"writing {what}", len(prompts)) as advance:
+            written = generate(
+                model,
+                [encode_prompt(tokenizer, prompt) for prompt in prompts],
+                Sampling(WRITTEN_TOKENS, temperature=0.7, top_p=0.95),
+                eos_ids=ends,
+                pad_id=pad,
+                keys=keys,
+                on_rows=advance,
+            )
+        return [tokenizer.decode(completion.ids, skip_special_tokens=True).strip() for completion in written]
+
+    return write
+
+
+def server_writer(server: ChatServer, seed: int, what: str) -> Callable[[list[str], int], list[str]]:
+    """The same by a server's model."""
+
+    def write(prompts: list[str], attempt: int) -> list[str]:
+        with show_progress(f"writing {what}", len(prompts)) as advance:
+            seeds = [seed_of((seed, attempt, i, 0)) for i in range(len(prompts))]
+            drawn: dict[str, Any] = {"max_tokens": WRITTEN_TOKENS, "temperature": 0.7, "top_p": 0.95}
+            return [text.strip() for text in server.answers(prompts, seeds=seeds, on_rows=advance, **drawn)]
+
+    return write
+
+
+def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Callable[[], tuple[Any, Any]]) -> list[Row]:
+    """The training rows with the contexts and wrong references that the options ask for.
+
+    Args:
+        load: gives model and tokenizer; called where something is to be written or embedded by the model.
+
+    Raises:
+        UserError: see `contexts.build` and `negatives.build`.
+    """
+    rows = data.train
+    written = options.agreement_contexts == "induction" or options.negatives == "model"
+    server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
+    # What the recipe says is for its agreement, and for rows that bring no contexts at all; a single row has no others.
+    unasked = config.agreement != "none" and len(rows) > 1 and not any(row.get("auxiliary_contexts") for row in rows)
+    wanted = "agreement_contexts" in options.explicit or unasked
+    if options.agreement_contexts != "columns" and wanted:
+        settings = contexts.Settings(options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder)
+        embedder: contexts.Embedder | None = None
+        write = None
+        key = ""
+        if server is not None and settings.kind == "induction":
+            write = server_writer(server, config.seed, "instructions")
+            key = f"{server.client.url} {server.model}"
+        elif settings.kind == "induction" or (settings.kind == "retrieval" and settings.embedder == "model"):
+            model, tokenizer = load()
+            embedder, write = ModelEmbedder(model, tokenizer), writer(model, tokenizer, config.seed, "instructions")
+            key = model_key(model)
+        elif settings.kind == "retrieval" and settings.embedder != "tfidf":
+            embedder = contexts.SentenceTransformerEmbedder(settings.embedder)
+        rows = contexts.build(
+            rows,
+            settings,
+            embedder=embedder,
+            write=write,
+            model_key=key,
+            cache_dir=cache_dir() / "contexts",
+        )
+    if options.negatives != "columns":
+        write, key = None, ""
+        if options.negatives == "model" and server is not None:
+            write = server_writer(server, config.seed, "wrong answers")
+            key = f"{server.client.url} {server.model}"
+        elif options.negatives == "model":
+            model, tokenizer = load()
+            write = writer(model, tokenizer, config.seed, "wrong answers")
+            key = model_key(model)
+        rows = negatives.build(
+            rows,
+            options.negatives,
+            seed=config.seed,
+            grade=data.grader,
+            write=write,
+            template=data.task.negative_prompt_template if data.task is not None else None,
+            model_key=f"{key} {data.name} {options.grader} {options.task_options}",
+            cache_dir=cache_dir() / "contexts",
+        )
+    short = sum(len(row.get("auxiliary_contexts") or []) < config.num_auxiliary_contexts for row in rows)
+    without = sum(not row.get("negative_context") for row in rows)
+    if options.agreement_contexts != "columns" and wanted and short:
+        logger.warning("%d of %d rows have fewer than %d auxiliary contexts.", short, len(rows), config.num_auxiliary_contexts)
+    if options.negatives != "columns" and without:
+        logger.warning("%d of %d rows have no wrong reference: they train without the contrast term.", without, len(rows))
+    return rows
+
+
+def model_key(model: Any) -> str:
+    """Name and revision of a model, and a sample of its weights: a folder's content may change under its name."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        digest.update(name.encode())
+        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    return f"{model.config._name_or_path} {getattr(model.config, '_commit_hash', None)} {digest.hexdigest()}"

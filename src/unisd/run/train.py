@@ -1,0 +1,280 @@
+"""`unisd train`: rows, model, trainer, a look at one example, before, training, after, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback
+
+from unisd import memory
+from unisd.config import UniSDConfig
+from unisd.console import ProgressDisplay, make_console, show_example, show_table
+from unisd.distributed.collectives import on_any_rank
+from unisd.distributed.sharding import is_sharded
+from unisd.errors import UserError
+from unisd.files import ANSWERS
+from unisd.models.load import AUTO_BF16_FROM, native_bf16
+from unisd.monitoring.cost import Energy, cost_of
+from unisd.run import baseline as shared
+from unisd.run import outputs
+from unisd.run.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
+from unisd.run.measure import change_lines, drift, measure, pair_answers
+from unisd.run.options import RunOptions
+from unisd.run.prepare import prepare
+from unisd.trainer import UniSDTrainer
+from unisd.training.checkpoints import last_complete_checkpoint
+from unisd.training.guards import Interruption
+
+logger = logging.getLogger(__name__)
+
+SHOWN_TOKENS = 48
+"""Most tokens of the answer in the example before a run: written for nothing but to be looked at."""
+Results = dict[str, Any]
+
+
+@dataclass
+class Setting:
+    """A run that is ready to train."""
+
+    data: RunData
+    trainer: UniSDTrainer
+    tokenizer: Any
+    progress: ProgressDisplay
+    interruption: Interruption
+
+
+def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Console) -> Setting:
+    """Load the model and build the trainer, which checks the rows."""
+    if config.push_to_hub and config.process_index == 0:
+        logger.warning("push_to_hub uploads samples.jsonl and answers.json too, with texts of your rows.")
+    model, tokenizer, _ = load_model(options)
+    _compute_in_bf16(model, options, config)
+    if config.process_index == 0:
+        data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
+    if config.world_size > 1:  # what a model writes must be the same on all ranks
+        rows = [data.train]
+        broadcast_object_list(rows)
+        data.train = rows[0]
+    fit_mechanisms(config, options, data.train)
+    progress, interruption = ProgressDisplay(console), Interruption()
+    trainer = UniSDTrainer(
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation if config.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        callbacks=[progress, interruption],
+        peft_config=adapter_config(options),
+        grader=data.grader,
+        probe_dataset=data.retention[: config.diagnostics_probe_rows] or None,
+    )
+    _save_memory(trainer, options, config)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return Setting(data, trainer, tokenizer, progress, interruption)
+
+
+def _compute_in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> None:
+    """On one accelerator that can, the products of all but small models are computed in bfloat16, unless the user has said otherwise;
+    where there are several, the launcher's configuration says."""
+    said = {"bf16", "fp16", "dtype"} & options.explicit or config.mixed_precision != "no" or config.world_size > 1
+    if not said and config.device.type != "cpu" and native_bf16() and model.num_parameters() > AUTO_BF16_FROM:
+        config.bf16, config.mixed_precision = True, "bf16"
+
+
+def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> None:
+    """Switch gradient checkpointing on where the step would not fit without it, unless the user has said which.
+
+    On all ranks, if on one of them: they take their steps together.
+    """
+    if "gradient_checkpointing" in options.explicit:
+        return
+    free = memory.available(config.device)
+    size = memory.ModelSize.of(trainer.model)
+    shards = config.world_size if is_sharded(trainer.model) else 1
+    wanted = free is not None and memory.wants_checkpointing(size, config, longest_prompt(trainer), free, shards)
+    if on_any_rank(wanted, config.world_size):
+        config.gradient_checkpointing = True
+        room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
+        logger.warning("gradient checkpointing is on: the step would not fit %s without it.", room)
+
+
+def longest_prompt(trainer: UniSDTrainer) -> int:
+    """Tokens of the longest teacher prompt among the first rows."""
+    return max(len(trainer.prompts.teacher(row)) for row in trainer.rows[:64])
+
+
+def train(options: RunOptions, config: UniSDConfig) -> Results | None:
+    """The whole run; returns what `results.json` holds, or None if Ctrl-C or SIGTERM stopped it.
+
+    Raises:
+        UserError: see `outputs.choose_output_dir`, `inputs.load_data`, `inputs.load_model` and `UniSDTrainer`.
+    """
+    started = time.perf_counter()
+    console = make_console()
+    data = load_data(options, config.seed)
+    chosen: list[Any] = [None]
+    if config.process_index == 0:
+        chosen = [outputs.choose_output_dir(options, config, data.name)]
+    if config.world_size > 1:  # a free folder would be taken as soon as one rank has made it
+        broadcast_object_list(chosen)
+    folder, checkpoint = chosen[0]
+    config.output_dir, config.resume_from_checkpoint = str(folder), checkpoint
+    try:
+        setting = set_up(options, config, data, console)
+    except UserError:
+        if "output_dir" not in options.explicit and config.process_index == 0:
+            with suppress(OSError):  # not empty: a run to go on with
+                folder.rmdir()
+        raise
+    trainer = setting.trainer
+    if trainer.is_world_process_zero():
+        if checkpoint is None and options.overwrite_output_dir:
+            outputs.clear_earlier_run(folder)
+        _introduce(console, options, config, setting)
+    elif is_sharded(trainer.model):  # the example is written by all ranks
+        _introduce(Console(quiet=True), options, config, setting)
+    phases = {"load": time.perf_counter() - started}
+
+    clock = time.perf_counter()
+    key = shared.key_of(options, config, data)
+    state = ("figures", "answers")
+    before = shared.measured_once(
+        options.before_cache if config.world_size == 1 else None,  # ranks measure together: none can wait for a file
+        key,
+        lambda: dict(zip(state, _measured(setting, config), strict=True)),
+    )
+    phases["eval"] = time.perf_counter() - clock
+    try:
+        with setting.interruption.listening(), Energy() as energy:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        setting.interruption.asked = True
+    finally:
+        setting.progress.close()
+    if setting.interruption.asked:
+        if trainer.is_world_process_zero():
+            _say_how_to_resume(options, folder)
+        return None
+
+    _save_model(setting, config, folder)  # a run that is stopped while it measures has done its work
+    clock = time.perf_counter()
+    after, answers = _measured(setting, config)
+    with trainer.accelerator.autocast():
+        after |= _drift(setting, options, config, answers, before["answers"])
+    after["n_task"], after["n_retention"] = len(data.evaluation), len(data.retention)
+    phases["eval"] += time.perf_counter() - clock + trainer.metrics.phases["eval"]
+    phases = {**trainer.metrics.phases, **phases}
+    results = {
+        "schema_version": outputs.SCHEMA_VERSION,
+        "recipe": options.recipe,
+        "model": options.model_name_or_path,
+        "task": data.name,
+        "seed": config.seed,
+        "steps": trainer.state.global_step,
+        "wall_s": time.perf_counter() - started,
+        "phases_s": phases,
+        "before": before["figures"],
+        "after": after,
+        "cost": cost_of(trainer, config, phases, options.device_tdp, energy.kwh),
+        "alarms": [asdict(alarm) for alarm in trainer.health.alarms] if config.alarms != "off" else None,
+        "config": outputs.resolved(options, config),
+    }
+    if trainer.is_world_process_zero():  # before results.json, which completes a run
+        outputs.write_json(folder / ANSWERS, pair_answers(data, before["answers"], answers))
+    _finish(setting, options, config, folder, results)
+    if trainer.is_world_process_zero():
+        _report(console, results, folder, options)
+    return results
+
+
+def _measured(setting: Setting, config: UniSDConfig) -> tuple[Results, Results]:
+    """One state of the model, in the precision that it is trained in: before training no wrapper sees to that."""
+    with setting.trainer.accelerator.autocast():
+        return measure(setting.trainer.model, setting.tokenizer, setting.data, config)
+
+
+def _drift(setting: Setting, options: RunOptions, config: UniSDConfig, after: Results, before: Results) -> Results:
+    """Distance from the initial model on the retention rows, or where the task has none, on the evaluation rows.
+
+    Not of a sharded model without an adapter: `unisd eval --base` measures it afterwards.
+    """
+    model, rows = setting.trainer.model, setting.data.retention or setting.data.evaluation
+    if is_sharded(model) and not options.use_peft:  # no process has room for a whole initial model
+        return {"retention_ppl": None, "retention_detail": None}
+    base = None if options.use_peft else load_model(options)[0].to(model.device)
+    cap = config.eval_max_new_tokens or config.max_completion_length
+    part = "retention" if setting.data.retention else "task"
+    return drift(model, base, setting.tokenizer, rows, cap, config.rollout_batch_size, (after[part], before[part]))
+
+
+def _save_model(setting: Setting, config: UniSDConfig, folder: Path) -> None:
+    # Pushed once, at the end, with our card: the Trainer would push each save and write a card of its own.
+    push, config.push_to_hub = config.push_to_hub, False
+    setting.trainer.save_model(str(folder))
+    config.push_to_hub = push
+    if setting.trainer.is_world_process_zero():
+        setting.tokenizer.save_pretrained(str(folder))
+
+
+def _finish(setting: Setting, options: RunOptions, config: UniSDConfig, folder: Path, results: Results) -> None:
+    trainer = setting.trainer
+    if trainer.is_world_process_zero():
+        (folder / "README.md").write_text(outputs.model_card(results, options, change_lines(results)), encoding="utf-8")
+        outputs.write_json(folder / outputs.RESULTS, results)
+    if config.push_to_hub:
+        trainer.create_model_card = lambda *args, **kwargs: None
+        trainer.push_to_hub()
+
+
+def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setting: Setting) -> None:
+    """What will run, and one example: the surest way to see a broken template."""
+    trainer, data = setting.trainer, setting.data
+    size = memory.ModelSize.of(trainer.model)
+    rows_per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    per_epoch = max(1, -(-len(data.train) // rows_per_step))
+    steps = config.max_steps if config.max_steps > 0 else round(per_epoch * config.num_train_epochs)
+    console.print(
+        f"{options.recipe}: model {options.model_name_or_path} ({size.parameters / 1e6:.1f}M parameters, "
+        f"{size.trained / 1e6:.1f}M trained), {data.name}: {len(data.train)} training rows, {len(data.evaluation)} to report on"
+        + (f", {len(data.retention)} on retention" if data.retention else "")
+        + f"; {steps} steps of {rows_per_step} rows",
+        markup=False,
+        highlight=False,
+    )
+    row = trainer.rows[0]
+    student = trainer.prompts.student(row)
+    sampling = replace(trainer.sampling, max_new_tokens=min(trainer.sampling.max_new_tokens, SHOWN_TOKENS))
+    answer = trainer.engine.generate([student], [(config.seed, 0, 0, 0)], sampling)[0].ids
+    trainer.engine.sleep()
+    decode = setting.tokenizer.decode
+    cut = " ..." if len(answer) == SHOWN_TOKENS else ""
+    show_example(console, decode(student), decode(trainer.prompts.teacher(row)), decode(answer) + cut)
+
+
+def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        print(f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps sets how often it would)")
+        return
+    print(f"interrupted; resume from {checkpoint.name} with:\n  {outputs.resume_command(options, folder)}")
+
+
+def _report(console: Console, results: Results, folder: Path, options: RunOptions) -> None:
+    show_table(console, ("", "before", "after", "change"), change_lines(results))
+    for alarm in results["alarms"] or ():
+        console.print(f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}", markup=False, highlight=False)
+    seconds = results["phases_s"]
+    spent = ", ".join(f"{name} {seconds[name]:.0f}" for name in ("rollout", "score", "student", "eval"))
+    console.print(f"{results['wall_s']:.0f} s ({spent})", markup=False, highlight=False)
+    what = "adapter" if options.use_peft else "model"
+    console.print(f"written to {folder}: the {what}, results.json, metrics.jsonl, README.md", markup=False, highlight=False)
+    console.print(f"try it: unisd chat {folder} --compare base", markup=False, highlight=False)
+    console.print(f"see it: unisd report {folder}", markup=False, highlight=False)

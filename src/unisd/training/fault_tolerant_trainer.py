@@ -1,0 +1,252 @@
+"""A `transformers.Trainer` that does not lose work: whole checkpoints, bad steps skipped, memory that runs out survived.
+
+What it decides by is in :mod:`unisd.training.guards` and :mod:`unisd.training.checkpoints`; here is where a training loop asks them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers.trainer_utils import rotate_checkpoints
+
+from unisd.config import UniSDConfig
+from unisd.distributed import zero
+from unisd.distributed.collectives import on_all_ranks
+from unisd.errors import OutOfMemory, RolloutError, UserError
+from unisd.kernels.lora import fast_maps, fused_lora
+from unisd.memory import ROW_TOO_LARGE, is_out_of_memory, release_memory, smaller_until_it_fits
+from unisd.monitoring.alarms import Watch
+from unisd.monitoring.metrics import StepMetrics
+from unisd.rollout.replay import RolloutStore
+from unisd.teacher import Teacher
+from unisd.training import checkpoints
+from unisd.training.guards import FiniteGuard, pieces_of
+from unisd.training.sharded_trainer import ShardedTrainer
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class SafeTrainer(ShardedTrainer):
+    """The base of :class:`unisd.UniSDTrainer`, which sets `metrics`, `teacher` and, in each step, `micro_batch_of`."""
+
+    metrics: StepMetrics
+    teacher: Teacher
+    store: RolloutStore
+    micro_batch_of: Callable[[Sequence[int]], dict[str, Any]]
+    """Lays out rows of this step, by their numbers in it, as the `inputs` of `compute_loss`."""
+
+    def __init__(self, args: UniSDConfig, **kwargs: Any) -> None:
+        super().__init__(args=args, **kwargs)
+        self.finite = FiniteGuard(args.max_skipped_steps, self.accelerator.num_processes)
+        self.health = Watch(args.alarm_window)
+        self.stop_reason: str | None = None
+        self._run_folder: str | None = None  # where the Trainer puts checkpoints while one is being built
+        self._done: list[list[int]] = []  # parts of this step that are in the gradient
+        self._most_rows: int | None = None  # per micro-batch, since memory ran out
+
+    def load_teachers(self, checkpoint: str | Path) -> None:
+        """Take over the state of the teacher (and whatever stands beside it) from a checkpoint."""
+        self.teacher.load(checkpoint)
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def begin_student_phase(self) -> None:
+        """Before the first micro-batch of a step: the state to come back to when memory runs out."""
+        self._done = []
+        self.metrics.mark()
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As in transformers; where memory runs out, the step's gradient is taken again, in smaller micro-batches."""
+        with self.metrics.timed("student", wait=self.accelerator.sync_gradients):
+            part: list[int] = inputs["part"]
+            try:
+                loss = self._in_pieces(model, [part], inputs, num_items_in_batch)
+                self._done.append(part)
+                return loss
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._check_can_be_smaller(len(part), error)
+            # The gradient may hold a share of the part that failed: all parts of this step so far are done again.
+            del inputs
+            done = [*self._done, part]
+            largest = min(self._most_rows or len(part), len(part))
+            retry = partial(self._again, model, done, num_items_in_batch)
+            loss, self._most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
+            self._done.append(part)
+            logger.warning("Memory ran out: micro-batches hold %d rows from now on; the gradient is the same.", self._most_rows)
+            return loss
+
+    def _in_pieces(self, model: nn.Module, parts: list[list[int]], inputs: dict[str, Any] | None, items: Any) -> Tensor:
+        """Adds the gradient of `parts`; returns the loss of the last one. `inputs` are those of a single part, if at hand."""
+        loss = torch.zeros((), device=self.args.device)
+        for part in parts:
+            loss = torch.zeros((), device=self.args.device)
+            pieces = pieces_of(part, self._most_rows or max(len(part), 1)) or [part]
+            for piece in pieces:
+                laid_out = inputs if inputs is not None and piece == part else self.micro_batch_of(piece)
+                with fast_maps(self.model), fused_lora(self.model):
+                    loss += super().training_step(model, laid_out, items)
+        return loss
+
+    def _again(self, model: nn.Module, parts: list[list[int]], items: Any, most_rows: int) -> Tensor:
+        release_memory()
+        model.zero_grad()
+        self.metrics.rewind()
+        self._most_rows = most_rows
+        return self._in_pieces(model, parts, None, items)
+
+    def _check_can_be_smaller(self, rows: int, error: BaseException) -> None:
+        if self._most_rows == 1 or rows == 1:
+            raise OutOfMemory(ROW_TOO_LARGE) from error
+        if self.accelerator.num_processes > 1 or self.is_deepspeed_enabled:  # the other ranks wait inside their own backward pass
+            raise OutOfMemory(
+                f"rank {self.accelerator.process_index} ran out of memory: halve per_device_train_batch_size, double "
+                "gradient_accumulation_steps (the steps stay the same), and resume from the last checkpoint."
+            ) from error
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._run_folder or str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in transformers, but built aside and put in its place when it is whole (:mod:`unisd.training.checkpoints`).
+
+        Raises:
+            UserError: the disk is full; older checkpoints are as they were.
+        """
+        args, folder, name = self.args, self.args.output_dir, f"checkpoint-{self.state.global_step}"
+        held_back = (args.push_to_hub, args.save_total_limit)
+        try:
+            if args.should_save:
+                checkpoints.clear_staging(folder)
+            self.accelerator.wait_for_everyone()
+            args.push_to_hub, args.save_total_limit = False, None
+            self._run_folder = str(checkpoints.staging_folder(folder))
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            self._place_best(name)
+            if args.should_save:
+                self.state.save_to_json(str(checkpoints.staging_folder(folder) / name / checkpoints.STATE))
+                checkpoints.publish(folder, name)
+        except Exception as error:
+            checkpoints.clear_staging(folder)
+            if checkpoints.disk_is_full(error):
+                raise checkpoints.saving_failed(error, folder, name) from error
+            raise
+        finally:
+            self._run_folder = None
+            args.push_to_hub, args.save_total_limit = held_back
+        self.accelerator.wait_for_everyone()
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(Path(folder) / name))
+        if args.should_save:  # only now: the older ones were the safety net
+            rotate_checkpoints(folder, args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint)
+
+    def _place_best(self, name: str) -> None:
+        """Name the best checkpoint by its place, not by where it was built: every rank may load it at the end."""
+        best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+        if best is not None and (best == name or (Path(self.args.output_dir) / best).is_dir()):
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / best)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in transformers. `True` resumes from the newest *complete* checkpoint of `output_dir`.
+
+        Raises:
+            UserError: nothing to resume from, a broken checkpoint or one of another kind of run; and, after
+                a checkpoint was saved, a run that cannot go on (see :mod:`unisd.training.guards`).
+        """
+        if self.deepspeed is not None:
+            raise UserError("DeepSpeed's engine trains once: build a new trainer.")
+        checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        if checkpoint is not None:
+            stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
+            zero.require_resumable(checkpoint, stage, self.accelerator.num_processes)
+            self.load_teachers(checkpoint)
+            self.store.load(checkpoint)
+            if self.args.should_save:
+                step = json.loads((Path(checkpoint) / checkpoints.STATE).read_text(encoding="utf-8"))["global_step"]
+                checkpoints.set_aside_after(self.args.output_dir, step)
+        self.stop_reason = None
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except RolloutError as error:
+            raise UserError(f"{error} {self._save_finished_steps()}") from error
+        except OutOfMemory as error:
+            if self.accelerator.num_processes > 1:  # the others do not know of it
+                raise
+            raise UserError(f"{error} {self._save_finished_steps()}") from error
+        if self.stop_reason is not None:
+            raise UserError(self.stop_reason)
+        return output
+
+    def _checkpoint_of(self, asked: str | bool | None) -> str | None:
+        """The checkpoint to resume from, whole. One process finds out for all, since it reads every byte."""
+        if not asked:
+            return None
+
+        def find() -> str | None:
+            if not self.accelerator.is_main_process:
+                return None
+            if asked is not True:
+                checkpoints.require_whole(str(asked))
+                return str(asked)
+            newest = checkpoints.last_complete_checkpoint(self.args.output_dir, contents=True)
+            if newest is None:
+                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
+            return str(newest)
+
+        found = [on_all_ranks(self.accelerator, find)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
+
+    def _save_finished_steps(self) -> str:
+        """A checkpoint of the last finished step, before the run ends in the middle of the next one; says where it is."""
+        name = f"checkpoint-{self.state.global_step}"
+        if self.state.global_step == 0:
+            return "No step was finished yet."
+        if checkpoints.problem_of(Path(self.args.output_dir) / name, contents=False) is not None:
+            self._save_checkpoint(self.model, trial=None)
+        return f"Step {self.state.global_step} is saved in {name}."
+
+    # -- bad steps ----------------------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # In fp16 an overflow is how the loss scale is found: the scaler skips such steps itself.
+        self.finite.grad_norm = 0.0 if self.accelerator.scaler is not None else float(whole)
+        return norm
+
+    def watch_earlier(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Before the first step: a run begins in good health; a resumed one goes on from what it was, alarms included."""
+        self.health = Watch(self.args.alarm_window)
+        for line in lines:
+            self.health.update(line["step"], line)
+
+    def watch(self, step: int, values: dict[str, float], control: Any) -> None:
+        """After a step, when its metrics are known: tell what looks wrong, and end the run where it must not go on."""
+        raised = self.health.update(step, values) if self.args.alarms != "off" else []
+        for alarm in raised:
+            logger.warning("Step %d, %s: %s", step, alarm.name, alarm.text)
+        reason = self.finite.too_many
+        if reason is None and raised and self.args.alarms == "stop":
+            reason = (
+                f"stopped at step {step} by the alarm {raised[0].name!r} (alarms=stop): {raised[0].text} Look at the answers with "
+                "`unisd chat`, and resume from an earlier checkpoint; the present state was saved."
+            )
+        if reason is not None:
+            self.stop_reason = reason
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,139 @@
+"""What keeps a long run from losing work: stopping on a signal, bad steps, and memory that runs out.
+
+All decisions are taken from values that are the same on every rank, so that no rank goes on alone.
+
+Shapes: N loss tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import TrainerCallback
+
+from unisd.distributed.collectives import on_any_rank
+
+Result = TypeVar("Result")
+
+
+# ------------------------------------------------------------------------------------------------------- signals
+
+
+class Interruption(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C or SIGTERM (preemption): finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    All ranks stop after the same step, whichever of them was told. A second SIGTERM changes nothing: schedulers and launchers
+    both send one.
+    """
+
+    SAME_KEYPRESS = 1.0  # seconds; a launcher passes on what the terminal has sent to all of us
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._asked_at = -math.inf
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: Any) -> None:
+            if self.asked:
+                if number == signal.SIGINT and time.monotonic() - self._asked_at > self.SAME_KEYPRESS:
+                    raise KeyboardInterrupt
+                return
+            self.asked, self._asked_at = True, time.monotonic()
+            again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else " (terminated)"
+            if os.environ.get("RANK", "0") == "0":
+                print(f"\nstopping after this step, with a checkpoint{again}", flush=True)
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.asked = on_any_rank(self.asked, args.world_size)
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False  # whoever sent a SIGTERM waits for half a minute only
+
+
+# ----------------------------------------------------------------------------------- non-finite loss and gradient
+
+
+class FiniteGuard:
+    """Finds steps whose loss or gradient is NaN or infinite, and the rows that did it.
+
+    Args:
+        limit: so many of them in a row stop the run.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, limit: int, world_size: int) -> None:
+        self.limit = limit
+        self.world_size = world_size
+        self.skipped = 0  # steps of this run
+        self.in_a_row = 0
+        self.grad_norm = 0.0
+        self.message = ""
+        self._seen: list[tuple[Tensor, Tensor]] = []  # rows of the dataset [N] and a value [N] for each loss token
+
+    def see(self, row_N: Tensor, *values_N: Tensor) -> None:
+        """Keep what a micro-batch computed at its tokens until the step is over."""
+        self._seen += [(row_N, value_N) for value_N in values_N]
+
+    def is_bad(self, step: int, loss: float) -> bool:
+        """Judge the optimizer step number `step` before it is taken; `loss` is this rank's."""
+        bad = not math.isfinite(self.grad_norm) or on_any_rank(not math.isfinite(loss), self.world_size)
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if bad:
+            self.skipped += 1
+            self.message = self._diagnosis(step)
+        self._seen = []
+        return bad
+
+    def _diagnosis(self, step: int) -> str:
+        culprits = {int(row) for row_N, value_N in self._seen for row in row_N[~value_N.isfinite()]}
+        present = {row for row_N, _ in self._seen for row in row_N.tolist()}
+        if self.world_size > 1:
+            culprits = set().union(*gather_object([culprits]))
+            present = set().union(*gather_object([present]))
+        if culprits:
+            return f"step {step}: the loss is not finite, because of {_listed(culprits)} of the training data"
+        return f"step {step}: the loss is finite, but its gradient is not; the step held {_listed(present)} of the training data"
+
+    @property
+    def too_many(self) -> str | None:
+        """Why the run must stop, with the remedy; None while it may go on."""
+        if self.in_a_row < self.limit:
+            return None
+        return (
+            f"{self.in_a_row} steps in a row had a loss or gradient that is not finite and were skipped; the last, {self.message}: "
+            "look at these rows, lower learning_rate, or train in bf16 or float32; then resume from the checkpoint just saved."
+        )
+
+
+def _listed(rows: set[int], most: int = 16) -> str:
+    shown = ", ".join(map(str, sorted(rows)[:most])) + (", ..." if len(rows) > most else "")
+    return f"row{'s' if len(rows) != 1 else ''} {shown}"
+
+
+def pieces_of(part: Sequence[int], size: int) -> list[list[int]]:
+    """`part` cut into pieces of at most `size`."""
+    return [list(part[first : first + size]) for first in range(0, len(part), size)]

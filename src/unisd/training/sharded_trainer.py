@@ -1,0 +1,110 @@
+"""A `transformers.Trainer` whose model may be sharded, by FSDP2 or DeepSpeed: how it is set up and what its checkpoints hold.
+
+See :mod:`unisd.distributed.sharding`; without either this is the Trainer itself. DeepSpeed's engine keeps the optimizer in files of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from unisd.distributed import sharding
+from unisd.teacher import Teacher
+
+SHARDS = "shards"
+"""The folder of a checkpoint in which each rank has written its own part of model and optimizer."""
+
+
+class ShardedTrainer(Trainer):  # type: ignore[misc]
+    """The base of :class:`unisd.training.fault_tolerant_trainer.SafeTrainer`."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers. Raises `UserError` for a way of spreading weights that is not supported."""
+        super().create_accelerator_and_postprocess()
+        sharding.set_up(self)
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether every rank holds a part of the weights only."""
+        return bool(
+            self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
+        )
+
+    @property
+    def _in_shards(self) -> bool:
+        """Whether each rank writes its own part of a checkpoint (else it holds the files of an unsharded run)."""
+        return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    # -- saving: all ranks must call --------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; but for checkpoints in shards, one whole model or adapter is written."""
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if _internal_call and self._in_shards:
+            return  # the weights are written with the optimizer's state
+        sharding.reshard(self.model)
+        tensors: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
+        if hasattr(self.model, "peft_config"):
+            tensors = {name: value for name, value in tensors.items() if value.requires_grad}
+        state = sharding.whole_on_writer(tensors, self.args.should_save)
+        if self.args.should_save:
+            self._save(str(folder), state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_teacher(self, teacher: Teacher, folder: str, file: str) -> None:
+        """Write the teacher's state into a checkpoint, as the model's is written."""
+        if self.args.should_save or self.cuts_weights:
+            teacher.save(folder, file, self.args.should_save, self._in_shards)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder = Path(output_dir)
+        if self._in_shards:
+            optimizer = sharding.optimizer_state(self.model, self.optimizer)
+            sharding.save_shards({"model": sharding.weights(self.model), "optimizer": optimizer}, folder / SHARDS)
+        else:
+            state = sharding.whole_optimizer_state(self.optimizer, self.args.should_save)
+            if self.args.should_save:
+                torch.save(state, folder / OPTIMIZER_NAME)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+
+    # -- resuming ---------------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if (folder / SHARDS).is_dir():
+            sharding.load_shards({"model": sharding.weights(self.model)}, folder / SHARDS)
+        elif self.is_fsdp_enabled:
+            sharding.load_model(self.model, folder)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        folder = None if checkpoint is None else Path(checkpoint)
+        if folder is None or not (self.is_fsdp_enabled or (folder / SHARDS).is_dir()):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if (folder / SHARDS).is_dir():
+            sharding.load_optimizer_shards(self.model, self.optimizer, folder / SHARDS)
+        else:
+            state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+            sharding.load_optimizer_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
