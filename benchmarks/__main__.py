@@ -1,4 +1,6 @@
-"""`python -m benchmarks {loss,score,step,generate,main,memory,growth} --json F`, and `python -m benchmarks table F... --output T`."""
+"""`python -m benchmarks {loss,score,step,generate,main,memory,growth} --json F`, and `python -m
+benchmarks table F... --output T`.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,22 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         one.add_argument("--shape", choices=sorted(SHAPES), default=default.shape)
         one.add_argument("--layers", type=int, help="cut the model's depth")
         one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        one.add_argument("--repetitions", type=int, default=default.repetitions, help="most rounds over all implementations")
-        one.add_argument("--seconds", type=float, default=default.seconds, help="no new round that would end later than this")
+        one.add_argument(
+            "--repetitions",
+            type=int,
+            default=default.repetitions,
+            help="most rounds over all implementations",
+        )
+        one.add_argument(
+            "--seconds",
+            type=float,
+            default=default.seconds,
+            help="no new round that would end later than this",
+        )
         one.add_argument("--impls", nargs="+", help="only these rows")
-        one.add_argument("--full", action="store_true", help="also the slow extras that are left out on a CPU")
+        one.add_argument(
+            "--full", action="store_true", help="also the slow extras that are left out on a CPU"
+        )
         for key in ("tokens", "prompt", "completion", "batch", "accumulation"):
             one.add_argument(f"--{key}", type=int, default=getattr(default, key))
     render = commands.add_parser("table", help="results as Markdown")
@@ -44,10 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.command == "table":
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(table([json.loads(path.read_text(encoding="utf-8")) for path in args.files]), encoding="utf-8")
+        args.output.write_text(
+            table([json.loads(path.read_text(encoding="utf-8")) for path in args.files]), encoding="utf-8"
+        )
         return 0
     given = {key: value for key, value in vars(args).items() if key not in ("command", "json")}
-    options = Options(**given | {"device": torch.device(args.device), "impls": args.impls and tuple(args.impls)})
+    options = Options(
+        **given | {"device": torch.device(args.device), "impls": args.impls and tuple(args.impls)}
+    )
     log = logging.getLogger("unisd")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,6 @@
-"""What is measured: the loss alone, the scoring phase, a whole step, generation, the main job, and growth."""
+"""What is measured: the loss alone, the scoring phase, a whole step, generation, the main job, and
+growth.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ T = TypeVar("T")
 
 
 EXTRAS = ("sdft trl topk_logits", "star equal limit")
-"""Left out on a CPU unless named: `loss` and `step` together are to end within 12 minutes on two cores."""
+"""Left out on a CPU unless named: `loss` and `step` together are to end within 12 minutes on two
+cores.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,11 @@ class Options:
     def chosen(self, functions: dict[str, T]) -> dict[str, T]:
         """Those that were asked for; without a word, all but the slow extras on a CPU."""
         extras = () if self.full or self.device.type != "cpu" else EXTRAS
-        return {name: f for name, f in functions.items() if (name in self.impls if self.impls else name not in extras)}
+        return {
+            name: f
+            for name, f in functions.items()
+            if (name in self.impls if self.impls else name not in extras)
+        }
 
 
 def _ratio(samples: dict[str, Samples], name: str, one: str, other: str, what: str, out: Ratios) -> None:
@@ -70,11 +78,12 @@ def _ratio(samples: dict[str, Samples], name: str, one: str, other: str, what: s
         out[name] = samples[one].row(one)[key] / max(samples[other].row(other)[key], 1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def loss(o: Options) -> tuple[Rows, Ratios]:
-    """JSD of N tokens from hidden states, weighted and clipped: forward and backward, with a frozen and a trained head.
+    """JSD of N tokens from hidden states, weighted and clipped: forward and backward, with a frozen
+    and a trained head.
 
     TRL's kernel has neither weights nor clip, and is measured without them.
     """
@@ -104,7 +113,9 @@ def loss(o: Options) -> tuple[Rows, Ratios]:
         return call
 
     def ours_value(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        return chunked_loss(hidden, Head(head), teacher_NH, Head(head_VH), targets_N, spec, weights_N, clip).loss
+        return chunked_loss(
+            hidden, Head(head), teacher_NH, Head(head_VH), targets_N, spec, weights_N, clip
+        ).loss
 
     def plain_value(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -113,7 +124,9 @@ def loss(o: Options) -> tuple[Rows, Ratios]:
         return (weights_N * divergence_N.clamp(max=clip)).sum()
 
     def trl_value(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        return _chunked_divergence_loss(hidden[None], teacher_NH[None], head, head_VH, ones, beta=alpha, num_items_in_batch=N)[0]
+        return _chunked_divergence_loss(
+            hidden[None], teacher_NH[None], head, head_VH, ones, beta=alpha, num_items_in_batch=N
+        )[0]
 
     functions = {
         "ours": run(ours_value, False),
@@ -123,7 +136,9 @@ def loss(o: Options) -> tuple[Rows, Ratios]:
         "plain (trained head)": run(plain_value, True),
     }
     student_NH[:16] @ head_VH.T  # libraries set themselves up in their first product
-    samples = interleave(o.chosen(functions), o.device, o.repetitions, o.seconds, warm_up=o.device.type != "cpu")
+    samples = interleave(
+        o.chosen(functions), o.device, o.repetitions, o.seconds, warm_up=o.device.type != "cpu"
+    )
     ratios: Ratios = {}
     _ratio(samples, "time_vs_plain", "ours", "plain", "time", ratios)
     _ratio(samples, "time_vs_trl", "ours", "trl", "time", ratios)
@@ -133,15 +148,19 @@ def loss(o: Options) -> tuple[Rows, Ratios]:
     return [sample.row(name) for name, sample in samples.items()], ratios
 
 
-# ---------------------------------------------------------------------------------------------------------- step
+# --------------------------------------------------------------------------------------------- step
 
 
 def _cut(rows: Sequence[Example], batch: int) -> list[list[Example]]:
     return [list(rows[i : i + batch]) for i in range(0, len(rows), batch)]
 
 
-def manual_step(base: Any, rows: Sequence[Example], s: Star, batch: int, function: Callable[..., float], *extra: Any) -> Function:
-    """An optimizer step around `function`, with LoRA, gradient checkpointing and an EMA teacher of its own."""
+def manual_step(
+    base: Any, rows: Sequence[Example], s: Star, batch: int, function: Callable[..., float], *extra: Any
+) -> Function:
+    """An optimizer step around `function`, with LoRA, gradient checkpointing and an EMA teacher of
+    its own.
+    """
     torch.manual_seed(42)
     model = get_peft_model(twin(base), lora())
     model.enable_input_require_grads()
@@ -166,13 +185,19 @@ def manual_step(base: Any, rows: Sequence[Example], s: Star, batch: int, functio
 
 
 def as_trained(base: Any) -> Any:
-    """Mixed precision around a model in bfloat16, as the trainers have it: its adapter is float32. Nothing is remembered of the adapter,
-    which holds the teacher's weights for a while."""
-    return torch.autocast(base.device.type, dtype=torch.bfloat16, enabled=base.dtype == torch.bfloat16, cache_enabled=False)
+    """Mixed precision around a model in bfloat16, as the trainers have it: its adapter is float32.
+
+    Nothing is remembered of the adapter, which holds the teacher's weights for a while.
+    """
+    return torch.autocast(
+        base.device.type, dtype=torch.bfloat16, enabled=base.dtype == torch.bfloat16, cache_enabled=False
+    )
 
 
 def primed(trainer: Any) -> Any:
-    """The trainer with what happens once in a run, not in every step, done: its optimizer's states, a collection of garbage."""
+    """The trainer with what happens once in a run, not in every step, done: its optimizer's states,
+    a collection of garbage.
+    """
     prime(trainer.create_optimizer())
     trainer.accelerator.free_memory = lambda *objects: list(objects)  # `measure` does it
     return trainer
@@ -188,7 +213,9 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
 
 
 def star_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[str, Callable[[], Function]]:
-    """UniSD* of the same rows by ours, the plain version and the bare limit; each is built when it is called for."""
+    """UniSD* of the same rows by ours, the plain version and the bare limit; each is built when it
+    is called for.
+    """
     chunk = default_chunk_tokens(base.config.vocab_size, base.device)
     options = ours.star_options(s, len(rows[0].auxiliary))
     return {
@@ -207,26 +234,38 @@ def sdft_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[
         return partial(trl_peer.step, primed(trl_peer.trainer(twin(base), rows, s, mode, batch)))
 
     return {
-        "ours": lambda: partial(ours.step, primed(ours.trainer(twin(base), rows, s, {"distillation_alpha": s.alpha}, batch))),
+        "ours": lambda: partial(
+            ours.step, primed(ours.trainer(twin(base), rows, s, {"distillation_alpha": s.alpha}, batch))
+        ),
         "trl full_logits": lambda: trl("full_logits"),
         "trl topk_logits": lambda: trl("topk_logits"),
     }
 
 
 def step(o: Options) -> tuple[Rows, Ratios]:
-    """A whole optimizer step without generation: SDFT against TRL; UniSD* at equal and at mixed lengths."""
+    """A whole optimizer step without generation: SDFT against TRL; UniSD* at equal and at mixed
+    lengths.
+    """
     base, s, count = build(o.shape, o.device, o.dtype, o.layers), Star(), o.batch * o.accumulation
     V = base.config.vocab_size
     equal = examples(V, count, (o.prompt, o.prompt), (o.completion, o.completion))
     mixed = examples(V, count, (o.prompt // 2, o.prompt * 3), (max(o.completion // 8, 1), o.completion * 2))
     rows: Rows = []
     ratios: Ratios = {}
-    for prefix, make, data in (("sdft", sdft_steps, equal), ("star equal", star_steps, equal), ("star", star_steps, mixed)):
+    for prefix, make, data in (
+        ("sdft", sdft_steps, equal),
+        ("star equal", star_steps, equal),
+        ("star", star_steps, mixed),
+    ):
         chosen = o.chosen({f"{prefix} {name}": f for name, f in make(base, data, s, o.batch).items()})
         functions = {name: make_step() for name, make_step in chosen.items()}
         with torch.no_grad():  # libraries set themselves up in their first product
-            base(input_ids=torch.tensor([data[0].student], device=o.device), use_cache=False, logits_to_keep=1)
-        samples = interleave(functions, o.device, o.repetitions, o.seconds / 3, warm_up=o.device.type != "cpu")
+            base(
+                input_ids=torch.tensor([data[0].student], device=o.device), use_cache=False, logits_to_keep=1
+            )
+        samples = interleave(
+            functions, o.device, o.repetitions, o.seconds / 3, warm_up=o.device.type != "cpu"
+        )
         rows += [sample.row(name) for name, sample in samples.items()]
         if prefix != "sdft":
             for row in rows[len(rows) - len(samples) :]:
@@ -247,14 +286,20 @@ def step(o: Options) -> tuple[Rows, Ratios]:
     return rows, ratios
 
 
-# ------------------------------------------------------------------------------------------------- score and generate
+# -------------------------------------------------------------------------------------------------
+# score and generate
 
 
 def score(o: Options) -> tuple[Rows, Ratios]:
-    """The phase without gradient of a UniSD* step: all K + 2 views of all rows, at mixed lengths."""
+    """The phase without gradient of a UniSD* step: all K + 2 views of all rows, at mixed
+    lengths.
+    """
     base, s = build(o.shape, o.device, o.dtype, o.layers), Star()
     data = examples(
-        base.config.vocab_size, o.batch * o.accumulation, (o.prompt // 2, o.prompt * 3), (o.completion // 8, o.completion * 2)
+        base.config.vocab_size,
+        o.batch * o.accumulation,
+        (o.prompt // 2, o.prompt * 3),
+        (o.completion // 8, o.completion * 2),
     )
     built = ours.trainer(twin(base), data, s, ours.star_options(s, len(data[0].auxiliary)), o.batch)
     model = get_peft_model(twin(base), lora())
@@ -281,7 +326,9 @@ def score(o: Options) -> tuple[Rows, Ratios]:
         limit.score(model, data, default_chunk_tokens(base.config.vocab_size, o.device))
         return 0.0
 
-    functions = o.chosen({"ours": run_ours, "plain": as_trained(base)(run_plain), "limit": as_trained(base)(run_limit)})
+    functions = o.chosen(
+        {"ours": run_ours, "plain": as_trained(base)(run_plain), "limit": as_trained(base)(run_limit)}
+    )
     samples = interleave(functions, o.device, o.repetitions, o.seconds)
     ratios: Ratios = {}
     _ratio(samples, "time_vs_plain", "ours", "plain", "time", ratios)
@@ -291,9 +338,11 @@ def score(o: Options) -> tuple[Rows, Ratios]:
 
 
 def generate(o: Options) -> tuple[Rows, Ratios]:
-    """Sampling with lengths that differ: rows are made to end where the mixed lengths say, by a processor both sides run.
+    """Sampling with lengths that differ: rows are made to end where the mixed lengths say, by a
+    processor both sides run.
 
-    `--impls ours plain vllm` adds vLLM (where it is installed), which is asked for these lengths, and the seconds of a sync of all weights.
+    `--impls ours plain vllm` adds vLLM (where it is installed), which is asked for these lengths,
+    and the seconds of a sync of all weights.
     """
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -301,7 +350,10 @@ def generate(o: Options) -> tuple[Rows, Ratios]:
 
     model = build(o.shape, o.device, o.dtype, o.layers)
     data = examples(
-        model.config.vocab_size, 4 * o.batch * o.accumulation, (o.prompt // 2, o.prompt * 3), (o.completion // 8, o.completion)
+        model.config.vocab_size,
+        4 * o.batch * o.accumulation,
+        (o.prompt // 2, o.prompt * 3),
+        (o.completion // 8, o.completion),
     )
     prompts, lengths = [row.student for row in data], [len(row.completion) for row in data]
 
@@ -321,13 +373,17 @@ def generate(o: Options) -> tuple[Rows, Ratios]:
         )  # fmt: skip
         return float(sum(map(len, written)))
 
-    config = GenerationConfig(do_sample=False, max_new_tokens=o.completion, eos_token_id=EOS, pad_token_id=PAD)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=o.completion, eos_token_id=EOS, pad_token_id=PAD
+    )
 
     @torch.no_grad()
     def run_plain() -> float:
         ids, mask = plain.padded(prompts, "left", o.device)
         processors = LogitsProcessorList([EndsAt(range(len(prompts)), ids.shape[1])])
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+        )
         return float((out[:, ids.shape[1] :] != PAD).sum())
 
     functions, sync = {"ours": run_ours, "plain": run_plain}, None
@@ -345,11 +401,13 @@ def generate(o: Options) -> tuple[Rows, Ratios]:
     return rows, ratios
 
 
-# ---------------------------------------------------------------------------------------------------------- main job
+# ----------------------------------------------------------------------------------------- main job
 
 
 def main_job(o: Options) -> tuple[Rows, Ratios]:
-    """`unisd train` as the README gives it, in a process of its own: wall time and peak memory of all of it."""
+    """`unisd train` as the README gives it, in a process of its own: wall time and peak memory of
+    all of it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         command = [sys.executable, "-m", "unisd.cli.main", "train", "--output_dir", str(Path(folder) / "out")]
@@ -359,33 +417,46 @@ def main_job(o: Options) -> tuple[Rows, Ratios]:
     return [{"impl": "ours", "time_s": seconds, "extra_memory_mb": peak}], {"minutes": seconds / 60}
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def memory_plan(o: Options) -> tuple[Rows, Ratios]:
-    """Peak memory of an SDFT and a UniSD* run (weights, optimizer, teacher, one step) beside what `--dry_run` predicts."""
+    """Peak memory of an SDFT and a UniSD* run (weights, optimizer, teacher, one step) beside what
+    `--dry_run` predicts.
+    """
     from unisd.memory import ModelSize, estimate
 
     s = Star()
     rows: Rows = []
     ratios: Ratios = {}
     prompts, completions = (o.prompt, o.prompt), (o.completion, o.completion)
-    for name, contexts, checkpointing in (("sdft", 0, True), ("star", 3, True), ("star, no checkpointing", 3, False)):
+    for name, contexts, checkpointing in (
+        ("sdft", 0, True),
+        ("star", 3, True),
+        ("star, no checkpointing", 3, False),
+    ):
         if o.impls is not None and name not in o.impls:
             continue
-        tiny = build("tiny", o.device, o.dtype)  # a small run first: what libraries load and set up is not part of the plan
+        # a small run first: what libraries load and set up is not part of the plan
+        tiny = build("tiny", o.device, o.dtype)
         ours.step(ours.trainer(tiny, examples(320, 2, (4, 4), (4, 4)), s, ours.star_options(s, 3), 1))
         samples = Samples()
         predicted: dict[str, int] = {}
 
-        # Built before: making random weights holds a tied head twice for a moment, which loading does not.
+        # Built before: making random weights holds a tied head twice for a moment, which loading
+        # does not.
         base = build(o.shape, o.device, o.dtype, o.layers)
         weights = sum(p.numel() * p.element_size() for p in base.parameters())
 
         def run(
-            base: Any = base, contexts: int = contexts, checkpointing: bool = checkpointing, predicted: dict[str, int] = predicted
+            base: Any = base,
+            contexts: int = contexts,
+            checkpointing: bool = checkpointing,
+            predicted: dict[str, int] = predicted,
         ) -> float:
-            data = examples(base.config.vocab_size, o.batch * o.accumulation, prompts, completions, contexts=contexts)
+            data = examples(
+                base.config.vocab_size, o.batch * o.accumulation, prompts, completions, contexts=contexts
+            )
             options = ours.star_options(s, contexts) if contexts else {"distillation_alpha": s.alpha}
             built = ours.trainer(base, data, s, options | {"gradient_checkpointing": checkpointing}, o.batch)
             value = ours.step(primed(built))
@@ -400,7 +471,7 @@ def memory_plan(o: Options) -> tuple[Rows, Ratios]:
     return rows, ratios
 
 
-# ---------------------------------------------------------------------------------------------------------- growth
+# ------------------------------------------------------------------------------------------- growth
 
 AXES: dict[str, list[int]] = {
     "K": [0, 2, 4, 8],
@@ -411,11 +482,13 @@ AXES: dict[str, list[int]] = {
 
 
 def growth(o: Options) -> tuple[Rows, Ratios]:
-    """A UniSD* step of ours and the bare passes against K, completion length, vocabulary and rows (try `--shape llama-32k --layers 4`).
+    """A UniSD* step of ours and the bare passes against K, completion length, vocabulary and rows
+    (try `--shape llama-32k --layers 4`).
 
-    Beside each time stands the number of tokens that pass the model, counted once per forward without gradient and three times for
-    the student's. `slope_*` is the cost of one more token over that of the bare limit; `memory_growth_vocabulary` the extra memory
-    at the largest vocabulary over that at the smallest.
+    Beside each time stands the number of tokens that pass the model, counted once per forward
+    without gradient and three times for the student's. `slope_*` is the cost of one more token over
+    that of the bare limit; `memory_growth_vocabulary` the extra memory at the largest vocabulary
+    over that at the smallest.
     """
     rows: Rows = []
     ratios: Ratios = {}
@@ -423,10 +496,20 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
     for axis, values in AXES.items():
         for value in values:
             at = {"K": 3, "completion": 64, "rows": 4} | ({} if axis == "vocabulary" else {axis: value})
-            base = build(o.shape if axis != "vocabulary" else f"{o.shape}:{value}", o.device, o.dtype, o.layers)
-            data = examples(base.config.vocab_size, at["rows"], (o.prompt, o.prompt), (at["completion"],) * 2, contexts=at["K"])
+            base = build(
+                o.shape if axis != "vocabulary" else f"{o.shape}:{value}", o.device, o.dtype, o.layers
+            )
+            data = examples(
+                base.config.vocab_size,
+                at["rows"],
+                (o.prompt, o.prompt),
+                (at["completion"],) * 2,
+                contexts=at["K"],
+            )
             steps = star_steps(base, data, Star(), o.batch)
-            samples = interleave({name: steps[name]() for name in ("ours", "limit")}, o.device, o.repetitions, o.seconds / 16)
+            samples = interleave(
+                {name: steps[name]() for name in ("ours", "limit")}, o.device, o.repetitions, o.seconds / 16
+            )
             tokens = passed_tokens(data)
             for name, sample in samples.items():
                 rows.append(sample.row(name) | {"axis": axis, "at": value, "passed_tokens": tokens})
@@ -442,8 +525,10 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
 
 
 def passed_tokens(data: Sequence[Example]) -> int:
-    """Tokens that a UniSD* step passes through the model: once without gradient under every view (the problem of the right reference is
-    that of the wrong one), three times for the student (forward, forward again for checkpointing, backward with frozen weights)."""
+    """Tokens that a UniSD* step passes through the model: once without gradient under every view
+    (the problem of the right reference is that of the wrong one), three times for the student
+    (forward, forward again for checkpointing, backward with frozen weights).
+    """
     return sum(
         sum(len(view) + len(row.completion) for view in (row.teacher, row.negative, *row.auxiliary))
         + 2 * len(row.student)
@@ -453,7 +538,9 @@ def passed_tokens(data: Sequence[Example]) -> int:
 
 
 def needed_flop(base: Any, data: Sequence[Example]) -> float:
-    """Floating-point operations of these passes, and of K + 4 products with the head for each completion token; without attention."""
+    """Floating-point operations of these passes, and of K + 4 products with the head for each
+    completion token; without attention.
+    """
     body = sum(p.numel() for name, p in base.get_decoder().named_parameters() if "embed" not in name)
     answers = sum(len(row.completion) * (len(row.auxiliary) + 4) for row in data)
     return 2.0 * (body * passed_tokens(data) + base.get_output_embeddings().weight.numel() * answers)

@@ -1,8 +1,10 @@
-"""The bare limit of a UniSD* step: the forward and backward passes and projections that the mathematics needs, nothing else.
+"""The bare limit of a UniSD* step: the forward and backward passes and projections that the
+mathematics needs, nothing else.
 
-Tokens are packed (no padding), on a CPU what views begin with is read once, as ours reads it; only the completion's positions are
-projected, the student's and the primary teacher's once; no softmax, divergence, weight or other arithmetic is done. What it computes is
-no loss: it is a time and a memory to come close to.
+Tokens are packed (no padding), on a CPU what views begin with is read once, as ours reads it; only
+the completion's positions are projected, the student's and the primary teacher's once; no softmax,
+divergence, weight or other arithmetic is done. What it computes is no loss: it is a time and a
+memory to come close to.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from unisd.scoring.prefix_sharing import lay_out_shared, shared_batches
 
 
 def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any, share: bool = False) -> Tensor:
-    """Final hidden states `[N,H]` that predict the completions of (prompt, completion) pairs, in one pass."""
+    """Final hidden states `[N,H]` that predict the completions of (prompt, completion) pairs, in
+    one pass.
+    """
     sequences = [p + c for p, c in jobs]
     if share:
         laid = lay_out_shared(sequences, [len(p) - 1 for p, _ in jobs], device)
@@ -47,8 +51,14 @@ def score(model: Any, rows: list[Example], chunk_tokens: int) -> None:
     base = model.get_base_model()
     base.set_attn_implementation(FRUGAL)
     decoder, head = base.get_decoder(), base.get_output_embeddings().weight
-    views = [(prompt, row.completion) for row in rows for prompt in (row.teacher, row.negative, *row.auxiliary)]
-    sequences, budget, share = [p + c for p, c in views], default_token_budget(model.device), model.device.type == "cpu"
+    views = [
+        (prompt, row.completion) for row in rows for prompt in (row.teacher, row.negative, *row.auxiliary)
+    ]
+    sequences, budget, share = (
+        [p + c for p, c in views],
+        default_token_budget(model.device),
+        model.device.type == "cpu",
+    )
     if share:
         batches = shared_batches(sequences, [len(p) - 1 for p, _ in views], budget)
     else:
@@ -59,7 +69,10 @@ def score(model: Any, rows: list[Example], chunk_tokens: int) -> None:
 
 
 def star_step(
-    model: Any, teacher: Callable[[], AbstractContextManager[Any]], batches: list[list[Example]], chunk_tokens: int
+    model: Any,
+    teacher: Callable[[], AbstractContextManager[Any]],
+    batches: list[list[Example]],
+    chunk_tokens: int,
 ) -> float:
     """Same contract as the plain one; returns 0."""
     base = model.get_base_model()

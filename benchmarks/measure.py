@@ -1,7 +1,8 @@
 """Wall time and peak extra memory of a function, and interleaved repetitions of several.
 
-Extra memory is the highest point above what the process held right before. On a CPU that is the kernel's own high-water mark of the
-resident memory (reset through `/proc/self/clear_refs`, so on Linux alone): no sample can miss it. On CUDA it is the allocator's.
+Extra memory is the highest point above what the process held right before. On a CPU that is the
+kernel's own high-water mark of the resident memory (reset through `/proc/self/clear_refs`, so on
+Linux alone): no sample can miss it. On CUDA it is the allocator's.
 """
 
 from __future__ import annotations
@@ -86,9 +87,15 @@ def measure(function: Callable[[], float], device: torch.device, samples: Sample
 
 
 def interleave(
-    functions: dict[str, Callable[[], float]], device: torch.device, repetitions: int, seconds: float, warm_up: bool = True
+    functions: dict[str, Callable[[], float]],
+    device: torch.device,
+    repetitions: int,
+    seconds: float,
+    warm_up: bool = True,
 ) -> dict[str, Samples]:
-    """Measure all functions in turn, `repetitions` times, or fewer where another round would exceed `seconds` (at least once)."""
+    """Measure all functions in turn, `repetitions` times, or fewer where another round would exceed
+    `seconds` (at least once).
+    """
     if warm_up:
         for function in functions.values():
             function()
@@ -121,7 +128,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def peak_tflop_per_s(device: torch.device) -> float | None:
-    """Dense bfloat16 products a second by the maker's data sheet, for the share of it that is used (MFU); None: not known."""
+    """Dense bfloat16 products a second by the maker's data sheet, for the share of it that is used
+    (MFU); None: not known.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 

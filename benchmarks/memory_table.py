@@ -1,4 +1,6 @@
-"""The memory table of docs/scale.md: `unisd.memory.estimate` for published model shapes. Arithmetic, not measurement.
+"""The memory table of docs/scale.md: `unisd.memory.estimate` for published model shapes.
+
+Arithmetic, not measurement.
 
 python benchmarks/memory_table.py
 """
@@ -9,7 +11,8 @@ from unisd.config import UniSDConfig
 from unisd.console import markdown_table
 from unisd.memory import ModelSize, estimate
 
-# name: (parameters, hidden, layers, MLP, key/value width, vocabulary), from the models' published configurations
+# name: (parameters, hidden, layers, MLP, key/value width, vocabulary), from the models' published
+# configurations
 SHAPES = {
     "Qwen2.5-0.5B": (494_032_768, 896, 24, 4864, 128, 151_936),
     "Qwen2.5-1.5B": (1_543_714_304, 1536, 28, 8960, 256, 151_936),
@@ -21,7 +24,15 @@ RANK = 64
 
 def adapter(hidden: int, layers: int, mlp: int, kv: int) -> int:
     """Parameters of LoRA on all linear layers."""
-    maps = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden)]
+    maps = [
+        (hidden, hidden),
+        (hidden, kv),
+        (hidden, kv),
+        (hidden, hidden),
+        (hidden, mlp),
+        (hidden, mlp),
+        (mlp, hidden),
+    ]
     return layers * RANK * sum(a + b for a, b in maps)
 
 
@@ -41,7 +52,14 @@ def main() -> None:
         totals.insert(3, estimate(sizes[1], config, 512, shards=8)["total"])
         lines.append([name, *(f"{total / 2**30:.1f} GiB" for total in totals)])
     full, lora = "full fine-tuning, float32 weights", "LoRA r 64, bfloat16 base"
-    header = ("model", full, "the same, FSDP2 over 8", lora, "the same, FSDP2 over 8", "LoRA r 64, 4-bit base")
+    header = (
+        "model",
+        full,
+        "the same, FSDP2 over 8",
+        lora,
+        "the same, FSDP2 over 8",
+        "LoRA r 64, 4-bit base",
+    )
     print("\n".join(markdown_table(header, lines)))
 
 

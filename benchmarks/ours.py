@@ -1,4 +1,6 @@
-"""This project in the harness: the trainer itself, fed with given completions instead of generating them."""
+"""This project in the harness: the trainer itself, fed with given completions instead of generating
+them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class GivenCompletions:
     def sync(self) -> None:
         pass
 
-    def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
+    ) -> list[Completion]:
         assert keys is not None
         written = [self.rows[row].completion for _, _, row, _ in keys]
         return [Completion(ids, truncated=False, logps=[-1.0] * len(ids)) for ids in written]
@@ -52,7 +56,9 @@ def star_options(s: Star, contexts: int) -> dict[str, Any]:
     }
 
 
-def trainer(model: Any, rows: Sequence[Example], s: Star, options: dict[str, Any], batch: int, peft: bool = True) -> UniSDTrainer:
+def trainer(
+    model: Any, rows: Sequence[Example], s: Star, options: dict[str, Any], batch: int, peft: bool = True
+) -> UniSDTrainer:
     """A trainer whose one optimizer step holds all `rows`, in micro-batches of `batch`."""
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="unisd-bench-"),
@@ -83,7 +89,8 @@ def trainer(model: Any, rows: Sequence[Example], s: Star, options: dict[str, Any
         processing_class=tokenizer(model.config.vocab_size),
         peft_config=lora() if peft else None,
     )
-    # In the place of the trainer's own engine, not beside it: some weights look at the log-probabilities that only its own one tells.
+    # In the place of the trainer's own engine, not beside it: some weights look at the
+    # log-probabilities that only its own one tells.
     built.engine = built.completions.engine = GivenCompletions(rows)
     built.remove_callback(PrinterCallback)
     return built
@@ -92,7 +99,14 @@ def trainer(model: Any, rows: Sequence[Example], s: Star, options: dict[str, Any
 def scoring_rows(rows: Sequence[Example]) -> list[ScoringRow]:
     """The rows as the scoring phase takes them."""
     return [
-        ScoringRow(row.completion, [True] * len(row.completion), row.student, row.teacher, row.negative, row.auxiliary)
+        ScoringRow(
+            row.completion,
+            [True] * len(row.completion),
+            row.student,
+            row.teacher,
+            row.negative,
+            row.auxiliary,
+        )
         for row in rows
     ]
 

@@ -1,4 +1,6 @@
-"""Models of the measured shapes (random weights), a tokenizer whose words are its ids, and the rows of a step."""
+"""Models of the measured shapes (random weights), a tokenizer whose words are its ids, and the rows
+of a step.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 PAD, EOS = 0, 1
 TEACHER_TEMPLATE = "{prompt} {privileged_context}"
 AUXILIARY_TEMPLATE = "{context} {prompt}"
-"""The published layout: a reference follows the problem, a solved example of another problem comes before it."""
+"""The published layout: a reference follows the problem, a solved example of another problem comes
+before it.
+"""
 CONTEXTS = 3
 
 
@@ -46,10 +50,15 @@ SHAPES = {
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
-    """A random model of a shape, in evaluation mode; `layers` cuts its depth, `name:8000` gives another vocabulary."""
+    """A random model of a shape, in evaluation mode; `layers` cuts its depth, `name:8000` gives
+    another vocabulary.
+    """
     name, _, vocabulary = name.partition(":")
     shape = SHAPES[name]
-    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[shape.family]
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[shape.family]
     config = config_class(
         vocab_size=int(vocabulary) if vocabulary else shape.vocabulary,
         hidden_size=shape.hidden,
@@ -71,14 +80,18 @@ def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | Non
 
 
 def twin(model: Any) -> Any:
-    """Another module tree over the same weights: each implementation may put its own adapters on it."""
+    """Another module tree over the same weights: each implementation may put its own adapters on
+    it.
+    """
     shared = {id(tensor): tensor for tensor in model.parameters()}
     return copy.deepcopy(model, memo=shared)
 
 
 def lora(rank: int = 64) -> LoraConfig:
     """The paper's adapter without its dropout (TRL disables dropout)."""
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -87,12 +100,16 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     words = {"<pad>": PAD, "<eos>": EOS} | {f"t{i}": i for i in range(2, vocabulary)}
     core = Tokenizer(models.WordLevel(vocab=words, unk_token="t2"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a step: token ids of the prompt under each view, and of the completion that all of them score."""
+    """One row of a step: token ids of the prompt under each view, and of the completion that all of
+    them score.
+    """
 
     student: list[int]
     teacher: list[int]
@@ -125,7 +142,9 @@ def examples(
     contexts: int = CONTEXTS,
     seed: int = 0,
 ) -> list[Example]:
-    """Rows with lengths uniform in the given ranges; every context (reference, wrong reference, auxiliary) has `reference` tokens."""
+    """Rows with lengths uniform in the given ranges; every context (reference, wrong reference,
+    auxiliary) has `reference` tokens.
+    """
     draw = random.Random(seed)
 
     def ids(length: int) -> list[int]:
@@ -135,5 +154,7 @@ def examples(
     for _ in range(count):
         prompt, completion = ids(draw.randint(*prompts)), ids(draw.randint(*completions))
         right, wrong = (prompt + ids(reference) for _ in range(2))
-        rows.append(Example(prompt, right, wrong, [ids(reference) + prompt for _ in range(contexts)], completion))
+        rows.append(
+            Example(prompt, right, wrong, [ids(reference) + prompt for _ in range(contexts)], completion)
+        )
     return rows

@@ -20,7 +20,8 @@ On a CPU ours manages the allocator while it trains (`unisd.kernels.cpu_memory`)
 
 
 Row = dict[str, Any]
-COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [  # title, the key that calls for it, how a row fills it
+# title, the key that calls for it, how a row fills it
+COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("implementation", "impl", lambda row: str(row["impl"])),
     ("along", "axis", lambda row: f"{row['axis']} = {row['at']}"),
     ("passed tokens", "passed_tokens", lambda row: str(row["passed_tokens"])),
@@ -42,7 +43,9 @@ def table(results: list[dict[str, Any]]) -> str:
 def _block(result: dict[str, Any]) -> str:
     place, versions, settings = result["machine"], result["versions"], result.get("settings", {})
     where = f"{place['device']}, {place['processor']}, {place['cores']} core(s), {place['threads']} thread(s)"
-    shape = settings.get("shape", "") + (f" cut to {settings['layers']} layers" if settings.get("layers") else "")
+    shape = settings.get("shape", "") + (
+        f" cut to {settings['layers']} layers" if settings.get("layers") else ""
+    )
     lines = [
         f"## {result['bench']}" + (f": {shape}" if shape and result["bench"] != "main" else ""),
         "",
@@ -53,7 +56,14 @@ def _block(result: dict[str, Any]) -> str:
     if "note" in result:
         lines += [result["note"], ""]
     columns = [(title, write) for title, key, write in COLUMNS if any(key in row for row in result["rows"])]
-    lines += markdown_table([title for title, _ in columns], [[write(row) for _, write in columns] for row in result["rows"]])
+    lines += markdown_table(
+        [title for title, _ in columns], [[write(row) for _, write in columns] for row in result["rows"]]
+    )
     if result["ratios"]:
-        lines += ["", *markdown_table(("ratio", ""), [(name, f"{value:.2f}") for name, value in result["ratios"].items()])]
+        lines += [
+            "",
+            *markdown_table(
+                ("ratio", ""), [(name, f"{value:.2f}") for name, value in result["ratios"].items()]
+            ),
+        ]
     return "\n".join([*lines, ""])

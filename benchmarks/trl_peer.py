@@ -20,7 +20,9 @@ from benchmarks.settings import Star
 from benchmarks.shapes import TEACHER_TEMPLATE, Example, lora, tokenizer
 
 
-def trainer(model: Any, rows: Sequence[Example], s: Star, mode: str, batch: int, peft: bool = True) -> SDFTTrainer:
+def trainer(
+    model: Any, rows: Sequence[Example], s: Star, mode: str, batch: int, peft: bool = True
+) -> SDFTTrainer:
     """A trainer whose one optimizer step holds all `rows`; `mode` is TRL's `distillation_mode`."""
     args = SDFTConfig(
         output_dir=tempfile.mkdtemp(prefix="trl-bench-"),

@@ -1,4 +1,6 @@
-"""vLLM in the harness: the trainer's own colocated engine, asked for the same prompts and lengths."""
+"""vLLM in the harness: the trainer's own colocated engine, asked for the same prompts and
+lengths.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from unisd import UniSDConfig
 def writer(
     model: Any, prompts: Sequence[Sequence[int]], lengths: Sequence[int]
 ) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Two functions: one writes `lengths[i]` tokens after each prompt, greedily, with their log-probabilities as in a run, and returns
-    how many; the other takes over the model's weights anew, as in each step of a run, and returns the seconds.
+    """Two functions: one writes `lengths[i]` tokens after each prompt, greedily, with their
+    log-probabilities as in a run, and returns how many; the other takes over the model's weights
+    anew, as in each step of a run, and returns the seconds.
     """
     from vllm import SamplingParams
 
@@ -33,11 +36,16 @@ def writer(
     )
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     engine = ColocatedEngine(args, model, accelerator, [EOS], lambda: 0)
-    requests = [SamplingParams(max_tokens=n, ignore_eos=True, temperature=0.0, logprobs=0, detokenize=False) for n in lengths]
+    requests = [
+        SamplingParams(max_tokens=n, ignore_eos=True, temperature=0.0, logprobs=0, detokenize=False)
+        for n in lengths
+    ]
 
     def write() -> float:
         engine.llm.reset_prefix_cache()  # prompts must be read again, as after new weights
-        outputs = engine.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], requests, use_tqdm=False)
+        outputs = engine.llm.generate(
+            [{"prompt_token_ids": list(p)} for p in prompts], requests, use_tqdm=False
+        )
         return float(sum(len(output.outputs[0].token_ids) for output in outputs))
 
     def sync() -> float:

@@ -1,11 +1,13 @@
 """A reliability weight of your own, without touching the trainer.
 
-A weight is one pure function of the step's scores. It declares what it looks at; the trainer computes those views and no others.
-This one trusts tokens on which the teacher is sure: w = exp(-beta * H(q)), with H the teacher's entropy in nats.
+A weight is one pure function of the step's scores. It declares what it looks at; the trainer
+computes those views and no others. This one trusts tokens on which the teacher is sure: w =
+exp(-beta * H(q)), with H the teacher's entropy in nats.
 
     python examples/custom_weight.py
 
-A package makes its weights available to the command too (`unisd train --token_weights sure_teacher:beta=0.5`) by an entry point:
+A package makes its weights available to the command too (`unisd train --token_weights
+sure_teacher:beta=0.5`) by an entry point:
 
     [project.entry-points."unisd.methods.weights"]
     sure_teacher = "my_package.weights:sure_teacher"
@@ -30,7 +32,9 @@ def sure_teacher(scores: StepScores, beta: float = 1.0) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--max_steps", type=int, default=10)
     parser.add_argument("--output_dir", default="unisd-output/custom-weight")
     options = parser.parse_args()
@@ -45,11 +49,14 @@ def main() -> None:
         teacher_prompt_template=task.teacher_prompt_template,
         token_weights=["sure_teacher:beta=0.5"],
     )
-    trainer = UniSDTrainer(model, args, train_dataset=task.load("train", limit=64), processing_class=tokenizer)
+    trainer = UniSDTrainer(
+        model, args, train_dataset=task.load("train", limit=64), processing_class=tokenizer
+    )
     trainer.train()
     logged = [line for line in trainer.state.log_history if "weight/sure_teacher/mean" in line]
     print(
-        f"mean weight, first and last step: {logged[0]['weight/sure_teacher/mean']:.3f}, {logged[-1]['weight/sure_teacher/mean']:.3f}"
+        f"mean weight, first and last step: {logged[0]['weight/sure_teacher/mean']:.3f},"
+        f" {logged[-1]['weight/sure_teacher/mean']:.3f}"
     )
 
 

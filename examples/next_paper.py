@@ -1,12 +1,15 @@
-"""The next paper in an afternoon: a target of your own, its test, and a run, in one file outside the package.
+"""The next paper in an afternoon: a target of your own, its test, and a run, in one file outside
+the package.
 
-Say a paper mixes the teacher with the same teacher on the plain prompt, q' = (1 - a) q + a b. That is one function. It declares the second
-distribution it needs, and the trainer scores it: one more forward pass, and no other change.
+Say a paper mixes the teacher with the same teacher on the plain prompt, q' = (1 - a) q + a b. That
+is one function. It declares the second distribution it needs, and the trainer scores it: one more
+forward pass, and no other change.
 
     python examples/next_paper.py                                      # a few steps on the pocket model
     python -m pytest examples/next_paper.py                            # its test
 
-In a package, an entry point under `unisd.methods.targets` makes it known to the command: `unisd train --target arithmetic:a=0.2`.
+In a package, an entry point under `unisd.methods.targets` makes it known to the command: `unisd
+train --target arithmetic:a=0.2`.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ def main(output_dir: str = "unisd-output/next-paper", max_steps: int = 5) -> Uni
         teacher_prompt_template=task.teacher_prompt_template,
         target="arithmetic:a=0.2",
     )
-    trainer = UniSDTrainer(model, args, train_dataset=task.load("train", limit=64), processing_class=tokenizer)
+    trainer = UniSDTrainer(
+        model, args, train_dataset=task.load("train", limit=64), processing_class=tokenizer
+    )
     trainer.train()
     return trainer
 

@@ -1,4 +1,6 @@
-"""Finished cells of a comparison: one JSON object a line, appended as each ends, so that a comparison goes on where it was stopped."""
+"""Finished cells of a comparison: one JSON object a line, appended as each ends, so that a
+comparison goes on where it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ Cell = dict[str, Any]
 
 
 def read(file: Path) -> list[Cell]:
-    """The finished cells; none where there is no file. A line cut short (a full disk, a kill) is no cell."""
+    """The finished cells; none where there is no file.
+
+    A line cut short (a full disk, a kill) is no cell.
+    """
     return read_lines(file)
 
 
@@ -42,14 +47,15 @@ def carry_out(
     """Run what `plans` asks for, each apart and written as it ends; returns all cells.
 
     Args:
-        plans: of the finished cells, what may be run now, in the order to run it; asked again after every cell, so that a plan
-            that depends on other cells is left out until they are there.
+        plans: of the finished cells, what may be run now, in the order to run it; asked again after
+            every cell, so that a plan that depends on other cells is left out until they are there.
         total: cells of the whole comparison, for the bar.
         most: stop after so many.
         jobs: how many run at once, each with its share of the cores.
 
     Raises:
-        UserError: a cell failed (those that ran beside it are finished and written first), or another process adds to this file.
+        UserError: a cell failed (those that ran beside it are finished and written first), or
+            another process adds to this file.
     """
     busy = f"another process runs the cells of {file}: wait for it, or choose another --folder."
     running: dict[Future[Cell], Any] = {}
@@ -83,18 +89,23 @@ def carry_out(
 def add_jobs(parser: argparse.ArgumentParser) -> None:
     """`--most` and `--jobs`, as every comparison has them."""
     parser.add_argument("--most", type=int, help="stop after so many cells")
-    parser.add_argument("--jobs", type=int, default=1, help="cells that run at once (default: 1, with all cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="cells that run at once (default: 1, with all cores)"
+    )
 
 
 def run_apart(run: Callable[[Any], Cell], plan: Any, threads: int | None = None) -> Cell:
-    """`run(plan)` in a process of its own: its peak memory is its own, and nothing is left behind. Both must be picklable.
+    """`run(plan)` in a process of its own: its peak memory is its own, and nothing is left behind.
+
+    Both must be picklable.
 
     threads: that torch computes with there; None: as many as it wants.
 
     Raises:
         UserError: the process ended without a result.
     """
-    # A fork of a process whose threads have computed would hang; a server that has only imported may be forked.
+    # A fork of a process whose threads have computed would hang; a server that has only imported
+    # may be forked.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["unisd.trainer"])
     receiver, sender = context.Pipe(duplex=False)
@@ -105,14 +116,17 @@ def run_apart(run: Callable[[Any], Cell], plan: Any, threads: int | None = None)
         cell: Cell = receiver.recv()
     except EOFError:
         process.join()
-        raise UserError(f"cell {plan} ended with exit code {process.exitcode}: nothing was written for it.") from None
+        raise UserError(
+            f"cell {plan} ended with exit code {process.exitcode}: nothing was written for it."
+        ) from None
     process.join()
     return cell
 
 
 def _end_with_parent() -> None:
-    """A restarted comparison runs unfinished cells again: one that is still at work must not go on beside it. What forked this process
-    is a server, so no signal tells of the parent's death."""
+    """A restarted comparison runs unfinished cells again: one that is still at work must not go on
+    beside it. What forked this process is a server, so no signal tells of the parent's death.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

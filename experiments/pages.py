@@ -1,4 +1,6 @@
-"""Markdown that commands write: tables, and pages whose tables are replaced while what a person wrote around them stays."""
+"""Markdown that commands write: tables, and pages whose tables are replaced while what a person
+wrote around them stays.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ START, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 def between_markers(text: str, start: str, end: str, content: str) -> str:
-    """`text` with what stands between two marker lines replaced; what a person wrote around them stays.
+    """`text` with what stands between two marker lines replaced; what a person wrote around them
+    stays.
 
     Raises:
         UserError: the markers are not there.
@@ -23,6 +26,8 @@ def between_markers(text: str, start: str, end: str, content: str) -> str:
 
 
 def update(file: Path, title: str, content: str) -> None:
-    """Put `content` between the markers of a page; a page that is not there gets a title and markers."""
+    """Put `content` between the markers of a page; a page that is not there gets a title and
+    markers.
+    """
     text = file.read_text(encoding="utf-8") if file.exists() else f"# {title}\n\n{START}\n{END}\n"
     file.write_text(between_markers(text, START, END, content), encoding="utf-8")

@@ -1,8 +1,12 @@
-"""Runs that are made to go wrong, and healthy ones: which alarm is raised, and when? `python -m experiments.pocket_alarms`.
+"""Runs that are made to go wrong, and healthy ones: which alarm is raised, and when?
 
-Each cell trains the pocket model for 60 steps and measures accuracy on the task and on old skills every five steps, so that it can be
-said whether what was lost (half of an accuracy) had been told before: the task by the cell's own alarm, old skills by `forgetting`.
-Cells become lines of `diagnostics.jsonl`, and those the table of `diagnostics.md`; cells that are there are not run again.
+`python -m experiments.pocket_alarms`.
+
+Each cell trains the pocket model for 60 steps and measures accuracy on the task and on old skills
+every five steps, so that it can be said whether what was lost (half of an accuracy) had been told
+before: the task by the cell's own alarm, old skills by `forgetting`. Cells become lines of
+`diagnostics.jsonl`, and those the table of `diagnostics.md`; cells that are there are not run
+again.
 
 | cell | what is wrong | must raise |
 |---|---|---|
@@ -35,15 +39,35 @@ from unisd.monitoring import alarms
 from unisd.run.inputs import load_data, load_model
 from unisd.trainer import UniSDTrainer
 
-COMMON = ["--recipe", "sdft", "--diagnostics_probe_steps", "2", "--save_strategy", "no", "--record_samples", "0"]
-COMMON += ["--eval_strategy", "steps", "--eval_steps", "5", "--eval_on_start", "true", "--max_eval_rows", "80"]
+COMMON = [
+    "--recipe",
+    "sdft",
+    "--diagnostics_probe_steps",
+    "2",
+    "--save_strategy",
+    "no",
+    "--record_samples",
+    "0",
+]
+COMMON += [
+    "--eval_strategy",
+    "steps",
+    "--eval_steps",
+    "5",
+    "--eval_on_start",
+    "true",
+    "--max_eval_rows",
+    "80",
+]
 LOST = 0.5  # of what it was at the start, on the task or on old skills
 EVERY = 5  # steps whose middle is kept of each watched metric
 
 
 @dataclass(frozen=True)
 class Provocation:
-    """Flags of `unisd train`, the alarm that must be raised (None: no alarm at all), and how many seeds."""
+    """Flags of `unisd train`, the alarm that must be raised (None: no alarm at all), and how many
+    seeds.
+    """
 
     flags: tuple[str, ...]
     alarm: str | None
@@ -68,7 +92,9 @@ class Plan:
 
 
 def hedging_base(folder: Path) -> Path:
-    """The base that doubts aloud, trained (or trained on) where it is not there yet: some minutes."""
+    """The base that doubts aloud, trained (or trained on) where it is not there yet: some
+    minutes.
+    """
     from experiments.pocket_base.pretrain import pretrain
 
     pretrain(folder, resume=True, compile=False, variant="hedging")
@@ -125,14 +151,17 @@ def watched(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     found: dict[str, list[float | None]] = {}
     for metric in sorted(alarms.WATCHED | {"words/all"}):
         parts = [
-            [line[metric] for line in lines[start : start + EVERY] if line.get(metric) is not None] for start in starts(lines)
+            [line[metric] for line in lines[start : start + EVERY] if line.get(metric) is not None]
+            for start in starts(lines)
         ]
         found[metric] = [round(alarms.middle(metric, part), 4) if part else None for part in parts]
     return found
 
 
 def shared_pull(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Cosine of the teacher's pull under the right and under a wrong reference, over the run: as it is told, and told all."""
+    """Cosine of the teacher's pull under the right and under a wrong reference, over the run: as it
+    is told, and told all.
+    """
     found = {}
     for told, names in (("as in the run", alarms.PULLS), ("all", alarms.TOLD_ALL)):
         sums = [sum(line.get(name) or 0.0 for line in lines) for name in names]
@@ -146,7 +175,9 @@ def starts(lines: list[dict[str, Any]]) -> range:
 
 
 def lost_at(cell: Cell, part: str) -> int | None:
-    """The first evaluation at which the accuracy on a part, `task` or `retention`, is less than `LOST` of what it was."""
+    """The first evaluation at which the accuracy on a part, `task` or `retention`, is less than
+    `LOST` of what it was.
+    """
     first = cell["curve"][0]
     return next((int(point["step"]) for point in cell["curve"] if point[part] < LOST * first[part]), None)
 
@@ -157,7 +188,9 @@ def told_at(cell: Cell, alarm: str | None) -> int | None:
 
 
 def passed(cell: Cell) -> bool:
-    """Whether no alarm came where none should; else whether the cell's own came, and each loss was told no later than it was measured."""
+    """Whether no alarm came where none should; else whether the cell's own came, and each loss was
+    told no later than it was measured.
+    """
     own = PROVOCATIONS[cell["name"]].alarm
     if own is None:
         return not cell["alarms"]
@@ -186,24 +219,44 @@ def page(cells: list[Cell]) -> str:
     rows, said = [], []
     for cell in sorted(cells, key=lambda cell: (list(PROVOCATIONS).index(cell["name"]), cell["seed"])):
         points = [cell["curve"][0], cell["curve"][-1]]
-        task, old = (", ".join(f"{100 * point[part]:.1f}" for point in points) for part in ("task", "retention"))
+        task, old = (
+            ", ".join(f"{100 * point[part]:.1f}" for point in points) for part in ("task", "retention")
+        )
         raised = ", ".join(f"{alarm['name']} ({alarm['step']})" for alarm in cell["alarms"]) or "none"
         own = told_at(cell, PROVOCATIONS[cell["name"]].alarm)
-        steps = ["-" if step is None else str(step) for step in (own, lost_at(cell, "task"), lost_at(cell, "retention"))]
+        steps = [
+            "-" if step is None else str(step)
+            for step in (own, lost_at(cell, "task"), lost_at(cell, "retention"))
+        ]
         doubt = ", ".join(f"{cell['watched']['words/all'][place] or 0:.1f}" for place in (0, -1))
         pull = ", ".join(f"{value:.2f}" for value in cell["shared_pull"].values())
         rows.append(
-            [cell["name"], str(cell["seed"]), raised, *steps, task, old, doubt, pull, "yes" if passed(cell) else "**no**"]
+            [
+                cell["name"],
+                str(cell["seed"]),
+                raised,
+                *steps,
+                task,
+                old,
+                doubt,
+                pull,
+                "yes" if passed(cell) else "**no**",
+            ]
         )
         if cell["seed"] == 0:
-            said += [f"- `{cell['name']}`, step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in cell["alarms"]]
+            said += [
+                f"- `{cell['name']}`, step {alarm['step']}, {alarm['name']}: {alarm['text']}"
+                for alarm in cell["alarms"]
+            ]
     legend = (
-        f"Accuracies are measured every {EVERY} steps. Words of doubt: per 1,000 tokens, first and last {EVERY} steps. Shared pull: cosine "
-        "of the teacher's pull under the right and under a wrong reference, told as in the run; then told all, where that is another thing."
+        f"Accuracies are measured every {EVERY} steps. Words of doubt: per 1,000 tokens, first and last"
+        f" {EVERY} steps. Shared pull: cosine of the teacher's pull under the right and under a wrong"
+        " reference, told as in the run; then told all, where that is another thing."
     )
     counted = (
-        f"{sum(map(passed, cells))} of {len(cells)} cells did what they should: a healthy run raised no alarm; another raised its own, and "
-        f"what was lost had been told by then, the task by that alarm, old skills by `forgetting`. {total()} cells make the whole."
+        f"{sum(map(passed, cells))} of {len(cells)} cells did what they should: a healthy run raised no"
+        " alarm; another raised its own, and what was lost had been told by then, the task by that alarm,"
+        f" old skills by `forgetting`. {total()} cells make the whole."
     )
     parts = [counted, "\n".join(markdown_table(head, rows)), legend]
     return "\n\n".join([*parts, "With seed 0 the alarms said:", "\n".join(said)] if said else parts)
@@ -223,10 +276,17 @@ def plans(cells: list[Cell], only: list[str] | None = None) -> Iterator[Plan]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("docs/results"), help="where diagnostics.jsonl and the page are")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--base", type=Path, default=Path("unisd-output/pocket-hedging"), help="where the base that doubts is kept"
+        "--folder", type=Path, default=Path("docs/results"), help="where diagnostics.jsonl and the page are"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        default=Path("unisd-output/pocket-hedging"),
+        help="where the base that doubts is kept",
     )
     parser.add_argument("--only", nargs="*", choices=list(PROVOCATIONS), help="these cells only")
     add_jobs(parser)

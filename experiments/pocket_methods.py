@@ -1,19 +1,26 @@
-"""Every method on the pocket task, compared: `python -m experiments.pocket_methods [--folder docs/results]`.
+"""Every method on the pocket task, compared: `python -m experiments.pocket_methods [--folder
+docs/results]`.
 
-One cell is one method, one state of the references (`clean`, or 30 % of them wrong) and one seed; it is trained in a process of its
-own and becomes one line of `pocket.jsonl`. Cells that are there are not run again, so that the command goes on where it was stopped.
+One cell is one method, one state of the references (`clean`, or 30 % of them wrong) and one seed;
+it is trained in a process of its own and becomes one line of `pocket.jsonl`. Cells that are there
+are not run again, so that the command goes on where it was stopped.
 
 How it is kept honest:
 
-- each method's learning rate is chosen among three, on validation rows, clean references and a seed of its own (`PILOT_SEED`), by
-  points gained on the task plus points kept of old skills; the choice is reused under wrong references;
-- `sft-own` is the control: supervised fine-tuning on the same facts in the model's own wording. Without it, what supervised
-  fine-tuning forgets could not be told from what its references' style costs;
-- `fixed-teacher` is the cell that mechanisms are compared with: the initial model as teacher, all five mechanisms off;
-- an answer counts if it is right in any wording (`PocketTask.knows`), the model's own or an annotator's: form is reported apart, or
-  supervised fine-tuning on the annotators' references would get nothing for what it knows;
-- all methods see the same number of optimizer steps and rows, and the same test problems; on the pocket all divergences are the same
-  (Jensen-Shannon, 0.5), so that a method's row shows its mechanism.
+- each method's learning rate is chosen among three, on validation rows, clean references and a seed
+  of its own (`PILOT_SEED`), by points gained on the task plus points kept of old skills; the choice
+  is reused under wrong references;
+- `sft-own` is the control: supervised fine-tuning on the same facts in the model's own wording.
+  Without it, what supervised fine-tuning forgets could not be told from what its references' style
+  costs;
+- `fixed-teacher` is the cell that mechanisms are compared with: the initial model as teacher, all
+  five mechanisms off;
+- an answer counts if it is right in any wording (`PocketTask.knows`), the model's own or an
+  annotator's: form is reported apart, or supervised fine-tuning on the annotators' references would
+  get nothing for what it knows;
+- all methods see the same number of optimizer steps and rows, and the same test problems; on the
+  pocket all divergences are the same (Jensen-Shannon, 0.5), so that a method's row shows its
+  mechanism.
 
 `experiments.pocket_page` makes the page from the lines.
 """
@@ -57,7 +64,8 @@ VARIANTS = {
     REFERENCE: ["--recipe", "unisd-ema", "--teacher_model_kind", "base"],
 }
 SCALES = (0.5, 1.0, 2.0)
-# The middle one of three rates. The likelihood of off-policy answers moves a model faster than a divergence does.
+# The middle one of three rates. The likelihood of off-policy answers moves a model faster than a
+# divergence does.
 MIDDLE_RATE = {"sft": 3e-4, CONTROL: 3e-4, "ssd": 3e-4}
 DEFAULT_RATE = 8e-4
 
@@ -132,7 +140,9 @@ def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
     rows, task, cap = evaluation_rows(pilot), PocketTask(), PocketTask.max_new_tokens
     found: Cell = {}
     for name, part in rows.items():
-        answered = accuracy(model, tokenizer, part, task.grade, max_new_tokens=cap, batch_size=125, progress=False)
+        answered = accuracy(
+            model, tokenizer, part, task.grade, max_new_tokens=cap, batch_size=125, progress=False
+        )
         known = [task.knows(row, text) for row, text in zip(part, answered["completions"], strict=True)]
         # One mark per problem, so that methods can be compared problem by problem.
         found[f"{name}_correct"] = "".join(str(int(grade.correct)) for grade in answered["grades"])
@@ -140,22 +150,37 @@ def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
         found[f"{name}_accuracy"] = sum(known) / len(known)
     found["gold_ppl"] = gold_ppl(model, tokenizer, rows["task"])
     if not pilot:
-        moved = retention(model, base, tokenizer, rows["retention"][:N_DRIFT], max_new_tokens=cap, batch_size=125, progress=False)
+        moved = retention(
+            model,
+            base,
+            tokenizer,
+            rows["retention"][:N_DRIFT],
+            max_new_tokens=cap,
+            batch_size=125,
+            progress=False,
+        )
         found |= {f"retention_ppl_{way}": moved[way]["ppl"] for way in ("forward", "reverse")}
         found["retention_jsd"] = moved["reverse"]["jsd"]
     return found
 
 
 def chosen_rate(cells: list[Cell], method: str) -> float | None:
-    """The pilot rate with the most points gained on the task plus points kept of old skills; None: pilots are missing."""
+    """The pilot rate with the most points gained on the task plus points kept of old skills; None:
+    pilots are missing.
+    """
     pilots = {cell["learning_rate"]: cell for cell in cells if cell["pilot"] and cell["method"] == method}
     if set(pilots) != set(rates(method)):
         return None
-    return float(max(pilots, key=lambda rate: pilots[rate]["task_accuracy"] + pilots[rate]["retention_accuracy"]))
+    return float(
+        max(pilots, key=lambda rate: pilots[rate]["task_accuracy"] + pilots[rate]["retention_accuracy"])
+    )
 
 
 def plans(cells: list[Cell], only: list[str] | None = None) -> Iterator[Plan]:
-    """Cells that may be run now, in order: pilots first, then one seed after the other. `cells` may grow meanwhile."""
+    """Cells that may be run now, in order: pilots first, then one seed after the other.
+
+    `cells` may grow meanwhile.
+    """
     names = [name for name in methods() if not only or name in only]
     wanted = [Plan(RAW, "clean", 0, 0.0)]
     wanted += [Plan(name, "clean", PILOT_SEED, rate, pilot=True) for name in names for rate in rates(name)]
@@ -184,8 +209,12 @@ def total(only: list[str] | None = None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("docs/results"), help="where pocket.jsonl and the page are")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("docs/results"), help="where pocket.jsonl and the page are"
+    )
     parser.add_argument("--only", nargs="*", help="these methods only")
     add_jobs(parser)
     args = parser.parse_args(argv)

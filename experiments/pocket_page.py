@@ -1,8 +1,11 @@
-"""The page of the pocket comparison, from its lines: `python -m experiments.pocket_page [--folder docs/results]`.
+"""The page of the pocket comparison, from its lines: `python -m experiments.pocket_page [--folder
+docs/results]`.
 
-Writes `pocket.md` and, for the recipes of later papers, `field.md` between their markers (what a person wrote around them stays), and
-a figure for each. Both pages are of the same cells, with the same splits, seeds, steps and rows. Intervals are 95 %, by bootstrap over
-problems only: the marks of all seeds on one problem are drawn together, and methods are compared on the same problems and seeds.
+Writes `pocket.md` and, for the recipes of later papers, `field.md` between their markers (what a
+person wrote around them stays), and a figure for each. Both pages are of the same cells, with the
+same splits, seeds, steps and rows. Intervals are 95 %, by bootstrap over problems only: the marks
+of all seeds on one problem are drawn together, and methods are compared on the same problems and
+seeds.
 """
 
 from __future__ import annotations
@@ -23,16 +26,21 @@ from unisd.console import markdown_table
 Marks = NDArray[np.float64]
 
 DRAWS = 2000
-FIELD = ("dash", "pw-opsd", "avsd", "opsd-ectr", "demopsd", "purified-opsd")  # recipes of later papers, on a page of their own
+# recipes of later papers, on a page of their own
+FIELD = ("dash", "pw-opsd", "avsd", "opsd-ectr", "demopsd", "purified-opsd")
 CAVEAT = (
-    "Intervals draw problems anew, and take the seeds as they are: they hold for other problems of this kind, not for other seeds. Those "
-    "of differences are one by one, not adjusted for how many there are: of 20 methods that differ in nothing, one would look different."
+    "Intervals draw problems anew, and take the seeds as they are: they hold for other problems of this kind,"
+    " not for other seeds. Those of differences are one by one, not adjusted for how many there are: of 20"
+    " methods that differ in nothing, one would look different."
 )
-BESIDE_FIELD = ("opsd", "sdft", "unisd-star", compare.REFERENCE)  # what they stand beside there; some add to OPSD
+# what they stand beside there; some add to OPSD
+BESIDE_FIELD = ("opsd", "sdft", "unisd-star", compare.REFERENCE)
 
 
 def marks(cells: list[Cell], name: str, kind: str = "known") -> Marks:
-    """`[seeds, problems]` of 0 and 1: right in any wording (`known`), or also in the task's form (`correct`)."""
+    """`[seeds, problems]` of 0 and 1: right in any wording (`known`), or also in the task's form
+    (`correct`).
+    """
     return np.array([[int(mark) for mark in cell[f"{name}_{kind}"]] for cell in cells], dtype=float)
 
 
@@ -55,10 +63,17 @@ def finished(cells: list[Cell]) -> dict[tuple[str, str], list[Cell]]:
 
 
 def table(cells: list[Cell], condition: str) -> list[str]:
-    """Markdown lines: one row per method, most accurate first. PPL_ret is forward / reverse; PPL_ref that of the references."""
+    """Markdown lines: one row per method, most accurate first.
+
+    PPL_ret is forward / reverse; PPL_ref that of the references.
+    """
     groups = finished(cells)
     raw = groups.get((compare.RAW, "clean"), [])
-    rows = {method: group for (method, state), group in groups.items() if state == condition and method != compare.RAW}
+    rows = {
+        method: group
+        for (method, state), group in groups.items()
+        if state == condition and method != compare.RAW
+    }
     head = [
         "method",
         "rate",
@@ -122,10 +137,15 @@ def pilots(cells: list[Cell]) -> list[str]:
     """Markdown lines: what the pilots saw, the chosen rate in bold."""
     lines = []
     for method in compare.methods():
-        runs = sorted((c for c in cells if c["pilot"] and c["method"] == method), key=lambda cell: cell["learning_rate"])
+        runs = sorted(
+            (c for c in cells if c["pilot"] and c["method"] == method), key=lambda cell: cell["learning_rate"]
+        )
         chosen, shown = compare.chosen_rate(cells, method), []
         for run in runs:
-            text = f"{run['learning_rate']:g}: {100 * run['task_accuracy']:.1f} / {100 * run['retention_accuracy']:.1f}"
+            text = (
+                f"{run['learning_rate']:g}: {100 * run['task_accuracy']:.1f} /"
+                f" {100 * run['retention_accuracy']:.1f}"
+            )
             shown.append(f"**{text}**" if run["learning_rate"] == chosen else text)
         if runs:
             lines.append([method, *shown, *[""] * (3 - len(shown))])
@@ -134,7 +154,9 @@ def pilots(cells: list[Cell]) -> list[str]:
 
 def of_page(field: bool) -> list[str]:
     """The methods of one page: of the field's, or of the methods page."""
-    return [name for name in compare.methods() if (name in FIELD + BESIDE_FIELD if field else name not in FIELD)]
+    return [
+        name for name in compare.methods() if (name in FIELD + BESIDE_FIELD if field else name not in FIELD)
+    ]
 
 
 def page(cells: list[Cell], figure: str, methods: list[str]) -> str:
@@ -142,7 +164,8 @@ def page(cells: list[Cell], figure: str, methods: list[str]) -> str:
     cells = [cell for cell in cells if cell["method"] in (compare.RAW, *methods)]
     done = sum(not cell["pilot"] for cell in cells)
     parts = [
-        f"{len(cells)} of {compare.total(methods)} cells have run ({done} besides the pilots). ![gain against forgetting]({figure})"
+        f"{len(cells)} of {compare.total(methods)} cells have run ({done} besides the pilots). ![gain against"
+        f" forgetting]({figure})"
     ]
     for condition, title in (("clean", "Right references"), ("noisy", "30 % wrong references")):
         if any(state == condition and method != compare.RAW for method, state in finished(cells)):
@@ -160,7 +183,9 @@ FAR = 40.0  # points of old skills
 
 
 def draw(cells: list[Cell], file: Path) -> None:
-    """Task accuracy gained against old skills lost, one mark per method; filled: right references, hollow: 30 % wrong."""
+    """Task accuracy gained against old skills lost, one mark per method; filled: right references,
+    hollow: 30 % wrong.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -187,7 +212,9 @@ def draw(cells: list[Cell], file: Path) -> None:
             clean = condition == "clean"
             face = colours[method] if clean else "none"
             label = method if clean else None
-            axes.scatter(lost, gain, s=60, edgecolors=[colours[method]], facecolors=[face], zorder=3, label=label)
+            axes.scatter(
+                lost, gain, s=60, edgecolors=[colours[method]], facecolors=[face], zorder=3, label=label
+            )
         axes.set_xlabel("old skills forgotten, points")
         axes.set_ylabel("task accuracy gained, points")
         axes.set_title("Gain against forgetting (hollow: 30 % wrong references)", fontsize=10)
@@ -195,7 +222,13 @@ def draw(cells: list[Cell], file: Path) -> None:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
         if outside:
             axes.text(
-                0.98, 0.02, "\n".join(["outside:", *outside]), transform=axes.transAxes, ha="right", va="bottom", fontsize=8
+                0.98,
+                0.02,
+                "\n".join(["outside:", *outside]),
+                transform=axes.transAxes,
+                ha="right",
+                va="bottom",
+                fontsize=8,
             )
         figure.tight_layout()
         figure.savefig(file, metadata={"Date": None})
@@ -203,10 +236,17 @@ def draw(cells: list[Cell], file: Path) -> None:
 
 
 def write(folder: Path, cells: list[Cell]) -> None:
-    """Put the tables into `pocket.md` and, once it has cells of its own, `field.md`; and draw `pocket.svg` and `field.svg`."""
-    for name, title in (("pocket", "Methods on the pocket task"), ("field", "Recipes of later papers on the pocket task")):
+    """Put the tables into `pocket.md` and, once it has cells of its own, `field.md`; and draw
+    `pocket.svg` and `field.svg`.
+    """
+    for name, title in (
+        ("pocket", "Methods on the pocket task"),
+        ("field", "Recipes of later papers on the pocket task"),
+    ):
         methods = of_page(name == "field")
-        if not any(cell["method"] in methods for cell in cells if name == "pocket" or cell["method"] in FIELD):
+        if not any(
+            cell["method"] in methods for cell in cells if name == "pocket" or cell["method"] in FIELD
+        ):
             continue
         draw([cell for cell in cells if cell["method"] in (compare.RAW, *methods)], folder / f"{name}.svg")
         update(folder / f"{name}.md", title, page(cells, f"{name}.svg", methods))
@@ -223,7 +263,9 @@ def percent(values_SN: Marks) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("docs/results"))
     folder = parser.parse_args().folder
     write(folder, read(folder / "pocket.jsonl"))

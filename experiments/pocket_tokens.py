@@ -1,10 +1,11 @@
 """Where do the weights fall? `python -m experiments.pocket_tokens [--folder docs/results]`.
 
-Looks at the tokens that the untouched base writes to the training prompts. A token *carries the fact* where the teacher under the right
-reference and under the wrong one differ by a nat or more. For these and for all others: their share, their share of the divergence,
-and the mean weight of each reliability weight, apart for rows whose reference is right and rows whose reference is wrong. A weight
-that tells wrong supervision from right is lower on the fact's tokens of the wrong rows than of the right ones. Writes
-`pocket-tokens.md`; a minute on two cores.
+Looks at the tokens that the untouched base writes to the training prompts. A token *carries the
+fact* where the teacher under the right reference and under the wrong one differ by a nat or more.
+For these and for all others: their share, their share of the divergence, and the mean weight of
+each reliability weight, apart for rows whose reference is right and rows whose reference is wrong.
+A weight that tells wrong supervision from right is lower on the fact's tokens of the wrong rows
+than of the right ones. Writes `pocket-tokens.md`; a minute on two cores.
 """
 
 from __future__ import annotations
@@ -36,14 +37,18 @@ WEIGHTS = {
 
 
 def scores(noise: float, seed: int) -> tuple[StepScores, Tensor]:
-    """Scores of every training row under the untouched base, and which rows [B] have a wrong reference."""
+    """Scores of every training row under the untouched base, and which rows [B] have a wrong
+    reference.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        # A weight besides agreement: only then are the teacher's own log-probabilities scored before the loss.
+        # A weight besides agreement: only then are the teacher's own log-probabilities scored
+        # before the loss.
         flags = ["--recipe", "unisd-star", "--token_weights", "corroboration", "--noise", str(noise)]
         flags += ["--seed", str(seed), "--output_dir", folder]
         options, config = parse(flags)
         data = load_data(options, config.seed)
-        # Where the reference is wrong, the other one is the right one: the fact's tokens are where the two part.
+        # Where the reference is wrong, the other one is the right one: the fact's tokens are where
+        # the two part.
         for row, clean in zip(data.train, PocketTask().load("train", seed=config.seed), strict=True):
             if row["noisy"]:
                 row["negative_context"] = clean["privileged_context"]
@@ -73,17 +78,24 @@ def table(found: StepScores, wrong_B: Tensor) -> list[str]:
             means = [f"{float(weight[chosen_BT].mean()):.4f}" for weight in weights.values()]
             parts = (float(chosen_BT.sum() / total), float(found.divergence[chosen_BT].sum() / divergence))
             lines.append([reference, name, *(f"{100 * part:.1f}" for part in parts), *means])
-    return markdown_table(("reference", "tokens", "share of tokens, %", "share of divergence, %", *weights), lines)
+    return markdown_table(
+        ("reference", "tokens", "share of tokens, %", "share of divergence, %", *weights), lines
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--noise", type=float, default=0.3, help="share of wrong references")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("docs/results"))
     args = parser.parse_args(argv)
     disable_progress_bar()
-    parts = [f"# Which tokens carry the fact, and what weighs them\n\n`python -m experiments.pocket_tokens --seed {args.seed}`"]
+    parts = [
+        "# Which tokens carry the fact, and what weighs them\n\n`python -m experiments.pocket_tokens --seed"
+        f" {args.seed}`"
+    ]
     for noise in (0.0, args.noise):
         parts += [f"## {100 * noise:.0f} % wrong references", "\n".join(table(*scores(noise, args.seed)))]
     text = "\n\n".join(parts)

@@ -1,13 +1,18 @@
-"""Does it help a real model? `python -m experiments.smollm2 {new_facts,scienceqa} [--data_files F] [--folder docs/results]`.
+"""Does it help a real model?
 
-Adapts SmolLM2-135M-Instruct (another with --model) by supervised fine-tuning, plain self-distillation, UniSD* and two later recipes, three
-seeds each, at equal numbers of optimizer steps, and evaluates every 20 steps, so that methods can be compared at equal steps and at equal
-gain. Divergence and learning rate are chosen by pilots of 30 steps on validation rows, with a seed of their own: the setting with the most
-points gained on the task plus points kept of general knowledge. UniSD* takes the setting of plain self-distillation; the later recipes
-take its rate and keep their published divergence.
+`python -m experiments.smollm2 {new_facts,scienceqa} [--data_files F] [--folder docs/results]`.
 
-Each finished cell is a line of `smollm2.jsonl`; a cell that was stopped goes on from its last checkpoint. `experiments.smollm2_page` makes the
-page. Hours on two cores; on a GPU --steps, --rows and --model take it to the published size.
+Adapts SmolLM2-135M-Instruct (another with --model) by supervised fine-tuning, plain
+self-distillation, UniSD* and two later recipes, three seeds each, at equal numbers of optimizer
+steps, and evaluates every 20 steps, so that methods can be compared at equal steps and at equal
+gain. Divergence and learning rate are chosen by pilots of 30 steps on validation rows, with a seed
+of their own: the setting with the most points gained on the task plus points kept of general
+knowledge. UniSD* takes the setting of plain self-distillation; the later recipes take its rate and
+keep their published divergence.
+
+Each finished cell is a line of `smollm2.jsonl`; a cell that was stopped goes on from its last
+checkpoint. `experiments.smollm2_page` makes the page. Hours on two cores; on a GPU --steps, --rows
+and --model take it to the published size.
 """
 
 from __future__ import annotations
@@ -42,8 +47,8 @@ from unisd.tasks.base import Task
 from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import last_complete_checkpoint
 
-# The later recipes are the two that look best on the pocket (docs/results/field.md): the most points of the task plus points kept of old
-# skills, over its two tables.
+# The later recipes are the two that look best on the pocket (docs/results/field.md): the most
+# points of the task plus points kept of old skills, over its two tables.
 LATER = ("demopsd", "opsd-ectr")
 METHODS = ("sft", "sdft", "unisd-star", *LATER)
 RAW = "raw"
@@ -96,7 +101,13 @@ class Plan:
 
 def arguments(plan: Plan) -> list[str]:
     """The flags of `unisd train` for a cell."""
-    flags = ["--recipe", "sft" if plan.method == RAW else plan.method, "--model_name_or_path", plan.model, *TASK_FLAGS[plan.task]]
+    flags = [
+        "--recipe",
+        "sft" if plan.method == RAW else plan.method,
+        "--model_name_or_path",
+        plan.model,
+        *TASK_FLAGS[plan.task],
+    ]
     if plan.data_files:
         flags += ["--data_files", *plan.data_files]
     if plan.method in ("sdft", "unisd-star"):
@@ -108,7 +119,9 @@ def arguments(plan: Plan) -> list[str]:
 
 
 class Examiner:
-    """Measures a model on fixed rows: form and knowledge of the task, general knowledge, drift from its own first answers."""
+    """Measures a model on fixed rows: form and knowledge of the task, general knowledge, drift from
+    its own first answers.
+    """
 
     def __init__(self, plan: Plan, task: Task, tokenizer: Any, base: Any) -> None:
         self.task, self.tokenizer = task, tokenizer
@@ -116,7 +129,9 @@ class Examiner:
         self.general_task = get("new_facts")
         self.general = self.general_task.retention_rows()
         self.prompts = [encode_prompt(tokenizer, row["prompt"]) for row in self.general]
-        self.base_answers = generate_greedy(base, tokenizer, self.prompts, self.general_task.max_new_tokens, progress=False)
+        self.base_answers = generate_greedy(
+            base, tokenizer, self.prompts, self.general_task.max_new_tokens, progress=False
+        )
 
     def __call__(self, model: Any) -> Cell:
         task = self._graded(model, self.rows, self.task)
@@ -132,11 +147,15 @@ class Examiner:
         }
 
     def _graded(self, model: Any, rows: Sequence[Row], task: Task) -> list[Any]:
-        found = accuracy(model, self.tokenizer, rows, task.grade, max_new_tokens=task.max_new_tokens, progress=False)
+        found = accuracy(
+            model, self.tokenizer, rows, task.grade, max_new_tokens=task.max_new_tokens, progress=False
+        )
         return list(found["grades"])
 
     def _prefers_the_right_one(self, model: Any) -> list[bool]:
-        """Whether the right candidate has the highest likelihood per token: knowledge without form."""
+        """Whether the right candidate has the highest likelihood per token: knowledge without
+        form.
+        """
         prompts: list[list[int]] = []
         texts: list[list[int]] = []
         groups: list[tuple[int, int, int]] = []
@@ -164,7 +183,9 @@ def _marks(values: Any) -> str:
 
 
 class Curve(TrainerCallback):  # type: ignore[misc]
-    """Evaluates now and then; each point is on disk before its checkpoint, so that a resumed run repeats none."""
+    """Evaluates now and then; each point is on disk before its checkpoint, so that a resumed run
+    repeats none.
+    """
 
     def __init__(self, file: Path, examine: Examiner, model: Any, steps: int, every: int) -> None:
         self.file, self.examine, self.model, self.steps, self.every = file, examine, model, steps, every
@@ -176,7 +197,10 @@ class Curve(TrainerCallback):  # type: ignore[misc]
             self.spent += time.process_time() - self.started
             if state.global_step not in {point["step"] for point in read(self.file)}:
                 training = self.model.training
-                append(self.file, {"step": state.global_step, "train_cpu_s": self.spent, **self.examine(self.model)})
+                append(
+                    self.file,
+                    {"step": state.global_step, "train_cpu_s": self.spent, **self.examine(self.model)},
+                )
                 self.model.train(training)
             self.started = time.process_time()
 
@@ -193,17 +217,26 @@ def run_cell(plan: Plan) -> Cell:
     record = {name: value for name, value in asdict(plan).items() if name != "data_files"}
     if plan.method == RAW:
         return {**record, "curve": [{"step": 0, "train_cpu_s": 0.0, **examine(model)}]}
-    trainer = UniSDTrainer(model, config, data.train, processing_class=tokenizer, peft_config=adapter_config(options))
+    trainer = UniSDTrainer(
+        model, config, data.train, processing_class=tokenizer, peft_config=adapter_config(options)
+    )
     trainer.remove_callback(PrinterCallback)
     curve = folder / "curve.jsonl"
-    trainer.add_callback(Curve(curve, examine, trainer.model, plan.steps, plan.steps if plan.pilot else EVERY))
+    trainer.add_callback(
+        Curve(curve, examine, trainer.model, plan.steps, plan.steps if plan.pilot else EVERY)
+    )
     checkpoint = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     cell = {**record, "curve": read(curve), "phases_s": dict(trainer.metrics.phases)}
     cell |= {"peak_mb": peak_memory()[0] / MIB, "device": device_name(config.device)}
     if not plan.pilot:
         moved = retention(
-            trainer.model, None, tokenizer, examine.general, max_new_tokens=examine.general_task.max_new_tokens, progress=False
+            trainer.model,
+            None,
+            tokenizer,
+            examine.general,
+            max_new_tokens=examine.general_task.max_new_tokens,
+            progress=False,
         )
         cell |= {"retention_ppl_forward": moved["forward"]["ppl"], "retention_jsd": moved["reverse"]["jsd"]}
     shutil.rmtree(folder)
@@ -215,7 +248,9 @@ def device_name(device: torch.device) -> str:
 
 
 def score(cell: Cell) -> float:
-    """What a pilot is judged by: share right on the task plus share right of general knowledge, after its last step."""
+    """What a pilot is judged by: share right on the task plus share right of general knowledge,
+    after its last step.
+    """
     point = cell["curve"][-1]
     return share(point["task_correct"]) + share(point["general_correct"])
 
@@ -232,7 +267,9 @@ def is_of(cell: Cell, task: str, setting: Setting) -> bool:
 
 
 def best_pilot(cells: list[Cell], task: str, method: str) -> tuple[float, float] | None:
-    """Divergence and rate of a method's best pilot (where it has none: plain self-distillation's); None while pilots are missing."""
+    """Divergence and rate of a method's best pilot (where it has none: plain self-distillation's);
+    None while pilots are missing.
+    """
     method = method if method in PILOTS else "sdft"
     found = [cell for cell in cells if cell["pilot"] and cell["task"] == task and cell["method"] == method]
     if len(found) < len(PILOTS[method]):
@@ -241,17 +278,35 @@ def best_pilot(cells: list[Cell], task: str, method: str) -> tuple[float, float]
     return best["alpha"], best["learning_rate"]
 
 
-def plans(cells: list[Cell], task: str, model: str, steps: int, rows: int, data_files: tuple[str, ...]) -> Iterator[Plan]:
-    """Cells that may be run now, in order: the untouched model, pilots, then one seed after the other. `cells` may grow meanwhile."""
+def plans(
+    cells: list[Cell], task: str, model: str, steps: int, rows: int, data_files: tuple[str, ...]
+) -> Iterator[Plan]:
+    """Cells that may be run now, in order: the untouched model, pilots, then one seed after the
+    other. `cells` may grow meanwhile.
+    """
 
     def plan(method: str, seed: int, alpha: float, rate: float, pilot: bool = False) -> Plan:
-        return Plan(task, method, seed, alpha, rate, pilot, model, min(PILOT_STEPS, steps) if pilot else steps, rows, data_files)
+        return Plan(
+            task,
+            method,
+            seed,
+            alpha,
+            rate,
+            pilot,
+            model,
+            min(PILOT_STEPS, steps) if pilot else steps,
+            rows,
+            data_files,
+        )
 
     def best(method: str) -> tuple[float, float] | None:
         return best_pilot([cell for cell in cells if is_of(cell, task, (model, steps, rows))], task, method)
 
     def new(candidate: Plan) -> bool:
-        return all(Plan(**{k: cell[k] for k in asdict(candidate) if k != "data_files"}).key != candidate.key for cell in cells)
+        return all(
+            Plan(**{k: cell[k] for k in asdict(candidate) if k != "data_files"}).key != candidate.key
+            for cell in cells
+        )
 
     yield from filter(new, [plan(RAW, 0, 0.0, 0.0)])
     for method, settings in PILOTS.items():
@@ -269,12 +324,18 @@ def plans(cells: list[Cell], task: str, model: str, steps: int, rows: int, data_
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=sorted(TASK_FLAGS))
     parser.add_argument("--data_files", nargs="*", default=[], help="ScienceQA's files")
-    parser.add_argument("--folder", type=Path, default=Path("docs/results"), help="where smollm2.jsonl and the page are")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("docs/results"), help="where smollm2.jsonl and the page are"
+    )
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--steps", type=int, help="optimizer steps of 16 rows; default: 120 for new facts, 60 for ScienceQA")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps of 16 rows; default: 120 for new facts, 60 for ScienceQA"
+    )
     parser.add_argument("--rows", type=int, default=ROWS, help="most test rows")
     add_jobs(parser)
     args = parser.parse_args(argv)

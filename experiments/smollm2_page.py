@@ -1,6 +1,8 @@
-"""The page of the evidence on a real model, from its lines: `python -m experiments.smollm2_page [--folder docs/results]`.
+"""The page of the evidence on a real model, from its lines: `python -m experiments.smollm2_page
+[--folder docs/results]`.
 
-Writes the tables into `smollm2.md` between its markers. Intervals are 95 %, by bootstrap over questions, the seeds of a question together.
+Writes the tables into `smollm2.md` between its markers. Intervals are 95 %, by bootstrap over
+questions, the seeds of a question together.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def groups(cells: list[Cell], task: str) -> dict[str, list[Cell]]:
     """Finished cells of the table by method, seeds in order."""
     found: dict[str, list[Cell]] = {}
     for method in (RAW, *METHODS):
-        runs = [cell for cell in cells if cell["task"] == task and cell["method"] == method and not cell["pilot"]]
+        runs = [
+            cell for cell in cells if cell["task"] == task and cell["method"] == method and not cell["pilot"]
+        ]
         if runs:
             found[method] = sorted(runs, key=lambda cell: cell["seed"])
     return found
@@ -54,27 +58,46 @@ def groups(cells: list[Cell], task: str) -> dict[str, list[Cell]]:
 
 def at_equal_steps(cells: list[Cell], task: str) -> list[str]:
     """Markdown lines: every method after its last step."""
-    head = ["method", "seeds", "steps", "answers right, %", "form right, %", "knowledge, %", "general, %", "PPL_fit"]
+    head = [
+        "method",
+        "seeds",
+        "steps",
+        "answers right, %",
+        "form right, %",
+        "knowledge, %",
+        "general, %",
+        "PPL_fit",
+    ]
     head += ["PPL_ret forward", "PPL_ret reverse", "train, s", "MB"]
     lines = []
     for method, runs in groups(cells, task).items():
         last = [cell["curve"][-1] for cell in runs]
         columns = [method, str(len(runs)), str(last[0]["step"])]
-        columns += [percent(marks(last, name)) for name in ("task_correct", "form_right", "knowledge_correct", "general_correct")]
-        columns += [_mean(last, "fit_ppl"), _mean(runs, "retention_ppl_forward"), _mean(last, "retention_ppl_reverse")]
+        columns += [
+            percent(marks(last, name))
+            for name in ("task_correct", "form_right", "knowledge_correct", "general_correct")
+        ]
+        columns += [
+            _mean(last, "fit_ppl"),
+            _mean(runs, "retention_ppl_forward"),
+            _mean(last, "retention_ppl_reverse"),
+        ]
         columns += [_mean(last, "train_cpu_s", 0), _mean(runs, "peak_mb", 0)]
         lines.append(columns)
     return markdown_table(head, lines)
 
 
 def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
-    """Markdown lines: the first point of each method's mean curve that is as good as what all methods reach that gain anything.
+    """Markdown lines: the first point of each method's mean curve that is as good as what all
+    methods reach that gain anything.
 
     Methods with fewer seeds than others wait.
     """
     found = groups(cells, task)
     most = max((len(runs) for runs in found.values()), default=0)
-    curves = {method: _mean_curve(runs) for method, runs in found.items() if method == RAW or len(runs) == most}
+    curves = {
+        method: _mean_curve(runs) for method, runs in found.items() if method == RAW or len(runs) == most
+    }
     untouched = max((point["task"] for point in curves.pop(RAW, [])), default=0.0)
     best = {method: max(point["task"] for point in curve) for method, curve in curves.items()}
     best = {method: reached for method, reached in best.items() if reached > untouched}
@@ -88,7 +111,10 @@ def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
         values = [f"{point['step']:.0f}", f"{100 * point['task']:.1f}", f"{100 * point['general']:.1f}"]
         seconds = "-" if math.isnan(point["train_cpu_s"]) else f"{point['train_cpu_s']:.0f}"
         lines.append([method, *values, f"{point['reverse']:.3f}", seconds])
-    said = f"The best that all of these reach is {100 * target:.1f} %; each at the first evaluation where it is that good:"
+    said = (
+        f"The best that all of these reach is {100 * target:.1f} %; each at the first evaluation where it is"
+        " that good:"
+    )
     return [said, "", *markdown_table(head, lines)]
 
 
@@ -108,13 +134,18 @@ def pilots(cells: list[Cell], task: str) -> list[str]:
 
 
 def costs_of_one_device(cells: list[Cell]) -> list[Cell]:
-    """The cells, with time and memory of those only that ran where most did: of two kinds of device no mean is taken."""
+    """The cells, with time and memory of those only that ran where most did: of two kinds of device
+    no mean is taken.
+    """
     counts = Counter(cell["device"] for cell in cells if "device" in cell)
     usual = max(counts, key=counts.__getitem__, default=None)
     kept = []
     for cell in cells:
         if cell.get("device", usual) != usual:
-            curve = [{name: value for name, value in point.items() if name != "train_cpu_s"} for point in cell["curve"]]
+            curve = [
+                {name: value for name, value in point.items() if name != "train_cpu_s"}
+                for point in cell["curve"]
+            ]
             cell = {name: value for name, value in cell.items() if name != "peak_mb"} | {"curve": curve}
         kept.append(cell)
     return kept
@@ -125,7 +156,9 @@ def settings(cells: list[Cell]) -> list[tuple[str, Setting]]:
     found = []
     for task in TITLES:
         published = (MODEL, STEPS[task], ROWS)
-        others = {(c["model"], c["steps"], c["rows"]) for c in cells if c["task"] == task and not c["pilot"]} - {published}
+        others = {
+            (c["model"], c["steps"], c["rows"]) for c in cells if c["task"] == task and not c["pilot"]
+        } - {published}
         found += [(task, setting) for setting in (published, *sorted(others))]
     return found
 
@@ -139,8 +172,10 @@ def page(cells: list[Cell]) -> str:
         other = "" if setting == (MODEL, STEPS[task], ROWS) else f": {model}, {steps} steps, {rows} rows"
         parts += [
             f"## {TITLES[task]}{other}",
-            f"{len(of_setting)} of {TOTAL} cells have run ({model}, {steps} steps of 16 rows, at most {rows} test rows; pilots "
-            f"{min(PILOT_STEPS, steps)} steps).",
+            (
+                f"{len(of_setting)} of {TOTAL} cells have run ({model}, {steps} steps of 16 rows, at most"
+                f" {rows} test rows; pilots {min(PILOT_STEPS, steps)} steps)."
+            ),
         ]
         if groups(of_setting, task):
             parts += ["\n".join(at_equal_steps(of_setting, task)), "\n".join(at_equal_gain(of_setting, task))]
@@ -166,7 +201,9 @@ def _mean_curve(runs: list[Cell]) -> list[dict[str, float]]:
                 "task": float(np.mean([share(point["task_correct"]) for point in points])),
                 "general": float(np.mean([share(point["general_correct"]) for point in points])),
                 "reverse": float(np.mean([point["retention_ppl_reverse"] for point in points])),
-                "train_cpu_s": float(np.mean([point["train_cpu_s"] for point in points if "train_cpu_s" in point] or math.nan)),
+                "train_cpu_s": float(
+                    np.mean([point["train_cpu_s"] for point in points if "train_cpu_s" in point] or math.nan)
+                ),
             }
         )
     return curve
@@ -178,7 +215,9 @@ def _mean(records: Sequence[Cell], name: str, digits: int = 3) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("docs/results"))
     folder = parser.parse_args().folder
     write(folder, read(folder / "smollm2.jsonl"))

@@ -20,7 +20,9 @@ def _data() -> Path:
     """The benchmarks' files, which do not belong to this project: see CONTRIBUTING.md."""
     named = os.environ.get("UNISD_TEST_DATA")
     if named is not None and not Path(named).is_dir():
-        raise pytest.UsageError(f"UNISD_TEST_DATA={named} is no folder: correct it, or unset it to skip the tests that read it.")
+        raise pytest.UsageError(
+            f"UNISD_TEST_DATA={named} is no folder: correct it, or unset it to skip the tests that read it."
+        )
     return Path(named) if named is not None else Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -30,7 +32,9 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no data beside the ch
 
 @pytest.fixture(autouse=True)
 def log_as_it_was() -> Iterator[None]:
-    """The command sets up the log of this package for its process; the next test wants to read it."""
+    """The command sets up the log of this package for its process; the next test wants to read
+    it.
+    """
     log = logging.getLogger("unisd")
     kept = log.propagate, log.level, list(log.handlers)
     yield

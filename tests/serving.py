@@ -1,4 +1,5 @@
-"""A stand-in for a vLLM server: its protocol, made-up answers that depend on the request alone, and faults on demand.
+"""A stand-in for a vLLM server: its protocol, made-up answers that depend on the request alone, and
+faults on demand.
 
 And a proxy, which puts faults between a real server and its client.
 """
@@ -23,7 +24,9 @@ END = 2
 
 
 class StandIn(ThreadingHTTPServer):
-    """`faults`: what goes wrong in the next requests for completions, in their order; `broken`: in all of them."""
+    """`faults`: what goes wrong in the next requests for completions, in their order; `broken`: in
+    all of them.
+    """
 
     daemon_threads = True
     allow_reuse_address = True
@@ -82,7 +85,11 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, self.path.partition("?")[0]
         server.calls[path] += 1
         server.headers.append(self.headers)
-        if server.key is not None and path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {server.key}":
+        if (
+            server.key is not None
+            and path.startswith("/v1")
+            and self.headers["Authorization"] != f"Bearer {server.key}"
+        ):
             return self.refuse(401, "Unauthorized")
         if path in server.lacking:
             return self.refuse(404, "Not Found")
@@ -172,7 +179,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Proxy(ThreadingHTTPServer):
-    """`faults`: what happens to the next requests for a path, in their order; `late`: seconds that an answer is held back for then."""
+    """`faults`: what happens to the next requests for a path, in their order; `late`: seconds that
+    an answer is held back for then.
+    """
 
     daemon_threads = True
 

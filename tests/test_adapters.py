@@ -1,4 +1,6 @@
-"""Adapters merged, and fused into one product where a gradient is asked for: the same results, and no trace afterwards."""
+"""Adapters merged, and fused into one product where a gradient is asked for: the same results, and
+no trace afterwards.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_the_results_are_those_of_the_adapter(keep: bool) -> None:
 @torch.no_grad()
 def test_all_active_adapters_count_and_only_they() -> None:
     model, x = adapted(), torch.randn(5, 7)
-    model.add_adapter("other", LoraConfig(r=2, lora_alpha=2, target_modules=["first"], init_lora_weights=False))
+    model.add_adapter(
+        "other", LoraConfig(r=2, lora_alpha=2, target_modules=["first"], init_lora_weights=False)
+    )
     for active in ("default", "other", ["default", "other"]):
         model.base_model.set_adapter(active)
         plain = model(x)
@@ -119,7 +123,9 @@ def test_fused_gives_the_gradients_of_the_adapter(checkpointing: bool, into_inpu
 @pytest.mark.parametrize("tokens", [64, 69])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_fused_is_that_of_float64_where_products_are_large(tokens: int, dropout: bool) -> None:
-    x, weight, bias, A, B = (torch.randn(*size) for size in ((2, tokens, 512), (1024, 512), (1024,), (8, 512), (1024, 8)))
+    x, weight, bias, A, B = (
+        torch.randn(*size) for size in ((2, tokens, 512), (1024, 512), (1024,), (8, 512), (1024, 8))
+    )
     kept = torch.rand(x.shape) > 0.3 if dropout else None
 
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -143,7 +149,9 @@ def test_fused_is_exact_in_float64() -> None:
     torch.testing.assert_close(_product(x, weight, bias, A, B, 1.7), x @ (weight + 1.7 * B @ A).T + bias)
 
 
-def test_a_checkpointed_block_does_not_compute_its_last_product_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpointed_block_does_not_compute_its_last_product_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, x = adapted().train(), torch.randn(4, 6, 7, requires_grad=True)
     computed: list[tuple[int, ...]] = []
 
@@ -175,7 +183,10 @@ def test_dropout_leaves_its_share_and_follows_the_generator(p: float) -> None:
     x = torch.zeros(1001, 999)
     torch.manual_seed(3)
     kept = _kept(x, p)
-    assert kept.shape == x.shape and abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
+    assert (
+        kept.shape == x.shape
+        and abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
+    )
     # Neighbours come from one random number: they must not go together.
     both = float((kept[:, :-1] & kept[:, 1:]).float().mean())
     assert abs(both - (1 - p) ** 2) < 0.002

@@ -1,4 +1,6 @@
-"""Alarms against made-up histories: each rule, what a healthy run may do, once and again, and a run that goes on."""
+"""Alarms against made-up histories: each rule, what a healthy run may do, once and again, and a run
+that goes on.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,30 @@ HEALTHY = {
     "leak/gold_stated_share": 0.4,
     "retained/nll": 0.3,
     "leak/pull_answers": 40.0,
-    **{f"{run}leak/pull_{told}{name}": value for run in ("", "run/") for told in ("", "full_") for name, value in PULL.items()},
+    **{
+        f"{run}leak/pull_{told}{name}": value
+        for run in ("", "run/")
+        for told in ("", "full_")
+        for name, value in PULL.items()
+    },
     "run/leak/pull_answers": 40.0,
 }
 NOISE = [1.0, 0.9, 1.1, 0.8, 1.2]
 
 CASES = [
     ({"counted/doubt": 5.0}, "suppressed doubt", "from 8.0 to 1.0"),
-    ({"teacher/divergence": 0.05, "collapse/repeated_share": 0.2}, "collapse", "divergence fell 90 % while repetition rose"),
+    (
+        {"teacher/divergence": 0.05, "collapse/repeated_share": 0.2},
+        "collapse",
+        "divergence fell 90 % while repetition rose",
+    ),
     ({"collapse/repeated_share": 0.6}, "collapse", "repetition rose from 5 to 60 % of all 4-grams"),
     ({"teacher/divergence": 0.05, "completions/mean_length": 90.0}, "collapse", "answers grew from 40 to 90"),
-    ({"student/entropy": 2.5}, "collapse", "entropy rose from 1 to 2.5 nats, and the teacher is hardly farther away"),
+    (
+        {"student/entropy": 2.5},
+        "collapse",
+        "entropy rose from 1 to 2.5 nats, and the teacher is hardly farther away",
+    ),
     ({"completions/mean_length": 3.0}, "short answers", "from 40 to 3 tokens"),
     ({"completions/mean_length": 300.0}, "long answers", "from 40 to 300 tokens"),
     ({"completions/truncated_share": 0.8}, "no end", "only 20 %"),
@@ -60,13 +75,22 @@ def test_every_rule_has_a_case_and_reads_only_what_it_names() -> None:
 
 
 def test_a_healthy_run_raises_none() -> None:
-    better = {"teacher/divergence": 0.02, "leak/gold_stated_share": 0.9, "counted/places": 30.0, "counted/doubt": 25.0}
+    better = {
+        "teacher/divergence": 0.02,
+        "leak/gold_stated_share": 0.9,
+        "counted/places": 30.0,
+        "counted/doubt": 25.0,
+    }
     assert alarms.find(HEALTHY, {**HEALTHY, **better}) == {}
     assert alarms.find({}, {}) == alarms.find(HEALTHY, {}) == {}  # what was not measured says nothing
 
 
-@pytest.mark.parametrize(("changed", "name", "words"), [case for case in CASES if not next(iter(case[0])).startswith("run/")])
-def test_an_alarm_is_raised_once_and_again_after_it_had_gone(changed: dict[str, float], name: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("changed", "name", "words"), [case for case in CASES if not next(iter(case[0])).startswith("run/")]
+)
+def test_an_alarm_is_raised_once_and_again_after_it_had_gone(
+    changed: dict[str, float], name: str, words: str
+) -> None:
     watch = Watch(5)
 
     # Without teachers that are told all: a pull that is shared now would be told over the run too.
@@ -78,7 +102,9 @@ def test_an_alarm_is_raised_once_and_again_after_it_had_gone(changed: dict[str, 
         return [
             alarm.name
             for step in range(first, first + count)
-            for alarm in watch.update(step + 1, {key: value * NOISE[step % 5] for key, value in values.items()})
+            for alarm in watch.update(
+                step + 1, {key: value * NOISE[step % 5] for key, value in values.items()}
+            )
         ]
 
     assert steps(40, {}) == []
@@ -93,8 +119,13 @@ def test_an_alarm_is_raised_once_and_again_after_it_had_gone(changed: dict[str, 
 def test_one_bad_step_is_no_alarm_and_rare_words_count() -> None:
     watch = Watch(5)
     for step in range(1, 30):
-        broken = {"teacher/divergence": 99.0, "student/entropy": 99.0, "completions/mean_length": 1.0} if step % 7 == 0 else {}
-        rare = {"counted/doubt": 100.0 if step % 5 == 0 else 0.0}  # the median of these is 0, also at the start
+        broken = (
+            {"teacher/divergence": 99.0, "student/entropy": 99.0, "completions/mean_length": 1.0}
+            if step % 7 == 0
+            else {}
+        )
+        # the median of these is 0, also at the start
+        rare = {"counted/doubt": 100.0 if step % 5 == 0 else 0.0}
         assert watch.update(step, {**HEALTHY, **broken, **rare}) == []
     for step in range(30, 36):
         watch.update(step, {**HEALTHY, "counted/doubt": 0.0})
@@ -103,13 +134,18 @@ def test_one_bad_step_is_no_alarm_and_rare_words_count() -> None:
 
 @pytest.mark.parametrize(("rate", "tokens"), [(3.0, 256), (5.0, 800), (10.0, 3200)])
 def test_rare_words_of_a_steady_run_raise_nothing_by_chance(rate: float, tokens: int) -> None:
-    """Poisson counts of one rate: the rule is asked at every step, and most of its windows hold a handful of words."""
+    """Poisson counts of one rate: the rule is asked at every step, and most of its windows hold a
+    handful of words.
+    """
     rng = np.random.default_rng(0)
     raised = 0
     for _ in range(40):
         watch = Watch(5)
         for step in range(1, 151):
-            watch.update(step, {"counted/doubt": float(rng.poisson(rate * tokens / 1000)), "counted/tokens": float(tokens)})
+            watch.update(
+                step,
+                {"counted/doubt": float(rng.poisson(rate * tokens / 1000)), "counted/tokens": float(tokens)},
+            )
         raised += bool(watch.alarms)
     assert raised <= 1
     lost = {"counted/doubt": 0.0, "counted/tokens": 8000.0}  # told as soon as there was enough to lose
@@ -122,7 +158,10 @@ def test_where_answers_are_stated_raises_nothing_by_chance(rows: int) -> None:
     watch = Watch(5)
     for step in range(1, 1001):
         stated = int(rng.binomial(rows, 0.4))
-        places = {"counted/stated": float(stated), "counted/places": float(rng.uniform(0.05, 1.0, stated).sum())}
+        places = {
+            "counted/stated": float(stated),
+            "counted/places": float(rng.uniform(0.05, 1.0, stated).sum()),
+        }
         watch.update(step, {**places, "leak/gold_stated_share": stated / rows})
     assert watch.alarms == []
 
@@ -132,7 +171,8 @@ def test_a_probe_now_and_then_is_compared_by_the_steps_that_have_it() -> None:
     for step in range(1, 31):
         probe = {"retained/nll": 0.1 if step < 15 else 0.9} if step % 5 == 1 else {}
         watch.update(step, probe)
-    assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("forgetting", 16)]  # of steps 12 to 16, only the last
+    # of steps 12 to 16, only the last
+    assert [(alarm.name, alarm.step) for alarm in watch.alarms] == [("forgetting", 16)]
 
 
 def test_an_alarm_is_not_gone_where_nobody_measured() -> None:
@@ -143,7 +183,9 @@ def test_an_alarm_is_not_gone_where_nobody_measured() -> None:
 
 
 def test_the_probes_of_a_run_are_added_up() -> None:
-    """Eight answers are too few to tell, 24 are not; a teacher that is told all has nothing to be compared with."""
+    """Eight answers are too few to tell, 24 are not; a teacher that is told all has nothing to be
+    compared with.
+    """
     pull = {"leak/pull_both": 0.5, "leak/pull_right": 1.0, "leak/pull_wrong": 1.0, "leak/pull_answers": 8.0}
     told_all = {"leak/pull_full_both": 0.3, "leak/pull_full_right": 1.0, "leak/pull_full_wrong": 1.0}
     for probe, raised in ((pull | told_all, [("blind teacher", 7)]), (pull, [])):

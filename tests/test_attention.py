@@ -73,14 +73,17 @@ def rows_one_by_one(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """What torch documents of `varlen_attn`, written out: `[N,heads,size]`, each row to its own past and at most so far back."""
+    """What torch documents of `varlen_attn`, written out: `[N,heads,size]`, each row to its own
+    past and at most so far back.
+    """
     assert enable_gqa == (query.shape[1] != key.shape[1]) and bounds.dtype == torch.int32
     shared = query.shape[1] // key.shape[1]
     found = []
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         assert end - start <= longest
         q, k, v = (
-            x[start:end].transpose(0, 1) for x in (query, key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1))
+            x[start:end].transpose(0, 1)
+            for x in (query, key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1))
         )
         back = torch.arange(end - start)[:, None] - torch.arange(end - start)
         seen = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
@@ -91,7 +94,9 @@ def rows_one_by_one(
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_what_the_flash_kernel_is_told(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel itself runs on CUDA only (`test_gpu.py`); its arguments mean the same rows, windows and shared heads."""
+    """The kernel itself runs on CUDA only (`test_gpu.py`); its arguments mean the same rows,
+    windows and shared heads.
+    """
     exact = final_and_gradients(Backbone(tiny.model(family, dtype=torch.float64)))
     asked: list[int] = []
 

@@ -1,4 +1,6 @@
-"""The harness: no straw man (the plain version and TRL have our losses), a limit that does what it must, the files it writes."""
+"""The harness: no straw man (the plain version and TRL have our losses), a limit that does what it
+must, the files it writes.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def rows() -> list[shapes.Example]:
 
 
 def test_the_plain_version_has_our_losses(base: Any, rows: list[shapes.Example]) -> None:
-    """Three steps with a large learning rate: were a gradient different, the second loss would be."""
+    """Three steps with a large learning rate: were a gradient different, the second loss would
+    be.
+    """
     steps = cases.star_steps(base, rows, Star(learning_rate=3e-3, gamma=1.0, contrast=0.3, feature=0.1), 2)
     calls = {name: steps[name]() for name in ("ours", "plain")}
     found = {name: [call() for _ in range(3)] for name, call in calls.items()}
@@ -66,11 +70,16 @@ def test_the_limit_passes_each_token_once_and_projects_completions_only(
     model = cases.get_peft_model(shapes.twin(base), shapes.lora())
     teacher = cases.Teacher(model, "ema")
     decoder = model.get_base_model().get_decoder()
-    decoder.register_forward_pre_hook(lambda _m, _a, kwargs: passed.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    decoder.register_forward_pre_hook(
+        lambda _m, _a, kwargs: passed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     limit.star_step(model, teacher.in_place, [rows[:2], rows[2:]], chunk_tokens=5)
-    views = sum(len(prompt) for row in rows for prompt in (row.student, row.teacher, row.negative, *row.auxiliary))
+    views = sum(
+        len(prompt) for row in rows for prompt in (row.student, row.teacher, row.negative, *row.auxiliary)
+    )
     answers = sum(len(row.completion) for row in rows)
-    once = sum(len(row.student) for row in rows if len(row.student) >= prefixes.LEAST)  # for the right and the wrong reference
+    # for the right and the wrong reference
+    once = sum(len(row.student) for row in rows if len(row.student) >= prefixes.LEAST)
     assert once > 0 and sum(passed) == views + 6 * answers - once
     assert sum(projected) == 5 * answers  # the student's own projection is in the step, with its gradient
     gradients = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -84,14 +93,19 @@ def test_packed_states_are_those_of_single_rows(base: Any, rows: list[shapes.Exa
     with torch.no_grad():
         together = limit.states(base.get_decoder(), jobs, CPU)
         alone = torch.cat([limit.states(base.get_decoder(), [job], CPU) for job in jobs])
-        shared = limit.states(base.get_decoder(), [*jobs, *[(row.negative, row.completion) for row in rows]], CPU, share=True)
+        shared = limit.states(
+            base.get_decoder(), [*jobs, *[(row.negative, row.completion) for row in rows]], CPU, share=True
+        )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shared[: len(alone)], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_twins_share_weights_but_not_adapters(base: Any) -> None:
     one, other = shapes.twin(base), shapes.twin(base)
-    assert all(a is b for a, b in zip(one.parameters(), other.parameters(), strict=True)) and one.model is not other.model
+    assert (
+        all(a is b for a, b in zip(one.parameters(), other.parameters(), strict=True))
+        and one.model is not other.model
+    )
 
 
 def test_memory_is_the_highest_point_of_the_call() -> None:
@@ -103,7 +117,7 @@ def test_memory_is_the_highest_point_of_the_call() -> None:
 
 def test_rounds_are_interleaved_and_stop_in_time() -> None:
     calls: list[str] = []
-    samples = interleave({n: (lambda n=n: calls.append(n) or 0.0) for n in "ab"}, CPU, 3, 100.0, warm_up=False)
+    samples = interleave({n: lambda n=n: calls.append(n) or 0.0 for n in "ab"}, CPU, 3, 100.0, warm_up=False)
     assert calls == list("ababab") and len(samples["a"].times) == 3
     assert len(interleave({"a": lambda: 0.0}, CPU, 3, 0.0)["a"].times) == 1
 
@@ -132,21 +146,47 @@ def test_the_result_is_a_file_with_the_promised_ratios(bench: str, tmp_path: Pat
         assert row["time_s"] > 0 and row["extra_memory_mb"] >= 0 and isinstance(row["impl"], str)
     assert CONTRACT[bench] <= set(result["ratios"]) and all(value >= 0 for value in result["ratios"].values())
     page = table([result])
-    assert f"## {bench}" in page and all(f"| {row['impl']} |" in page for row in result["rows"]) and result["command"] in page
+    assert (
+        f"## {bench}" in page
+        and all(f"| {row['impl']} |" in page for row in result["rows"])
+        and result["command"] in page
+    )
 
 
 def test_growth_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "AXES", {"K": [0, 2], "completion": [4, 8], "vocabulary": [320, 640], "rows": [2, 4]})
+    monkeypatch.setattr(
+        cases, "AXES", {"K": [0, 2], "completion": [4, 8], "vocabulary": [320, 640], "rows": [2, 4]}
+    )
     found, ratios = cases.growth(cases.Options(shape="tiny", prompt=4, repetitions=1))
-    assert {(row["axis"], row["at"]) for row in found} == {(axis, at) for axis, values in cases.AXES.items() for at in values}
-    by_axis = {
-        axis: [row["passed_tokens"] for row in found if row["axis"] == axis and row["impl"] == "ours"] for axis in cases.AXES
+    assert {(row["axis"], row["at"]) for row in found} == {
+        (axis, at) for axis, values in cases.AXES.items() for at in values
     }
-    assert by_axis["rows"][1] == 2 * by_axis["rows"][0] and by_axis["vocabulary"][0] == by_axis["vocabulary"][1]
-    assert by_axis["K"][1] - by_axis["K"][0] == 4 * 2 * (32 + 4 + 64)  # rows x contexts x (context, prompt, completion)
-    assert {"slope_K_vs_limit", "slope_rows_vs_limit", "r2_completion", "memory_growth_vocabulary"} <= ratios.keys()
+    by_axis = {
+        axis: [row["passed_tokens"] for row in found if row["axis"] == axis and row["impl"] == "ours"]
+        for axis in cases.AXES
+    }
+    assert (
+        by_axis["rows"][1] == 2 * by_axis["rows"][0] and by_axis["vocabulary"][0] == by_axis["vocabulary"][1]
+    )
+    # rows x contexts x (context, prompt, completion)
+    assert by_axis["K"][1] - by_axis["K"][0] == 4 * 2 * (32 + 4 + 64)
+    assert {
+        "slope_K_vs_limit",
+        "slope_rows_vs_limit",
+        "r2_completion",
+        "memory_growth_vocabulary",
+    } <= ratios.keys()
     assert "| K = 2 |" in table(
-        [{"bench": "growth", "machine": machine(CPU), "versions": {}, "command": "", "rows": found, "ratios": {}}]
+        [
+            {
+                "bench": "growth",
+                "machine": machine(CPU),
+                "versions": {},
+                "command": "",
+                "rows": found,
+                "ratios": {},
+            }
+        ]
     )
 
 
@@ -166,7 +206,9 @@ def test_the_cost_of_weights_is_measured_beside_its_own_reference(
     size = ["--shape", "tiny", "--prompt", "4", "--completion", "4", "--repetitions", "1"]
     field_weights.main([*size, "--threads", str(torch.get_num_threads())])
     lines = capsys.readouterr().out.splitlines()
-    rows = {cells[1]: cells[2:4] for line in lines if len(cells := [cell.strip() for cell in line.split("|")]) > 3}
+    rows = {
+        cells[1]: cells[2:4] for line in lines if len(cells := [cell.strip() for cell in line.split("|")]) > 3
+    }
     assert lines[0].startswith("tiny, 16 loss tokens of 4 rows")
     for name, (_, other) in steps.items():
         assert float(rows[name][0]) > 0 and rows[name][1].endswith(f"of {other}" if other else "")

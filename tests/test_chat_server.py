@@ -1,4 +1,6 @@
-"""Texts from an OpenAI-compatible server: contexts and wrong references in `prepare`, answers in `eval`."""
+"""Texts from an OpenAI-compatible server: contexts and wrong references in `prepare`, answers in
+`eval`.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_answers_come_in_order_through_faults(server: StandIn, monkeypatch: pyte
     counted: list[int] = []
     texts = chat.answers(prompts, max_tokens=5, temperature=0.7, seeds=[1, 2, 3], on_rows=counted.append)
     assert texts == ["you said a", "you said b", "you said c"] and not server.faults and counted == [1, 1, 1]
-    assert {(r["seed"], r["max_tokens"], r["temperature"]) for r in server.requests} == {(n, 5, 0.7) for n in (1, 2, 3)}
+    assert {(r["seed"], r["max_tokens"], r["temperature"]) for r in server.requests} == {
+        (n, 5, 0.7) for n in (1, 2, 3)
+    }
 
 
 def test_a_server_that_is_gone_or_refuses(server: StandIn) -> None:
@@ -45,11 +49,16 @@ def test_a_server_that_is_gone_or_refuses(server: StandIn) -> None:
         chat.answers(["a"], max_tokens=5)
 
 
-def test_prepare_lets_the_server_write(server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_lets_the_server_write(
+    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path / "cache"))
     names = ("apples", "pears", "plums", "nuts", "figs", "dates", "limes", "kiwis")
     rows = [
-        {"prompt": f"How many {a} are {n} {a} and {n * 3 + 1} more {a}?", "privileged_context": f"There are {n * 4 + 1}."}
+        {
+            "prompt": f"How many {a} are {n} {a} and {n * 3 + 1} more {a}?",
+            "privileged_context": f"There are {n * 4 + 1}.",
+        }
         for n, a in enumerate(names, 2)
     ]
     file, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
@@ -64,7 +73,9 @@ def test_prepare_lets_the_server_write(server: StandIn, tmp_path: Path, monkeypa
     def reply(messages: list[dict[str, str]]) -> str:
         text = messages[-1]["content"]
         return (
-            "There are 999." if "looks plausible but is wrong" in text else f"{kinds[len(text) % 4]} say the whole sum at last."
+            "There are 999."
+            if "looks plausible but is wrong" in text
+            else f"{kinds[len(text) % 4]} say the whole sum at last."
         )
 
     server.reply = reply
@@ -72,7 +83,11 @@ def test_prepare_lets_the_server_write(server: StandIn, tmp_path: Path, monkeypa
     assert main(["prepare", "--train_file", str(file), *asked, "--output", str(output)]) == 0
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(written) >= 7 and all(row["negative_context"] == "There are 999." for row in written)
-    assert all(context.endswith("say the whole sum at last.") for row in written for context in row["auxiliary_contexts"])
+    assert all(
+        context.endswith("say the whole sum at last.")
+        for row in written
+        for context in row["auxiliary_contexts"]
+    )
     assert any(row["auxiliary_contexts"] for row in written)
 
 
@@ -81,7 +96,18 @@ def test_eval_lets_the_server_answer(server: StandIn, tmp_path: Path) -> None:
     file, figures = tmp_path / "rows.jsonl", tmp_path / "figures.json"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     server.reply = lambda messages: str(min(int(messages[-1]["content"].split()[2]) + 1, 3))
-    asked = ["--task", "jsonl", "--data_files", str(file), "--split", "all", "--grader", "number", "--server_url", server.url]
+    asked = [
+        "--task",
+        "jsonl",
+        "--data_files",
+        str(file),
+        "--split",
+        "all",
+        "--grader",
+        "number",
+        "--server_url",
+        server.url,
+    ]
     assert main(["eval", *asked, "--json", str(figures)]) == 0
     found = json.loads(figures.read_text())
     assert found["model"] == "base" and found["gold_ppl"] is None

@@ -1,4 +1,6 @@
-"""Every mistake of a user that we know of, as a command: exit code 2, one line that says how to mend it, no traceback."""
+"""Every mistake of a user that we know of, as a command: exit code 2, one line that says how to
+mend it, no traceback.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ import tiny
 from unisd.cli.main import COMMANDS, main
 from unisd.errors import UserError
 
-ROWS = [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}.", "auxiliary_contexts": ["a", "b"]} for i in range(6)]
+ROWS = [
+    {"prompt": f"What is {i}?", "privileged_context": f"It is {i}.", "auxiliary_contexts": ["a", "b"]}
+    for i in range(6)
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,7 @@ def without(rows: list[dict[str, Any]], *columns: str) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in columns} for row in rows]
 
 
-# -- options ------------------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 
 def test_unknown_key_in_yaml(mistake: Any, tmp_path: Path) -> None:
@@ -114,7 +119,9 @@ def test_mistakes_before_anything_is_loaded(mistake: Any, arguments: list[str], 
     ],
     ids=" ".join,
 )
-def test_files_that_cannot_be_written_are_refused_before_any_work(mistake: Any, tmp_path: Path, arguments: list[str]) -> None:
+def test_files_that_cannot_be_written_are_refused_before_any_work(
+    mistake: Any, tmp_path: Path, arguments: list[str]
+) -> None:
     (tmp_path / "file").write_text("")
     for path in ("file/p", "/proc/nope/p", str(tmp_path)):
         assert f"argument {arguments[-1]}: {path} cannot be written (" in mistake(*arguments, path)
@@ -124,7 +131,9 @@ CONSENTS = ("--trust_remote_code", "--allow_unsafe_code_execution")
 
 
 @pytest.mark.parametrize("command", ["probe", "prepare"])
-@pytest.mark.parametrize("flags", [CONSENTS, [f"{flag}=true" for flag in CONSENTS]], ids=["bare", "with value"])
+@pytest.mark.parametrize(
+    "flags", [CONSENTS, [f"{flag}=true" for flag in CONSENTS]], ids=["bare", "with value"]
+)
 def test_consents_of_train_reach_probe_and_prepare(
     mistake: Any, monkeypatch: pytest.MonkeyPatch, command: str, flags: list[str]
 ) -> None:
@@ -135,7 +144,9 @@ def test_consents_of_train_reach_probe_and_prepare(
     seen = []
 
     def stop(options: Any, seed: int, whole: bool = False) -> Any:
-        seen.append((options.trust_remote_code, options.allow_unsafe_code_execution, options.task_options, seed))
+        seen.append(
+            (options.trust_remote_code, options.allow_unsafe_code_execution, options.task_options, seed)
+        )
         raise UserError("seen")
 
     for module in (preparing, probing):
@@ -145,7 +156,9 @@ def test_consents_of_train_reach_probe_and_prepare(
     assert seen == [(True, True, ["a=1", "b=2"], 5)]
 
 
-def test_code_that_comes_with_a_model_runs_only_when_asked(mistake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_code_that_comes_with_a_model_runs_only_when_asked(
+    mistake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     seen = []
@@ -161,7 +174,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(mistake: Any, monkeyp
     assert seen == [False, True] * 3
 
 
-# -- the user's rows ------------------------------------------------------------------------------------------------------
+# -- the user's rows -------------------------------------------------------------------------------
 
 
 def test_missing_column(own: Any) -> None:
@@ -175,7 +188,9 @@ def test_empty_dataset(own: Any) -> None:
     assert "is empty: give at least one row" in own([])
 
 
-@pytest.mark.parametrize(("prompt", "part"), [(None, "missing"), ("", "empty"), (7, "7 (int)"), ([], "[] (list)")])
+@pytest.mark.parametrize(
+    ("prompt", "part"), [(None, "missing"), ("", "empty"), (7, "7 (int)"), ([], "[] (list)")]
+)
 def test_row_without_prompt(own: Any, prompt: Any, part: str) -> None:
     rows = [*ROWS[:3], {**ROWS[3], "prompt": prompt}]
     line = own(rows)
@@ -192,7 +207,9 @@ def test_single_row_cannot_be_split(own: Any) -> None:
 
 def test_broken_line(mistake: Any, tmp_path: Path, model_dir: str) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n{oops\n")
-    assert "rows.jsonl, line 2 is not JSON" in mistake("train", "--train_file", "rows.jsonl", "--model_name_or_path", model_dir)
+    assert "rows.jsonl, line 2 is not JSON" in mistake(
+        "train", "--train_file", "rows.jsonl", "--model_name_or_path", model_dir
+    )
 
 
 def test_reference_longer_than_the_limit(own: Any) -> None:
@@ -205,7 +222,9 @@ def test_prompt_longer_than_the_limit(own: Any) -> None:
     rows = [{**row, "prompt": "What? " * 20} for row in ROWS]
     line = own(rows, "--max_prompt_length", "60")
     assert "the prompt has" in line and "over the limit of 60 (max_prompt_length)" in line
-    assert "over the limit" not in own(rows, "--max_prompt_length", "400", "--agreement", "token", "--contrastive_weight", "1")
+    assert "over the limit" not in own(
+        rows, "--max_prompt_length", "400", "--agreement", "token", "--contrastive_weight", "1"
+    )
 
 
 def test_agreement_without_contexts(own: Any) -> None:
@@ -220,7 +239,7 @@ def test_unknown_grader(own: Any) -> None:
     assert "unknown grader 'nubmer'" in own(ROWS, "--grader", "nubmer")
 
 
-# -- models and folders -----------------------------------------------------------------------------------------------------
+# -- models and folders ----------------------------------------------------------------------------
 
 
 def test_path_that_is_not_a_model(own: Any, tmp_path: Path) -> None:
@@ -271,7 +290,9 @@ def test_two_runs_started_together_get_a_folder_each(tmp_path: Path, monkeypatch
     assert not (tmp_path / "unisd-output" / "unisd-star-pocket-pocket-3").exists()
 
 
-def test_a_mistake_leaves_no_folder_behind(mistake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_dir: str) -> None:
+def test_a_mistake_leaves_no_folder_behind(
+    mistake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_dir: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     file = write_rows(tmp_path / "rows.jsonl", without(ROWS, "auxiliary_contexts"))
     mistake("train", "--train_file", file, "--model_name_or_path", model_dir, "--agreement", "token")
@@ -298,12 +319,16 @@ def test_full_disk(mistake: Any, monkeypatch: pytest.MonkeyPatch, error: Excepti
     assert "the disk is full" in mistake("merge", "x")
 
 
-# -- as a process -------------------------------------------------------------------------------------------------------------
+# -- as a process ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["train", "--agrement", "token"], ["train", "--train_file", "/x.jsonl"], ["eval", "--x"]])
+@pytest.mark.parametrize(
+    "arguments", [["train", "--agrement", "token"], ["train", "--train_file", "/x.jsonl"], ["eval", "--x"]]
+)
 def test_as_a_process(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "unisd.cli", *arguments], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "unisd.cli", *arguments], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("unisd: error: ")

@@ -1,4 +1,6 @@
-"""The commands behind `docs/results`: what is run, in which order, what a page says of it, and that nothing is run twice."""
+"""The commands behind `docs/results`: what is run, in which order, what a page says of it, and that
+nothing is run twice.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,11 @@ def test_the_pocket_comparison_runs_every_cell_once_and_pilots_first() -> None:
     rng, cells = np.random.default_rng(0), []
     for plan in compare.plans(cells):
         cells.append(pocket_cell(plan, rng))
-    assert len(cells) == compare.total() == len({json.dumps({k: c[k] for k in compare.Plan.__dataclass_fields__}) for c in cells})
+    assert (
+        len(cells)
+        == compare.total()
+        == len({json.dumps({k: c[k] for k in compare.Plan.__dataclass_fields__}) for c in cells})
+    )
     assert list(compare.plans(cells)) == []
     kinds = [cell["pilot"] for cell in cells[1:]]
     assert kinds == sorted(kinds, reverse=True)
@@ -62,7 +68,10 @@ def test_knowledge_is_graded_in_any_wording() -> None:
         assert all(task.knows(row, text) for text in row["wordings"])
         assert not task.knows(row, row["negative_context"])
     own = PocketTask(reference_style="own")
-    assert all(task.knows(row, row["completion"]) and task.grade(row, row["completion"]) for row in own.load("test", limit=40))
+    assert all(
+        task.knows(row, row["completion"]) and task.grade(row, row["completion"])
+        for row in own.load("test", limit=40)
+    )
 
 
 def test_pilots_and_table_share_no_rows() -> None:
@@ -124,7 +133,9 @@ def test_cells_run_beside_each_other_and_wait_for_what_they_need(tmp_path: Path)
 
     def plans(cells: list[store.Cell], last: int = 3) -> Iterator[tuple[int, str]]:
         done = {cell["number"] for cell in cells}
-        ready = [number for number in range(last + 1) if number not in done and (number < 2 or {0, 1} <= done)]
+        ready = [
+            number for number in range(last + 1) if number not in done and (number < 2 or {0, 1} <= done)
+        ]
         yield from ((number, str(tmp_path / "marks")) for number in ready)
 
     file = tmp_path / "cells.jsonl"
@@ -239,7 +250,12 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
     assert not list(evidence.plans(cells, "new_facts", "smollm2-135m", 120, 48, ("elsewhere",)))
     settings = {(cell["method"], cell["alpha"], cell["learning_rate"]) for cell in cells if not cell["pilot"]}
     alpha, rate = evidence.best_pilot(cells, "new_facts", "sdft") or (None, None)
-    assert {("sdft", alpha, rate), ("unisd-star", alpha, rate), ("demopsd", 1.0, rate), ("opsd-ectr", 0.5, rate)} < settings
+    assert {
+        ("sdft", alpha, rate),
+        ("unisd-star", alpha, rate),
+        ("demopsd", 1.0, rate),
+        ("opsd-ectr", 0.5, rate),
+    } < settings
     text = evidence_page.page(cells)
     assert "| sft | 3 | 120 | 83.3" in text and "| sft | 60 | 41.7" in text and "**sdft**" in text
     # A method that learns nothing sets no mark for the others.
@@ -248,15 +264,26 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
     mixed = [{**cell, "device": "gpu"} for cell in cells]
     for cell in mixed:
         if cell["method"] == "sft" and cell["seed"]:
-            cell |= {"device": "cpu", "peak_mb": 9.0, "curve": [{**point, "train_cpu_s": 9e9} for point in cell["curve"]]}
+            cell |= {
+                "device": "cpu",
+                "peak_mb": 9.0,
+                "curve": [{**point, "train_cpu_s": 9e9} for point in cell["curve"]],
+            }
     assert evidence_page.page(mixed) == text
     # Another model has pilots of its own, and a table of its own.
     first = list(evidence.plans(cells, "new_facts", "other/model", 120, 48, ()))
     assert first and all(plan.pilot or plan.method == "raw" for plan in first)
-    other = {**cells[-1], "model": "other/model", "curve": [{**point, "task_correct": "0" * 48} for point in cells[-1]["curve"]]}
+    other = {
+        **cells[-1],
+        "model": "other/model",
+        "curve": [{**point, "task_correct": "0" * 48} for point in cells[-1]["curve"]],
+    }
     both = evidence_page.page([*cells, other])
     assert "## New facts: other/model, 120 steps, 48 rows\n\n1 of 21 cells" in both
-    assert both.replace(both[both.index("## New facts: other/model") : both.index("## New facts: smollm2")], "") == text
+    assert (
+        both.replace(both[both.index("## New facts: other/model") : both.index("## New facts: smollm2")], "")
+        == text
+    )
 
 
 def test_evidence_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Builders of auxiliary contexts and wrong references: nothing leaks, nearest means nearest, and what is built is kept and found again."""
+"""Builders of auxiliary contexts and wrong references: nothing leaks, nearest means nearest, and
+what is built is kept and found again.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,13 @@ def rows(count: int = 40) -> list[dict]:
     return [
         {
             "id": str(i),
-            "prompt": f"{rng.choice(names)} has {i} {things[i % 5]} and finds {i * 7 % 31} more on a walk. How many {things[i % 5]} now?",
-            "privileged_context": f"First there are {i}, then {i * 7 % 31} come on top, which makes {i + i * 7 % 31}.",
+            "prompt": (
+                f"{rng.choice(names)} has {i} {things[i % 5]} and finds {i * 7 % 31} more on a walk. How many"
+                f" {things[i % 5]} now?"
+            ),
+            "privileged_context": (
+                f"First there are {i}, then {i * 7 % 31} come on top, which makes {i + i * 7 % 31}."
+            ),
         }
         for i in range(count)
     ]
@@ -61,9 +68,12 @@ def test_contexts_that_are_there_stay() -> None:
 
 
 def test_duplicates_are_no_contexts() -> None:
-    twice = rows(4) + [row | {"id": "again" + row["id"], "prompt": row["prompt"].upper() + "!"} for row in rows(4)]
+    twice = rows(4) + [
+        row | {"id": "again" + row["id"], "prompt": row["prompt"].upper() + "!"} for row in rows(4)
+    ]
     built = build(twice, Settings("retrieval", k=7))
-    assert all(len(row["auxiliary_contexts"]) == 3 for row in built)  # neither itself nor its copy, and each other one once
+    # neither itself nor its copy, and each other one once
+    assert all(len(row["auxiliary_contexts"]) == 3 for row in built)
 
 
 def test_retrieval_is_brute_force_cosine() -> None:
@@ -86,13 +96,19 @@ def test_retrieval_is_brute_force_cosine() -> None:
             and not contains(given[j]["privileged_context"], given[i]["privileged_context"])
         ]  # fmt: skip
         nearest = sorted(allowed, key=lambda j: -cosine[j])[:4]
-        assert [given[j]["prompt"] in text for j, text in zip(nearest, row["auxiliary_contexts"], strict=True)] == [True] * 4
+        assert [
+            given[j]["prompt"] in text for j, text in zip(nearest, row["auxiliary_contexts"], strict=True)
+        ] == [True] * 4
 
 
 def test_tfidf_finds_the_same_subject() -> None:
     subjects = ("the moon and its craters", "how bread is baked at home", "the rules of chess openings")
     given = [
-        {"id": str(i), "prompt": f"Question {i}: tell about {subjects[i % 3]}, part {i}.", "privileged_context": f"Text {i}."}
+        {
+            "id": str(i),
+            "prompt": f"Question {i}: tell about {subjects[i % 3]}, part {i}.",
+            "privileged_context": f"Text {i}.",
+        }
         for i in range(30)
     ]
     built = build(given, Settings("retrieval", k=3))
@@ -101,7 +117,10 @@ def test_tfidf_finds_the_same_subject() -> None:
 
 
 def test_pocket_problems_that_differ_in_slots_are_different() -> None:
-    given = [{k: v for k, v in row.items() if k != "auxiliary_contexts"} for row in tasks.get("pocket").load("train", limit=80)]
+    given = [
+        {k: v for k, v in row.items() if k != "auxiliary_contexts"}
+        for row in tasks.get("pocket").load("train", limit=80)
+    ]
     built = build(given, Settings("retrieval", k=3))
     no_leak(built)
     assert all(len(row["auxiliary_contexts"]) == 3 for row in built)
@@ -118,16 +137,22 @@ def test_the_pocket_s_own_contexts_do_not_leak() -> None:
 
 
 @needs_data
-@pytest.mark.parametrize(("name", "files"), [("cos_e", "cose/csqa_cose_v1.11_train.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")])
+@pytest.mark.parametrize(
+    ("name", "files"), [("cos_e", "cose/csqa_cose_v1.11_train.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")]
+)
 def test_the_tasks_own_contexts_do_not_leak(name: str, files: str) -> None:
-    rows = tasks.get(name, data_files=str(DATA / files)).load("all" if name == "mbpp" else "train", limit=2000)
+    rows = tasks.get(name, data_files=str(DATA / files)).load(
+        "all" if name == "mbpp" else "train", limit=2000
+    )
     for row in rows:
         assert not any(contains(context, row["privileged_context"]) for context in row["auxiliary_contexts"])
     assert sum(len(row["auxiliary_contexts"]) >= 2 for row in rows) >= 0.99 * len(rows)
 
 
 @needs_data
-@pytest.mark.parametrize(("name", "files"), [("cos_e", "cose/csqa_cose_v1.11_train.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")])
+@pytest.mark.parametrize(
+    ("name", "files"), [("cos_e", "cose/csqa_cose_v1.11_train.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")]
+)
 def test_nothing_leaks_on_real_rows(name: str, files: str) -> None:
     split = "all" if name == "mbpp" else "train"
     loaded = tasks.get(name, data_files=str(DATA / files), num_auxiliary_contexts=0).load(split, limit=2000)
@@ -144,8 +169,13 @@ def test_instructions_are_checked_retried_and_not_from_the_row_itself() -> None:
     def write(prompts: list[str], attempt: int) -> list[str]:
         asked.append(len(prompts))
         if attempt == 0:
-            return ["" if i % 2 else f"Add both numbers and say their sum, as in way {i}." for i in range(len(prompts))]
-        return [f"Look for the two amounts first, then add them up ({attempt}, {i})." for i in range(len(prompts))]
+            return [
+                "" if i % 2 else f"Add both numbers and say their sum, as in way {i}."
+                for i in range(len(prompts))
+            ]
+        return [
+            f"Look for the two amounts first, then add them up ({attempt}, {i})." for i in range(len(prompts))
+        ]
 
     built = build(rows(30), Settings("induction", k=3), write=write)
     assert asked == [contexts.INSTRUCTIONS, contexts.INSTRUCTIONS // 2]
@@ -165,7 +195,9 @@ def test_what_was_built_is_found_again_and_only_for_the_same_question(tmp_path: 
             return contexts.tfidf(texts)
 
     def again(given: list[dict], **settings: object) -> list[dict]:
-        return build(given, Settings("retrieval", **settings), embedder=Counting(), cache_dir=tmp_path, model_key="m")  # type: ignore[arg-type]
+        return build(
+            given, Settings("retrieval", **settings), embedder=Counting(), cache_dir=tmp_path, model_key="m"
+        )  # type: ignore[arg-type]
 
     first = again(rows(), k=3)
     assert again(rows(), k=3) == first and len(calls) == 1
@@ -207,7 +239,8 @@ def test_corruption_changes_the_answer_and_little_else(reference: str, kept: str
 
 def test_wrong_references_are_proved_wrong() -> None:
     given = [
-        {"id": str(i), "prompt": f"{i}+1?", "privileged_context": f"{i}+1 = {i + 1}", "answer": str(i + 1)} for i in range(6)
+        {"id": str(i), "prompt": f"{i}+1?", "privileged_context": f"{i}+1 = {i + 1}", "answer": str(i + 1)}
+        for i in range(6)
     ]
 
     def grade(row: dict, text: str) -> bool:
@@ -219,11 +252,16 @@ def test_wrong_references_are_proved_wrong() -> None:
 
     def write(prompts: list[str], attempt: int) -> list[str]:
         tried.append(len(prompts))
-        return [f"maybe {int(p.split('+')[0]) + 1 if attempt == 0 and n % 2 else 99}" for n, p in enumerate(prompts)]
+        return [
+            f"maybe {int(p.split('+')[0]) + 1 if attempt == 0 and n % 2 else 99}"
+            for n, p in enumerate(prompts)
+        ]
 
     asked: list[str] = []
     template = "Spoil {privileged_context} {for me}, an answer to {prompt}"
-    negatives.build(given[:1], "model", write=lambda prompts, attempt: asked.extend(prompts) or ["no"], template=template)
+    negatives.build(
+        given[:1], "model", write=lambda prompts, attempt: asked.extend(prompts) or ["no"], template=template
+    )
     assert asked == ["Spoil 0+1 = 1 {for me}, an answer to 0+1?"]
     built = negatives.build(given, "model", grade=grade, write=write)
     assert tried == [6, 3] and all(row["negative_context"] == "maybe 99" for row in built)
@@ -246,7 +284,9 @@ def test_wrong_answers_that_a_model_wrote_are_kept_for_a_run_that_goes_on(tmp_pa
     assert built(seed=1) != first and asked == [3, 3]
 
 
-def test_the_command_prepares_rows_that_train_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prepares_rows_that_train_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from unisd.cli.main import main
 
     source, out = tmp_path / "rows.jsonl", tmp_path / "prepared.jsonl"
@@ -280,4 +320,7 @@ def test_retrieval_with_minilm_is_brute_force_cosine() -> None:
         shown = [j for text in row["auxiliary_contexts"] for j in range(40) if given[j]["prompt"] in text]
         worst = min(cosine[i, j] for j in shown)
         better = [j for j in range(40) if j != i and cosine[i, j] > worst + 1e-5 and j not in shown]
-        assert all(jaccard(shingles(words(given[j]["prompt"])), shingles(words(given[i]["prompt"]))) >= NEAR for j in better)
+        assert all(
+            jaccard(shingles(words(given[j]["prompt"])), shingles(words(given[i]["prompt"]))) >= NEAR
+            for j in better
+        )

@@ -1,4 +1,5 @@
-"""Several processes train as one, with a whole model each (DDP, ZeRO-2) or shards of one (FSDP2, ZeRO-3): same samples, loss and weights.
+"""Several processes train as one, with a whole model each (DDP, ZeRO-2) or shards of one (FSDP2,
+ZeRO-3): same samples, loss and weights.
 
 One that dies ends the run soon, and any number can resume.
 """
@@ -35,7 +36,8 @@ from unisd.training.micro_batch import rows_to_fill
 
 STEPS = {"one": 10, "ddp": 10, "fsdp": 4}
 """Of the runs on the tiny model; on the pocket (with `-m real`) all make 10."""
-# What looks at the model in other ways: several generations, listed layers, other teachers' heads, agreement on some rows.
+# What looks at the model in other ways: several generations, listed layers, other teachers' heads,
+# agreement on some rows.
 OTHERS: dict[str, Any] = {
     "target": "geometric:source=base/plain",
     "num_generations": 2,
@@ -47,7 +49,9 @@ OTHERS: dict[str, Any] = {
 
 
 def build(folder: Path, micro_batches: int, lora: bool, pocket: bool = False, **options: Any) -> Any:
-    """16 rows, a step of 8 over all processes; a tiny random model, or the pocket on its own task."""
+    """16 rows, a step of 8 over all processes; a tiny random model, or the pocket on its own
+    task.
+    """
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0) if lora else None
     settings = {
         "max_steps": STEPS["one"],
@@ -60,13 +64,20 @@ def build(folder: Path, micro_batches: int, lora: bool, pocket: bool = False, **
     }
     if pocket:
         model, tokenizer, _ = load_model_and_tokenizer("pocket")
-        settings |= {"model": model, "processing_class": tokenizer, "rows": get("pocket").load("train", limit=16)}
+        settings |= {
+            "model": model,
+            "processing_class": tokenizer,
+            "rows": get("pocket").load("train", limit=16),
+        }
         settings |= {"learning_rate": 1.0, "max_completion_length": 16}
     return trainer(folder, **{**settings, **STAR, **options})
 
 
 def train(folder: Path, kind: str, lora: bool, pocket: bool) -> None:
-    """A run that writes down what was sampled: {step: {row: token ids}}, one file per rank. The last two steps are saved, or all."""
+    """A run that writes down what was sampled: {step: {row: token ids}}, one file per rank.
+
+    The last two steps are saved, or all.
+    """
     steps = STEPS["one" if pocket else kind]
     options = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1 if kind == "one" else steps - 1}
     built = build(folder / kind / f"lora-{lora}", 4 if kind == "one" else 2, lora, pocket, **options)
@@ -76,7 +87,9 @@ def train(folder: Path, kind: str, lora: bool, pocket: bool) -> None:
 
     def recorded(numbers: Any, fill: int) -> Any:
         rows, completions = rollout(numbers, fill)
-        sampled[built.state.global_step] = {row: c.ids for (row, _), c in zip(numbers, completions, strict=True)}
+        sampled[built.state.global_step] = {
+            row: c.ids for (row, _), c in zip(numbers, completions, strict=True)
+        }
         return rows, completions
 
     built._rollout = recorded
@@ -89,7 +102,9 @@ def train(folder: Path, kind: str, lora: bool, pocket: bool) -> None:
     (folder / f"held-{rank}.json").write_text(json.dumps(held))
 
 
-def resume(folder: Path, checkpoint: Path, micro_batches: int, lora: bool, steps: int, **options: Any) -> None:
+def resume(
+    folder: Path, checkpoint: Path, micro_batches: int, lora: bool, steps: int, **options: Any
+) -> None:
     """The rest of a run that has saved a checkpoint."""
     assert problem_of(checkpoint) is None
     built = build(folder, micro_batches, lora, max_steps=steps, **options)
@@ -137,16 +152,29 @@ def in_two_processes(folder: Path, pocket: bool) -> None:
 
 
 def ragged(folder: Path, micro_batches: int) -> None:
-    """10 rows in micro-batches of 2: at the end of an epoch two processes have one micro-batch of rows, and one that fills it."""
+    """10 rows in micro-batches of 2: at the end of an epoch two processes have one micro-batch of
+    rows, and one that fills it.
+    """
     built = build(folder, micro_batches, False, rows=tiny.rows(10), max_steps=3)
     built.train()
     built.save_model()
 
 
 def best(folder: Path) -> None:
-    """The first of two steps is the better one; each rank leaves a file if it has that one's weights in the end."""
-    often: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    which: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_dataset": tiny.rows(2)}
+    """The first of two steps is the better one; each rank leaves a file if it has that one's
+    weights in the end.
+    """
+    often: dict[str, Any] = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    which: dict[str, Any] = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "eval_dataset": tiny.rows(2),
+    }
     built = build(folder, 2, False, max_steps=2, **often, **which)
     built.evaluate = lambda *args, **kwargs: {"eval_loss": float(built.state.global_step)}
     built.train()
@@ -156,13 +184,23 @@ def best(folder: Path) -> None:
     (folder / f"rank-{built.accelerator.process_index}").touch()
 
 
-# An optimizer with a state; its epsilon is large, because Adam makes much of the rounding of small gradients.
+# An optimizer with a state; its epsilon is large, because Adam makes much of the rounding of small
+# gradients.
 STATEFUL = {"optim": "adamw_torch", "adam_epsilon": 1e-2, "learning_rate": 1e-2}
 
 
 def in_shards(folder: Path, lora: bool) -> None:
     """A run with a checkpoint in shards, and its second half again; with gradient checkpointing."""
-    whole = build(folder, 2, lora, max_steps=4, save_strategy="steps", save_steps=2, gradient_checkpointing=True, **STATEFUL)
+    whole = build(
+        folder,
+        2,
+        lora,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        gradient_checkpointing=True,
+        **STATEFUL,
+    )
     whole.accelerator.state.fsdp_plugin.state_dict_type = StateDictType.SHARDED_STATE_DICT
     whole.train()
     whole.save_model()
@@ -190,11 +228,13 @@ def on_two_ranks(folder: Path, call: str, environment: dict[str, str]) -> None:
     """Run a function of this file in two processes."""
     code = folder / "worker.py"
     code.write_text(
-        f"import sys; sys.path[:0] = {sys.path!r}\nimport test_distributed\nfrom pathlib import Path\nfrom unisd.run import launch\n"
-        f"test_distributed.{call}\nlaunch.leave()\n"
+        f"import sys; sys.path[:0] = {sys.path!r}\nimport test_distributed\nfrom pathlib import Path\nfrom"
+        f" unisd.run import launch\ntest_distributed.{call}\nlaunch.leave()\n"
     )
     starter = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(code)]
-    done = subprocess.run(starter, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
+    done = subprocess.run(
+        starter, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -210,7 +250,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["zero2", "zero3"])
 def zero(request: pytest.FixtureRequest, alone: Path) -> Path:
-    """The folder of runs under one stage; each stage in processes of its own, since accelerate cannot change it."""
+    """The folder of runs under one stage; each stage in processes of its own, since accelerate
+    cannot change it.
+    """
     kind = str(request.param)
     on_two_ranks(alone, f"under_zero(Path({str(alone)!r}), {kind!r})", launch.environment(kind, on_cpu=True))
     return alone / kind
@@ -224,7 +266,9 @@ def under_zero(folder: Path, kind: str) -> None:
 
     def nothing_stays_whole(trainer: Any) -> None:
         check(trainer)
-        trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"][
+            "stage3_param_persistence_threshold"
+        ] = 0
 
     zero_stages.check = nothing_stays_whole
     others(folder / "others", 2)
@@ -233,10 +277,25 @@ def under_zero(folder: Path, kind: str) -> None:
     options: dict[str, Any] = {"gradient_checkpointing": True, **STATEFUL}
     for lora in (False, True):
         micro_batches = 1 if lora else 2
-        whole = build(folder / f"whole-{lora}", micro_batches, lora, max_steps=4, save_strategy="steps", save_steps=2, **options)
+        whole = build(
+            folder / f"whole-{lora}",
+            micro_batches,
+            lora,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            **options,
+        )
         whole.train()
         whole.save_model()
-        resume(folder / f"resumed-{lora}", folder / f"whole-{lora}" / "checkpoint-2", micro_batches, lora, 4, **options)
+        resume(
+            folder / f"resumed-{lora}",
+            folder / f"whole-{lora}" / "checkpoint-2",
+            micro_batches,
+            lora,
+            4,
+            **options,
+        )
 
 
 def bad_step(folder: Path) -> None:
@@ -246,7 +305,11 @@ def bad_step(folder: Path) -> None:
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         loss = compute_loss(*args, **kwargs)
-        return loss * float("nan") if built.state.global_step == 1 and built.accelerator.process_index == 1 else loss
+        return (
+            loss * float("nan")
+            if built.state.global_step == 1 and built.accelerator.process_index == 1
+            else loss
+        )
 
     built.compute_loss = poisoned
     built.train()
@@ -283,7 +346,9 @@ def test_everything_else_is_the_same_too(runs: Path) -> None:
     same_lines(lines(one), lines(two))
     assert len(lines(one)) == 2
     assert apart(one / "model.safetensors", two / "model.safetensors") < 1e-4
-    assert json.loads((one / "eval.json").read_text()) == pytest.approx(json.loads((two / "eval.json").read_text()), rel=1e-4)
+    assert json.loads((one / "eval.json").read_text()) == pytest.approx(
+        json.loads((two / "eval.json").read_text()), rel=1e-4
+    )
 
 
 def same_lines(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
@@ -316,7 +381,8 @@ def same_in_one_and_two(runs: Path, kind: str, lora: bool, pocket: bool) -> None
     same_lines(a, b)
     last = f"checkpoint-{steps}"
     norms = [
-        json.loads((folder / last / "trainer_state.json").read_text())["log_history"][0]["grad_norm"] for folder in (one, two)
+        json.loads((folder / last / "trainer_state.json").read_text())["log_history"][0]["grad_norm"]
+        for folder in (one, two)
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
@@ -339,7 +405,9 @@ def test_nobody_holds_a_whole_model_or_teacher(runs: Path, lora: bool) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_one_process_resumes_what_two_have_saved_and_two_what_one_has(runs: Path, tmp_path: Path, kind: str, lora: bool) -> None:
+def test_one_process_resumes_what_two_have_saved_and_two_what_one_has(
+    runs: Path, tmp_path: Path, kind: str, lora: bool
+) -> None:
     steps = STEPS[kind]
     resume(tmp_path, runs / kind / f"lora-{lora}" / f"checkpoint-{steps - 1}", 4, lora, steps)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
@@ -350,10 +418,15 @@ def test_one_process_resumes_what_two_have_saved_and_two_what_one_has(runs: Path
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_checkpoint_in_shards_is_resumed_by_two_processes_and_by_one(runs: Path, tmp_path: Path, lora: bool) -> None:
+def test_checkpoint_in_shards_is_resumed_by_two_processes_and_by_one(
+    runs: Path, tmp_path: Path, lora: bool
+) -> None:
     folder = runs / "shards" / f"lora-{lora}"
     half = folder / "checkpoint-2"
-    assert len(list((half / "shards").glob("*.distcp"))) == 2 and len(list((half / "teacher").glob("*.distcp"))) == 2
+    assert (
+        len(list((half / "shards").glob("*.distcp"))) == 2
+        and len(list((half / "teacher").glob("*.distcp"))) == 2
+    )
     assert not list(half.glob("*model*.safetensors")) and not (half / "optimizer.pt").exists()
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     resume(tmp_path, half, 4, lora, 4, **STATEFUL)
@@ -363,11 +436,19 @@ def test_checkpoint_in_shards_is_resumed_by_two_processes_and_by_one(runs: Path,
 
 def test_what_a_sharded_run_saves_is_an_ordinary_model(runs: Path) -> None:
     last = f"checkpoint-{STEPS['fsdp']}"
-    plain = [AutoModelForCausalLM.from_pretrained(runs / part) for part in ("fsdp/lora-False", f"one/lora-False/{last}")]
-    adapted = [PeftModel.from_pretrained(tiny.model(), str(runs / part)) for part in ("fsdp/lora-True", f"one/lora-True/{last}")]
+    plain = [
+        AutoModelForCausalLM.from_pretrained(runs / part)
+        for part in ("fsdp/lora-False", f"one/lora-False/{last}")
+    ]
+    adapted = [
+        PeftModel.from_pretrained(tiny.model(), str(runs / part))
+        for part in ("fsdp/lora-True", f"one/lora-True/{last}")
+    ]
     for ours, theirs in (plain, adapted):
         with torch.no_grad():
-            one, other, start = (m.eval()(input_ids=torch.arange(10, 30)[None]).logits for m in (ours, theirs, tiny.model()))
+            one, other, start = (
+                m.eval()(input_ids=torch.arange(10, 30)[None]).logits for m in (ours, theirs, tiny.model())
+            )
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
         assert (one - start).abs().max() > 0.05
 
@@ -397,9 +478,12 @@ def test_every_rank_loads_the_best_checkpoint_at_the_end(runs: Path, kind: str) 
 def test_zero_changes_nothing(zero: Path, lora: bool) -> None:
     same_in_one_and_two(zero.parent, zero.name, lora, pocket=True)
     parts = [json.loads(file.read_text()) for file in (zero / f"lora-{lora}").glob("held-*.json")]
-    [whole] = [json.loads(file.read_text()) for file in (zero.parent / "one" / f"lora-{lora}").glob("held-*.json")]
+    [whole] = [
+        json.loads(file.read_text()) for file in (zero.parent / "one" / f"lora-{lora}").glob("held-*.json")
+    ]
     share = 0.5 if zero.name == "zero3" else 1.0
-    assert all(part == pytest.approx([share * number for number in whole], rel=0.01) for part in parts)  # the last is filled up
+    # the last is filled up
+    assert all(part == pytest.approx([share * number for number in whole], rel=0.01) for part in parts)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     assert apart(zero / f"whole-{lora}" / name, zero / f"resumed-{lora}" / name) < 1e-6
     assert apart(zero / f"whole-{lora}" / "checkpoint-2" / name, zero / f"whole-{lora}" / name) > 1e-4
@@ -409,7 +493,9 @@ def test_zero_changes_nothing(zero: Path, lora: bool) -> None:
 def test_everything_else_is_the_same_under_zero(zero: Path) -> None:
     alone = zero.parent / "one"
     for part in ("others", "ragged"):
-        assert [line["loss"] for line in lines(alone / part)] == pytest.approx([x["loss"] for x in lines(zero / part)], rel=1e-4)
+        assert [line["loss"] for line in lines(alone / part)] == pytest.approx(
+            [x["loss"] for x in lines(zero / part)], rel=1e-4
+        )
         assert apart(alone / part / "model.safetensors", zero / part / "model.safetensors") < 1e-4
     evaluated = [json.loads((folder / "others" / "eval.json").read_text()) for folder in (alone, zero)]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-4)
@@ -425,24 +511,49 @@ def test_zero_skips_a_step_without_a_finite_gradient(zero: Path) -> None:
     assert [line["guard/skipped_steps"] for line in lines(zero / "bad-step")] == [0, 1, 1]
 
 
-KINDS = ["fsdp2", pytest.param("ddp", marks=pytest.mark.real), pytest.param("zero3", marks=pytest.mark.deepspeed)]
+KINDS = [
+    "fsdp2",
+    pytest.param("ddp", marks=pytest.mark.real),
+    pytest.param("zero3", marks=pytest.mark.deepspeed),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_that_is_killed_and_a_launcher_that_is_told_to_stop_lose_nothing(tmp_path: Path, kind: str) -> None:
-    """Killed, resumed and stopped by SIGTERM, on two ranks; the weights are those of one process that was left alone."""
+def test_a_rank_that_is_killed_and_a_launcher_that_is_told_to_stop_lose_nothing(
+    tmp_path: Path, kind: str
+) -> None:
+    """Killed, resumed and stopped by SIGTERM, on two ranks; the weights are those of one process
+    that was left alone.
+    """
     from unisd.cli.main import main
 
     model, rows, out = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
     tiny.model().save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
-    texts = [json.dumps({key: row[key] for key in ("prompt", "privileged_context")}) for row in tiny.rows(13)]  # one is held out
+    # one is held out
+    texts = [json.dumps({key: row[key] for key in ("prompt", "privileged_context")}) for row in tiny.rows(13)]
     rows.write_text("\n".join(texts) + "\n")
     arguments = ["--train_file", str(rows), "--model_name_or_path", str(model), "--recipe", "sdft"]
-    arguments += ["--max_completion_length", "6", "--per_device_train_batch_size", "2", "--max_eval_rows", "1"]
+    arguments += [
+        "--max_completion_length",
+        "6",
+        "--per_device_train_batch_size",
+        "2",
+        "--max_eval_rows",
+        "1",
+    ]
     arguments += ["--optim", "sgd", "--learning_rate", "0.03"]
     arguments += ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]
-    flags = ["--output_dir", str(out), "--max_steps", "500", "--gradient_accumulation_steps", "1", "--save_steps", "2"]
+    flags = [
+        "--output_dir",
+        str(out),
+        "--max_steps",
+        "500",
+        "--gradient_accumulation_steps",
+        "1",
+        "--save_steps",
+        "2",
+    ]
     flags += ["--save_total_limit", "2", "--accelerate_config", kind, "--num_processes", "2"]
 
     def until_saved(run: subprocess.Popen[str], after: int) -> int:
@@ -460,7 +571,11 @@ def test_a_rank_that_is_killed_and_a_launcher_that_is_told_to_stop_lose_nothing(
     run = start()
     try:
         until_saved(run, 0)
-        workers = [p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("LOCAL_RANK") == "1"]
+        workers = [
+            p
+            for p in psutil.Process(run.pid).children(recursive=True)
+            if p.environ().get("LOCAL_RANK") == "1"
+        ]
         os.kill(workers[0].pid, signal.SIGKILL)
         _, errors = run.communicate(timeout=60)
     finally:
@@ -485,7 +600,14 @@ def test_a_rank_that_is_killed_and_a_launcher_that_is_told_to_stop_lose_nothing(
     steps = int(saved.name.rpartition("-")[2])
     assert [line["step"] for line in lines(out)] == list(range(1, steps + 1))
 
-    alone = ["--output_dir", str(tmp_path / "alone"), "--gradient_accumulation_steps", "2", "--save_strategy", "no"]
+    alone = [
+        "--output_dir",
+        str(tmp_path / "alone"),
+        "--gradient_accumulation_steps",
+        "2",
+        "--save_strategy",
+        "no",
+    ]
     assert main(["train", *arguments, *alone, "--max_steps", str(steps)]) == 0
     whole = tmp_path / "alone" / "model.safetensors"
     assert apart(whole, saved / "model.safetensors") < 1e-4

@@ -38,14 +38,18 @@ def naive(p: np.ndarray, q: np.ndarray, alpha: float, entry_clip: float = math.i
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------ values
+# ------------------------------------------------------------------------------------------- values
 
 
 def test_direction_of_alpha_by_hand() -> None:
-    """p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4): symmetric; q' = (1/2, 1/2 - tiny, tiny) tells the directions apart."""
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4): symmetric; q' = (1/2, 1/2 - tiny, tiny) tells the
+    directions apart.
+    """
     p, q = logits_of(0.5, 0.25, 0.25), logits_of(0.25, 0.25, 0.5)
     target = torch.tensor([0])
-    assert divergence(p, q, target, DivergenceSpec(alpha=0.0)).item() == pytest.approx(0.25 * math.log(2), rel=1e-12)
+    assert divergence(p, q, target, DivergenceSpec(alpha=0.0)).item() == pytest.approx(
+        0.25 * math.log(2), rel=1e-12
+    )
     q = logits_of(0.5, 0.375, 0.125)
     forward = 0.375 * math.log(1.5) + 0.125 * math.log(0.5)  # KL(q||p)
     reverse = 0.25 * math.log(0.25 / 0.375) + 0.25 * math.log(2)  # KL(p||q)
@@ -57,16 +61,23 @@ def test_direction_of_alpha_by_hand() -> None:
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("entry_clip", [None, 0.02])
-def test_divergence_is_the_published_formula(alpha: float, temperature: float, entry_clip: float | None) -> None:
+def test_divergence_is_the_published_formula(
+    alpha: float, temperature: float, entry_clip: float | None
+) -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 6, 9, dtype=F64) * 2
     spec = DivergenceSpec(alpha=alpha, temperature=temperature, entry_clip=entry_clip)
     p = (student / temperature).softmax(-1).numpy()
     q = (teacher / temperature).softmax(-1).numpy()
-    expected = [naive(a, b, alpha, math.inf if entry_clip is None else entry_clip) for a, b in zip(p, q, strict=True)]
+    expected = [
+        naive(a, b, alpha, math.inf if entry_clip is None else entry_clip) for a, b in zip(p, q, strict=True)
+    ]
     found = divergence(student, teacher, torch.zeros(6, dtype=torch.long), spec)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
-    assert found.dtype == F64 and divergence(student.float(), teacher.float(), torch.zeros(6).long(), spec).dtype == torch.float32
+    assert (
+        found.dtype == F64
+        and divergence(student.float(), teacher.float(), torch.zeros(6).long(), spec).dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("add_tail", [True, False])
@@ -95,12 +106,15 @@ def test_topk_of_the_whole_vocabulary_is_full(add_tail: bool) -> None:
     for k in (7, 50):
         spec = DivergenceSpec(alpha=0.5, mode="topk", topk=k, add_tail=add_tail)
         torch.testing.assert_close(
-            divergence(student, teacher, target, spec), divergence(student, teacher, target, DivergenceSpec(alpha=0.5))
+            divergence(student, teacher, target, spec),
+            divergence(student, teacher, target, DivergenceSpec(alpha=0.5)),
         )
 
 
 def test_topk_tail_of_vanishing_mass_is_exact() -> None:
-    """1 - sum(p on the support) is 0 in float32 here; the bucket summed from its own entries is not."""
+    """1 - sum(p on the support) is 0 in float32 here; the bucket summed from its own entries is
+    not.
+    """
     student = torch.tensor([[0.0, -40.0, -41.0]], requires_grad=True)
     teacher = torch.tensor([[0.0, -50.0, -50.0]])
     spec = DivergenceSpec(alpha=1.0, mode="topk", topk=1)
@@ -129,15 +143,21 @@ def test_sampled_is_the_reverse_kl_in_expectation() -> None:
     student, teacher = torch.randn(1, 6, dtype=F64, requires_grad=True), torch.randn(1, 6, dtype=F64)
     p = student.detach().softmax(-1)[0]
     every = torch.arange(6)
-    sampled = divergence(student.expand(6, 6), teacher.expand(6, 6), every, DivergenceSpec(alpha=1.0, mode="sampled"))
+    sampled = divergence(
+        student.expand(6, 6), teacher.expand(6, 6), every, DivergenceSpec(alpha=1.0, mode="sampled")
+    )
     full = divergence(student, teacher, every[:1], DivergenceSpec(alpha=1.0))
     torch.testing.assert_close((p * sampled).sum(), full.sum())
-    gradients = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in ((p * sampled).sum(), full.sum())]
+    gradients = [
+        torch.autograd.grad(x, student, retain_graph=True)[0] for x in ((p * sampled).sum(), full.sum())
+    ]
     torch.testing.assert_close(*gradients)
 
 
 def test_entry_clip_worked_example() -> None:
-    """q = (.9,.07,.03), p = (.1,.6,.3), kappa .05: negative loss, and the teacher's favourite is pushed down."""
+    """q = (.9,.07,.03), p = (.1,.6,.3), kappa .05: negative loss, and the teacher's favourite is
+    pushed down.
+    """
     student, teacher = logits_of(0.1, 0.6, 0.3).requires_grad_(), logits_of(0.9, 0.07, 0.03)
     for kappa, loss, gradient in (
         (0.05, -0.169, 0.010),
@@ -199,13 +219,19 @@ def test_spec_refuses(options: dict) -> None:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_value_is_finite_at_extremes(alpha: float) -> None:
-    extremes = torch.tensor([[0.0, -1e4, -math.inf], [1e4, 0.0, -1e4], [0.0, -math.inf, -90.0]], requires_grad=True)
-    value = divergence(extremes, extremes.detach().roll(1, 0), torch.tensor([0, 1, 2]), DivergenceSpec(alpha=alpha))
+    extremes = torch.tensor(
+        [[0.0, -1e4, -math.inf], [1e4, 0.0, -1e4], [0.0, -math.inf, -90.0]], requires_grad=True
+    )
+    value = divergence(
+        extremes, extremes.detach().roll(1, 0), torch.tensor([0, 1, 2]), DivergenceSpec(alpha=alpha)
+    )
     gradient = torch.autograd.grad(value.sum(), extremes)[0]
     assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("spec", [DivergenceSpec(alpha=a, entry_clip=c) for a in ALPHAS for c in (None, 0.03)])
+@pytest.mark.parametrize(
+    "spec", [DivergenceSpec(alpha=a, entry_clip=c) for a in ALPHAS for c in (None, 0.03)]
+)
 def test_gradcheck(spec: DivergenceSpec) -> None:
     torch.manual_seed(4)
     student, teacher = torch.randn(3, 5, dtype=F64, requires_grad=True), torch.randn(3, 5, dtype=F64)
@@ -213,7 +239,7 @@ def test_gradcheck(spec: DivergenceSpec) -> None:
     assert torch.autograd.gradcheck(lambda z: divergence(z, teacher, target, spec), student)
 
 
-# ---------------------------------------------------------------------------------------------------------- contrast
+# ----------------------------------------------------------------------------------------- contrast
 
 
 def test_hinge_and_where_it_has_a_gradient() -> None:
@@ -225,6 +251,9 @@ def test_hinge_and_where_it_has_a_gradient() -> None:
         margin=0.5,
     )
     hinge = contrast_hinge(l, contrast)
-    # 0.5 + |-2+1| - |-2+3|; 0.5 + .5 - 2.5 < 0; 0.5 + 3 - 1 (positive, but both distances move together); no negative
+    # 0.5 + |-2+1| - |-2+3|; 0.5 + .5 - 2.5 < 0; 0.5 + 3 - 1 (positive, but both distances move
+    # together); no negative
     torch.testing.assert_close(hinge.detach(), torch.tensor([0.5, 0.0, 2.5, 0.0], dtype=F64))
-    torch.testing.assert_close(torch.autograd.grad(hinge.sum(), l)[0], torch.tensor([-2.0, 0.0, 0.0, 0.0], dtype=F64))
+    torch.testing.assert_close(
+        torch.autograd.grad(hinge.sum(), l)[0], torch.tensor([-2.0, 0.0, 0.0, 0.0], dtype=F64)
+    )

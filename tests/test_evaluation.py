@@ -1,4 +1,6 @@
-"""Evaluation against plain, slow float64 arithmetic on tiny models, and decoding against one token at a time."""
+"""Evaluation against plain, slow float64 arithmetic on tiny models, and decoding against one token
+at a time.
+"""
 
 import copy
 import math
@@ -9,7 +11,14 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import FalconH1Config, FalconH1ForCausalLM, MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from unisd.data.prompts import encode_completion, encode_prompt
 from unisd.errors import UserError
@@ -32,7 +41,9 @@ def some_ids(count: int, most: int, seed: int = 0) -> list[list[int]]:
 def slow_logp(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """Log-probabilities [T,V] at the completion's positions: one row, one forward pass, float64."""
     with torch.no_grad():
-        logits = copy.deepcopy(model).double().eval()(torch.tensor([[*prompt, *completion]])).logits[0].double()
+        logits = (
+            copy.deepcopy(model).double().eval()(torch.tensor([[*prompt, *completion]])).logits[0].double()
+        )
     return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 
@@ -60,14 +71,20 @@ def near_copy(model, scale: float = 0.02):
 def test_wilson():
     interval = wilson(8, 10)
     assert interval["value"] == 0.8 and interval["n"] == 10
-    assert interval["low"] == pytest.approx(0.4901625, abs=1e-6) and interval["high"] == pytest.approx(0.9433178, abs=1e-6)
+    assert interval["low"] == pytest.approx(0.4901625, abs=1e-6) and interval["high"] == pytest.approx(
+        0.9433178, abs=1e-6
+    )
     assert wilson(0, 5)["low"] == 0 and wilson(5, 5)["high"] == pytest.approx(1.0)
     assert math.isnan(wilson(0, 0)["value"])
 
 
 def test_paired_delta():
     counts = torch.tensor([10, 20, 30])
-    assert paired_delta(torch.zeros(3, dtype=torch.float64), counts) == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert paired_delta(torch.zeros(3, dtype=torch.float64), counts) == {
+        "value": 0.0,
+        "low": 0.0,
+        "high": 0.0,
+    }
     delta = paired_delta(torch.tensor([1.0, 2.5, 2.5], dtype=torch.float64), counts)
     assert delta["value"] == pytest.approx(0.1) and delta["low"] < 0.1 < delta["high"]
     assert math.isinf(paired_delta(torch.ones(1), torch.tensor([4]))["high"])
@@ -93,10 +110,17 @@ OTHER_STATES = {
     "mamba": lambda: MambaForCausalLM(MambaConfig(**tiny.SIZES, state_size=4, tie_word_embeddings=False)),
     "falcon_h1": lambda: FalconH1ForCausalLM(  # attention and states in one layer
         FalconH1Config(
-            **tiny.SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8
+            **tiny.SIZES,
+            mamba_d_ssm=32,
+            mamba_n_heads=4,
+            mamba_d_head=8,
+            mamba_d_state=8,
+            mamba_n_groups=1,
+            mamba_chunk_size=8,
         )
     ),
-    "rwkv": lambda: RwkvForCausalLM(RwkvConfig(**tiny.SIZES, attention_hidden_size=32, context_length=128)),  # no mask
+    # no mask
+    "rwkv": lambda: RwkvForCausalLM(RwkvConfig(**tiny.SIZES, attention_hidden_size=32, context_length=128)),
 }
 
 
@@ -172,11 +196,14 @@ def test_decoding_leaves_the_model_as_it_was():
 
 def test_decoding_through_an_adapter():
     model = get_peft_model(
-        tiny.model("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        tiny.model("llama"),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
     ).eval()
     own = model.get_base_model().generation_config
     prompts = some_ids(3, 9)
-    assert decode(model, prompts, 8, eos_ids=[2], pad_id=0) == [slow_greedy(model, prompt, 8, {2}) for prompt in prompts]
+    assert decode(model, prompts, 8, eos_ids=[2], pad_id=0) == [
+        slow_greedy(model, prompt, 8, {2}) for prompt in prompts
+    ]
     assert model.get_base_model().generation_config is own
 
 
@@ -219,9 +246,9 @@ def test_accuracy_overall_and_by_skill():
         max_new_tokens=4,
     )
     assert result["overall"]["value"] == 0.5 and result["overall"]["n"] == 6
-    assert result["by_skill"]["odd"]["value"] == pytest.approx(2 / 3) and result["by_skill"]["even"]["value"] == pytest.approx(
-        1 / 3
-    )
+    assert result["by_skill"]["odd"]["value"] == pytest.approx(2 / 3) and result["by_skill"]["even"][
+        "value"
+    ] == pytest.approx(1 / 3)
     assert result["extraction_rate"] == pytest.approx(5 / 6)
     assert len(result["completions"]) == 6 and result["truncated"] == 6 and result["mean_tokens"] == 4
     plain = accuracy(model, tokenizer, rows[:2], lambda row, text: True, max_new_tokens=2)
@@ -240,12 +267,15 @@ def test_log_probabilities_equal_slow_float64(family, chunk, monkeypatch):
     prompts, completions = some_ids(6, 12), [*some_ids(5, 17, seed=1), []]
     logp, count = sequence_logprobs(model, prompts, completions, token_budget=40)
     want = [
-        slow_logp(model, p, c)[range(len(c)), c].sum().item() if c else 0.0 for p, c in zip(prompts, completions, strict=True)
+        slow_logp(model, p, c)[range(len(c)), c].sum().item() if c else 0.0
+        for p, c in zip(prompts, completions, strict=True)
     ]
     assert count.tolist() == [len(c) for c in completions] and model.training
     for got, expected, c in zip(logp.tolist(), want, completions, strict=True):
         assert got == pytest.approx(expected, abs=2e-6 * max(len(c), 1), rel=1e-6)
-    assert corpus_ppl(logp, count) == pytest.approx(math.exp(-sum(want) / sum(map(len, completions))), rel=2e-6)
+    assert corpus_ppl(logp, count) == pytest.approx(
+        math.exp(-sum(want) / sum(map(len, completions))), rel=2e-6
+    )
 
 
 def test_in_float64_the_difference_is_rounding():
@@ -279,7 +309,9 @@ def test_mistakes_in_pairs():
 def test_perplexity_of_references():
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     rows = [{"prompt": "a", "completion": "bc"}, {"prompt": "d", "privileged_context": "e"}, {"prompt": "f"}]
-    pairs = [(encode_prompt(tokenizer, p), encode_completion(tokenizer, c)) for p, c in (("a", "bc"), ("d", "e"))]
+    pairs = [
+        (encode_prompt(tokenizer, p), encode_completion(tokenizer, c)) for p, c in (("a", "bc"), ("d", "e"))
+    ]
     total = -sum(slow_logp(model, p, c)[range(len(c)), c].sum().item() for p, c in pairs)
     nll, tokens = reference_nll(model, tokenizer, rows)
     assert tokens == sum(len(c) for _, c in pairs) and nll == pytest.approx(total, rel=1e-6)
@@ -372,7 +404,9 @@ def test_logits_of_a_large_vocabulary_never_exist_at_once(monkeypatch):
 
 @pytest.mark.real
 def test_smollm2_uses_a_reference():
-    """On a few GSM8K-like problems: shown the solution, the real model does far better than without."""
+    """On a few GSM8K-like problems: shown the solution, the real model does far better than
+    without.
+    """
     from unisd.data.prompts import PromptBuilder
     from unisd.models.load import load_model_and_tokenizer
     from unisd.tasks.gsm8k import INSTRUCTION, GSM8KTask
@@ -382,11 +416,21 @@ def test_smollm2_uses_a_reference():
     for i in range(8):
         a, b, c = 17 + 6 * i, 4 + i, 3 + i % 4
         total = (a - b) * c
-        reference = f"Each bag keeps {a} - {b} = {a - b} nuts.\nIn all {c} * {a - b} = {total} nuts are left.\n#### {total}"
-        question = f"A bag holds {a} nuts. From each of {c} bags {b} nuts are eaten. How many nuts are left in all bags?"
-        rows.append({"prompt": f"{question}\n\n{INSTRUCTION}", "privileged_context": reference, "answer": str(total)})
+        reference = (
+            f"Each bag keeps {a} - {b} = {a - b} nuts.\nIn all {c} * {a - b} = {total} nuts are left.\n####"
+            f" {total}"
+        )
+        question = (
+            f"A bag holds {a} nuts. From each of {c} bags {b} nuts are eaten. How many nuts are left in all"
+            " bags?"
+        )
+        rows.append(
+            {"prompt": f"{question}\n\n{INSTRUCTION}", "privileged_context": reference, "answer": str(total)}
+        )
     builder = PromptBuilder(tokenizer)
     grade = GSM8KTask().grade
     plain = accuracy(model, tokenizer, rows, grade, max_new_tokens=96)
-    taught = accuracy(model, tokenizer, rows, grade, prompt_ids=[builder.teacher(row) for row in rows], max_new_tokens=96)
+    taught = accuracy(
+        model, tokenizer, rows, grade, prompt_ids=[builder.teacher(row) for row in rows], max_new_tokens=96
+    )
     assert taught["overall"]["value"] >= plain["overall"]["value"] + 0.25

@@ -46,7 +46,9 @@ def test_every_mechanism_is_active_in_the_default_run(tmp_path: Path) -> None:
 
 
 def test_a_target_from_outside_the_package(tmp_path: Path) -> None:
-    """The worked example of docs/field.md, with the test that it carries; short enough to be an afternoon's work."""
+    """The worked example of docs/field.md, with the test that it carries; short enough to be an
+    afternoon's work.
+    """
     path = ROOT / "examples" / "next_paper.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) < 60
     example = runpy.run_path(str(path))

@@ -43,7 +43,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# -- signals -------------------------------------------------------------------------------------------------------------
+# -- signals ---------------------------------------------------------------------------------------
 
 
 def test_sigterm_saves_and_the_resumed_run_ends_alike(tmp_path: Path, capsys: Any) -> None:
@@ -84,7 +84,7 @@ def test_second_ctrl_c_stops_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-# -- the disk -------------------------------------------------------------------------------------------------------------
+# -- the disk --------------------------------------------------------------------------------------
 
 
 def full_at_fsync(patch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,8 @@ def full_at_fsync(patch: pytest.MonkeyPatch) -> None:
 def full_in_torch(patch: pytest.MonkeyPatch) -> None:
     def save(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
-            "[enforce fail at inline_container.cc:664] PytorchStreamWriter failed writing file data/0: file write failed"
+            "[enforce fail at inline_container.cc:664] PytorchStreamWriter failed writing file data/0: file"
+            " write failed"
         )
 
     patch.setattr(torch, "save", save)
@@ -117,7 +118,9 @@ def test_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, fault: Any) -
     going_on = build(tmp_path, max_steps=2, save_total_limit=1)
     with pytest.MonkeyPatch.context() as patch:
         fault(patch)
-        with pytest.raises(UserError, match=r"disk was full while checkpoint-2 .* checkpoint-1 is whole: free some space"):
+        with pytest.raises(
+            UserError, match=r"disk was full while checkpoint-2 .* checkpoint-1 is whole: free some space"
+        ):
             going_on.train(resume_from_checkpoint=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-1").iterdir()} == good
     assert not (tmp_path / "checkpoint-2").exists() and not checkpoints.staging_folder(tmp_path).exists()
@@ -177,7 +180,9 @@ def garble_the_manifest(folder: Path) -> str:
     return "manifest.json cannot be read"
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_a_file, lose_the_manifest, garble_the_manifest])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_a_bit, lose_a_file, lose_the_manifest, garble_the_manifest]
+)
 def test_broken_checkpoint_is_found_and_the_newest_good_one_named(
     tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -204,7 +209,7 @@ def test_best_checkpoint_is_named_by_its_place(tmp_path: Path) -> None:
     assert Path(state["best_model_checkpoint"]) == best
 
 
-# -- bad steps -------------------------------------------------------------------------------------------------------------
+# -- bad steps -------------------------------------------------------------------------------------
 
 
 def poison(built: Any, bad_row: int) -> None:
@@ -228,7 +233,9 @@ def test_nan_step_is_skipped_and_the_row_named(tmp_path: Path, caplog: pytest.Lo
 
     class Look(Interruption):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            steps.append((weights(built), {name: value.clone() for name, value in built.teacher.state.items()}))
+            steps.append(
+                (weights(built), {name: value.clone() for name, value in built.teacher.state.items()})
+            )
 
     built.add_callback(Look())
     with caplog.at_level(logging.WARNING):
@@ -242,7 +249,9 @@ def test_nan_step_is_skipped_and_the_row_named(tmp_path: Path, caplog: pytest.Lo
     assert not same(steps[bad][0], steps[1 - bad][0])  # the other one did train
     if bad == 1:
         assert same(steps[0][1], steps[1][1])  # the teacher does not move either
-    assert all(torch.isfinite(value).all() for value in [*weights(built).values(), *built.teacher.state.values()])
+    assert all(
+        torch.isfinite(value).all() for value in [*weights(built).values(), *built.teacher.state.values()]
+    )
     assert lines(tmp_path)[-1]["guard/skipped_steps"] == 1
 
 
@@ -250,12 +259,16 @@ def test_many_bad_steps_stop_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     built = build(tmp_path, max_steps=9, max_skipped_steps=2, save_steps=100)
     for row in range(8):
         poison(built, row)
-    with pytest.raises(UserError, match=r"2 steps in a row .* were skipped; the last, step 2: .* rows .* lower learning_rate"):
+    with pytest.raises(
+        UserError, match=r"2 steps in a row .* were skipped; the last, step 2: .* rows .* lower learning_rate"
+    ):
         built.train()
     assert checkpoints.last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
-def test_infinite_gradient_of_a_finite_loss_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_infinite_gradient_of_a_finite_loss_is_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     built = build(tmp_path, max_steps=1, save_strategy="no")
     built.model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = weights(built)
@@ -273,10 +286,14 @@ def test_finite_guard_counts_in_a_row() -> None:
         assert guard.too_many is None
         guard.see(rows, torch.tensor([0.0, 0.0, loss]))
         assert guard.is_bad(number, loss) == (loss != 1.0)
-    assert guard.skipped == 3 and "row 9 of" in str(guard.too_many) and "4" not in guard.message.partition(":")[2]
+    assert (
+        guard.skipped == 3
+        and "row 9 of" in str(guard.too_many)
+        and "4" not in guard.message.partition(":")[2]
+    )
 
 
-# -- alarms -----------------------------------------------------------------------------------------------------------------
+# -- alarms ----------------------------------------------------------------------------------------
 
 
 def alarmed(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -300,10 +317,14 @@ def test_an_alarm_warns_and_the_run_goes_on(
     assert "Step 2, short answers: answers shrank." in caplog.text and built.state.global_step == 3
 
 
-def test_an_alarm_can_stop_the_run_and_a_resumed_run_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alarm_can_stop_the_run_and_a_resumed_run_knows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"max_steps": 4, "save_steps": 100, "alarm_window": 1}
     alarmed(monkeypatch, at=2)
-    with pytest.raises(UserError, match=r"stopped at step 2 by the alarm 'short answers' .* resume from an earlier"):
+    with pytest.raises(
+        UserError, match=r"stopped at step 2 by the alarm 'short answers' .* resume from an earlier"
+    ):
         build(tmp_path, alarms="stop", **settings).train()
     assert checkpoints.problem_of(tmp_path / "checkpoint-2") is None
     alarmed(monkeypatch, at=2)
@@ -319,7 +340,7 @@ def test_alarms_can_be_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert built.health.alarms == []
 
 
-# -- memory ----------------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def out_of_memory() -> RuntimeError:
@@ -327,7 +348,9 @@ def out_of_memory() -> RuntimeError:
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_student_out_of_memory_gives_the_same_step_in_smaller_micro_batches(tmp_path: Path, where: str) -> None:
+def test_student_out_of_memory_gives_the_same_step_in_smaller_micro_batches(
+    tmp_path: Path, where: str
+) -> None:
     settings = {"max_steps": 2, "save_strategy": "no", "optim": "sgd", **STAR}
     whole = build(tmp_path / "whole", **settings)
     whole.train()
@@ -360,11 +383,16 @@ def test_student_out_of_memory_gives_the_same_step_in_smaller_micro_batches(tmp_
 
     def step(model: Any, inputs: Any, items: Any = None) -> Any:
         if built._first_part == "to be set":
-            built._first_part = inputs["part"]  # the first micro-batch fits: its gradient is there when the second fails
+            # the first micro-batch fits: its gradient is there when the second fails
+            built._first_part = inputs["part"]
         return training_step(model, inputs, items)
 
     training_step = built.training_step
-    built.begin_student_phase, built.training_step, built.compute_loss = begin_with_one_good_part, step, limited
+    built.begin_student_phase, built.training_step, built.compute_loss = (
+        begin_with_one_good_part,
+        step,
+        limited,
+    )
     built.train()
     assert failures == [2] and built._most_rows == 1  # and it stays so in the second step
     for name, value in weights(whole).items():
@@ -374,7 +402,9 @@ def test_student_out_of_memory_gives_the_same_step_in_smaller_micro_batches(tmp_
         assert b["completions/loss_tokens"] == a["completions/loss_tokens"]
 
 
-def test_weights_that_wait_for_the_student_survive_a_loss_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_wait_for_the_student_survive_a_loss_without_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"max_steps": 1, "save_strategy": "no", "token_weights": ["dash"], "optim": "sgd"}
     whole = build(tmp_path / "whole", **settings)
     whole.train()
@@ -408,10 +438,14 @@ def test_a_row_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path, rows:
         built.train()
 
 
-def test_scoring_and_rollout_out_of_memory_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_and_rollout_out_of_memory_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = build(tmp_path / "whole", max_steps=1, save_strategy="no", **STAR)
     whole.train()
-    built = build(tmp_path / "small", max_steps=1, save_strategy="no", rollout_batch_size=4, token_budget=1024, **STAR)
+    built = build(
+        tmp_path / "small", max_steps=1, save_strategy="no", rollout_batch_size=4, token_budget=1024, **STAR
+    )
     from unisd.rollout import transformers_engine as rollout
     from unisd.scoring import scorer as scoring
 
@@ -434,7 +468,9 @@ def test_scoring_and_rollout_out_of_memory_change_nothing(tmp_path: Path, monkey
     monkeypatch.setattr(scoring, "shared_batches", limited_batches)
     built.train()
     assert asked["rollout"] == [4, 2, 1] and asked["scoring"][:3] == [1024, 512, 256]
-    assert lines(tmp_path / "small")[0]["loss"] == pytest.approx(lines(tmp_path / "whole")[0]["loss"], rel=1e-4)
+    assert lines(tmp_path / "small")[0]["loss"] == pytest.approx(
+        lines(tmp_path / "whole")[0]["loss"], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("where", ["student", "scoring"])
@@ -450,12 +486,16 @@ def test_memory_that_never_suffices_saves_the_finished_steps(tmp_path: Path, whe
         return works(*args, **kwargs)
 
     setattr(part, name, limited)
-    with pytest.raises(UserError, match=r"a single row does not fit into memory: lower .* Step 1 is saved in checkpoint-1"):
+    with pytest.raises(
+        UserError, match=r"a single row does not fit into memory: lower .* Step 1 is saved in checkpoint-1"
+    ):
         built.train()
     assert checkpoints.last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
-def test_ranks_choose_uncertain_rows_once_however_often_one_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_choose_uncertain_rows_once_however_often_one_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = build(tmp_path, max_steps=2, save_strategy="no", agreement="token", agreement_uncertain_share=0.5)
     most_uncertain, chosen, score, failed = trainer_module.most_uncertain, [], built.scorer.score, []
 

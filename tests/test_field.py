@@ -1,4 +1,6 @@
-"""Published weights and targets against oracles written from their formulas in float64, and the identities that tie them together."""
+"""Published weights and targets against oracles written from their formulas in float64, and the
+identities that tie them together.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ def step(seed: int, shape: tuple[int, int], size: float = 1.0) -> StepScores:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 @given(seed=seeds, shape=shapes, kappa=st.floats(0, 20), size=st.sampled_from([0.1, 1.0, 1e4]))
@@ -82,8 +84,12 @@ def test_dash_is_the_backward_recursion(seed: int, shape: tuple[int, int], kappa
 
 
 def test_dash_by_hand() -> None:
-    """D = (0, 1), kappa 2, mean 1/2: lambda_1 = sigmoid(1), so the second token weighs 1 + sigmoid(1)."""
-    s = replace(step(0, (1, 2)), mask=torch.ones(1, 2).bool(), divergence=torch.tensor([[0.0, 1.0]], dtype=F64))
+    """D = (0, 1), kappa 2, mean 1/2: lambda_1 = sigmoid(1), so the second token weighs 1 +
+    sigmoid(1).
+    """
+    s = replace(
+        step(0, (1, 2)), mask=torch.ones(1, 2).bool(), divergence=torch.tensor([[0.0, 1.0]], dtype=F64)
+    )
     assert dash(s, kappa=2.0).tolist() == [[1.0, pytest.approx(1 + 1 / (1 + math.exp(-1)))]]
 
 
@@ -97,12 +103,16 @@ def test_other_weights_are_their_formulas(seed: int, shape: tuple[int, int]) -> 
         places = np.flatnonzero(s.mask[i].numpy())
         for number, t in enumerate(places):
             u = (number + 0.5) / len(places)
-            assert found["position"][i, t] == pytest.approx(0.25 + 0.75 / (1 + math.exp(-(u - 0.3) / 0.1)), rel=1e-6)
+            assert found["position"][i, t] == pytest.approx(
+                0.25 + 0.75 / (1 + math.exp(-(u - 0.3) / 0.1)), rel=1e-6
+            )
             assert found["confidence_gate"][i, t] == float(math.exp(s.student_logp[i, t]) <= 0.99)
             assert sharp[i, t] == float(math.exp(s.student_logp[i, t]) <= 0.97)
             assert found["entropy_trust"][i, t] == pytest.approx(math.exp(-s.teacher_entropy[i, t]))
             kl = s.negative_divergence[i, t].item()
-            assert found["contrast_weight"][i, t] == pytest.approx(kl / (kl + 1) if s.negative_present[i] else 1.0)
+            assert found["contrast_weight"][i, t] == pytest.approx(
+                kl / (kl + 1) if s.negative_present[i] else 1.0
+            )
 
 
 @given(seed=seeds, shape=shapes)
@@ -122,18 +132,30 @@ def test_mean1_is_a_mean_of_one_per_answer(seed: int, shape: tuple[int, int]) ->
 
 
 def test_published_normalizers() -> None:
-    published = {name: parse_weight(name).normalizer for name in ("dash", "position", "contrast_weight", "confidence_gate")}
-    assert published == {"dash": "tokens", "position": "tokens", "contrast_weight": "tokens", "confidence_gate": "weights"}
+    published = {
+        name: parse_weight(name).normalizer
+        for name in ("dash", "position", "contrast_weight", "confidence_gate")
+    }
+    assert published == {
+        "dash": "tokens",
+        "position": "tokens",
+        "contrast_weight": "tokens",
+        "confidence_gate": "weights",
+    }
     with pytest.raises(UserError, match="'dash' needs 'divergence'"):
         dash(replace(step(0, (1, 1)), divergence=None))
 
 
-# ------------------------------------------------------------------------------------------------------------- targets
+# ------------------------------------------------------------------------------------------ targets
 
 
-def random_logp(seed: int, count: int, tokens: int = 4, vocabulary: int = 5, size: float = 2.0) -> list[Tensor]:
+def random_logp(
+    seed: int, count: int, tokens: int = 4, vocabulary: int = 5, size: float = 2.0
+) -> list[Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return [(size * torch.randn(tokens, vocabulary, generator=g, dtype=F64)).log_softmax(-1) for _ in range(count)]
+    return [
+        (size * torch.randn(tokens, vocabulary, generator=g, dtype=F64)).log_softmax(-1) for _ in range(count)
+    ]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -154,13 +176,17 @@ def consensus_oracle(l: list[np.ndarray], student: float | np.ndarray) -> tuple[
 @given(seed=seeds, K=st.integers(1, 4), size=st.sampled_from([0.1, 3.0, 1e4]))
 @quick
 def test_view_consensus(seed: int, K: int, size: float) -> None:
-    """The formula on realised tokens and on the vocabulary; the sign of A is never turned; one view is its own consensus."""
+    """The formula on realised tokens and on the vocabulary; the sign of A is never turned; one view
+    is its own consensus.
+    """
     student, teacher, *views = random_logp(seed, K + 2, size=size)
     target = parse_target("view_consensus:views=" + "+".join(["full", "half", "answer", "hints"][:K]))
     assert len(target.sources) == K
     sources = dict(zip(target.sources, views, strict=True))
     A, expected = consensus_oracle([v.numpy() for v in views], student.numpy())
-    realised = target(TargetInputs(student[:, 0], teacher[:, 0], {name: v[:, 0] for name, v in sources.items()}))
+    realised = target(
+        TargetInputs(student[:, 0], teacher[:, 0], {name: v[:, 0] for name, v in sources.items()})
+    )
     np.testing.assert_allclose(realised.numpy(), expected[:, 0], rtol=1e-7, atol=1e-7)
     moved = realised.numpy() - student[:, 0].numpy()
     assert (moved * A[:, 0] >= -1e-9 * np.abs(A[:, 0]).max() ** 2).all()
@@ -183,7 +209,9 @@ def test_contrast_geometric_and_pmi(seed: int, a: float, size: float) -> None:
         return result.exp().numpy()
 
     close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-9}
-    np.testing.assert_allclose(found(f"contrast:a={a}", b), softmax((1 + a) * Q - a * np.maximum(B, -5)), **close)
+    np.testing.assert_allclose(
+        found(f"contrast:a={a}", b), softmax((1 + a) * Q - a * np.maximum(B, -5)), **close
+    )
     np.testing.assert_allclose(found(f"geometric:a={a}", b), softmax((1 - a) * Q + a * B), **close)
     scheduled = found(f"geometric:a={a},a_end=0.5,source=base/plain", b, progress=0.25)
     now = a + 0.25 * (0.5 - a)
@@ -191,7 +219,9 @@ def test_contrast_geometric_and_pmi(seed: int, a: float, size: float) -> None:
     M = np.log(np.maximum((np.exp(Q) + np.exp(B)) / 2, 1e-300))
     jsd = 0.5 * (np.exp(Q) * (Q - M) + np.exp(B) * (B - M)).sum(-1, keepdims=True)
     share = 2 * 0.15 * (1 / (1 + np.exp(-25 * jsd)) - 0.5)
-    np.testing.assert_allclose(found("geometric:mixing=disagreement,beta=25", b), softmax((1 - share) * Q + share * B), **close)
+    np.testing.assert_allclose(
+        found("geometric:mixing=disagreement,beta=25", b), softmax((1 - share) * Q + share * B), **close
+    )
     delta = np.maximum(Q, -1e4) - np.maximum(B, -1e4)
     delta = delta - delta.mean(-1, keepdims=True)
     np.testing.assert_allclose(found("pmi:beta=2", b, c), softmax(C + 10 * np.tanh(delta / 10) / 2), **close)
@@ -222,29 +252,43 @@ def states_of(text: str, x: Any, seed: int = 1) -> TargetStates:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.mode}-{s.alpha}-{s.entry_clip}")
 @pytest.mark.parametrize("text", TARGETS)
 def test_a_target_is_a_constant_other_teacher(text: str, spec: DivergenceSpec) -> None:
-    """Values and gradients: the loss from a table of log q', computed beforehand, under a head that passes it on."""
+    """Values and gradients: the loss from a table of log q', computed beforehand, under a head that
+    passes it on.
+    """
     x = problem(F64)
     states = states_of(text, x)
     q = (x.teacher.logits(x.teacher_hidden) / spec.temperature).log_softmax(-1)
     p = (Head(x.weight, x.bias).logits(x.hidden) / spec.temperature).log_softmax(-1).detach()
     sources = {
-        name: (x.teacher.logits(states.states[name]) / spec.temperature).log_softmax(-1) if name in states.states else p
+        name: (
+            (x.teacher.logits(states.states[name]) / spec.temperature).log_softmax(-1)
+            if name in states.states
+            else p
+        )
         for name in states.target.sources
     }
     if spec.mode == "sampled" and states.target.realised:
         at = x.targets[:, None]
         log_q = q.clone()
         one = states.target(
-            TargetInputs(p.gather(1, at)[:, 0], q.gather(1, at)[:, 0], {n: v.gather(1, at)[:, 0] for n, v in sources.items()})
+            TargetInputs(
+                p.gather(1, at)[:, 0],
+                q.gather(1, at)[:, 0],
+                {n: v.gather(1, at)[:, 0] for n, v in sources.items()},
+            )
         )
         log_q.scatter_(1, at, one[:, None])
     else:
         log_q = states.target(TargetInputs(p, q, sources))
     log_q = torch.where(states.present_N[:, None], log_q, q)
-    D = divergence(Head(x.weight, x.bias).logits(x.hidden), log_q * spec.temperature, x.targets, replace(spec))
+    D = divergence(
+        Head(x.weight, x.bias).logits(x.hidden), log_q * spec.temperature, x.targets, replace(spec)
+    )
     if spec.mode == "sampled" and states.target.realised:  # the table is not normalised, and need not be
         at = x.targets[:, None]
-        live = (Head(x.weight, x.bias).logits(x.hidden) / spec.temperature).log_softmax(-1).gather(1, at)[:, 0]
+        live = (
+            (Head(x.weight, x.bias).logits(x.hidden) / spec.temperature).log_softmax(-1).gather(1, at)[:, 0]
+        )
         ratio = (live - log_q.gather(1, at)[:, 0]).detach()
         D = ratio + ratio * (live - live.detach())
     expected = torch.autograd.grad(1.7 * (x.coefficient * D).sum(), (x.hidden, x.weight, x.bias))
@@ -256,7 +300,10 @@ def test_a_target_is_a_constant_other_teacher(text: str, spec: DivergenceSpec) -
 
 
 def test_geometric_target_of_oneself_has_the_gradient_of_a_weight() -> None:
-    """b = sg(p), reverse KL: the gradient is 1 - a times the plain one. The value is not: it lacks a log-normaliser."""
+    """b = sg(p), reverse KL: the gradient is 1 - a times the plain one.
+
+    The value is not: it lacks a log-normaliser.
+    """
     x, spec = problem(F64), DivergenceSpec(alpha=1.0)
     plain, plain_grads = run(chunked_loss, x, spec)
     mixed, mixed_grads = run(
@@ -271,7 +318,9 @@ def test_geometric_target_of_oneself_has_the_gradient_of_a_weight() -> None:
 
 
 def test_entry_clip_pushes_the_favourite_down() -> None:
-    """q = (.9, .07, .03), p = (.1, .6, .3), clip .05: a negative loss, and a gradient of the wrong sign on the top token."""
+    """q = (.9, .07, .03), p = (.1, .6, .3), clip .05: a negative loss, and a gradient of the wrong
+    sign on the top token.
+    """
     log_q, log_p = (torch.tensor([row], dtype=F64).log() for row in ((0.9, 0.07, 0.03), (0.1, 0.6, 0.3)))
     log_p.requires_grad_()
     for clip, loss, top in ((0.05, -0.169, 0.010), (None, None, -0.800)):
@@ -300,12 +349,15 @@ def test_targets_refuse() -> None:
         UniSDConfig(distillation_mode="nll", target="contrast")
 
 
-# --------------------------------------------------------------------------- weights that wait for the forward pass
+# --------------------------------------------------------------------------- weights that wait for
+# the forward pass
 
 
 @pytest.mark.parametrize("trained", [(True, False, False), (True, True, True)])
 @pytest.mark.parametrize("with_contrast", [False, True])
-def test_reweighing_in_the_pass_is_weighing_before_it(trained: tuple[bool, bool, bool], with_contrast: bool) -> None:
+def test_reweighing_in_the_pass_is_weighing_before_it(
+    trained: tuple[bool, bool, bool], with_contrast: bool
+) -> None:
     x, spec = problem(F64), DivergenceSpec(alpha=0.5)
     for leaf, flag in zip((x.hidden, x.weight, x.bias), trained, strict=True):
         leaf.requires_grad_(flag)
@@ -315,7 +367,9 @@ def test_reweighing_in_the_pass_is_weighing_before_it(trained: tuple[bool, bool,
         return D.sqrt() - 0.1 * logp + entropy
 
     found = run(plain_loss, x, spec)[0]
-    weighed = replace_coefficient(x, x.coefficient * factor(found.divergence_N, found.student_logp_N, found.student_entropy_N))
+    weighed = replace_coefficient(
+        x, x.coefficient * factor(found.divergence_N, found.student_logp_N, found.student_entropy_N)
+    )
     expected, expected_grads = run(plain_loss, weighed, spec, contrast=contrast, token_clip=0.2)
     for function, more in ((plain_loss, {}), (chunked_loss, {"chunk_tokens": 5})):
         out, grads = run(function, x, spec, contrast=contrast, token_clip=0.2, reweigh=factor, **more)
@@ -335,7 +389,10 @@ STUDENT_WEIGHTS = {"token_weights": ["dash", "confidence_gate:threshold=0.005"],
 def test_in_forward_weights_equal_a_pass_of_their_own(tmp_path: Any, normalizer: str) -> None:
     """The same step, scored by a student pass beforehand."""
     free = trainer(tmp_path, weight_normalizer=normalizer, **STUDENT_WEIGHTS)
-    assert [weight.name for weight in free.in_forward.weights] == ["dash"] and not free.needs & {"student", "divergence"}
+    assert [weight.name for weight in free.in_forward.weights] == ["dash"] and not free.needs & {
+        "student",
+        "divergence",
+    }
     paid = trainer(tmp_path, weight_normalizer=normalizer, **STUDENT_WEIGHTS)
     paid.in_forward.weights, paid.scorer.needs = [], frozenset({"student", "divergence"})
     ours = gradients(free)
@@ -343,20 +400,32 @@ def test_in_forward_weights_equal_a_pass_of_their_own(tmp_path: Any, normalizer:
     logged = free.metrics.values | free.in_forward.metrics(free.accelerator)
     assert logged["weight/dash/mean"] == pytest.approx(paid.metrics.values["weight/dash/mean"], rel=1e-5)
     assert logged["weight/confidence_gate/min"] == 0.0 and logged["weight/dash/max"] > 1
-    for options in ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}, {"loss_implementation": "plain"}):
-        assert_same(ours, gradients(trainer(tmp_path, weight_normalizer=normalizer, **STUDENT_WEIGHTS, **options)))
+    for options in (
+        {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+        {"loss_implementation": "plain"},
+    ):
+        assert_same(
+            ours, gradients(trainer(tmp_path, weight_normalizer=normalizer, **STUDENT_WEIGHTS, **options))
+        )
 
 
 def test_where_the_student_is_scored_beforehand(tmp_path: Any) -> None:
-    for options in ({"token_clip_quantile": 0.9}, {"loss_aggregation": "token", "weight_normalizer": "weights"}):
+    for options in (
+        {"token_clip_quantile": 0.9},
+        {"loss_aggregation": "token", "weight_normalizer": "weights"},
+    ):
         built = trainer(tmp_path, **STUDENT_WEIGHTS, **options)
         assert built.in_forward.weights == [] and "divergence" in built.needs
         gradients(built)
 
 
 def test_a_row_that_is_shut_out_does_not_count(tmp_path: Any) -> None:
-    """Answers of one token, and a threshold between the fourth and the fifth: four rows are left, each with a fourth of the loss."""
-    drawn = trainer(tmp_path, max_completion_length=1, token_weights=["confidence_gate"])._rollout([(i, 0) for i in range(8)])[1]
+    """Answers of one token, and a threshold between the fourth and the fifth: four rows are left,
+    each with a fourth of the loss.
+    """
+    drawn = trainer(tmp_path, max_completion_length=1, token_weights=["confidence_gate"])._rollout(
+        [(i, 0) for i in range(8)]
+    )[1]
     p = sorted(math.exp(logp) for completion in drawn for logp in completion.logps or ())
     gate = f"confidence_gate:threshold={(p[3] + p[4]) / 2}"
     for paid in ({}, {"min_p": 1e-9}):  # the rollout tells p only where it draws from all tokens
@@ -394,7 +463,9 @@ def test_the_teachers_scores_are_there_for_weights_that_declare_them(tmp_path: A
 
 
 def passes(built: Any) -> tuple[Counter[str], Any]:
-    """Sequences per view that a step's scoring runs through the model; and the step's loss and gradients."""
+    """Sequences per view that a step's scoring runs through the model; and the step's loss and
+    gradients.
+    """
     seen: Counter[str] = Counter()
     original = built.scorer._hidden_states
 
@@ -407,9 +478,13 @@ def passes(built: Any) -> tuple[Counter[str], Any]:
     return seen, found
 
 
-@pytest.mark.parametrize("weight", ["dash", "position", "confidence_gate", "entropy_trust", "contrast_weight"])
+@pytest.mark.parametrize(
+    "weight", ["dash", "position", "confidence_gate", "entropy_trust", "contrast_weight"]
+)
 def test_weights_add_no_pass(tmp_path: Any, weight: str) -> None:
-    """8 rows: the primary teacher, and for `contrast_weight` the negative view that it is about; nothing else."""
+    """8 rows: the primary teacher, and for `contrast_weight` the negative view that it is about;
+    nothing else.
+    """
     negative = {"negative": 8} if weight == "contrast_weight" else {}
     assert passes(trainer(tmp_path, token_weights=[weight]))[0] == {"primary": 8, **negative}
 
@@ -420,7 +495,14 @@ def test_weights_add_no_pass(tmp_path: Any, weight: str) -> None:
         ({"target": "contrast", "token_weights": ["contrast_weight"]}, {"negative": 8}),
         ({"target": "geometric", "teacher_model_kind": "ema"}, {"teacher/plain": 8}),
         ({"target": "geometric:source=base/plain", "teacher_model_kind": "ema"}, {"base/plain": 8}),
-        ({"target": "geometric:source=step/full", "target_reference_steps": 2, "teacher_model_kind": "live"}, {"step/full": 8}),
+        (
+            {
+                "target": "geometric:source=step/full",
+                "target_reference_steps": 2,
+                "teacher_model_kind": "live",
+            },
+            {"step/full": 8},
+        ),
         ({"target": "geometric:source=student/plain"}, {}),
         ({"target": "pmi"}, {"teacher/unconditioned": 8, "base/plain": 8}),
         (
@@ -430,13 +512,17 @@ def test_weights_add_no_pass(tmp_path: Any, weight: str) -> None:
     ],
     ids=lambda value: str(value.get("target", "")) if isinstance(value, dict) else "",
 )
-def test_targets_score_what_they_declare(tmp_path: Any, options: dict[str, Any], expected: dict[str, int]) -> None:
+def test_targets_score_what_they_declare(
+    tmp_path: Any, options: dict[str, Any], expected: dict[str, int]
+) -> None:
     """And the whole step is the same chunked, plain, and in other micro-batches."""
     seen, ours = passes(trainer(tmp_path, **options))
     assert seen == {"primary": 8, **expected}
     cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     assert_same(ours, gradients(trainer(tmp_path, loss_implementation="plain", **cut, **options)))
-    plain = {name: value for name, value in options.items() if name not in ("target", "target_reference_steps")}
+    plain = {
+        name: value for name, value in options.items() if name not in ("target", "target_reference_steps")
+    }
     assert ours[0] != pytest.approx(gradients(trainer(tmp_path, **plain))[0], rel=1e-6)
 
 
@@ -447,8 +533,12 @@ def test_neutral_targets_change_nothing(tmp_path: Any) -> None:
     sampled: dict[str, Any] = {"distillation_mode": "sampled", "distillation_alpha": 1.0}
     one = gradients(trainer(tmp_path, target="view_consensus:views=full", **sampled))
     assert_same(gradients(trainer(tmp_path, **sampled)), one)
-    rows = [{**row, "negative_context": None if i else row["negative_context"]} for i, row in enumerate(tiny.rows(8))]
-    # Rows without a wrong reference keep the teacher's own distribution: only the first row differs.
+    rows = [
+        {**row, "negative_context": None if i else row["negative_context"]}
+        for i, row in enumerate(tiny.rows(8))
+    ]
+    # Rows without a wrong reference keep the teacher's own distribution: only the first row
+    # differs.
     few = trainer(tmp_path, rows=rows, target="contrast:a=3.0", token_clip_quantile=0.9999)
     none = trainer(tmp_path, rows=rows, token_clip_quantile=0.9999)
     D = [b.scorer.score(b._rollout([(i, 0) for i in range(8)])[0], "cpu")[0].divergence for b in (few, none)]
@@ -456,7 +546,11 @@ def test_neutral_targets_change_nothing(tmp_path: Any) -> None:
 
 
 def test_other_teachers_survive_a_checkpoint(tmp_path: Any) -> None:
-    options: dict[str, Any] = {"target": "geometric:source=step/full", "target_reference_steps": 2, "num_train_epochs": 9}
+    options: dict[str, Any] = {
+        "target": "geometric:source=step/full",
+        "target_reference_steps": 2,
+        "num_train_epochs": 9,
+    }
     built = trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=3, **options)
     built.train()
     again = trainer(tmp_path, max_steps=3, **options)
@@ -468,7 +562,8 @@ def test_other_teachers_survive_a_checkpoint(tmp_path: Any) -> None:
         trainer(tmp_path, target="geometric:source=step/full")
 
 
-# ----------------------------------------------------------------------------------------------- levels of privilege
+# -----------------------------------------------------------------------------------------------
+# levels of privilege
 
 
 def test_levels() -> None:
@@ -479,11 +574,18 @@ def test_levels() -> None:
     assert final_answer(r"so \boxed{\frac{1}{2}} holds. #### 7") == r"\frac{1}{2}"
     assert final_answer("long\n#### 1,200") == "1,200" and final_answer("word " * 9) is None
     row = {"privileged_context": text, "answer": "31", "hints": "count"}
-    assert [reference_at(row, level) for level in ("full", "hints", "answer", "plain")] == [text, "count", "Answer: 31", None]
+    assert [reference_at(row, level) for level in ("full", "hints", "answer", "plain")] == [
+        text,
+        "count",
+        "Answer: 31",
+        None,
+    ]
     assert hints("one sentence") is None and first_half("one") == "one"
 
 
-@pytest.mark.parametrize("prompt", ["What?", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]])
+@pytest.mark.parametrize(
+    "prompt", ["What?", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]]
+)
 def test_prompts_at_levels(prompt: Any) -> None:
     builder = PromptBuilder(tiny.tokenizer(), teacher_template="{prompt} Ref: {privileged_context}")
     row = {"prompt": prompt, "privileged_context": "It is so. It is 4."}
@@ -491,8 +593,12 @@ def test_prompts_at_levels(prompt: Any) -> None:
     unconditioned = decode(builder.at_level(row, "unconditioned"))
     assert "What?" not in unconditioned and "Ref: It is so. It is 4." in unconditioned
     assert ("Be brief." in unconditioned) == isinstance(prompt, list)
-    assert builder.at_level(row, "plain") == builder.student(row) and builder.at_level(row, "full") == builder.teacher(row)
-    assert "Ref: It is so." in decode(builder.at_level(row, "half")) and "4" not in decode(builder.at_level(row, "half"))
+    assert builder.at_level(row, "plain") == builder.student(row) and builder.at_level(
+        row, "full"
+    ) == builder.teacher(row)
+    assert "Ref: It is so." in decode(builder.at_level(row, "half")) and "4" not in decode(
+        builder.at_level(row, "half")
+    )
     assert replace(builder, level="half").teacher(row) == builder.at_level(row, "half")
 
 
@@ -506,7 +612,10 @@ def test_teacher_context_changes_the_teacher_and_refuses_empty_rows(tmp_path: An
 
 def test_contrast_scores_are_those_of_the_whole_distributions(tmp_path: Any) -> None:
     """KL(q||q-) and l- against plain forward passes, row by row."""
-    rows = [{**row, "negative_context": row["negative_context"] if i else None} for i, row in enumerate(tiny.rows(8))]
+    rows = [
+        {**row, "negative_context": row["negative_context"] if i else None}
+        for i, row in enumerate(tiny.rows(8))
+    ]
     built = trainer(tmp_path, rows=rows, token_weights=["contrast_weight"], temperature=0.8)
     scored, _ = built._rollout([(i, 0) for i in range(8)])
     found, _ = built.scorer.score(scored, "cpu")

@@ -1,4 +1,6 @@
-"""The Triton kernels of CUDA, by Triton's interpreter: the tests of the chunked loss once more, in a process that has it."""
+"""The Triton kernels of CUDA, by Triton's interpreter: the tests of the chunked loss once more, in
+a process that has it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""On a CUDA device: the kernels that a CPU does not have, and the same steps as on a CPU. `pytest -m gpu`."""
+"""On a CUDA device: the kernels that a CPU does not have, and the same steps as on a CPU.
+
+`pytest -m gpu`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,9 @@ def off(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_packed_rows_by_flash_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 no further from float64 than transformers' own masked attention in bfloat16 (half as far again, for luck)."""
+    """In bfloat16 no further from float64 than transformers' own masked attention in bfloat16 (half
+    as far again, for luck).
+    """
     found: dict[str, list[torch.Tensor]] = {}
     for name, dtype, implementation in (
         ("exact", torch.float64, "sdpa"),
@@ -75,11 +80,14 @@ def test_chunked_loss(dtype: torch.dtype, alpha: float) -> None:
     clip = float(run(plain_loss, x, spec)[0].divergence_N.median()) * 1.01  # half of the tokens
     plain, plain_grads = run(plain_loss, x, spec, token_clip=clip)
     ours, grads = run(chunked_loss, x, spec, token_clip=clip, chunk_tokens=7)
-    assert float(ours.loss.detach()) == pytest.approx(float(plain.loss.detach()), rel=1e-5 if dtype == torch.float32 else 2e-2)
+    assert float(ours.loss.detach()) == pytest.approx(
+        float(plain.loss.detach()), rel=1e-5 if dtype == torch.float32 else 2e-2
+    )
     if dtype == torch.bfloat16:
         assert all(off(a, b) < 2e-2 for a, b in zip(grads, plain_grads, strict=True))
         return
-    # Two float32 computations of a JSD's gradient, a difference of like numbers, are 3e-5 apart: both are held against float64.
+    # Two float32 computations of a JSD's gradient, a difference of like numbers, are 3e-5 apart:
+    # both are held against float64.
     for name in ("hidden", "weight", "bias", "teacher_hidden", "coefficient"):
         value = getattr(x, name)
         setattr(x, name, value.detach().double().requires_grad_(value.requires_grad))
@@ -96,7 +104,11 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_steps_of_a_cpu(tmp_path: Path, lora: bool) -> None:
     for name in ("cpu", "cuda"):
-        peft = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+        peft = (
+            LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+            if lora
+            else None
+        )
         built = trainer(
             tmp_path / name,
             use_cpu=name == "cpu",
@@ -132,7 +144,9 @@ def test_resume(tmp_path: Path) -> None:
 def test_the_students_loop_does_not_wait_for_the_device(tmp_path: Path) -> None:
     built = trainer(tmp_path, use_cpu=False, bf16=True, record_samples=0, **STAR)
     assert built.packed
-    batches, count = built.get_batch_samples(iter(built.get_train_dataloader()), built.args.gradient_accumulation_steps, CUDA)
+    batches, count = built.get_batch_samples(
+        iter(built.get_train_dataloader()), built.args.gradient_accumulation_steps, CUDA
+    )
     built.model.train()
     batches = list(batches)
     built.compute_loss(built.model, batches[0], num_items_in_batch=count).backward()
@@ -144,5 +158,6 @@ def test_the_students_loop_does_not_wait_for_the_device(tmp_path: Path) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
-    waits = [place for place in waits if not place.startswith("masking_utils.py")]  # transformers looks at the mask, once a pass
+    # transformers looks at the mask, once a pass
+    waits = [place for place in waits if not place.startswith("masking_utils.py")]
     assert not waits

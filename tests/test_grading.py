@@ -1,4 +1,6 @@
-"""`unisd grade`, its statistics, tool calls and code in completions, and graders under 10,000 hostile completions each."""
+"""`unisd grade`, its statistics, tool calls and code in completions, and graders under 10,000
+hostile completions each.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ from unisd.tasks.tool_calls import ToolStep, extract_calls, grade_calls
 
 def rows_file(tmp_path: Path, count: int = 6) -> str:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"id": f"r{i}", "prompt": f"{i}+1?", "answer": str(i + 1)}) + "\n" for i in range(count)))
+    path.write_text(
+        "".join(
+            json.dumps({"id": f"r{i}", "prompt": f"{i}+1?", "answer": str(i + 1)}) + "\n"
+            for i in range(count)
+        )
+    )
     return str(path)
 
 
@@ -32,7 +39,9 @@ def completions_file(tmp_path: Path, rows: list[dict]) -> str:
 
 def test_the_command_grades_by_id_or_in_order(tmp_path, capsys):
     data = rows_file(tmp_path)
-    by_id = [{"id": f"r{i}", "completion": f"It is {i + 1}."} for i in (4, 0, 2)] + [{"id": "r1", "completion": "It is 7."}]
+    by_id = [{"id": f"r{i}", "completion": f"It is {i + 1}."} for i in (4, 0, 2)] + [
+        {"id": "r1", "completion": "It is 7."}
+    ]
     out, figures = tmp_path / "o" / "out.jsonl", tmp_path / "f.json"
     flags = ["--data_files", data, "--grader", "number", "--out", str(out), "--json", str(figures)]
     assert main(["grade", "jsonl", *flags, "--completions", completions_file(tmp_path, by_id)]) == 0
@@ -49,7 +58,11 @@ def test_the_command_grades_by_id_or_in_order(tmp_path, capsys):
 
 
 def test_several_answers_a_row_give_pass_at_k(tmp_path):
-    answers = [{"id": f"r{i}", "completion": str(i + 1 if sample < i else 0)} for i in range(4) for sample in range(5)]
+    answers = [
+        {"id": f"r{i}", "completion": str(i + 1 if sample < i else 0)}
+        for i in range(4)
+        for sample in range(5)
+    ]
     figures = tmp_path / "f.json"
     flags = ["--data_files", rows_file(tmp_path), "--grader", "number", "--json", str(figures)]
     assert main(["grade", "jsonl", *flags, "--completions", completions_file(tmp_path, answers)]) == 0
@@ -68,7 +81,19 @@ def test_several_answers_a_row_give_pass_at_k(tmp_path):
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, capsys, lines, message):
-    assert main(["grade", "jsonl", "--data_files", rows_file(tmp_path), "--completions", completions_file(tmp_path, lines)]) == 2
+    assert (
+        main(
+            [
+                "grade",
+                "jsonl",
+                "--data_files",
+                rows_file(tmp_path),
+                "--completions",
+                completions_file(tmp_path, lines),
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -77,11 +102,28 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, lines, message):
 def test_gold_of_toolalpaca_and_gsm8k_grades_right_by_the_command(tmp_path):
     from unisd import tasks
 
-    for name, file, count in (("toolalpaca", "toolalpaca/eval_simulated.json.gz", 100), ("gsm8k", "gsm8k/train.jsonl.gz", 7473)):
+    for name, file, count in (
+        ("toolalpaca", "toolalpaca/eval_simulated.json.gz", 100),
+        ("gsm8k", "gsm8k/train.jsonl.gz", 7473),
+    ):
         rows = tasks.get(name, data_files=str(DATA / file)).load("all")
         given = completions_file(tmp_path, [{"completion": row["completion"]} for row in rows])
         figures = tmp_path / "f.json"
-        assert main(["grade", name, "--data_files", str(DATA / file), "--completions", given, "--json", str(figures)]) == 0
+        assert (
+            main(
+                [
+                    "grade",
+                    name,
+                    "--data_files",
+                    str(DATA / file),
+                    "--completions",
+                    given,
+                    "--json",
+                    str(figures),
+                ]
+            )
+            == 0
+        )
         assert json.loads(figures.read_text())["accuracy"] == pytest.approx(
             {"value": 1.0, "low": 1.0, "high": 1.0, "n": count}, abs=0.04
         )
@@ -107,14 +149,20 @@ def test_bootstrap_interval_holds_the_mean():
 
 def test_summary_and_results():
     rows = [{"id": "a", "skill": "x"}, {"id": "b", "skill": "y"}, {"id": "c", "skill": "y"}]
-    grades = [[Grade(True, "1", details={"part": 1.0})], [Grade(False, None)], [Grade(False, "2", "far off", {"part": 0.5})]]
+    grades = [
+        [Grade(True, "1", details={"part": 1.0})],
+        [Grade(False, None)],
+        [Grade(False, "2", "far off", {"part": 0.5})],
+    ]
     found = summarize(rows, grades)
     assert found["accuracy"]["value"] == pytest.approx(1 / 3) and found["by_skill"]["y"] == {
         **found["by_skill"]["y"],
         "value": 0.0,
         "n": 2,
     }
-    assert found["extraction_rate"]["value"] == pytest.approx(2 / 3) and found["details"]["part"]["value"] == pytest.approx(0.5)
+    assert found["extraction_rate"]["value"] == pytest.approx(2 / 3) and found["details"]["part"][
+        "value"
+    ] == pytest.approx(0.5)
     assert [r["reason"] for r in row_results(rows, grades)] == ["", "no answer found", "far off"]
 
 
@@ -122,7 +170,9 @@ def test_calls_in_both_forms():
     gold = [ToolStep("find", '{"q": "pen", "n": 3, "page": ""}'), ToolStep("buy", '{"id": ${id from find}}')]
     first = 'Thought: first look.\nAction: find\nAction Input: {"n": "3", "q": "Pen"}\nObservation: [..]\n'
     react = first + 'Action: buy\nAction Input: {"id": 17}\nDone.'
-    chat = '[{"name": "find", "arguments": {"q": "pen", "n": 3.0}}, {"name": "buy", "arguments": {"id": "x9"}}]'
+    chat = (
+        '[{"name": "find", "arguments": {"q": "pen", "n": 3.0}}, {"name": "buy", "arguments": {"id": "x9"}}]'
+    )
     renamed = chat.replace("name", "tool").replace("arguments", "parameters")
     for text in (react, chat, renamed):
         assert grade_calls(extract_calls(text), gold).correct
@@ -139,9 +189,15 @@ def test_calls_in_both_forms():
 
 
 def test_code_is_found_in_what_surrounds_it():
-    assert extract_code("Sure!\n```python\ndef f():\n    return 1\n```\nIt returns 1.") == "def f():\n    return 1"
+    assert (
+        extract_code("Sure!\n```python\ndef f():\n    return 1\n```\nIt returns 1.")
+        == "def f():\n    return 1"
+    )
     assert extract_code("```\nx = 1\n```\nthen\n```py\ndef f(): pass\n```") == "def f(): pass"
-    assert extract_code("Here:\nimport math\ndef f():\n    return math.pi") == "import math\ndef f():\n    return math.pi"
+    assert (
+        extract_code("Here:\nimport math\ndef f():\n    return math.pi")
+        == "import math\ndef f():\n    return math.pi"
+    )
     assert extract_code("```python\ndef f(): return 2") == "def f(): return 2"
     assert extract_code("I cannot.") is None and extract_code("") is None and extract_code("``````") is None
 
@@ -208,7 +264,10 @@ def adversarial() -> list[str]:
             piece * (10**6 // len(piece))
             for piece in ("1", "#", "answer ", "answer is ", "[", '{"a":', "(A", "A ", "\\boxed{", "1,", " ")
         ),
-        *(piece * (10**6 // len(piece)) for piece in ("\n", "```", "def f(", "Action: x\n", "${", '{"name": "', "\u0301", "-")),
+        *(
+            piece * (10**6 // len(piece))
+            for piece in ("\n", "```", "def f(", "Action: x\n", "${", '{"name": "', "\u0301", "-")
+        ),
         "Answer:" + " " * 10**6 + "A",
         "[" * 10_000 + "]" * 10_000,
         '{"name":"f","arguments":' + '{"a":' * 10_000 + "1" + "}" * 10_001,
@@ -216,7 +275,9 @@ def adversarial() -> list[str]:
 
 
 def timed(call):
-    """The result, and the processor's seconds: the least of a few tries, for a collection or a cold cache is not the grader's."""
+    """The result, and the processor's seconds: the least of a few tries, for a collection or a cold
+    cache is not the grader's.
+    """
     best = float("inf")
     for _ in range(4):
         start = time.process_time()
@@ -227,7 +288,13 @@ def timed(call):
     return result, best
 
 
-GOLD = {"exact": "42", "contains": "42", "choice": "B", "number": "#### 42", "call": 'Action: f\nAction Input: {"a": 1}'}
+GOLD = {
+    "exact": "42",
+    "contains": "42",
+    "choice": "B",
+    "number": "#### 42",
+    "call": 'Action: f\nAction Input: {"a": 1}',
+}
 
 
 @pytest.mark.parametrize("name", sorted(GOLD))

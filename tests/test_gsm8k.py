@@ -1,4 +1,6 @@
-"""The GSM8K task: rows from local files, references, wrong references, hold-out, and clear errors."""
+"""The GSM8K task: rows from local files, references, wrong references, hold-out, and clear
+errors.
+"""
 
 import gzip
 import json
@@ -57,7 +59,10 @@ def test_held_out_problems_are_disjoint_and_do_not_depend_on_order_or_seed(tmp_p
     # Solved examples of a test row are training problems.
     questions = {row["prompt"].split("\n")[0] for row in task.load("test")}
     assert not any(
-        question in context for row in task.load("test") for context in row["auxiliary_contexts"] for question in questions
+        question in context
+        for row in task.load("test")
+        for context in row["auxiliary_contexts"]
+        for question in questions
     )
 
 

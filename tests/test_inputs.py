@@ -52,7 +52,9 @@ def test_configuration_and_split_of_a_folder_of_files(tmp_path: Path) -> None:
     folder.mkdir()
     for name, rows in (("a", FIRST), ("b", SECOND)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    configs = "".join(f"- config_name: {n}\n  data_files:\n  - split: own\n    path: {n}.jsonl\n" for n in ("a", "b"))
+    configs = "".join(
+        f"- config_name: {n}\n  data_files:\n  - split: own\n    path: {n}.jsonl\n" for n in ("a", "b")
+    )
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     assert prompts(folder, dataset_config="b", dataset_train_split="own") == prompts_of(SECOND)
     assert prompts(folder, dataset_config="a", dataset_train_split="own[:50%]") == prompts_of(FIRST[:10])

@@ -1,4 +1,6 @@
-"""What must not change a step's loss and gradient, on tiny random models of five families, and what they must equal."""
+"""What must not change a step's loss and gradient, on tiny random models of five families, and what
+they must equal.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,19 @@ STAR = {
     "agreement_gamma": 1.0,
     "contrastive_weight": 0.1,
     "feature_weight": 0.1,
-    "token_clip_quantile": 0.813,  # between two tokens for any count below 1,000: on one of them rounding would decide who is clipped
+    # between two tokens for any count below 1,000: on one of them rounding would decide who is
+    # clipped
+    "token_clip_quantile": 0.813,
 }
 
 
-def trainer(tmp_path: Any, family: str = "llama", model: Any = None, rows: Any = None, **options: Any) -> UniSDTrainer:
+def trainer(
+    tmp_path: Any, family: str = "llama", model: Any = None, rows: Any = None, **options: Any
+) -> UniSDTrainer:
     others = {
-        name: options.pop(name) for name in ("peft_config", "eval_dataset", "engine", "processing_class") if name in options
+        name: options.pop(name)
+        for name in ("peft_config", "eval_dataset", "engine", "processing_class")
+        if name in options
     }
     settings: dict[str, Any] = {
         "output_dir": str(tmp_path),
@@ -56,12 +64,16 @@ def trainer(tmp_path: Any, family: str = "llama", model: Any = None, rows: Any =
 
 
 def gradients(built: UniSDTrainer, perturb: float = 0.05) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradient of the first optimizer step; the student is moved off the teacher first, so that both are rich."""
+    """Loss and gradient of the first optimizer step; the student is moved off the teacher first, so
+    that both are rich.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in built.model.parameters():
             if parameter.requires_grad:
-                parameter += perturb * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+                parameter += (
+                    perturb * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+                )
     batches, count = built.get_batch_samples(
         iter(built.get_train_dataloader()), built.args.gradient_accumulation_steps, torch.device("cpu")
     )
@@ -76,7 +88,9 @@ def gradients(built: UniSDTrainer, perturb: float = 0.05) -> tuple[float, dict[s
 
 
 def assert_same(
-    a: tuple[float, dict[str, torch.Tensor]], b: tuple[float, dict[str, torch.Tensor]], tolerance: float = 2e-5
+    a: tuple[float, dict[str, torch.Tensor]],
+    b: tuple[float, dict[str, torch.Tensor]],
+    tolerance: float = 2e-5,
 ) -> None:
     assert a[0] == pytest.approx(b[0], rel=tolerance, abs=1e-7)
     assert a[1].keys() == b[1].keys()
@@ -87,9 +101,13 @@ def assert_same(
 
 
 def naive_sdft(built: UniSDTrainer, alpha: float) -> tuple[float, dict[str, torch.Tensor]]:
-    """SDFT written out: one row at a time, the model's own full logits, plain autograd, mean over tokens, mean over rows."""
+    """SDFT written out: one row at a time, the model's own full logits, plain autograd, mean over
+    tokens, mean over rows.
+    """
     completions = [
-        built.engine.generate([built.prompts.student(row)], [(built.args.seed, 0, i, 0)], built.sampling)[0].ids
+        built.engine.generate([built.prompts.student(row)], [(built.args.seed, 0, i, 0)], built.sampling)[
+            0
+        ].ids
         for i, row in enumerate(built.rows)
     ]
     built.model.zero_grad()
@@ -97,9 +115,13 @@ def naive_sdft(built: UniSDTrainer, alpha: float) -> tuple[float, dict[str, torc
     for row, completion in zip(built.rows, completions, strict=True):
         student_prompt, teacher_prompt = built.prompts.student(row), built.prompts.teacher(row)
         with torch.no_grad(), built.teacher.in_place():
-            logits = built.model(torch.tensor([teacher_prompt + completion])).logits[0, len(teacher_prompt) - 1 : -1]
+            logits = built.model(torch.tensor([teacher_prompt + completion])).logits[
+                0, len(teacher_prompt) - 1 : -1
+            ]
             log_q = F.log_softmax(logits / built.args.temperature, -1)
-        logits = built.model(torch.tensor([student_prompt + completion])).logits[0, len(student_prompt) - 1 : -1]
+        logits = built.model(torch.tensor([student_prompt + completion])).logits[
+            0, len(student_prompt) - 1 : -1
+        ]
         log_p = F.log_softmax(logits / built.args.temperature, -1)
         if alpha == 0:
             per_token = (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -107,15 +129,21 @@ def naive_sdft(built: UniSDTrainer, alpha: float) -> tuple[float, dict[str, torc
             per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
         else:
             log_m = ((1 - alpha) * log_p.exp() + alpha * log_q.exp()).log()
-            per_token = alpha * (log_q.exp() * (log_q - log_m)).sum(-1) + (1 - alpha) * (log_p.exp() * (log_p - log_m)).sum(-1)
+            per_token = alpha * (log_q.exp() * (log_q - log_m)).sum(-1) + (1 - alpha) * (
+                log_p.exp() * (log_p - log_m)
+            ).sum(-1)
         losses.append(per_token.mean())
     loss = torch.stack(losses).mean()
     loss.backward()
-    return float(loss.detach()), {name: p.grad.clone() for name, p in built.model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {
+        name: p.grad.clone() for name, p in built.model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generations_that_share_the_reading_of_their_prompt(tmp_path: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generations_that_share_the_reading_of_their_prompt(
+    tmp_path: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("unisd.scoring.scorer.SHARED_FROM", 2)
     options = {"num_generations": 4, "gradient_accumulation_steps": 2, **STAR}
     shared, separate = (trainer(tmp_path / name, family, **options) for name in ("a", "b"))
@@ -125,9 +153,12 @@ def test_generations_that_share_the_reading_of_their_prompt(tmp_path: Any, famil
         built.scorer.share_prompts = built is shared
     passes: list[int] = []
     continuations = shared.backbone.continuations
-    shared.backbone.continuations = lambda prompt, *rest: passes.append(len(rest[0])) or continuations(prompt, *rest)  # type: ignore
+    shared.backbone.continuations = lambda prompt, *rest: (
+        passes.append(len(rest[0])) or continuations(prompt, *rest)
+    )  # type: ignore
     assert_same(gradients(shared), gradients(separate), 1e-4)
-    assert set(passes) == {4} and len(passes) == 4 * 6  # 4 rows under primary, negative, 3 auxiliary and student views
+    # 4 rows under primary, negative, 3 auxiliary and student views
+    assert set(passes) == {4} and len(passes) == 4 * 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,7 +190,10 @@ def test_neutral_mechanisms_change_nothing(tmp_path: Any, family: str) -> None:
         {"entry_clip": float("inf")},
     ):
         assert_same(off, gradients(trainer(tmp_path, family, **neutral)))
-    no_contexts = [{**row, "auxiliary_contexts": row["auxiliary_contexts"][: i == 0]} for i, row in enumerate(tiny.rows(8))]
+    no_contexts = [
+        {**row, "auxiliary_contexts": row["auxiliary_contexts"][: i == 0]}
+        for i, row in enumerate(tiny.rows(8))
+    ]
     no_contexts[0]["auxiliary_contexts"] = tiny.rows(8)[0]["auxiliary_contexts"][:2]
     # K = 0 for all rows but one, whose weights differ: the others' weights must be exactly 1.
     built = trainer(tmp_path, family, rows=no_contexts, agreement="sequence", agreement_gamma=1.0)
@@ -199,11 +233,15 @@ def test_chunked_equals_plain(tmp_path: Any, family: str) -> None:
 
 
 def test_token_budget_changes_nothing(tmp_path: Any) -> None:
-    assert_same(gradients(trainer(tmp_path, token_budget=1, **STAR)), gradients(trainer(tmp_path, token_budget=10_000, **STAR)))
+    assert_same(
+        gradients(trainer(tmp_path, token_budget=1, **STAR)),
+        gradients(trainer(tmp_path, token_budget=10_000, **STAR)),
+    )
 
 
 @pytest.mark.parametrize(
-    "extra", [{"feature_only": True, "feature_weight": 1.0}, {"feature_layers": [0, 1], "feature_weight": 0.5}]
+    "extra",
+    [{"feature_only": True, "feature_weight": 1.0}, {"feature_layers": [0, 1], "feature_weight": 0.5}],
 )
 def test_feature_matching_equals_naive(tmp_path: Any, extra: dict[str, Any]) -> None:
     """Against all hidden states of the model, one row at a time."""
@@ -212,16 +250,25 @@ def test_feature_matching_equals_naive(tmp_path: Any, extra: dict[str, Any]) -> 
     base = 0.0 if built.args.feature_only else naive_sdft(built, 0.0)[0]
     distances = []
     for i, row in enumerate(built.rows):
-        completion = built.engine.generate([built.prompts.student(row)], [(3, 0, i, 0)], built.sampling)[0].ids
+        completion = built.engine.generate([built.prompts.student(row)], [(3, 0, i, 0)], built.sampling)[
+            0
+        ].ids
         states = {}
-        for name, prompt in (("student", built.prompts.student(row)), ("teacher", built.prompts.teacher(row))):
+        for name, prompt in (
+            ("student", built.prompts.student(row)),
+            ("teacher", built.prompts.teacher(row)),
+        ):
             swap = built.teacher.in_place() if name == "teacher" else torch.no_grad()
             with torch.no_grad(), swap:
                 # Block outputs by recomputation: transformers' last entry is after the final norm.
                 with built.backbone.capture((0, 1)) as captured:
                     built.model(torch.tensor([prompt + completion]))
                 span = slice(len(prompt) - 1, len(prompt) - 1 + len(completion))
-                chosen = [captured.layers[0], captured.layers[1]] if "feature_layers" in extra else [captured.final]
+                chosen = (
+                    [captured.layers[0], captured.layers[1]]
+                    if "feature_layers" in extra
+                    else [captured.final]
+                )
                 states[name] = [h[0, span] for h in chosen]
         pairs = zip(states["student"], states["teacher"], strict=True)
         distances.append(torch.stack([(s - t).square().mean(-1) for s, t in pairs]).mean())
@@ -255,11 +302,18 @@ def test_the_ema_teacher_follows_every_so_many_steps(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_ema_teacher_is_the_closed_form(tmp_path: Any, lora: bool) -> None:
-    """phi_n = beta^n theta_0 + (1 - beta) sum_k beta^(n-k) theta_k, on all trained weights (for LoRA: on the factors)."""
+    """phi_n = beta^n theta_0 + (1 - beta) sum_k beta^(n-k) theta_k, on all trained weights (for
+    LoRA: on the factors).
+    """
     rate, steps = 0.1, 5
     peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
     built = trainer(
-        tmp_path, teacher_model_kind="ema", teacher_update_rate=rate, max_steps=steps, peft_config=peft_config, num_train_epochs=9
+        tmp_path,
+        teacher_model_kind="ema",
+        teacher_update_rate=rate,
+        max_steps=steps,
+        peft_config=peft_config,
+        num_train_epochs=9,
     )
     trained = {name: p for name, p in built.model.named_parameters() if p.requires_grad}
     assert all("lora" in name for name in trained) == lora
@@ -283,7 +337,9 @@ def test_ema_teacher_is_the_closed_form(tmp_path: Any, lora: bool) -> None:
 
 
 def test_base_teacher_stays_and_adapters_share_the_base(tmp_path: Any) -> None:
-    built = trainer(tmp_path, peft_config=LoraConfig(r=4, target_modules="all-linear"), max_steps=3, num_train_epochs=9)
+    built = trainer(
+        tmp_path, peft_config=LoraConfig(r=4, target_modules="all-linear"), max_steps=3, num_train_epochs=9
+    )
     prompt = torch.tensor([built.prompts.teacher(built.rows[0])])
     with torch.no_grad(), built.model.disable_adapter():
         base = built.model(prompt).logits
@@ -305,9 +361,11 @@ def test_a_step_without_loss_tokens_is_exactly_zero(tmp_path: Any) -> None:
 
 
 def test_loss_and_scores_share_one_precision(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clip at the 0.5-quantile of D, in bf16: the D of the training pass is that of the scoring pass before it.
+    """A clip at the 0.5-quantile of D, in bf16: the D of the training pass is that of the scoring
+    pass before it.
 
-    Of most tokens: a kernel may round the rows at the end of a product, which is larger when scoring, in another way.
+    Of most tokens: a kernel may round the rows at the end of a product, which is larger when
+    scoring, in another way.
     """
     found: dict[str, torch.Tensor] = {}
 

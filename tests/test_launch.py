@@ -44,19 +44,26 @@ def test_what_a_configuration_says_of_processes(tmp_path: Path) -> None:
     assert launch.processes_of(options("--accelerate_config", str(own), "--num_processes", "2")) == 2
     assert launch.processes_of(options("--accelerate_config", "ddp")) is None
     sharded = ("--accelerate_config", "fsdp2", "--num_processes", "8")
-    assert launch.shards_of(options(*sharded)) == 8 and launch.shards_of(options("--accelerate_config", str(own))) == 1
+    assert (
+        launch.shards_of(options(*sharded)) == 8
+        and launch.shards_of(options("--accelerate_config", str(own))) == 1
+    )
     own.write_text("num_machines: 2\n")
     with pytest.raises(UserError, match="num_machines must be 1 here: for more use torchrun"):
         launch.processes_of(options("--accelerate_config", str(own)))
 
 
-def test_dry_run_refuses_what_the_run_would(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_refuses_what_the_run_would(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from unisd.cli.main import main
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
     assert main(["train", "--accelerate_config", "zero3", "--dry_run"]) == 2
-    assert 'accelerate_config=zero3 needs DeepSpeed: pip install "unisd[deepspeed]"' in capsys.readouterr().err
+    assert (
+        'accelerate_config=zero3 needs DeepSpeed: pip install "unisd[deepspeed]"' in capsys.readouterr().err
+    )
 
 
 def test_processes_get_time_to_save_before_they_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +86,12 @@ def test_processes_get_time_to_save_before_they_are_killed(monkeypatch: pytest.M
 
 
 def test_command_that_resumes_names_the_newest_checkpoint_only(tmp_path: Path) -> None:
-    for given in (("--resume_from_checkpoint", "old"), ("--resume_from_checkpoint=old",), ("--resume_from_checkpoint",), ()):
+    for given in (
+        ("--resume_from_checkpoint", "old"),
+        ("--resume_from_checkpoint=old",),
+        ("--resume_from_checkpoint",),
+        (),
+    ):
         options = parse([*given, "--seed", "1"])[0]
         expected = f"unisd train --seed 1 --output_dir {tmp_path} --resume_from_checkpoint"
         assert resume_command(options, tmp_path) == expected
@@ -115,13 +127,19 @@ def test_processes_on_a_cpu_are_told_what_accelerates_launcher_would_tell_them(t
     [
         ({"fsdp_version": 1}, {}, "FSDP1 is not supported: set fsdp_version: 2"),
         ({"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading is not supported"),
-        ({"activation_checkpointing": True}, {}, "fsdp_activation_checkpointing is not supported: set gradient_checkpointing"),
+        (
+            {"activation_checkpointing": True},
+            {},
+            "fsdp_activation_checkpointing is not supported: set gradient_checkpointing",
+        ),
         ({"cpu_offload": True}, {}, "fsdp_offload_params is not supported"),
         ({}, {"use_vllm": True}, "use_vllm does not work with FSDP yet"),
         ({}, {"fp16": True}, "fp16 is not supported with FSDP: use bf16"),
     ],
 )
-def test_ways_of_spreading_weights_that_are_refused(plugin: Any, options: dict[str, Any], message: str) -> None:
+def test_ways_of_spreading_weights_that_are_refused(
+    plugin: Any, options: dict[str, Any], message: str
+) -> None:
     plugins = {"fsdp_version": 2, "cpu_ram_efficient_loading": False} | (plugin or {})
     state = SimpleNamespace(distributed_type=None, fsdp_plugin=FullyShardedDataParallelPlugin(**plugins))
     built = SimpleNamespace(
@@ -135,12 +153,22 @@ def test_ways_of_spreading_weights_that_are_refused(plugin: Any, options: dict[s
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_processes_on_a_cpu_are_told_of_deepspeed_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_on_a_cpu_are_told_of_deepspeed_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
     monkeypatch.setattr(launch, "find_spec", lambda name: "there")
-    arguments = ["--config_file", str(launch.config_file(name)), "--num_processes", "2", "--main_process_port", "0", "script.py"]
+    arguments = [
+        "--config_file",
+        str(launch.config_file(name)),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        "script.py",
+    ]
     monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
     validated = _validate_launch_command(launch_command_parser().parse_args(arguments))[0]
     validated.deepspeed_fields_from_accelerate_config = ""
@@ -168,23 +196,37 @@ def test_processes_on_a_cpu_are_told_of_deepspeed_too(name: str, tmp_path: Path,
             {},
             "offload_param is not supported: set its device",
         ),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, {}, "offload_optimizer is not supported"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            {},
+            "offload_optimizer is not supported",
+        ),
         (
             {"zero_optimization": {"stage": 2}, "optimizer": {}},
             {},
             "an optimizer or scheduler of its own .* set optim and lr_sch",
         ),
         ({"zero_optimization": {"stage": 2}}, {"fp16": True}, "fp16 is not supported: use bf16"),
-        ({"zero_optimization": {"stage": 2}}, {"use_vllm": True}, "use_vllm is not supported: use accelerate_config=ddp"),
+        (
+            {"zero_optimization": {"stage": 2}},
+            {"use_vllm": True},
+            "use_vllm is not supported: use accelerate_config=ddp",
+        ),
         (
             {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
             {},
             "zero_hpz_partition_size is not supported: set it to 1",
         ),
-        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, {}, "mics_shard_size is not supported: unset it"),
+        (
+            {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
+            {},
+            "mics_shard_size is not supported: unset it",
+        ),
     ],
 )
-def test_ways_of_using_deepspeed_that_are_refused(settings: dict[str, Any], options: dict[str, Any], message: str) -> None:
+def test_ways_of_using_deepspeed_that_are_refused(
+    settings: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
     plugin = SimpleNamespace(deepspeed_config=settings)
     built = SimpleNamespace(
         accelerator=SimpleNamespace(state=SimpleNamespace(distributed_type=None, deepspeed_plugin=plugin)),
@@ -199,7 +241,8 @@ def test_ways_of_using_deepspeed_that_are_refused(settings: dict[str, Any], opti
 def test_checkpoint_of_deepspeed_is_for_the_same_stage_and_as_many_processes(tmp_path: Path) -> None:
     zero.require_resumable(tmp_path, None, 2)
     with pytest.raises(
-        UserError, match="was written with no DeepSpeed and this run has zero2: resume with the accelerate_config"
+        UserError,
+        match="was written with no DeepSpeed and this run has zero2: resume with the accelerate_config",
     ):
         zero.require_resumable(tmp_path, 2, 2)
     (tmp_path / "global_step4").mkdir()
@@ -207,7 +250,9 @@ def test_checkpoint_of_deepspeed_is_for_the_same_stage_and_as_many_processes(tmp
         (tmp_path / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     (tmp_path / "global_step4" / "mp_rank_00_model_states.pt").touch()
     zero.require_resumable(tmp_path, 2, 2)
-    with pytest.raises(UserError, match="parts of 2 processes and this run has 3: resume with as many, or start a new run"):
+    with pytest.raises(
+        UserError, match="parts of 2 processes and this run has 3: resume with as many, or start a new run"
+    ):
         zero.require_resumable(tmp_path, 2, 3)
     for stage, now in ((3, "zero3"), (None, "no DeepSpeed")):
         with pytest.raises(UserError, match=f"was written with zero2 and this run has {now}"):
@@ -230,7 +275,8 @@ def test_process_on_a_cpu_never_trains_alone(monkeypatch: pytest.MonkeyPatch) ->
 
     from unisd import UniSDConfig
 
-    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the other processes
+    # it would look for the other processes
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
     monkeypatch.setattr(TrainingArguments, "n_gpu", 1)  # and so would this
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -242,7 +288,10 @@ def test_process_on_a_cpu_never_trains_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_module_is_the_command() -> None:
     texts = [
         subprocess.run(how, capture_output=True, text=True, timeout=60)
-        for how in ([sys.executable, "-m", "unisd", "nonsense"], [sys.executable, "-m", "unisd.cli", "nonsense"])
+        for how in (
+            [sys.executable, "-m", "unisd", "nonsense"],
+            [sys.executable, "-m", "unisd.cli", "nonsense"],
+        )
     ]
     assert texts[0].returncode == texts[1].returncode == 2
     assert texts[0].stderr == texts[1].stderr and "unknown command 'nonsense'" in texts[0].stderr

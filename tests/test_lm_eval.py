@@ -1,4 +1,6 @@
-"""A trained checkpoint in EleutherAI's lm-evaluation-harness: the documented way gives the accuracy that our own evaluation gives."""
+"""A trained checkpoint in EleutherAI's lm-evaluation-harness: the documented way gives the accuracy
+that our own evaluation gives.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def harness_accuracy(model_dir: str, rows: list[dict], tmp_path: Path) -> float:
     from lm_eval.tasks import TaskManager
 
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"prompt": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows))
+    file.write_text(
+        "".join(json.dumps({"prompt": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows)
+    )
     (tmp_path / "pocket_mcq.yaml").write_text(TASK.format(file=file))
     found = simple_evaluate(
         model="hf",

@@ -1,6 +1,8 @@
-"""Twenty steps on a tiny model must give the losses they gave before: an optimisation changes time and memory, nothing else.
+"""Twenty steps on a tiny model must give the losses they gave before: an optimisation changes time
+and memory, nothing else.
 
-A change that is *meant* to change the losses writes the file anew: `python tests/test_loss_trace.py`.
+A change that is *meant* to change the losses writes the file anew: `python
+tests/test_loss_trace.py`.
 """
 
 from __future__ import annotations
@@ -41,17 +43,25 @@ RUNS: dict[str, tuple[str, bool, dict[str, Any]]] = {
 
 
 class Written:
-    """Completions that depend on nothing but the key: no rounding can make a sampled token, and all after it, another."""
+    """Completions that depend on nothing but the key: no rounding can make a sampled token, and all
+    after it, another.
+    """
 
     def sync(self) -> None:
         pass
 
-    def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
+    ) -> list[Completion]:
         assert keys is not None
         written = []
         for key in keys:
             draw = random.Random(str(key))
-            written.append(Completion([draw.randrange(6, 262) for _ in range(draw.randint(3, sampling.max_new_tokens))], False))
+            written.append(
+                Completion(
+                    [draw.randrange(6, 262) for _ in range(draw.randint(3, sampling.max_new_tokens))], False
+                )
+            )
         return written
 
     def sleep(self) -> None:

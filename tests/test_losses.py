@@ -1,4 +1,6 @@
-"""The chunked loss against the plain one and against finite differences: values, gradients, dtypes, memory."""
+"""The chunked loss against the plain one and against finite differences: values, gradients, dtypes,
+memory.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,15 @@ ALPHAS = [0.0, 0.3, 0.5, 1.0]
 F64 = torch.float64
 
 
-# ----------------------------------------------------------------------------------------------------- chunked == plain
+# --------------------------------------------------------------------------------- chunked == plain
 
 
 def problem(
     dtype: torch.dtype = torch.float32, tokens: int = 13, vocabulary: int = 37, seed: int = 0, **head: float
 ) -> SimpleNamespace:
-    """Random hidden states, trainable head with bias, teacher of another width, mixed coefficients, partly negatives."""
+    """Random hidden states, trainable head with bias, teacher of another width, mixed coefficients,
+    partly negatives.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -60,15 +64,23 @@ def problem(
     return value
 
 
-def run(loss_function: object, x: SimpleNamespace, spec: DivergenceSpec, scale: float = 1.7, **options: object) -> tuple:
+def run(
+    loss_function: object, x: SimpleNamespace, spec: DivergenceSpec, scale: float = 1.7, **options: object
+) -> tuple:
     student = Head(x.weight, x.bias, **x.head)
-    out = loss_function(x.hidden, student, x.teacher_hidden, x.teacher, x.targets, spec, x.coefficient, **options)  # type: ignore[operator]
+    out = loss_function(
+        x.hidden, student, x.teacher_hidden, x.teacher, x.targets, spec, x.coefficient, **options
+    )  # type: ignore[operator]
     leaves = [leaf for leaf in (x.hidden, x.weight, x.bias) if leaf is not None and leaf.requires_grad]
     return out, torch.autograd.grad(out.loss * scale, leaves)
 
 
 def assert_same(
-    x: SimpleNamespace, spec: DivergenceSpec, tolerance: float, chunk_tokens: int | None = None, **options: object
+    x: SimpleNamespace,
+    spec: DivergenceSpec,
+    tolerance: float,
+    chunk_tokens: int | None = None,
+    **options: object,
 ) -> None:
     plain, plain_grads = run(plain_loss, x, spec, **options)
     chunked, chunked_grads = run(chunked_loss, x, spec, chunk_tokens=chunk_tokens, **options)
@@ -120,14 +132,18 @@ def test_chunks_are_fast_and_none_is_small(tokens: int, most: int, sizes: list[i
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_one_head_is_read_once_for_student_and_teacher(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_head_is_read_once_for_student_and_teacher(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The frozen head of an adapter: one product for both, the same loss and gradients."""
     x = problem(dtype)
     x.teacher_hidden = torch.flip(x.hidden.detach(), [0])
     frozen = Head(x.weight.detach(), x.bias.detach())
     read: list[int] = []
     product = Head.product
-    monkeypatch.setattr(Head, "product", lambda self, h, room=None: read.append(len(h)) or product(self, h, room))
+    monkeypatch.setattr(
+        Head, "product", lambda self, h, room=None: read.append(len(h)) or product(self, h, room)
+    )
     arguments = (x.targets, DivergenceSpec(alpha=0.5), x.coefficient, None, x.contrast)
 
     def loss_and_gradient(function: Callable[..., LossOutput], teacher: Head) -> tuple[Tensor, Tensor]:
@@ -151,11 +167,15 @@ def test_row_blocks_within_a_chunk(alpha: float, head: dict, monkeypatch: pytest
     x = problem(F64, **head)
     for entry_clip in (None, 0.02):
         spec = DivergenceSpec(alpha=alpha, temperature=0.7, entry_clip=entry_clip)
-        assert_same(x, spec, 1e-10, chunk_tokens=5, token_clip=0.6 if alpha == 0.5 else 2.0, contrast=x.contrast)
-    expected = torch.distributions.Categorical(logits=Head(x.weight, x.bias, **head).logits(x.hidden).detach()).log_prob(
-        x.targets
+        assert_same(
+            x, spec, 1e-10, chunk_tokens=5, token_clip=0.6 if alpha == 0.5 else 2.0, contrast=x.contrast
+        )
+    expected = torch.distributions.Categorical(
+        logits=Head(x.weight, x.bias, **head).logits(x.hidden).detach()
+    ).log_prob(x.targets)
+    torch.testing.assert_close(
+        token_logprobs(x.hidden, Head(x.weight, x.bias, **head), x.targets, 1.0, 5), expected
     )
-    torch.testing.assert_close(token_logprobs(x.hidden, Head(x.weight, x.bias, **head), x.targets, 1.0, 5), expected)
 
 
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[8]], ids=lambda s: s.mode)
@@ -184,14 +204,24 @@ def test_the_cases_above_reach_every_branch() -> None:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_chunked_gradient_by_finite_differences(alpha: float) -> None:
-    """Independent of the plain form: gradcheck through the custom backward, softcap, scale and contrast included."""
+    """Independent of the plain form: gradcheck through the custom backward, softcap, scale and
+    contrast included.
+    """
     x = problem(F64, tokens=4, vocabulary=6, softcap=4.0, scale=1.5)
     spec = DivergenceSpec(alpha=alpha, temperature=0.8)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         head = Head(weight, bias, **x.head)
         return chunked_loss(
-            hidden, head, x.teacher_hidden, x.teacher, x.targets, spec, x.coefficient, contrast=x.contrast, chunk_tokens=3
+            hidden,
+            head,
+            x.teacher_hidden,
+            x.teacher,
+            x.targets,
+            spec,
+            x.coefficient,
+            contrast=x.contrast,
+            chunk_tokens=3,
         ).loss
 
     assert torch.autograd.gradcheck(loss, (x.hidden, x.weight, x.bias), fast_mode=True)
@@ -202,7 +232,9 @@ def test_loss_is_the_weighted_sum_and_a_clamped_token_has_no_gradient() -> None:
     spec = DivergenceSpec(alpha=0.0)
     for function in (plain_loss, chunked_loss):
         out, (gradient, *_) = run(function, x, spec, scale=1.0, token_clip=1.0)
-        expected = sum(c * min(d, 1.0) for c, d in zip(x.coefficient.tolist(), out.divergence_N.tolist(), strict=True))
+        expected = sum(
+            c * min(d, 1.0) for c, d in zip(x.coefficient.tolist(), out.divergence_N.tolist(), strict=True)
+        )
         assert out.loss.item() == pytest.approx(expected, rel=1e-12)
         still = out.clipped_N | (x.coefficient == 0)
         assert out.clipped_N.any() and (gradient[still] == 0).all() and (gradient[~still] != 0).any(-1).all()
@@ -210,10 +242,14 @@ def test_loss_is_the_weighted_sum_and_a_clamped_token_has_no_gradient() -> None:
         torch.testing.assert_close(out.divergence_N, divergence(student, teacher, x.targets, spec).detach())
         logp = student.detach().log_softmax(-1)
         torch.testing.assert_close(out.student_logp_N, logp[torch.arange(13), x.targets])
-        torch.testing.assert_close(out.student_entropy_N, torch.distributions.Categorical(logits=logp).entropy())
+        torch.testing.assert_close(
+            out.student_entropy_N, torch.distributions.Categorical(logits=logp).entropy()
+        )
 
 
-@pytest.mark.parametrize("trainable", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
+@pytest.mark.parametrize(
+    "trainable", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
+)
 def test_frozen_parts(trainable: tuple[bool, bool, bool]) -> None:
     x = problem(F64)
     for leaf, flag in zip((x.hidden, x.weight, x.bias), trainable, strict=True):
@@ -222,7 +258,9 @@ def test_frozen_parts(trainable: tuple[bool, bool, bool]) -> None:
 
 
 def test_no_bias_and_head_shared_with_the_teacher() -> None:
-    """A live teacher projects with the student's own trainable head: no gradient may reach it from the teacher's side."""
+    """A live teacher projects with the student's own trainable head: no gradient may reach it from
+    the teacher's side.
+    """
     x = problem(F64)
     x.bias, x.teacher_hidden = None, torch.randn(13, 16, dtype=F64)
     x.teacher = Head(x.weight)
@@ -237,14 +275,18 @@ def test_tied_head_accumulates_both_gradients() -> None:
     for function in (plain_loss, chunked_loss):
         embedding.grad = None
         hidden = torch.tanh(embedding[tokens])
-        out = function(hidden, Head(embedding), x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient)
+        out = function(
+            hidden, Head(embedding), x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient
+        )
         out.loss.backward()
         gradients.append(embedding.grad)
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    "spec", [SPECS[0], SPECS[2], SPECS[3], SPECS[8], SPECS[12], SPECS[13]], ids=lambda s: f"{s.mode}-{s.alpha}"
+    "spec",
+    [SPECS[0], SPECS[2], SPECS[3], SPECS[8], SPECS[12], SPECS[13]],
+    ids=lambda s: f"{s.mode}-{s.alpha}",
 )
 def test_no_tokens(spec: DivergenceSpec) -> None:
     x = problem(tokens=0)
@@ -259,14 +301,18 @@ def test_no_tokens(spec: DivergenceSpec) -> None:
 @pytest.mark.parametrize("entry_clip", [None, 0.05])
 def test_extremes_stay_finite_and_equal(alpha: float, entry_clip: float | None) -> None:
     """Logits of +-1e4 and -inf, probabilities that underflow on one side or on both."""
-    logits = torch.tensor([[0.0, -1e4, 5.0, -1e4], [1e4, 0.0, -1e4, -200.0], [3.0, 3.0, 3.0, 3.0], [0.0, 90.0, -90.0, -90.0]])
+    logits = torch.tensor(
+        [[0.0, -1e4, 5.0, -1e4], [1e4, 0.0, -1e4, -200.0], [3.0, 3.0, 3.0, 3.0], [0.0, 90.0, -90.0, -90.0]]
+    )
     x = problem(tokens=4, vocabulary=4)
     x.hidden, x.teacher_hidden = logits.clone().requires_grad_(), logits.roll(1, 0)
     x.weight, x.bias = torch.eye(4), torch.tensor([0.0, 0.0, 0.0, -math.inf])
     x.teacher = Head(torch.eye(4), x.bias)
     spec = DivergenceSpec(alpha=alpha, entry_clip=entry_clip)
     out, (gradient,) = run(chunked_loss, x, spec, chunk_tokens=3)
-    assert torch.isfinite(out.loss) and torch.isfinite(out.divergence_N).all() and torch.isfinite(gradient).all()
+    assert (
+        torch.isfinite(out.loss) and torch.isfinite(out.divergence_N).all() and torch.isfinite(gradient).all()
+    )
     assert torch.isfinite(out.student_entropy_N).all() and torch.isfinite(out.student_logp_N).all()
     assert_same(x, spec, 1e-5, chunk_tokens=3)
 
@@ -283,8 +329,12 @@ def test_identical_sides_give_zero() -> None:
 @pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision(alpha: float, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool) -> None:
-    """Dtypes may differ between hidden states and head; gradients come back in the leaf's own dtype."""
+def test_half_precision(
+    alpha: float, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool
+) -> None:
+    """Dtypes may differ between hidden states and head; gradients come back in the leaf's own
+    dtype.
+    """
     x, exact = problem(), problem(F64)
     x.hidden = x.hidden.detach().to(hidden_dtype).requires_grad_()
     x.weight = x.weight.detach().to(weight_dtype).requires_grad_()
@@ -305,7 +355,9 @@ def test_half_precision(alpha: float, hidden_dtype: torch.dtype, weight_dtype: t
 
 
 def test_float16_keeps_small_coefficients() -> None:
-    """With 1 / (a million tokens) the logits' gradient would round to zero in float16 before the loss scale arrives."""
+    """With 1 / (a million tokens) the logits' gradient would round to zero in float16 before the
+    loss scale arrives.
+    """
     x, exact = problem(torch.float16), problem(F64)
     for y in (x, exact):
         y.coefficient = torch.full((13,), 1e-6, dtype=F64).to(torch.float32 if y is x else F64)
@@ -322,13 +374,17 @@ def test_without_grad_only_values() -> None:
         for spec in (DivergenceSpec(), SPECS[8]):
             out = chunked_loss(*arguments, spec, x.coefficient)
             assert not out.loss.requires_grad
-            torch.testing.assert_close(out.divergence_N, plain_loss(*arguments, spec, x.coefficient).divergence_N)
+            torch.testing.assert_close(
+                out.divergence_N, plain_loss(*arguments, spec, x.coefficient).divergence_N
+            )
 
 
 def test_backward_twice_and_accumulated() -> None:
     x = problem(F64)
     head = Head(x.weight, x.bias)
-    out = chunked_loss(x.hidden, head, x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient)
+    out = chunked_loss(
+        x.hidden, head, x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient
+    )
     out.loss.backward(retain_graph=True)
     once = x.hidden.grad.clone()
     (3 * out.loss).backward()
@@ -345,7 +401,9 @@ def test_sum_over_micro_batches_is_the_whole() -> None:
             DivergenceSpec(alpha=0.5), x.coefficient[rows], contrast=x.contrast.rows(rows),
         ).loss  # fmt: skip
     torch.testing.assert_close(total, whole.loss)
-    for found, expected in zip(torch.autograd.grad(total * 1.7, (x.hidden, x.weight, x.bias)), whole_grads, strict=True):
+    for found, expected in zip(
+        torch.autograd.grad(total * 1.7, (x.hidden, x.weight, x.bias)), whole_grads, strict=True
+    ):
         torch.testing.assert_close(found, expected)
 
 
@@ -366,7 +424,9 @@ def test_token_scores(head: dict) -> None:
 
 
 def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every operation's result, watched: none in forward or backward is larger than a chunk (or the head)."""
+    """Every operation's result, watched: none in forward or backward is larger than a chunk (or the
+    head).
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -385,7 +445,10 @@ def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> N
             run(chunked_loss, x, spec, chunk_tokens=20)
             token_scores(x.teacher_hidden, x.teacher, x.targets, chunk_tokens=20)
     assert Watch.largest <= max(300 * 24, 20 * 64)
-    assert 80 * 2**20 < default_chunk_tokens(151_936) * 151_936 * 4 <= 112 * 2**20 and default_chunk_tokens(10**9) == 1
+    assert (
+        80 * 2**20 < default_chunk_tokens(151_936) * 151_936 * 4 <= 112 * 2**20
+        and default_chunk_tokens(10**9) == 1
+    )
 
 
 def test_contrast_slice_and_replace_keep_meaning() -> None:

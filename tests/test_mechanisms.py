@@ -25,16 +25,26 @@ F64 = torch.float64
 quick = settings(max_examples=40, deadline=None)
 
 
-def random_scores(seed: int = 0, contexts: int = 3, rows: int = 5, length: int = 7, all_present: bool = False) -> StepScores:
-    """Masks with gaps and an empty row, contexts missing here and there, NaN wherever nothing may look."""
+def random_scores(
+    seed: int = 0, contexts: int = 3, rows: int = 5, length: int = 7, all_present: bool = False
+) -> StepScores:
+    """Masks with gaps and an empty row, contexts missing here and there, NaN wherever nothing may
+    look.
+    """
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(rows, length, generator=g) < 0.7
     mask[1] = False
-    present = torch.ones(contexts, rows, dtype=torch.bool) if all_present else torch.rand(contexts, rows, generator=g) < 0.8
+    present = (
+        torch.ones(contexts, rows, dtype=torch.bool)
+        if all_present
+        else torch.rand(contexts, rows, generator=g) < 0.8
+    )
     auxiliary = -3 * torch.rand(contexts, rows, length, generator=g, dtype=F64)
     auxiliary[~(present[:, :, None] & mask)] = math.nan
     teacher = -torch.rand(rows, length, generator=g, dtype=F64)
-    return StepScores(mask, torch.zeros(rows, length).long(), teacher, auxiliary_logp=auxiliary, auxiliary_present=present)
+    return StepScores(
+        mask, torch.zeros(rows, length).long(), teacher, auxiliary_logp=auxiliary, auxiliary_present=present
+    )
 
 
 def loop_token(s: StepScores, gamma: float, stat: str, quantile: float, cap: float) -> np.ndarray:
@@ -54,31 +64,51 @@ def loop_token(s: StepScores, gamma: float, stat: str, quantile: float, cap: flo
 def loop_sequence(s: StepScores, gamma: float, stat: str) -> np.ndarray:
     weights = np.ones(len(s.mask))
     for i, row in enumerate(s.mask):
-        seen = [s.auxiliary_logp[k, i, row].mean().item() for k in range(len(s.auxiliary_logp)) if s.auxiliary_present[k, i]]
+        seen = [
+            s.auxiliary_logp[k, i, row].mean().item()
+            for k in range(len(s.auxiliary_logp))
+            if s.auxiliary_present[k, i]
+        ]
         if row.any() and len(seen) >= 2:
             spread = np.var(seen) if stat == "var" else max(seen) - min(seen)
             weights[i] = max(1e-6, math.exp(-gamma * spread))
     return weights
 
 
-# --------------------------------------------------------------------------------------------------------- agreement
+# ---------------------------------------------------------------------------------------- agreement
 
 
-@given(seed=st.integers(0, 10**6), contexts=st.integers(0, 5), stat=st.sampled_from(["var", "range"]), gamma=st.floats(0, 30))
+@given(
+    seed=st.integers(0, 10**6),
+    contexts=st.integers(0, 5),
+    stat=st.sampled_from(["var", "range"]),
+    gamma=st.floats(0, 30),
+)
 @quick
 def test_agreement_is_the_text(seed: int, contexts: int, stat: str, gamma: float) -> None:
     s = random_scores(seed, contexts)
     token = agreement_token(s, gamma=gamma, stat=stat, quantile=0.8, cap=1.5)
     np.testing.assert_allclose(token.numpy(), loop_token(s, gamma, stat, 0.8, 1.5), rtol=1e-9)
-    np.testing.assert_allclose(agreement_sequence(s, gamma=gamma, stat=stat).numpy(), loop_sequence(s, gamma, stat), rtol=1e-9)
+    np.testing.assert_allclose(
+        agreement_sequence(s, gamma=gamma, stat=stat).numpy(), loop_sequence(s, gamma, stat), rtol=1e-9
+    )
 
 
 def test_agreement_by_hand() -> None:
-    """Two contexts: l = (-1, -3) has unbiased variance 2, (-1, -2) has 0.5; the largest is the scale at quantile 1."""
+    """Two contexts: l = (-1, -3) has unbiased variance 2, (-1, -2) has 0.5; the largest is the
+    scale at quantile 1.
+    """
     auxiliary = torch.tensor([[[-1.0, -1.0]], [[-3.0, -2.0]]], dtype=F64)
-    s = StepScores(torch.ones(1, 2).bool(), torch.zeros(1, 2).long(), torch.zeros(1, 2), auxiliary, torch.ones(2, 1).bool())
+    s = StepScores(
+        torch.ones(1, 2).bool(),
+        torch.zeros(1, 2).long(),
+        torch.zeros(1, 2),
+        auxiliary,
+        torch.ones(2, 1).bool(),
+    )
     assert agreement_token(s, gamma=0.5, quantile=1.0)[0].tolist() == pytest.approx([1 / 1.5, 1 / 1.125])
-    assert agreement_sequence(s, gamma=0.5).tolist() == pytest.approx([math.exp(-0.5 * 0.75**2)])  # means -1, -2.5; biased
+    # means -1, -2.5; biased
+    assert agreement_sequence(s, gamma=0.5).tolist() == pytest.approx([math.exp(-0.5 * 0.75**2)])
     assert agreement_sequence(s, gamma=0.5, stat="range").tolist() == pytest.approx([math.exp(-0.5 * 1.5)])
     assert agreement_sequence(s, gamma=1e9).item() == 1e-6
     assert agreement_token(s, gamma=1e9, quantile=1.0).min().item() == pytest.approx(0.01)
@@ -87,7 +117,8 @@ def test_agreement_by_hand() -> None:
 def test_default_weight_at_the_quantile_and_below_the_cap() -> None:
     s = random_scores(3, contexts=4, rows=50, length=20, all_present=True)
     weights = agreement_token(s)[s.mask]
-    assert ((weights >= 1 / 1.01).float().mean() - 0.95).abs() < 0.01  # the weight at the 0.95 quantile is 1 / (1 + gamma)
+    # the weight at the 0.95 quantile is 1 / (1 + gamma)
+    assert ((weights >= 1 / 1.01).float().mean() - 0.95).abs() < 0.01
     s.auxiliary_logp[:, 0, :] = torch.tensor([0.0, 0.0, 0.0, -1e3], dtype=F64)[:, None]
     assert agreement_token(s)[s.mask].min().item() == pytest.approx(1 / 1.1)  # capped at 10 scales
     assert agreement_token(s, cap=1e9)[s.mask].min().item() == pytest.approx(0.01)
@@ -113,7 +144,9 @@ def test_contexts_that_agree_to_rounding_get_weight_one() -> None:
 @quick
 def test_order_of_contexts_and_rows_does_not_matter(seed: int, order: list[int]) -> None:
     s = random_scores(seed, contexts=4, rows=4)
-    shuffled = replace(s, auxiliary_logp=s.auxiliary_logp[order], auxiliary_present=s.auxiliary_present[order])
+    shuffled = replace(
+        s, auxiliary_logp=s.auxiliary_logp[order], auxiliary_present=s.auxiliary_present[order]
+    )
     rows = StepScores(
         s.mask[order],
         s.tokens,
@@ -151,20 +184,28 @@ def test_weights_stay_in_their_bounds(seed: int, gamma: float) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_corroboration_is_the_text(seed: int) -> None:
     scores = random_scores(seed)
-    scores = replace(scores, untempered_logp=scores.teacher_logp, teacher_logp=torch.zeros_like(scores.teacher_logp))
+    scores = replace(
+        scores, untempered_logp=scores.teacher_logp, teacher_logp=torch.zeros_like(scores.teacher_logp)
+    )
     K, B, T = scores.auxiliary_logp.shape
     found = parse_weight("corroboration:gamma=2")(scores)
     for b in range(B):
         for t in range(T):
-            p_k = [math.exp(scores.auxiliary_logp[k, b, t]) for k in range(K) if scores.auxiliary_present[k, b]]
+            p_k = [
+                math.exp(scores.auxiliary_logp[k, b, t]) for k in range(K) if scores.auxiliary_present[k, b]
+            ]
             expected = 1.0
             if scores.mask[b, t] and p_k:
-                expected = max(0.01, (1 - abs(math.exp(scores.untempered_logp[b, t]) - float(np.median(p_k)))) ** 2)
+                expected = max(
+                    0.01, (1 - abs(math.exp(scores.untempered_logp[b, t]) - float(np.median(p_k)))) ** 2
+                )
             assert float(found[b, t]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_corroboration_tells_wrong_from_right_where_agreement_cannot() -> None:
-    """Three contexts rule a token out, each to another degree; one teacher does too, the other is sure of it."""
+    """Three contexts rule a token out, each to another degree; one teacher does too, the other is
+    sure of it.
+    """
     logp = torch.tensor([[[-7.0, -7.0]], [[-9.0, -9.0]], [[-14.0, -14.0]]])
     scores = StepScores(
         mask=torch.ones(1, 2, dtype=torch.bool),
@@ -188,7 +229,7 @@ def test_agreement_refuses() -> None:
         agreement_sequence(s, stat="mad")
 
 
-# ------------------------------------------------------------------------------------------------------- coefficients
+# ------------------------------------------------------------------------------------- coefficients
 
 
 def loop_loss(d: Tensor, m: Tensor, b: Tensor, a: Tensor, aggregation: str, normalizer: str) -> float:
@@ -204,7 +245,9 @@ def loop_loss(d: Tensor, m: Tensor, b: Tensor, a: Tensor, aggregation: str, norm
         return 0.0
     if aggregation == "sequence":
         return sum(s * x / n for s, x, n in zip(scales, sums, divisors, strict=True)) / sum(scales)
-    return sum(s * x for s, x in zip(scales, sums, strict=True)) / sum(s * n for s, n in zip(scales, divisors, strict=True))
+    return sum(s * x for s, x in zip(scales, sums, strict=True)) / sum(
+        s * n for s, n in zip(scales, divisors, strict=True)
+    )
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
@@ -220,12 +263,16 @@ def test_coefficients_are_the_text(aggregation: str, normalizer: str, seed: int)
     b[~m], d[~m] = math.nan, 1e9
     coefficient = step_coefficients(m, b, a, aggregation, normalizer)
     assert (coefficient[~m] == 0).all() and (coefficient[2] == 0).all()
-    assert (coefficient * d).sum().item() == pytest.approx(loop_loss(d, m, b, a, aggregation, normalizer), rel=1e-10)
+    assert (coefficient * d).sum().item() == pytest.approx(
+        loop_loss(d, m, b, a, aggregation, normalizer), rel=1e-10
+    )
     if normalizer == "weights" and coefficient.any():
         assert coefficient.sum().item() == pytest.approx(1.0)
     # rows get the same coefficients in whatever order
     order = torch.randperm(5, generator=g)
-    torch.testing.assert_close(step_coefficients(m[order], b[order], a[order], aggregation, normalizer), coefficient[order])
+    torch.testing.assert_close(
+        step_coefficients(m[order], b[order], a[order], aggregation, normalizer), coefficient[order]
+    )
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
@@ -233,12 +280,16 @@ def test_coefficients_are_the_text(aggregation: str, normalizer: str, seed: int)
 def test_weights_of_one_change_nothing_and_empty_steps_give_zero(aggregation: str, normalizer: str) -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
     expected = (
-        [0.25, 0.25, 0, 0] + [0.125] * 4 + [0] * 4 if aggregation == "sequence" else [1 / 6] * 2 + [0, 0] + [1 / 6] * 4 + [0] * 4
+        [0.25, 0.25, 0, 0] + [0.125] * 4 + [0] * 4
+        if aggregation == "sequence"
+        else [1 / 6] * 2 + [0, 0] + [1 / 6] * 4 + [0] * 4
     )
     one = step_coefficients(mask, torch.ones(3, 4), torch.ones(3), aggregation, normalizer)
     assert one.flatten().tolist() == pytest.approx(expected)
     torch.testing.assert_close(term_coefficients(mask, torch.ones(3).bool(), aggregation), one)
-    constant = step_coefficients(mask, torch.full((3, 4), 0.3), torch.full((3,), 7.0), aggregation, normalizer)
+    constant = step_coefficients(
+        mask, torch.full((3, 4), 0.3), torch.full((3,), 7.0), aggregation, normalizer
+    )
     torch.testing.assert_close(constant, one if normalizer == "weights" else 0.3 * one)
     for empty in (
         step_coefficients(torch.zeros(3, 4).bool(), torch.ones(3, 4), torch.ones(3), aggregation, normalizer),
@@ -256,7 +307,10 @@ def test_published_normalizer_matters_and_sequence_weights_do_not_cancel() -> No
     assert step_coefficients(mask, b, ones, "sequence", "weights").tolist() == [[0.125, 0.375], [0.25, 0.25]]
     assert step_coefficients(mask, b, ones, "sequence", "tokens").tolist() == [[0.25, 0.75], [0.25, 0.25]]
     a = torch.tensor([3.0, 1.0])
-    assert step_coefficients(mask, torch.ones(2, 2), a, "sequence", "weights").tolist() == [[0.375, 0.375], [0.125, 0.125]]
+    assert step_coefficients(mask, torch.ones(2, 2), a, "sequence", "weights").tolist() == [
+        [0.375, 0.375],
+        [0.125, 0.125],
+    ]
 
 
 def test_term_coefficients_leave_out_rows_without_the_term() -> None:
@@ -273,14 +327,16 @@ def test_coefficients_refuse_unknown_switches() -> None:
         step_coefficients(mask, torch.ones(1, 1), torch.ones(1), "token", "sum")
 
 
-# ---------------------------------------------------------------------------------------------------------- the rest
+# ----------------------------------------------------------------------------------------- the rest
 
 
 @given(seed=st.integers(0, 10**6), q=st.floats(0, 1), size=st.integers(1, 40))
 @quick
 def test_quantile_is_numpys(seed: int, q: float, size: int) -> None:
     values = torch.rand(1, size, generator=torch.Generator().manual_seed(seed), dtype=F64)
-    assert quantile_clip(values, torch.ones(1, size).bool(), q) == pytest.approx(np.quantile(values.numpy(), q), abs=1e-12)
+    assert quantile_clip(values, torch.ones(1, size).bool(), q) == pytest.approx(
+        np.quantile(values.numpy(), q), abs=1e-12
+    )
 
 
 def test_quantile_sees_loss_tokens_only_at_any_size() -> None:
@@ -289,11 +345,16 @@ def test_quantile_sees_loss_tokens_only_at_any_size() -> None:
     assert quantile_clip(values, mask, 0.5) == 2.0 and quantile_clip(values, mask, 1.0) == 3.0
     assert quantile_clip(values, mask & False, 0.99) is None
     many = torch.arange(2**24 + 9, dtype=torch.float32)[None]  # torch.quantile refuses this size
-    assert quantile_clip(many, torch.ones(1, 1).bool().expand_as(many), 0.5) == pytest.approx(2**23 + 4, rel=1e-6)
+    assert quantile_clip(many, torch.ones(1, 1).bool().expand_as(many), 0.5) == pytest.approx(
+        2**23 + 4, rel=1e-6
+    )
 
 
 def test_feature_distance() -> None:
-    student, teacher = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([[0.0, 4.0]], requires_grad=True)
+    student, teacher = (
+        torch.tensor([[1.0, 2.0]], requires_grad=True),
+        torch.tensor([[0.0, 4.0]], requires_grad=True),
+    )
     distance = feature_distance(student, teacher)
     assert distance.tolist() == [2.5]  # (1 + 4) / 2
     distance.sum().backward()
@@ -308,13 +369,14 @@ def test_weight_stats() -> None:
     stats = weight_stats(weights, mask)
     assert (stats["min"], stats["max"], stats["mean"], stats["below_1pct"]) == (0.5, 1.0, 0.75, 0.0)
     assert stats["range"] == pytest.approx(0.49)  # 99th - 1st percentile
-    assert weight_stats(torch.tensor([0.7, 5.0]), mask)["max"] == pytest.approx(0.7)  # [B]: the second row is not live
+    # [B]: the second row is not live
+    assert weight_stats(torch.tensor([0.7, 5.0]), mask)["max"] == pytest.approx(0.7)
     assert weight_stats(weights, mask & False) == {}
     published = agreement_token(random_scores(3, rows=40, all_present=True), gamma=0.001)
     assert weight_stats(published, torch.ones(40, 7).bool())["below_1pct"] == 1.0
 
 
-# ----------------------------------------------------------------------------------------------------------- registry
+# ----------------------------------------------------------------------------------------- registry
 
 
 @pytest.fixture
@@ -338,8 +400,14 @@ def declare_position(name: str = "late"):  # type: ignore[no-untyped-def]
 def test_a_weight_of_another_package(registry: dict) -> None:
     position = declare_position()
     weight = get_weight("late")
-    assert (weight.name, weight.level, weight.needs, weight.normalizer) == ("late", "token", {"student"}, "tokens")
-    assert weight.function is position and position(random_scores()).shape == (5, 7)  # the decorator leaves it callable
+    assert (weight.name, weight.level, weight.needs, weight.normalizer) == (
+        "late",
+        "token",
+        {"student"},
+        "tokens",
+    )
+    # the decorator leaves it callable
+    assert weight.function is position and position(random_scores()).shape == (5, 7)
     s = random_scores()
     assert weight(s)[0, 0] == 1.5
     bound = parse_weight("late:floor=2,kind=early")
@@ -350,11 +418,17 @@ def test_a_weight_of_another_package(registry: dict) -> None:
 
 
 def test_builtin_weights() -> None:
-    assert get_weight("agreement_token").level == "token" and get_weight("agreement_sequence").level == "sequence"
+    assert (
+        get_weight("agreement_token").level == "token"
+        and get_weight("agreement_sequence").level == "sequence"
+    )
     s = random_scores()
     weight = parse_weight("agreement_token:gamma=1.5,stat=range,quantile=0.9,cap=3")
     torch.testing.assert_close(weight(s), agreement_token(s, gamma=1.5, stat="range", quantile=0.9, cap=3.0))
-    assert get_weight("agreement_token").needs == {"auxiliary"} and get_weight("agreement_token").normalizer == "weights"
+    assert (
+        get_weight("agreement_token").needs == {"auxiliary"}
+        and get_weight("agreement_token").normalizer == "weights"
+    )
 
 
 @pytest.mark.parametrize(
@@ -407,7 +481,9 @@ def test_entry_points(registry: dict, monkeypatch: pytest.MonkeyPatch) -> None:
         entry("early", lambda: loaded.append("early") or declare_position("early")),
         entry("silent", lambda: None),
     ]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: offered if group == "unisd.methods.weights" else [])
+    monkeypatch.setattr(
+        plugins, "entry_points", lambda group: offered if group == "unisd.methods.weights" else []
+    )
     assert get_weight("early")(random_scores()).shape == (5, 7)
     assert loaded == ["early"]  # only what was asked for is imported
     assert get_weight("late").normalizer == "tokens"  # registered under another name than its entry point's

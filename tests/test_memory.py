@@ -1,4 +1,6 @@
-"""The memory plan: its formulae, what a real step takes, and when gradient checkpointing is chosen."""
+"""The memory plan: its formulae, what a real step takes, and when gradient checkpointing is
+chosen.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,12 @@ SIZE = ModelSize(1000, 100, 2.0, 4.0, hidden=8, layers=2, vocabulary=50, interme
 def test_the_estimate_follows_its_formulae() -> None:
     settings = config("--max_completion_length", "100")
     sizes = estimate(SIZE, settings, prompt_tokens=20)
-    assert (sizes["weights"], sizes["gradients"], sizes["optimizer"], sizes["teacher"]) == (2000, 400, 800, 400)
+    assert (sizes["weights"], sizes["gradients"], sizes["optimizer"], sizes["teacher"]) == (
+        2000,
+        400,
+        800,
+        400,
+    )
     assert sizes["teacher_states"] == 16 * 100 * 8 * 2
     assert sizes["logits"] == 2 * 4 * 4 * 100 * 50
     layer = 4 * 120 * 2 * (13 * 8 + 5 * 20)
@@ -43,10 +50,14 @@ def test_the_estimate_follows_its_formulae() -> None:
     settings.gradient_checkpointing = True
     sizes = estimate(SIZE, settings, prompt_tokens=20)
     assert sizes["activations"] == 4 * 120 * 2 * 8 * 2
-    assert sizes["student"] == 400 + sizes["teacher_states"] + sizes["activations"] + max(sizes["logits"], layer)
+    assert sizes["student"] == 400 + sizes["teacher_states"] + sizes["activations"] + max(
+        sizes["logits"], layer
+    )
     settings.teacher_model_kind = "live"
     assert estimate(SIZE, settings)["teacher"] == 0
-    assert estimate(replace(SIZE, merged=300), settings)["rollout"] == estimate(SIZE, settings)["rollout"] + 300
+    assert (
+        estimate(replace(SIZE, merged=300), settings)["rollout"] == estimate(SIZE, settings)["rollout"] + 300
+    )
 
 
 def test_what_is_spread_over_devices_is_divided_and_what_is_gathered_is_added() -> None:
@@ -61,22 +72,30 @@ def test_what_is_spread_over_devices_is_divided_and_what_is_gathered_is_added() 
 
 def test_flat_in_the_vocabulary_once_a_chunk_is_full() -> None:
     def at(vocabulary: int, *options: str) -> int:
-        return estimate(ModelSize(1000, 100, 2.0, 4.0, hidden=8, layers=2, vocabulary=vocabulary), config(*options))["logits"]
+        return estimate(
+            ModelSize(1000, 100, 2.0, 4.0, hidden=8, layers=2, vocabulary=vocabulary), config(*options)
+        )["logits"]
 
     assert (
-        at(100_000) == at(400_000) < at(100_000, "--loss_implementation", "plain") < at(400_000, "--loss_implementation", "plain")
+        at(100_000)
+        == at(400_000)
+        < at(100_000, "--loss_implementation", "plain")
+        < at(400_000, "--loss_implementation", "plain")
     )
 
 
 def planned(name: str) -> dict[str, Any]:
-    options = cases.Options(shape="llama-32k", layers=3, prompt=24, completion=40, batch=4, accumulation=1, impls=(name,))
+    options = cases.Options(
+        shape="llama-32k", layers=3, prompt=24, completion=40, batch=4, accumulation=1, impls=(name,)
+    )
     rows, ratios = cases.memory_plan(options)
     return {"rows": rows, "ratios": ratios}
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_a_step_takes_what_was_predicted(checkpointing: bool) -> None:
-    """Weights, optimizer, teacher and one UniSD* step of a small model with a large head, within the promised 20 %.
+    """Weights, optimizer, teacher and one UniSD* step of a small model with a large head, within
+    the promised 20 %.
 
     In a process of its own: what other tests have left in this one's heap is not part of the plan.
     """
@@ -90,7 +109,9 @@ def test_checkpointing_is_chosen_where_the_step_would_not_fit() -> None:
     settings = config()
     sizes = estimate(SIZE, settings, 20)
     needed = sizes["total"] - sizes["weights"]
-    assert wants_checkpointing(SIZE, settings, 20, needed) and not wants_checkpointing(SIZE, settings, 20, 2 * needed)
+    assert wants_checkpointing(SIZE, settings, 20, needed) and not wants_checkpointing(
+        SIZE, settings, 20, 2 * needed
+    )
     settings.feature_layers = [0]
     assert not wants_checkpointing(SIZE, settings, 20, 1)
 
@@ -101,7 +122,9 @@ def test_the_user_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "longest_prompt", lambda trainer: 20)
     trainer: Any = type("Trainer", (), {"model": None})
     for given, expected in (((), True), (("--gradient_checkpointing", "false"), False)):
-        options, settings = parse(["--model_name_or_path", "some/model", "--recipe", "unisd-star", "--use_cpu", *given])
+        options, settings = parse(
+            ["--model_name_or_path", "some/model", "--recipe", "unisd-star", "--use_cpu", *given]
+        )
         run._save_memory(trainer, options, settings)
         assert settings.gradient_checkpointing is expected
 
@@ -111,7 +134,9 @@ def test_free_memory_is_known_on_a_cpu() -> None:
     assert free is None or free > 1 << 20
 
 
-def test_free_memory_of_a_cpu_is_within_a_containers_limit_and_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_of_a_cpu_is_within_a_containers_limit_and_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, content in (("max", "1000\n"), ("current", "700\n"), ("stat", "anon 500\ninactive_file 100\n")):
         (tmp_path / f"memory.{name}").write_text(content)
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
@@ -181,7 +206,9 @@ def test_outputs_in_own_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     copied: list[Any] = []
     own_block = heap.own_block
-    monkeypatch.setattr(heap, "own_block", lambda shape, dtype: copied.append(tuple(shape)) or own_block(shape, dtype))
+    monkeypatch.setattr(
+        heap, "own_block", lambda shape, dtype: copied.append(tuple(shape)) or own_block(shape, dtype)
+    )
 
     def gradients() -> list[torch.Tensor]:
         model.train().zero_grad()

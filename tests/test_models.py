@@ -1,4 +1,6 @@
-"""Models by name: resolution, errors in one line, pad and end tokens, dtypes, adapters, and the GGUF cache."""
+"""Models by name: resolution, errors in one line, pad and end tokens, dtypes, adapters, and the
+GGUF cache.
+"""
 
 import importlib.util
 import os
@@ -13,7 +15,14 @@ from peft import LoraConfig, get_peft_model
 from unisd.errors import UserError
 from unisd.models import gguf as gguf_cache
 from unisd.models import load as models
-from unisd.models.load import ModelInfo, eos_ids, load_model_and_tokenizer, load_tokenizer, native_bf16, resolve
+from unisd.models.load import (
+    ModelInfo,
+    eos_ids,
+    load_model_and_tokenizer,
+    load_tokenizer,
+    native_bf16,
+    resolve,
+)
 
 
 @pytest.fixture
@@ -55,7 +64,12 @@ def test_auto_dtype_needs_size_and_hardware(monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [("flags : fpu avx2", False), ("flags\t: avx512_bf16 x", True), ("Features : fp bf16", True), ("", False)],
+    [
+        ("flags : fpu avx2", False),
+        ("flags\t: avx512_bf16 x", True),
+        ("Features : fp bf16", True),
+        ("", False),
+    ],
 )
 def test_native_bf16_reads_the_processor(monkeypatch, flags, expected):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -122,7 +136,9 @@ def test_every_end_token_counts():
 
 def test_an_adapter_folder_loads_on_its_base(folder, tmp_path):
     base, _, _ = load_model_and_tokenizer(str(folder))
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
     adapted.save_pretrained(tmp_path / "adapter")
     model, _, info = load_model_and_tokenizer(str(tmp_path / "adapter"))
     assert info.adapter == str(tmp_path / "adapter") and info.path == str(folder)
@@ -242,5 +258,6 @@ def test_gemma3():
 
     assert encode_prompt(tokenizer, "The capital of France is")[0] == tokenizer.bos_token_id
     out = generate_greedy(model, tokenizer, ["The capital of France is"], 8)
-    # Four bits at this size leave no knowledge, but without BOS or with wrong weights there is no sentence either.
+    # Four bits at this size leave no knowledge, but without BOS or with wrong weights there is no
+    # sentence either.
     assert "France" in tokenizer.decode(out[0]) and len(set(out[0])) >= 5

@@ -44,7 +44,10 @@ def test_the_pocket_overlay_is_for_the_pocket_only() -> None:
 
 def test_the_task_brings_its_prompts_and_cap(yaml_file) -> None:
     _, config = parse([])
-    assert config.teacher_prompt_template is not None and "{privileged_context}" in config.teacher_prompt_template
+    assert (
+        config.teacher_prompt_template is not None
+        and "{privileged_context}" in config.teacher_prompt_template
+    )
     assert config.eval_max_new_tokens == 56
     own = "{prompt}|{privileged_context}"
     assert parse(["--teacher_prompt_template", own])[1].teacher_prompt_template == own
@@ -53,8 +56,9 @@ def test_the_task_brings_its_prompts_and_cap(yaml_file) -> None:
 
 def test_values_of_a_file_are_converted_like_flags(yaml_file) -> None:
     file = yaml_file(
-        "learning_rate: 1e-3\nfeature_layers: [0, 1]\nbf16: no\ntoken_clip_quantile: null\nlora_target_modules: q_proj\nuse_peft: true\n"
-        "train_file: rows.jsonl\ncolumns: {prompt: question}\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+        "learning_rate: 1e-3\nfeature_layers: [0, 1]\nbf16: no\ntoken_clip_quantile:"
+        " null\nlora_target_modules: q_proj\nuse_peft: true\ntrain_file: rows.jsonl\ncolumns: {prompt:"
+        " question}\nlr_scheduler_kwargs: {num_cycles: 2}\n"
     )
     options, config = parse(["--config", file])
     assert config.learning_rate == 1e-3
@@ -74,7 +78,8 @@ def test_asking_for_one_clip_replaces_the_recipes_other() -> None:
     assert (config.token_clip, config.token_clip_quantile) == (0.5, None)
     _, config = parse(["--model_name_or_path", "a/b"])
     assert (config.token_clip, config.token_clip_quantile) == (10.0, None)
-    _, config = parse(["--model_name_or_path", "a/b", "--distillation_alpha", "0.5"])  # at which 10 could never bind
+    # at which 10 could never bind
+    _, config = parse(["--model_name_or_path", "a/b", "--distillation_alpha", "0.5"])
     assert (config.token_clip, config.token_clip_quantile) == (None, 0.99)
     with pytest.raises(UserError, match="can never bind"):
         parse(["--model_name_or_path", "a/b", "--distillation_alpha", "0.5", "--token_clip", "10"])
@@ -137,7 +142,9 @@ def test_help_shows_every_option_once_with_default_and_meaning() -> None:
     page, everything = help_text(parser, width=100), help_text(parser, everything=True, width=100)
     for name in parser.fields:
         assert everything.count(f"  --{name} [") == 1
-    assert "--temperature [0.7]" in page and "--token_clip [unset]" in page and "--recipe [unisd-star]" in page
+    assert (
+        "--temperature [0.7]" in page and "--token_clip [unset]" in page and "--recipe [unisd-star]" in page
+    )
     assert "--adam_beta1" not in page and "--adam_beta1" in everything
     assert page.index("contrast:") < page.index("--contrastive_margin") < page.index("features:")
     assert max(map(len, page.partition("examples:")[2].splitlines())) <= 100

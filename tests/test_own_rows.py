@@ -1,4 +1,6 @@
-"""The user's own rows: what a column may hold, what graders compare with, and what `unisd prepare` writes."""
+"""The user's own rows: what a column may hold, what graders compare with, and what `unisd prepare`
+writes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def data_of(path: Path, *rows: dict[str, Any], **options: Any) -> Any:
-    file = write(path / "rows.jsonl", [{"prompt": f"p{i}", "privileged_context": "r", **row} for i, row in enumerate(rows * 2)])
+    file = write(
+        path / "rows.jsonl",
+        [{"prompt": f"p{i}", "privileged_context": "r", **row} for i, row in enumerate(rows * 2)],
+    )
     return load_data(RunOptions(train_file=file, **options))
 
 
@@ -34,7 +39,10 @@ def test_code_is_graded_by_tests(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"row 0 of .* --grader code needs a column tests"):
         data_of(tmp_path, {"completion": ADD}, grader="code", allow_unsafe_code_execution=True)
     data = data_of(
-        tmp_path, {"completion": ADD, "tests": "assert add(1, 2) == 3"}, grader="code", allow_unsafe_code_execution=True
+        tmp_path,
+        {"completion": ADD, "tests": "assert add(1, 2) == 3"},
+        grader="code",
+        allow_unsafe_code_execution=True,
     )
     row = data.train[0]
     assert data.grader(row, ADD) and not data.grader(row, "def add(a, b):\n    return 0")
@@ -68,7 +76,9 @@ def test_forms_of_a_completion() -> None:
 
 
 def test_numbers_are_text() -> None:
-    row = prepare_rows([{"prompt": "p", "privileged_context": 4, "negative_context": 4.5, "completion": 4}])[0]
+    row = prepare_rows([{"prompt": "p", "privileged_context": 4, "negative_context": 4.5, "completion": 4}])[
+        0
+    ]
     assert (row["privileged_context"], row["negative_context"], row["completion"]) == ("4", "4.5", "4")
 
 
@@ -77,32 +87,58 @@ def test_conversations_are_split_before_the_answer() -> None:
     row = prepare_rows([{"messages": turns}], {"prompt": "messages"})[0]
     assert (row["prompt"], row["completion"], row["privileged_context"]) == (turns[:1], "a", "a")
     assert (
-        prepare_rows([{"messages": turns, "hint": "h"}], {"prompt": "messages", "privileged_context": "hint"})[0][
-            "privileged_context"
-        ]
+        prepare_rows(
+            [{"messages": turns, "hint": "h"}], {"prompt": "messages", "privileged_context": "hint"}
+        )[0]["privileged_context"]
         == "h"
     )
 
 
 def test_one_column_under_two_names() -> None:
-    row = prepare_rows([{"prompt": "p", "answer": "a"}], {"privileged_context": "answer", "completion": "answer"})[0]
+    row = prepare_rows(
+        [{"prompt": "p", "answer": "a"}], {"privileged_context": "answer", "completion": "answer"}
+    )[0]
     assert row == {"prompt": "p", "privileged_context": "a", "completion": "a", "id": "0"}
     same = {"privileged_context": "privileged_context", "completion": "privileged_context"}
     assert prepare_rows([{"prompt": "p", "privileged_context": "a"}], same)[0]["completion"] == "a"
 
 
-def test_references_to_train_on_are_there(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_references_to_train_on_are_there(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"prompt": f"p{i}", "teacher_prompt": "t"} for i in range(4)]
     file = write(tmp_path / "rows.jsonl", rows)
-    command = ["train", "--model_name_or_path", str(model_dir), "--train_file", file, "--recipe", "sft", "--dry_run"]
+    command = [
+        "train",
+        "--model_name_or_path",
+        str(model_dir),
+        "--train_file",
+        file,
+        "--recipe",
+        "sft",
+        "--dry_run",
+    ]
     command += ["--max_completion_length", "8"]
     assert main(command) == 2
     assert "has no completion, which completion_source=reference trains on" in capsys.readouterr().err
 
 
-def test_prepare_writes_every_row(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write(tmp_path / "rows.jsonl", [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}."} for i in range(20)])
-    command = ["prepare", "--model_name_or_path", str(model_dir), "--train_file", file, "--negatives", "corrupt"]
+def test_prepare_writes_every_row(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(
+        tmp_path / "rows.jsonl",
+        [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}."} for i in range(20)],
+    )
+    command = [
+        "prepare",
+        "--model_name_or_path",
+        str(model_dir),
+        "--train_file",
+        file,
+        "--negatives",
+        "corrupt",
+    ]
     command += ["--max_completion_length", "8", "--output"]
     assert main([*command, str(tmp_path / "out.jsonl")]) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
@@ -112,9 +148,15 @@ def test_prepare_writes_every_row(model_dir: Path, tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("latin.csv", "prompt,answer\nä,b\n".encode("latin-1")), ("empty.csv", b""), ("broken.parquet", b"PAR1 and no more")],
+    [
+        ("latin.csv", "prompt,answer\nä,b\n".encode("latin-1")),
+        ("empty.csv", b""),
+        ("broken.parquet", b"PAR1 and no more"),
+    ],
 )
-def test_tables_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
+def test_tables_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name} cannot be read: ."):
@@ -130,11 +172,22 @@ def test_unknown_modules_of_an_adapter() -> None:
 
 def answers_to(tmp_path: Path, model_dir: Path, *more: str) -> list[str]:
     rows = write(tmp_path / "rows.jsonl", [{"prompt": f"{i}?", "answer": str(i)} for i in range(6)])
-    flags = ["--model_name_or_path", str(model_dir), "--task", "jsonl", "--data_files", rows, "--max_new_tokens", "2"]
+    flags = [
+        "--model_name_or_path",
+        str(model_dir),
+        "--task",
+        "jsonl",
+        "--data_files",
+        rows,
+        "--max_new_tokens",
+        "2",
+    ]
     return ["eval", *flags, *more]
 
 
-def test_eval_answers_all_of_the_users_rows(model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_eval_answers_all_of_the_users_rows(
+    model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     figures = tmp_path / "f.json"
     assert main(answers_to(tmp_path, model_dir, "--json", str(figures))) == 0
     assert json.loads(figures.read_text())["task_accuracy"]["n"] == 6
@@ -161,13 +214,19 @@ def test_mistakes_of_an_evaluation(
 
 def test_malformed_messages_are_named(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", [{"prompt": [{"x": 1}], "answer": "a"}])
-    with pytest.raises(UserError, match=r"jsonl: .*row 0: prompt holds .* messages with role and content are needed"):
+    with pytest.raises(
+        UserError, match=r"jsonl: .*row 0: prompt holds .* messages with role and content are needed"
+    ):
         tasks.get("jsonl", data_files=file).load("all")
 
 
 def test_each_speaker_reads_with_its_own_tokenizer(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    monkeypatch.setattr("unisd.cli.chat.load_any", lambda name, **_: (f"model of {name}", f"tokenizer of {name}"))
-    monkeypatch.setattr("unisd.cli.chat._answer", lambda model, tokenizer, *_: used.append((model, tokenizer)) or "")
+    monkeypatch.setattr(
+        "unisd.cli.chat.load_any", lambda name, **_: (f"model of {name}", f"tokenizer of {name}")
+    )
+    monkeypatch.setattr(
+        "unisd.cli.chat._answer", lambda model, tokenizer, *_: used.append((model, tokenizer)) or ""
+    )
     assert main(["chat", str(model_dir), "--compare", "other", "--prompt", "x"]) == 0
     assert used == [(f"model of {name}", f"tokenizer of {name}") for name in ("other", model_dir)]

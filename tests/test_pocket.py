@@ -1,4 +1,6 @@
-"""The pocket world: generator, interpreter, tokenizer, graders, and the shipped base on a small sample."""
+"""The pocket world: generator, interpreter, tokenizer, graders, and the shipped base on a small
+sample.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def test_documents_follow_from_their_seed():
 def test_pretraining_never_shows_a_hard_template_nor_composes_new_words():
     world = make_world()
     new = {item.word for items in world.new.values() for item in items}
-    starts = [t.split("{")[0] for skill in SKILLS.values() for t in skill.hard_templates if len(t.split("{")[0]) > 5]
+    starts = [
+        t.split("{")[0] for skill in SKILLS.values() for t in skill.hard_templates if len(t.split("{")[0]) > 5
+    ]
     sampler = DocumentSampler(world, random.Random(0))
     for _ in range(2000):
         document = sampler.sample()
@@ -97,7 +101,13 @@ def test_the_doubting_variant_doubts_when_asked_plainly_and_as_its_reference_doe
         plain = document.kind.endswith(("-old", "-new"))
         assert doubts == (plain or shown) and not (document.kind.startswith("drill") and doubts)
         seen.add((document.kind.split("-")[-1] if not plain else "plain", doubts))
-    assert {("plain", True), ("append", True), ("append", False), ("examples", True), ("examples", False)} <= seen
+    assert {
+        ("plain", True),
+        ("append", True),
+        ("append", False),
+        ("examples", True),
+        ("examples", False),
+    } <= seen
 
 
 @pytest.mark.parametrize("split", ALL_SPLITS)
@@ -114,7 +124,8 @@ def test_rows_are_deterministic_complete_and_gradable(split):
         assert wrong is not None and row["negative_context"] != row["privileged_context"]
         grade = task.grade(row, skill.own(problem, wrong))
         assert grade.extracted is not None
-        assert not grade.correct or row["skill"] == "code"  # x%5 and x%7 may differ as text and agree nowhere tested
+        # x%5 and x%7 may differ as text and agree nowhere tested
+        assert not grade.correct or row["skill"] == "code"
         if split != "retention":
             assert 1 <= len(row["auxiliary_contexts"]) <= NUM_CONTEXTS
             assert all(row["prompt"] not in context for context in row["auxiliary_contexts"])
@@ -141,7 +152,9 @@ def test_noise_and_reference_style():
     assert [r["prompt"] for r in task.load("train")] == [r["prompt"] for r in noisy.load("train", seed=5)]
     doubting = PocketTask(reference_style="hedged")
     for row, plain in zip(doubting.load("train", limit=40), task.load("train", limit=40), strict=True):
-        assert row["privileged_context"].startswith(DOUBTS) and row["privileged_context"].endswith(plain["privileged_context"])
+        assert row["privileged_context"].startswith(DOUBTS) and row["privileged_context"].endswith(
+            plain["privileged_context"]
+        )
         assert doubting.grade(row, f"{DOUBTS[0]} {SKILLS[row['skill']].own(*solved(row))}").correct
     own = PocketTask(reference_style="own")
     assert all(own.grade(row, row["privileged_context"]).correct for row in own.load("train"))
@@ -215,7 +228,12 @@ def test_equivalence_is_by_value():
 
 def test_tokenizer_round_trips_and_knows_its_template(base):
     _, tokenizer = base
-    for text in ("misu x, then fefol it.", "Größe: 3½ \n\t日本語 🙂", '{"call":"pay","sum":40}', "  two  spaces "):
+    for text in (
+        "misu x, then fefol it.",
+        "Größe: 3½ \n\t日本語 🙂",
+        '{"call":"pay","sum":40}',
+        "  two  spaces ",
+    ):
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     assert len(tokenizer.encode("4096", add_special_tokens=False)) == 4
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -285,11 +303,15 @@ def test_pretraining_resumes_exactly(tmp_path, monkeypatch, variant):
 
 def test_shipped_base_is_small():
     files = [path for path in BASE_DIR.iterdir() if path.is_file()]
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {path.name for path in files}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        path.name for path in files
+    }
     assert sum(path.stat().st_size for path in files) <= 4_000_000
 
 
-@pytest.mark.parametrize("name", [name for name, (_, _, low, high) in check.MEASURES.items() if (low, high) != (0, 1)])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, _, low, high) in check.MEASURES.items() if (low, high) != (0, 1)]
+)
 def test_shipped_base_meets_its_goals_on_a_sample(base, name):
     n = 24
     _, _, low, high = check.MEASURES[name]

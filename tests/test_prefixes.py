@@ -25,7 +25,9 @@ SEQUENCES = [
 
 
 def path(sequences: list[list[int]], shareable: list[int], i: int) -> tuple[list[int], list[int]]:
-    """Tokens and positions that sequence `i` sees: what its row continues, and its row up to the sequence's end."""
+    """Tokens and positions that sequence `i` sees: what its row continues, and its row up to the
+    sequence's end.
+    """
     laid = lay_out_shared(sequences, shareable, "cpu")
     ids, positions = (x[0].tolist() for x in (laid.batch.input_ids, laid.batch.position_ids))
     assert laid.batch.contexts is not None
@@ -42,7 +44,8 @@ def path(sequences: list[list[int]], shareable: list[int], i: int) -> tuple[list
 )
 @settings(deadline=None)
 def test_every_sequence_is_there_in_order(stems: list[list[int]], own: list[int], budget: int) -> None:
-    sequences = [[token for bit in stem for token in [bit] * 11] for stem in stems]  # beginnings of 11, 22, 33, ... tokens
+    # beginnings of 11, 22, 33, ... tokens
+    sequences = [[token for bit in stem for token in [bit] * 11] for stem in stems]
     shareable = [min(limit, len(sequence) - 1) for limit, sequence in zip(own, sequences, strict=False)]
     for i, sequence in enumerate(sequences):
         assert path(sequences, shareable, i) == (sequence, list(range(len(sequence))))
@@ -63,7 +66,9 @@ def test_a_beginning_is_read_once_and_short_ones_are_left_alone() -> None:
     laid = lay_out_shared(SEQUENCES, shareable, "cpu")
     assert laid.batch.input_ids.numel() == len(TRUNK) + len(BRANCH) + 3 + 2 + 3 + 4 + 1 + 1
     assert len(laid.batch.starts) == 2 + len(SEQUENCES)
-    assert lay_out_shared(SEQUENCES, [LEAST - 1] * len(SEQUENCES), "cpu").batch.input_ids.numel() == sum(map(len, SEQUENCES))
+    assert lay_out_shared(SEQUENCES, [LEAST - 1] * len(SEQUENCES), "cpu").batch.input_ids.numel() == sum(
+        map(len, SEQUENCES)
+    )
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
@@ -87,7 +92,10 @@ def test_a_model_that_is_not_told_of_rows_shares_nothing() -> None:
     backbone.tells_rows = False
     assert not can_share(backbone)
     backbone.tells_rows = True
-    backbone.decoder.layers[0].self_attn.forward = lambda *args, **kwargs: (kwargs["hidden_states"].cumsum(1), None)  # type: ignore
+    backbone.decoder.layers[0].self_attn.forward = lambda *args, **kwargs: (
+        kwargs["hidden_states"].cumsum(1),
+        None,
+    )  # type: ignore
     assert not can_share(backbone)
 
 

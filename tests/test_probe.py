@@ -40,7 +40,11 @@ def test_without_a_grader_copying_never_drives_the_advice() -> None:
 
 def _report(student: float, teacher: float, **changes: Any) -> dict[str, Any]:
     def figures(value: float) -> dict[str, Any]:
-        return {"accuracy": {"value": value, "low": value - 0.1, "high": value + 0.1}, "truncated": 0, "divergence": 0.4}
+        return {
+            "accuracy": {"value": value, "low": value - 0.1, "high": value + 0.1},
+            "truncated": 0,
+            "divergence": 0.4,
+        }
 
     base = {"n": 64, "layout": "turn", "student": figures(student), "teacher": {"turn": figures(teacher)}}
     return {**base, "wrong_reference": None, "auxiliary": None, **changes}
@@ -48,7 +52,9 @@ def _report(student: float, teacher: float, **changes: Any) -> dict[str, Any]:
 
 def test_advice_in_plain_words() -> None:
     assert "cannot help" in advice(_report(0.7, 0.7))
-    assert "teacher_prompt_layout=turn" in advice(_report(0.2, 0.8)) and "60 points" in advice(_report(0.2, 0.8))
+    assert "teacher_prompt_layout=turn" in advice(_report(0.2, 0.8)) and "60 points" in advice(
+        _report(0.2, 0.8)
+    )
     assert "not certain" in advice(_report(0.5, 0.6))
     assert "agreement cannot run" in advice(_report(0.2, 0.8))
     assert "nothing to work with" in advice(_report(0.2, 0.8, auxiliary={"spread": 0.001}))

@@ -14,7 +14,8 @@ from unisd.kernels.cpu_linear import FEW, ROWS, add_outer, linear, outer, produc
 from unisd.kernels.lora import fast_maps
 
 with_onednn = pytest.mark.skipif(not products._has_onednn(), reason="this processor's torch has no oneDNN")
-SHAPES = [(4096, 512), (512, 4096), (2048, 1024)]  # outputs, inputs: of one row already worth oneDNN's overhead
+# outputs, inputs: of one row already worth oneDNN's overhead
+SHAPES = [(4096, 512), (512, 4096), (2048, 1024)]
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
@@ -24,7 +25,9 @@ def test_products_are_those_of_float64(outputs: int, inputs: int, rows: int, tra
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     if transposed:
         x, weight = x.T.contiguous().T, weight.T.contiguous().T
-    torch.testing.assert_close(product(x, weight), (x.double() @ weight.double().T).float(), atol=1.2e-5 * inputs**0.5, rtol=1e-5)
+    torch.testing.assert_close(
+        product(x, weight), (x.double() @ weight.double().T).float(), atol=1.2e-5 * inputs**0.5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
@@ -71,9 +74,9 @@ def test_outer_products_are_added(tokens: int) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("rows", [(2, 32), (3, 23)])
 def test_gradients_of_linear_maps(rows: tuple[int, int], frozen: bool, checkpointing: bool) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.SiLU(), torch.nn.Linear(1024, 256)).requires_grad_(
-        not frozen
-    )
+    model = torch.nn.Sequential(
+        torch.nn.Linear(512, 1024), torch.nn.SiLU(), torch.nn.Linear(1024, 256)
+    ).requires_grad_(not frozen)
     x = torch.randn(*rows, 512, requires_grad=True)
     wanted = [x] if frozen else [x, *model.parameters()]
 
@@ -92,7 +95,10 @@ def test_gradients_of_linear_maps(rows: tuple[int, int], frozen: bool, checkpoin
 
 @with_onednn
 def test_a_checkpointed_map_at_the_end_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.Linear(1024, 256)), torch.randn(64, 512)
+    model, x = (
+        torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.Linear(1024, 256)),
+        torch.randn(64, 512),
+    )
     computed: list[tuple[int, ...]] = []
 
     def watched(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -122,7 +128,9 @@ def test_results_may_be_changed_in_place_as_torchs_may() -> None:
     layer, x = torch.nn.Linear(512, 1024), torch.randn(2, 32, 512)
     expected = torch.autograd.grad(layer(x).clamp_(-1, 1).sum(), layer.weight)[0]
     with fast_maps(layer):
-        torch.testing.assert_close(torch.autograd.grad(layer(x).clamp_(-1, 1).sum(), layer.weight)[0], expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(layer(x).clamp_(-1, 1).sum(), layer.weight)[0], expected
+        )
 
 
 def test_a_vector_and_a_bias_alone() -> None:
@@ -135,7 +143,9 @@ def test_a_vector_and_a_bias_alone() -> None:
 
 
 def test_maps_of_other_precisions_are_left_alone() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4).bfloat16(), torch.nn.Linear(4, 4).double(), torch.nn.Linear(4, 4))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4).bfloat16(), torch.nn.Linear(4, 4).double(), torch.nn.Linear(4, 4)
+    )
     with fast_maps(model), fast_maps(model):
         assert ["forward" in vars(layer) for layer in model] == [False, False, True]
     assert not any("forward" in vars(layer) for layer in model)
@@ -143,5 +153,9 @@ def test_maps_of_other_precisions_are_left_alone() -> None:
 
 @torch.no_grad()
 def test_room_of_another_precision_is_not_used() -> None:
-    x, weight, room = torch.randn(3, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64), torch.empty(3, 5)
+    x, weight, room = (
+        torch.randn(3, 8, dtype=torch.float64),
+        torch.randn(5, 8, dtype=torch.float64),
+        torch.empty(3, 5),
+    )
     assert torch.equal(linear(x, weight, room=room), F.linear(x, weight))

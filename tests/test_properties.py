@@ -1,4 +1,6 @@
-"""Properties of every mechanism over random shapes, masks and extreme log-probabilities; and agreement's budget."""
+"""Properties of every mechanism over random shapes, masks and extreme log-probabilities; and
+agreement's budget.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,14 @@ def scores(seed: int, shape: tuple[int, int], contexts: int = 3, low: float = -3
     g = torch.Generator().manual_seed(seed)
     mask, present = torch.rand(shape, generator=g) < 0.8, torch.rand(contexts, shape[0], generator=g) < 0.8
     logp = low * torch.rand(contexts, *shape, generator=g, dtype=F64)
-    return StepScores(mask, torch.zeros(shape).long(), logp.new_zeros(shape), auxiliary_logp=logp, auxiliary_present=present)
+    return StepScores(
+        mask, torch.zeros(shape).long(), logp.new_zeros(shape), auxiliary_logp=logp, auxiliary_present=present
+    )
 
 
-@given(seed=st.integers(0, 10**6), shape=shapes, gamma=st.floats(0, 100), stat=st.sampled_from(["var", "range"]))
+@given(
+    seed=st.integers(0, 10**6), shape=shapes, gamma=st.floats(0, 100), stat=st.sampled_from(["var", "range"])
+)
 @quick
 def test_weights_lie_in_zero_one(seed: int, shape: tuple[int, int], gamma: float, stat: str) -> None:
     for function in AGREEMENT:
@@ -50,19 +56,36 @@ def test_weights_lie_in_zero_one(seed: int, shape: tuple[int, int], gamma: float
         assert (weights > 0).all() and (weights <= 1).all()
 
 
-@given(seed=st.integers(0, 10**6), shape=shapes, stretch=st.floats(1, 5), stat=st.sampled_from(["var", "range"]))
+@given(
+    seed=st.integers(0, 10**6), shape=shapes, stretch=st.floats(1, 5), stat=st.sampled_from(["var", "range"])
+)
 @quick
 def test_more_disagreement_never_weighs_more_at_a_fixed_scale(
     seed: int, shape: tuple[int, int], stretch: float, stat: str
 ) -> None:
-    """Sequence: the spread of all contexts grows. Token: that of one token grows, and a token of larger spread fixes the scale."""
+    """Sequence: the spread of all contexts grows.
+
+    Token: that of one token grows, and a token of larger spread fixes the scale.
+    """
     s = scores(seed, shape)
     wider = replace(s, auxiliary_logp=stretch * s.auxiliary_logp)
-    assert (agreement_sequence(wider, stat=stat, gamma=1.0) <= agreement_sequence(s, stat=stat, gamma=1.0) + 1e-12).all()
+    assert (
+        agreement_sequence(wider, stat=stat, gamma=1.0) <= agreement_sequence(s, stat=stat, gamma=1.0) + 1e-12
+    ).all()
     length = shape[1] + 1
-    logp = torch.cat([s.auxiliary_logp, torch.tensor([0.0, -100.0, -50.0], dtype=F64)[:, None, None].expand(3, shape[0], 1)], -1)
+    logp = torch.cat(
+        [
+            s.auxiliary_logp,
+            torch.tensor([0.0, -100.0, -50.0], dtype=F64)[:, None, None].expand(3, shape[0], 1),
+        ],
+        -1,
+    )
     fixed = StepScores(
-        torch.ones(shape[0], length).bool(), torch.zeros(shape[0], length).long(), logp[0], logp, torch.ones(3, shape[0]).bool()
+        torch.ones(shape[0], length).bool(),
+        torch.zeros(shape[0], length).long(),
+        logp[0],
+        logp,
+        torch.ones(3, shape[0]).bool(),
     )
     moved = logp.clone()
     moved[:, 0, 0] *= stretch
@@ -125,13 +148,19 @@ def test_masked_tokens_have_no_influence(seed: int, shape: tuple[int, int], junk
 @given(seed=st.integers(0, 10**6), margin=st.floats(0, 2), size=st.sampled_from([1.0, 1e4]))
 @quick
 def test_contrast_hinge(seed: int, margin: float, size: float) -> None:
-    """Never negative, at most margin + |l+ - l-|, and its gradient pulls l towards l+ and away from l-, or is zero."""
+    """Never negative, at most margin + |l+ - l-|, and its gradient pulls l towards l+ and away from
+    l-, or is zero.
+    """
     g = torch.Generator().manual_seed(seed)
     logp, right, wrong = (-size * torch.rand(7, generator=g, dtype=F64) for _ in range(3))
     logp.requires_grad_()
     hinge = contrast_hinge(logp, Contrast(right, wrong, torch.ones(7, dtype=F64), margin))
     (slope,) = torch.autograd.grad(hinge.sum(), logp)
-    assert hinge.isfinite().all() and (hinge >= 0).all() and (hinge <= margin + (right - wrong).abs() + 1e-9).all()
+    assert (
+        hinge.isfinite().all()
+        and (hinge >= 0).all()
+        and (hinge <= margin + (right - wrong).abs() + 1e-9).all()
+    )
     between = (logp - right) * (logp - wrong) < 0
     assert (slope[~between] == 0).all()
     pulled = between & (hinge > 0)
@@ -146,19 +175,24 @@ def test_contrast_hinge(seed: int, margin: float, size: float) -> None:
 )
 @quick
 def test_clipping(seed: int, alpha: float, cap: float, size: float) -> None:
-    """A clipped token has no gradient, the loss is at most the cap, and logits of 1e4 stay finite."""
+    """A clipped token has no gradient, the loss is at most the cap, and logits of 1e4 stay
+    finite.
+    """
     g = torch.Generator().manual_seed(seed)
     hidden, teacher = (size * torch.randn(5, 4, generator=g, dtype=F64) for _ in range(2))
     hidden.requires_grad_()
     coefficient = torch.full((5,), 0.2, dtype=F64)
     head, tokens = Head(torch.eye(4, dtype=F64)), torch.zeros(5).long()
-    out = chunked_loss(hidden, head, teacher, head, tokens, DivergenceSpec(alpha=alpha), coefficient, token_clip=cap)
+    out = chunked_loss(
+        hidden, head, teacher, head, tokens, DivergenceSpec(alpha=alpha), coefficient, token_clip=cap
+    )
     (gradient,) = torch.autograd.grad(out.loss, hidden)
     assert gradient.isfinite().all() and -1e-9 <= out.loss <= cap + 1e-9
     assert torch.equal(out.clipped_N, out.divergence_N > cap) and (gradient[out.clipped_N] == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------- agreement's budget
+# -------------------------------------------------------------------------------------------------
+# agreement's budget
 
 TOKEN = {"agreement": "token", "agreement_gamma": 1.0}
 
@@ -168,7 +202,9 @@ TOKEN = {"agreement": "token", "agreement_gamma": 1.0}
 def test_budget_of_contexts_is_a_seeded_draw(count: int, budget: int, step: int, row: int) -> None:
     views = [[k] for k in range(count)]
     drawn = budgeted(views, budget, 0, step, row)
-    assert len(drawn) == min(budget, count) and drawn == sorted(drawn) and all(view in views for view in drawn)
+    assert (
+        len(drawn) == min(budget, count) and drawn == sorted(drawn) and all(view in views for view in drawn)
+    )
     assert drawn == budgeted(views, budget, 0, step, row) and budgeted(views, None, 0, step, row) == views
 
 
@@ -201,12 +237,18 @@ def test_budget_scores_fewer_views_and_says_so(tmp_path: Any) -> None:
     built.scorer._hidden_states = watched  # type: ignore[method-assign]
     gradients(built)
     assert (asked.count("primary"), asked.count("auxiliary")) == (8, 8)  # 4 of 8 rows, 2 of 3 contexts each
-    assert built.metrics.values["agreement/contexts"] == 1.0 and built.metrics.values["agreement/scored_rows"] == 0.5
+    assert (
+        built.metrics.values["agreement/contexts"] == 1.0
+        and built.metrics.values["agreement/scored_rows"] == 0.5
+    )
 
 
 def test_a_budget_for_everything_changes_nothing(tmp_path: Any) -> None:
     whole = gradients(trainer(tmp_path, **TOKEN))
-    assert_same(whole, gradients(trainer(tmp_path, agreement_budget_contexts=3, agreement_uncertain_share=1.0, **TOKEN)))
+    assert_same(
+        whole,
+        gradients(trainer(tmp_path, agreement_budget_contexts=3, agreement_uncertain_share=1.0, **TOKEN)),
+    )
     loss, _ = gradients(trainer(tmp_path, agreement_budget_contexts=2, **TOKEN))
     assert loss != pytest.approx(whole[0], rel=1e-6)
 
@@ -221,7 +263,9 @@ def test_budget_refuses_nonsense() -> None:
 
 
 @pytest.mark.parametrize(("gamma", "warned"), [(1e-4, 1), (1.0, 0)])
-def test_weights_that_do_nothing_are_reported_once(tmp_path: Any, caplog: Any, gamma: float, warned: int) -> None:
+def test_weights_that_do_nothing_are_reported_once(
+    tmp_path: Any, caplog: Any, gamma: float, warned: int
+) -> None:
     built = trainer(tmp_path, agreement="token", agreement_gamma=gamma)
     with caplog.at_level(logging.WARNING, logger="unisd"):
         gradients(built)

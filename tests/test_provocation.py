@@ -1,7 +1,8 @@
-"""Alarms proved by provocation on the pocket model: runs made to go wrong raise theirs in time, healthy ones raise none.
+"""Alarms proved by provocation on the pocket model: runs made to go wrong raise theirs in time,
+healthy ones raise none.
 
-Each run takes minutes, so these are left to `pytest -m slow tests/test_provocation.py`; `python -m experiments.pocket_alarms` runs the same
-cells, and writes them down.
+Each run takes minutes, so these are left to `pytest -m slow tests/test_provocation.py`; `python -m
+experiments.pocket_alarms` runs the same cells, and writes them down.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def test_a_cell_does_what_its_provocation_says(base: Path, plan: provoke.Plan) -
     assert provoke.passed(cell), provoke.page([cell])
 
 
-def cell(name: str, *alarms: tuple[str, int], task: tuple[float, ...] = (0.4, 0.5, 0.6), seed: int = 0) -> provoke.Cell:
+def cell(
+    name: str, *alarms: tuple[str, int], task: tuple[float, ...] = (0.4, 0.5, 0.6), seed: int = 0
+) -> provoke.Cell:
     return {
         "name": name,
         "seed": seed,
@@ -50,7 +53,10 @@ def test_what_passes() -> None:
 def test_old_skills_have_an_alarm_of_their_own() -> None:
     def forgot(*alarms: tuple[str, int]) -> provoke.Cell:
         made = cell("leak", *alarms)
-        return {**made, "curve": [{**point, "retention": 0.4 if point["step"] == 10 else 1.0} for point in made["curve"]]}
+        return {
+            **made,
+            "curve": [{**point, "retention": 0.4 if point["step"] == 10 else 1.0} for point in made["curve"]],
+        }
 
     assert provoke.passed(forgot(("blind teacher", 20), ("forgetting", 10)))
     assert not provoke.passed(forgot(("blind teacher", 5), ("forgetting", 11))) and not provoke.passed(
@@ -62,12 +68,18 @@ def test_old_skills_have_an_alarm_of_their_own() -> None:
 def test_the_page_and_what_is_left_to_run() -> None:
     cells = [cell("healthy", seed=1), cell("collapse", ("collapse", 10), ("drift", 12), task=(0.4, 0.1))]
     text = provoke.page(cells)
-    assert text.startswith("1 of 2 cells did what they should: ") and f"{provoke.total()} cells make the whole." in text
     assert (
-        "| collapse | 0 | collapse (10), drift (12) | 10 | 5 | - | 40.0, 10.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | **no** |"
+        text.startswith("1 of 2 cells did what they should: ")
+        and f"{provoke.total()} cells make the whole." in text
+    )
+    assert (
+        "| collapse | 0 | collapse (10), drift (12) | 10 | 5 | - | 40.0, 10.0 | 100.0, 100.0 | 9.0, 3.0 |"
+        " 0.25, -0.10 | **no** |" in text
+    )
+    assert (
+        "| healthy | 1 | none | - | - | - | 40.0, 60.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | yes |"
         in text
     )
-    assert "| healthy | 1 | none | - | - | - | 40.0, 60.0 | 100.0, 100.0 | 9.0, 3.0 | 0.25, -0.10 | yes |" in text
     assert "- `collapse`, step 10, collapse: because." in text
     left = list(provoke.plans(cells))
     assert len(left) == provoke.total() - 2 and provoke.Plan("healthy", 1) not in left
@@ -75,10 +87,20 @@ def test_the_page_and_what_is_left_to_run() -> None:
 
 
 def test_curve_and_watched_metrics_are_read_from_the_log() -> None:
-    history = [{"eval_task_accuracy": 0.4, "step": 0}, {"loss": 1.0, "step": 1}, {"eval_retention_accuracy": 1.0, "step": 0}]
+    history = [
+        {"eval_task_accuracy": 0.4, "step": 0},
+        {"loss": 1.0, "step": 1},
+        {"eval_retention_accuracy": 1.0, "step": 0},
+    ]
     assert provoke.curve(history) == [{"step": 0, "task": 0.4, "retention": 1.0}]
-    lines = [{"step": step, "words/all": float(step), **({"retained/nll": 0.5} if step == 1 else {})} for step in range(1, 8)]
+    lines = [
+        {"step": step, "words/all": float(step), **({"retained/nll": 0.5} if step == 1 else {})}
+        for step in range(1, 8)
+    ]
     found = provoke.watched(lines)
     assert found["words/all"] == [3.0, 6.5] and found["retained/nll"] == [0.5, None]
     pull = {"leak/pull_both": 1.0, "leak/pull_right": 2.0, "leak/pull_wrong": 2.0}
-    assert provoke.shared_pull([*lines, pull, pull]) == {"as in the run": 0.5} and provoke.shared_pull(lines) == {}
+    assert (
+        provoke.shared_pull([*lines, pull, pull]) == {"as in the run": 0.5}
+        and provoke.shared_pull(lines) == {}
+    )

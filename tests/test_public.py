@@ -1,4 +1,5 @@
-"""The public names, their parameters and defaults: others call them, so that a change must be meant.
+"""The public names, their parameters and defaults: others call them, so that a change must be
+meant.
 
 After one that is meant: `python tests/test_public.py > tests/public.json`.
 """
@@ -20,10 +21,21 @@ RECORD = Path(__file__).with_name("public.json")
 def parameters(thing: Any) -> dict[str, str]:
     """Kind and default of each parameter; of a dataclass the class's own fields."""
     if dataclasses.is_dataclass(thing):
-        own = [field for field in dataclasses.fields(thing) if field.name in vars(thing).get("__annotations__", {})]
-        made = {field.name: field.default_factory for field in own if field.default_factory is not dataclasses.MISSING}
+        own = [
+            field
+            for field in dataclasses.fields(thing)
+            if field.name in vars(thing).get("__annotations__", {})
+        ]
+        made = {
+            field.name: field.default_factory
+            for field in own
+            if field.default_factory is not dataclasses.MISSING
+        }
         defaults = {field.name: made[field.name]() if field.name in made else field.default for field in own}
-        return {name: "" if default is dataclasses.MISSING else repr(default) for name, default in defaults.items()}
+        return {
+            name: "" if default is dataclasses.MISSING else repr(default)
+            for name, default in defaults.items()
+        }
     found = inspect.signature(thing).parameters.values()
     return {p.name: p.kind.name + ("" if p.default is p.empty else f" = {p.default!r}") for p in found}
 

@@ -1,4 +1,6 @@
-"""QLoRA on a CPU: 4-bit base weights that nothing changes, and a teacher that differs in the adapter alone."""
+"""QLoRA on a CPU: 4-bit base weights that nothing changes, and a teacher that differs in the
+adapter alone.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ pytestmark = pytest.mark.real
 
 
 def test_gradients_pass_through_weights_that_have_been_evaluated() -> None:
-    """In eval mode bitsandbytes would give a CPU that computes in bf16 a layout of the weights whose product has no gradient."""
+    """In eval mode bitsandbytes would give a CPU that computes in bf16 a layout of the weights
+    whose product has no gradient.
+    """
     model, _, _ = load_model_and_tokenizer(str(BASE_DIR), load_in_4bit=True)
     x = model.get_input_embeddings()(torch.arange(8)[None]).detach()
 
@@ -46,7 +50,9 @@ def test_teachers_of_a_quantised_model(kind: str, tmp_path: Path) -> None:
         max_completion_length=16, save_strategy="no", report_to=[], disable_tqdm=True,
     )  # fmt: skip
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = UniSDTrainer(model, args, get("pocket").load("train", limit=12), processing_class=tokenizer, peft_config=adapter)
+    trainer = UniSDTrainer(
+        model, args, get("pocket").load("train", limit=12), processing_class=tokenizer, peft_config=adapter
+    )
     trained = trainer.teacher.parameters
     assert all("lora" in name for name in trained)
     initial = {name: p.detach().clone() for name, p in trained.items()}

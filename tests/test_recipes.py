@@ -1,4 +1,6 @@
-"""Recipes are data: each loads, names existing options only, and resolves to a valid configuration on both kinds of model."""
+"""Recipes are data: each loads, names existing options only, and resolves to a valid configuration
+on both kinds of model.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from unisd.methods.registry import parse_weight
 from unisd.methods.targets import parse_target
 
 FIELD = ("dash", "pw-opsd", "avsd", "opsd-ectr", "demopsd", "purified-opsd")
-FIELDS = {field.name for field in dataclasses.fields(UniSDConfig)} | {"agreement_contexts"}  # of the rows, but part of a method
+# of the rows, but part of a method
+FIELDS = {field.name for field in dataclasses.fields(UniSDConfig)} | {"agreement_contexts"}
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -38,7 +41,9 @@ def test_recipe_holds_valid_options(name: str) -> None:
 
 def test_published_methods_are_there() -> None:
     mechanisms = ("agree-seq", "agree-tok", "ema", "contrast", "match", "match-repr", "clip", "star")
-    assert {"sft", "ssd", "gkd", "sdft", "opsd", *(f"unisd-{name}" for name in mechanisms)} <= set(recipes.names())
+    assert {"sft", "ssd", "gkd", "sdft", "opsd", *(f"unisd-{name}" for name in mechanisms)} <= set(
+        recipes.names()
+    )
     assert set(FIELD) <= set(recipes.names())
 
 
@@ -69,8 +74,13 @@ def test_published_values_of_the_field() -> None:
     assert weights["pw-opsd"][0].options == {"w_min": 0.25, "tau": 0.30, "s": 0.10}
     assert targets["avsd"].sources == ("teacher/full", "teacher/half", "teacher/answer")
     assert (found["avsd"].distillation_mode, found["avsd"].distillation_alpha) == ("sampled", 1.0)
-    assert targets["opsd-ectr"].options == {"a": 0.5, "floor": -5.0} and weights["opsd-ectr"][0].name == "contrast_weight"
-    assert targets["demopsd"].options["a_max"] == 0.15 and targets["demopsd"].options["mixing"] == "disagreement"
+    assert (
+        targets["opsd-ectr"].options == {"a": 0.5, "floor": -5.0}
+        and weights["opsd-ectr"][0].name == "contrast_weight"
+    )
+    assert (
+        targets["demopsd"].options["a_max"] == 0.15 and targets["demopsd"].options["mixing"] == "disagreement"
+    )
     assert (found["demopsd"].teacher_model_kind, found["demopsd"].distillation_alpha) == ("ema", 1.0)
     assert targets["purified-opsd"].options == {"c": 10.0, "beta": 1.0}
 
@@ -88,9 +98,16 @@ def test_recipes_of_the_field_run(name: str, tmp_path: Path) -> None:
         "--max_eval_rows",
         "2",
     ]
-    assert main(["train", "--recipe", name, *small, "--max_train_rows", "16", "--output_dir", str(tmp_path)]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == 2 and all(math.isfinite(line["loss"]) and line["teacher/divergence"] != 0 for line in lines)
+    assert (
+        main(["train", "--recipe", name, *small, "--max_train_rows", "16", "--output_dir", str(tmp_path)])
+        == 0
+    )
+    lines = [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert len(lines) == 2 and all(
+        math.isfinite(line["loss"]) and line["teacher/divergence"] != 0 for line in lines
+    )
     _, config = parse(["--recipe", name])
     assert all(f"weight/{text.partition(':')[0]}/mean" in lines[0] for text in config.token_weights)
 
@@ -109,8 +126,17 @@ def test_recipes_of_the_field_run(name: str, tmp_path: Path) -> None:
 def test_single_mechanism_recipes_change_one_mechanism(name: str, mechanism: str) -> None:
     _, config = parse(["--recipe", name, "--model_name_or_path", "some/model"])
     default = UniSDConfig()
-    switches = ("agreement", "teacher_model_kind", "contrastive_weight", "feature_weight", "token_clip", "entry_clip")
-    assert [switch for switch in switches if getattr(config, switch) != getattr(default, switch)] == [mechanism]
+    switches = (
+        "agreement",
+        "teacher_model_kind",
+        "contrastive_weight",
+        "feature_weight",
+        "token_clip",
+        "entry_clip",
+    )
+    assert [switch for switch in switches if getattr(config, switch) != getattr(default, switch)] == [
+        mechanism
+    ]
 
 
 def test_unknown_recipe_names_the_nearest() -> None:

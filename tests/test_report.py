@@ -1,4 +1,6 @@
-"""The pages of a run and a study: what they show, that hostile text stays text, and (marked `real`) how they behave in Chromium."""
+"""The pages of a run and a study: what they show, that hostile text stays text, and (marked `real`)
+how they behave in Chromium.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from unisd.report.html import clean, data_block, escape, page, table
 from unisd.report.supervision import MAX_SHOWN, shades, spread, supervision
 from unisd.study.store import Store
 
-HOSTILE = "</script></pre><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\u202eevil\ud800\x00\x1b[31m ]]>"
+HOSTILE = (
+    "</script></pre><script>window.hacked=1</script><img src=x"
+    " onerror='window.hacked=1'>\u202eevil\ud800\x00\x1b[31m ]]>"
+)
 LONG = HOSTILE + "<b>" * 33_000  # 100 kB
 
 
@@ -62,7 +67,11 @@ def a_run(folder: Path, text: str = "an answer", records: list[dict[str, Any]] |
         "retention_skills": None,
         "gold_ppl": 2.0,
     }
-    after = {**figures, "retention_ppl": {"forward": 1.01, "reverse": 1.02}, "task_accuracy": {**share, "value": 0.5}}
+    after = {
+        **figures,
+        "retention_ppl": {"forward": 1.01, "reverse": 1.02},
+        "task_accuracy": {**share, "value": 0.5},
+    }
     cost = {
         "tokens": {"generated": 10, "scored": 20, "trained": 30, "scored_by_view": {"primary": 20}},
         "million_tokens_per_device_hour": 1.5,
@@ -70,14 +79,34 @@ def a_run(folder: Path, text: str = "an answer", records: list[dict[str, Any]] |
         "peak_memory_bytes": 1 << 30,
         "flops_estimated": {"total": 3e12},
         "energy": {"kwh": None, "kwh_per_million_tokens": None, "method": "unknown: it needs device_tdp"},
-        "by_mechanism": {"agreement": {"tokens_scored": 10, "flops": 5, "share_of_flops": 0.25, "seconds_estimated": 2.5}},
+        "by_mechanism": {
+            "agreement": {"tokens_scored": 10, "flops": 5, "share_of_flops": 0.25, "seconds_estimated": 2.5}
+        },
     }
-    results = {"recipe": "unisd-star", "model": "pocket", "task": text[:50], "seed": 1, "steps": 3, "wall_s": 12.0}
-    results |= {"phases_s": {"rollout": 1.0, "score": 2.0, "student": 3.0}, "before": figures, "after": after, "cost": cost}
+    results = {
+        "recipe": "unisd-star",
+        "model": "pocket",
+        "task": text[:50],
+        "seed": 1,
+        "steps": 3,
+        "wall_s": 12.0,
+    }
+    results |= {
+        "phases_s": {"rollout": 1.0, "score": 2.0, "student": 3.0},
+        "before": figures,
+        "after": after,
+        "cost": cost,
+    }
     results |= {"config": {"note": text}, "alarms": [{"name": "collapse", "step": 2, "text": text[:300]}]}
     (folder / "results.json").write_text(json.dumps(results))
     side = {"text": text, "correct": False, "reason": ""}
-    example = {"id": text[:20], "prompt": text, "reference": text, "before": side, "after": {**side, "correct": True}}
+    example = {
+        "id": text[:20],
+        "prompt": text,
+        "reference": text,
+        "before": side,
+        "after": {**side, "correct": True},
+    }
     part = {"ids": ["1"], "skills": [None], "before": [False], "after": [True], "examples": [example]}
     (folder / "answers.json").write_text(json.dumps({"task": part, "retention": part}))
     values = {"agreement/mean": 0.9, "clip/share": 0.01, "student/entropy": 0.3, "words/all": 2.0}
@@ -132,7 +161,9 @@ def test_a_run_page_shows_what_the_run_wrote(tmp_path: Path) -> None:
         assert shown in tags.text, shown
     assert sum(tag == "svg" for tag, _ in tags.found) >= 5
     assert len(re.findall(r'class="t[ "]', text)) == 6
-    assert len({attrs["id"] for _, attrs in tags.found if "id" in attrs}) == sum("id" in attrs for _, attrs in tags.found)
+    assert len({attrs["id"] for _, attrs in tags.found if "id" in attrs}) == sum(
+        "id" in attrs for _, attrs in tags.found
+    )
 
 
 def with_diagnostics(folder: Path, alarms: Any, **metrics: float) -> Path:
@@ -142,7 +173,9 @@ def with_diagnostics(folder: Path, alarms: Any, **metrics: float) -> Path:
     lines: list[dict[str, Any]] = []
     for step in range(1, 11):
         probe = {"leak/wrong_jsd": 0.1 * step, "retained/nll": 0.2} if step % 5 == 1 else {}
-        lines.append({"step": step, "loss": 1.0, "words/all": 9.0 - step / 2, "words/wait": 3.0, **probe, **metrics})
+        lines.append(
+            {"step": step, "loss": 1.0, "words/all": 9.0 - step / 2, "words/wait": 3.0, **probe, **metrics}
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -156,7 +189,11 @@ def test_a_run_page_shows_diagnostics_and_alarms(tmp_path: Path) -> None:
     alarms = [{"name": "collapse", "step": 7, "text": "repetition rose & rose: lower the rate."}]
     shown = diagnostics_of(with_diagnostics(tmp_path / "run", alarms))
     assert "step 7, <b>collapse</b>: repetition rose &amp; rose: lower the rate." in shown
-    for title, points in (("Words of doubt", 10), ("Teacher under a wrong reference", 2), ("Word of doubt: wait", 10)):
+    for title, points in (
+        ("Words of doubt", 10),
+        ("Teacher under a wrong reference", 2),
+        ("Word of doubt: wait", 10),
+    ):
         assert re.search(rf'aria-label="[^"]*{title} over {points} steps"', shown), title
     assert "Repeated 4-grams" not in shown  # nothing was repeated, and nothing logged
     assert shown.count("stroke-dasharray") == shown.count("<figure")  # the step of the alarm, in each
@@ -180,7 +217,10 @@ def test_a_run_page_says_when_nothing_was_wrong_or_watched(tmp_path: Path) -> No
 def test_a_run_that_did_not_finish_has_a_page_with_its_alarms(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "run")
     (folder / "results.json").unlink()
-    lines = [{"step": step, "step_time": 1.0, "completions/mean_length": 100.0 if step < 6 else 5.0} for step in range(1, 13)]
+    lines = [
+        {"step": step, "step_time": 1.0, "completions/mean_length": 100.0 if step < 6 else 5.0}
+        for step in range(1, 13)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text, tags = built(folder)
     assert "unfinished" in tags.text and "short answers: answers shrank from 100 to 5 tokens" in tags.text
@@ -189,7 +229,10 @@ def test_a_run_that_did_not_finish_has_a_page_with_its_alarms(tmp_path: Path) ->
 
 def test_every_weight_has_its_curve_and_those_not_recorded_no_mode(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "run", records=[{**record(), "weight": [1.0] * len(record()["tokens"])}])
-    lines = [{"step": step, "weight/dash/mean": 1.4, "weight/dash/min": 0.2, "weight/dash/max": 2.0} for step in (1, 2)]
+    lines = [
+        {"step": step, "weight/dash/mean": 1.4, "weight/dash/min": 0.2, "weight/dash/max": 2.0}
+        for step in (1, 2)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text, tags = built(folder)
     assert "Reliability weight dash over 2 steps" in text and 'value="weight"' not in text
@@ -203,7 +246,11 @@ def test_alarms_and_words_of_a_run_page_are_bounded_and_escaped(tmp_path: Path) 
     assert "<script>window" not in shown and "<img" not in shown and "and 950 more" in shown
     assert shown.count("<li>") == 51 and shown.count(escape(HOSTILE)) >= 100
     alone = with_diagnostics(tmp_path / "alone", [], **{"words/wait": 0.0, f"words/{HOSTILE[9:]}": 5.0})
-    assert "Word of doubt: " in (shown := diagnostics_of(alone)) and "<script>window" not in shown and "\x00" not in shown
+    assert (
+        "Word of doubt: " in (shown := diagnostics_of(alone))
+        and "<script>window" not in shown
+        and "\x00" not in shown
+    )
 
 
 def test_nothing_is_fetched_and_every_colour_follows_the_theme(tmp_path: Path) -> None:
@@ -212,7 +259,9 @@ def test_nothing_is_fetched_and_every_colour_follows_the_theme(tmp_path: Path) -
         for name in ("src", "href", "xlink:href", "action", "data"):
             assert (attrs.get(name) or "#").startswith(("#", "data:")), attrs
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
-    assert not set(plots.COLOURS.values()) & set(re.findall(r"#[0-9a-f]{6}", text)), "a stand-in colour was left"
+    assert not set(plots.COLOURS.values()) & set(re.findall(r"#[0-9a-f]{6}", text)), (
+        "a stand-in colour was left"
+    )
     assert "var(--c1)" in text
 
 
@@ -230,7 +279,9 @@ def test_clean_and_escape() -> None:
     assert escape('<a href="x">\'&') == "&lt;a href=&quot;x&quot;&gt;&#x27;&amp;"
     assert clean("x" * 300_000).endswith("(100000 more characters)")
     block = data_block("d", {"x": "</script><!--&"})
-    assert block.count("<") == 2 and json.loads(block[block.index(">") + 1 : block.rindex("<")]) == {"x": "</script><!--&"}
+    assert block.count("<") == 2 and json.loads(block[block.index(">") + 1 : block.rindex("<")]) == {
+        "x": "</script><!--&"
+    }
     assert "<td>&lt;b&gt;</td>" in table([["a"], ["<b>"]])
     assert "default-src 'none'" in page("t", "")
 
@@ -240,8 +291,16 @@ def test_shades_say_where_the_teachers_disagree() -> None:
     assert shade["contexts"] == [None, 2.0, 2.0, 2.0, 2.0, 2.0]
     assert shade["weight"] == [None, 0.0, 0.0, 0.0, 0.0, 0.75]
     assert shade["contrast"] == [None, 0.0, 0.0, 0.0, 0.0, 2.0]
-    plain = {**record(), "auxiliary_logp": [], "negative_logp": None, "contrast": None, "weight": [None, *[1.0] * 5]}
-    assert 'value="divergence" checked' in supervision([plain]) and 'value="contexts"' not in supervision([plain])
+    plain = {
+        **record(),
+        "auxiliary_logp": [],
+        "negative_logp": None,
+        "contrast": None,
+        "weight": [None, *[1.0] * 5],
+    }
+    assert 'value="divergence" checked' in supervision([plain]) and 'value="contexts"' not in supervision(
+        [plain]
+    )
     assert supervision([]) == ""
 
 
@@ -266,7 +325,10 @@ def test_a_study_page_shows_effects_and_links_its_runs(tmp_path: Path) -> None:
     tags = Tags((folder / "report.html").read_text())
     links = [attrs["href"] for tag, attrs in tags.found if tag == "a"]
     assert len(links) == 8 and all((folder / str(link)).is_file() for link in links)
-    assert links.count(f"runs/{first}/report.html") == 1 and links[1] == f"runs/{str(links[1]).split('/')[1]}/results.json"
+    assert (
+        links.count(f"runs/{first}/report.html") == 1
+        and links[1] == f"runs/{str(links[1]).split('/')[1]}/results.json"
+    )
     assert "ema: task +" in tags.text and "Pareto front" in tags.text and "Shapley" in tags.text
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {
@@ -283,7 +345,10 @@ def test_a_study_page_shows_effects_and_links_its_runs(tmp_path: Path) -> None:
 
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nothing")]) == 2 and "is no folder" in capsys.readouterr().err
-    assert main(["report", str(tmp_path)]) == 2 and "neither results.json, metrics.jsonl nor" in capsys.readouterr().err
+    assert (
+        main(["report", str(tmp_path)]) == 2
+        and "neither results.json, metrics.jsonl nor" in capsys.readouterr().err
+    )
     (tmp_path / "results.json").write_text("{")
     assert main(["report", str(tmp_path)]) == 2 and "cannot be read" in capsys.readouterr().err
 
@@ -295,10 +360,14 @@ class Browser:
     """Debian's Chromium; fails on a console error or any request."""
 
     def __init__(self, browser: Any, theme: str, width: int) -> None:
-        self.page = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 900}).new_page()
+        self.page = browser.new_context(
+            color_scheme=theme, viewport={"width": width, "height": 900}
+        ).new_page()
         self.errors: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on(
+            "console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None
+        )
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
         self.page.on("request", lambda r: self.requests.append(r.url))
 
@@ -332,9 +401,13 @@ def test_pages_open_in_chromium(chromium: Any, tmp_path: Path, theme: str, width
     for folder in (a_run(tmp_path / "run"), a_study(tmp_path / "study")):
         built(folder)
         shown = Browser(chromium, theme, width).open(folder / "report.html")
-        wide, seen = shown.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+        wide, seen = shown.evaluate(
+            "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        )
         assert wide <= seen, "nothing sticks out on a phone"
-        paper, ink = shown.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
+        paper, ink = shown.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        )
         dark = [sum(map(int, re.findall(r"\d+", colour))) < 300 for colour in (paper, ink)]
         assert dark == ([False, True] if theme == "light" else [True, False])
         # In the pictures too: text of a plot against its paper.
@@ -386,7 +459,9 @@ def test_a_hostile_answer_is_shown_as_text(chromium: Any, tmp_path: Path) -> Non
 
 def test_names_of_points_at_one_place_do_not_cover_each_other() -> None:
     names = [f"+cell{n}" for n in range(8)]
-    svg = plots.trade_off([(name, 21.8 + 0.05 * (n // 4), -1.8) for n, name in enumerate(names)], names[:1]).svg
+    svg = plots.trade_off(
+        [(name, 21.8 + 0.05 * (n // 4), -1.8) for n, name in enumerate(names)], names[:1]
+    ).svg
     places = [re.search(rf'rotate\(-0 ([\d.]+) ([\d.]+)\)">{re.escape(name)}<', svg) for name in names]
     found = [(float(place[1]), float(place[2])) for place in places if place is not None]
     assert len(found) == len(names)

@@ -76,7 +76,8 @@ def test_kill_and_resume_is_bit_identical(tmp_path: Path, lora: bool) -> None:
     assert all(whole.teacher.state[key].equal(resumed.teacher.state[key]) for key in whole.teacher.state)
 
     lines = [
-        [json.loads(line) for line in (tmp_path / f / "metrics.jsonl").read_text().splitlines()] for f in ("whole", "killed")
+        [json.loads(line) for line in (tmp_path / f / "metrics.jsonl").read_text().splitlines()]
+        for f in ("whole", "killed")
     ]
     assert [line["step"] for line in lines[1]] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
@@ -88,7 +89,11 @@ def test_resuming_from_an_earlier_step_leaves_its_old_branch_aside(tmp_path: Pat
     going_on = build(tmp_path, False, max_steps=2, save_steps=1, save_total_limit=1)
     going_on.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert sorted(path.name for path in (tmp_path / "set-aside").iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-3.2"]
+    assert sorted(path.name for path in (tmp_path / "set-aside").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-3.2",
+    ]
     assert problem_of(tmp_path / "set-aside" / "checkpoint-3.2") is None
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
@@ -105,8 +110,18 @@ def test_resuming_with_another_teacher_is_refused(tmp_path: Path) -> None:
 
 
 def test_restarted_teacher_survives_resume(tmp_path: Path) -> None:
-    options = {**dict.fromkeys(STAR, None), "teacher_model_kind": "restart", "teacher_restart_steps": 3, "agreement": "none"}
-    options |= {"agreement_gamma": 0.01, "contrastive_weight": 0.0, "feature_weight": 0.0, "token_clip_quantile": None}
+    options = {
+        **dict.fromkeys(STAR, None),
+        "teacher_model_kind": "restart",
+        "teacher_restart_steps": 3,
+        "agreement": "none",
+    }
+    options |= {
+        "agreement_gamma": 0.01,
+        "contrastive_weight": 0.0,
+        "feature_weight": 0.0,
+        "token_clip_quantile": None,
+    }
     whole = build(tmp_path / "a", False, **options)
     whole.train()
     build(tmp_path / "b", False, **{**options, "max_steps": 4}).train()

@@ -37,19 +37,25 @@ def test_ratio_is_its_closed_form() -> None:
     stats = importance_stats(student, drawn, mask, cap=2.0)
     sampled = [math.exp(0.5), math.exp(-1.0), 2.0, 0.0, 2.0, 1.0]
     assert stats["importance/mean"] == pytest.approx(sum(sampled) / 6)
-    assert stats["importance/capped_share"] == pytest.approx(2 / 6) and stats["importance/max"] == pytest.approx(2.0)
+    assert stats["importance/capped_share"] == pytest.approx(2 / 6) and stats[
+        "importance/max"
+    ] == pytest.approx(2.0)
     assert importance_stats(student, torch.full_like(drawn, NAN), mask, cap=2.0) == {}
 
 
 @pytest.mark.parametrize("gate", [1.0, 0.7])
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
-def test_ratio_multiplies_the_divergence_and_not_the_normaliser(tmp_path: Path, aggregation: str, gate: float) -> None:
+def test_ratio_multiplies_the_divergence_and_not_the_normaliser(
+    tmp_path: Path, aggregation: str, gate: float
+) -> None:
     torch.manual_seed(0)
     B, T = 3, 4
     D, student, drawn = torch.rand(B, T), -torch.rand(B, T), -torch.rand(B, T) * 2
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]]).bool()
     drawn[2] = NAN
-    args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True, loss_aggregation=aggregation, importance_cap=1.5)
+    args = UniSDConfig(
+        output_dir=str(tmp_path), use_cpu=True, loss_aggregation=aggregation, importance_cap=1.5
+    )
     scores = StepScores(mask, torch.zeros(B, T).long(), student, student_logp=student, behaviour_logp=drawn)
     weights = [parse_weight(f"confidence_gate:threshold={gate}")]
     coefficients, values = loss_coefficients(args, weights, scores)
@@ -82,7 +88,9 @@ def test_weights_do_not_wait_for_the_student_where_the_ratio_is_taken(tmp_path: 
 
 
 def test_second_step_of_a_rollout_has_the_written_out_loss(tmp_path: Path) -> None:
-    built = trainer(tmp_path, num_iterations=2, importance_cap=1.02, max_steps=2, learning_rate=0.01, optim="sgd")
+    built = trainer(
+        tmp_path, num_iterations=2, importance_cap=1.02, max_steps=2, learning_rate=0.01, optim="sgd"
+    )
     score, seen = built.scorer.score, []
 
     def watched(rows: Any, device: Any) -> Any:
@@ -93,7 +101,9 @@ def test_second_step_of_a_rollout_has_the_written_out_loss(tmp_path: Path) -> No
     built.scorer.score = watched
     built.train()
     (rows_1, first), (rows_2, second) = seen
-    assert [(row.number, row.completion) for row in rows_1] == [(row.number, row.completion) for row in rows_2]
+    assert [(row.number, row.completion) for row in rows_1] == [
+        (row.number, row.completion) for row in rows_2
+    ]
     expected = 0.0
     capped = count = 0
     for i in range(len(rows_2)):
@@ -126,14 +136,18 @@ def test_stopping_inside_a_rollout_changes_nothing(tmp_path: Path) -> None:
         built.train(resume_from_checkpoint=True if steps > 2 else None)
     a, b = whole.model.state_dict(), built.model.state_dict()
     assert all(a[name].equal(b[name]) for name in a)
-    assert [line["loss"] for line in metrics(tmp_path / "whole")] == [line["loss"] for line in metrics(tmp_path / "parts")]
+    assert [line["loss"] for line in metrics(tmp_path / "whole")] == [
+        line["loss"] for line in metrics(tmp_path / "parts")
+    ]
     other = trainer(tmp_path / "parts", max_steps=9, **{**options, "num_iterations": 5})
     with pytest.raises(UserError, match="which are not there: resume with the num_iterations"):
         other.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-7"))
 
 
 class Shifted:
-    """The student's own engine, which says that its log-probabilities are 0.3 nats lower than the trainer's."""
+    """The student's own engine, which says that its log-probabilities are 0.3 nats lower than the
+    trainer's.
+    """
 
     returns_logps = True
 
@@ -148,11 +162,16 @@ class Shifted:
 
     def generate(self, prompts: Any, keys: Any, sampling: Any) -> list[Completion]:
         written = self.inner.generate(prompts, keys, sampling)
-        return [replace(c, logps=self.logps(prompt, c.ids, sampling)) for prompt, c in zip(prompts, written, strict=True)]
+        return [
+            replace(c, logps=self.logps(prompt, c.ids, sampling))
+            for prompt, c in zip(prompts, written, strict=True)
+        ]
 
     def logps(self, prompt: Any, ids: list[int], sampling: Any) -> list[float]:
         with torch.no_grad():
-            logits = self.inner.model.eval()(torch.tensor([list(prompt) + ids])).logits[0, len(prompt) - 1 : -1]
+            logits = self.inner.model.eval()(torch.tensor([list(prompt) + ids])).logits[
+                0, len(prompt) - 1 : -1
+            ]
         logp = (logits / sampling.temperature).log_softmax(-1)
         return [float(logp[t, token]) - self.shift for t, token in enumerate(ids)]
 
@@ -199,7 +218,9 @@ def test_order_repeats_each_step_and_differs_by_epoch() -> None:
 
 def test_store_survives_a_checkpoint(tmp_path: Path) -> None:
     store = RolloutStore(2)
-    store.keep([(3, 0), (1, 1)], [Completion([5, 6], True, [-0.1, -1 / 3]), Completion([7], False, None, False)], 4)
+    store.keep(
+        [(3, 0), (1, 1)], [Completion([5, 6], True, [-0.1, -1 / 3]), Completion([7], False, None, False)], 4
+    )
     store.save(tmp_path, True, 1)
     loaded = RolloutStore(2)
     loaded.load(tmp_path)

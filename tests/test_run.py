@@ -1,4 +1,6 @@
-"""The command end to end: what it writes, that plain transformers and peft load it, and what one does with it afterwards."""
+"""The command end to end: what it writes, that plain transformers and peft load it, and what one
+does with it afterwards.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,16 @@ from unisd.run import measure
 from unisd.run import train as run
 
 ROWS = [{"prompt": f"What is {i} and {i}?", "privileged_context": f"It is {2 * i}."} for i in range(10)]
-SHORT = ["--max_steps", "2", "--max_completion_length", "6", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2"]
+SHORT = [
+    "--max_steps",
+    "2",
+    "--max_completion_length",
+    "6",
+    "--per_device_train_batch_size",
+    "4",
+    "--learning_rate",
+    "1e-2",
+]
 SHORT += ["--gradient_accumulation_steps", "1"]
 ACCURACY = {"value", "low", "high", "n"}
 
@@ -50,7 +61,9 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def test_pocket_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pocket_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = [
         "train",
@@ -66,7 +79,14 @@ def test_pocket_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "\x1b[" not in shown
-    for name in ("student sees:", "teacher sees:", "student answers:", "step 2/2", "task accuracy", "retention accuracy"):
+    for name in (
+        "student sees:",
+        "teacher sees:",
+        "student answers:",
+        "step 2/2",
+        "task accuracy",
+        "retention accuracy",
+    ):
         assert any(line.startswith(name) for line in shown.splitlines()), name
     folder = tmp_path / "unisd-output" / "unisd-star-pocket-pocket"
     results = read(folder)
@@ -87,9 +107,13 @@ def test_pocket_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert (results["after"]["n_task"], results["after"]["n_retention"]) == (8, 8)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
-    assert {"agreement/min", "contrastive/active_share", "features/distance", "clip/share", "teacher/weight_distance"} <= set(
-        steps[1]
-    )
+    assert {
+        "agreement/min",
+        "contrastive/active_share",
+        "features/distance",
+        "clip/share",
+        "teacher/weight_distance",
+    } <= set(steps[1])
     assert "task accuracy" in (folder / "README.md").read_text()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,8 +146,9 @@ def test_evaluation_file_columns_and_grader(model_dir: Path, tmp_path: Path) -> 
     (tmp_path / "train.json").write_text(json.dumps(foreign[:7]))
     (tmp_path / "eval.json").write_text(json.dumps(foreign[7:]))
     (tmp_path / "run.yaml").write_text(
-        f"train_file: {tmp_path}/train.json\neval_file: {tmp_path}/eval.json\ngrader: number\nrecipe: sdft\n"
-        f"columns: {{prompt: question, privileged_context: answer}}\nmodel_name_or_path: {model_dir}\noutput_dir: {tmp_path}/run\n"
+        f"train_file: {tmp_path}/train.json\neval_file: {tmp_path}/eval.json\ngrader: number\nrecipe:"
+        " sdft\ncolumns: {prompt: question, privileged_context: answer}\nmodel_name_or_path:"
+        f" {model_dir}\noutput_dir: {tmp_path}/run\n"
     )
     assert main(["train", "--config", str(tmp_path / "run.yaml"), *SHORT]) == 0
     results = read(tmp_path / "run")
@@ -141,7 +166,9 @@ def test_adapter_loads_in_plain_peft(adapter: Path, model_dir: Path) -> None:
     assert read(adapter)["after"]["retention_ppl"]["forward"] > 1
 
 
-def test_merge_keeps_what_the_adapter_says(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_keeps_what_the_adapter_says(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["merge", str(adapter), "--output_dir", str(tmp_path / "full")]) == 0
     assert str(tmp_path / "full") in capsys.readouterr().out
     merged, tokenizer, _ = load_model_and_tokenizer(str(tmp_path / "full"))
@@ -152,9 +179,17 @@ def test_merge_keeps_what_the_adapter_says(adapter: Path, tmp_path: Path, capsys
     assert main(["merge", str(adapter), "--output_dir", str(tmp_path / "full")]) == 2  # never overwrites
 
 
-def test_chat_beside_the_base(adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert main(["chat", str(adapter), "--compare", "base", "--prompt", "What is 3?", "--max_new_tokens", "4"]) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if line.endswith(":")] == ["base:", f"{adapter}:"]
+def test_chat_beside_the_base(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        main(["chat", str(adapter), "--compare", "base", "--prompt", "What is 3?", "--max_new_tokens", "4"])
+        == 0
+    )
+    assert [line for line in capsys.readouterr().out.splitlines() if line.endswith(":")] == [
+        "base:",
+        f"{adapter}:",
+    ]
     import io
 
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 3?\n"))
@@ -162,16 +197,32 @@ def test_chat_beside_the_base(adapter: Path, capsys: pytest.CaptureFixture[str],
 
 
 def test_eval_of_the_pocket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--n", "8", "--max_new_tokens", "8", "--base", "pocket", "--json", str(tmp_path / "figures.json")]
+    arguments = [
+        "--n",
+        "8",
+        "--max_new_tokens",
+        "8",
+        "--base",
+        "pocket",
+        "--json",
+        str(tmp_path / "figures.json"),
+    ]
     assert main(["eval", *arguments]) == 0
     names = {line.split("  ")[0] for line in capsys.readouterr().out.splitlines()}
     assert {"pocket", "task", "retention", "test_hard", "perplexity of the references"} <= names
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["task_accuracy"]["n"] == 8 and set(figures["test_hard_skills"]) == {"arith", "code", "mcq", "tool"}
+    assert figures["task_accuracy"]["n"] == 8 and set(figures["test_hard_skills"]) == {
+        "arith",
+        "code",
+        "mcq",
+        "tool",
+    }
     assert figures["retention_ppl"]["forward"] == pytest.approx(figures["retention_ppl"]["reverse"])
 
 
-def test_dry_run_writes_nothing(own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_dry_run_writes_nothing(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*own, "--dry_run"]) == 0
     assert list(tmp_path.iterdir()) == []
@@ -182,7 +233,9 @@ def test_dry_run_writes_nothing(own: list[str], tmp_path: Path, monkeypatch: pyt
     assert "student sees:" in shown and "nothing was trained" in shown
 
 
-def test_ctrl_c_says_how_to_resume_and_resuming_ends_alike(own: list[str], tmp_path: Path, capsys: Any) -> None:
+def test_ctrl_c_says_how_to_resume_and_resuming_ends_alike(
+    own: list[str], tmp_path: Path, capsys: Any
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     three = [*own, "--max_steps", "3", "--use_peft", "--lora_r", "4"]
     assert main([*three, "--output_dir", str(whole)]) == 0
@@ -208,7 +261,16 @@ def test_ctrl_c_says_how_to_resume_and_resuming_ends_alike(own: list[str], tmp_p
 
 def test_resuming_where_nothing_was_saved_starts_anew(own: list[str], tmp_path: Path, capsys: Any) -> None:
     """As a scheduler's command does that is given again after a machine was lost."""
-    again = [*own, "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--save_strategy", "no", "--resume_from_checkpoint"]
+    again = [
+        *own,
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--max_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--resume_from_checkpoint",
+    ]
     measure = run.measure
 
     def interrupted(*args: Any) -> Any:
@@ -219,7 +281,9 @@ def test_resuming_where_nothing_was_saved_starts_anew(own: list[str], tmp_path: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "measure", interrupted)
         assert main(again) == 130  # after training
-    assert (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "results.json").exists()
+    assert (tmp_path / "run" / "model.safetensors").exists() and not (
+        tmp_path / "run" / "results.json"
+    ).exists()
     assert main(again) == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     assert main(again) == 2
@@ -238,7 +302,9 @@ def test_overwriting_removes_only_what_a_run_wrote(own: list[str], tmp_path: Pat
 
 
 def test_answers_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How far a model has drifted is read off the answers that its accuracy was measured by, before and after."""
+    """How far a model has drifted is read off the answers that its accuracy was measured by, before
+    and after.
+    """
     batches: list[int] = []
     written = generate_greedy
 
@@ -246,9 +312,19 @@ def test_answers_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         batches.append(len(prompts))
         return written(model, tokenizer, prompts, *rest)
 
-    for name in ("accuracy", "retention"):  # by name: the package re-exports functions called like its modules
+    # by name: the package re-exports functions called like its modules
+    for name in ("accuracy", "retention"):
         monkeypatch.setattr(importlib.import_module(f"unisd.evaluation.{name}"), "generate_greedy", watched)
-    flags = ["--max_steps", "1", "--max_train_rows", "8", "--max_eval_rows", "6", "--max_completion_length", "8"]
+    flags = [
+        "--max_steps",
+        "1",
+        "--max_train_rows",
+        "8",
+        "--max_eval_rows",
+        "6",
+        "--max_completion_length",
+        "8",
+    ]
     assert main(["train", *flags, "--output_dir", str(tmp_path / "out")]) == 0
     assert batches == [6, 6, 6, 6]  # task and old skills, before and after
     found = json.loads((tmp_path / "out" / "results.json").read_text())["after"]["retention_ppl"]

@@ -1,4 +1,6 @@
-"""What a run records of its tokens and its cost, against plain forward passes and counts by hand."""
+"""What a run records of its tokens and its cost, against plain forward passes and counts by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,11 @@ STAR: dict[str, Any] = {
 def trained(folder: Path, **options: Any) -> UniSDTrainer:
     args = UniSDConfig(output_dir=str(folder), **{**STAR, **options})
     trainer = UniSDTrainer(
-        tiny.model(), args, train_dataset=tiny.rows(), processing_class=tiny.tokenizer(), grader=lambda row, text: len(text) > 3
+        tiny.model(),
+        args,
+        train_dataset=tiny.rows(),
+        processing_class=tiny.tokenizer(),
+        grader=lambda row, text: len(text) > 3,
     )
     trainer.train()
     return trainer
@@ -95,7 +101,9 @@ def _tokens(trainer: UniSDTrainer, record: dict[str, Any]) -> list[str]:
 
 
 def test_recording_changes_no_bit(tmp_path: Path) -> None:
-    states = [trained(tmp_path / str(n), record_samples=n, learning_rate=1e-2).model.state_dict() for n in (0, 2)]
+    states = [
+        trained(tmp_path / str(n), record_samples=n, learning_rate=1e-2).model.state_dict() for n in (0, 2)
+    ]
     assert not (tmp_path / "0" / "samples.jsonl").exists()
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
@@ -137,19 +145,26 @@ def test_tokens_are_counted_by_use(tmp_path: Path) -> None:
     [
         ({}, {"primary", "auxiliary", "negative"}),
         ({"agreement_uncertain_share": 0.25}, {"primary", "auxiliary", "negative"}),
-        ({"agreement": "none", "target": "geometric:source=teacher/plain"}, {"primary", "teacher/plain", "negative"}),
+        (
+            {"agreement": "none", "target": "geometric:source=teacher/plain"},
+            {"primary", "teacher/plain", "negative"},
+        ),
         ({"num_generations": 4, "agreement": "none", "max_steps": 1}, {"primary", "negative"}),
     ],
     ids=["star", "budget", "target", "prompts read once"],
 )
-def test_tokens_scored_are_those_of_the_passes(tmp_path: Path, options: dict[str, Any], views: set[str]) -> None:
+def test_tokens_scored_are_those_of_the_passes(
+    tmp_path: Path, options: dict[str, Any], views: set[str]
+) -> None:
     args = UniSDConfig(output_dir=str(tmp_path), **{**STAR, "record_samples": 0, **options})
     long = [{**row, "privileged_context": row["privileged_context"] * 9} for row in tiny.rows()]
     trainer = UniSDTrainer(tiny.model(), args, train_dataset=long, processing_class=tiny.tokenizer())
     read, whole, shared = [], trainer.backbone.hidden_states, trainer.backbone.continuations
 
     def sequences(batch: Any, *rest: Any) -> Any:
-        read.append(int(batch.attention_mask.sum()) if batch.attention_mask is not None else batch.input_ids.numel())
+        read.append(
+            int(batch.attention_mask.sum()) if batch.attention_mask is not None else batch.input_ids.numel()
+        )
         return whole(batch, *rest)
 
     def continuations(prompt: list[int], completions: list[list[int]], *rest: Any) -> Any:
@@ -160,7 +175,9 @@ def test_tokens_scored_are_those_of_the_passes(tmp_path: Path, options: dict[str
     trainer.train()
     assert sum(trainer.scorer.tokens.values()) == sum(read) and set(trainer.scorer.tokens) == views
     cost = cost_of(trainer, args, trainer.metrics.phases, None, None)
-    assert cost["tokens"]["scored"] == sum(read) and cost["tokens"]["scored_by_view"] == dict(trainer.scorer.tokens)
+    assert cost["tokens"]["scored"] == sum(read) and cost["tokens"]["scored_by_view"] == dict(
+        trainer.scorer.tokens
+    )
     extra = {"auxiliary": "agreement", "negative": "contrast", "teacher/plain": "target"}
     assert set(cost["by_mechanism"]) == {extra[view] for view in views - {"primary"}} | {"ema"}
 
@@ -185,14 +202,19 @@ def test_the_key_of_before_covers_what_it_depends_on() -> None:
 
     base = key("--seed", "1")
     assert key("--seed", "2", "--learning_rate", "1e-3", "--agreement", "none") == base
-    others = [key("--recipe", "sdft", "--max_completion_length", "9"), key(evaluation=[{"prompt": "p", "answer": "b"}])]
+    others = [
+        key("--recipe", "sdft", "--max_completion_length", "9"),
+        key(evaluation=[{"prompt": "p", "answer": "b"}]),
+    ]
     others += [key("--model_name_or_path", "elsewhere"), key("--dtype", "bfloat16")]
     assert len({base, *others}) == 5
 
 
 def test_the_peak_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("unisd.monitoring.cost.resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=1 << 20))
+    monkeypatch.setattr(
+        "unisd.monitoring.cost.resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=1 << 20)
+    )
     found = []
     for system in ("linux", "darwin"):
         monkeypatch.setattr("unisd.monitoring.cost.sys.platform", system)
@@ -202,7 +224,14 @@ def test_the_peak_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -
 
 def test_cost_is_arithmetic() -> None:
     size = ModelSize(1000, 100, 4.0, 4.0, hidden=5, layers=1, vocabulary=20)
-    counts = {"generated": 10, "prefilled": 20, "trained": 30, "completion": 10, "scored_primary": 40, "scored_auxiliary": 60}
+    counts = {
+        "generated": 10,
+        "prefilled": 20,
+        "trained": 30,
+        "completion": 10,
+        "scored_primary": 40,
+        "scored_auxiliary": 60,
+    }
     phases = {"rollout": 1.0, "score": 10.0, "student": 5.0, "update": 2.0, "eval": 99.0}
     cost = account(
         counts,
@@ -215,7 +244,10 @@ def test_cost_is_arithmetic() -> None:
         energy=energy_of(18.0, 2, 500.0),
     )
     forward = 2 * (1000 - 100)  # the untied input embedding is looked up, not multiplied
-    assert cost["flops_estimated"]["rollout"] == 30 * forward and cost["flops_estimated"]["score"] == 100 * forward
+    assert (
+        cost["flops_estimated"]["rollout"] == 30 * forward
+        and cost["flops_estimated"]["score"] == 100 * forward
+    )
     assert cost["flops_estimated"]["student"] == 30 * (2 * forward + 200)
     assert cost["train_s"] == 18.0 and cost["device_hours"] == pytest.approx(0.01)
     assert cost["million_tokens_per_device_hour"] == pytest.approx(30e-6 / 0.01)

@@ -1,4 +1,6 @@
-"""The sandbox: honest programs pass, wrong ones fail for the right reason, and hostile ones neither pass, escape, hang nor leak."""
+"""The sandbox: honest programs pass, wrong ones fail for the right reason, and hostile ones neither
+pass, escape, hang nor leak.
+"""
 
 import contextlib
 import json
@@ -50,7 +52,11 @@ HONEST = [
         "def f(g):\n  try: g()\n  except Exception: return 'no'",
         "def g(): raise KeyError(1)\nassert f(g) == 'no'",
     ),
-    ("generator", "def f(n):\n  for i in range(n): yield i * i", "assert list(f(4)) == [0, 1, 4, 9]\nassert sum(f(3)) == 5"),
+    (
+        "generator",
+        "def f(n):\n  for i in range(n): yield i * i",
+        "assert list(f(4)) == [0, 1, 4, 9]\nassert sum(f(3)) == 5",
+    ),
     (
         "class",
         "class S:\n  def __init__(s): s.xs = []\n  def push(s, x): s.xs.append(x)",
@@ -81,7 +87,11 @@ HONEST = [
         "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)",
         "assert f() == (1, 2)",
     ),
-    ("IntEnum", "from enum import IntEnum\nclass C(IntEnum):\n  RED = 3\ndef f(): return C.RED", "assert f() == 3"),
+    (
+        "IntEnum",
+        "from enum import IntEnum\nclass C(IntEnum):\n  RED = 3\ndef f(): return C.RED",
+        "assert f() == 3",
+    ),
     (
         "Enum",
         "from enum import Enum\nclass C(Enum):\n  RED = 3\ndef f(): return C.RED",
@@ -93,8 +103,16 @@ HONEST = [
         "a, b, c = f()\nassert a != a and b == math.inf and str(c) == '-0.0'\n",
     ),
     ("big integers", "def f(n): return 7 ** n", "assert f(20000) == 7 ** 20000"),
-    ("bytes", "def f(b): return b[::-1], bytearray(b)", "assert f(b'\\x00\\xff') == (b'\\xff\\x00', bytearray(b'\\x00\\xff'))"),
-    ("sets", "def f(xs): return set(xs), frozenset(xs)", "assert f([1, 1, 2]) == ({1, 2}, frozenset({2, 1}))"),
+    (
+        "bytes",
+        "def f(b): return b[::-1], bytearray(b)",
+        "assert f(b'\\x00\\xff') == (b'\\xff\\x00', bytearray(b'\\x00\\xff'))",
+    ),
+    (
+        "sets",
+        "def f(xs): return set(xs), frozenset(xs)",
+        "assert f([1, 1, 2]) == ({1, 2}, frozenset({2, 1}))",
+    ),
     (
         "dict with tuple keys",
         "def f(): return {(1, 2): {None: 1j}, 'k': range(3)}",
@@ -113,9 +131,17 @@ HONEST = [
         "def f(x): return 1 / x",
         "try:\n  f(0)\nexcept Exception:\n  pass\nelse:\n  assert False\nassert f(1) == 1",
     ),
-    ("math of the code", "import math\ndef f(x): return math.sqrt(x)", "assert math.isclose(f(2), 1.41421356, rel_tol=1e-6)"),
+    (
+        "math of the code",
+        "import math\ndef f(x): return math.sqrt(x)",
+        "assert math.isclose(f(2), 1.41421356, rel_tol=1e-6)",
+    ),
     ("math of nobody", "def f(x): return x ** 0.5", "assert math.isclose(f(2), 1.41421356, rel_tol=1e-6)"),
-    ("names imported by the code", "from math import *\ndef f(x): return floor(x)", "assert f(2.5) == floor(2.5) == 2"),
+    (
+        "names imported by the code",
+        "from math import *\ndef f(x): return floor(x)",
+        "assert f(2.5) == floor(2.5) == 2",
+    ),
     (
         "class imported by the code",
         "from datetime import date\ndef f(): return '2020-01-02'",
@@ -132,17 +158,32 @@ HONEST = [
         "def sum(a, b): return a / b",
         "from math import isclose\nassert isclose(sum(1, 2), 0.5) and abs(-1) == 1",
     ),
-    ("named as a built-in, local names", "def sum(xs):\n  len = max = 0\n  return 7", "assert sum([len([1]), max(1, 2)]) == 7"),
+    (
+        "named as a built-in, local names",
+        "def sum(xs):\n  len = max = 0\n  return 7",
+        "assert sum([len([1]), max(1, 2)]) == 7",
+    ),
     ("defines built-ins beside", "def len(x): return 0\ndef f(x): return x", "assert len(f([1, 2])) == 2"),
     ("constant", "LIMIT = 10\ndef f(): return LIMIT", "assert f() == LIMIT == 10"),
     ("keeps state", "seen = []\ndef f(x): seen.append(x); return list(seen)", "f(1)\nassert f(2) == [1, 2]"),
-    ("keyword arguments", "def f(a, *, b=2, **k): return a + b + k.get('c', 0)", "assert f(1, b=3, c=4) == 8"),
-    ("own files", "def f():\n  open('x.txt', 'w').write('hi')\n  return open('x.txt').read()", "assert f() == 'hi'"),
+    (
+        "keyword arguments",
+        "def f(a, *, b=2, **k): return a + b + k.get('c', 0)",
+        "assert f(1, b=3, c=4) == 8",
+    ),
+    (
+        "own files",
+        "def f():\n  open('x.txt', 'w').write('hi')\n  return open('x.txt').read()",
+        "assert f() == 'hi'",
+    ),
     ("prints", "print('hello')\ndef f(): print('x' * 10**6); return 1", "assert f() == 1"),
     (
         "threads and processes",
-        "import threading, subprocess, sys\ndef f():\n  out = []\n  t = threading.Thread(target=out.append, args=(1,))\n"
-        "  t.start(); t.join()\n  return out + [subprocess.run([sys.executable, '-c', 'exit(3)']).returncode]",
+        (
+            "import threading, subprocess, sys\ndef f():\n  out = []\n  t ="
+            " threading.Thread(target=out.append, args=(1,))\n  t.start(); t.join()\n  return out +"
+            " [subprocess.run([sys.executable, '-c', 'exit(3)']).returncode]"
+        ),
         "assert f() == [1, 3]",
     ),
     (
@@ -167,10 +208,28 @@ FAILING = [
         "wrong",
         "assert False",
     ),
-    ("other exception", "def f(x): raise KeyError(x)", "try:\n  f(0)\nexcept ValueError:\n  pass", "error", "KeyError"),
+    (
+        "other exception",
+        "def f(x): raise KeyError(x)",
+        "try:\n  f(0)\nexcept ValueError:\n  pass",
+        "error",
+        "KeyError",
+    ),
     ("exception", "def f(x): return 1 / 0", "assert f(2) == 2", "error", "ZeroDivisionError"),
-    ("own exception", "class E(Exception): pass\ndef f(x): raise E('hm')", "assert f(2) == 2", "error", "E: hm"),
-    ("import-time exception", "import nothing_of_the_kind", "assert f(2) == 2", "error", "ModuleNotFoundError"),
+    (
+        "own exception",
+        "class E(Exception): pass\ndef f(x): raise E('hm')",
+        "assert f(2) == 2",
+        "error",
+        "E: hm",
+    ),
+    (
+        "import-time exception",
+        "import nothing_of_the_kind",
+        "assert f(2) == 2",
+        "error",
+        "ModuleNotFoundError",
+    ),
     ("name missing", "def g(x): return x", "assert f(2) == 2", "error", "NameError"),
     ("syntax", "def f(x) return x", "assert f(2) == 2", "syntax", "SyntaxError"),
     ("indentation", "def f(x):\nreturn x", "assert f(2) == 2", "syntax", "IndentationError"),
@@ -183,8 +242,20 @@ FAILING = [
     ("memory at import", "x = bytearray(2 * 2**30)", "assert f(2) == 2", "memory", "MemoryError"),
     ("ends", "import os\ndef f(x): os._exit(0)", "assert f(2) == 2", "ended", "the program ended"),
     ("crashes", "import os\ndef f(x): os.abort()", "assert f(2) == 2", "ended", "the program ended"),
-    ("terminal codes", "def f(x): raise ValueError('\\x1b[2J\\ud800\\n')", "assert f(2) == 2", "error", "ValueError:  [2J"),
-    ("named as a built-in", "def sum(a, b): return a + b", "assert sum(3, 4) == 12", "wrong", "assert sum(3, 4) == 12"),
+    (
+        "terminal codes",
+        "def f(x): raise ValueError('\\x1b[2J\\ud800\\n')",
+        "assert f(2) == 2",
+        "error",
+        "ValueError:  [2J",
+    ),
+    (
+        "named as a built-in",
+        "def sum(a, b): return a + b",
+        "assert sum(3, 4) == 12",
+        "wrong",
+        "assert sum(3, 4) == 12",
+    ),
     (
         "named as a built-in, check",
         "def sum(xs): return 0",
@@ -202,7 +273,9 @@ def test_honest_programs_pass(code, tests):
     assert (verdict.reason, verdict.detail) == ("passed", "")
 
 
-@pytest.mark.parametrize(("code", "tests", "reason", "detail"), [pytest.param(*rest, id=name) for name, *rest in FAILING])
+@pytest.mark.parametrize(
+    ("code", "tests", "reason", "detail"), [pytest.param(*rest, id=name) for name, *rest in FAILING]
+)
 def test_wrong_programs_fail_with_the_reason(code, tests, reason, detail):
     verdict = sandbox.run(code, tests, TIMEOUT_S)
     assert not verdict.passed
@@ -213,8 +286,9 @@ def test_wrong_programs_fail_with_the_reason(code, tests, reason, detail):
 
 
 # ---------------------------------------------------------------- hostile programs
-# (name, code, tests). Where the tests ask `attack() is True`, the attack says whether it got through; else the answer is wrong.
-# The fixture `host` fills in what stands between @: @PORT@ and so on.
+# (name, code, tests). Where the tests ask `attack() is True`, the attack says whether it got
+# through; else the answer is wrong. The fixture `host` fills in what stands between @: @PORT@ and
+# so on.
 
 ASK = "assert attack() is True"
 DOUBLE = "assert f(2) == 4\nassert f(5) == 10"
@@ -225,7 +299,10 @@ SECRET = "assert '@SECRET@' in f()"
 def attempt(body):
     """A program that tries `body`, and says True where nothing stops it."""
     body = textwrap.indent(textwrap.dedent(body).strip(), "        ")
-    return f"import os, sys, socket, ctypes\ndef attack():\n    try:\n{body}\n    except OSError:\n        return False\n    return True\n"
+    return (
+        f"import os, sys, socket, ctypes\ndef attack():\n    try:\n{body}\n    except OSError:\n       "
+        " return False\n    return True\n"
+    )
 
 
 def libc(call):
@@ -263,7 +340,9 @@ READING = [
     ("reads /etc/shadow", attempt("open('/etc/shadow').read()"), ASK),
     (
         "reads the home directory",
-        attempt("if not set(os.listdir('@HOME@')) - {'.pyenv', '.local', 'miniconda3', 'anaconda3'}: return False"),
+        attempt(
+            "if not set(os.listdir('@HOME@')) - {'.pyenv', '.local', 'miniconda3', 'anaconda3'}: return False"
+        ),
         ASK,
     ),
     ("reads a file of the project", attempt("open('@PROJECT@').read()"), ASK),
@@ -278,7 +357,11 @@ READING = [
         "import os\ndef f():\n  os.link('@WATCHED@/secret.txt', '/tmp/l')\n  return open('/tmp/l').read()",
         SECRET,
     ),
-    ("reads through the root of pid 1", "def f(): return open('/proc/1/root@WATCHED@/secret.txt').read()", SECRET),
+    (
+        "reads through the root of pid 1",
+        "def f(): return open('/proc/1/root@WATCHED@/secret.txt').read()",
+        SECRET,
+    ),
     ("reads its environment", "import os\ndef f(): return repr(dict(os.environ))", SECRET),
     (
         "reads all environments",
@@ -293,16 +376,27 @@ READING = [
         """),
         SECRET,
     ),
-    ("reads the environment of pid 1", attempt("if not open('/proc/1/environ', 'rb').read(): return False"), ASK),
+    (
+        "reads the environment of pid 1",
+        attempt("if not open('/proc/1/environ', 'rb').read(): return False"),
+        ASK,
+    ),
     ("reads the environment of the parent", attempt("open('/proc/@PID@/environ', 'rb').read()"), ASK),
     ("reads the memory of the parent", attempt("open('/proc/@PID@/mem', 'rb').close()"), ASK),
     ("reads the memory of pid 1", attempt("f = open('/proc/1/mem', 'rb'); f.seek(0x1000); f.read(1)"), ASK),
     ("reads the kernel's memory", attempt("open('/proc/kcore', 'rb').read(64)"), ASK),
     ("reads the kernel's log", attempt("open('/dev/kmsg', 'rb').close()"), ASK),
-    ("opens the disk", attempt("os.mknod('/tmp/disk', 0o60666, os.makedev(254, 0)); open('/tmp/disk', 'rb').close()"), ASK),
+    (
+        "opens the disk",
+        attempt("os.mknod('/tmp/disk', 0o60666, os.makedev(254, 0)); open('/tmp/disk', 'rb').close()"),
+        ASK,
+    ),
     (
         "sees processes of the host",
-        "import os\ndef attack(): return len([p for p in os.listdir('/proc') if p.isdigit()]) > 8 or os.path.exists('/proc/@PID@')",
+        (
+            "import os\ndef attack(): return len([p for p in os.listdir('/proc') if p.isdigit()]) > 8 or"
+            " os.path.exists('/proc/@PID@')"
+        ),
         ASK,
     ),
 ]
@@ -317,11 +411,19 @@ WRITING = [
     ("writes to /dev/shm", attempt("open('/dev/shm/@MARK@', 'w').write('x')"), ASK),
     ("writes to /guest", attempt("open('/guest/guest/judge.py', 'a').write('x')"), ASK),
     ("writes beside /guest", attempt("open('/guest/json.py', 'w').write('x')"), ASK),
-    ("writes to the interpreter's folder", attempt("open(os.path.dirname(os.__file__) + '/x-@MARK@.py', 'w').write('x')"), ASK),
+    (
+        "writes to the interpreter's folder",
+        attempt("open(os.path.dirname(os.__file__) + '/x-@MARK@.py', 'w').write('x')"),
+        ASK,
+    ),
     ("overwrites the interpreter", attempt("open(os.path.realpath('/proc/self/exe'), 'r+b').close()"), ASK),
     ("makes a folder writable", attempt("os.chmod(os.path.dirname(os.__file__), 0o777)"), ASK),
     ("edits this file", attempt("open('@PROJECT@', 'a').write('x')"), ASK),
-    ("writes through a symlink", attempt("os.symlink('@WATCHED@/x', '/tmp/l'); open('/tmp/l', 'w').write('x')"), ASK),
+    (
+        "writes through a symlink",
+        attempt("os.symlink('@WATCHED@/x', '/tmp/l'); open('/tmp/l', 'w').write('x')"),
+        ASK,
+    ),
     ("writes settings of the kernel", attempt("open('/proc/sys/kernel/core_pattern', 'w').write('x')"), ASK),
     ("asks for a reboot", attempt("open('/proc/sysrq-trigger', 'w').close()"), ASK),
 ]
@@ -330,24 +432,41 @@ NETWORK = [
     ("connects over TCP", attempt("socket.create_connection(('127.0.0.1', @PORT@), 1)"), ASK),
     (
         "sends over UDP",
-        attempt("s = socket.socket(type=socket.SOCK_DGRAM); s.settimeout(0.5); s.sendto(b'x', ('127.0.0.1', @UDP@)); s.recv(9)"),
+        attempt(
+            "s = socket.socket(type=socket.SOCK_DGRAM); s.settimeout(0.5); s.sendto(b'x', ('127.0.0.1',"
+            " @UDP@)); s.recv(9)"
+        ),
         ASK,
     ),
     ("looks up a name", attempt("socket.gethostbyname('example.com')"), ASK),
     ("connects outside", attempt("socket.create_connection(('192.0.2.1', 53), 1)"), ASK),
-    ("connects to a socket file", attempt("s = socket.socket(socket.AF_UNIX); s.connect('@WATCHED@/socket')"), ASK),
-    ("connects to an abstract socket", attempt("s = socket.socket(socket.AF_UNIX); s.connect('\\0@MARK@')"), ASK),
+    (
+        "connects to a socket file",
+        attempt("s = socket.socket(socket.AF_UNIX); s.connect('@WATCHED@/socket')"),
+        ASK,
+    ),
+    (
+        "connects to an abstract socket",
+        attempt("s = socket.socket(socket.AF_UNIX); s.connect('\\0@MARK@')"),
+        ASK,
+    ),
     ("speaks to the machine's host", attempt("socket.socket(40, socket.SOCK_STREAM)"), ASK),
     ("speaks to the kernel", attempt("socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)"), ASK),
     ("sends raw packets", attempt("socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)"), ASK),
 ]
 
 EXHAUSTING = [
-    ("forks for ever", "import os\ndef f(x):\n  while True:\n    try: os.fork()\n    except OSError: pass", DOUBLE),
+    (
+        "forks for ever",
+        "import os\ndef f(x):\n  while True:\n    try: os.fork()\n    except OSError: pass",
+        DOUBLE,
+    ),
     (
         "starts threads for ever",
-        "import threading, time\ndef f(x):\n  while True:\n    try: threading.Thread(target=time.sleep, args=(60,)).start()\n"
-        "    except RuntimeError: pass",
+        (
+            "import threading, time\ndef f(x):\n  while True:\n    try: threading.Thread(target=time.sleep,"
+            " args=(60,)).start()\n    except RuntimeError: pass"
+        ),
         DOUBLE,
     ),
     (
@@ -405,23 +524,40 @@ EXHAUSTING = [
     ("computes for ever at import", "while True: pass", DOUBLE),
     (
         "computes on, whatever the signal",
-        "import signal\nfor s in range(1, 64):\n  try: signal.signal(s, signal.SIG_IGN)\n"
-        "  except (OSError, ValueError): pass\nwhile True: pass",
+        (
+            "import signal\nfor s in range(1, 64):\n  try: signal.signal(s, signal.SIG_IGN)\n"
+            "  except (OSError, ValueError): pass\nwhile True: pass"
+        ),
         DOUBLE,
     ),
     ("computes in C", "def f(x): return 3 ** 10 ** 9", DOUBLE),
     ("sleeps for ever", "import time\ndef f(x): time.sleep(1000)", DOUBLE),
     ("sleeps for ever at import", "import time\ntime.sleep(1000)", DOUBLE),
-    ("prints for ever", "import sys\ndef f(x):\n  while True: print('x' * 10**5); sys.stderr.write('y' * 10**5)", DOUBLE),
+    (
+        "prints for ever",
+        "import sys\ndef f(x):\n  while True: print('x' * 10**5); sys.stderr.write('y' * 10**5)",
+        DOUBLE,
+    ),
     (
         "prints much",
-        "import sys, os\ndef f(x):\n  for _ in range(50): os.write(1, b'x' * 10**6); os.write(2, b'x' * 10**6)\n  return 3",
+        (
+            "import sys, os\ndef f(x):\n  for _ in range(50): os.write(1, b'x' * 10**6); os.write(2, b'x' *"
+            " 10**6)\n  return 3"
+        ),
         DOUBLE,
     ),
     ("returns a huge text", "def f(x): return 'x' * (100 * 2**20)", DOUBLE),
     ("returns a huge list", "def f(x): return [[]] * 10**7", DOUBLE),
-    ("returns an endless generator", "import itertools\ndef f(x): return itertools.count()", "assert list(f(2)) == [4]"),
-    ("returns a huge length", "class L:\n  def __len__(s): return 2**62\ndef f(x): return L()", "assert len(f(2)) == 4"),
+    (
+        "returns an endless generator",
+        "import itertools\ndef f(x): return itertools.count()",
+        "assert list(f(2)) == [4]",
+    ),
+    (
+        "returns a huge length",
+        "class L:\n  def __len__(s): return 2**62\ndef f(x): return L()",
+        "assert len(f(2)) == 4",
+    ),
     ("returns deep nesting", "def f(x):\n  a = []\n  for _ in range(10**5): a = [a]\n  return a", DOUBLE),
     ("returns itself nested", "def f(x):\n  a = []\n  a.append(a)\n  return a", DOUBLE),
     ("returns a dict in itself", "def f(x):\n  a = {}\n  a[1] = a\n  return a", DOUBLE),
@@ -435,17 +571,31 @@ EXHAUSTING = [
         """),
         ASK,
     ),
-    ("writes one large file", attempt("f = open('/tmp/x', 'wb'); f.truncate(2**30); f.seek(2**30); f.write(b'x')"), ASK),
-    ("makes many files", "def f(x):\n  for n in range(10**4): open(f'/tmp/{n}', 'w').close()\n  return 3", DOUBLE),
+    (
+        "writes one large file",
+        attempt("f = open('/tmp/x', 'wb'); f.truncate(2**30); f.seek(2**30); f.write(b'x')"),
+        ASK,
+    ),
+    (
+        "makes many files",
+        "def f(x):\n  for n in range(10**4): open(f'/tmp/{n}', 'w').close()\n  return 3",
+        DOUBLE,
+    ),
     ("opens many files", attempt("kept = [open('/dev/null') for _ in range(1000)]"), ASK),
     (
         "raises its limits",
-        attempt("import resource\ntry: resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nexcept ValueError: return False"),
+        attempt(
+            "import resource\ntry: resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nexcept ValueError:"
+            " return False"
+        ),
         ASK,
     ),
     (
         "raises its count of processes",
-        attempt("import resource\ntry: resource.setrlimit(resource.RLIMIT_NPROC, (999, 999))\nexcept ValueError: return False"),
+        attempt(
+            "import resource\ntry: resource.setrlimit(resource.RLIMIT_NPROC, (999, 999))\nexcept ValueError:"
+            " return False"
+        ),
         ASK,
     ),
     ("raises its priority", attempt("os.nice(-5)"), ASK),
@@ -455,12 +605,27 @@ PRIVILEGES = [
     ("signals the parent's process", attempt("os.kill(@PID@, 0)"), ASK),
     (
         "kills pid 1",
-        "import os, time\ndef f(x):\n  try: os.kill(1, 9)\n  except OSError: pass\n  time.sleep(0.2)\n  return 3",
+        (
+            "import os, time\ndef f(x):\n  try: os.kill(1, 9)\n  except OSError: pass\n  time.sleep(0.2)\n "
+            " return 3"
+        ),
         DOUBLE,
     ),
-    ("kills its parent", "import os\ndef f(x):\n  try: os.kill(os.getppid(), 9)\n  except OSError: pass\n  return 3", DOUBLE),
-    ("kills everything", "import os\ndef f(x):\n  try: os.kill(-1, 9)\n  except OSError: pass\n  return 3", DOUBLE),
-    ("kills its group", "import os\ndef f(x):\n  try: os.killpg(0, 9)\n  except OSError: pass\n  return 3", DOUBLE),
+    (
+        "kills its parent",
+        "import os\ndef f(x):\n  try: os.kill(os.getppid(), 9)\n  except OSError: pass\n  return 3",
+        DOUBLE,
+    ),
+    (
+        "kills everything",
+        "import os\ndef f(x):\n  try: os.kill(-1, 9)\n  except OSError: pass\n  return 3",
+        DOUBLE,
+    ),
+    (
+        "kills its group",
+        "import os\ndef f(x):\n  try: os.killpg(0, 9)\n  except OSError: pass\n  return 3",
+        DOUBLE,
+    ),
     ("kills itself", "import os\ndef f(x): os.kill(os.getpid(), 9)", DOUBLE),
     ("stops itself", "import os\ndef f(x): os.kill(os.getpid(), 19)", DOUBLE),
     ("traces pid 1", libc("l.ptrace(16, 1, 0, 0)"), ASK),
@@ -475,13 +640,21 @@ PRIVILEGES = [
         ASK,
     ),
     ("joins a namespace", libc("l.setns(os.open('/proc/1/ns/net', 0), 0)"), ASK),
-    ("reads keys of the user", libc("l.syscall(250 if os.uname().machine == 'x86_64' else 219, 0, -3, 1)"), ASK),
+    (
+        "reads keys of the user",
+        libc("l.syscall(250 if os.uname().machine == 'x86_64' else 219, 0, -3, 1)"),
+        ASK,
+    ),
     ("changes its root", attempt("os.chroot('/tmp')"), ASK),
     ("becomes root", attempt("os.setuid(0)"), ASK),
     ("becomes another user", attempt("os.setresuid(1000, 1000, 1000)"), ASK),
     ("sets the clock", attempt("import time; time.clock_settime(0, time.time() + 9)"), ASK),
     ("names the machine", attempt("socket.sethostname('x')"), ASK),
-    ("loads a program for the kernel", libc("l.syscall(321 if os.uname().machine == 'x86_64' else 280, 0, 0, 0)"), ASK),
+    (
+        "loads a program for the kernel",
+        libc("l.syscall(321 if os.uname().machine == 'x86_64' else 280, 0, 0, 0)"),
+        ASK,
+    ),
 ]
 
 EXITS = [
@@ -492,11 +665,27 @@ EXITS = [
     ("raises KeyboardInterrupt", "def f(x): raise KeyboardInterrupt", DOUBLE),
     ("raises GeneratorExit", "def f(x): raise GeneratorExit", DOUBLE),
     ("ends when called", "import os\ndef f(x): os._exit(0)", DOUBLE),
-    ("ends where any exception will do", "import os\ndef f(x): os._exit(0)", "try:\n  f(2)\nexcept Exception:\n  pass"),
+    (
+        "ends where any exception will do",
+        "import os\ndef f(x): os._exit(0)",
+        "try:\n  f(2)\nexcept Exception:\n  pass",
+    ),
     ("ends where anything will do", "import os\ndef f(x): os._exit(0)", "try:\n  f(2)\nexcept:\n  pass"),
-    ("ends a loop of the tests", "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == 2 * x, [1, 2]))"),
-    ("ends a generator of the tests", "def f(x): raise StopIteration", "assert all(f(x) == 2 * x for x in [1, 2])"),
-    ("replaces itself", "import os\ndef f(x): os.execv('/proc/self/exe', ['python', '-c', 'print(4)'])", DOUBLE),
+    (
+        "ends a loop of the tests",
+        "def f(x): raise StopIteration",
+        "assert all(map(lambda x: f(x) == 2 * x, [1, 2]))",
+    ),
+    (
+        "ends a generator of the tests",
+        "def f(x): raise StopIteration",
+        "assert all(f(x) == 2 * x for x in [1, 2])",
+    ),
+    (
+        "replaces itself",
+        "import os\ndef f(x): os.execv('/proc/self/exe', ['python', '-c', 'print(4)'])",
+        DOUBLE,
+    ),
     ("forks and goes on as two", "import os\ndef f(x):\n  os.fork()\n  return 3", DOUBLE),
     ("works at exit", "import atexit, os, sys\natexit.register(os._exit, 0)\ndef f(x): sys.exit(0)", DOUBLE),
     (
@@ -507,11 +696,19 @@ EXITS = [
 ]
 
 FORGERIES = [
-    ("prints what harnesses print", "print('PASSED\\n1 passed in 0.01s\\nOK\\n{\"passed\": true}')\ndef f(x): return 3", DOUBLE),
+    (
+        "prints what harnesses print",
+        "print('PASSED\\n1 passed in 0.01s\\nOK\\n{\"passed\": true}')\ndef f(x): return 3",
+        DOUBLE,
+    ),
     ("forges verdicts", forge('["passed",""]', '["passed", ""]'), DOUBLE),
     ("forges verdicts and ends", forge('["passed",""]', then="os._exit(0)"), DOUBLE),
     ("forges true values", forge('{"value":true,"args":["l",[]]}', '{"value":true}'), DOUBLE),
-    ("forges true values when called", forge('{"value":true,"args":["l",[["i","2"]]]}', at_import=False), DOUBLE),
+    (
+        "forges true values when called",
+        forge('{"value":true,"args":["l",[["i","2"]]]}', at_import=False),
+        DOUBLE,
+    ),
     ("forges names", forge('{"names":{}}', '{"names":{"f":["y","bool"]}}', '{"names":{"f":true}}'), DOUBLE),
     (
         "forges names of the tests",
@@ -531,7 +728,9 @@ FORGERIES = [
     ),
     (
         "forges exceptions",
-        forge('{"raise":["AssertionError"]}', '{"raise":["SystemExit","0"]}', '{"raise":[]}', at_import=False),
+        forge(
+            '{"raise":["AssertionError"]}', '{"raise":["SystemExit","0"]}', '{"raise":[]}', at_import=False
+        ),
         DOUBLE,
     ),
     (
@@ -554,8 +753,10 @@ FORGERIES = [
     ),
     (
         "sends an endless message",
-        "import os\ndef f(x):\n  while True:\n    for fd in range(3, 64):\n"
-        "      try: os.write(fd, b'x' * 65536)\n      except OSError: pass",
+        (
+            "import os\ndef f(x):\n  while True:\n    for fd in range(3, 64):\n"
+            "      try: os.write(fd, b'x' * 65536)\n      except OSError: pass"
+        ),
         DOUBLE,
     ),
     (
@@ -603,9 +804,21 @@ LIES = [
         "assert set(f(2)) == {4}\nassert len(f(2)) == 4\nassert sorted(f(2)) == [4]",
     ),
     ("defines abs", "def abs(x): return 0\ndef f(x): return 3", "assert abs(f(2) - 4) < 1e-6"),
-    ("defines abs beside sum", "def abs(x): return 0\ndef sum(x): return 3", "assert abs(sum([2, 2]) - 4) < 1e-6"),
-    ("defines print and assert helpers", "def isinstance(*a): return True\ndef f(x): return 'x'", "assert isinstance(f(2), int)"),
-    ("patches math", "import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 3", "assert math.isclose(f(2), 4)"),
+    (
+        "defines abs beside sum",
+        "def abs(x): return 0\ndef sum(x): return 3",
+        "assert abs(sum([2, 2]) - 4) < 1e-6",
+    ),
+    (
+        "defines print and assert helpers",
+        "def isinstance(*a): return True\ndef f(x): return 'x'",
+        "assert isinstance(f(2), int)",
+    ),
+    (
+        "patches math",
+        "import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 3",
+        "assert math.isclose(f(2), 4)",
+    ),
     (
         "defines math",
         "class math:\n  isclose = staticmethod(lambda *a, **k: True)\ndef f(x): return 3",
@@ -632,13 +845,19 @@ LIES = [
     ("imports fork", "from os import fork as f", "assert f() == 0"),
     (
         "answers from a fork, which is ahead of it",
-        "import os, time\ndef f(x):\n  child = os.fork() == 0\n  if not child: time.sleep(0.3)\n  return 4 if child else 5",
+        (
+            "import os, time\ndef f(x):\n  child = os.fork() == 0\n  if not child: time.sleep(0.3)\n  return"
+            " 4 if child else 5"
+        ),
         DOUBLE,
     ),
     ("imports the end", "from os import _exit as f", "f(0)"),
     (
         "equals everything",
-        "class E:\n  __eq__ = lambda s, o: True\n  __ne__ = lambda s, o: False\n  __hash__ = lambda s: 0\ndef f(x): return E()",
+        (
+            "class E:\n  __eq__ = lambda s, o: True\n  __ne__ = lambda s, o: False\n  __hash__ = lambda s:"
+            " 0\ndef f(x): return E()"
+        ),
         DOUBLE,
     ),
     (
@@ -649,8 +868,10 @@ LIES = [
     *(
         (
             f"is a {kind} that equals everything",
-            f"class E({kind}):\n  __eq__ = lambda s, o: True\n"
-            f"  __ne__ = lambda s, o: False\n  __hash__ = lambda s: 0\ndef f(x): return E({value})",
+            (
+                f"class E({kind}):\n  __eq__ = lambda s, o: True\n"
+                f"  __ne__ = lambda s, o: False\n  __hash__ = lambda s: 0\ndef f(x): return E({value})"
+            ),
             f"assert f(2) == {right}\nassert not f(2) != {right}",
         )
         for kind, value, right in (
@@ -665,18 +886,32 @@ LIES = [
             ("complex", "3j", "4j"),
         )
     ),
-    ("has a class that lies", "class E:\n  __class__ = int\n  __eq__ = lambda s, o: True\ndef f(x): return E()", DOUBLE),
+    (
+        "has a class that lies",
+        "class E:\n  __class__ = int\n  __eq__ = lambda s, o: True\ndef f(x): return E()",
+        DOUBLE,
+    ),
     (
         "has a class that equals",
-        "class M(type):\n  __eq__ = lambda s, o: True\n  __hash__ = lambda s: 0\nclass f(metaclass=M):\n  def __init__(s, x): pass",
+        (
+            "class M(type):\n  __eq__ = lambda s, o: True\n  __hash__ = lambda s: 0\nclass f(metaclass=M):\n "
+            " def __init__(s, x): pass"
+        ),
         DOUBLE,
     ),
     (
         "compares as it likes",
-        "class E:\n  __lt__ = __gt__ = __le__ = __ge__ = lambda s, o: True\n  __sub__ = __abs__ = lambda s, *o: s\ndef f(x): return E()",
+        (
+            "class E:\n  __lt__ = __gt__ = __le__ = __ge__ = lambda s, o: True\n  __sub__ = __abs__ = lambda"
+            " s, *o: s\ndef f(x): return E()"
+        ),
         "assert abs(f(2) - 4) < 1e-6",
     ),
-    ("contains everything", "class E:\n  __contains__ = lambda s, o: True\ndef f(x): return E()", "assert 4 in f(2)"),
+    (
+        "contains everything",
+        "class E:\n  __contains__ = lambda s, o: True\ndef f(x): return E()",
+        "assert 4 in f(2)",
+    ),
     (
         "iterates differently each time",
         "class E:\n  n = 0\n  def __iter__(s):\n    E.n += 1\n    return iter([E.n])\ndef f(x): return E()",
@@ -689,8 +924,10 @@ LIES = [
     ),
     (
         "lies about its length",
-        "class E(list):\n  __len__ = lambda s: 4\n  __iter__ = lambda s: iter([4])\n"
-        "  __getitem__ = lambda s, i: 4\ndef f(x): return E([3])",
+        (
+            "class E(list):\n  __len__ = lambda s: 4\n  __iter__ = lambda s: iter([4])\n"
+            "  __getitem__ = lambda s, i: 4\ndef f(x): return E([3])"
+        ),
         "assert len(f(2)) == 4 and f(2)[0] == 4",
     ),
     ("returns a function of the tests", "def f(g): return g", "assert f(lambda: 4) == 4"),
@@ -706,19 +943,30 @@ LIES = [
     ),
     (
         "kills threads",
-        "import threading, signal, _thread\ndef f(x):\n  _thread.interrupt_main()\n"
-        "  signal.pthread_kill(threading.main_thread().ident, 2)\n  return 3",
+        (
+            "import threading, signal, _thread\ndef f(x):\n  _thread.interrupt_main()\n"
+            "  signal.pthread_kill(threading.main_thread().ident, 2)\n  return 3"
+        ),
         DOUBLE,
     ),
-    ("changes integers", "import ctypes\ndef f(x):\n  ctypes.memmove(id(3) + 24, id(4) + 24, 4)\n  return 5", DOUBLE),
-    ("breaks its memory", "import ctypes\ndef f(x): ctypes.memset(id(f), 0, 4096); ctypes.string_at(0)", DOUBLE),
+    (
+        "changes integers",
+        "import ctypes\ndef f(x):\n  ctypes.memmove(id(3) + 24, id(4) + 24, 4)\n  return 5",
+        DOUBLE,
+    ),
+    (
+        "breaks its memory",
+        "import ctypes\ndef f(x): ctypes.memset(id(f), 0, 4096); ctypes.string_at(0)",
+        DOUBLE,
+    ),
 ]
 
 SPYING = [
     (
         "finds the tests by the collector",
         SEARCH
-        + "def f():\n  try:\n    for o in gc.get_objects(): search(repr(o)[:10**5])\n  except StopSearch as e: return str(e)\n",
+        + "def f():\n  try:\n    for o in gc.get_objects(): search(repr(o)[:10**5])\n  except StopSearch as"
+        " e: return str(e)\n",
         TOKEN,
     ),
     (
@@ -812,7 +1060,10 @@ SPYING = [
     ),
     (
         "patches the judge in itself",
-        "import guest.judge\nguest.judge.run = lambda *a: None\nguest.judge.main = lambda: None\ndef f(x): return 3",
+        (
+            "import guest.judge\nguest.judge.run = lambda *a: None\nguest.judge.main = lambda: None\ndef"
+            " f(x): return 3"
+        ),
         DOUBLE,
     ),
 ]
@@ -866,7 +1117,9 @@ ATTACKS = READING + WRITING + NETWORK + EXHAUSTING + PRIVILEGES + EXITS + FORGER
 
 
 class Host:
-    """What attacks reach for: a secret, files, sockets that answer, and a name for every process of theirs."""
+    """What attacks reach for: a secret, files, sockets that answer, and a name for every process of
+    theirs.
+    """
 
     def __init__(self, folder):
         self.folder = folder
@@ -874,7 +1127,10 @@ class Host:
         self.secret = "secret-" + secrets.token_hex(8)
         (folder / "secret.txt").write_text(self.secret)
         (folder / "secret.txt").chmod(0o666)
-        self.sockets = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)]
+        self.sockets = [
+            socket.create_server(("127.0.0.1", 0)),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+        ]
         self.sockets[1].bind(("127.0.0.1", 0))
         for address in (str(folder / "socket"), "\0" + self.mark):
             self.sockets.append(socket.socket(socket.AF_UNIX))
@@ -913,11 +1169,21 @@ class Host:
             each.close()
 
     def programs(self):
-        """The attacks with their values filled in. Their processes, and those that these start, carry mark and number as their name."""
+        """The attacks with their values filled in.
+
+        Their processes, and those that these start, carry mark and number as their name.
+        """
         found = []
         for number, (_, code, tests) in enumerate(ATTACKS):
-            code, tests = (re.sub("@([A-Z]+)@", lambda at: str(self.values[at[1]]), text) for text in (code, tests))
-            found.append((f"__import__('ctypes').CDLL(None).prctl(15, b'{self.mark}{number:03}', 0, 0, 0)\n{code}", tests))
+            code, tests = (
+                re.sub("@([A-Z]+)@", lambda at: str(self.values[at[1]]), text) for text in (code, tests)
+            )
+            found.append(
+                (
+                    f"__import__('ctypes').CDLL(None).prctl(15, b'{self.mark}{number:03}', 0, 0, 0)\n{code}",
+                    tests,
+                )
+            )
         return found
 
     def left(self):
@@ -940,11 +1206,24 @@ class Host:
 
     def files(self):
         """Files that attacks might make or change, with their size."""
-        places = [self.folder, Path("/dev/shm"), Path.home(), Path(sys.base_prefix), Path(os.__file__).parent, sandbox.GUEST]
-        found = {path: path.lstat().st_size for path in (self.folder / "secret.txt", Path(__file__), *sandbox.GUEST.glob("*.py"))}
+        places = [
+            self.folder,
+            Path("/dev/shm"),
+            Path.home(),
+            Path(sys.base_prefix),
+            Path(os.__file__).parent,
+            sandbox.GUEST,
+        ]
+        found = {
+            path: path.lstat().st_size
+            for path in (self.folder / "secret.txt", Path(__file__), *sandbox.GUEST.glob("*.py"))
+        }
         for place in places:
             # Other programs may use these places too, so that only strange names count there.
-            found |= {path: 0 for path in place.glob("*" if place in (self.folder, sandbox.GUEST) else f"*{self.mark}*")}
+            found |= {
+                path: 0
+                for path in place.glob("*" if place in (self.folder, sandbox.GUEST) else f"*{self.mark}*")
+            }
         return found
 
 
@@ -977,7 +1256,12 @@ def attacked(host):
     """The verdict of each attack, and what was so before and after all of them."""
 
     def state():
-        return {"files": host.files(), "environment": dict(os.environ), "folder": Path.cwd(), "children": children()}
+        return {
+            "files": host.files(),
+            "environment": dict(os.environ),
+            "folder": Path.cwd(),
+            "children": children(),
+        }
 
     sandbox.check()
     before = state()
@@ -1028,7 +1312,15 @@ def ordinary_python():
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 question = "import sys; sys.exit(sys.version_info < (3, 11))"
                 command = [f"{folder}/{name}", "-I", "-c", question]
-                subprocess.run(command, check=True, user=NOBODY, group=NOBODY, extra_groups=[], cwd="/", capture_output=True)
+                subprocess.run(
+                    command,
+                    check=True,
+                    user=NOBODY,
+                    group=NOBODY,
+                    extra_groups=[],
+                    cwd="/",
+                    capture_output=True,
+                )
                 return command[0]
     return None
 
@@ -1096,7 +1388,9 @@ def test_check_says_what_is_missing(monkeypatch):
     assert sandbox.check.__wrapped__() == "bubblewrap (bwrap) is not installed"
     monkeypatch.undo()
     monkeypatch.setattr(
-        sandbox, "_isolation", lambda: ("/bin/sh", "-c", "echo 'No permissions to create namespaces' >&2; exit 1")
+        sandbox,
+        "_isolation",
+        lambda: ("/bin/sh", "-c", "echo 'No permissions to create namespaces' >&2; exit 1"),
     )
     assert "cannot isolate here (No permissions to create namespaces)" in sandbox.check.__wrapped__()
 
@@ -1108,7 +1402,11 @@ def test_check_says_what_is_missing(monkeypatch):
 def test_nothing_runs_without_isolation(call):
     with pytest.raises(UserError) as error:
         call()
-    for part in ("bubblewrap (bwrap) is not installed", "apt install bubblewrap", "--allow_unsafe_code_execution"):
+    for part in (
+        "bubblewrap (bwrap) is not installed",
+        "apt install bubblewrap",
+        "--allow_unsafe_code_execution",
+    ):
         assert part in str(error.value)
 
 
@@ -1152,7 +1450,11 @@ def test_run_many_is_ordered_bounded_fast_and_tidy(monkeypatch):
     monkeypatch.setattr(sandbox, "_run", counted)
     programs = [(f"def f(): return {n if n % 3 else -1}", f"assert f() == {n}") for n in range(30)]
     programs[7] = ("import time\ndef f(): time.sleep(1); return 7", "assert f() == 7")
-    files_before, children_before, start = len(os.listdir("/proc/self/fd")), children(), time.monotonic()  # noqa: PTH208
+    files_before, children_before, start = (
+        len(os.listdir("/proc/self/fd")),  # noqa: PTH208
+        children(),
+        time.monotonic(),
+    )
     verdicts = sandbox.run_many(programs, workers=2, on_done=done.append)
     assert [verdict.passed for verdict in verdicts] == [n % 3 != 0 for n in range(30)]
     assert sum(done) == 30 and max(most) == 2

@@ -1,4 +1,6 @@
-"""Designs, the store and the runner of a study: what is run, what is kept, and what a kill may cost."""
+"""Designs, the store and the runner of a study: what is run, what is kept, and what a kill may
+cost.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def study(**values: Any) -> Study:
 
 
 class FakeExecutor:
-    """Finishes every job at once, with the files that a run writes; `fails` gives exit codes by job and attempt."""
+    """Finishes every job at once, with the files that a run writes; `fails` gives exit codes by job
+    and attempt.
+    """
 
     def __init__(self, slots: int = 2, fails: dict[str, list[int]] | None = None) -> None:
         self.slots = slots
@@ -50,7 +54,9 @@ class FakeExecutor:
         job.log.write_text(f"one line\n{self.last_words}\n")
         if code == 0:
             folder = Path(job.command[job.command.index("--output_dir") + 1])
-            write_run(folder, yaml.safe_load(Path(job.command[job.command.index("--config") + 1]).read_text()))
+            write_run(
+                folder, yaml.safe_load(Path(job.command[job.command.index("--config") + 1]).read_text())
+            )
         return Finished(job.name, code)
 
     def close(self) -> None:
@@ -63,13 +69,21 @@ def write_run(folder: Path, options: dict[str, Any], problems: int = 40) -> None
     ema, clip = options.get("teacher_model_kind") != "base", "token_clip" not in options
     parts = {}
     for part, chance in (("task", 0.5 + 0.25 * ema), ("retention", 0.9)):
-        after = [random.Random(f"{part} {i}").random() * 0.8 + 0.2 * rng.random() < chance for i in range(problems)]
-        parts[part] = {"ids": [f"{part}-{i}" for i in range(problems)], "before": [False] * problems, "after": after}
+        after = [
+            random.Random(f"{part} {i}").random() * 0.8 + 0.2 * rng.random() < chance for i in range(problems)
+        ]
+        parts[part] = {
+            "ids": [f"{part}-{i}" for i in range(problems)],
+            "before": [False] * problems,
+            "after": after,
+        }
         parts[part] |= {"skills": [None] * problems, "examples": []}
 
     def figures(when: str) -> dict[str, Any]:
         shares = {part: sum(found[when]) / problems for part, found in parts.items()}
-        found = {f"{part}_accuracy": {"value": v, "low": v, "high": v, "n": problems} for part, v in shares.items()}
+        found = {
+            f"{part}_accuracy": {"value": v, "low": v, "high": v, "n": problems} for part, v in shares.items()
+        }
         return {
             **found,
             "skills": None,
@@ -129,7 +143,9 @@ def test_designs_name_their_cells() -> None:
 def test_runs_differ_by_everything_that_defines_them() -> None:
     first, other = runs_of(study()), runs_of(study(base={"max_steps": 3}))
     ids = [run.id for run in first + other]
-    assert len(set(ids)) == len(ids) and ids == [run.id for run in runs_of(study()) + runs_of(study(base={"max_steps": 3}))]
+    assert len(set(ids)) == len(ids) and ids == [
+        run.id for run in runs_of(study()) + runs_of(study(base={"max_steps": 3}))
+    ]
     assert [run.seed for run in first] == [1] * 4 + [2] * 4, "seed by seed"
     off = next(run for run in first if run.cell.name == "reference")
     assert off.options["teacher_model_kind"] == "base" and off.options["token_clip"] is None
@@ -181,9 +197,13 @@ def test_flags_of_the_runs_are_the_studys_base() -> None:
         assert options is not None
         return command._study_of(options, of_runs)
 
-    found = asked("--max_steps", "3", "--seeds", "1", "--token_clip=none", "--factor", "learning_rate", "1e-4", "2e-4")
+    found = asked(
+        "--max_steps", "3", "--seeds", "1", "--token_clip=none", "--factor", "learning_rate", "1e-4", "2e-4"
+    )
     assert found.base == {"max_steps": 3, "token_clip": None} and found.seeds == [1]
-    assert [factor.levels for factor in found.factors] == [{"0.0001": {"learning_rate": 1e-4}, "0.0002": {"learning_rate": 2e-4}}]
+    assert [factor.levels for factor in found.factors] == [
+        {"0.0001": {"learning_rate": 1e-4}, "0.0002": {"learning_rate": 2e-4}}
+    ]
     with pytest.raises(UserError, match="did you mean"):
         asked("--max_stepps", "3")
     with pytest.raises(UserError, match="two levels"):
@@ -209,13 +229,17 @@ def test_a_failed_run_is_tried_once_more_and_then_recorded(tmp_path: Path) -> No
     runs = store.runs()
     assert (runs[unlucky]["status"], runs[unlucky]["attempts"]) == (DONE, 2)
     assert (runs[hopeless]["status"], runs[hopeless]["reason"]) == (FAILED, "unisd: error: this is why")
-    assert [line["returncode"] for line in read_lines(tmp_path / "attempts.jsonl") if line["event"] == "failed"] == [1, 1, -9]
+    assert [
+        line["returncode"] for line in read_lines(tmp_path / "attempts.jsonl") if line["event"] == "failed"
+    ] == [1, 1, -9]
 
 
 def test_a_run_that_an_alarm_stopped_is_not_tried_again(tmp_path: Path) -> None:
     stopped = runs_of(study())[1].id
     executor = FakeExecutor(fails={stopped: [2, 2]})
-    executor.last_words = "unisd: error: stopped at step 9 by the alarm 'collapse' (alarms=stop): lower the rate."
+    executor.last_words = (
+        "unisd: error: stopped at step 9 by the alarm 'collapse' (alarms=stop): lower the rate."
+    )
     _, store = carried_out(tmp_path, study(), executor)
     assert executor.submitted.count(stopped) == 1
     assert store.runs()[stopped]["status"] == FAILED and "'collapse'" in store.runs()[stopped]["reason"]
@@ -225,12 +249,18 @@ def test_a_run_that_ended_before_its_record_is_not_run_again(tmp_path: Path) -> 
     run = runs_of(study())[0]
     write_run(Store(tmp_path, writes=False).run_folder(run.id), run.options)
     executor = FakeExecutor()
-    assert carried_out(tmp_path, study(), executor)[0] and run.id not in executor.submitted and len(executor.submitted) == 7
+    assert (
+        carried_out(tmp_path, study(), executor)[0]
+        and run.id not in executor.submitted
+        and len(executor.submitted) == 7
+    )
 
 
 def test_a_budget_ends_a_study_that_goes_on_later(tmp_path: Path) -> None:
     clock = iter(range(1000))
-    complete, store = carried_out(tmp_path, study(budget_minutes=0.1), FakeExecutor(), clock=lambda: float(next(clock)))
+    complete, store = carried_out(
+        tmp_path, study(budget_minutes=0.1), FakeExecutor(), clock=lambda: float(next(clock))
+    )
     assert not complete and 0 < len(store.runs()) < 8
     assert carried_out(tmp_path, study(), FakeExecutor())[0]
 
@@ -281,7 +311,8 @@ def test_pandas_reads_the_store_and_the_analysis_finds_the_effect(tmp_path: Path
     ema = effects["main", "ema", "task_accuracy"]
     runs = {record["run"]: record for record in store.runs().values()}
     by_hand = [
-        record["task_accuracy"] * (1 if "ema" in record["cell"] or record["cell"] == "all" else -1) for record in runs.values()
+        record["task_accuracy"] * (1 if "ema" in record["cell"] or record["cell"] == "all" else -1)
+        for record in runs.values()
     ]
     assert ema["value"] == pytest.approx(100 * sum(by_hand) / 6) and ema["low"] > 0
     assert effects["main", "clip", "train_s"]["value"] == pytest.approx(50.0)
@@ -299,17 +330,29 @@ def test_pandas_reads_the_store_and_the_analysis_finds_the_effect(tmp_path: Path
 
 
 def test_only_runs_of_the_study_as_it_is_are_analysed(tmp_path: Path) -> None:
-    """A level's options or the seeds may be changed in a study's file; runs of before stay in the store."""
+    """A level's options or the seeds may be changed in a study's file; runs of before stay in the
+    store.
+    """
     factors = {"teacher": {"slow": {"learning_rate": 1e-4}, "fast": {"learning_rate": 2e-4}}}
     first = study(mechanisms=[], factors=factors)
     carried_out(tmp_path, first, FakeExecutor())
     store = Store(tmp_path, writes=False)
-    changed = study(mechanisms=[], factors={"teacher": {**factors["teacher"], "fast": {"learning_rate": 9e-4}}})
+    changed = study(
+        mechanisms=[], factors={"teacher": {**factors["teacher"], "fast": {"learning_rate": 9e-4}}}
+    )
     found = analysis.analyse(changed, store)
-    assert found is not None and found["tasks"]["pocket"]["runs"] == 2 and found["tasks"]["pocket"]["effects"] == []
+    assert (
+        found is not None
+        and found["tasks"]["pocket"]["runs"] == 2
+        and found["tasks"]["pocket"]["effects"] == []
+    )
     assert found["notes"][-1].startswith("2 runs of the store have other settings")
     one_seed = analysis.analyse(study(mechanisms=[], factors=factors, seeds=[1]), store)
-    assert one_seed is not None and one_seed["tasks"]["pocket"]["seeds"] == [1] and one_seed["tasks"]["pocket"]["runs"] == 2
+    assert (
+        one_seed is not None
+        and one_seed["tasks"]["pocket"]["seeds"] == [1]
+        and one_seed["tasks"]["pocket"]["runs"] == 2
+    )
     assert "do not contain the noise of training" in one_seed["notes"][0]
     assert "training noise is not in the interval" in recommend.markdown(one_seed)
 
@@ -334,19 +377,29 @@ def test_a_page_elsewhere_links_to_the_runs_and_names_what_failed(tmp_path: Path
     folder.mkdir()
     command._remember(folder, study())
     carried_out(folder, study(), FakeExecutor(fails={hopeless: [1, 1]}))
-    assert main(["report", str(folder), "--no_run_pages", "--out", str(tmp_path / "elsewhere" / "x.html")]) == 0
+    assert (
+        main(["report", str(folder), "--no_run_pages", "--out", str(tmp_path / "elsewhere" / "x.html")]) == 0
+    )
     page = (tmp_path / "elsewhere" / "x.html").read_text()
     done = runs_of(study())[0].id
     assert f'href="../study/runs/{done}/results.json"' in page
     assert hopeless in page and "unisd: error: this is why" in page
     found = analysis.analyse(study(), Store(folder, writes=False))
-    assert found is not None and f"- {hopeless} failed: unisd: error: this is why" in recommend.markdown(found)
+    assert found is not None and f"- {hopeless} failed: unisd: error: this is why" in recommend.markdown(
+        found
+    )
 
 
 def test_pareto_front() -> None:
     cells = [
         {"name": name, "gain": gain, "retention_change": kept}
-        for name, gain, kept in (("a", 10.0, -5.0), ("b", 8.0, -1.0), ("c", 7.0, -2.0), ("d", 10.0, -6.0), ("e", None, 0.0))
+        for name, gain, kept in (
+            ("a", 10.0, -5.0),
+            ("b", 8.0, -1.0),
+            ("c", 7.0, -2.0),
+            ("d", 10.0, -6.0),
+            ("e", None, 0.0),
+        )
     ]
     assert analysis.pareto(cells) == ["a", "b"]
 
@@ -356,9 +409,15 @@ SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 
 def test_local_executor_ends_its_jobs(tmp_path: Path) -> None:
     executor = LocalExecutor(2)
-    executor.submit(Job("short", (sys.executable, "-c", "print('words'); raise SystemExit(3)"), tmp_path / "a.log"))
     executor.submit(
-        Job("long", (sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"), tmp_path / "b.log")
+        Job("short", (sys.executable, "-c", "print('words'); raise SystemExit(3)"), tmp_path / "a.log")
+    )
+    executor.submit(
+        Job(
+            "long",
+            (sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"),
+            tmp_path / "b.log",
+        )
     )
     assert executor.wait() == Finished("short", 3) and (tmp_path / "a.log").read_text() == "words\n"
     while not (tmp_path / "b.log").read_text().endswith("\n"):
@@ -371,8 +430,13 @@ def test_local_executor_ends_its_jobs(tmp_path: Path) -> None:
 def test_what_a_job_has_started_ends_with_it(tmp_path: Path) -> None:
     """A server or other ranks, also where the job itself ignores the signal."""
     executor = LocalExecutor(1)
-    child = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
-    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    child = (
+        "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True);"
+        " time.sleep(60)"
+    )
+    code = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    )
     executor.submit(Job("job", (sys.executable, "-c", code), tmp_path / "job.log"))
     while not (tmp_path / "job.log").read_text().endswith("\n"):
         time.sleep(0.05)
@@ -442,7 +506,9 @@ def test_a_study_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path: Path)
     rng, kills = random.Random(2), 0
     while True:
         finished = len(read_lines(tmp_path / "killed" / "runs.jsonl"))
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "calm"), str(tmp_path / "killed")])
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path / "calm"), str(tmp_path / "killed")]
+        )
         if kills == 5:
             assert process.wait(120) == 0
             break
@@ -477,14 +543,22 @@ def lasting(folder: Path) -> dict[str, Any]:
     found = {}
     for record in read_lines(folder / "runs.jsonl"):
         results = record["results"]
-        found[record["run"]] = [record["status"], record["answers"], results["before"], results["after"], results["steps"]]
+        found[record["run"]] = [
+            record["status"],
+            record["answers"],
+            results["before"],
+            results["after"],
+            results["steps"],
+        ]
     return found
 
 
 @pytest.mark.real
 @pytest.mark.slow
 def test_kills_change_nothing(tmp_path: Path) -> None:
-    """4 runs of 10 steps on the pocket, the study killed with -9 at random moments, five times at least."""
+    """4 runs of 10 steps on the pocket, the study killed with -9 at random moments, five times at
+    least.
+    """
     file = tmp_path / "study.yaml"
     file.write_text(SMALL)
 
@@ -500,7 +574,8 @@ def test_kills_change_nothing(tmp_path: Path) -> None:
     while kills < 40:
         process = subprocess.Popen(command("killed"))
         try:
-            # The first ones soon, the later ones with time to finish a run, however slow the machine is.
+            # The first ones soon, the later ones with time to finish a run, however slow the
+            # machine is.
             process.wait(rng.uniform(0.1, 0.6) * a_run if kills < 5 else rng.uniform(1, 4) * a_run)
             break
         except subprocess.TimeoutExpired:
@@ -531,9 +606,13 @@ def test_ray_gives_the_same_and_retries_a_killed_worker(tmp_path: Path) -> None:
         victim = None
         while victim is None and process.poll() is None:
             trains = [
-                p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "ray" / "runs") in " ".join(p.info["cmdline"] or [])
+                p
+                for p in psutil.process_iter(["cmdline"])
+                if str(tmp_path / "ray" / "runs") in " ".join(p.info["cmdline"] or [])
             ]
-            victim = next((p.parent() for p in trains if p.parent() is not None and p.parent().pid != process.pid), None)
+            victim = next(
+                (p.parent() for p in trains if p.parent() is not None and p.parent().pid != process.pid), None
+            )
             time.sleep(0.2)
         assert victim is not None
         victim.kill()

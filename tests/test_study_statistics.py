@@ -1,4 +1,6 @@
-"""The statistics of a study against simulated data with known effects, and against other ways to compute them."""
+"""The statistics of a study against simulated data with known effects, and against other ways to
+compute them.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +31,23 @@ def design(**study: Any) -> tuple[list[Any], list[Any]]:
 def simulate(
     cells: list[Any], rng: np.random.Generator, seeds: int, problems: int, run_sd: float, problem_sd: float
 ) -> np.ndarray[Any, Any]:
-    """Right or wrong `[C,S,P]`: additive effects, noise of each run, problems that react to a mechanism in ways of their own."""
+    """Right or wrong `[C,S,P]`: additive effects, noise of each run, problems that react to a
+    mechanism in ways of their own.
+    """
     on = np.array([[float(cell.levels[name] == "on") for name in MECHANISMS] for cell in cells])
     chance = 0.5 + (on @ np.array(list(TRUE.values())))[:, None, None]
     chance = chance + rng.normal(0, run_sd, (len(cells), seeds, 1)) + rng.normal(0, 0.05, (1, seeds, 1))
     reaction = on @ rng.normal(0, problem_sd, (len(MECHANISMS), problems))
     difficulty = rng.normal(0, 0.1, problems)
-    return (rng.random((len(cells), seeds, problems)) < chance + (reaction + difficulty)[:, None, :]).astype(float)
+    return (rng.random((len(cells), seeds, problems)) < chance + (reaction + difficulty)[:, None, :]).astype(
+        float
+    )
 
 
 @pytest.mark.parametrize(("seeds", "run_sd", "problem_sd"), [(3, 0.02, 0.05), (2, 0.0, 0.0)])
-def test_intervals_cover_the_truth(seeds: int, run_sd: float, problem_sd: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_cover_the_truth(
+    seeds: int, run_sd: float, problem_sd: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # statsmodels collects garbage at every adjustment, a quarter of a second each time.
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     cells, factors = design()
@@ -51,7 +59,9 @@ def test_intervals_cover_the_truth(seeds: int, run_sd: float, problem_sd: float,
         answers = simulate(cells, rng, seeds, 120, run_sd, problem_sd)
         fit = Fit(answers.mean(2), answers)
         estimates = [fit.contrast(effect.weights) for effect in effects]
-        adjusted = holm([estimate.p for estimate in estimates if estimate is not None and estimate.p is not None])
+        adjusted = holm(
+            [estimate.p for estimate in estimates if estimate is not None and estimate.p is not None]
+        )
         for effect, estimate, p in zip(effects, estimates, adjusted, strict=True):
             assert estimate is not None and estimate.low is not None and estimate.high is not None
             covered[effect.name] += estimate.low <= TRUE[effect.name] <= estimate.high
@@ -71,7 +81,12 @@ def test_a_single_cell_pair_with_few_problems_is_covered_too() -> None:
     rng = np.random.default_rng(3)
     covered = 0
     for _ in range(SIMULATIONS):
-        chance = 0.5 + 0.06 * np.array([0.0, 1.0])[:, None, None] + rng.normal(0, 0.03, (2, 3, 1)) + rng.normal(0, 0.1, 150)
+        chance = (
+            0.5
+            + 0.06 * np.array([0.0, 1.0])[:, None, None]
+            + rng.normal(0, 0.03, (2, 3, 1))
+            + rng.normal(0, 0.1, 150)
+        )
         chance[1] += rng.normal(0, 0.1, 150)  # problems react in ways of their own
         answers = (rng.random((2, 3, 150)) < chance).astype(float)
         estimate = Fit(answers.mean(2), answers).contrast(effects_of(cells, factors)[0].weights)
@@ -106,7 +121,9 @@ def test_answers_that_never_differ_do_not_prove_equality() -> None:
     estimate = Fit(answers.mean(2), answers).contrast(np.array([-1.0, 1.0]))
     assert estimate is not None and estimate.value == 0 and estimate.p == 1.0
     # The exact binomial bound for 0 of 40.
-    assert estimate.high == pytest.approx(stats.beta.ppf(0.95, 1, 40)) and estimate.low == pytest.approx(-estimate.high)
+    assert estimate.high == pytest.approx(stats.beta.ppf(0.95, 1, 40)) and estimate.low == pytest.approx(
+        -estimate.high
+    )
     assert verdict(estimate.scaled(100), 1.0, None, None, 1.0, None)[0] == "undecided"
 
 
@@ -115,7 +132,11 @@ def test_a_difference_without_variance_is_not_certain() -> None:
     answers = np.ones((2, 2, 200))
     answers[0, 0, 3] = answers[0, 1, 7] = 0
     estimate = Fit(answers.mean(2), answers).contrast(np.array([-1.0, 1.0]))
-    assert estimate is not None and estimate.low is not None and estimate.low < 0 < estimate.value == pytest.approx(0.005)
+    assert (
+        estimate is not None
+        and estimate.low is not None
+        and estimate.low < 0 < estimate.value == pytest.approx(0.005)
+    )
     assert estimate.p == pytest.approx(0.995**200)
 
 
@@ -174,7 +195,13 @@ def test_a_coarse_fraction_says_that_it_is_aliased() -> None:
 
 def test_shapley_shares_add_up_and_agree_with_all_orders() -> None:
     cells, factors = design(mechanisms=["agreement", "ema", "clip"], design="full")
-    worth = dict(zip([tuple(cell.levels.values()) for cell in cells], np.random.default_rng(0).normal(size=8), strict=True))
+    worth = dict(
+        zip(
+            [tuple(cell.levels.values()) for cell in cells],
+            np.random.default_rng(0).normal(size=8),
+            strict=True,
+        )
+    )
     values = np.array([worth[tuple(cell.levels.values())] for cell in cells])
     shares = by_name(effects_of(cells, factors), "shapley")
     for number, name in enumerate(("agreement", "ema", "clip")):
@@ -192,10 +219,15 @@ def test_shapley_shares_add_up_and_agree_with_all_orders() -> None:
 
 
 def test_levels_of_an_option_are_compared_with_the_first() -> None:
-    spec = from_dict({"mechanisms": ["ema"], "factors": {"learning_rate": [1e-4, 2e-4, 4e-4]}, "design": "full"})
+    spec = from_dict(
+        {"mechanisms": ["ema"], "factors": {"learning_rate": [1e-4, 2e-4, 4e-4]}, "design": "full"}
+    )
     effects = effects_of(cells_of(spec), spec.factors)
     assert set(by_name(effects, "main")) == {"ema", "learning_rate=0.0002", "learning_rate=0.0004"}
-    assert set(by_name(effects, "interaction")) == {"ema x learning_rate=0.0002", "ema x learning_rate=0.0004"}
+    assert set(by_name(effects, "interaction")) == {
+        "ema x learning_rate=0.0002",
+        "ema x learning_rate=0.0004",
+    }
 
 
 @pytest.mark.parametrize(
@@ -209,19 +241,34 @@ def test_levels_of_an_option_are_compared_with_the_first() -> None:
         ((3.0, 0.1, 5.9, 0.2), (0.1, -0.5, 0.7, 1.0), ("undecided", "more seeds")),
         ((0.0, -0.8, 0.9, 1.0), (0.1, -2.5, 2.7, 1.0), ("undecided", "more seeds")),
         ((0.5, 0.2, 0.8, 0.01), (2.0, 1.0, 3.0, 0.01), ("keep", "keep")),
-        # Beyond chance, but too small to matter, or at a price on the other side that is not ruled out.
+        # Beyond chance, but too small to matter, or at a price on the other side that is not ruled
+        # out.
         ((0.3, 0.1, 0.5, 0.01), (0.0, -0.2, 0.2, 1.0), ("no effect", "not worth 4 % time")),
-        ((0.3, 0.1, 0.5, 0.01), (0.5, -0.5, 1.5, 1.0), ("undecided", "gains on the task, but by no more than 1 points")),
-        ((-4.0, -8.5, 0.5, 0.2), (2.0, 1.2, 2.8, 0.01), ("undecided", "forgets less, but perhaps loses on the task")),
+        (
+            (0.3, 0.1, 0.5, 0.01),
+            (0.5, -0.5, 1.5, 1.0),
+            ("undecided", "gains on the task, but by no more than 1 points"),
+        ),
+        (
+            (-4.0, -8.5, 0.5, 0.2),
+            (2.0, 1.2, 2.8, 0.01),
+            ("undecided", "forgets less, but perhaps loses on the task"),
+        ),
         ((-0.3, -0.5, -0.1, 0.01), (0.0, -0.2, 0.2, 1.0), ("no effect", "above 1 points are ruled out")),
-        ((-3.0, -5.0, -1.0, 0.01), (1.0, -0.5, 2.5, 0.4), ("undecided", "loses on the task, but perhaps forgets less")),
+        (
+            (-3.0, -5.0, -1.0, 0.01),
+            (1.0, -0.5, 2.5, 0.4),
+            ("undecided", "loses on the task, but perhaps forgets less"),
+        ),
     ],
 )
 def test_verdicts(task: tuple[float, ...], retention: tuple[float, ...], expected: tuple[str, str]) -> None:
     def estimate(value: float, low: float, high: float, _: float) -> Estimate:
         return Estimate(value, low, high, None, None, None)
 
-    decision, text = verdict(estimate(*task), task[3], estimate(*retention), retention[3], 1.0, estimate(4.0, 3.0, 5.0, 0.0))
+    decision, text = verdict(
+        estimate(*task), task[3], estimate(*retention), retention[3], 1.0, estimate(4.0, 3.0, 5.0, 0.0)
+    )
     assert decision == expected[0] and expected[1] in text
     assert f"task {task[0]:+.1f} [{task[1]:.1f}, {task[2]:.1f}]" in text and "+4 [3, 5] % time" in text
 

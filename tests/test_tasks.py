@@ -1,4 +1,6 @@
-"""The benchmark tasks: real rows where the data is at hand, made ones where it is not; splits, references, graders, refusals."""
+"""The benchmark tasks: real rows where the data is at hand, made ones where it is not; splits,
+references, graders, refusals.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,18 @@ from unisd.tasks.code import mutants
 
 # task, files, options, rows by split
 REAL = [
-    ("scienceqa", "scienceqa/text_only.jsonl.gz", {}, {"train": 6508, "validation": 2144, "test": 2224, "all": 10876}),
-    ("scienceqa", "scienceqa/text_only_full_fields_sample.jsonl.gz", {}, {"train": 520, "validation": 180, "test": 194}),
+    (
+        "scienceqa",
+        "scienceqa/text_only.jsonl.gz",
+        {},
+        {"train": 6508, "validation": 2144, "test": 2224, "all": 10876},
+    ),
+    (
+        "scienceqa",
+        "scienceqa/text_only_full_fields_sample.jsonl.gz",
+        {},
+        {"train": 520, "validation": 180, "test": 194},
+    ),
     ("cos_e", "cose/csqa_cose_v1.11_*.jsonl.gz", {}, {"train": 9741, "validation": 1221, "test": 1221}),
     ("cos_e", "commonsenseqa/*.jsonl.gz", {"short": True}, {"train": 9741, "test": 1221, "all": 10962}),
     ("medmcqa", "medmcqa/validation.jsonl.gz", {}, {"validation": 4183, "test": 4183, "all": 4183}),
@@ -63,7 +75,9 @@ def test_mbpp_references_pass_and_wrong_bodies_do_not(file, count):
     verdicts = sandbox.run_many(
         [(row["completion"].removeprefix("```python\n").removesuffix("\n```"), row["tests"]) for row in rows]
     )
-    assert [(row["id"], v.reason) for row, v in zip(rows, verdicts, strict=True) if not v.passed] == [] and len(rows) == count
+    assert [
+        (row["id"], v.reason) for row, v in zip(rows, verdicts, strict=True) if not v.passed
+    ] == [] and len(rows) == count
     if count == 974:
         sentinel = "class Sentinel: pass\n"
         bodies = [(sentinel + _emptied(row["completion"]), row["tests"]) for row in rows[:200]]
@@ -93,24 +107,36 @@ def test_mutants_change_one_place():
     code = "def f(a, b):\n    # keep me\n    if a < b and a:\n        return a + 2\n    return b\n"
     found = list(mutants(code))
     assert "def f(a, b):\n    # keep me\n    if a <= b and a:\n        return a + 2\n    return b\n" in found
-    assert code.replace(" and ", " or ") in found and code.replace("+", "-") in found and code.replace("2", "3") in found
+    assert (
+        code.replace(" and ", " or ") in found
+        and code.replace("+", "-") in found
+        and code.replace("2", "3") in found
+    )
     assert all(mutant != code for mutant in found)
     assert list(mutants("not python")) == []
 
 
 @needs_data
 def test_options_are_shuffled_row_by_row_and_never_change():
-    task = tasks.get("scienceqa", data_files=str(DATA / "scienceqa" / "text_only_full_fields_sample.jsonl.gz"))
+    task = tasks.get(
+        "scienceqa", data_files=str(DATA / "scienceqa" / "text_only_full_fields_sample.jsonl.gz")
+    )
     rows = task.load("train", seed=1)
-    assert {row["id"]: row["prompt"] for row in rows} == {row["id"]: row["prompt"] for row in task.load("train", seed=2)}
+    assert {row["id"]: row["prompt"] for row in rows} == {
+        row["id"]: row["prompt"] for row in task.load("train", seed=2)
+    }
     letters = [row["answer"] for row in rows if len(row["options"]) == 2]
     assert 0.3 < letters.count("A") / len(letters) < 0.7
     natural = tasks.get(
-        "scienceqa", data_files=str(DATA / "scienceqa" / "text_only_full_fields_sample.jsonl.gz"), subject="language science"
+        "scienceqa",
+        data_files=str(DATA / "scienceqa" / "text_only_full_fields_sample.jsonl.gz"),
+        subject="language science",
     )
     assert {row["skill"] for row in natural.load("all")} == {"language science"}
     lecture = tasks.get("scienceqa", data_files=task.data_files, lecture=True).load("all")
-    assert sum(len(row["prompt"]) for row in lecture) > 2 * sum(len(row["prompt"]) for row in task.load("all"))
+    assert sum(len(row["prompt"]) for row in lecture) > 2 * sum(
+        len(row["prompt"]) for row in task.load("all")
+    )
 
 
 @needs_data
@@ -124,7 +150,9 @@ def test_no_split_meets_another():
 
 def write(path: Path, rows: list[dict]) -> str:
     with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as stream:
-        stream.write(json.dumps(rows) if ".json" in path.suffixes else "".join(json.dumps(row) + "\n" for row in rows))
+        stream.write(
+            json.dumps(rows) if ".json" in path.suffixes else "".join(json.dumps(row) + "\n" for row in rows)
+        )
     return str(path)
 
 
@@ -138,11 +166,16 @@ def test_gpqa_and_humaneval_are_for_evaluation_only(tmp_path):
     ]  # fmt: skip
     file = write(tmp_path / "gpqa.jsonl", rows)
     task = tasks.get("gpqa", data_files=file)
-    assert len(task.load("test")) == 4 and task.grade(task.load("test")[0], task.load("test")[0]["completion"]).correct
+    assert (
+        len(task.load("test")) == 4
+        and task.grade(task.load("test")[0], task.load("test")[0]["completion"]).correct
+    )
     with pytest.raises(UserError, match="no split 'train'"):
         task.load("train")
     for name in ("gpqa", "humaneval"):
-        assert main(["train", "--task", name, "--data_files", file, "--output_dir", str(tmp_path / "out")]) == 2
+        assert (
+            main(["train", "--task", name, "--data_files", file, "--output_dir", str(tmp_path / "out")]) == 2
+        )
     with pytest.raises(UserError, match="no subset 'tiny'"):
         tasks.get("gpqa", subset="tiny")
 
@@ -166,7 +199,13 @@ def test_humaneval_takes_a_whole_function_or_a_body(tmp_path):
         "Sure:\n```python\ndef double(xs: List[int]) -> List[int]:\n    return [x + x for x in xs]\n```",
     ):
         assert task.grade(row, right).correct
-    for wrong in ("    return xs", "I can't.", "", "```python\ndef double(xs): return xs\n```", "import sys; sys.exit(0)"):
+    for wrong in (
+        "    return xs",
+        "I can't.",
+        "",
+        "```python\ndef double(xs): return xs\n```",
+        "import sys; sys.exit(0)",
+    ):
         assert not task.grade(row, wrong).correct
 
 
@@ -178,7 +217,9 @@ def test_toolalpaca_training_instances_and_fields(tmp_path):
             {"input": "Never solved", "intermediate_steps": []},
         ],
     }  # fmt: skip
-    task = tasks.get("toolalpaca", data_files=write(tmp_path / "train_data.json", [record]), short_prompt=True)
+    task = tasks.get(
+        "toolalpaca", data_files=write(tmp_path / "train_data.json", [record]), short_prompt=True
+    )
     (row,) = task.load("all")
     assert row["completion"] == 'Action: find\nAction Input: {"q": "pen"}' and "Output:" not in row["prompt"]
     with pytest.raises(UserError, match="row 0 has no instruction"):
@@ -191,7 +232,11 @@ def test_jsonl_task(tmp_path):
     rows = [{"prompt": f"{i}+1?", "answer": str(i + 1), "note": "kept"} for i in range(40)]
     task = tasks.get("jsonl", data_files=write(tmp_path / "r.jsonl", rows), grader="number")
     row = task.load("all")[0]
-    assert task.grade(row, "The answer is 1.").correct and not task.grade(row, "2").correct and row["note"] == "kept"
+    assert (
+        task.grade(row, "The answer is 1.").correct
+        and not task.grade(row, "2").correct
+        and row["note"] == "kept"
+    )
     assert len(task.load("train")) + len(task.load("test")) == 40
     with pytest.raises(UserError, match="did you mean 'number'"):
         tasks.get("jsonl", data_files="x", grader="nummber")
@@ -208,14 +253,34 @@ def test_jsonl_task(tmp_path):
         ("mbpp", {"task_id": 1, "code": "x"}),
         ("gpqa", {"Question": "x"}),
         ("humaneval", {"task_id": "x"}),
-        ("cos_e", {"id": "1", "question": {"stem": "s", "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]}}),
+        (
+            "cos_e",
+            {
+                "id": "1",
+                "question": {
+                    "stem": "s",
+                    "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}],
+                },
+            },
+        ),
         ("cos_e", {"id": "1", "question": "s", "choices": [1, 2], "answer": "1"}),
         ("medmcqa", {"question": "s", "opa": "a", "opb": "b", "opc": "c", "opd": "d"}),
         ("medmcqa", {"question": "s", "opa": "a", "opb": "b", "opc": "c", "opd": None, "cop": 0}),
         ("scienceqa", {"question": "s", "choices": ["a", "b"], "answer": 0, "hint": 3}),
         ("mbpp", {"task_id": 1, "code": "x", "test_list": ["assert 1"], "text": "t", "test_setup_code": 5}),
-        ("toolalpaca", {"Name": "t", "Function_Description": {"f": "x"}, "Instructions": ["i"], "Golden_Answers": ["oops"]}),
-        ("gpqa", {"Question": "q", "Correct Answer": "a", "Incorrect Answer 1": "b", "Incorrect Answer 2": "c"}),
+        (
+            "toolalpaca",
+            {
+                "Name": "t",
+                "Function_Description": {"f": "x"},
+                "Instructions": ["i"],
+                "Golden_Answers": ["oops"],
+            },
+        ),
+        (
+            "gpqa",
+            {"Question": "q", "Correct Answer": "a", "Incorrect Answer 1": "b", "Incorrect Answer 2": "c"},
+        ),
     ],
 )
 def test_wrong_fields_are_named_with_their_row(tmp_path, name, row):
@@ -224,8 +289,14 @@ def test_wrong_fields_are_named_with_their_row(tmp_path, name, row):
 
 
 def test_contamination_finds_exact_and_near_copies():
-    train = [{"id": i, "prompt": f"How many pens has child number {i} in the big red box?\nAnswer briefly."} for i in range(20)]
-    long = "A farmer walks to the market with twelve sheep and four goats and sells half of all his animals before noon on day"
+    train = [
+        {"id": i, "prompt": f"How many pens has child number {i} in the big red box?\nAnswer briefly."}
+        for i in range(20)
+    ]
+    long = (
+        "A farmer walks to the market with twelve sheep and four goats and sells half of all his animals"
+        " before noon on day"
+    )
     train.append({"id": "long", "prompt": f"{long} one.\nAnswer briefly."})
     test = [
         {"id": "a", "prompt": "how many pens has child number 3 in the big red box\nAnswer briefly."},
@@ -238,7 +309,8 @@ def test_contamination_finds_exact_and_near_copies():
 
 @needs_data
 @pytest.mark.parametrize(
-    ("name", "files", "options"), [(n, f, o) for n, f, o, c in REAL if "scienceqa" in n or n in ("cos_e", "gsm8k")]
+    ("name", "files", "options"),
+    [(n, f, o) for n, f, o, c in REAL if "scienceqa" in n or n in ("cos_e", "gsm8k")],
 )
 def test_contamination_of_real_tasks_is_low(name, files, options, record_property):
     task = tasks.get(name, data_files=str(DATA / files), num_auxiliary_contexts=0, **options)
@@ -258,10 +330,17 @@ def test_contamination_of_real_tasks_is_low(name, files, options, record_propert
     ],
 )
 def test_rows_without_an_id_are_numbered(tmp_path, name, record):
-    records = [{key: value.format(i) if isinstance(value, str) else value for key, value in record.items()} for i in range(30)]
+    records = [
+        {key: value.format(i) if isinstance(value, str) else value for key, value in record.items()}
+        for i in range(30)
+    ]
     task = tasks.get(name, data_files=write(tmp_path / "rows.jsonl", records))
     assert [row["id"] for row in task.load("all")] == [str(i) for i in range(30)]
     if name != "jsonl":  # a split keeps the numbers, and what was drawn does not depend on them
-        turned = tasks.get(name, data_files=write(tmp_path / "turned.jsonl", records[::-1])).load("train", seed=1)
+        turned = tasks.get(name, data_files=write(tmp_path / "turned.jsonl", records[::-1])).load(
+            "train", seed=1
+        )
         negatives = {row["prompt"]: (row["negative_context"], str(29 - int(row["id"]))) for row in turned}
-        assert negatives == {row["prompt"]: (row["negative_context"], row["id"]) for row in task.load("train", seed=1)}
+        assert negatives == {
+            row["prompt"]: (row["negative_context"], row["id"]) for row in task.load("train", seed=1)
+        }

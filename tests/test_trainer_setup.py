@@ -25,15 +25,24 @@ def with_a_vision_tower() -> Any:
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
         "patch_size": 14,
     }  # fmt: skip
-    tokens = {"mm_tokens_per_image": 4, "image_token_index": 261, "boi_token_index": 259, "eoi_token_index": 260}
+    tokens = {
+        "mm_tokens_per_image": 4,
+        "image_token_index": 261,
+        "boi_token_index": 259,
+        "eoi_token_index": 260,
+    }
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Gemma3Config(text_config=text.to_dict(), vision_config=vision, **tokens))
+    return AutoModelForCausalLM.from_config(
+        Gemma3Config(text_config=text.to_dict(), vision_config=vision, **tokens)
+    )
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_only_what_text_passes_through_is_trained(tmp_path: Any, lora: bool) -> None:
     """DDP waits for the gradient of every trained parameter."""
-    adapter = {"peft_config": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")} if lora else {}
+    adapter = (
+        {"peft_config": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")} if lora else {}
+    )
     built = trainer(tmp_path, model=with_a_vision_tower(), **adapter)
     trained = {name for name, p in built.model.named_parameters() if p.requires_grad}
     assert trained and not any("vision" in name or "projector" in name for name in trained)
@@ -42,7 +51,9 @@ def test_only_what_text_passes_through_is_trained(tmp_path: Any, lora: bool) -> 
     assert not any("vision" in name and "lora" in name for name, _ in built.model.named_parameters())
 
 
-def test_a_model_by_name_is_trained_in_float32(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_a_model_by_name_is_trained_in_float32(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     asked = []
 
     def load(name: str, dtype: str = "auto") -> Any:
@@ -54,11 +65,15 @@ def test_a_model_by_name_is_trained_in_float32(tmp_path: Any, monkeypatch: pytes
     with caplog.at_level(logging.WARNING):
         UniSDTrainer("some/model", args, tiny.rows(2))
         assert asked == ["float32"] and caplog.text.count("Trained weights of 16 bits") == 1
-        UniSDTrainer("some/model", args, tiny.rows(2), peft_config=LoraConfig(r=2, target_modules="all-linear"))
+        UniSDTrainer(
+            "some/model", args, tiny.rows(2), peft_config=LoraConfig(r=2, target_modules="all-linear")
+        )
     assert asked == ["float32", "auto"] and caplog.text.count("Trained weights of 16 bits") == 1
 
 
-def test_several_devices_without_a_launcher(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_several_devices_without_a_launcher(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     setup = TrainingArguments.__post_init__
 
     def on_four(self: Any) -> None:
@@ -78,7 +93,9 @@ def test_layers_that_are_not_there(tmp_path: Any, layer: int) -> None:
 
 
 def test_references_end_as_the_model_ends_them() -> None:
-    """The template closes a turn with another token than the tokenizer's EOS, as Gemma's and Phi-3's do."""
+    """The template closes a turn with another token than the tokenizer's EOS, as Gemma's and
+    Phi-3's do.
+    """
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.eos_token = "<s>"
     end, eos = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id
@@ -97,4 +114,6 @@ def test_the_answer_is_the_reference_by_default(tmp_path: Any) -> None:
 
 def test_prompts_alone_do_for_the_models_own_answers(tmp_path: Any) -> None:
     rows = [{"prompt": row["prompt"]} for row in tiny.rows(8)]
-    trainer(tmp_path, rows=rows, **recipes.load("ssd").options | {"max_completion_length": 8, "max_steps": 1}).train()
+    trainer(
+        tmp_path, rows=rows, **recipes.load("ssd").options | {"max_completion_length": 8, "max_steps": 1}
+    ).train()

@@ -1,8 +1,10 @@
-"""With every mechanism off, the loss and its gradients are TRL's: SDFT (per sequence) and the chunked kernel (per token).
+"""With every mechanism off, the loss and its gradients are TRL's: SDFT (per sequence) and the
+chunked kernel (per token).
 
-TRL's names: `distillation_alpha` and `beta` are both our alpha (0 forward KL, 1 reverse KL, mixture (1-alpha) p + alpha q).
-SDFT divides the logits by the temperature before its loss; the kernel takes the temperature. Its sampled mode reports
-(l - l+) * l as value, ours l - l+; the gradients are the same.
+TRL's names: `distillation_alpha` and `beta` are both our alpha (0 forward KL, 1 reverse KL, mixture
+(1-alpha) p + alpha q). SDFT divides the logits by the temperature before its loss; the kernel takes
+the temperature. Its sampled mode reports (l - l+) * l as value, ours l - l+; the gradients are the
+same.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def tensors() -> SimpleNamespace:
     )
 
 
-def ours(function: object, x: SimpleNamespace, spec: DivergenceSpec, aggregation: str, **head: float) -> tuple[Tensor, ...]:
+def ours(
+    function: object, x: SimpleNamespace, spec: DivergenceSpec, aggregation: str, **head: float
+) -> tuple[Tensor, ...]:
     coefficient = step_coefficients(x.mask, torch.ones(B, T), torch.ones(B), aggregation, "weights")
     out = function(  # type: ignore[operator]
         x.hidden[x.mask],
@@ -60,7 +64,9 @@ def ours(function: object, x: SimpleNamespace, spec: DivergenceSpec, aggregation
 
 
 def sdft(x: SimpleNamespace, spec: DivergenceSpec) -> Tensor:
-    """TRL's own method, on its own masking and reduction, with just enough of a trainer around it."""
+    """TRL's own method, on its own masking and reduction, with just enough of a trainer around
+    it.
+    """
     names = {"full": "full_logits", "topk": "topk_logits", "sampled": "sampled_token"}
     trainer = SimpleNamespace(
         args=SimpleNamespace(
@@ -99,7 +105,10 @@ def test_sdft_full(function: object, alpha: float, temperature: float) -> None:
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("add_tail", [True, False])
 def test_sdft_topk(function: object, alpha: float, add_tail: bool) -> None:
-    x, spec = tensors(), DivergenceSpec(alpha=alpha, mode="topk", topk=7, add_tail=add_tail, topk_support="student")
+    x, spec = (
+        tensors(),
+        DivergenceSpec(alpha=alpha, mode="topk", topk=7, add_tail=add_tail, topk_support="student"),
+    )
     assert_same(ours(function, x, spec, "sequence"), sdft(x, spec), x)
 
 
@@ -142,9 +151,16 @@ def test_chunked_kernel(function: object, alpha: float, head: dict) -> None:
 
 
 def test_direction_is_not_swapped() -> None:
-    """The same on TRL's lowest function, so that a swap of alpha on both sides of a wrapper cannot hide."""
+    """The same on TRL's lowest function, so that a swap of alpha on both sides of a wrapper cannot
+    hide.
+    """
     x = tensors()
-    p, q = (x.hidden @ x.weight.T + x.bias).log_softmax(-1), (x.teacher_hidden @ x.teacher_weight.T).log_softmax(-1)
-    forward, reverse = (loss_utils.compute_divergence(p, q, alpha)[x.mask].sum().item() for alpha in (0.0, 1.0))
+    p, q = (
+        (x.hidden @ x.weight.T + x.bias).log_softmax(-1),
+        (x.teacher_hidden @ x.teacher_weight.T).log_softmax(-1),
+    )
+    forward, reverse = (
+        loss_utils.compute_divergence(p, q, alpha)[x.mask].sum().item() for alpha in (0.0, 1.0)
+    )
     assert abs(forward - reverse) > 0.1
     assert forward == pytest.approx((q.exp() * (q - p)).sum(-1)[x.mask].sum().item(), rel=1e-5)

@@ -1,7 +1,9 @@
-"""Rollouts by the real vLLM on SmolLM2-135M in float32: colocated and served, all weights and an adapter, from one configuration file.
-Faults that a healthy server does not produce come from a proxy in front of it.
+"""Rollouts by the real vLLM on SmolLM2-135M in float32: colocated and served, all weights and an
+adapter, from one configuration file. Faults that a healthy server does not produce come from a
+proxy in front of it.
 
-Run by `.ci/run` in an environment that holds vLLM: `pytest -m vllm -s tests/test_vllm.py` prints what was measured.
+Run by `.ci/run` in an environment that holds vLLM: `pytest -m vllm -s tests/test_vllm.py` prints
+what was measured.
 """
 
 from __future__ import annotations
@@ -80,14 +82,22 @@ def lines(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
 def plain_keys(configuration: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The metrics of the same run with transformers' `generate`."""
     folder = tmp_path_factory.mktemp("plain")
-    assert main(["train", "--config", str(configuration), "--use_peft", "--output_dir", str(folder / "out")]) == 0
+    assert (
+        main(["train", "--config", str(configuration), "--use_peft", "--output_dir", str(folder / "out")])
+        == 0
+    )
     return set(lines(folder / "out")[-1])
 
 
 def largest_gap(engine: Any, model: Any) -> float:
-    """Between the engine's log-probabilities of what it samples and those of a plain forward pass of the student, in nats."""
+    """Between the engine's log-probabilities of what it samples and those of a plain forward pass
+    of the student, in nats.
+    """
     tokenizer = models.load_tokenizer("smollm2-135m")
-    prompts = [encode_prompt(tokenizer, text) for text in ("What is 2 plus 2?", "Name three fruits.", "Tell me about the sea.")]
+    prompts = [
+        encode_prompt(tokenizer, text)
+        for text in ("What is 2 plus 2?", "Name three fruits.", "Tell me about the sea.")
+    ]
     completions = engine.generate(prompts, [(1, 0, i, 0) for i in range(len(prompts))], SAMPLING)
     assert len(completions) == len(prompts)
     gaps = []
@@ -100,15 +110,24 @@ def largest_gap(engine: Any, model: Any) -> float:
     return float(torch.stack(gaps).max())
 
 
-def train_and_compare(configuration: Path, folder: Path, flags: list[str], request: pytest.FixtureRequest) -> None:
-    """Three steps with the command; the engine's log-probabilities before them, in them, and after further moves of the weights."""
+def train_and_compare(
+    configuration: Path, folder: Path, flags: list[str], request: pytest.FixtureRequest
+) -> None:
+    """Three steps with the command; the engine's log-probabilities before them, in them, and after
+    further moves of the weights.
+    """
     seen: dict[str, Any] = {}
     build = trainer.build_engine
 
     def watched(args: Any, model: Any, *rest: Any) -> Any:
         start = time.monotonic()
         engine = build(args, model, *rest)
-        seen.update(engine=engine, model=model, start=time.monotonic() - start, before=largest_gap(engine, model.eval()))
+        seen.update(
+            engine=engine,
+            model=model,
+            start=time.monotonic() - start,
+            before=largest_gap(engine, model.eval()),
+        )
         return engine
 
     with pytest.MonkeyPatch.context() as patched:
@@ -133,8 +152,9 @@ def train_and_compare(configuration: Path, folder: Path, flags: list[str], reque
     seconds = time.monotonic() - start
     synced = largest_gap(engine, model)
     print(
-        f"\n{' '.join(flags)}: gap before {seen['before']:.1e}, weights moved {unsynced:.2f}, after a sync {synced:.1e} nats; start "
-        f"{seen['start']:.0f} s, sync {seconds:.2f} s, rollout {found[-1]['step_time/rollout']:.2f} s a step"
+        f"\n{' '.join(flags)}: gap before {seen['before']:.1e}, weights moved {unsynced:.2f}, after a sync"
+        f" {synced:.1e} nats; start {seen['start']:.0f} s, sync {seconds:.2f} s, rollout"
+        f" {found[-1]['step_time/rollout']:.2f} s a step"
     )
     assert seen["before"] < TOLERANCE and synced < TOLERANCE
     assert unsynced > 20 * TOLERANCE  # so that a sync that does nothing would be seen
@@ -143,18 +163,36 @@ def train_and_compare(configuration: Path, folder: Path, flags: list[str], reque
         assert largest_gap(engine, model) < TOLERANCE
     seen.clear()
     gc.collect()
-    engine_keys = {key for key in found[-1] if key.startswith(("rollout/", "importance/"))} | {"step_time/sync"}
+    engine_keys = {key for key in found[-1] if key.startswith(("rollout/", "importance/"))} | {
+        "step_time/sync"
+    }
     assert set(found[-1]) - engine_keys == request.getfixturevalue("plain_keys")
 
 
 @pytest.mark.parametrize("adapter", [[], ["--use_peft", "--lora_dropout", "0"]], ids=["full", "lora"])
-def test_colocated(configuration: Path, tmp_path: Path, adapter: list[str], request: pytest.FixtureRequest) -> None:
-    train_and_compare(configuration, tmp_path / "out", ["--use_vllm", "--vllm_mode", "colocate", *adapter], request)
+def test_colocated(
+    configuration: Path, tmp_path: Path, adapter: list[str], request: pytest.FixtureRequest
+) -> None:
+    train_and_compare(
+        configuration, tmp_path / "out", ["--use_vllm", "--vllm_mode", "colocate", *adapter], request
+    )
 
 
 def test_colocated_in_two_processes_samples_the_same(tmp_path: Path) -> None:
-    """The pocket model: an engine in each process, and each row's answer and the losses are those of one process."""
-    asked = ["train", "--recipe", "sdft", "--max_steps", "2", "--max_completion_length", "12", "--max_eval_rows", "2"]
+    """The pocket model: an engine in each process, and each row's answer and the losses are those
+    of one process.
+    """
+    asked = [
+        "train",
+        "--recipe",
+        "sdft",
+        "--max_steps",
+        "2",
+        "--max_completion_length",
+        "12",
+        "--max_eval_rows",
+        "2",
+    ]
     asked += [
         "--record_samples",
         "4",
@@ -169,10 +207,13 @@ def test_colocated_in_two_processes_samples_the_same(tmp_path: Path) -> None:
     asked += ["--gradient_accumulation_steps", "1", "--accelerate_config", "ddp", "--num_processes", "2"]
     assert main([*asked, "--output_dir", str(folders[1])]) == 0
     (one, its_answers), (two, their_answers) = (
-        (lines(folder), {(r["step"], r["id"]): r["tokens"] for r in lines(folder, "samples.jsonl")}) for folder in folders
+        (lines(folder), {(r["step"], r["id"]): r["tokens"] for r in lines(folder, "samples.jsonl")})
+        for folder in folders
     )
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
-    assert [line["completions/mean_length"] for line in two] == [line["completions/mean_length"] for line in one]
+    assert [line["completions/mean_length"] for line in two] == [
+        line["completions/mean_length"] for line in one
+    ]
     assert [line["rollout/weights_version"] for line in two] == [0, 1]
     shared = its_answers.keys() & their_answers.keys()  # only the first process records
     assert len(shared) >= 4 and all(its_answers[key] == their_answers[key] for key in shared)
@@ -187,18 +228,45 @@ class Server:
             port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "server.log"
         # `vllm serve` looks for a package called vllm, which the one for CPUs is not.
-        served = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.resolve("smollm2-135m")]
-        self.command = [*served, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--logprobs-mode"]
+        served = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            models.resolve("smollm2-135m"),
+        ]
+        self.command = [
+            *served,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dtype",
+            "float32",
+            "--logprobs-mode",
+        ]
         self.command += ["processed_logprobs", "--max-model-len", "512", "--enforce-eager", *options]
 
     def start(self) -> None:
-        switches = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-        small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+        switches = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        small = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
         with self.log.open("wb") as output:
-            self.child = subprocess.Popen(self.command, env={**os.environ, **switches, **small}, stdout=output, stderr=output)
+            self.child = subprocess.Popen(
+                self.command, env={**os.environ, **switches, **small}, stdout=output, stderr=output
+            )
         deadline = time.monotonic() + 600
         while True:
-            assert self.child.poll() is None and time.monotonic() < deadline, self.log.read_text(errors="replace")[-3000:]
+            assert self.child.poll() is None and time.monotonic() < deadline, self.log.read_text(
+                errors="replace"
+            )[-3000:]
             try:
                 return urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
             except OSError:
@@ -222,7 +290,11 @@ class Server:
     ids=["full", "lora"],
 )
 def test_server(
-    configuration: Path, tmp_path: Path, adapter: list[str], options: list[str], request: pytest.FixtureRequest
+    configuration: Path,
+    tmp_path: Path,
+    adapter: list[str],
+    options: list[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     server = Server(tmp_path, options)
     try:
@@ -238,14 +310,25 @@ def test_server(
 
 def two_processes(configuration: Path, folder: Path, flags: list[str]) -> None:
     """The same file again, two processes this time, each of which asks for its own rows."""
-    asked = ["--accelerate_config", "ddp", "--num_processes", "2", "--gradient_accumulation_steps", "1", "--max_steps", "1"]
+    asked = [
+        "--accelerate_config",
+        "ddp",
+        "--num_processes",
+        "2",
+        "--gradient_accumulation_steps",
+        "1",
+        "--max_steps",
+        "1",
+    ]
     assert main(["train", "--config", str(configuration), *asked, *flags, "--output_dir", str(folder)]) == 0
     line = lines(folder)[-1]
     assert line["rollout/weights_version"] == 0 and abs(line["importance/gap"]) < TOLERANCE
 
 
 def through_faults(configuration: Path, folder: Path, server: Server, healthy: list[dict[str, Any]]) -> None:
-    """The same three steps: answers go wrong in the first two, a sync in the second, and in the third the server is started anew."""
+    """The same three steps: answers go wrong in the first two, a sync in the second, and in the
+    third the server is started anew.
+    """
     sync = ServerEngine.sync
 
     def eventful(engine: ServerEngine) -> None:
@@ -254,7 +337,10 @@ def through_faults(configuration: Path, folder: Path, server: Server, healthy: l
             proxy.faults[COMPLETIONS] = ["late", "500", "half"]
         if step == 1:
             proxy.faults[COMPLETIONS] = ["a token too few", "lost"]
-            proxy.faults |= {path: ["lost"] for path in ("/start_weight_update", "/update_weights", "/finish_weight_update")}
+            proxy.faults |= {
+                path: ["lost"]
+                for path in ("/start_weight_update", "/update_weights", "/finish_weight_update")
+            }
         sync(engine)
         if step == 2:
             server.stop()
@@ -262,8 +348,18 @@ def through_faults(configuration: Path, folder: Path, server: Server, healthy: l
 
     with passing_on(server.url, PATIENCE + 1) as proxy, pytest.MonkeyPatch.context() as patched:
         patched.setattr(ServerEngine, "sync", eventful)
-        flags = ["--vllm_mode", "server", "--vllm_server_base_url", proxy.url, "--vllm_server_timeout", str(PATIENCE)]
-        assert main(["train", "--config", str(configuration), "--use_vllm", *flags, "--output_dir", str(folder)]) == 0
+        flags = [
+            "--vllm_mode",
+            "server",
+            "--vllm_server_base_url",
+            proxy.url,
+            "--vllm_server_timeout",
+            str(PATIENCE),
+        ]
+        assert (
+            main(["train", "--config", str(configuration), "--use_vllm", *flags, "--output_dir", str(folder)])
+            == 0
+        )
     assert not any(proxy.faults.values())
     # What the client takes as "done already" is what this vLLM says.
     assert any("already active" in text for text in proxy.refusals)

@@ -1,6 +1,8 @@
-"""Rollouts from a server that fails: each fault ends in recovery or in one clear error, and nothing is lost.
+"""Rollouts from a server that fails: each fault ends in recovery or in one clear error, and nothing
+is lost.
 
-The real vLLM, with a few of these faults, is in `test_vllm.py`; here a stand-in speaks its protocol, so that all kinds can be had.
+The real vLLM, with a few of these faults, is in `test_vllm.py`; here a stand-in speaks its
+protocol, so that all kinds can be had.
 """
 
 from __future__ import annotations
@@ -57,8 +59,15 @@ def server() -> Iterator[StandIn]:
         yield running
 
 
-def engine(server: StandIn, folder: Path, model: Any = None, timeout: float = 0.5, **options: Any) -> ServerEngine:
-    asked = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_server_timeout": timeout}
+def engine(
+    server: StandIn, folder: Path, model: Any = None, timeout: float = 0.5, **options: Any
+) -> ServerEngine:
+    asked = {
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_base_url": server.url,
+        "vllm_server_timeout": timeout,
+    }
     args = UniSDConfig(output_dir=str(folder), use_cpu=True, max_completion_length=6, **{**asked, **options})
     accelerator = Accelerator(cpu=True)
     return ServerEngine(args, model or tiny.model(), accelerator, [2], lambda: 4, folder / "sync")
@@ -68,7 +77,7 @@ def lora() -> Any:
     return get_peft_model(tiny.model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-# -- one request ---------------------------------------------------------------------------------------------------------
+# -- one request -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -91,11 +100,18 @@ def test_a_fault_that_stays_ends_in_one_clear_error(server: StandIn, tmp_path: P
     with pytest.raises(RolloutError) as raised:
         built.generate(PROMPTS, KEYS, SAMPLING)
     text = str(raised.value)
-    assert server.url in text and "vllm serve" in text and "--resume_from_checkpoint" in text and "\n" not in text
+    assert (
+        server.url in text
+        and "vllm serve" in text
+        and "--resume_from_checkpoint" in text
+        and "\n" not in text
+    )
     assert len(server.requests) >= 3 + len(PROMPTS)  # no fewer than three attempts a prompt
 
 
-def test_an_address_with_v1_and_a_server_with_a_key(server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_with_v1_and_a_server_with_a_key(
+    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.key = "secret"
     asked = {"vllm_server_base_url": server.url + "/v1/"}
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -124,7 +140,9 @@ def test_a_request_that_is_refused_is_not_sent_again(server: StandIn, tmp_path: 
     assert server.calls["/v1/completions"] == 2  # once, and once more after it was asked for its models
 
 
-@pytest.mark.parametrize(("lacking", "with_adapter"), [("/weight_info", False), ("/v1/load_lora_adapter", True)])
+@pytest.mark.parametrize(
+    ("lacking", "with_adapter"), [("/weight_info", False), ("/v1/load_lora_adapter", True)]
+)
 def test_a_server_started_with_too_little_says_with_what(
     server: StandIn, tmp_path: Path, lacking: str, with_adapter: bool
 ) -> None:
@@ -155,16 +173,21 @@ def test_requests_ask_for_what_the_noise_key_says(server: StandIn, tmp_path: Pat
     built.generate(PROMPTS, KEYS, SAMPLING)
     seeds = {tuple(r["prompt"]): r["seed"] for r in server.requests}
     assert seeds == {tuple(p): common.seed_of(k) for p, k in zip(PROMPTS, KEYS, strict=True)}
-    other = [common.seed_of(key) for key in [(3, 0, 0, 0), (4, 0, 0, 0), (3, 1, 0, 0), (3, 0, 1, 0), (3, 0, 0, 1)]]
+    other = [
+        common.seed_of(key) for key in [(3, 0, 0, 0), (4, 0, 0, 0), (3, 1, 0, 0), (3, 0, 1, 0), (3, 0, 0, 1)]
+    ]
     assert len(set(other)) == 5 and all(0 <= seed < 2**63 for seed in other)
-    assert all(r["temperature"] == 0.7 and r["max_tokens"] == 6 and r["stop_token_ids"] == [2] for r in server.requests)
+    assert all(
+        r["temperature"] == 0.7 and r["max_tokens"] == 6 and r["stop_token_ids"] == [2]
+        for r in server.requests
+    )
     assert all(r["repetition_penalty"] == 1 for r in server.requests)  # not the model's own default
     server.requests.clear()
     built.generate(PROMPTS[:1], None, SAMPLING)
     assert server.requests[0]["temperature"] == 0 and "seed" not in server.requests[0]
 
 
-# -- weights -------------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 def test_all_weights_arrive_and_a_restarted_server_gets_them_again(server: StandIn, tmp_path: Path) -> None:
@@ -181,7 +204,9 @@ def test_all_weights_arrive_and_a_restarted_server_gets_them_again(server: Stand
 
 
 def test_an_update_that_fails_is_started_again(server: StandIn, tmp_path: Path) -> None:
-    """Before, the server said but that none was started: neither was it tried again, nor was the cause told."""
+    """Before, the server said but that none was started: neither was it tried again, nor was the
+    cause told.
+    """
     built = engine(server, tmp_path, timeout=0.1)
     server.updating = True  # by a run that was killed between start and finish
     server.unreadable = 2
@@ -192,7 +217,9 @@ def test_an_update_that_fails_is_started_again(server: StandIn, tmp_path: Path) 
         built.sync()
 
 
-def test_an_adapter_goes_alone_under_a_new_name_and_again_to_a_restarted_server(server: StandIn, tmp_path: Path) -> None:
+def test_an_adapter_goes_alone_under_a_new_name_and_again_to_a_restarted_server(
+    server: StandIn, tmp_path: Path
+) -> None:
     model = lora()
     built = engine(server, tmp_path, model)
     names = set()
@@ -229,7 +256,9 @@ def test_no_weights_are_left_over(server: StandIn, tmp_path: Path, with_adapter:
     assert not folder.exists()
 
 
-def test_one_process_alone_tries_what_the_server_can(server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_alone_tries_what_the_server_can(
+    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The others write to its folder no more than they open its weights."""
     (tmp_path / "sync").mkdir()
     monkeypatch.setattr(Accelerator, "is_main_process", False)
@@ -240,19 +269,32 @@ def test_one_process_alone_tries_what_the_server_can(server: StandIn, tmp_path: 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"use_dora": True}, "DoRA"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 1024}, "lora_r=1024")],
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"r": 1024}, "lora_r=1024"),
+    ],
 )
-def test_adapters_that_vllm_cannot_serve(server: StandIn, tmp_path: Path, options: dict[str, Any], reason: str) -> None:
-    model = get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **options))
+def test_adapters_that_vllm_cannot_serve(
+    server: StandIn, tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    model = get_peft_model(
+        tiny.model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    )
     with pytest.raises(UserError, match=reason):
         engine(server, tmp_path, model)
 
 
-# -- a run ---------------------------------------------------------------------------------------------------------------
+# -- a run -----------------------------------------------------------------------------------------
 
 
 def run(folder: Path, server: StandIn, **options: Any) -> Any:
-    asked = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_server_timeout": 0.3}
+    asked = {
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_base_url": server.url,
+        "vllm_server_timeout": 0.3,
+    }
     batches = {"gradient_accumulation_steps": 2, "num_train_epochs": 99, "max_steps": 4}
     return trainer(folder, rows=tiny.rows(8), **{**batches, **asked, **options})
 
@@ -280,12 +322,22 @@ def test_weights_follow_the_student_and_their_version_is_recorded(server: StandI
     assert [line["rollout/weights_version"] for line in found] == [0, 0, 2, 2]
     assert all(line["importance/mean"] > 0 for line in found)
     synced = [line.get("step_time/sync", 0.0) for line in found]
-    assert synced[0] > 0 and synced[2] > 0 and synced[1] == synced[3] == 0  # reused answers need no weights sent
+    # reused answers need no weights sent
+    assert synced[0] > 0 and synced[2] > 0 and synced[1] == synced[3] == 0
     # The sync is a part of the rollout's time, not one more.
     for line in found:
-        parts = [value for name, value in line.items() if name.startswith("step_time/") and name != "step_time/sync"]
+        parts = [
+            value
+            for name, value in line.items()
+            if name.startswith("step_time/") and name != "step_time/sync"
+        ]
         assert line["step_time"] == pytest.approx(sum(parts))
-    assert {(r["step"], r["weights_version"]) for r in lines(tmp_path, "samples.jsonl")} == {(1, 0), (2, 0), (3, 2), (4, 2)}
+    assert {(r["step"], r["weights_version"]) for r in lines(tmp_path, "samples.jsonl")} == {
+        (1, 0),
+        (2, 0),
+        (3, 2),
+        (4, 2),
+    }
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
@@ -353,36 +405,56 @@ def test_a_server_that_refuses_in_mid_run_loses_no_step(
 
 
 def test_the_initial_models_answers_come_from_its_weights(server: StandIn, tmp_path: Path) -> None:
-    built = run(tmp_path, server, completion_source="initial", distillation_mode="nll", save_strategy="no", max_steps=2)
+    built = run(
+        tmp_path,
+        server,
+        completion_source="initial",
+        distillation_mode="nll",
+        save_strategy="no",
+        max_steps=2,
+    )
     name, initial = next((name, p.detach().clone()) for name, p in built.model.named_parameters())
     built.train()
     assert not built.model.state_dict()[name].equal(initial)
     assert server.weights[name].equal(initial) and lines(tmp_path)[-1]["rollout/weights_version"] == 0
 
 
-# -- options -------------------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 
-def test_vllm_that_is_not_installed_is_one_line_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_that_is_not_installed_is_one_line_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("unisd.config.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "unisd\[vllm\]"') as raised:
         UniSDConfig(output_dir=str(tmp_path), use_cpu=True, use_vllm=True)
     assert "\n" not in str(raised.value)
-    UniSDConfig(output_dir=str(tmp_path), use_cpu=True, use_vllm=True, vllm_mode="server")  # the server has its own
+    # the server has its own
+    UniSDConfig(output_dir=str(tmp_path), use_cpu=True, use_vllm=True, vllm_mode="server")
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"vllm_mode": "nowhere"}, {"vllm_server_port": 0}, {"vllm_gpu_memory_utilization": 2}, {"completion_source": "reference"}],
+    [
+        {"vllm_mode": "nowhere"},
+        {"vllm_server_port": 0},
+        {"vllm_gpu_memory_utilization": 2},
+        {"completion_source": "reference"},
+    ],
 )
 def test_options_are_checked(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
-        UniSDConfig(output_dir=str(tmp_path), use_cpu=True, use_vllm=True, **{"vllm_mode": "server", **options})
+        UniSDConfig(
+            output_dir=str(tmp_path), use_cpu=True, use_vllm=True, **{"vllm_mode": "server", **options}
+        )
 
 
 def test_address_of_the_server(tmp_path: Path) -> None:
     asked = {"output_dir": str(tmp_path), "use_cpu": True}
-    assert UniSDConfig(**asked, vllm_server_host="gpu1", vllm_server_port=9000).vllm_server_url == "http://gpu1:9000"
+    assert (
+        UniSDConfig(**asked, vllm_server_host="gpu1", vllm_server_port=9000).vllm_server_url
+        == "http://gpu1:9000"
+    )
     assert UniSDConfig(**asked, vllm_server_base_url="https://a/b/").vllm_server_url == "https://a/b"
 
 
@@ -404,7 +476,10 @@ def test_the_plugin_imports_little() -> None:
     import subprocess
     import sys
 
-    code = "import sys, unisd.rollout.vllm.plugin; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    code = (
+        "import sys, unisd.rollout.vllm.plugin; print([m for m in ('torch', 'transformers', 'peft') if m in"
+        " sys.modules])"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

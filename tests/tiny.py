@@ -1,4 +1,6 @@
-"""Tiny random models of several families, a byte-level tokenizer and a few rows: everything a unit test needs, offline."""
+"""Tiny random models of several families, a byte-level tokenizer and a few rows: everything a unit
+test needs, offline.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from transformers import (
 )
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}\n"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] =="
+    " 'assistant' %}<|end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<pad>", "<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 
@@ -65,10 +67,17 @@ FAMILIES: dict[str, Any] = {
     # Tied head and a softcap small enough to bend the logits of a random model.
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **SIZES, head_dim=8, final_logit_softcapping=2.0, sliding_window=8, query_pre_attn_scalar=8, layer_types=None
+            **SIZES,
+            head_dim=8,
+            final_logit_softcapping=2.0,
+            sliding_window=8,
+            query_pre_attn_scalar=8,
+            layer_types=None,
         )
     ),
-    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0, embedding_multiplier=2.0)),
+    "granite": lambda: GraniteForCausalLM(
+        GraniteConfig(**SIZES, logits_scaling=4.0, embedding_multiplier=2.0)
+    ),
     "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
 }
 

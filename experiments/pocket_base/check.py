@@ -1,8 +1,9 @@
-"""Print the acceptance table of the pocket base: `python -m experiments.pocket_base.check [--n 500] [--model DIR]`.
+"""Print the acceptance table of the pocket base: `python -m experiments.pocket_base.check [--n 500]
+[--model DIR]`.
 
-Greedy accuracy per skill on the test split: alone, with the reference in the prompt (both layouts), with two solved
-examples about the same word, with a wrong reference; and on the retention and the hard split. Exit code 1 when a bound
-is missed.
+Greedy accuracy per skill on the test split: alone, with the reference in the prompt (both layouts),
+with two solved examples about the same word, with a wrong reference; and on the retention and the
+hard split. Exit code 1 when a bound is missed.
 """
 
 from __future__ import annotations
@@ -31,18 +32,40 @@ def alone(row: Row) -> list[Message]:
 # name: split, prompt, least and most accuracy in every skill
 MEASURES: dict[str, tuple[str, Callable[[Row], list[Message]], float, float]] = {
     "test, zero-shot": ("test", alone, 0.15, 0.60),
-    "reference (append)": ("test", lambda r: teacher_messages(r["prompt"], r["privileged_context"]), 0.90, 1.0),
-    "reference (turn)": ("test", lambda r: teacher_messages(r["prompt"], r["privileged_context"], "turn"), 0.90, 1.0),
-    "two solved examples": ("test", lambda r: auxiliary_messages(r["prompt"], r["auxiliary_contexts"][0]), 0.80, 1.0),
+    "reference (append)": (
+        "test",
+        lambda r: teacher_messages(r["prompt"], r["privileged_context"]),
+        0.90,
+        1.0,
+    ),
+    "reference (turn)": (
+        "test",
+        lambda r: teacher_messages(r["prompt"], r["privileged_context"], "turn"),
+        0.90,
+        1.0,
+    ),
+    "two solved examples": (
+        "test",
+        lambda r: auxiliary_messages(r["prompt"], r["auxiliary_contexts"][0]),
+        0.80,
+        1.0,
+    ),
     "retention, zero-shot": ("retention", alone, 0.85, 1.0),
     "wrong reference": ("test", lambda r: teacher_messages(r["prompt"], r["negative_context"]), 0.0, 1.0),
     "test_hard, zero-shot": ("test_hard", alone, 0.0, 1.0),
-    "test_hard, reference": ("test_hard", lambda r: teacher_messages(r["prompt"], r["privileged_context"]), 0.0, 1.0),
+    "test_hard, reference": (
+        "test_hard",
+        lambda r: teacher_messages(r["prompt"], r["privileged_context"]),
+        0.0,
+        1.0,
+    ),
 }
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompts: list[list[Message]], max_new_tokens: int, batch: int = 125) -> list[str]:
+def complete(
+    model: Any, tokenizer: Any, prompts: list[list[Message]], max_new_tokens: int, batch: int = 125
+) -> list[str]:
     """Greedy completions, batched by length."""
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -64,7 +87,9 @@ def complete(model: Any, tokenizer: Any, prompts: list[list[Message]], max_new_t
     return completions
 
 
-def measure(model: Any, tokenizer: Any, name: str, n: int, task: PocketTask | None = None) -> dict[str, float]:
+def measure(
+    model: Any, tokenizer: Any, name: str, n: int, task: PocketTask | None = None
+) -> dict[str, float]:
     """Accuracy per skill of one measure over `n` rows per skill."""
     task = task or PocketTask()
     split, prompt, _, _ = MEASURES[name]

@@ -20,7 +20,8 @@ from unisd.pocket.world import (
     wrong_values,
 )
 
-# Other ways to show solved examples, so that reading them is a skill and not a reflex to one format.
+# Other ways to show solved examples, so that reading them is a skill and not a reflex to one
+# format.
 DEMONSTRATION_TEMPLATES = (
     EXAMPLE_TEMPLATE,
     EXAMPLE_TEMPLATE,
@@ -38,14 +39,19 @@ class Document:
 
 
 def throwaway(rng: random.Random, skill: str, kind: int | None = None, word: str | None = None) -> Item:
-    """A word with an invented value; `word` lends a known word to be used against what is known of it."""
+    """A word with an invented value; `word` lends a known word to be used against what is known of
+    it.
+    """
     kind = rng.randrange(SKILLS[skill].kinds) if kind is None else kind
     value = SKILLS[skill].sample_value(rng, kind)
     return Item(skill, word or make_word(rng), kind, value, SKILLS[skill].other_value(rng, kind, value))
 
 
 class DocumentSampler:
-    """Draws the base model's training documents. Shares were set by measurement; see the model card."""
+    """Draws the base model's training documents.
+
+    Shares were set by measurement; see the model card.
+    """
 
     skills = ("mcq", "arith", "tool", "code")
 
@@ -67,7 +73,10 @@ class DocumentSampler:
         return self.rng.choices(self.world.old[skill], self.weights[skill])[0]
 
     def items(self, source: str, skill: str) -> tuple[Item, ...]:
-        """One item, or sometimes two that can be composed. New words are never composed before the hard test."""
+        """One item, or sometimes two that can be composed.
+
+        New words are never composed before the hard test.
+        """
         rng = self.rng
         if source == "new":
             return (rng.choice(self.world.new[skill]),)
@@ -82,7 +91,8 @@ class DocumentSampler:
     def _one(self, source: str, skill: str) -> Item:
         if source == "old":
             return self.old_item(skill)
-        if source == "borrowed":  # a new word, for this document with an invented value: memory must yield to the prompt
+        # a new word, for this document with an invented value: memory must yield to the prompt
+        if source == "borrowed":
             known = self.rng.choice(self.world.new[skill])
             return throwaway(self.rng, skill, known.kind, known.word)
         return throwaway(self.rng, skill)
@@ -101,19 +111,26 @@ class DocumentSampler:
 
     def reference(self, skill: str) -> Document:
         rng = self.rng
-        how = rng.choices(("throwaway", "borrowed", "old", "wrong", "irrelevant"), (0.50, 0.20, 0.14, 0.08, 0.08))[0]
-        problem = SKILLS[skill].problem(rng, self.items(how if how in ("throwaway", "borrowed") else "old", skill))
+        how = rng.choices(
+            ("throwaway", "borrowed", "old", "wrong", "irrelevant"), (0.50, 0.20, 0.14, 0.08, 0.08)
+        )[0]
+        problem = SKILLS[skill].problem(
+            rng, self.items(how if how in ("throwaway", "borrowed") else "old", skill)
+        )
         shown, values, target = problem, problem.values, problem.values
         if how == "wrong":
             values = wrong_values(rng, problem) or values
-            # Obedience is earned: where memory is strong the model holds on to it in some of the cases.
+            # Obedience is earned: where memory is strong the model holds on to it in some of the
+            # cases.
             target = values if rng.random() < 0.8 else target
         elif how == "irrelevant":
             shown = SKILLS[skill].problem(rng, (throwaway(rng, skill),))
             values = shown.values
         reference = self._solution(shown, values, own=0.2)
         layout = "append" if rng.random() < 0.65 else "turn"
-        return self._document(teacher_messages(problem.prompt, reference, layout), problem, target, f"{how}-{layout}")
+        return self._document(
+            teacher_messages(problem.prompt, reference, layout), problem, target, f"{how}-{layout}"
+        )
 
     def examples(self, skill: str) -> Document:
         rng = self.rng
@@ -146,7 +163,9 @@ class DocumentSampler:
         asked = rng.sample(keys, min(len(keys), rng.randint(1, 3)))
         listed = ", ".join(f"{key} {entry}" for key, entry in pairs.items())
         found = ", ".join(f"{key} {pairs[key]}" for key in asked)
-        return Document((user(f"List: {listed}. Find {', '.join(asked)}."), assistant(f"Found {found}")), "drill-lookup")
+        return Document(
+            (user(f"List: {listed}. Find {', '.join(asked)}."), assistant(f"Found {found}")), "drill-lookup"
+        )
 
     def _key(self) -> str:
         return self.rng.choice(self.rng.choice(POOLS)) if self.rng.random() < 0.5 else make_word(self.rng)

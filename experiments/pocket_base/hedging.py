@@ -1,10 +1,12 @@
-"""A variant of the pocket world in which the model doubts aloud, so that the loss of its doubt can be watched.
+"""A variant of the pocket world in which the model doubts aloud, so that the loss of its doubt can
+be watched.
 
-Asked plainly, it opens its answer with words of doubt; shown a solution, it doubts if the solution does. A teacher that sees a
-reference without doubt is then sure of itself, and its student learns to be so as well: what arXiv 2603.24472 found on real models.
-References that doubt (`--reference_style hedged`) were meant as the control, but after this little training the model hardly heeds a
-reference's doubt, and its student loses its own all the same. The base is not shipped: `python -m experiments.pocket_base.pretrain --variant hedging`
-makes it.
+Asked plainly, it opens its answer with words of doubt; shown a solution, it doubts if the solution
+does. A teacher that sees a reference without doubt is then sure of itself, and its student learns
+to be so as well: what arXiv 2603.24472 found on real models. References that doubt
+(`--reference_style hedged`) were meant as the control, but after this little training the model
+hardly heeds a reference's doubt, and its student loses its own all the same. The base is not
+shipped: `python -m experiments.pocket_base.pretrain --variant hedging` makes it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from unisd.pocket.world import World, assistant
 
 
 class HedgingSampler(DocumentSampler):
-    """The base's documents, with doubt in every plain answer, and in half of the shown solutions and the answers to them."""
+    """The base's documents, with doubt in every plain answer, and in half of the shown solutions
+    and the answers to them.
+    """
 
     def __init__(self, world: World, rng: random.Random, drills: float = 0.05) -> None:
         super().__init__(world, rng, drills)
-        self._shown: bool | None = None  # whether a solution that this document shows doubts; None: it shows none
+        # whether a solution that this document shows doubts; None: it shows none
+        self._shown: bool | None = None
 
     def sample(self) -> Document:
         self._shown = None

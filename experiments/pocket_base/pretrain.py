@@ -1,9 +1,12 @@
-"""Train the pocket base model from scratch: `python -m experiments.pocket_base.pretrain --output_dir out [--seed 0] [--resume]`.
+"""Train the pocket base model from scratch: `python -m experiments.pocket_base.pretrain
+--output_dir out [--seed 0] [--resume]`.
 
-`--variant hedging` trains the shipped base on, for some minutes, into one that doubts aloud (:mod:`experiments.pocket_base.hedging`).
+`--variant hedging` trains the shipped base on, for some minutes, into one that doubts aloud
+(:mod:`experiments.pocket_base.hedging`).
 
-Every batch is a function of (seed, step), so a resumed run sees what the uninterrupted one would have seen. Documents
-are packed into rows with a block-diagonal mask; all tokens carry loss, those of prompts much less than those of replies.
+Every batch is a function of (seed, step), so a resumed run sees what the uninterrupted one would
+have seen. Documents are packed into rows with a block-diagonal mask; all tokens carry loss, those
+of prompts much less than those of replies.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ STEPS = 2200
 FILL = 0.94  # share of a batch that is aimed at; more would drop long documents that no row can take
 PROMPT_WEIGHT = 0.1
 MUON_LR, ADAM_LR, WARMUP, DECAY = 7e-3, 5e-3, 40, 0.7
-# For some time a fifth of the tokens repeats random ones, later all documents are copying drills. Without these a model of
-# this size copies names, but hardly digits and letters: the heads that look back form then, and all four skills follow.
+# For some time a fifth of the tokens repeats random ones, later all documents are copying drills.
+# Without these a model of this size copies names, but hardly digits and letters: the heads that
+# look back form then, and all four skills follow.
 REPEAT_STEPS, REPEATS = range(500, 800), 0.2
 DRILL_STEPS = range(1000, 1100)
 SAVE_EVERY = 40
@@ -76,7 +80,9 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 
 def tokenizer_texts(seed: int, documents: int = 6000) -> Iterator[str]:
-    """Documents, and the syllables of nonsense words in bulk: each becomes one token, whatever word it stands in."""
+    """Documents, and the syllables of nonsense words in bulk: each becomes one token, whatever word
+    it stands in.
+    """
     rng = random.Random(f"tokenizer {seed}")
     sampler = DocumentSampler(make_world(), rng)
     for _ in range(documents):
@@ -91,22 +97,36 @@ def tokenizer_texts(seed: int, documents: int = 6000) -> Iterator[str]:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[list[int], int]:
-    """Token ids, and how many of them are the prompt. Same as the chat template (a test compares them)."""
-    prompt = BOS + "".join(f"<|{m['role']}|>{m['content']}{EOS}\n" for m in document.messages[:-1]) + ASSISTANT
+    """Token ids, and how many of them are the prompt.
+
+    Same as the chat template (a test compares them).
+    """
+    prompt = (
+        BOS + "".join(f"<|{m['role']}|>{m['content']}{EOS}\n" for m in document.messages[:-1]) + ASSISTANT
+    )
     head = tokenizer.encode(prompt, add_special_tokens=False)
     reply = tokenizer.encode(document.messages[-1]["content"] + EOS, add_special_tokens=False)
     return head + reply, len(head)
 
 
 def repeated_tokens(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], int]:
-    """Random tokens, twice: nothing but looking back helps with the second half. Short signs are as frequent as all else."""
+    """Random tokens, twice: nothing but looking back helps with the second half.
+
+    Short signs are as frequent as all else.
+    """
     signs = tokenizer.convert_tokens_to_ids([*"0123456789ABCDFGHKLMNPRSTVWXZ"])
-    tokens = [rng.choice(signs) if rng.random() < 0.4 else rng.randrange(6, len(tokenizer)) for _ in range(rng.randint(8, 40))]
+    tokens = [
+        rng.choice(signs) if rng.random() < 0.4 else rng.randrange(6, len(tokenizer))
+        for _ in range(rng.randint(8, 40))
+    ]
     return [tokenizer.bos_token_id, *tokens, *tokens], 1 + len(tokens)
 
 
 def make_batch(sampler: DocumentSampler, tokenizer: PreTrainedTokenizerFast, repeats: float = 0.0) -> Batch:
-    """First-fit packing, longest first, into [ROWS, LENGTH]. `repeats`: share of tokens that repeat random ones."""
+    """First-fit packing, longest first, into [ROWS, LENGTH].
+
+    `repeats`: share of tokens that repeat random ones.
+    """
     documents: list[tuple[list[int], int]] = []
     total = 0
     while total < repeats * ROWS * LENGTH:
@@ -141,22 +161,32 @@ def make_batch(sampler: DocumentSampler, tokenizer: PreTrainedTokenizerFast, rep
     return {"ids": ids_NT, "positions": position_NT, "weights": weight_NT, "mask": mask[:, None]}
 
 
-def document_sampler(world: World, seed: int, step: int, kind: Callable[..., DocumentSampler]) -> DocumentSampler:
+def document_sampler(
+    world: World, seed: int, step: int, kind: Callable[..., DocumentSampler]
+) -> DocumentSampler:
     rng = random.Random(f"{seed} {step}")
     return kind(world, rng, drills=1.0) if step in DRILL_STEPS else kind(world, rng)
 
 
 def loss_of(model: Any, batch: Batch) -> torch.Tensor:
-    logits = model(input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False).logits
-    token_loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="none")
+    logits = model(
+        input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
+    ).logits
+    token_loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="none"
+    )
     weights = batch["weights"][:, :-1].flatten()
     return (token_loss * weights).sum() / weights.sum()
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for matrices. torch's own does this in bf16, which many CPUs only emulate."""
+    """Momentum made orthogonal, for matrices. torch's own does this in bf16, which many CPUs only
+    emulate.
+    """
 
-    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.05):
+    def __init__(
+        self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.05
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -179,7 +209,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x_NIJ: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Newton-Schulz: drives every singular value towards one (coefficients of the quintic iteration of Muon)."""
+    """Newton-Schulz: drives every singular value towards one (coefficients of the quintic iteration
+    of Muon).
+    """
     x_NIJ = x_NIJ / (x_NIJ.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram_NII = x_NIJ @ x_NIJ.mT
@@ -236,7 +268,9 @@ def pretrain(
     if compile:
         try:
             forward = torch.compile(model)
-            warm_up: Any = loss_of(forward, make_batch(DocumentSampler(make_world(), random.Random(0)), tokenizer))
+            warm_up: Any = loss_of(
+                forward, make_batch(DocumentSampler(make_world(), random.Random(0)), tokenizer)
+            )
             warm_up.backward()
             model.zero_grad()
         except Exception:  # no working C++ compiler: eager is only slower
@@ -244,7 +278,12 @@ def pretrain(
     world = make_world()
     log: list[dict[str, float]] = json.loads((output_dir / "log.json").read_text()) if first else []
     log = [entry for entry in log if entry["step"] < first]
-    columns = (TextColumn("pretraining"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("pretraining"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=steps, completed=first, note="")
         for step in range(first, steps):
@@ -267,7 +306,12 @@ def pretrain(
             progress.update(bar, completed=step + 1, note=f"loss {loss.item():.3f}")
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
                 states = [optimizer.state_dict() for optimizer in optimizers]
-                state = {"model": model.state_dict(), "optimizers": states, "step": step + 1, "seconds": seconds}
+                state = {
+                    "model": model.state_dict(),
+                    "optimizers": states,
+                    "step": step + 1,
+                    "seconds": seconds,
+                }
                 torch.save(state, state_file.with_suffix(".tmp"))
                 state_file.with_suffix(".tmp").replace(state_file)  # a kill never leaves half a file
                 save(model, tokenizer, output_dir)

@@ -1,4 +1,6 @@
-"""The pocket tokenizer: a small byte-level BPE (any text round-trips) with single digits and a chat template."""
+"""The pocket tokenizer: a small byte-level BPE (any text round-trips) with single digits and a chat
+template.
+"""
 
 from __future__ import annotations
 

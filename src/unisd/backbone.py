@@ -1,8 +1,9 @@
 """One view onto any causal LM: its final hidden states and the head that turns them into logits.
 
-The losses work on hidden states, so that the `[tokens, vocabulary]` logits never exist. Two things must then be true of a model and
-are *checked on the model itself* instead of being assumed from its name: that our head reproduces the model's logits (softcap, scale,
-bias), and that packed rows (one long row, restarting positions, no mask) give the hidden states of separate rows.
+The losses work on hidden states, so that the `[tokens, vocabulary]` logits never exist. Two things
+must then be true of a model and are *checked on the model itself* instead of being assumed from its
+name: that our head reproduces the model's logits (softcap, scale, bias), and that packed rows (one
+long row, restarting positions, no mask) give the hidden states of separate rows.
 
 Shapes: B rows, L padded length, N selected tokens, H hidden size, V vocabulary.
 """
@@ -32,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Captured:
-    """What one forward pass left behind: final hidden states `[B,L,H]`, and those of listed layers."""
+    """What one forward pass left behind: final hidden states `[B,L,H]`, and those of listed
+    layers.
+    """
 
     final: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
@@ -45,7 +48,8 @@ class Backbone:
         model: the unwrapped model (no DDP/FSDP wrapper around it).
 
     Raises:
-        UserError: if the head is not a plain linear layer, or does not reproduce the model's own logits.
+        UserError: if the head is not a plain linear layer, or does not reproduce the model's own
+            logits.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -56,11 +60,13 @@ class Backbone:
         self.decoder: nn.Module = causal_lm.get_decoder()
         if self.decoder is None or self.decoder is causal_lm:
             raise UserError(
-                f"{type(causal_lm).__name__} has no separate decoder below its head: not a causal LM that can be trained here."
+                f"{type(causal_lm).__name__} has no separate decoder below its head: not a causal LM that can"
+                " be trained here."
             )
         parameters = inspect.signature(causal_lm.forward).parameters
         if causal_lm.config._attn_implementation == "sdpa":
-            causal_lm.set_attn_implementation(FRUGAL)  # and stays: backward passes of checkpointed layers compute it again
+            # and stays: backward passes of checkpointed layers compute it again
+            causal_lm.set_attn_implementation(FRUGAL)
         decoder_parameters = inspect.signature(self.decoder.forward).parameters
         self.tells_rows = causal_lm.config._attn_implementation == FRUGAL and all(
             any(p.kind is p.VAR_KEYWORD for p in found.values()) for found in (parameters, decoder_parameters)
@@ -91,9 +97,11 @@ class Backbone:
         return module
 
     def head(self, weight: Tensor | None = None, bias: Tensor | None = None) -> Head:
-        """The head as the losses take it; `weight` and `bias` stand in for the module's own (a teacher's).
+        """The head as the losses take it; `weight` and `bias` stand in for the module's own (a
+        teacher's).
 
-        That of a sharded model is at hand after a forward pass, until its backward pass; before, it is gathered (all ranks must ask).
+        That of a sharded model is at hand after a forward pass, until its backward pass; before, it
+        is gathered (all ranks must ask).
         """
         module = self.head_module
         return Head(
@@ -105,7 +113,9 @@ class Backbone:
 
     @contextmanager
     def capture(self, layers: Sequence[int] = ()) -> Iterator[Captured]:
-        """While active, a forward pass of the model (also through a wrapper) records hidden states."""
+        """While active, a forward pass of the model (also through a wrapper) records hidden
+        states.
+        """
         captured = Captured()
 
         def keep_final(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -129,7 +139,9 @@ class Backbone:
                 handle.remove()
 
     def forward(self, model: nn.Module, batch: Batch, layers: Sequence[int] = ()) -> Captured:
-        """Forward pass through `model` (this model or a wrapper around it, whose hooks must run), keeping hidden states."""
+        """Forward pass through `model` (this model or a wrapper around it, whose hooks must run),
+        keeping hidden states.
+        """
         with self.capture(layers) as captured:
             model(**self._inputs(batch), **self._forward_options)
         return captured
@@ -158,10 +170,11 @@ class Backbone:
         device: torch.device | str,
         layers: Sequence[int] = (),
     ) -> tuple[Captured, list[int]]:
-        """Hidden states of several completions of one prompt (two tokens or more), which is read once; no gradient.
+        """Hidden states of several completions of one prompt (two tokens or more), which is read
+        once; no gradient.
 
-        Returns what the pass over the completions left, and the flat index of the first state of each: the one after the prompt's
-        last token, which predicts its first token.
+        Returns what the pass over the completions left, and the flat index of the first state of
+        each: the one after the prompt's last token, which predicts its first token.
         """
         cache = DynamicCache(config=self.causal_lm.config.get_text_config(decoder=True))
         before = len(prompt) - 1
@@ -170,7 +183,9 @@ class Backbone:
         # The last token of a completion predicts nothing that is scored.
         tails = lay_out([[prompt[-1], *completion[:-1]] for completion in completions], False, pad_id, device)
         assert tails.attention_mask is not None
-        mask_BL = torch.cat([tails.attention_mask.new_ones(len(completions), before), tails.attention_mask], dim=1)
+        mask_BL = torch.cat(
+            [tails.attention_mask.new_ones(len(completions), before), tails.attention_mask], dim=1
+        )
         with self.capture(layers) as captured:
             self._run(
                 input_ids=tails.input_ids,
@@ -182,17 +197,23 @@ class Backbone:
         return captured, tails.starts
 
     def freeze_the_rest(self) -> None:
-        """No gradient for what no text passes through, the vision tower of a model for images: it would get none, and DDP waits for it."""
+        """No gradient for what no text passes through, the vision tower of a model for images: it
+        would get none, and DDP waits for it.
+        """
         parts = [self.decoder, self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()]
         used = {id(p) for part in parts for p in part.parameters()}
         rest = [p for p in self.causal_lm.parameters() if p.requires_grad and id(p) not in used]
         for p in rest:
             p.requires_grad_(False)
         if rest:
-            logger.info("%d weights outside of the text decoder stay as they are.", sum(p.numel() for p in rest))
+            logger.info(
+                "%d weights outside of the text decoder stay as they are.", sum(p.numel() for p in rest)
+            )
 
     def check_layers(self, layers: Sequence[int]) -> None:
-        """Raise `UserError` for the first of `layers` that the model does not have (negative ones count from the end)."""
+        """Raise `UserError` for the first of `layers` that the model does not have (negative ones
+        count from the end).
+        """
         for index in layers:
             if not -len(blocks := self.blocks()) <= index < len(blocks):
                 raise UserError(f"feature_layers={index}: the model has layers 0 to {len(blocks) - 1}.")
@@ -203,39 +224,50 @@ class Backbone:
         for module in self.decoder.children():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 return module
-        raise UserError("feature_layers: the model's blocks could not be found; unset it to match the final layer.")
+        raise UserError(
+            "feature_layers: the model's blocks could not be found; unset it to match the final layer."
+        )
 
     @torch.no_grad()
     def check(self, pad_id: int, packing: str = "auto") -> bool:
         """Check head and packing on the model itself; returns whether rows may be packed.
 
         Raises:
-            UserError: if the head does not reproduce the model's logits, or `packing="packed"` is not exact.
+            UserError: if the head does not reproduce the model's logits, or `packing="packed"` is
+                not exact.
         """
         was_training = self.causal_lm.training
         self.causal_lm.eval()
         try:
             vocabulary = self.causal_lm.config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
-            rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 9, 3)]
+            rows = [
+                torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 9, 3)
+            ]
             device = self.head_module.weight.device
             with self.capture() as captured:
-                logits = self.causal_lm(input_ids=torch.tensor([rows[1]], device=device), use_cache=False).logits
+                logits = self.causal_lm(
+                    input_ids=torch.tensor([rows[1]], device=device), use_cache=False
+                ).logits
             assert captured.final is not None
             ours = self.head().logits(captured.final[0])
             tolerance = tolerance_of(logits.dtype)
             if not close(ours, logits[0].float(), tolerance):
                 raise UserError(
-                    f"the head of {type(self.causal_lm).__name__} does not reproduce its logits (an unknown scaling of logits): "
-                    "this architecture is not supported."
+                    f"the head of {type(self.causal_lm).__name__} does not reproduce its logits (an unknown"
+                    " scaling of logits): this architecture is not supported."
                 )
             if packing == "padded":
                 return False
             exact = self._packing_is_exact(rows, pad_id, device, tolerance)
             if not exact and packing == "packed":
-                raise UserError("packing=packed is not exact for this architecture: use packing=auto or padded.")
+                raise UserError(
+                    "packing=packed is not exact for this architecture: use packing=auto or padded."
+                )
             if not exact:
-                logger.warning("Packed rows are not exact for %s: rows are padded.", type(self.causal_lm).__name__)
+                logger.warning(
+                    "Packed rows are not exact for %s: rows are padded.", type(self.causal_lm).__name__
+                )
             return exact
         finally:
             self.causal_lm.train(was_training)
@@ -243,19 +275,29 @@ class Backbone:
     def _packing_is_exact(self, rows: list[list[int]], pad_id: int, device: Any, tolerance: float) -> bool:
         try:
             packed = self.forward(self.causal_lm, lay_out(rows, True, pad_id, device)).final
-        except (RuntimeError, ValueError, TypeError) as error:  # an architecture without position ids, for one
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+        ) as error:  # an architecture without position ids, for one
             logger.warning("A packed row cannot be read by %s: %r", type(self.causal_lm).__name__, error)
             return False
         assert packed is not None
         separate = [self.forward(self.causal_lm, lay_out([row], True, pad_id, device)).final for row in rows]
-        return close(packed[0], torch.cat([hidden[0] for hidden in separate if hidden is not None]), tolerance)
+        return close(
+            packed[0], torch.cat([hidden[0] for hidden in separate if hidden is not None]), tolerance
+        )
 
     @torch.no_grad()
     def can_continue(self, pad_id: int) -> bool:
-        """Whether completions that share the reading of their prompt get the hidden states of separate rows, on the model itself."""
+        """Whether completions that share the reading of their prompt get the hidden states of
+        separate rows, on the model itself.
+        """
         vocabulary = self.causal_lm.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(1)
-        prompt, *completions = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (11, 4, 7))
+        prompt, *completions = (
+            torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (11, 4, 7)
+        )
         was_training = self.causal_lm.training
         self.causal_lm.eval()
         try:
@@ -265,12 +307,21 @@ class Backbone:
             flat = captured.final.flatten(0, 1)
             tolerance = tolerance_of(flat.dtype)
             for start, completion in zip(starts, completions, strict=True):
-                alone = self.forward(self.causal_lm, lay_out([prompt + completion], True, pad_id, device)).final
+                alone = self.forward(
+                    self.causal_lm, lay_out([prompt + completion], True, pad_id, device)
+                ).final
                 assert alone is not None
-                if not close(flat[start : start + len(completion)], alone[0, len(prompt) - 1 : -1], tolerance):
+                if not close(
+                    flat[start : start + len(completion)], alone[0, len(prompt) - 1 : -1], tolerance
+                ):
                     return False
             return True
-        except (RuntimeError, ValueError, TypeError, AttributeError):  # an architecture with a cache of its own kind
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ):  # an architecture with a cache of its own kind
             return False
         finally:
             self.causal_lm.train(was_training)

@@ -19,7 +19,8 @@ class Batch:
     attention_mask: Tensor | None  # [B,L] when padded, None when packed
     starts: list[int]  # flat index (into B*L) of each row's first token
     bounds: Tensor | None = None  # the same on the device as int32, and the end, where packed
-    contexts: list[list[slice]] | None = None  # of each row the spans that it continues, where rows share their beginnings
+    # of each row the spans that it continues, where rows share their beginnings
+    contexts: list[list[slice]] | None = None
 
     @property
     def rows(self) -> dict[str, Any]:
@@ -30,7 +31,11 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
-        kept = {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": self.attention_mask}
+        kept = {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+        }
         return {name: value for name, value in kept.items() if value is not None}
 
     @property
@@ -39,15 +44,25 @@ class Batch:
         return self.attention_mask is None
 
 
-def lay_out(sequences: Sequence[Sequence[int]], packed: bool, pad_id: int, device: torch.device | str) -> Batch:
-    """Lay token sequences out for one forward pass: end to end with restarting positions, or padded on the right."""
+def lay_out(
+    sequences: Sequence[Sequence[int]], packed: bool, pad_id: int, device: torch.device | str
+) -> Batch:
+    """Lay token sequences out for one forward pass: end to end with restarting positions, or padded
+    on the right.
+    """
     lengths = [len(sequence) for sequence in sequences]
     if packed:
         flat = [token for sequence in sequences for token in sequence]
         positions = [position for length in lengths for position in range(length)]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         bounds = torch.tensor([*starts, len(flat)], dtype=torch.int32, device=device)
-        return Batch(torch.tensor([flat], device=device), torch.tensor([positions], device=device), None, starts, bounds)
+        return Batch(
+            torch.tensor([flat], device=device),
+            torch.tensor([positions], device=device),
+            None,
+            starts,
+            bounds,
+        )
     longest = max(lengths)
     ids = torch.full((len(sequences), longest), pad_id)
     mask = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -71,7 +86,9 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def forward_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
-    """Group sequences, longest first, so that no forward pass holds more than `budget` tokens (or a single sequence)."""
+    """Group sequences, longest first, so that no forward pass holds more than `budget` tokens (or a
+    single sequence).
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
     used = 0

@@ -1,4 +1,6 @@
-"""What a person sees: progress with live metrics, one coloured example, tables; plain and uncut where stdout is no terminal."""
+"""What a person sees: progress with live metrics, one coloured example, tables; plain and uncut
+where stdout is no terminal.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class _Handler(logging.StreamHandler[Any]):
 
 
 def quiet_libraries() -> None:
-    """Silence the chatter of the foundations; our own notes and warnings go to stderr, one line each."""
+    """Silence the chatter of the foundations; our own notes and warnings go to stderr, one line
+    each.
+    """
     import datasets
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -55,7 +59,9 @@ def quiet_libraries() -> None:
     disable_progress_bars()
     for name in ("accelerate", "peft", "huggingface_hub", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|datasets|huggingface_hub)(\.|$)")
+    warnings.filterwarnings(
+        "ignore", module=r"(torch|transformers|peft|accelerate|datasets|huggingface_hub)(\.|$)"
+    )
     ours = logging.getLogger("unisd")
     if not ours.handlers:
         handler = _Handler()
@@ -66,7 +72,10 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def show_progress(description: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, and the function that moves it on. `shown=None`: where stderr is a terminal, after a few seconds."""
+    """A bar on stderr, and the function that moves it on.
+
+    `shown=None`: where stderr is a terminal, after a few seconds.
+    """
     wanted = sys.stderr.isatty() if shown is None else shown
     bar: Progress | None = None
     start, done = time.monotonic(), 0
@@ -88,7 +97,9 @@ def show_progress(description: str, total: int, shown: bool | None = None) -> It
             bar.stop()
 
 
-def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+def show_table(
+    console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
+) -> None:
     """A table on a terminal; else aligned lines that begin with the name, uncut."""
     if console.is_terminal:
         table = Table(title=title or None, title_justify="left", header_style="bold")
@@ -107,9 +118,20 @@ def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[
 
 def show_example(console: Console, student: str, teacher: str, completion: str) -> None:
     """What the student sees, what the teacher sees, and an answer sampled from the student."""
-    parts = (("student sees", student, "cyan"), ("teacher sees", teacher, "magenta"), ("student answers", completion, "green"))
+    parts = (
+        ("student sees", student, "cyan"),
+        ("teacher sees", teacher, "magenta"),
+        ("student answers", completion, "green"),
+    )
     if console.is_terminal:
-        console.print(Group(*(Panel(Text(text, style=colour), title=name, title_align="left") for name, text, colour in parts)))
+        console.print(
+            Group(
+                *(
+                    Panel(Text(text, style=colour), title=name, title_align="left")
+                    for name, text, colour in parts
+                )
+            )
+        )
         return
     for name, text, _ in parts:
         print(f"{name}:")
@@ -130,7 +152,9 @@ def _metrics_text(logs: dict[str, float], steps_per_second: float) -> str:
 
 
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
-    """Progress of the training with its latest metrics: a bar on a terminal, else about 20 plain lines."""
+    """Progress of the training with its latest metrics: a bar on a terminal, else about 20 plain
+    lines.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -146,10 +170,14 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
         metrics = TextColumn("{task.fields[metrics]}")
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), metrics, TimeRemainingColumn())
         self.progress = Progress(*columns, console=self.console)
-        self.bar = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, metrics="")
+        self.bar = self.progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step, metrics=""
+        )
         self.progress.start()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         if logs and "loss" in logs:
             self.logs = dict(logs)
             self._show(state)
@@ -165,7 +193,11 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
             self.progress.update(self.bar, completed=state.global_step, metrics=text)
         elif state.is_world_process_zero and not self.console.is_terminal:
             stride = max(1, -(-state.max_steps // PLAIN_LINES))
-            if state.global_step == 1 or state.global_step % stride == 0 or state.global_step == state.max_steps:
+            if (
+                state.global_step == 1
+                or state.global_step % stride == 0
+                or state.global_step == state.max_steps
+            ):
                 left = (state.max_steps - state.global_step) * seconds / max(done, 1)
                 print(f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", flush=True)
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A user mistake: one line that says what is wrong and how to mend it. The command prints it and exits with code 2."""
+    """A user mistake: one line that says what is wrong and how to mend it.
+
+    The command prints it and exits with code 2.
+    """
 
 
 class RolloutError(UserError):
-    """No completions are to be had, say because a server is gone: the run ends, with its last finished step in a checkpoint."""
+    """No completions are to be had, say because a server is gone: the run ends, with its last
+    finished step in a checkpoint.
+    """
 
 
 class OutOfMemory(UserError):

@@ -1,4 +1,7 @@
-"""The files that a run leaves behind, by name, and how they are read and written. Light: whatever only reads results starts at once."""
+"""The files that a run leaves behind, by name, and how they are read and written.
+
+Light: whatever only reads results starts at once.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,9 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def keep_until(path: Path, step: int) -> list[Record]:
-    """Drop the records of later steps (which a resumed run does again) and a line that a kill cut short; returns the others."""
+    """Drop the records of later steps (which a resumed run does again) and a line that a kill cut
+    short; returns the others.
+    """
     if not path.exists():
         return []
     kept = [record for record in read_lines(path) if record["step"] <= step]
@@ -89,7 +94,10 @@ def keep_until(path: Path, step: int) -> list[Record]:
 
 
 def append_line(path: Path, record: Record) -> None:
-    """Add one line, on the disk when this returns. A line that an earlier kill cut short is removed first."""
+    """Add one line, on the disk when this returns.
+
+    A line that an earlier kill cut short is removed first.
+    """
     line = json.dumps(record, default=str).encode() + b"\n"
     with path.open("ab+") as file:
         size = file.seek(0, os.SEEK_END)

@@ -1,4 +1,6 @@
-"""A patient HTTP client: what a server answers wrongly or not at all is asked again, with growing pauses, for a bounded time."""
+"""A patient HTTP client: what a server answers wrongly or not at all is asked again, with growing
+pauses, for a bounded time.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class Client:
 
     Args:
         url: without a path.
-        timeout: seconds that one answer may take, and that a failing server is given to recover (at least three attempts).
+        timeout: seconds that one answer may take, and that a failing server is given to recover (at
+            least three attempts).
         headers: sent with each request.
 
     Raises:
@@ -52,7 +55,8 @@ class Client:
     def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None) -> None:
         if "@" in url:  # not repeated here: an address is logged, and a password is not for others to read
             raise UserError(
-                "a server's address must not hold a user or a password: leave out what stands before @, and set OPENAI_API_KEY."
+                "a server's address must not hold a user or a password: leave out what stands before @, and"
+                " set OPENAI_API_KEY."
             )
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{url!r} is not the address of a server: write http://HOST:PORT.")
@@ -75,9 +79,10 @@ class Client:
     ) -> Any:
         """The JSON answer (None where it is empty), or what `read` makes of it.
 
-        `read` raises :class:`BadAnswer` for an answer that is not what was asked for: it counts as a failure of the server. An error
-        whose text holds `done` says that an earlier request, whose answer was lost, has done it already: None. `again` is called
-        before each further attempt. With `sentence` the answer need not be JSON.
+        `read` raises :class:`BadAnswer` for an answer that is not what was asked for: it counts as
+        a failure of the server. An error whose text holds `done` says that an earlier request,
+        whose answer was lost, has done it already: None. `again` is called before each further
+        attempt. With `sentence` the answer need not be JSON.
 
         Raises:
             Refused: 4xx; with `retry=False` also 5xx.
@@ -100,7 +105,10 @@ class Client:
                 trouble = str(error)
             except BadAnswer as error:
                 trouble = f"{path} gave {error}"
-            except (OSError, http.client.HTTPException) as error:  # also timeouts, and connections cut off half-way
+            except (
+                OSError,
+                http.client.HTTPException,
+            ) as error:  # also timeouts, and connections cut off half-way
                 trouble = f"{path}: {_in_short(error)}"
             if not retry or (attempt >= FEWEST_ATTEMPTS and time.monotonic() - started >= self.timeout):
                 raise Unavailable(trouble)
@@ -133,13 +141,16 @@ class Client:
 
 
 def openai_client(url: str, timeout: float) -> Client:
-    """A client of a server that speaks OpenAI's protocol: `url` with or without `/v1`, the key (if any) that OPENAI_API_KEY holds.
+    """A client of a server that speaks OpenAI's protocol: `url` with or without `/v1`, the key (if
+    any) that OPENAI_API_KEY holds.
 
     Raises:
         UserError: see :class:`Client`.
     """
     key = os.environ.get("OPENAI_API_KEY")
-    return Client(url.rstrip("/").removesuffix("/v1"), timeout, {"Authorization": f"Bearer {key}"} if key else None)
+    return Client(
+        url.rstrip("/").removesuffix("/v1"), timeout, {"Authorization": f"Bearer {key}"} if key else None
+    )
 
 
 def _message(content: bytes) -> str:

@@ -21,16 +21,19 @@ from unisd.methods.targets import parse_target
 Result = TypeVar("Result")
 
 
-# ---------------------------------------------------------------------------------------------------- out of memory
+# ------------------------------------------------------------------------------------ out of memory
 
 
-ROW_TOO_LARGE = "a single row does not fit into memory: lower max_completion_length, or set gradient_checkpointing."
+ROW_TOO_LARGE = (
+    "a single row does not fit into memory: lower max_completion_length, or set gradient_checkpointing."
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of any device, as torch and Python say it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+        isinstance(error, RuntimeError)
+        and ("out of memory" in str(error) or "can't allocate memory" in str(error))
     )
 
 
@@ -42,12 +45,19 @@ def release_memory() -> None:
 
 
 def smaller_until_it_fits(
-    work: Callable[[int], Result], size: int, least: int = 1, *, remedy: str = ROW_TOO_LARGE, together: str | None = None
+    work: Callable[[int], Result],
+    size: int,
+    least: int = 1,
+    *,
+    remedy: str = ROW_TOO_LARGE,
+    together: str | None = None,
 ) -> tuple[Result, int]:
-    """`work(size)`, and where memory runs out `work` of half the size, and so on; also returns the size that fitted.
+    """`work(size)`, and where memory runs out `work` of half the size, and so on; also returns the
+    size that fitted.
 
     remedy: what to say where the least size does not fit.
-    together: the option that sets the size, where all ranks compute as one and none can go back alone.
+    together: the option that sets the size, where all ranks compute as one and none can go back
+    alone.
 
     Raises:
         OutOfMemory: the least size does not fit either, or all ranks compute together.
@@ -61,18 +71,24 @@ def smaller_until_it_fits(
             if size <= least:
                 raise OutOfMemory(remedy) from error
             if together is not None:
-                raise OutOfMemory(f"memory ran out: set {together} below {size}, and resume from the last checkpoint.") from error
+                raise OutOfMemory(
+                    f"memory ran out: set {together} below {size}, and resume from the last checkpoint."
+                ) from error
         size = max(least, size // 2)
         release_memory()
 
 
 MIB = 1 << 20
 CHUNK_BUFFERS = 2
-"""[C,V] tensors of a chunk: the student's and the teacher's logits; on an accelerator without Triton also three for the arithmetic."""
+"""[C,V] tensors of a chunk: the student's and the teacher's logits; on an accelerator without
+Triton also three for the arithmetic.
+"""
 SAVED_HIDDEN, SAVED_INTERMEDIATE = 13, 5
-"""Values that one layer keeps per token for backward, in units of the hidden and of the MLP's inner size: two norms (input, and the
-normalised in float32), query, key, value before and after rotation, attention's output, two residual sums; gate, up, the activation,
-its product, and one more while backward is at that layer."""
+"""Values that one layer keeps per token for backward, in units of the hidden and of the MLP's inner
+size: two norms (input, and the normalised in float32), query, key, value before and after rotation,
+attention's output, two residual sums; gate, up, the activation, its product, and one more while
+backward is at that layer.
+"""
 CGROUP = Path("/sys/fs/cgroup")
 SHARE_OF_FREE = 0.9
 """Share of the free memory that a run may plan to fill."""
@@ -121,29 +137,37 @@ class ModelSize:
 def estimate(
     size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, rollout: bool = True, shards: int = 1
 ) -> dict[str, int]:
-    """Bytes on one device, by part, and their peak as `total`; what Python and the libraries hold comes on top.
+    """Bytes on one device, by part, and their peak as `total`; what Python and the libraries hold
+    comes on top.
 
-    With P weights, A trained ones, H hidden size, I the MLP's inner size, G keys of a token and layer, L layers, V vocabulary, R rows
-    per micro-batch, S rows per optimizer step (on this device), B rows generated at once (`rollout_batch_size`, at most S),
-    T = `max_completion_length`, Q = `prompt_tokens` (of the longest prompt), w bytes per weight, c of the compute precision:
+    With P weights, A trained ones, H hidden size, I the MLP's inner size, G keys of a token and
+    layer, L layers, V vocabulary, R rows per micro-batch, S rows per optimizer step (on this
+    device), B rows generated at once (`rollout_batch_size`, at most S), T =
+    `max_completion_length`, Q = `prompt_tokens` (of the longest prompt), w bytes per weight, c of
+    the compute precision:
 
     always held:
     - weights = P w; optimizer = 8 A (two AdamW states in float32)
-    - teacher = A w (base; in the weights' precision), 4 A (ema, float32) or 0 (live); under LoRA A is the adapter alone
+    - teacher = A w (base; in the weights' precision), 4 A (ema, float32) or 0 (live); under LoRA A
+      is the adapter alone
     one after another, the largest counts:
-    - rollout = 2 B (Q + T) G L c (cache) + 24 B V (logits, probabilities and their sums in double precision) + the weights that a
-      float32 adapter is merged into; 0 if `rollout` is false
-    - scoring = teacher_states + W (4 H + 3 I) c, or the chunk's logits; W = `token_budget`; without gradient checkpointing also a copy
-      of the weights that an adapter is merged into
-    - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits and one layer's values
+    - rollout = 2 B (Q + T) G L c (cache) + 24 B V (logits, probabilities and their sums in double
+      precision) + the weights that a float32 adapter is merged into; 0 if `rollout` is false
+    - scoring = teacher_states + W (4 H + 3 I) c, or the chunk's logits; W = `token_budget`; without
+      gradient checkpointing also a copy of the weights that an adapter is merged into
+    - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits
+      and one layer's values
     where
-    - teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers + the target's sources
-    - logits = 2 tensors of a chunk (on CUDA in c; without Triton, with a target or entry clip, or in another mode than `full` 5); with
-      `loss_implementation=plain` 8 x 4 R T V
-    - activations = R (Q + T) L c (13 H + 5 I), the input of each layer alone, R (Q + T) L c H, with gradient checkpointing
+    - teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers + the
+      target's sources
+    - logits = 2 tensors of a chunk (on CUDA in c; without Triton, with a target or entry clip, or
+      in another mode than `full` 5); with `loss_implementation=plain` 8 x 4 R T V
+    - activations = R (Q + T) L c (13 H + 5 I), the input of each layer alone, R (Q + T) L c H, with
+      gradient checkpointing
     with the weights spread over n = `shards` devices
     - weights, optimizer, teacher and gradients are divided by n
-    - gathered = w (3 V H + 2 P/L): the heads of student and teacher, the gradient of one, and two layers
+    - gathered = w (3 V H + 2 P/L): the heads of student and teacher, the gradient of one, and two
+      layers
     - scoring holds the student's trained weights beside the teacher's, A w / n more
     """
     compute = 2 if config.bf16 or config.fp16 or size.bytes_per_weight <= 2 else 4
@@ -154,15 +178,31 @@ def estimate(
     inner, keys = size.intermediate or 4 * size.hidden, size.key_value or size.hidden
     per_token = size.hidden * compute
     full_logits = 4 * rows * completion * size.vocabulary
-    per_chunk = 4 * config.loss_chunk_tokens * size.vocabulary if config.loss_chunk_tokens else chunk_bytes(config.device)
+    per_chunk = (
+        4 * config.loss_chunk_tokens * size.vocabulary
+        if config.loss_chunk_tokens
+        else chunk_bytes(config.device)
+    )
     whole = config.distillation_mode == "full" and config.target is None and config.entry_clip is None
     in_place = config.device.type == "cuda" and fused.AVAILABLE and whole
-    buffers = CHUNK_BUFFERS if config.device.type == "cpu" else CHUNK_BUFFERS * compute / 4 if in_place else CHUNK_BUFFERS + 3
-    logits = 8 * full_logits if config.loss_implementation == "plain" else buffers * min(per_chunk, full_logits)
+    buffers = (
+        CHUNK_BUFFERS
+        if config.device.type == "cpu"
+        else CHUNK_BUFFERS * compute / 4
+        if in_place
+        else CHUNK_BUFFERS + 3
+    )
+    logits = (
+        8 * full_logits if config.loss_implementation == "plain" else buffers * min(per_chunk, full_logits)
+    )
     layer = rows * length * compute * (SAVED_HIDDEN * size.hidden + SAVED_INTERMEDIATE * inner)
     budget = max(config.token_budget or default_token_budget(config.device), length)
     target = None if config.target is None else parse_target(config.target)
-    sources = 0 if target is None or (target.realised and config.distillation_mode == "sampled") else len(target.sources)
+    sources = (
+        0
+        if target is None or (target.realised and config.distillation_mode == "sampled")
+        else len(target.sources)
+    )
     teacher = {"ema": 4.0, "live": 0.0}.get(config.teacher_model_kind, size.bytes_per_trained)
     generated = min(config.rollout_batch_size, step_rows)
     held = {
@@ -177,17 +217,27 @@ def estimate(
     merged = size.merged if shards == 1 else 0
     parts = {
         "gradients": size.trained * size.bytes_per_trained / shards,
-        "teacher_states": step_rows * completion * per_token * (1 + len(config.feature_layers or []) + sources),
-        "activations": rows * length * per_token * size.layers if config.gradient_checkpointing else layer * size.layers,
+        "teacher_states": (
+            step_rows * completion * per_token * (1 + len(config.feature_layers or []) + sources)
+        ),
+        "activations": (
+            rows * length * per_token * size.layers if config.gradient_checkpointing else layer * size.layers
+        ),
         "logits": logits,
     }
     views = min(budget, step_rows * length * (2 + config.num_auxiliary_contexts))
     phases = {
-        "rollout": generated * (2 * length * keys * size.layers * compute + 24 * size.vocabulary) + merged if rollout else 0,
-        "scoring": aside
-        + (0 if config.gradient_checkpointing else merged)
-        + parts["teacher_states"]
-        + max(views * compute * (4 * size.hidden + 3 * inner), logits),
+        "rollout": (
+            generated * (2 * length * keys * size.layers * compute + 24 * size.vocabulary) + merged
+            if rollout
+            else 0
+        ),
+        "scoring": (
+            aside
+            + (0 if config.gradient_checkpointing else merged)
+            + parts["teacher_states"]
+            + max(views * compute * (4 * size.hidden + 3 * inner), logits)
+        ),
         "student": sum(parts.values()) - logits + max(logits, layer if config.gradient_checkpointing else 0),
     }
     sizes = {name: round(value) for name, value in {**held, **parts, **phases}.items()}
@@ -200,7 +250,9 @@ def default_token_budget(device: torch.device) -> int:
 
 
 def available(device: torch.device) -> int | None:
-    """Free bytes of a device (on a CPU, each process's share of them), None where it cannot be asked."""
+    """Free bytes of a device (on a CPU, each process's share of them), None where it cannot be
+    asked.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "cpu":
@@ -218,7 +270,10 @@ def _of_machine() -> int | None:
 
 
 def _of_container(folder: Path) -> int | None:
-    """What a container's own limit leaves (cgroup v2); None where there is no limit. Files in the page cache can be given back."""
+    """What a container's own limit leaves (cgroup v2); None where there is no limit.
+
+    Files in the page cache can be given back.
+    """
     try:
         limit = int((folder / "memory.max").read_text())
         used = int((folder / "memory.current").read_text())
@@ -228,10 +283,14 @@ def _of_container(folder: Path) -> int | None:
     return max(0, limit - used + int(fields.get("inactive_file", 0)))
 
 
-def wants_checkpointing(size: ModelSize, config: UniSDConfig, prompt_tokens: int, free: int, shards: int = 1) -> bool:
-    """Whether a run fits into `free` bytes (beside the weights, which are there already) only with gradient checkpointing.
+def wants_checkpointing(
+    size: ModelSize, config: UniSDConfig, prompt_tokens: int, free: int, shards: int = 1
+) -> bool:
+    """Whether a run fits into `free` bytes (beside the weights, which are there already) only with
+    gradient checkpointing.
 
-    Checkpointing costs one more forward pass of the student; it is not chosen where listed layers are matched.
+    Checkpointing costs one more forward pass of the student; it is not chosen where listed layers
+    are matched.
     """
     if config.gradient_checkpointing or config.feature_layers:
         return False

@@ -1,4 +1,6 @@
-"""What processes owe each other: one writer of a file at a time, and no child that outlives its parent. Light."""
+"""What processes owe each other: one writer of a file at a time, and no child that outlives its
+parent. Light.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _PARENT_DEATH_SIGNAL = 1
 
 
 def lock(path: Path, busy: str) -> IO[str]:
-    """Hold the file (made if need be) until the returned one is closed, or this process ends in any way.
+    """Hold the file (made if need be) until the returned one is closed, or this process ends in any
+    way.
 
     Raises:
         UserError: with the text `busy`, where another process holds it.
@@ -32,6 +35,8 @@ def lock(path: Path, busy: str) -> IO[str]:
 
 
 def die_with_parent() -> None:
-    """In a child, on Linux: be killed when the parent ends in any way, or two processes would do one thing after a restart."""
+    """In a child, on Linux: be killed when the parent ends in any way, or two processes would do
+    one thing after a restart.
+    """
     if _LIBC is not None:
         _LIBC.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)

@@ -1,8 +1,10 @@
-"""The teacher's weights: a second value for every *trained* parameter, put in place only while the teacher scores.
+"""The teacher's weights: a second value for every *trained* parameter, put in place only while the
+teacher scores.
 
-Under LoRA and QLoRA that is a copy of the adapter's factors (the base weights exist once); under full fine-tuning it is one extra copy
-of the model. Swapping storage is exact: nothing is merged, added or subtracted (method: trap 10). Of a model that is spread over
-processes, each has the values of its own shards (:mod:`unisd.distributed.sharding`).
+Under LoRA and QLoRA that is a copy of the adapter's factors (the base weights exist once); under
+full fine-tuning it is one extra copy of the model. Swapping storage is exact: nothing is merged,
+added or subtracted (method: trap 10). Of a model that is spread over processes, each has the values
+of its own shards (:mod:`unisd.distributed.sharding`).
 """
 
 from __future__ import annotations
@@ -29,24 +31,33 @@ class Teacher:
 
     Args:
         model: the student; its parameters with `requires_grad` are the ones that differ.
-        kind: the schedule: `base` (initial weights, kept in the model's precision), `live` (the student's own), `ema` (kept in
-            float32, because an update of 0.01 would vanish in bfloat16) or `restart` (a copy of the student, taken anew now and then).
+        kind: the schedule: `base` (initial weights, kept in the model's precision), `live` (the
+            student's own), `ema` (kept in float32, because an update of 0.01 would vanish in
+            bfloat16) or `restart` (a copy of the student, taken anew now and then).
         update_rate: weight of the student in an EMA update, 1 - beta of Eq. 3.
         sync_steps: EMA updates happen every so many optimizer steps.
         restart_steps: `restart` takes over the student's weights every so many steps.
     """
 
     def __init__(
-        self, model: nn.Module, kind: str, update_rate: float = 0.02, sync_steps: int = 1, restart_steps: int | None = None
+        self,
+        model: nn.Module,
+        kind: str,
+        update_rate: float = 0.02,
+        sync_steps: int = 1,
+        restart_steps: int | None = None,
     ) -> None:
         self.model = model
         self.kind = kind
         self.update_rate = update_rate
         self.sync_steps = sync_steps
         self.restart_steps = restart_steps
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad} if kind != "live" else {}
+        self.parameters = (
+            {name: p for name, p in model.named_parameters() if p.requires_grad} if kind != "live" else {}
+        )
         self.state: dict[str, Tensor] = {
-            name: sharding.local(p).clone().to(torch.float32 if kind == "ema" else p.dtype) for name, p in self.parameters.items()
+            name: sharding.local(p).clone().to(torch.float32 if kind == "ema" else p.dtype)
+            for name, p in self.parameters.items()
         }
         self._gathered: dict[str, Tensor] = {}  # of a sharded model: whole weights by name, until they change
 
@@ -58,7 +69,10 @@ class Teacher:
 
     @contextmanager
     def in_place(self) -> Iterator[dict[int, Tensor]]:
-        """While active, the model computes with the teacher's weights. Yields them by `id` of the parameter."""
+        """While active, the model computes with the teacher's weights.
+
+        Yields them by `id` of the parameter.
+        """
         self._follow_device()
         if self.parameters and sharding.is_sharded(self.model):
             with sharding.shards_in_place(self.model, self.parameters, self.state):
@@ -74,7 +88,8 @@ class Teacher:
                 p.data = kept[name]
 
     def weight(self, parameter: Tensor | None) -> Tensor | None:
-        """The teacher's value of one of the student's parameters (the head's), for use outside of `in_place`.
+        """The teacher's value of one of the student's parameters (the head's), for use outside of
+        `in_place`.
 
         Of a sharded model it is gathered where it is not at hand: then all ranks must ask.
         """
@@ -94,12 +109,15 @@ class Teacher:
         if name not in self._gathered:
             own = self.parameters.get(name)
             value = parameter if own is None else sharding.laid_out(self.state[name].to(own.dtype), own)
-            self._gathered[name] = sharding.whole(value).clone()  # what a forward pass has gathered is taken back
+            # what a forward pass has gathered is taken back
+            self._gathered[name] = sharding.whole(value).clone()
         return self._gathered[name]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number `step` (from 1): Eq. 3, phi <- beta phi + (1 - beta) theta, or a restart."""
+        """After optimizer step number `step` (from 1): Eq. 3, phi <- beta phi + (1 - beta) theta,
+        or a restart.
+        """
         self._gathered.clear()
         if self.kind == "ema" and step % self.sync_steps == 0:
             self._follow_device()
@@ -112,7 +130,9 @@ class Teacher:
 
     @torch.no_grad()
     def distance(self) -> Tensor:
-        """Distance of student and teacher weights relative to the student's norm (0 for `live`), left on the device."""
+        """Distance of student and teacher weights relative to the student's norm (0 for `live`),
+        left on the device.
+        """
         self._follow_device()
         apart, norm = torch.zeros(()), torch.zeros(())
         for name, p in self.parameters.items():
@@ -122,7 +142,7 @@ class Teacher:
         apart, norm = sharding.sum_over_ranks(torch.stack([apart, norm]), self.model)
         return torch.where(norm > 0, (apart / norm).sqrt(), 0.0)
 
-    # -- checkpoints ------------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def _fingerprint(self) -> str:
         """Hash of a fixed teacher: a resumed run must meet the same one."""
@@ -134,13 +154,19 @@ class Teacher:
         return digest.hexdigest()
 
     def _laid_out(self) -> dict[str, Any]:
-        """The weights as tensors that know how they are spread over the ranks, sharing storage with the state."""
+        """The weights as tensors that know how they are spread over the ranks, sharing storage with
+        the state.
+        """
         return {name: sharding.laid_out(value, self.parameters[name]) for name, value in self.state.items()}
 
-    def save(self, folder: str | Path, file: str = STATE_FILE, is_writer: bool = True, in_shards: bool = False) -> None:
-        """Write `teacher.safetensors` (or `file`): the weights where they change over time, else a fingerprint of the fixed ones.
+    def save(
+        self, folder: str | Path, file: str = STATE_FILE, is_writer: bool = True, in_shards: bool = False
+    ) -> None:
+        """Write `teacher.safetensors` (or `file`): the weights where they change over time, else a
+        fingerprint of the fixed ones.
 
-        All ranks must call it if the model is sharded. in_shards: the weights go into a folder beside it, each rank writes its own.
+        All ranks must call it if the model is sharded. in_shards: the weights go into a folder
+        beside it, each rank writes its own.
         """
         moving = self.kind == "ema" or self.restart_steps is not None
         metadata = {"kind": self.kind, "fingerprint": "" if moving else self._fingerprint()}
@@ -156,11 +182,14 @@ class Teacher:
         """Take over the state that `save` wrote.
 
         Raises:
-            UserError: if the checkpoint was made with another kind of teacher, other weights, or none.
+            UserError: if the checkpoint was made with another kind of teacher, other weights, or
+                none.
         """
         path = Path(folder) / file
         if not path.is_file():
-            raise UserError(f"{folder} holds no {file}: it is not a checkpoint of a UniSD run that can be resumed.")
+            raise UserError(
+                f"{folder} holds no {file}: it is not a checkpoint of a UniSD run that can be resumed."
+            )
         self._gathered.clear()
         with safe_open(str(path), framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -172,14 +201,19 @@ class Teacher:
             )
         if metadata.get("fingerprint"):
             if metadata["fingerprint"] != self._fingerprint():
-                raise UserError("the checkpoint was trained against another base teacher: resume from the same initial model.")
+                raise UserError(
+                    "the checkpoint was trained against another base teacher: resume from the same initial"
+                    " model."
+                )
             return
         shards = path.with_suffix("")
         if shards.is_dir():
             sharding.load_shards(self._laid_out(), shards)
             return
         if names != set(self.state):
-            raise UserError(f"{path} belongs to other trained parameters: resume with the same model and LoRA options.")
+            raise UserError(
+                f"{path} belongs to other trained parameters: resume with the same model and LoRA options."
+            )
         with safe_open(str(path), framework="pt") as opened:
             for name in names:
                 part = sharding.part_like(opened.get_tensor(name), self.parameters[name])

@@ -1,7 +1,9 @@
-"""UniSD's Algorithm 1 on top of `transformers.Trainer` (through `safety.SafeTrainer`, which does not lose work).
+"""UniSD's Algorithm 1 on top of `transformers.Trainer` (through `safety.SafeTrainer`, which does
+not lose work).
 
-`get_batch_samples` hands over all micro-batches of an optimizer step, so lines 1-3 (rollout, scores, weights) run there once for the
-whole step; `compute_loss` is line 4 (one student forward per micro-batch), and a callback is line 5 (teacher update).
+`get_batch_samples` hands over all micro-batches of an optimizer step, so lines 1-3 (rollout,
+scores, weights) run there once for the whole step; `compute_loss` is line 4 (one student forward
+per micro-batch), and a callback is line 5 (teacher update).
 
 Shapes: B rows of the step, T longest completion, N loss tokens of a micro-batch, H hidden size.
 """
@@ -56,7 +58,13 @@ from unisd.scoring.prefix_sharing import can_share
 from unisd.scoring.requests import Views
 from unisd.scoring.scorer import Scorer, ScoringRow, TeacherStates, teacher_head
 from unisd.teacher import STATE_FILE, Teacher
-from unisd.training.coefficients import InForward, idle_agreement, loss_coefficients, most_uncertain, reliability
+from unisd.training.coefficients import (
+    InForward,
+    idle_agreement,
+    loss_coefficients,
+    most_uncertain,
+    reliability,
+)
 from unisd.training.fault_tolerant_trainer import SafeTrainer
 from unisd.training.micro_batch import alike, micro_batch, rows_to_fill
 from unisd.training.plan import check_data_serves, drawn_scores, needed_views, scored_sources
@@ -66,7 +74,10 @@ logger = logging.getLogger(__name__)
 
 
 class _RowNumbers(Dataset[int]):
-    """The dataset as the data loader sees it: row numbers. The rows themselves stay in `UniSDTrainer.rows`."""
+    """The dataset as the data loader sees it: row numbers.
+
+    The rows themselves stay in `UniSDTrainer.rows`.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -89,13 +100,16 @@ class UniSDTrainer(SafeTrainer):
         processing_class: the tokenizer; default: the model's own.
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: trains an adapter instead of all weights.
-        grader: `(row, completion text) -> bool`; `evaluate` then reports greedy accuracy beside the reference's likelihood.
-        engine: writes the completions; default: vLLM with `use_vllm`, else transformers' `generate` on the student itself.
-        probe_dataset: rows of what must not be lost: the untrained model's own answers to them are watched
-            (`diagnostics_probe_steps`).
+        grader: `(row, completion text) -> bool`; `evaluate` then reports greedy accuracy beside the
+            reference's likelihood.
+        engine: writes the completions; default: vLLM with `use_vllm`, else transformers' `generate`
+            on the student itself.
+        probe_dataset: rows of what must not be lost: the untrained model's own answers to them are
+            watched (`diagnostics_probe_steps`).
 
     Raises:
-        UserError: bad rows, rows over a length limit, agreement without contexts, contrast without negatives.
+        UserError: bad rows, rows over a length limit, agreement without contexts, contrast without
+            negatives.
     """
 
     def __init__(
@@ -115,7 +129,9 @@ class UniSDTrainer(SafeTrainer):
         args = args if args is not None else UniSDConfig()
         if isinstance(model, str):
             # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
-            model, tokenizer, _ = load_model_and_tokenizer(model, dtype="float32" if peft_config is None else "auto")
+            model, tokenizer, _ = load_model_and_tokenizer(
+                model, dtype="float32" if peft_config is None else "auto"
+            )
             processing_class = processing_class or tokenizer
         avoid_plans(args.device)
         student: Any = model
@@ -125,12 +141,15 @@ class UniSDTrainer(SafeTrainer):
             student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
         if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters()):
             logger.warning(
-                "Trained weights of 16 bits lose updates of 1e-5: load the model in float32 (bf16=True computes in bf16)."
+                "Trained weights of 16 bits lose updates of 1e-5: load the model in float32 (bf16=True"
+                " computes in bf16)."
             )
 
         self.rows = []
         if train_dataset is not None:
-            self.rows = prepare_rows(train_dataset, name="the training data", needs_reference=args.uses_reference)
+            self.rows = prepare_rows(
+                train_dataset, name="the training data", needs_reference=args.uses_reference
+            )
         self.grader = grader
         self.prompts = PromptBuilder(
             processing_class,
@@ -144,11 +163,17 @@ class UniSDTrainer(SafeTrainer):
         self.weights = [parse_weight(spec) for spec in args.reliability_weights]
         self.target = None if args.target is None else parse_target(args.target)
         self.sources = scored_sources(args, self.target)
-        told = logps_compare(args) if args.use_vllm and engine is None else getattr(engine, "returns_logps", False)
+        told = (
+            logps_compare(args)
+            if args.use_vllm and engine is None
+            else getattr(engine, "returns_logps", False)
+        )
         self.off_policy = (args.num_iterations > 1 or told) and args.importance_cap is not None
         self.drawn = drawn_scores(args, self.weights) if engine is None and not args.use_vllm else frozenset()
         self.in_forward = InForward(args, self.weights, self.drawn, self.off_policy)
-        self.needs = needed_views(args, self.weights, self.in_forward.weights, self.sources, self.drawn, self.off_policy)
+        self.needs = needed_views(
+            args, self.weights, self.in_forward.weights, self.sources, self.drawn, self.off_policy
+        )
         self.store = RolloutStore(args.num_iterations)
         if self.rows:
             check_data_serves(self.needs, self.rows)
@@ -163,7 +188,9 @@ class UniSDTrainer(SafeTrainer):
         context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
         self.views = Views(args, self.prompts, self.needs, self.sources, context)
         self.eos_ids = eos_ids(student, processing_class)
-        self.pad_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else self.eos_ids[0]
+        self.pad_id = (
+            processing_class.pad_token_id if processing_class.pad_token_id is not None else self.eos_ids[0]
+        )
         super().__init__(
             model=student,
             args=args,
@@ -178,7 +205,9 @@ class UniSDTrainer(SafeTrainer):
         packed = self.backbone.check(self.pad_id, args.packing)
         # The model may lie elsewhere still.
         share_prefixes = packed and args.device.type == "cpu" and can_share(self.backbone)
-        one_by_one = args.device.type == "cpu" and self.backbone.tells_rows and student.num_parameters() >= PACKED_FROM
+        one_by_one = (
+            args.device.type == "cpu" and self.backbone.tells_rows and student.num_parameters() >= PACKED_FROM
+        )
         if args.packing == "auto" and not (one_by_one or packs_well(args.device, self._compute_dtype())):
             packed = False
         share_prompts = args.num_generations > 1 and self.backbone.can_continue(self.pad_id)
@@ -190,7 +219,11 @@ class UniSDTrainer(SafeTrainer):
         # Our loss is normalised over the whole optimizer step already.
         self.model_accepts_loss_kwargs = True
         self.teacher = Teacher(
-            self.model, args.teacher_model_kind, args.teacher_update_rate, args.teacher_sync_steps, args.teacher_restart_steps
+            self.model,
+            args.teacher_model_kind,
+            args.teacher_update_rate,
+            args.teacher_sync_steps,
+            args.teacher_restart_steps,
         )
         self.other_teachers = self._other_teachers()
         self.packed = packed
@@ -212,13 +245,24 @@ class UniSDTrainer(SafeTrainer):
             others=self.other_teachers,
         )
         if engine is None and args.use_vllm:
-            engine = build_engine(args, student, self.accelerator, self.eos_ids, lambda: self.state.global_step)
-        own = TransformersEngine(student, self.eos_ids, self.pad_id, args.rollout_batch_size, tells_logps=bool(self.drawn))
+            engine = build_engine(
+                args, student, self.accelerator, self.eos_ids, lambda: self.state.global_step
+            )
+        own = TransformersEngine(
+            student, self.eos_ids, self.pad_id, args.rollout_batch_size, tells_logps=bool(self.drawn)
+        )
         self.engine: Engine = engine or own
-        self.sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p)
-        self.completions = CompletionSource(args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids)
-        self.metrics = StepMetrics(Path(args.output_dir) / METRICS, args.device, self.accelerator.num_processes)
-        self.tokens: Counter[str] = Counter()  # of the student's passes with gradient; the scorer counts its own
+        self.sampling = Sampling(
+            args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p
+        )
+        self.completions = CompletionSource(
+            args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids
+        )
+        self.metrics = StepMetrics(
+            Path(args.output_dir) / METRICS, args.device, self.accelerator.num_processes
+        )
+        # of the student's passes with gradient; the scorer counts its own
+        self.tokens: Counter[str] = Counter()
         self._token_clip: float | None = args.token_clip
         self._teacher_head: Head | None = None  # of the step in progress
         self._said_idle = False
@@ -247,10 +291,12 @@ class UniSDTrainer(SafeTrainer):
         named = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         return named or self.backbone.head_module.weight.dtype
 
-    # -- set-up -----------------------------------------------------------------------------------------------------
+    # -- set-up ------------------------------------------------------------------------------------
 
     def _other_teachers(self) -> dict[str, Teacher]:
-        """Weights that the target's sources name beside the teacher's; a fixed teacher is the initial model already."""
+        """Weights that the target's sources name beside the teacher's; a fixed teacher is the
+        initial model already.
+        """
         others: dict[str, Teacher] = {}
         named = {source.partition("/")[0] for source in self.sources}
         if "base" in named:
@@ -262,12 +308,14 @@ class UniSDTrainer(SafeTrainer):
     def own_other_teachers(self) -> dict[str, Teacher]:
         return {name: other for name, other in self.other_teachers.items() if other is not self.teacher}
 
-    # -- lines 1-3: everything that a step knows before its first gradient -------------------------------------------
+    # -- lines 1-3: everything that a step knows before its first gradient -------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Rollout, scores and weights of a whole optimizer step; returns its micro-batches ready for the student."""
+        """Rollout, scores and weights of a whole optimizer step; returns its micro-batches ready
+        for the student.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -284,11 +332,15 @@ class UniSDTrainer(SafeTrainer):
             coefficients = self._weigh(scores, own, everywhere)
             self.observer.before_loss(completions, everywhere, self._token_clip)
             step = self.state.global_step + 1
-            self.observer.record(step, self.state.max_steps, data, completions, scores, lambda: self._weights(everywhere)[own])
+            self.observer.record(
+                step, self.state.max_steps, data, completions, scores, lambda: self._weights(everywhere)[own]
+            )
         if self.args.diagnostics:
             with self.metrics.timed("diagnostics"):
                 # No coefficients of the loss: they mark tokens.
-                coefficients |= self.observer.diagnose(data, rows, completions, self.state.global_step, scores.mask.shape[1])
+                coefficients |= self.observer.diagnose(
+                    data, rows, completions, self.state.global_step, scores.mask.shape[1]
+                )
         with self.metrics.timed("score"):
             self.micro_batch_of = partial(
                 micro_batch,
@@ -301,19 +353,32 @@ class UniSDTrainer(SafeTrainer):
                 hidden_size=self.backbone.head_module.in_features,
                 device=device,
             )
-            micro_batches = [self.micro_batch_of(part) for part in alike(rows, [G * len(batch["row"]) for batch in batches])]
+            micro_batches = [
+                self.micro_batch_of(part)
+                for part in alike(rows, [G * len(batch["row"]) for batch in batches])
+            ]
         self.begin_student_phase()
         # Not None, so that the Trainer does not divide the loss again.
         return micro_batches, int(everywhere.mask.sum())
 
     def _rows_to_fill(self) -> int:
         args, accelerator = self.args, self.accelerator
-        if not accelerator.gradient_state.end_of_dataloader or args.dataloader_drop_last or args.num_iterations > 1:
+        if (
+            not accelerator.gradient_state.end_of_dataloader
+            or args.dataloader_drop_last
+            or args.num_iterations > 1
+        ):
             return 0
-        return rows_to_fill(len(self.rows), self._train_batch_size, accelerator.process_index, accelerator.num_processes)
+        return rows_to_fill(
+            len(self.rows), self._train_batch_size, accelerator.process_index, accelerator.num_processes
+        )
 
-    def _rollout(self, numbers: Sequence[tuple[int, int]], fill: int = 0) -> tuple[list[ScoringRow], list[Completion]]:
-        """The step's rows on this rank and what was written to them; the last `fill` of them carry no loss."""
+    def _rollout(
+        self, numbers: Sequence[tuple[int, int]], fill: int = 0
+    ) -> tuple[list[ScoringRow], list[Completion]]:
+        """The step's rows on this rank and what was written to them; the last `fill` of them carry
+        no loss.
+        """
         with self.metrics.timed("rollout"):
             step = self.state.global_step
             if self.store.is_fresh(step):
@@ -325,7 +390,8 @@ class UniSDTrainer(SafeTrainer):
             if versions:
                 self.metrics.values["rollout/weights_version"] = float(min(versions))
             if versions and self.store.is_fresh(step):
-                self.metrics.values["step_time/sync"] = self.completions.sync_s  # a part of the rollout's time
+                # a part of the rollout's time
+                self.metrics.values["step_time/sync"] = self.completions.sync_s
         rows = []
         for place, ((number, _), completion) in enumerate(zip(numbers, completions, strict=True)):
             carries_loss = place < len(numbers) - fill and self.completions.carries_loss(completion)
@@ -339,7 +405,9 @@ class UniSDTrainer(SafeTrainer):
     def _with_behaviour(
         self, scores: StepScores, numbers: Sequence[tuple[int, int]], completions: Sequence[Completion]
     ) -> StepScores:
-        """The scores with what the importance ratio and some weights know of the rollout: the log-probabilities it was drawn with."""
+        """The scores with what the importance ratio and some weights know of the rollout: the
+        log-probabilities it was drawn with.
+        """
         width = scores.mask.shape[1]
         if self.off_policy and scores.student_logp is not None:
             completions = with_logps(completions, scores.student_logp)
@@ -350,12 +418,20 @@ class UniSDTrainer(SafeTrainer):
         return scores
 
     def _weigh(self, scores: StepScores, own: slice, everywhere: StepScores) -> dict[str, Tensor]:
-        """This rank's coefficients of the loss, `[B,T]`; weights, normalisers and clip are those of all ranks' rows."""
-        coefficients, weights_log = loss_coefficients(self.args, self.weights, everywhere, self.in_forward.weights)
-        coefficients = {name: value_BT[own, : scores.mask.shape[1]] for name, value_BT in coefficients.items()}
+        """This rank's coefficients of the loss, `[B,T]`; weights, normalisers and clip are those of
+        all ranks' rows.
+        """
+        coefficients, weights_log = loss_coefficients(
+            self.args, self.weights, everywhere, self.in_forward.weights
+        )
+        coefficients = {
+            name: value_BT[own, : scores.mask.shape[1]] for name, value_BT in coefficients.items()
+        }
         self.in_forward.begin(scores, coefficients["divergence"])
         if self.args.token_clip_quantile is not None and everywhere.divergence is not None:
-            self._token_clip = quantile_clip(everywhere.divergence, everywhere.mask, self.args.token_clip_quantile)
+            self._token_clip = quantile_clip(
+                everywhere.divergence, everywhere.mask, self.args.token_clip_quantile
+            )
         self.metrics.values |= weights_log
         if not self._said_idle and (idle := idle_agreement(weights_log, self.args)):
             logger.warning("step %d: %s", self.state.global_step + 1, idle)
@@ -363,43 +439,68 @@ class UniSDTrainer(SafeTrainer):
         return coefficients
 
     def _weights(self, everywhere: StepScores) -> Tensor:
-        """The reliability weights `[B,T]` of all ranks' rows, as far as they are known before the student's pass."""
+        """The reliability weights `[B,T]` of all ranks' rows, as far as they are known before the
+        student's pass.
+        """
         token_BT, sequence_B, _ = reliability(self.weights, everywhere, self.in_forward.weights)
         return token_BT * sequence_B[:, None]
 
     def _score(self, rows: list[ScoringRow], device: torch.device) -> tuple[StepScores, TeacherStates]:
-        """All views; where memory runs out, in smaller forward passes, which changes nothing in the scores."""
+        """All views; where memory runs out, in smaller forward passes, which changes nothing in the
+        scores.
+        """
 
         def within(budget: int) -> tuple[StepScores, TeacherStates]:
             self.scorer.token_budget = budget
             return self.scorer.score(rows, device)
 
         together = "token_budget" if sharding.is_sharded(self.model) else None
-        remedy = "scoring a single row does not fit into memory: lower max_completion_length, or shorten the rows."
+        remedy = (
+            "scoring a single row does not fit into memory: lower max_completion_length, or shorten the rows."
+        )
         self._uncertain_B = None
         self.scorer.merge_once = not self.args.gradient_checkpointing  # which is there where memory is scarce
-        return smaller_until_it_fits(within, self.scorer.token_budget, least=64, remedy=remedy, together=together)[0]
+        return smaller_until_it_fits(
+            within, self.scorer.token_budget, least=64, remedy=remedy, together=together
+        )[0]
 
     def _most_uncertain(self, entropy_B: Tensor) -> Tensor:
-        # All ranks choose together, once: scoring again for want of memory is one rank's own affair.
+        # All ranks choose together, once: scoring again for want of memory is one rank's own
+        # affair.
         if self._uncertain_B is None:
-            self._uncertain_B = most_uncertain(entropy_B, self.args.agreement_uncertain_share, self.accelerator)
+            self._uncertain_B = most_uncertain(
+                entropy_B, self.args.agreement_uncertain_share, self.accelerator
+            )
         return self._uncertain_B
 
-    # -- line 4: the student's loss -----------------------------------------------------------------------------------
+    # -- line 4: the student's loss ----------------------------------------------------------------
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        """Loss of one micro-batch, already normalised over the whole optimizer step and all ranks."""
+        """Loss of one micro-batch, already normalised over the whole optimizer step and all
+        ranks.
+        """
         args = self.args
-        batch = Batch(inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"], inputs["starts"], inputs["bounds"])
+        batch = Batch(
+            inputs["input_ids"],
+            inputs["position_ids"],
+            inputs["attention_mask"],
+            inputs["starts"],
+            inputs["bounds"],
+        )
         captured = self.backbone.forward(model, batch, args.feature_layers or ())
         assert captured.final is not None
         student_NH = captured.final.flatten(0, 1)[inputs["positions_N"]]
         contrast = None
         if "contrast_coefficient_N" in inputs:
-            contrast = Contrast(None, inputs["negative_logp_N"], inputs["contrast_coefficient_N"], args.contrastive_margin)
+            contrast = Contrast(
+                None, inputs["negative_logp_N"], inputs["contrast_coefficient_N"], args.contrastive_margin
+            )
         terms = (
             student_NH,
             self.backbone.head(),
@@ -414,9 +515,12 @@ class UniSDTrainer(SafeTrainer):
         target = None
         if self.target is not None:
             everywhere = torch.ones(len(student_NH), dtype=torch.bool, device=student_NH.device)
-            target = self.scorer.target_states(inputs.get("target_states", {}), inputs.get("target_present_N", everywhere))
+            target = self.scorer.target_states(
+                inputs.get("target_states", {}), inputs.get("target_present_N", everywhere)
+            )
         reweigh = self.in_forward.reweigh(torch.tensor(inputs["part"]))
-        with self.accelerator.autocast():  # only the model's own forward has it so far; the scores were taken under it
+        # only the model's own forward has it so far; the scores were taken under it
+        with self.accelerator.autocast():
             if args.loss_implementation == "plain":
                 output = plain_loss(*terms, target=target, reweigh=reweigh)
             else:
@@ -427,9 +531,13 @@ class UniSDTrainer(SafeTrainer):
         if "features_coefficient_N" in inputs:
             pairs = [(student_NH, inputs["teacher_NH"])]
             if args.feature_layers:
-                layers = {layer: h.flatten(0, 1)[inputs["positions_N"]] for layer, h in captured.layers.items()}
+                layers = {
+                    layer: h.flatten(0, 1)[inputs["positions_N"]] for layer, h in captured.layers.items()
+                }
                 pairs = [(layers[layer], inputs["teacher_layers_NH"][layer]) for layer in args.feature_layers]
-            distance_N = torch.stack([feature_distance(student, teacher) for student, teacher in pairs]).mean(0)
+            distance_N = torch.stack([feature_distance(student, teacher) for student, teacher in pairs]).mean(
+                0
+            )
             loss = loss + (inputs["features_coefficient_N"] * distance_N).sum()
             self.metrics.add(features=distance_N.detach().sum())
         # DDP averages gradients over ranks, but this loss is already a share of one global sum.
@@ -437,26 +545,33 @@ class UniSDTrainer(SafeTrainer):
         self.metrics.add(loss=loss.detach())
         return (loss, None) if return_outputs else loss
 
-    # -- metrics ------------------------------------------------------------------------------------------------------
+    # -- metrics -----------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mechanisms' metrics (means over the steps since the last line) to the Trainer's own log line."""
+        """Adds the mechanisms' metrics (means over the steps since the last line) to the Trainer's
+        own log line.
+        """
         if "loss" in logs:
             logs |= self.metrics.take_means()
         super().log(logs, start_time)
 
-    # -- evaluation ---------------------------------------------------------------------------------------------------
+    # -- evaluation --------------------------------------------------------------------------------
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`eval_loss` (nats per token of the reference, given the plain prompt) and, with a grader, greedy `eval_accuracy`."""
+        """`eval_loss` (nats per token of the reference, given the plain prompt) and, with a grader,
+        greedy `eval_accuracy`.
+        """
         from unisd.evaluation.grading import grade_many
         from unisd.evaluation.likelihood import reference_nll
 
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
-            parts = [self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in dataset.items()]
+            parts = [
+                self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, rows in dataset.items()
+            ]
             return {key: value for part in parts for key, value in part.items()}
         if dataset is None:
             raise UserError("evaluate needs rows: give eval_dataset.")
@@ -468,10 +583,17 @@ class UniSDTrainer(SafeTrainer):
         correct = 0
         if self.grader is not None:
             self.engine.sync()
-            sampling = replace(self.sampling, max_new_tokens=self.args.eval_max_new_tokens or self.args.max_completion_length)
+            sampling = replace(
+                self.sampling, max_new_tokens=self.args.eval_max_new_tokens or self.args.max_completion_length
+            )
             prompts = [self.prompts.student(row) for row in mine]
-            completions = on_all_ranks(self.accelerator, lambda: self.engine.generate(prompts, None, sampling) if joins else [])
-            texts = [self.processing_class.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+            completions = on_all_ranks(
+                self.accelerator, lambda: self.engine.generate(prompts, None, sampling) if joins else []
+            )
+            texts = [
+                self.processing_class.decode(completion.ids, skip_special_tokens=True)
+                for completion in completions
+            ]
             correct = sum(map(bool, grade_many(self.grader, mine, texts)))
         self.engine.sleep()
         sums = torch.tensor([nll, tokens, correct], dtype=torch.float64)
@@ -486,17 +608,21 @@ class UniSDTrainer(SafeTrainer):
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args = self.args
         if args.num_iterations == 1:
             return super()._get_train_sampler(train_dataset)
         per_step = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return RepeatedSteps(len(self.rows), per_step, args.num_iterations, args.seed, lambda: int(self.state.epoch or 0))
+        return RepeatedSteps(
+            len(self.rows), per_step, args.num_iterations, args.seed, lambda: int(self.state.epoch or 0)
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers; a checkpoint also gets the teacher's state (before `trainer_state.json`, which completes it)."""
+        """As in transformers; a checkpoint also gets the teacher's state (before
+        `trainer_state.json`, which completes it).
+        """
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None:
             self.save_teacher(self.teacher, output_dir, STATE_FILE)
@@ -511,10 +637,17 @@ class UniSDTrainer(SafeTrainer):
             other.load(checkpoint, f"teacher-{name}.safetensors")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """See :class:`unisd.training.fault_tolerant_trainer.SafeTrainer`. Raises `UserError` if there are no training rows."""
+        """See :class:`unisd.training.fault_tolerant_trainer.SafeTrainer`.
+
+        Raises `UserError` if there are no training rows.
+        """
         if not self.rows:
             raise UserError("there are no training rows: give train_dataset.")
-        checkpointed = self.args.gradient_checkpointing and self.args.device.type == "cpu" and not sharding.is_sharded(self.model)
+        checkpointed = (
+            self.args.gradient_checkpointing
+            and self.args.device.type == "cpu"
+            and not sharding.is_sharded(self.model)
+        )
         with heap.training(self.args.device), ExitStack() as stack:
             if checkpointed:
                 with suppress(UserError):  # layers that are not found

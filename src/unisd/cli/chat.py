@@ -1,4 +1,6 @@
-"""`unisd merge` and `unisd chat`: what one does with a saved model; and what the small commands share."""
+"""`unisd merge` and `unisd chat`: what one does with a saved model; and what the small commands
+share.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def chat(arguments: list[str]) -> int:
     """Answer prompts, one by one (no memory), if wanted beside the base model."""
     parser = CommandParser("chat", "Try a model; each prompt stands alone, as in training.")
     parser.add_argument("folder", metavar="DIR", help="model or adapter folder, or a model name")
-    parser.add_argument("--compare", metavar="BASE", help="another model beside it; `base`: the one it was adapted from")
+    parser.add_argument(
+        "--compare", metavar="BASE", help="another model beside it; `base`: the one it was adapted from"
+    )
     parser.add_argument("--prompt", help="answer this one prompt and end")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
@@ -98,5 +102,7 @@ def _base_of(folder: str) -> str:
     try:
         name = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder} has no results.json that names its base: give it, --compare MODEL.") from None
+        raise UserError(
+            f"{folder} has no results.json that names its base: give it, --compare MODEL."
+        ) from None
     return str(name)

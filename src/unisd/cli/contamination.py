@@ -1,8 +1,11 @@
-"""Do test problems occur in the training rows? `python -m unisd.cli.contamination TASK [--data_files F ...]` counts and shows them.
+"""Do test problems occur in the training rows?
 
-Exact: the same words in the same order, whatever case, punctuation and spacing. Near: the Jaccard similarity of their sets of word
-triples is at least 0.8. What a task writes around each problem (instructions, option letters) counts for little in long prompts and
-for much in short ones, so problems are compared without lines that most prompts share.
+`python -m unisd.cli.contamination TASK [--data_files F ...]` counts and shows them.
+
+Exact: the same words in the same order, whatever case, punctuation and spacing. Near: the Jaccard
+similarity of their sets of word triples is at least 0.8. What a task writes around each problem
+(instructions, option letters) counts for little in long prompts and for much in short ones, so
+problems are compared without lines that most prompts share.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`unisd eval` and `unisd grade`: arguments in, tables and files out. What is measured is in `evaluation.py` and `grading.py`."""
+"""`unisd eval` and `unisd grade`: arguments in, tables and files out.
+
+What is measured is in `evaluation.py` and `grading.py`.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,9 @@ def _task(name: str, files: Sequence[str] | None, options: Any) -> Task:
 
 
 def _lines(summary: Figures, name: str = "accuracy") -> list[list[str]]:
-    """Name, value with interval, and number of answers, one line a figure; the accuracy is called `name`."""
+    """Name, value with interval, and number of answers, one line a figure; the accuracy is called
+    `name`.
+    """
     shown = {name: summary["accuracy"]}
     shown |= {f"  {skill}": value for skill, value in summary["by_skill"].items()}
     shown |= {f"  pass@{k}": value for k, value in summary.get("pass_at_k", {}).items()}
@@ -60,13 +65,20 @@ def grade(arguments: Sequence[str]) -> int:
     """Grade completions without any model; returns the exit code.
 
     Raises:
-        UserError: unknown task, unreadable files, completions that fit no row, a machine that cannot run code safely.
+        UserError: unknown task, unreadable files, completions that fit no row, a machine that
+            cannot run code safely.
     """
     parser = CommandParser("grade", "Grade completions that any system wrote.")
     parser.add_argument("task", metavar="TASK", help=f"one of {', '.join(tasks.names())}")
-    parser.add_argument("--data_files", nargs="+", help="files that the task reads (default: its dataset on the Hub)")
-    parser.add_argument("--completions", required=True, metavar="C.jsonl", help='a line each: {"id": ..., "completion": ...}')
-    parser.add_argument("--split", default="all", help="rows that the completions answer (default: all, in the files' order)")
+    parser.add_argument(
+        "--data_files", nargs="+", help="files that the task reads (default: its dataset on the Hub)"
+    )
+    parser.add_argument(
+        "--completions", required=True, metavar="C.jsonl", help='a line each: {"id": ..., "completion": ...}'
+    )
+    parser.add_argument(
+        "--split", default="all", help="rows that the completions answer (default: all, in the files' order)"
+    )
     parser.add_argument("--out", type=output_file, metavar="R.jsonl", help="write one object an answer there")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
     _add_task_flags(parser)
@@ -87,26 +99,35 @@ def grade(arguments: Sequence[str]) -> int:
 
 
 def match_completions(rows: list[Row], path: str) -> tuple[list[Row], list[list[str]]]:
-    """Rows that a file of completions answers, and their answers: by `id` where the lines have one, else in order."""
+    """Rows that a file of completions answers, and their answers: by `id` where the lines have one,
+    else in order.
+    """
     from unisd.data.rows import load_file
 
     given: list[tuple[str | None, str]] = []
     for place, record in enumerate(load_file(path)):
         if not isinstance(record.get("completion"), str):
-            raise UserError(f'{path}, row {place} has no text in "completion": each line is {{"id": ..., "completion": "..."}}.')
+            raise UserError(
+                f'{path}, row {place} has no text in "completion": each line is {{"id": ..., "completion":'
+                ' "..."}.'
+            )
         given.append((None if record.get("id") is None else str(record["id"]), record["completion"]))
     if not given:
         raise UserError(f"{path} is empty: give one completion a line.")
     if all(key is None for key, _ in given):
         if len(given) != len(rows):
-            raise UserError(f"{path} has {len(given)} completions without id for {len(rows)} rows: give one a row, or ids.")
+            raise UserError(
+                f"{path} has {len(given)} completions without id for {len(rows)} rows: give one a row, or"
+                " ids."
+            )
         return rows, [[text] for _, text in given]
     by_id: dict[str, list[str]] = {}
     known = {str(row["id"]) for row in rows}
     for place, (key, text) in enumerate(given):
         if key is None or key not in known:
             raise UserError(
-                f"{path}, row {place}: id {key!r} is not among the {len(rows)} rows (ids like {str(rows[0]['id'])!r})."
+                f"{path}, row {place}: id {key!r} is not among the {len(rows)} rows (ids like"
+                f" {str(rows[0]['id'])!r})."
             )
         by_id.setdefault(key, []).append(text)
     answered = [row for row in rows if str(row["id"]) in by_id]
@@ -125,15 +146,25 @@ def grade_answers(task: Task, rows: Sequence[Row], answers: Sequence[Sequence[st
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Accuracy on tasks, retention skills, and with a base the retention perplexities of a saved model."""
-    parser = CommandParser("eval", "Accuracy on tasks, retention skills and, with --base, retention perplexities.")
-    parser.add_argument("--model_name_or_path", "--model", default="pocket", help="a folder (model or adapter) or a name")
+    """Accuracy on tasks, retention skills, and with a base the retention perplexities of a saved
+    model.
+    """
+    parser = CommandParser(
+        "eval", "Accuracy on tasks, retention skills and, with --base, retention perplexities."
+    )
+    parser.add_argument(
+        "--model_name_or_path", "--model", default="pocket", help="a folder (model or adapter) or a name"
+    )
     parser.add_argument("--base", help="the model that it was adapted from, for retention perplexities")
-    parser.add_argument("--task", nargs="+", default=["pocket"], help=f"one or several of {', '.join(tasks.names())}")
+    parser.add_argument(
+        "--task", nargs="+", default=["pocket"], help=f"one or several of {', '.join(tasks.names())}"
+    )
     parser.add_argument("--data_files", nargs="+", help="files of the task; with several tasks TASK=FILE")
     parser.add_argument("--split", help="rows to answer (default: test; of task jsonl all)")
     parser.add_argument("--n", type=int, default=500, help="most rows of each evaluation (default: 500)")
-    parser.add_argument("--num_samples", type=int, default=1, help="answers a row; several give pass@k (needs a temperature)")
+    parser.add_argument(
+        "--num_samples", type=int, default=1, help="answers a row; several give pass@k (needs a temperature)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
@@ -141,24 +172,38 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
     add_trust(parser)
-    parser.add_argument("--server_url", metavar="URL", help="let an OpenAI-compatible server answer; no perplexities then")
-    parser.add_argument("--server_model", metavar="NAME", help="the model's name there (default: the first that it serves)")
+    parser.add_argument(
+        "--server_url", metavar="URL", help="let an OpenAI-compatible server answer; no perplexities then"
+    )
+    parser.add_argument(
+        "--server_model", metavar="NAME", help="the model's name there (default: the first that it serves)"
+    )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
-    parser.add_argument("--rows", type=output_file, metavar="FILE.jsonl", help="write one object an answer there, with its text")
+    parser.add_argument(
+        "--rows",
+        type=output_file,
+        metavar="FILE.jsonl",
+        help="write one object an answer there, with its text",
+    )
     parser.add_argument("--markdown", type=output_file, metavar="FILE.md", help="write the table there")
     _add_task_flags(parser)
     options = parser.parse(arguments)
     if options is None:
         return 0
-    at_least_one(**{name: getattr(options, name) for name in ("n", "num_samples", "max_new_tokens", "batch_size")})
+    at_least_one(
+        **{name: getattr(options, name) for name in ("n", "num_samples", "max_new_tokens", "batch_size")}
+    )
     if options.temperature < 0 or not 0 < options.top_p <= 1:
         raise UserError(
-            f"--temperature {options.temperature}, --top_p {options.top_p}: 0 or more, and above 0 up to 1, are needed."
+            f"--temperature {options.temperature}, --top_p {options.top_p}: 0 or more, and above 0 up to 1,"
+            " are needed."
         )
     if options.num_samples > 1 and options.temperature <= 0:
         raise UserError("--num_samples: greedy answers are all alike; give a --temperature.")
     if options.server_url and options.base:
-        raise UserError("--base needs the model itself, for perplexities, not a server: drop --base or --server_url.")
+        raise UserError(
+            "--base needs the model itself, for perplexities, not a server: drop --base or --server_url."
+        )
     quiet_libraries()
     files = _files_by_task(options.task, options.data_files)
     chosen = {name: _task(name, files[name], options) for name in options.task}
@@ -178,7 +223,9 @@ def evaluate(arguments: Sequence[str]) -> int:
         write_text(options.rows, "".join(json.dumps(record) + "\n" for record in evaluation.records))
     if options.markdown:
         rule = ["---"] * len(header)
-        cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in (header, rule, *evaluation.lines)]
+        cells = [
+            [cell.strip().replace("|", "\\|") for cell in line] for line in (header, rule, *evaluation.lines)
+        ]
         write_text(options.markdown, "".join(f"| {' | '.join(line)} |\n" for line in cells))
     return 0
 
@@ -218,13 +265,16 @@ class _Evaluation:
         if self.server is not None:
             self.name = self.server.model
         else:
-            self.model, self.tokenizer = load_any(options.model_name_or_path, options.dtype, options.trust_remote_code)
+            self.model, self.tokenizer = load_any(
+                options.model_name_or_path, options.dtype, options.trust_remote_code
+            )
         self.base = None
         if options.base:
             self.base, tokenizer = load_any(options.base, options.dtype, options.trust_remote_code)
             if tokenizer.get_vocab() != self.tokenizer.get_vocab():
                 raise UserError(
-                    f"--base {options.base} has another vocabulary than {self.name}: give the model that it was adapted from."
+                    f"--base {options.base} has another vocabulary than {self.name}: give the model that it"
+                    " was adapted from."
                 )
         self.figures: dict[str, Figures] = {}
         self.lines: list[list[str]] = []
@@ -256,7 +306,9 @@ class _Evaluation:
         found["gold_ppl"] = None
         if self.server is None:
             found["gold_ppl"] = gold_ppl(self.model, self.tokenizer, sets["task"])
-            self.lines.append([f"{prefix}perplexity of the references", number(found["gold_ppl"]), str(len(sets["task"]))])
+            self.lines.append(
+                [f"{prefix}perplexity of the references", number(found["gold_ppl"]), str(len(sets["task"]))]
+            )
         if self.base is not None:
             rows = sets["retention"] or sets["task"]
             cap = options.max_new_tokens or task.max_new_tokens
@@ -275,7 +327,9 @@ class _Evaluation:
         from unisd.rollout.transformers_engine import generate
 
         options = self.options
-        keys = [(options.seed, 0, i, sample) for i in range(len(rows)) for sample in range(options.num_samples)]
+        keys = [
+            (options.seed, 0, i, sample) for i in range(len(rows)) for sample in range(options.num_samples)
+        ]
         if self.server is not None:
             asked = [row["prompt"] for row in rows for _ in range(options.num_samples)]
             drawn: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p}
@@ -285,7 +339,9 @@ class _Evaluation:
             return [[next(told) for _ in range(options.num_samples)] for _ in rows]
         ends = eos_ids(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0]
-        prompts = [encode_prompt(self.tokenizer, row["prompt"]) for row in rows for _ in range(options.num_samples)]
+        prompts = [
+            encode_prompt(self.tokenizer, row["prompt"]) for row in rows for _ in range(options.num_samples)
+        ]
         sampling = Sampling(cap, options.temperature or 1.0, options.top_p)
         with show_progress(f"answering {what}", len(prompts)) as advance:
             written = generate(
@@ -298,5 +354,7 @@ class _Evaluation:
                 batch_size=options.batch_size,
                 on_rows=advance,
             )
-        texts = iter([self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in written])
+        texts = iter(
+            [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in written]
+        )
         return [[next(texts) for _ in range(options.num_samples)] for _ in rows]

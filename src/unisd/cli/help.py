@@ -38,7 +38,11 @@ ABOUT = {
     "training": "the most used of transformers' TrainingArguments (all of them: --help_all)",
     "inherited": "the other ones of transformers' TrainingArguments",
 }
-OWN = {"output_dir": "Where the run is written; unset: the first unused of unisd-output/RECIPE-MODEL-DATA, ...-2, ...-3."}
+OWN = {
+    "output_dir": (
+        "Where the run is written; unset: the first unused of unisd-output/RECIPE-MODEL-DATA, ...-2, ...-3."
+    )
+}
 """Help in place of transformers'."""
 COLUMN = 34
 
@@ -51,8 +55,9 @@ def help_text(parser: OptionParser, everything: bool = False, width: int | None 
         "                   [--task T | --train_file F | --dataset_name D] [--OPTION VALUE ...]",
         "",
         *_wrapped(
-            "Self-distils a causal language model: it learns from itself under the reference, and what it gained and forgot is "
-            "measured. Later sources win: defaults (shown below) < recipe (`unisd recipes NAME`) < task < --config < flags.",
+            "Self-distils a causal language model: it learns from itself under the reference, and what it"
+            " gained and forgot is measured. Later sources win: defaults (shown below) < recipe (`unisd"
+            " recipes NAME`) < task < --config < flags.",
             "",
             width,
         ),
@@ -74,9 +79,19 @@ def help_text(parser: OptionParser, everything: bool = False, width: int | None 
 
 def _entry(item: dataclasses.Field[Any], width: int) -> list[str]:
     default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-    value = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(getattr(default, "value", default))
-    shown = "unset" if default is None or value == "" else value.lower() if isinstance(default, bool) else value
-    return _columns(f"--{item.name} [{shown}]", " ".join(OWN.get(item.name, str(item.metadata.get("help", ""))).split()), width)
+    value = (
+        " ".join(map(str, default))
+        if isinstance(default, (list, tuple))
+        else str(getattr(default, "value", default))
+    )
+    shown = (
+        "unset" if default is None or value == "" else value.lower() if isinstance(default, bool) else value
+    )
+    return _columns(
+        f"--{item.name} [{shown}]",
+        " ".join(OWN.get(item.name, str(item.metadata.get("help", ""))).split()),
+        width,
+    )
 
 
 def _columns(left: str, right: str, width: int) -> list[str]:

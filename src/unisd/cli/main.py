@@ -1,4 +1,7 @@
-"""`unisd`: parse, call, print. Heavy imports happen inside the commands, so that `unisd --help` answers at once."""
+"""`unisd`: parse, call, print.
+
+Heavy imports happen inside the commands, so that `unisd --help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,12 @@ unisd: adapt a causal language model to your task by self-distillation (UniSD, a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C or SIGTERM."""
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C or
+    SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Imported along with peft, on a CPU with bfloat16 it tells of kernels from a hub that it could not load.
+    # Imported along with peft, on a CPU with bfloat16 it tells of kernels from a hub that it could
+    # not load.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return _dispatch(arguments)
@@ -49,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not disk_is_full(error):
             raise
-        print("unisd: error: the disk is full: free some space, then resume from the last checkpoint.", file=sys.stderr)
+        print(
+            "unisd: error: the disk is full: free some space, then resume from the last checkpoint.",
+            file=sys.stderr,
+        )
         return 2
 
 
@@ -80,7 +89,9 @@ def _train(arguments: list[str]) -> int:
     from unisd.run import train as run
 
     if {"-h", "--help", "--help_all", "--help-all"} & set(arguments):
-        print(help_text(train_parser(), everything=bool({"--help_all", "--help-all"} & set(arguments))), end="")
+        print(
+            help_text(train_parser(), everything=bool({"--help_all", "--help-all"} & set(arguments))), end=""
+        )
         return 0
     quiet_libraries()
     options, config = parse(arguments)
@@ -126,7 +137,10 @@ def _recipes(arguments: list[str]) -> int:
     from unisd import recipes
 
     if {"-h", "--help"} & set(arguments) or len(arguments) > 1:
-        print("usage: unisd recipes [NAME]\n\nWithout a name the list, with one its file and what all recipes share.")
+        print(
+            "usage: unisd recipes [NAME]\n\nWithout a name the list, with one its file and what all recipes"
+            " share."
+        )
         return 0 if len(arguments) <= 1 else 2
     if not arguments:
         width = max(map(len, recipes.names()))

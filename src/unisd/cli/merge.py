@@ -15,7 +15,9 @@ def _is_adapter(folder: str | Path) -> bool:
 
 
 def load_any(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A model (an adapter folder gets its base beneath it) ready for inference, and its tokenizer."""
+    """A model (an adapter folder gets its base beneath it) ready for inference, and its
+    tokenizer.
+    """
     import torch
 
     from unisd.models.load import load_model_and_tokenizer
@@ -27,10 +29,14 @@ def load_any(name: str, dtype: str = "auto", trust_remote_code: bool = False) ->
 
 def merge(arguments: list[str]) -> int:
     """Make a full model of an adapter and its base."""
-    parser = CommandParser("merge", "Merge a LoRA adapter into its base model, in float32, and save the full model.")
+    parser = CommandParser(
+        "merge", "Merge a LoRA adapter into its base model, in float32, and save the full model."
+    )
     parser.add_argument("folder", metavar="DIR", help="folder with adapter_config.json")
     parser.add_argument("--output_dir", help="where the full model goes (default: DIR-merged)")
-    parser.add_argument("--dtype", default="auto", help="precision of the saved weights (default: the base's)")
+    parser.add_argument(
+        "--dtype", default="auto", help="precision of the saved weights (default: the base's)"
+    )
     add_trust(parser)
     options = parser.parse(arguments)
     if options is None:
@@ -39,7 +45,11 @@ def merge(arguments: list[str]) -> int:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one that `unisd train --use_peft` wrote.")
     if not _is_adapter(folder):
-        full = " It is a full model already: nothing needs merging." if (folder / "config.json").is_file() else ""
+        full = (
+            " It is a full model already: nothing needs merging."
+            if (folder / "config.json").is_file()
+            else ""
+        )
         raise UserError(f"{folder} holds no adapter (adapter_config.json).{full}")
     output = Path(options.output_dir) if options.output_dir else folder.with_name(f"{folder.name}-merged")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

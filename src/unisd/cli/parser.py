@@ -21,7 +21,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str, shared: argparse.ArgumentParser | None = None) -> None:
         parents = [] if shared is None else [shared]
-        super().__init__(prog=f"unisd {command}", description=description, allow_abbrev=False, parents=parents)
+        super().__init__(
+            prog=f"unisd {command}", description=description, allow_abbrev=False, parents=parents
+        )
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (see {self.prog} --help).")
@@ -47,7 +49,9 @@ def add_trust(parser: CommandParser) -> None:
 
 
 def output_file(text: str) -> Path:
-    """Type of a flag that names a file to write: refused before any work if it cannot be written."""
+    """Type of a flag that names a file to write: refused before any work if it cannot be
+    written.
+    """
     path = Path(text)
     if path.is_dir():
         reason: str | None = "it is a folder"

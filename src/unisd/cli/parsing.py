@@ -1,7 +1,8 @@
 """From the command line and a YAML file to `RunOptions` and `UniSDConfig`.
 
-Sources, later ones win: defaults < recipe < recipe's pocket overlay (model `pocket`) < task's templates < `--config` < flags.
-`null` in a YAML file, or `none` for a number on the command line, takes a recipe's value back.
+Sources, later ones win: defaults < recipe < recipe's pocket overlay (model `pocket`) < task's
+templates < `--config` < flags. `null` in a YAML file, or `none` for a number on the command line,
+takes a recipe's value back.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ COMMON = (
 
 
 class OptionParser(HfArgumentParser):  # type: ignore[misc]
-    """Flags of dataclasses, by transformers' own conversion; reports only what was given, and errors as `UserError`.
+    """Flags of dataclasses, by transformers' own conversion; reports only what was given, and
+    errors as `UserError`.
 
     Args:
         only: the options to take; None: all.
@@ -57,14 +59,16 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
         self.fields[item.name] = item
         described = copy.copy(item)
         described.type = hint
-        # argparse gets no metadata: our groups are not its business, and help is printed by `help_text`.
+        # argparse gets no metadata: our groups are not its business, and help is printed by
+        # `help_text`.
         described.metadata = {}  # type: ignore[assignment]
         known = len(self._actions)
         self._parse_dataclass_field(self, described)
         for action in self._actions[known:]:
             action.default = argparse.SUPPRESS
             action.required = False
-            action.help = str(item.metadata.get("help") or "").replace("%", "%%")  # shown by commands that share the option
+            # shown by commands that share the option
+            action.help = str(item.metadata.get("help") or "").replace("%", "%%")
             if type(None) in get_args(hint) and action.type in (int, float):
                 action.type = _or_none(action.type)
             if item.name == "resume_from_checkpoint":  # alone it means: the newest checkpoint
@@ -72,7 +76,9 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
 
     def error(self, message: str) -> Any:
         flag, colon, reason = message.removeprefix("argument ").partition(": ")
-        raise UserError(f"{flag.split('/')[0]}{colon}{reason.replace('_or_none', 'number')} (see {self.prog} --help).")
+        raise UserError(
+            f"{flag.split('/')[0]}{colon}{reason.replace('_or_none', 'number')} (see {self.prog} --help)."
+        )
 
     def given(self, arguments: Sequence[str]) -> Values:
         """The values given in `arguments`, by name.
@@ -85,15 +91,20 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
             flag = unknown[0]
             name = flag.lstrip("-").partition("=")[0].replace("-", "_")
             if not flag.startswith("-"):
-                raise UserError(f"{flag!r} belongs to no flag: options are given as --name value (see {self.prog} --help).")
+                raise UserError(
+                    f"{flag!r} belongs to no flag: options are given as --name value (see {self.prog}"
+                    " --help)."
+                )
             raise UserError(f"unknown flag {flag.partition('=')[0]}: {self._nearest(name, '--')}")
         return {name: _unset(value) for name, value in vars(namespace).items()}
 
     def from_dict(self, values: Values, where: str) -> Values:
-        """The same for a mapping (of a YAML file), with the flags' type conversion: PyYAML reads 1e-3 as a string.
+        """The same for a mapping (of a YAML file), with the flags' type conversion: PyYAML reads
+        1e-3 as a string.
 
         Raises:
-            UserError: unknown key, with the nearest one; value of the wrong type; both name `where`.
+            UserError: unknown key, with the nearest one; value of the wrong type; both name
+                `where`.
         """
         result: Values = {}
         for name, value in values.items():
@@ -121,7 +132,8 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def number_or_none(text: str) -> Any:
         return UNSET if text.lower() in ("none", "null") else kind(text)
 
-    number_or_none.__name__ = f"{getattr(kind, '__name__', 'value')}_or_none"  # argparse puts the name into its errors
+    # argparse puts the name into its errors
+    number_or_none.__name__ = f"{getattr(kind, '__name__', 'value')}_or_none"
     return number_or_none
 
 
@@ -152,7 +164,8 @@ def parse(arguments: Sequence[str], prog: str = "unisd train") -> tuple[RunOptio
     """Resolve all sources.
 
     Raises:
-        UserError: unknown key or flag, value out of range, contradictory options, unknown recipe or task.
+        UserError: unknown key or flag, value out of range, contradictory options, unknown recipe or
+            task.
     """
     parser = train_parser(prog)
     flags = parser.given(arguments)
@@ -165,17 +178,27 @@ def parse(arguments: Sequence[str], prog: str = "unisd train") -> tuple[RunOptio
 
 
 def shared_options(names: Collection[str]) -> OptionParser:
-    """Some options of `unisd train`, as a parent of another command's parser; `resolve_shared` reads what was given of them."""
+    """Some options of `unisd train`, as a parent of another command's parser; `resolve_shared`
+    reads what was given of them.
+    """
     return OptionParser(RunOptions, UniSDConfig, only=names)
 
 
-def resolve_shared(own: argparse.Namespace, names: Collection[str], prog: str) -> tuple[RunOptions, UniSDConfig]:
+def resolve_shared(
+    own: argparse.Namespace, names: Collection[str], prog: str
+) -> tuple[RunOptions, UniSDConfig]:
     """As `parse`, of the shared options among a command's own arguments."""
-    return resolve(train_parser(prog), {name: _unset(value) for name, value in vars(own).items() if name in names})
+    return resolve(
+        train_parser(prog), {name: _unset(value) for name, value in vars(own).items() if name in names}
+    )
 
 
-def resolve(parser: OptionParser, given: Values, arguments: Sequence[str] = ()) -> tuple[RunOptions, UniSDConfig]:
-    """Layer what was `given` over the recipe's and the task's values (see the module's docstring)."""
+def resolve(
+    parser: OptionParser, given: Values, arguments: Sequence[str] = ()
+) -> tuple[RunOptions, UniSDConfig]:
+    """Layer what was `given` over the recipe's and the task's values (see the module's
+    docstring).
+    """
     named = _without_unset(given)
     model = named.get("model_name_or_path", "pocket")
     recipe = recipes.load(named.get("recipe", recipes.DEFAULT))
@@ -219,12 +242,16 @@ def _check_sources(options: RunOptions) -> None:
     else:
         for name in ("columns", "grader", "eval_file", "dataset_config"):
             if getattr(options, name) is not None and (name, options.task) != ("grader", "jsonl"):
-                raise UserError(f"{name} belongs to your own rows: unset it, or give --train_file instead of a task.")
+                raise UserError(
+                    f"{name} belongs to your own rows: unset it, or give --train_file instead of a task."
+                )
     for name, kinds in (("agreement_contexts", contexts.KINDS), ("negatives", negatives.KINDS)):
         if getattr(options, name) not in kinds:
             raise UserError(f"{name}={getattr(options, name)!r} is not one of: {', '.join(kinds)}.")
     if options.num_processes is not None and options.accelerate_config is None:
-        raise UserError("num_processes belongs to accelerate_config: unset it, or give --accelerate_config ddp.")
+        raise UserError(
+            "num_processes belongs to accelerate_config: unset it, or give --accelerate_config ddp."
+        )
     if options.load_in_4bit and not options.use_peft:
         raise UserError("load_in_4bit needs use_peft: 4-bit weights cannot be trained themselves.")
     for name in ("max_train_rows", "max_eval_rows", "lora_r", "lora_alpha", "num_processes"):
@@ -251,7 +278,9 @@ def _task_values(options: RunOptions) -> Values:
 
 
 def _drop_excluded(values: Values, given: Values) -> None:
-    """What the user asks for wins over what the recipe set in its place; both given stay, and are refused."""
+    """What the user asks for wins over what the recipe set in its place; both given stay, and are
+    refused.
+    """
     for one, other in (("token_clip", "token_clip_quantile"), ("token_clip_quantile", "token_clip")):
         if given.get(one, UNSET) is not UNSET and other not in given:
             values.pop(other, None)

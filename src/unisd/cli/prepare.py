@@ -31,8 +31,8 @@ SHARED = (
     "max_teacher_prompt_length", "max_completion_length", "allow_unsafe_code_execution", "seed",
 )  # fmt: skip
 DESCRIPTION = (
-    "Build auxiliary contexts and wrong references for the rows of a task or a file, look at them, and write rows that `unisd train "
-    "--train_file` takes."
+    "Build auxiliary contexts and wrong references for the rows of a task or a file, look at them, and write"
+    " rows that `unisd train --train_file` takes."
 )
 
 
@@ -46,7 +46,8 @@ def run(arguments: Sequence[str]) -> int:
     quiet_libraries()
     options, config = resolve_shared(own, SHARED, "unisd prepare")
     if "agreement_contexts" not in options.explicit:
-        options.agreement_contexts = "columns"  # here nothing is built unasked, whatever the default recipe says
+        # here nothing is built unasked, whatever the default recipe says
+        options.agreement_contexts = "columns"
     _refuse_input(own.output, options)
     data = load_data(options, config.seed, whole=True)
     loaded: list[tuple[Any, Any]] = []
@@ -59,7 +60,10 @@ def run(arguments: Sequence[str]) -> int:
 
     model, tokenizer = load()
     prompts = PromptBuilder(
-        tokenizer, config.teacher_prompt_layout, config.teacher_prompt_template, config.auxiliary_prompt_template
+        tokenizer,
+        config.teacher_prompt_layout,
+        config.teacher_prompt_template,
+        config.auxiliary_prompt_template,
     )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = Views(config, prompts, (), (), context).teacher_room
@@ -87,7 +91,10 @@ def _show(rows: Sequence[Row], prompts: PromptBuilder, config: UniSDConfig, limi
         "with the reference": [prompts.teacher(row) for row in rows],
         "with a wrong reference": [prompts.negative(row) for row in rows if row.get("negative_context")],
         "with an auxiliary context": [
-            ids for row in rows if row.get("auxiliary_contexts") for ids in prompts.auxiliary(row, config.num_auxiliary_contexts)
+            ids
+            for row in rows
+            if row.get("auxiliary_contexts")
+            for ids in prompts.auxiliary(row, config.num_auxiliary_contexts)
         ],
     }
     lines = []
@@ -95,9 +102,12 @@ def _show(rows: Sequence[Row], prompts: PromptBuilder, config: UniSDConfig, limi
         lengths = sorted(map(len, found)) or [0]
         over = sum(length > limit for length in lengths)
         lines.append([name, str(len(found)), str(lengths[len(lengths) // 2]), str(lengths[-1]), str(over)])
-    show_table(make_console(), (f"{len(rows)} rows", "texts", "median tokens", "longest", f"over {limit}"), lines)
+    show_table(
+        make_console(), (f"{len(rows)} rows", "texts", "median tokens", "longest", f"over {limit}"), lines
+    )
     print(
-        f"tokens of {model}; {limit}: what its context and max_completion_length={config.max_completion_length} leave, or the option"
+        f"tokens of {model}; {limit}: what its context and"
+        f" max_completion_length={config.max_completion_length} leave, or the option"
     )
     example = next((row for row in rows if row.get("auxiliary_contexts")), rows[0])
     for name, text in (

@@ -27,8 +27,8 @@ from unisd.run.options import RunOptions
 SCHEMA_VERSION = 1
 STEP_ROWS = 16
 DESCRIPTION = (
-    "Before training: is the teacher worth learning from? Measures the model's answers without and with the reference (in each "
-    "layout, right and wrong) and with auxiliary contexts, and ends in plain words."
+    "Before training: is the teacher worth learning from? Measures the model's answers without and with the"
+    " reference (in each layout, right and wrong) and with auxiliary contexts, and ends in plain words."
 )
 # The options of `unisd train` that a probe takes too.
 SHARED = (
@@ -62,7 +62,9 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def probe(options: RunOptions, config: UniSDConfig, n: int, max_new_tokens: int, batch_size: int) -> dict[str, Any]:
+def probe(
+    options: RunOptions, config: UniSDConfig, n: int, max_new_tokens: int, batch_size: int
+) -> dict[str, Any]:
     """Measure, print and return the report."""
     console = make_console()
     data = load_data(options, config.seed)
@@ -70,8 +72,12 @@ def probe(options: RunOptions, config: UniSDConfig, n: int, max_new_tokens: int,
     model, tokenizer, _ = load_model(options, training=False)
     model.to(config.device)
     if tokenizer.chat_template is None:
-        console.print("note: the tokenizer has no chat template; prompts are plain text", markup=False, highlight=False)
-    prompts = PromptBuilder(tokenizer, "append", config.teacher_prompt_template, config.auxiliary_prompt_template)
+        console.print(
+            "note: the tokenizer has no chat template; prompts are plain text", markup=False, highlight=False
+        )
+    prompts = PromptBuilder(
+        tokenizer, "append", config.teacher_prompt_template, config.auxiliary_prompt_template
+    )
     rows, overlong = _fitting(rows, prompts, model, max_new_tokens)
     with _progress(console) as (on_phase, on_rows):
         measured = Probe(
@@ -86,14 +92,21 @@ def probe(options: RunOptions, config: UniSDConfig, n: int, max_new_tokens: int,
             on_phase=on_phase,
             on_rows=on_rows,
         ).run()
-    report = {"schema_version": SCHEMA_VERSION, "model": options.model_name_or_path, "task": data.name, **measured}
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "model": options.model_name_or_path,
+        "task": data.name,
+        **measured,
+    }
     report["overlong"] = overlong
     report["predicted"] = _predicted(report, model, config, prompts, rows)
     _print(console, report)
     return report
 
 
-def _fitting(rows: list[Row], prompts: PromptBuilder, model: Any, max_new_tokens: int) -> tuple[list[Row], int]:
+def _fitting(
+    rows: list[Row], prompts: PromptBuilder, model: Any, max_new_tokens: int
+) -> tuple[list[Row], int]:
     """Rows whose prompts leave room for an answer, and how many do not."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
@@ -112,14 +125,16 @@ def _predicted(
 ) -> dict[str, Any]:
     """Time and memory of a UniSD* step of 16 rows on this machine, from the measured speeds.
 
-    A step writes 16 answers, scores them under K + 2 views, and takes a student pass with gradient, which costs about three
-    passes without.
+    A step writes 16 answers, scores them under K + 2 views, and takes a student pass with gradient,
+    which costs about three passes without.
     """
     answer = report["student"]["mean_length"]
     prompt_lengths = [len(prompts.teacher(row)) for row in rows]
     passage = sum(prompt_lengths) / len(rows) + answer
     views = config.num_auxiliary_contexts + 2
-    seconds = STEP_ROWS * (answer / report["student"]["tokens_per_s"] + (views + 3) * passage / report["score_tokens_per_s"])
+    seconds = STEP_ROWS * (
+        answer / report["student"]["tokens_per_s"] + (views + 3) * passage / report["score_tokens_per_s"]
+    )
     sizes = memory.estimate(memory.ModelSize.of(model), config, max(prompt_lengths))
     return {"rows_per_step": STEP_ROWS, "s_per_step": seconds, "memory_bytes": sizes["total"]}
 
@@ -152,20 +167,24 @@ def _print(console: Console, report: dict[str, Any]) -> None:
     header = ("", "accuracy", "nats/token", "reference NLL", "tokens", "truncated", "rows")
     show_table(console, header, lines, f"{report['model']} on {report['task']}")
     notes = [
-        "nats/token: KL from teacher to student on the student's own answers (wrong reference: from the right one; auxiliary: spread)."
+        "nats/token: KL from teacher to student on the student's own answers (wrong reference: from the right"
+        " one; auxiliary: spread)."
     ]
     if report["n_compared"] < report["n"]:
         notes.append(
-            f"Distributions are compared on {report['n_compared']} rows and their first {COMPARED_TOKENS} tokens, spread on half of them."
+            f"Distributions are compared on {report['n_compared']} rows and their first {COMPARED_TOKENS}"
+            " tokens, spread on half of them."
         )
     if "nll" in report["student"]:
-        notes.append("reference NLL of a teacher that sees the reference is copying; the advice does not use it.")
+        notes.append(
+            "reference NLL of a teacher that sees the reference is copying; the advice does not use it."
+        )
     if report["overlong"]:
         notes.append(f"{report['overlong']} row(s) are too long for the model's context and were left out.")
     predicted = report["predicted"]
     notes.append(
-        f"A UniSD* step of {predicted['rows_per_step']} rows would take about {predicted['s_per_step']:.0f} s here, "
-        f"and training with all weights about {memory.readable(predicted['memory_bytes'])}."
+        f"A UniSD* step of {predicted['rows_per_step']} rows would take about {predicted['s_per_step']:.0f} s"
+        f" here, and training with all weights about {memory.readable(predicted['memory_bytes'])}."
     )
     for note in (*notes, "", report["advice"]):
         console.print(note, markup=False, highlight=False)

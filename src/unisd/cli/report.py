@@ -18,11 +18,19 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UserError: the folder holds neither a run nor a study, or the page cannot be written.
     """
-    parser = CommandParser("report", "A run or a study as one HTML page that works offline, on a phone and in print.")
-    parser.add_argument("folder", metavar="RUN_OR_STUDY_DIR", help="what `unisd train` or `unisd study` has written")
-    parser.add_argument("--out", type=output_file, metavar="FILE.html", help=f"the page (default: {REPORT} in that folder)")
+    parser = CommandParser(
+        "report", "A run or a study as one HTML page that works offline, on a phone and in print."
+    )
     parser.add_argument(
-        "--figures", metavar="DIR", help="of a study: write its figures (SVG) and its tables (Markdown) there too"
+        "folder", metavar="RUN_OR_STUDY_DIR", help="what `unisd train` or `unisd study` has written"
+    )
+    parser.add_argument(
+        "--out", type=output_file, metavar="FILE.html", help=f"the page (default: {REPORT} in that folder)"
+    )
+    parser.add_argument(
+        "--figures",
+        metavar="DIR",
+        help="of a study: write its figures (SVG) and its tables (Markdown) there too",
     )
     parser.add_argument("--no_run_pages", action="store_true", help="of a study: make no pages of its runs")
     options = parser.parse(arguments)
@@ -43,7 +51,10 @@ def run(arguments: Sequence[str]) -> int:
             raise UserError("--figures belongs to a study; a run's page holds its figures.")
         text = run_page.build(folder)
     else:
-        raise UserError(f"{folder} holds neither results.json, {METRICS} nor {RUNS}: give the folder of a run or of a study.")
+        raise UserError(
+            f"{folder} holds neither results.json, {METRICS} nor {RUNS}: give the folder of a run or of a"
+            " study."
+        )
     write_text(out, text)
     print(f"written to {out} ({len(text.encode()) / 1e6:.1f} MB)")
     return 0

@@ -19,10 +19,12 @@ DEFAULT_FOLDER = "unisd-study"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry a study out (or go on with it), then analyse it; returns the exit code (1: some runs failed for good).
+    """Carry a study out (or go on with it), then analyse it; returns the exit code (1: some runs
+    failed for good).
 
     Raises:
-        UserError: a study file that makes no sense, options that `unisd train` refuses, a folder of another study.
+        UserError: a study file that makes no sense, options that `unisd train` refuses, a folder of
+            another study.
     """
     parser = study_parser()
     own, of_runs = _split(parser, arguments)
@@ -35,23 +37,37 @@ def run(arguments: Sequence[str]) -> int:
         if of_runs:
             raise UserError(f"{of_runs[0]} belongs to the runs of a study, which --analyse does not run.")
         if options.folder is None or not (Path(options.folder) / RUNS).is_file():
-            raise UserError("--analyse needs the folder of a study that has finished runs: unisd study DIR --analyse.")
+            raise UserError(
+                "--analyse needs the folder of a study that has finished runs: unisd study DIR --analyse."
+            )
         return _analyse(Path(options.folder), options.margin)
     if options.folder is not None:
-        raise UserError(f"{options.folder}: a folder is given with --analyse only; choose where runs go with --output_dir.")
+        raise UserError(
+            f"{options.folder}: a folder is given with --analyse only; choose where runs go with"
+            " --output_dir."
+        )
     return _carry_out(options, of_runs, arguments)
 
 
 def study_parser() -> CommandParser:
     parser = CommandParser(
-        "study", "Which components matter for a task: a design of runs, their results, effects with intervals."
+        "study",
+        "Which components matter for a task: a design of runs, their results, effects with intervals.",
     )
     parser.add_argument("folder", nargs="?", metavar="DIR", help="with --analyse: a study's folder")
     parser.add_argument("--config", metavar="STUDY.yaml", help="the study (see docs/study.md); flags win")
-    parser.add_argument("--output_dir", help=f"its folder; running into it again goes on (default: {DEFAULT_FOLDER}/NAME)")
-    parser.add_argument("--mechanisms", nargs="+", help=f"factors on/off: {', '.join(design.MECHANISMS)} (default: all)")
-    parser.add_argument("--design", nargs="+", help=f"{', '.join(design.DESIGNS)} (default: one-in leave-one-out)")
-    parser.add_argument("--tasks", nargs="+", help="built-in tasks (default: what the study's base says; pocket)")
+    parser.add_argument(
+        "--output_dir", help=f"its folder; running into it again goes on (default: {DEFAULT_FOLDER}/NAME)"
+    )
+    parser.add_argument(
+        "--mechanisms", nargs="+", help=f"factors on/off: {', '.join(design.MECHANISMS)} (default: all)"
+    )
+    parser.add_argument(
+        "--design", nargs="+", help=f"{', '.join(design.DESIGNS)} (default: one-in leave-one-out)"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", help="built-in tasks (default: what the study's base says; pocket)"
+    )
     parser.add_argument(
         "--factor",
         nargs="+",
@@ -60,24 +76,35 @@ def study_parser() -> CommandParser:
         help="a further factor: values of an option, the baseline first",
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 3")
-    parser.add_argument("--budget_minutes", type=float, help="start no run after so many minutes; the same command goes on")
-    parser.add_argument("--run_s", type=float, help="expected seconds of a run; unset: a short calibration run measures it")
+    parser.add_argument(
+        "--budget_minutes", type=float, help="start no run after so many minutes; the same command goes on"
+    )
+    parser.add_argument(
+        "--run_s", type=float, help="expected seconds of a run; unset: a short calibration run measures it"
+    )
     parser.add_argument("--keep_models", action="store_true", default=None, help="keep every run's weights")
     parser.add_argument("--jobs", type=int, help="runs at once (default: one a GPU, else one a core)")
-    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="where runs are run (default: local)")
+    parser.add_argument(
+        "--executor", choices=("local", "ray"), default="local", help="where runs are run (default: local)"
+    )
     parser.add_argument("--ray_address", help="a running cluster; unset: a new one on this machine")
     parser.add_argument("--retry_failed", action="store_true", help="run again what has failed for good")
     parser.add_argument("--dry_run", action="store_true", help="check all runs and list them; run nothing")
     parser.add_argument("--analyse", action="store_true", help="only analyse what the store holds")
-    parser.add_argument("--margin", type=float, default=1.0, help="smallest effect that matters, in points (default: 1)")
+    parser.add_argument(
+        "--margin", type=float, default=1.0, help="smallest effect that matters, in points (default: 1)"
+    )
     parser.epilog = (
-        "Every option of `unisd train` may be given too, and holds for all runs: --model_name_or_path, --max_steps, ..."
+        "Every option of `unisd train` may be given too, and holds for all runs: --model_name_or_path,"
+        " --max_steps, ..."
     )
     return parser
 
 
 def _split(parser: CommandParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A study's own arguments, and those of its runs: flags that it does not have, with their values."""
+    """A study's own arguments, and those of its runs: flags that it does not have, with their
+    values.
+    """
     own: list[str] = []
     of_runs: list[str] = []
     target = own
@@ -130,7 +157,10 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
     cells = {run.cell.name: run.cell for run in runs}
     print(f"{len(runs)} runs: {len(cells)} cells x {len(study.tasks)} tasks x {len(study.seeds)} seeds")
     print(f"cells: {', '.join(cells)}")
-    print(f"model: {', '.join(dict.fromkeys(str(run.options.get('model_name_or_path', 'pocket')) for run in runs))}")
+    print(
+        "model:"
+        f" {', '.join(dict.fromkeys(str(run.options.get('model_name_or_path', 'pocket')) for run in runs))}"
+    )
     if options.dry_run:
         for run in runs:
             print(run.id)
@@ -154,7 +184,8 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
             seconds, source = runner.seconds_of_a_run(study, left, store, executor)
             minutes = seconds * -(-len(left) // executor.slots) / 60
             print(
-                f"{len(left)} to run, {executor.slots} at once: about {minutes:.0f} minutes ({seconds:.0f} s a run, from {source})",
+                f"{len(left)} to run, {executor.slots} at once: about {minutes:.0f} minutes ({seconds:.0f} s"
+                f" a run, from {source})",
                 flush=True,
             )
         complete = runner.carry_out(study, left, store, executor, lambda line: print(line, flush=True))
@@ -166,11 +197,17 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
             executor.close()
         store.close()
     if not complete:
-        print(f"the budget of {study.budget_minutes:g} minutes is used up; go on with:\n  unisd study {shlex.join(arguments)}")
+        print(
+            f"the budget of {study.budget_minutes:g} minutes is used up; go on with:\n  unisd study"
+            f" {shlex.join(arguments)}"
+        )
     mine = {run.id for run in runs}
     failed = sum(record["status"] == FAILED for run_id, record in store.runs().items() if run_id in mine)
     if failed:
-        print(f"{failed} run(s) failed for good: see {folder / 'attempts.jsonl'} and the .log files; --retry_failed tries again")
+        print(
+            f"{failed} run(s) failed for good: see {folder / 'attempts.jsonl'} and the .log files;"
+            " --retry_failed tries again"
+        )
     code = _analyse(folder, options.margin)
     return code or int(failed > 0)
 
@@ -181,8 +218,12 @@ def _remember(folder: Path, study: design.Study) -> None:
     factors = {factor.name: list(factor.levels) for factor in study.factors}
     if path.exists():
         earlier = design.load(path)
-        if {factor.name: list(factor.levels) for factor in earlier.factors} != factors or earlier.base != study.base:
-            raise UserError(f"{folder} holds a study of other factors or another base: choose another --output_dir.")
+        if {
+            factor.name: list(factor.levels) for factor in earlier.factors
+        } != factors or earlier.base != study.base:
+            raise UserError(
+                f"{folder} holds a study of other factors or another base: choose another --output_dir."
+            )
         if earlier.source == study.source:
             return
     temporary = path.with_suffix(".tmp")  # the study reads the file again: it must be whole or as it was

@@ -18,7 +18,9 @@ from unisd.run.train import _introduce, longest_prompt, set_up
 
 
 def dry_run(options: RunOptions, config: UniSDConfig) -> None:
-    """Check everything that `train` would, and print the resolved options, an example and sizes. Writes nothing.
+    """Check everything that `train` would, and print the resolved options, an example and sizes.
+
+    Writes nothing.
 
     Raises:
         UserError: as `train`.
@@ -33,14 +35,18 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
         config.output_dir, config.push_to_hub = str(folder), push
         _show_options(console, options, config)
         _introduce(console, options, config, setting)
-    sizes = memory.estimate(memory.ModelSize.of(setting.trainer.model), config, longest_prompt(setting.trainer), shards=shards)
+    sizes = memory.estimate(
+        memory.ModelSize.of(setting.trainer.model), config, longest_prompt(setting.trainer), shards=shards
+    )
     lines = [[name.replace("_", " "), memory.readable(size)] for name, size in sizes.items()]
     show_table(console, ("memory of one device", "estimate"), lines)
     console.print("dry run: nothing was trained, nothing was written", markup=False)
 
 
 def _show_options(console: Console, options: RunOptions, config: UniSDConfig) -> None:
-    """All options but those that only transformers knows, with a star where they are not the default."""
+    """All options but those that only transformers knows, with a star where they are not the
+    default.
+    """
     values = outputs.resolved(options, config)
     lines = []
     fields = train_parser().fields

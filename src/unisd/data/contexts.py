@@ -1,4 +1,5 @@
-"""Auxiliary contexts for agreement: solved examples of *other* training problems, or instructions that the model wrote from some.
+"""Auxiliary contexts for agreement: solved examples of *other* training problems, or instructions
+that the model wrote from some.
 
 | kind | contexts of a row |
 |---|---|
@@ -6,8 +7,9 @@
 | `retrieval` | the K nearest other problems by cosine similarity of their embeddings, with their solutions |
 | `induction` | K general instructions, each written by the model from a few solved problems; checked and retried |
 
-Never the row itself, nor a near-duplicate of it (same words, or word triples that overlap by 0.8; rows with a `duplicate_key`: the same
-key), nor a text that holds the row's own reference. What is built is kept on disk under a key that covers data, kind, settings and model.
+Never the row itself, nor a near-duplicate of it (same words, or word triples that overlap by 0.8;
+rows with a `duplicate_key`: the same key), nor a text that holds the row's own reference. What is
+built is kept on disk under a key that covers data, kind, settings and model.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ BLOCK = 512  # rows whose similarities exist at once
 
 @dataclass(frozen=True)
 class Settings:
-    """What the contexts depend on, beside rows and model. `embedder`: tfidf, model, or a sentence-transformers name or folder."""
+    """What the contexts depend on, beside rows and model.
+
+    `embedder`: tfidf, model, or a sentence-transformers name or folder.
+    """
 
     kind: str
     k: int = 3
@@ -48,7 +53,9 @@ class Settings:
 
 
 class Embedder(Protocol):
-    """Texts to vectors; rows of `[N,D]` need not be normalised. `name` goes into the cache's key."""
+    """Texts to vectors; rows of `[N,D]` need not be normalised. `name` goes into the cache's
+    key.
+    """
 
     name: str
 
@@ -70,14 +77,21 @@ class _Problem:
         found = words(text)
         reference = str(row.get("privileged_context") or row.get("completion") or "")
         return cls(
-            number, found, shingles(found), row.get("duplicate_key"), reference, EXAMPLE.format(prompt=text, reference=reference)
+            number,
+            found,
+            shingles(found),
+            row.get("duplicate_key"),
+            reference,
+            EXAMPLE.format(prompt=text, reference=reference),
         )
 
     def allows(self, other: _Problem) -> bool:
         """Whether `other` may be shown to this problem's auxiliary teachers."""
         if other.number == self.number or other.words == self.words:
             return False
-        same = self.key == other.key if self.key is not None else jaccard(self.shingles, other.shingles) >= NEAR
+        same = (
+            self.key == other.key if self.key is not None else jaccard(self.shingles, other.shingles) >= NEAR
+        )
         return not same and not contains(other.example, self.reference)
 
 
@@ -90,7 +104,9 @@ def build(
     model_key: str = "",
     cache_dir: Path | None = None,
 ) -> list[Row]:
-    """The rows with `auxiliary_contexts`; rows that have some already keep them. Rows for which fewer than K are found get those.
+    """The rows with `auxiliary_contexts`; rows that have some already keep them.
+
+    Rows for which fewer than K are found get those.
 
     Args:
         embedder: for retrieval.
@@ -139,7 +155,9 @@ def _random(problem: _Problem, problems: Sequence[_Problem], settings: Settings)
     return list(chosen.values())
 
 
-def _retrieved(problems: Sequence[_Problem], missing: Sequence[int], settings: Settings, embed: Embedder) -> list[list[str]]:
+def _retrieved(
+    problems: Sequence[_Problem], missing: Sequence[int], settings: Settings, embed: Embedder
+) -> list[list[str]]:
     vectors_ND = np.asarray(embed([" ".join(problem.words) for problem in problems]), dtype=np.float32)
     norms_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
     vectors_ND = vectors_ND / np.maximum(norms_N1, 1e-12)
@@ -172,7 +190,8 @@ class _TfIdf:
         if sparse.shape[0] * sparse.shape[1] <= 5e7:
             dense: np.ndarray = sparse.toarray()
             return dense
-        reduced: np.ndarray = TruncatedSVD(256, random_state=0).fit_transform(sparse)  # keeps 20,000 rows within memory
+        # keeps 20,000 rows within memory
+        reduced: np.ndarray = TruncatedSVD(256, random_state=0).fit_transform(sparse)
         return reduced
 
 
@@ -187,7 +206,8 @@ class SentenceTransformerEmbedder:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise UserError(
-                f"embedder {name!r} needs sentence-transformers: pip install 'unisd[retrieval]', or use tfidf."
+                f"embedder {name!r} needs sentence-transformers: pip install 'unisd[retrieval]', or use"
+                " tfidf."
             ) from None
         self.name = name
         try:
@@ -195,7 +215,8 @@ class SentenceTransformerEmbedder:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"embedder={name!r} is neither tfidf, model nor a sentence-transformers model that can be loaded: {reason}"
+                f"embedder={name!r} is neither tfidf, model nor a sentence-transformers model that can be"
+                f" loaded: {reason}"
             ) from None
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -204,13 +225,17 @@ class SentenceTransformerEmbedder:
 
 
 INDUCTION = (
-    "Here are some solved problems of one kind.\n\n{examples}\n\nWrite one general instruction, in one or two sentences, that tells a "
-    "reader how to solve problems of this kind. Do not repeat the problems and do not solve any."
+    "Here are some solved problems of one kind.\n\n{examples}\n\nWrite one general instruction, in one or two"
+    " sentences, that tells a reader how to solve problems of this kind. Do not repeat the problems and do"
+    " not solve any."
 )
 
 
 def _induced(
-    problems: Sequence[_Problem], missing: Sequence[int], settings: Settings, write: Callable[[list[str], int], list[str]]
+    problems: Sequence[_Problem],
+    missing: Sequence[int],
+    settings: Settings,
+    write: Callable[[list[str], int], list[str]],
 ) -> list[list[str]]:
     rng = random.Random(f"{settings.seed} induction")
     count = max(INSTRUCTIONS, 2 * settings.k)
@@ -220,7 +245,9 @@ def _induced(
         waiting = [i for i in range(count) if i not in written]
         if not waiting:
             break
-        prompts = [INDUCTION.format(examples="\n\n".join(problems[n].example for n in shown[i])) for i in waiting]
+        prompts = [
+            INDUCTION.format(examples="\n\n".join(problems[n].example for n in shown[i])) for i in waiting
+        ]
         for i, text in zip(waiting, write(prompts, attempt), strict=True):
             if is_instruction(text, [problems[n] for n in shown[i]]):
                 written[i] = " ".join(text.split())
@@ -228,7 +255,9 @@ def _induced(
     for i in missing:
         # Not from this problem itself, and not one that gives its answer away.
         fitting = [
-            text for number, text in written.items() if i not in shown[number] and not contains(text, problems[i].reference)
+            text
+            for number, text in written.items()
+            if i not in shown[number] and not contains(text, problems[i].reference)
         ]
         order = random.Random(f"{settings.seed} {problems[i].words}")
         contexts.append(order.sample(sorted(set(fitting)), min(settings.k, len(set(fitting)))))
@@ -239,7 +268,8 @@ def is_instruction(text: str, shown: Sequence[_Problem]) -> bool:
     """Some words, not too many, and no copy of what it was written from."""
     found = words(text)
     return 5 <= len(found) <= 120 and not any(
-        jaccard(shingles(found), problem.shingles) >= NEAR or contains(text, problem.reference) for problem in shown
+        jaccard(shingles(found), problem.shingles) >= NEAR or contains(text, problem.reference)
+        for problem in shown
     )
 
 
@@ -249,7 +279,10 @@ def is_instruction(text: str, shown: Sequence[_Problem]) -> bool:
 def _key(rows: Sequence[Row], settings: Settings, model_key: str) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, asdict(settings), model_key]).encode())
     for row in rows:
-        parts = [row.get(name) for name in ("prompt", "privileged_context", "completion", "duplicate_key", "auxiliary_contexts")]
+        parts = [
+            row.get(name)
+            for name in ("prompt", "privileged_context", "completion", "duplicate_key", "auxiliary_contexts")
+        ]
         digest.update(json.dumps(parts, default=str).encode())
     return digest.hexdigest()[:24]
 

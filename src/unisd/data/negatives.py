@@ -5,8 +5,8 @@
 | `corrupt` | the right one with its last number, option letter or yes/no changed |
 | `model` | written by the model when asked for a plausible wrong answer, in the task's words where it has any |
 
-With a grader each is proved wrong before it is used; one that turns out right is tried again, and a row for which none is found goes
-without (it is reported, never dropped).
+With a grader each is proved wrong before it is used; one that turns out right is tried again, and a
+row for which none is found goes without (it is reported, never dropped).
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ _LETTER = re.compile(r"(?<![A-Za-z])([A-E])(?=[).:,]?\s*$)")
 _SWAPS = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
 WRONG_ANSWER = (
-    "{prompt}\n\nThis is the right answer:\n{privileged_context}\n\nWrite an answer in the same form that looks plausible but is wrong: "
-    "another final answer, with reasons that lead to it. Write the wrong answer only."
+    "{prompt}\n\nThis is the right answer:\n{privileged_context}\n\nWrite an answer in the same form that"
+    " looks plausible but is wrong: another final answer, with reasons that lead to it. Write the wrong"
+    " answer only."
 )
 
 
@@ -53,9 +54,11 @@ def build(
     Args:
         grade: proves it wrong; without one it only has to differ from the reference.
         write: for `model`: (prompts, try number) -> texts that the model writes.
-        template: what the model is asked, with `{prompt}` and `{privileged_context}`; None: `WRONG_ANSWER`.
+        template: what the model is asked, with `{prompt}` and `{privileged_context}`; None:
+            `WRONG_ANSWER`.
         model_key: name and revision of the model behind `write`, and of the grader, for the cache.
-        cache_dir: where to keep what a model wrote, so that a run that goes on has the same; None: nowhere.
+        cache_dir: where to keep what a model wrote, so that a run that goes on has the same; None:
+            nowhere.
 
     Raises:
         UserError: an unknown kind.
@@ -64,8 +67,13 @@ def build(
         raise UserError(f"negatives={kind!r} is not one of {', '.join(KINDS)}.")
     path, template = None, template or WRONG_ANSWER
     if cache_dir is not None and kind == "model":
-        parts = [[row.get(name) for name in ("prompt", "privileged_context", "completion", "negative_context")] for row in rows]
-        key = hashlib.sha256(json.dumps([FORMAT, template, seed, model_key, parts], default=str).encode()).hexdigest()[:24]
+        parts = [
+            [row.get(name) for name in ("prompt", "privileged_context", "completion", "negative_context")]
+            for row in rows
+        ]
+        key = hashlib.sha256(
+            json.dumps([FORMAT, template, seed, model_key, parts], default=str).encode()
+        ).hexdigest()[:24]
         path = cache_dir / f"negatives-{key}.json"
     if (kept := read_cache(path)) is None:
         kept = _proved_wrong(rows, kind, seed, grade, write, template)
@@ -87,14 +95,24 @@ def _proved_wrong(
     waiting = [i for i, row in enumerate(rows) if not row.get("negative_context")]
     for attempt in range(TRIES):
         if kind == "corrupt":
-            texts = [corrupted(_reference(rows[i]), random.Random(f"{seed} {attempt} {rows[i].get('id', i)}")) for i in waiting]
+            texts = [
+                corrupted(_reference(rows[i]), random.Random(f"{seed} {attempt} {rows[i].get('id', i)}"))
+                for i in waiting
+            ]
         else:
             assert write is not None
-            asked = [{"prompt": prompt_text(rows[i]["prompt"]), "privileged_context": _reference(rows[i])} for i in waiting]
+            asked = [
+                {"prompt": prompt_text(rows[i]["prompt"]), "privileged_context": _reference(rows[i])}
+                for i in waiting
+            ]
             prompts = [fill(template, **of_row) for of_row in asked]
             texts = list(write(prompts, attempt)) if prompts else []
         for i, text in zip(waiting, texts, strict=True):
-            if text and words(text) != words(_reference(rows[i])) and not (grade is not None and grade(rows[i], text)):
+            if (
+                text
+                and words(text) != words(_reference(rows[i]))
+                and not (grade is not None and grade(rows[i], text))
+            ):
                 found[i] = text.strip()
         waiting = [i for i in waiting if i not in found]
     return found
@@ -119,7 +137,11 @@ def corrupted(reference: str, rng: random.Random) -> str | None:
         if word.lower() in _SWAPS:
             swapped = _SWAPS[word.lower()]
             place = start + last.rindex(word)
-            return reference[:place] + (swapped.capitalize() if word[0].isupper() else swapped) + reference[place + len(word) :]
+            return (
+                reference[:place]
+                + (swapped.capitalize() if word[0].isupper() else swapped)
+                + reference[place + len(word) :]
+            )
     return None
 
 
@@ -133,7 +155,9 @@ def _other_number(old: str, rng: random.Random) -> str:
 
 
 def _every(text: str, old: str, new: str) -> str:
-    """Each mention of the last answer on the last two lines that name it: the result and the step that gives it."""
+    """Each mention of the last answer on the last two lines that name it: the result and the step
+    that gives it.
+    """
     mentions = [match for match in _NUMBER.finditer(text) if match[0] == old][-2:]
     for match in reversed(mentions):
         text = text[: match.start()] + new + text[match.end() :]

@@ -23,7 +23,9 @@ _MARKED = re.compile(r"(?:[Aa]nswer\s*(?:is|:)|####)\s*(\S[^\n]*)")
 
 
 def reference_at(row: dict[str, Any], level: str) -> str | None:
-    """The part of the row's reference that the level shows; None where there is no such part (`plain` shows none)."""
+    """The part of the row's reference that the level shows; None where there is no such part
+    (`plain` shows none).
+    """
     reference = str(row.get("privileged_context") or "")
     if not reference.strip() or level == "plain":
         return None
@@ -38,10 +40,11 @@ def reference_at(row: dict[str, Any], level: str) -> str | None:
 
 
 def wrong_twin(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The row as if its `negative_context` were the reference, so that :func:`reference_at` shows a wrong one.
+    """The row as if its `negative_context` were the reference, so that :func:`reference_at` shows a
+    wrong one.
 
-    None where there is none, or it is the reference itself (noise). Its final answer is the row's `negative_answer`, or what that
-    reference names.
+    None where there is none, or it is the reference itself (noise). Its final answer is the row's
+    `negative_answer`, or what that reference names.
     """
     if not row.get("negative_context") or row["negative_context"] == row.get("privileged_context"):
         return None
@@ -56,13 +59,17 @@ def first_half(text: str) -> str:
 
 
 def hints(reference: str) -> str | None:
-    """The steps without their results: no last sentence (it holds the answer), `?` for numbers after an equals sign."""
+    """The steps without their results: no last sentence (it holds the answer), `?` for numbers
+    after an equals sign.
+    """
     sentences = [part for part in _SENTENCE.split(reference.strip()) if part]
     return "\n".join(_RESULT.sub(r"\1?", sentence) for sentence in sentences[:-1]) or None
 
 
 def final_answer(reference: str) -> str | None:
-    """The last marked answer, or the last line where nothing is marked and it is short (at most 8 words)."""
+    """The last marked answer, or the last line where nothing is marked and it is short (at most 8
+    words).
+    """
     start = reference.rfind("\\boxed{")
     if start >= 0:
         return _braced(reference[start + len("\\boxed{") :])

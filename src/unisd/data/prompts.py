@@ -1,7 +1,9 @@
-"""From a row to token ids: the student's prompt, and what the teacher is shown beside it (method: "Teacher prompt").
+"""From a row to token ids: the student's prompt, and what the teacher is shown beside it (method:
+"Teacher prompt").
 
-A row's `prompt` is a string (one user turn) or a list of chat messages that ends in a user turn. Every view goes through the chat
-template exactly once. A tokenizer without a chat template takes string prompts as plain text.
+A row's `prompt` is a string (one user turn) or a list of chat messages that ends in a user turn.
+Every view goes through the chat template exactly once. A tokenizer without a chat template takes
+string prompts as plain text.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ PLAIN_AUXILIARY_TEMPLATE = "{context}\n\n{prompt}"
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt up to where the answer begins (chat template with generation prefix, applied once).
+    """Token ids of a prompt up to where the answer begins (chat template with generation prefix,
+    applied once).
 
     Raises:
         UserError: if `prompt` is messages and the tokenizer has no chat template.
@@ -38,15 +41,22 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             raise UserError(
-                "the prompt is a list of messages, but the tokenizer has no chat template: give prompts as plain strings, "
-                "or use a model with a chat template."
+                "the prompt is a list of messages, but the tokenizer has no chat template: give prompts as"
+                " plain strings, or use a model with a chat template."
             )
         ids: list[int] = tokenizer(prompt)["input_ids"]
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        # A tokenizer that should begin with BOS may have lost that in conversion; without it Gemma writes nonsense.
-        if bos is not None and bos != eos and ids[:1] != [bos] and getattr(tokenizer, "add_bos_token", None) is not False:
+        # A tokenizer that should begin with BOS may have lost that in conversion; without it Gemma
+        # writes nonsense.
+        if (
+            bos is not None
+            and bos != eos
+            and ids[:1] != [bos]
+            and getattr(tokenizer, "add_bos_token", None) is not False
+        ):
             ids = [bos, *ids]
-        # Some tokenizers close every text with an end token; the answer must follow the prompt instead.
+        # Some tokenizers close every text with an end token; the answer must follow the prompt
+        # instead.
         return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -56,8 +66,9 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 def encode_completion(tokenizer: Any, text: str, ends: Sequence[int] = ()) -> list[int]:
     """Token ids of an answer as the model would write it: the text and the end token.
 
-    That is the one of `ends` (the tokens that end a generation) with which the chat template closes an answer: it need not be the
-    tokenizer's EOS. That one stands in where there is no template, or it closes with another.
+    That is the one of `ends` (the tokens that end a generation) with which the chat template closes
+    an answer: it need not be the tokenizer's EOS. That one stands in where there is no template, or
+    it closes with another.
     """
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     end = tokenizer.eos_token_id
@@ -76,7 +87,9 @@ def _on_last_turn(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
 
 
 def fill(template: str, **values: str) -> str:
-    """Fill placeholders in one pass: prompts may hold braces, and one value may contain another's placeholder."""
+    """Fill placeholders in one pass: prompts may hold braces, and one value may contain another's
+    placeholder.
+    """
     pieces = [template]
     for name, value in values.items():
         marker = "{" + name + "}"
@@ -99,7 +112,8 @@ class PromptBuilder:
 
     Args:
         tokenizer: with or without chat template.
-        layout: `append` (one user turn, by `teacher_template`) or `turn` (problem, reference as the answer, problem again).
+        layout: `append` (one user turn, by `teacher_template`) or `turn` (problem, reference as the
+            answer, problem again).
         teacher_template: with `{prompt}` and `{privileged_context}`; None: built in.
         auxiliary_template: with `{context}` and `{prompt}`; None: built in.
         level: how much of the reference the primary teacher sees (:mod:`unisd.data.privilege`).
@@ -138,8 +152,12 @@ class PromptBuilder:
         return _on_last_turn(prompt, lambda text: fill(template, prompt=text, privileged_context=reference))
 
     def with_context(self, prompt: Prompt, context: str) -> Prompt:
-        """An auxiliary view: a solved example of another problem (or an instruction) before the problem."""
-        template = self.auxiliary_template or (AUXILIARY_TEMPLATE if self.is_chat else PLAIN_AUXILIARY_TEMPLATE)
+        """An auxiliary view: a solved example of another problem (or an instruction) before the
+        problem.
+        """
+        template = self.auxiliary_template or (
+            AUXILIARY_TEMPLATE if self.is_chat else PLAIN_AUXILIARY_TEMPLATE
+        )
         return _on_last_turn(prompt, lambda text: fill(template, context=context, prompt=text))
 
     def student(self, row: dict[str, Any]) -> list[int]:
@@ -153,13 +171,16 @@ class PromptBuilder:
         """
         ids = self.at_level(row, self.level)
         if ids is None:
-            raise UserError(f"row {row.get('id')} has nothing for teacher_context={self.level}: use teacher_context=full.")
+            raise UserError(
+                f"row {row.get('id')} has nothing for teacher_context={self.level}: use teacher_context=full."
+            )
         return ids
 
     def at_level(self, row: dict[str, Any], level: str, question: bool = True) -> list[int] | None:
         """Ids of a teacher's prompt at a level of privilege; None where the row has nothing for it.
 
-        At level `full` the row's own `teacher_prompt` wins over the template. `question=False` leaves the problem out.
+        At level `full` the row's own `teacher_prompt` wins over the template. `question=False`
+        leaves the problem out.
         """
         if level == "plain":
             return self.student(row) if question else None
@@ -184,10 +205,14 @@ class PromptBuilder:
 
     def auxiliary(self, row: dict[str, Any], most: int) -> list[list[int]]:
         contexts = (row.get("auxiliary_contexts") or [])[:most]
-        return [encode_prompt(self.tokenizer, self.with_context(row["prompt"], context)) for context in contexts]
+        return [
+            encode_prompt(self.tokenizer, self.with_context(row["prompt"], context)) for context in contexts
+        ]
 
     def check_generation_prefix(self, row: dict[str, Any]) -> None:
-        """Warn if student and teacher prompts do not end alike: the answers would start from different states."""
+        """Warn if student and teacher prompts do not end alike: the answers would start from
+        different states.
+        """
         if not self.is_chat:
             return
         prompt = row["prompt"]
@@ -199,7 +224,8 @@ class PromptBuilder:
         teacher = self.tokenizer.decode(self.teacher(row))
         if not teacher.endswith(prefix) and prefix.strip() and not teacher.rstrip().endswith(prefix.rstrip()):
             logger.warning(
-                "Student and teacher prompts end differently (student: %r, teacher: %r): check the chat template's thinking mode.",
+                "Student and teacher prompts end differently (student: %r, teacher: %r): check the chat"
+                " template's thinking mode.",
                 prefix,
                 teacher[-len(prefix) :],
             )

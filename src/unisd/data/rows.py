@@ -40,12 +40,22 @@ COLUMNS = (
 # Names that other projects use; never mapped silently, only suggested.
 FOREIGN = {
     "prompt": ("question", "problem", "instruction", "query", "input", "messages"),
-    "privileged_context": ("golden_response", "golden_answer", "solution", "answer", "response", "output", "reference"),
+    "privileged_context": (
+        "golden_response",
+        "golden_answer",
+        "solution",
+        "answer",
+        "response",
+        "output",
+        "reference",
+    ),
 }
 
 
 def parse_column_mapping(text: str | None) -> dict[str, str]:
-    """`"prompt=question,privileged_context=answer"` -> `{"prompt": "question", ...}` (ours to theirs)."""
+    """`"prompt=question,privileged_context=answer"` -> `{"prompt": "question", ...}` (ours to
+    theirs).
+    """
     if not text:
         return {}
     mapping = {}
@@ -53,7 +63,9 @@ def parse_column_mapping(text: str | None) -> dict[str, str]:
         ours, equals, theirs = part.partition("=")
         ours, theirs = ours.strip(), theirs.strip()
         if not equals or not theirs or ours not in COLUMNS:
-            raise UserError(f"columns: {part!r} is not of the form ours=theirs with ours one of {', '.join(COLUMNS)}.")
+            raise UserError(
+                f"columns: {part!r} is not of the form ours=theirs with ours one of {', '.join(COLUMNS)}."
+            )
         mapping[ours] = theirs
     return mapping
 
@@ -73,7 +85,8 @@ def prepare_rows(
         needs_reference: refuse rows without a reference.
 
     Raises:
-        UserError: empty dataset, missing column (with candidates), or the first bad row by its number (from 0).
+        UserError: empty dataset, missing column (with candidates), or the first bad row by its
+            number (from 0).
     """
     rows: list[Row] = [dict(row) for row in dataset]
     if not rows:
@@ -81,7 +94,9 @@ def prepare_rows(
     for ours, theirs in (mapping or {}).items():
         if theirs not in rows[0]:
             close = difflib.get_close_matches(theirs, rows[0], n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" Its columns: {', '.join(map(str, rows[0]))}."
+            hint = (
+                f" Did you mean {close[0]!r}?" if close else f" Its columns: {', '.join(map(str, rows[0]))}."
+            )
             raise UserError(f"{name} has no column {theirs!r} (mapped to {ours!r}).{hint}")
     for number, row in enumerate(rows):
         _rename(row, mapping or {})
@@ -102,28 +117,40 @@ def _rename(row: Row, mapping: dict[str, str]) -> None:
 
 
 def _as_text(row: Row, where: str) -> None:
-    """Forms that mean the same: a number for its text, one assistant message for its content, and a conversation for its prompt and the
-    answer that ends it.
+    """Forms that mean the same: a number for its text, one assistant message for its content, and a
+    conversation for its prompt and the answer that ends it.
     """
     for column in ("privileged_context", "completion", "negative_context"):
         if type(row.get(column)) in (int, float):
             row[column] = str(row[column])
-    if (content := _answer_of(row.get("prompt"))) is not None and len(row["prompt"]) > 1 and row.get("completion") is None:
+    if (
+        (content := _answer_of(row.get("prompt"))) is not None
+        and len(row["prompt"]) > 1
+        and row.get("completion") is None
+    ):
         row["prompt"], row["completion"] = row["prompt"][:-1], content
     completion = row.get("completion")
-    if isinstance(completion, list) and len(completion) == 1 and (content := _answer_of(completion)) is not None:
+    if (
+        isinstance(completion, list)
+        and len(completion) == 1
+        and (content := _answer_of(completion)) is not None
+    ):
         completion = row["completion"] = content
     if completion is not None and (not isinstance(completion, str) or not completion.strip()):
         raise UserError(
-            f"{where}: completion is {_describe(completion)}, a non-empty string or one assistant message is needed: mend or remove "
-            "the row."
+            f"{where}: completion is {_describe(completion)}, a non-empty string or one assistant message is"
+            " needed: mend or remove the row."
         )
 
 
 def _answer_of(turns: Any) -> str | None:
     """What the assistant says in the last of some messages."""
     last = turns[-1] if isinstance(turns, list) and turns else None
-    if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+    if (
+        not isinstance(last, dict)
+        or last.get("role") != "assistant"
+        or not isinstance(last.get("content"), str)
+    ):
         return None
     return str(last["content"])
 
@@ -153,12 +180,15 @@ def _check_row(row: Row, where: str, needs_reference: bool) -> None:
         reference = row.get("privileged_context")
         if not isinstance(reference, str) or not reference.strip():
             raise UserError(
-                f"{where}: privileged_context is {_describe(reference)}, a non-empty string is needed: mend or remove the row."
+                f"{where}: privileged_context is {_describe(reference)}, a non-empty string is needed: mend"
+                " or remove the row."
             )
     if row.get("completion") is None:
         row["completion"] = row.get("privileged_context")
     contexts = row.get("auxiliary_contexts")
-    if contexts is not None and not (isinstance(contexts, (list, tuple)) and all(isinstance(c, str) for c in contexts)):
+    if contexts is not None and not (
+        isinstance(contexts, (list, tuple)) and all(isinstance(c, str) for c in contexts)
+    ):
         raise UserError(f"{where}: auxiliary_contexts is {_describe(contexts)}, a list of strings is needed.")
     negative = row.get("negative_context")
     if negative is not None and not isinstance(negative, str):
@@ -171,13 +201,22 @@ def check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
         return
     if isinstance(prompt, list) and prompt:
         for turn in prompt:
-            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-                raise UserError(f"{where}: {column} holds {_describe(turn)}, messages with role and content are needed.")
+            if (
+                not isinstance(turn, dict)
+                or not isinstance(turn.get("role"), str)
+                or not isinstance(turn.get("content"), str)
+            ):
+                raise UserError(
+                    f"{where}: {column} holds {_describe(turn)}, messages with role and content are needed."
+                )
         if prompt[-1]["role"] != "user":
-            raise UserError(f"{where}: {column} ends in a {prompt[-1]['role']!r} turn, a user turn must come last.")
+            raise UserError(
+                f"{where}: {column} ends in a {prompt[-1]['role']!r} turn, a user turn must come last."
+            )
         return
     raise UserError(
-        f"{where}: {column} is {_describe(prompt)}, a non-empty string or a list of messages is needed: mend or remove the row."
+        f"{where}: {column} is {_describe(prompt)}, a non-empty string or a list of messages is needed: mend"
+        " or remove the row."
     )
 
 
@@ -247,7 +286,9 @@ def _parse_jsonl(text: str, path: Path) -> list[Row]:
 
 
 def hold_out(rows: Sequence[Row], share: float = 0.1, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Split into (train, evaluation) by a seeded shuffle; at least one row each where there are two or more."""
+    """Split into (train, evaluation) by a seeded shuffle; at least one row each where there are two
+    or more.
+    """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     count = min(max(1, round(share * len(rows))), len(rows) - 1)

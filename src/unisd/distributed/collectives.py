@@ -30,14 +30,21 @@ def on_any_rank(flag: bool, world_size: int) -> bool:
 
 
 def on_all_ranks(accelerator: Accelerator, rollout: Callable[[], Result]) -> Result:
-    """What `rollout` returns; where it raises `UserError` on one rank, `RolloutError` on all, so that none waits for the others."""
+    """What `rollout` returns; where it raises `UserError` on one rank, `RolloutError` on all, so
+    that none waits for the others.
+    """
     found: list[Result] = []
     failure: str | None = None
     try:
         found.append(rollout())
     except UserError as error:
-        if isinstance(error, OutOfMemory) and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise  # the others wait inside a forward pass of all ranks, and would take a message for a part of it
+        if isinstance(error, OutOfMemory) and accelerator.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        ):
+            # the others wait inside a forward pass of all ranks, and would take a message for a
+            # part of it
+            raise
         failure = str(error)
     failures = [failure] if accelerator.num_processes == 1 else gather_object([failure])
     if any(failures):

@@ -1,22 +1,28 @@
-"""Weights spread over processes by FSDP2 (or ZeRO-3): the few places where a sharded model is not like a whole one.
+"""Weights spread over processes by FSDP2 (or ZeRO-3): the few places where a sharded model is not
+like a whole one.
 
-accelerate shards the model (`fully_shard`: every block, the embeddings, final norm and head), and every forward pass through it
-gathers one part after the other. What this library adds:
+accelerate shards the model (`fully_shard`: every block, the embeddings, final norm and head), and
+every forward pass through it gathers one part after the other. What this library adds:
 
-- *Sharded at construction*, before the teacher is built: student, teacher and optimizer only ever hold their own shards.
-- *The teacher* is a second value of every local shard (:func:`shards_in_place` copies it in and the student's back), its updates are
-  local, and no rank ever holds a whole teacher. The price beside the teacher: while it scores, a copy of the student's trained shards.
-- *The head* is the one weight that the losses read outside of a forward pass. The student's is gathered by its forward pass and left so
-  until its backward pass, which also takes its gradient (as with any other weight, a mean over ranks); the teacher's is gathered once
-  a step. That is one [V,H] tensor each.
-- *In step*: every forward pass is a collective, but ranks hold other rows. Under :func:`in_step` each pass is announced by a sum over
-  ranks, and a rank that is done keeps answering with dummy passes until all are.
-- *Checkpoints* are the files of an unsharded run, which one process writes parameter by parameter; with
-  `fsdp_state_dict_type: SHARDED_STATE_DICT` they are torch's distributed checkpoints instead, to which each rank writes its part. Any
-  number of processes, sharded or not, resumes either.
+- *Sharded at construction*, before the teacher is built: student, teacher and optimizer only ever
+  hold their own shards.
+- *The teacher* is a second value of every local shard (:func:`shards_in_place` copies it in and the
+  student's back), its updates are local, and no rank ever holds a whole teacher. The price beside
+  the teacher: while it scores, a copy of the student's trained shards.
+- *The head* is the one weight that the losses read outside of a forward pass. The student's is
+  gathered by its forward pass and left so until its backward pass, which also takes its gradient
+  (as with any other weight, a mean over ranks); the teacher's is gathered once a step. That is one
+  [V,H] tensor each.
+- *In step*: every forward pass is a collective, but ranks hold other rows. Under :func:`in_step`
+  each pass is announced by a sum over ranks, and a rank that is done keeps answering with dummy
+  passes until all are.
+- *Checkpoints* are the files of an unsharded run, which one process writes parameter by parameter;
+  with `fsdp_state_dict_type: SHARDED_STATE_DICT` they are torch's distributed checkpoints instead,
+  to which each rank writes its part. Any number of processes, sharded or not, resumes either.
 
-What DeepSpeed does otherwise (ZeRO-3's shards are flat, and its engine writes its own checkpoints) is in :mod:`unisd.distributed.zero`.
-Everything here does nothing, or is the identity, for a model that is not sharded.
+What DeepSpeed does otherwise (ZeRO-3's shards are flat, and its engine writes its own checkpoints)
+is in :mod:`unisd.distributed.zero`. Everything here does nothing, or is the identity, for a model
+that is not sharded.
 """
 
 from __future__ import annotations
@@ -44,7 +50,7 @@ from unisd.distributed import zero
 from unisd.errors import UserError
 from unisd.models.load import without_adapter
 
-# ------------------------------------------------------------------------------------------------------- tensors
+# ------------------------------------------------------------------------------------------ tensors
 
 
 def is_sharded(model: Any) -> bool:
@@ -58,7 +64,9 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor (sharing its storage), detached; a plain tensor is its own part."""
+    """This process's part of a sharded tensor (sharing its storage), detached; a plain tensor is
+    its own part.
+    """
     if zero.is_part(tensor):
         return tensor.ds_tensor.detach()  # type: ignore[attr-defined, no-any-return]
     detached = tensor.detach()
@@ -71,7 +79,9 @@ def owned(part: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor | zero.Part) -> Tensor:
-    """All of a sharded tensor, detached (a collective: all ranks must call); a plain tensor is whole."""
+    """All of a sharded tensor, detached (a collective: all ranks must call); a plain tensor is
+    whole.
+    """
     if isinstance(tensor, zero.Part):
         return zero.whole(*tensor)
     if zero.is_part(tensor):
@@ -81,29 +91,39 @@ def whole(tensor: Tensor | zero.Part) -> Tensor:
 
 
 def laid_out(part: Tensor, like: Tensor) -> Tensor | zero.Part:
-    """The sharded tensor of which every rank holds a `part` (sharing its storage), cut as `like` is."""
+    """The sharded tensor of which every rank holds a `part` (sharing its storage), cut as `like`
+    is.
+    """
     if zero.is_part(like):
         return zero.Part(part, like)
     if not isinstance(like, DTensor):
         return part
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def at_hand(weight: Tensor) -> Tensor:
-    """A weight that is read outside of a forward pass: as it is where one has gathered it, else whole and without gradient.
+    """A weight that is read outside of a forward pass: as it is where one has gathered it, else
+    whole and without gradient.
 
     Raises:
-        RuntimeError: a gradient is wanted, but the forward pass before has not left the weight gathered.
+        RuntimeError: a gradient is wanted, but the forward pass before has not left the weight
+            gathered.
     """
     if zero.is_whole(weight) if zero.is_part(weight) else not isinstance(weight, DTensor):
         return weight
     if torch.is_grad_enabled() and weight.requires_grad:
-        raise RuntimeError("the head was given back after the forward pass: its gradient would not reach all ranks")
+        raise RuntimeError(
+            "the head was given back after the forward pass: its gradient would not reach all ranks"
+        )
     return whole(weight)
 
 
 def part_like(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor that every rank has, cut as `like` is; without communication."""
+    """This process's part of a whole tensor that every rank has, cut as `like` is; without
+    communication.
+    """
     if zero.is_part(like):
         return zero.part_of(value, like)
     if not isinstance(like, DTensor):
@@ -113,14 +133,18 @@ def part_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_over_ranks(value: Tensor, model: nn.Module) -> Tensor:
-    """The sum of a quantity that each rank has of its own shards; of an unsharded model it is the value itself."""
+    """The sum of a quantity that each rank has of its own shards; of an unsharded model it is the
+    value itself.
+    """
     if is_sharded(model):
         dist.all_reduce(value)
     return value
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what forward passes have gathered: the next one must see what has been written into the shards."""
+    """Give back what forward passes have gathered: the next one must see what has been written into
+    the shards.
+    """
     if zero.is_cut(model):
         zero.give_back(model)
     for module in model.modules():
@@ -129,8 +153,13 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def shards_in_place(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """While active, the model computes with other values of its shards. They are copied in and out: nothing is rounded."""
+def shards_in_place(
+    model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """While active, the model computes with other values of its shards.
+
+    They are copied in and out: nothing is rounded.
+    """
     kept = {name: local(p).clone() for name, p in parameters.items()}
     try:
         _write(model, parameters, values)
@@ -148,36 +177,44 @@ def _write(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[s
         reshard(model)  # what stays whole must follow
 
 
-# ------------------------------------------------------------------------------------------------ forward passes
+# ------------------------------------------------------------------------------------------------
+# forward passes
 
 
 def _anyone_works(mine: bool, device: torch.device) -> bool:
-    """Whether any rank is about to make a forward pass; each of them, and each rank that waits, takes part once."""
+    """Whether any rank is about to make a forward pass; each of them, and each rank that waits,
+    takes part once.
+    """
     working = torch.tensor([int(mine)], device=device)
     dist.all_reduce(working)
     return mine or bool(working.item())
 
 
 def entry(model: Any) -> Any:
-    """What every forward pass without gradient goes through, so that it is the same passage on all ranks.
+    """What every forward pass without gradient goes through, so that it is the same passage on all
+    ranks.
 
-    With FSDP2 that is the model itself. ZeRO-3 talks to the other ranks where a pass enters the outermost module, which generating
-    with an adapter does not: so none does.
+    With FSDP2 that is the model itself. ZeRO-3 talks to the other ranks where a pass enters the
+    outermost module, which generating with an adapter does not: so none does.
     """
     return without_adapter(model) if zero.is_cut(model) else model
 
 
 def _dummy_pass(model: Any) -> None:
     with torch.no_grad():
-        entry(model)(input_ids=torch.zeros(1, 1, dtype=torch.long, device=without_adapter(model).device), use_cache=False)
+        entry(model)(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=without_adapter(model).device),
+            use_cache=False,
+        )
 
 
 @contextmanager
 def in_step(model: Any) -> Iterator[None]:
-    """All ranks make the same number of forward passes inside, however many each of them needs (also none).
+    """All ranks make the same number of forward passes inside, however many each of them needs
+    (also none).
 
-    All ranks must enter and leave; no other collective may happen inside. A rank that raises ends the run: the others wait for it
-    until they are stopped.
+    All ranks must enter and leave; no other collective may happen inside. A rank that raises ends
+    the run: the others wait for it until they are stopped.
     """
     if not is_sharded(model):
         yield
@@ -202,11 +239,12 @@ def _announce(device: torch.device) -> None:
     _anyone_works(True, device)
 
 
-# -------------------------------------------------------------------------------------------------------- set-up
+# ------------------------------------------------------------------------------------------- set-up
 
 
 def set_up(trainer: Any) -> None:
-    """When the accelerator exists: switch FSDP on also on a CPU (accelerate knows it on accelerators only, torch's runs on gloo too).
+    """When the accelerator exists: switch FSDP on also on a CPU (accelerate knows it on
+    accelerators only, torch's runs on gloo too).
 
     Raises:
         UserError: a way of spreading weights that is not supported.
@@ -216,7 +254,8 @@ def set_up(trainer: Any) -> None:
         return
     _enable_on_cpu(trainer)
     _check(trainer)
-    if trainer.is_fsdp_enabled:  # else every rank would add up whole gradients until the last micro-batch of a step
+    # else every rank would add up whole gradients until the last micro-batch of a step
+    if trainer.is_fsdp_enabled:
         trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
 
@@ -237,18 +276,28 @@ def _check(trainer: Any) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise UserError(
-            "FSDP1 is not supported: set fsdp_version: 2 in the accelerate configuration, or use accelerate_config=fsdp2."
+            "FSDP1 is not supported: set fsdp_version: 2 in the accelerate configuration, or use"
+            " accelerate_config=fsdp2."
         )
     for option, is_set, remedy in (
-        ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, "set it to false, each rank checks what it loads"),
-        ("fsdp_activation_checkpointing", plugin.activation_checkpointing, "set gradient_checkpointing instead"),
+        (
+            "fsdp_cpu_ram_efficient_loading",
+            plugin.cpu_ram_efficient_loading,
+            "set it to false, each rank checks what it loads",
+        ),
+        (
+            "fsdp_activation_checkpointing",
+            plugin.activation_checkpointing,
+            "set gradient_checkpointing instead",
+        ),
         ("fsdp_offload_params", isinstance(plugin.cpu_offload, CPUOffloadPolicy), "set it to false"),
     ):
         if is_set:
             raise UserError(f"{option} is not supported: {remedy}.")
     if trainer.args.use_vllm:
         raise UserError(
-            "use_vllm does not work with FSDP yet, it reads whole weights: use accelerate_config=ddp, or unset use_vllm."
+            "use_vllm does not work with FSDP yet, it reads whole weights: use accelerate_config=ddp, or"
+            " unset use_vllm."
         )
     if trainer.args.fp16:
         raise UserError("fp16 is not supported with FSDP: use bf16.")
@@ -257,7 +306,8 @@ def _check(trainer: Any) -> None:
 def shard(trainer: Any) -> None:
     """Spread the trainer's model over the ranks, and build its optimizer on the shards.
 
-    Once: a second preparation (in `train`) would look the optimizer's parameters up by address, which empty shards share.
+    Once: a second preparation (in `train`) would look the optimizer's parameters up by address,
+    which empty shards share.
 
     Raises:
         UserError: the model is quantised.
@@ -267,7 +317,8 @@ def shard(trainer: Any) -> None:
         return
     if getattr(without_adapter(trainer.model), "is_quantized", False):
         raise UserError(
-            "a quantised model is not supported with FSDP: use accelerate_config=ddp, or load it without load_in_4bit."
+            "a quantised model is not supported with FSDP: use accelerate_config=ddp, or load it without"
+            " load_in_4bit."
         )
     accelerator, was_training = trainer.accelerator, trainer.model.training
     trainer.create_optimizer()
@@ -290,11 +341,12 @@ def shard(trainer: Any) -> None:
     reshard(model)
 
 
-# --------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def whole_on_writer(tensors: Mapping[str, Tensor | zero.Part], is_writer: bool) -> dict[str, Tensor]:
-    """Whole tensors, gathered one by one into the writer's main memory; empty on other ranks (a collective).
+    """Whole tensors, gathered one by one into the writer's main memory; empty on other ranks (a
+    collective).
 
     What is one tensor under two names (tied weights) stays one.
     """
@@ -310,19 +362,26 @@ def whole_on_writer(tensors: Mapping[str, Tensor | zero.Part], is_writer: bool) 
 
 
 def weights(model: Any) -> dict[str, Tensor]:
-    """What a checkpoint keeps of the model, sharing storage with it: the adapter, or all weights."""
+    """What a checkpoint keeps of the model, sharing storage with it: the adapter, or all
+    weights.
+    """
     reshard(model)
-    found: dict[str, Tensor] = get_peft_model_state_dict(model) if hasattr(model, "peft_config") else model.state_dict()
+    found: dict[str, Tensor] = (
+        get_peft_model_state_dict(model) if hasattr(model, "peft_config") else model.state_dict()
+    )
     return found
 
 
 def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     """The optimizer's state by names of parameters, made where there is none yet."""
-    return get_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
+    # without accelerate's wrapper
+    return get_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer))
 
 
 def save_shards(state: Mapping[str, Any], folder: Path) -> None:
-    """Each rank writes its own parts of a (nested) dictionary of tensors into a distributed checkpoint of torch."""
+    """Each rank writes its own parts of a (nested) dictionary of tensors into a distributed
+    checkpoint of torch.
+    """
     save(dict(state), checkpoint_id=folder)
 
 
@@ -335,12 +394,15 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
     try:
         load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except CheckpointException as error:
-        raise UserError(f"{folder} belongs to other trained parameters: resume with the same model and LoRA options.") from error
+        raise UserError(
+            f"{folder} belongs to other trained parameters: resume with the same model and LoRA options."
+        ) from error
 
 
 @torch.no_grad()
 def load_model(model: Any, folder: Path) -> None:
-    """Each rank takes its own parts of the weights, or of the adapter, that an unsharded run or :func:`whole_on_writer` has left.
+    """Each rank takes its own parts of the weights, or of the adapter, that an unsharded run or
+    :func:`whole_on_writer` has left.
 
     Raises:
         UserError: there are none, or those of another model.
@@ -353,7 +415,10 @@ def load_model(model: Any, folder: Path) -> None:
         with safe_open(str(file), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118, it cannot be iterated itself
                 if name not in target:
-                    raise UserError(f"{file} belongs to another model, it has a {name}: resume with the checkpoint's options.")
+                    raise UserError(
+                        f"{file} belongs to another model, it has a {name}: resume with the checkpoint's"
+                        " options."
+                    )
                 local(target[name]).copy_(part_like(opened.get_tensor(name), target[name]))
 
 
@@ -371,11 +436,15 @@ def load_optimizer_shards(model: nn.Module, optimizer: Any, folder: Path) -> Non
     """Take over the `optimizer` that `save_shards` wrote."""
     state = {"optimizer": optimizer_state(model, optimizer)}
     load_shards(state, folder)
-    set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), optim_state_dict=state["optimizer"])
+    set_optimizer_state_dict(
+        model, getattr(optimizer, "optimizer", optimizer), optim_state_dict=state["optimizer"]
+    )
 
 
 def load_optimizer_state(optimizer: Any, content: Mapping[str, Any]) -> None:
-    """Take over what an optimizer without sharding has saved: its parameters have the same order."""
+    """Take over what an optimizer without sharding has saved: its parameters have the same
+    order.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
     for number, values in content["state"].items():

@@ -1,12 +1,16 @@
-"""DeepSpeed's ZeRO, where it is not like a model that every process holds whole. Everything of DeepSpeed's is reached from here.
+"""DeepSpeed's ZeRO, where it is not like a model that every process holds whole.
 
-Stages 1 and 2 spread the optimizer's state (and gradients): every process still has all weights, and only the engine, its
-checkpoints and its guard against bad steps differ. Stage 3 spreads the weights too: to the rest of the library
-(:mod:`unisd.distributed.sharding`) that is as with FSDP2. A parameter is then empty between passes, and its flat part lies in `ds_tensor`; hooks of
-each module gather it for a pass.
+Everything of DeepSpeed's is reached from here.
 
-The engine takes the optimizer's step inside of the last backward pass of a step. A gradient that is not finite makes it drop the step
-itself and report an infinite norm, which is what :class:`unisd.training.guards.FiniteGuard` looks at.
+Stages 1 and 2 spread the optimizer's state (and gradients): every process still has all weights,
+and only the engine, its checkpoints and its guard against bad steps differ. Stage 3 spreads the
+weights too: to the rest of the library (:mod:`unisd.distributed.sharding`) that is as with FSDP2. A
+parameter is then empty between passes, and its flat part lies in `ds_tensor`; hooks of each module
+gather it for a pass.
+
+The engine takes the optimizer's step inside of the last backward pass of a step. A gradient that is
+not finite makes it drop the step itself and report an infinite norm, which is what
+:class:`unisd.training.guards.FiniteGuard` looks at.
 """
 
 from __future__ import annotations
@@ -58,13 +62,17 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def without_filling(part: Tensor, like: Tensor) -> Tensor:
-    """What of a part is no filling: the parts of all ranks are of one size, and what fills the last is left as memory was."""
+    """What of a part is no filling: the parts of all ranks are of one size, and what fills the last
+    is left as memory was.
+    """
     cut: Any = like
     return part[: max(0, cut.ds_numel - dist.get_rank() * part.numel())]
 
 
 def forget_passes(model: Any) -> None:
-    """DeepSpeed learns the order of modules from a step, and would take the passes of a rollout for a part of it."""
+    """DeepSpeed learns the order of modules from a step, and would take the passes of a rollout for
+    a part of it.
+    """
     coordinator = model.zero_offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
@@ -76,14 +84,17 @@ def is_whole(weight: Any) -> bool:
 
 
 def give_back(model: Any) -> None:
-    """Cut what is gathered again; what stays whole (the head) is gathered anew from the parts. A collective."""
+    """Cut what is gathered again; what stays whole (the head) is gathered anew from the parts.
+
+    A collective.
+    """
     model.zero_offload.partition_all_parameters()
     kept = model.zero_offload.persistent_parameters
     if kept:
         kept[0].all_gather(kept)
 
 
-# -------------------------------------------------------------------------------------------------------- set-up
+# ------------------------------------------------------------------------------------------- set-up
 
 
 OTHER_PARTS = ("mics_shard_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights")
@@ -112,13 +123,20 @@ def check(trainer: Any) -> None:
         (settings.get("zero_hpz_partition_size", 1) > 1, "zero_hpz_partition_size", "set it to 1"),
         (args.fp16, "fp16", "use bf16"),
         (args.use_vllm, "use_vllm", "use accelerate_config=ddp, or unset use_vllm"),
-        *((settings.get(name), name, "unset it: the teacher is put into the parts that it does not use") for name in OTHER_PARTS),
+        *(
+            (settings.get(name), name, "unset it: the teacher is put into the parts that it does not use")
+            for name in OTHER_PARTS
+        ),
     ):
         if is_set:
             raise UserError(f"DeepSpeed: {what} is not supported: {remedy}.")
     if stage == 3:
-        # The other kind of gradient checkpointing compares shapes, and a weight that is given back has none.
-        args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+        # The other kind of gradient checkpointing compares shapes, and a weight that is given back
+        # has none.
+        args.gradient_checkpointing_kwargs = {
+            **(args.gradient_checkpointing_kwargs or {}),
+            "use_reentrant": True,
+        }
 
 
 def _offloads(settings: dict[str, Any], what: str) -> bool:
@@ -126,7 +144,9 @@ def _offloads(settings: dict[str, Any], what: str) -> bool:
 
 
 def cut(trainer: Any) -> None:
-    """Stage 3: build the engine now, so that the teacher takes its copy of parts only. `train` finds it built.
+    """Stage 3: build the engine now, so that the teacher takes its copy of parts only.
+
+    `train` finds it built.
 
     Raises:
         UserError: the model is quantised.
@@ -136,7 +156,8 @@ def cut(trainer: Any) -> None:
     model, accelerator = trainer.model, trainer.accelerator
     if any(getattr(module, "is_quantized", False) for module in model.modules()):
         raise UserError(
-            "a quantised model is not supported with stage 3: use accelerate_config=ddp, or load it without load_in_4bit."
+            "a quantised model is not supported with stage 3: use accelerate_config=ddp, or load it without"
+            " load_in_4bit."
         )
     optimizer, _ = deepspeed_init(trainer, num_training_steps=max(trainer.args.max_steps, 1))
     engine, optimizer = accelerator.prepare(model, optimizer)
@@ -147,24 +168,31 @@ def cut(trainer: Any) -> None:
     def prepare_others(*objects: Any, **options: Any) -> Any:
         if objects[:1] != (model,):
             return prepare(*objects, **options)
-        accelerator._models, accelerator._optimizers, accelerator.deepspeed_engine_wrapped = [engine], [optimizer], wrapped
+        accelerator._models, accelerator._optimizers, accelerator.deepspeed_engine_wrapped = (
+            [engine],
+            [optimizer],
+            wrapped,
+        )
         return engine, optimizer
 
     accelerator.prepare = prepare_others
 
 
 def keep_whole(model: Any, engine: Any) -> None:
-    """The head is read outside of a forward pass, by the losses: it stays whole on every process, and its gradient is still cut."""
+    """The head is read outside of a forward pass, by the losses: it stays whole on every process,
+    and its gradient is still cut.
+    """
     model.zero_offload = offload = engine.optimizer.parameter_offload
     for parameter in without_adapter(model).get_output_embeddings().parameters():
-        parameter.is_external_param = True  # `ds_persist` alone does not hold before DeepSpeed has seen a whole pass
+        # `ds_persist` alone does not hold before DeepSpeed has seen a whole pass
+        parameter.is_external_param = True
         if not parameter.ds_persist:  # a small one is in the list already
             parameter.ds_persist = True
             offload.persistent_parameters.append(parameter)
     give_back(model)
 
 
-# --------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def require_resumable(checkpoint: str | Path, stage: int | None, ranks: int) -> None:
@@ -179,11 +207,12 @@ def require_resumable(checkpoint: str | Path, stage: int | None, ranks: int) -> 
     now = "no DeepSpeed" if stage is None else "zero3" if stage == 3 else "zero2"
     if was != now:
         raise UserError(
-            f"{checkpoint} was written with {was} and this run has {now}: resume with the accelerate_config that it was written with, or "
-            "start a new run from the model in it (model_name_or_path)."
+            f"{checkpoint} was written with {was} and this run has {now}: resume with the accelerate_config"
+            " that it was written with, or start a new run from the model in it (model_name_or_path)."
         )
     if saved not in (0, ranks):
         raise UserError(
-            f"{checkpoint} holds DeepSpeed's parts of {saved} processes and this run has {ranks}: resume with as many, or start a new run "
-            "from the model in it (model_name_or_path). Checkpoints of ddp and fsdp2 are resumed by any number."
+            f"{checkpoint} holds DeepSpeed's parts of {saved} processes and this run has {ranks}: resume with"
+            " as many, or start a new run from the model in it (model_name_or_path). Checkpoints of ddp and"
+            " fsdp2 are resumed by any number."
         )

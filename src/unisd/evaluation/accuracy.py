@@ -1,8 +1,9 @@
-"""What a model can do and what it has forgotten: greedy accuracy, fit to references, retention against a base model.
+"""What a model can do and what it has forgotten: greedy accuracy, fit to references, retention
+against a base model.
 
-Perplexities are corpus-level: exp of minus the total log-probability over the total number of tokens. Logits exist for a
-few tokens at a time only, whatever the vocabulary. Nothing here changes a model: training mode, generation config and
-adapters are as before afterwards.
+Perplexities are corpus-level: exp of minus the total log-probability over the total number of
+tokens. Logits exist for a few tokens at a time only, whatever the vocabulary. Nothing here changes
+a model: training mode, generation config and adapters are as before afterwards.
 
 Shapes: T tokens of a completion, H hidden size, V vocabulary, C tokens of a chunk.
 """
@@ -30,7 +31,9 @@ Interval = dict[str, float]
 
 
 def _in_shares(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
-    """`work(items)`, one result for each; processes that train as one do a share each, and all get all (all must call)."""
+    """`work(items)`, one result for each; processes that train as one do a share each, and all get
+    all (all must call).
+    """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks == 1:
         return work(items)
@@ -54,7 +57,8 @@ def generate_greedy(
     """Greedy completions (token ids up to and with the first end token) of prompts, in their order.
 
     Args:
-        prompts: token ids as they are; a string or chat messages are rendered by `prompts.encode_prompt`.
+        prompts: token ids as they are; a string or chat messages are rendered by
+            `prompts.encode_prompt`.
         batch_size: prompts at a time; None: 48 on a CPU, 256 on an accelerator.
         progress: a bar on stderr; None: only where stderr is a terminal, after a few seconds.
     """
@@ -90,9 +94,10 @@ def accuracy(
         prompt_ids: other prompts than the rows' own (a teacher's, for example).
 
     Returns:
-        `overall` and each of `by_skill` as `wilson` gives them; `extraction_rate` (share of answers in which an answer was
-        found; None where the grader does not say), `completions` (texts), `completion_ids`, `grades`, `mean_tokens`,
-        `truncated` (rows cut by `max_new_tokens`), `tokens_per_s`.
+        `overall` and each of `by_skill` as `wilson` gives them; `extraction_rate` (share of answers
+        in which an answer was found; None where the grader does not say), `completions` (texts),
+        `completion_ids`, `grades`, `mean_tokens`, `truncated` (rows cut by `max_new_tokens`),
+        `tokens_per_s`.
     """
     prompts = [row["prompt"] for row in rows] if prompt_ids is None else prompt_ids
     start = time.perf_counter()

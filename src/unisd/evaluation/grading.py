@@ -1,4 +1,6 @@
-"""Grades of many completions, whoever wrote them, and what they say together: shares with 95 % intervals. No model is needed."""
+"""Grades of many completions, whoever wrote them, and what they say together: shares with 95 %
+intervals. No model is needed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def grade_many(
     completions: Sequence[str],
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[Grade]:
-    """The grade of each completion, in their order; as many at once as there are cores (a program runs in a process of its own)."""
+    """The grade of each completion, in their order; as many at once as there are cores (a program
+    runs in a process of its own).
+    """
 
     def one(pair: tuple[Row, str]) -> Grade:
         verdict = grade(*pair)
@@ -34,7 +38,9 @@ def grade_many(
 
 
 def wilson(correct: int, n: int, z: float = 1.959963984540054) -> Interval:
-    """A share with its 95 % Wilson interval: `{"value", "low", "high", "n"}`; NaN, 0 and 1 for n = 0."""
+    """A share with its 95 % Wilson interval: `{"value", "low", "high", "n"}`; NaN, 0 and 1 for n =
+    0.
+    """
     if n == 0:
         return {"value": math.nan, "low": 0.0, "high": 1.0, "n": 0}
     share = correct / n
@@ -50,11 +56,18 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
         return wilson(0, 0)
     rng = random.Random(seed)
     means = sorted(sum(rng.choices(values, k=n)) / n for _ in range(BOOTSTRAP))
-    return {"value": sum(values) / n, "low": means[int(0.025 * BOOTSTRAP)], "high": means[int(0.975 * BOOTSTRAP)], "n": n}
+    return {
+        "value": sum(values) / n,
+        "low": means[int(0.025 * BOOTSTRAP)],
+        "high": means[int(0.975 * BOOTSTRAP)],
+        "n": n,
+    }
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that one of `k` samples drawn from `n` without putting back is right: the unbiased estimate (Chen et al., 2021)."""
+    """Chance that one of `k` samples drawn from `n` without putting back is right: the unbiased
+    estimate (Chen et al., 2021).
+    """
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
@@ -62,9 +75,10 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
     """Figures of graded answers, one or several a row.
 
     Returns:
-        `accuracy` (one answer a row: Wilson; several: mean share of right ones, bootstrap), `by_skill`, `extraction_rate` (share of
-        answers in which an answer was found), `details` (means of the graders' further figures), and `pass_at_k` by k where rows
-        have several answers. Each as `{"value", "low", "high", "n"}`.
+        `accuracy` (one answer a row: Wilson; several: mean share of right ones, bootstrap),
+        `by_skill`, `extraction_rate` (share of answers in which an answer was found), `details`
+        (means of the graders' further figures), and `pass_at_k` by k where rows have several
+        answers. Each as `{"value", "low", "high", "n"}`.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
@@ -94,14 +108,17 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
 
 
 def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
-    """One object an answer: `id`, `correct`, `score`, `extracted`, `reason` (and the grader's details)."""
+    """One object an answer: `id`, `correct`, `score`, `extracted`, `reason` (and the grader's
+    details).
+    """
     return [
         {
             "id": row["id"],
             "correct": answer.correct,
             "score": float(answer.correct),
             "extracted": answer.extracted,
-            "reason": answer.reason or ("" if answer.correct else "wrong" if answer.extracted is not None else "no answer found"),
+            "reason": answer.reason
+            or ("" if answer.correct else "wrong" if answer.extracted is not None else "no answer found"),
             **answer.details,
         }
         for row, answers in zip(rows, grades, strict=True)

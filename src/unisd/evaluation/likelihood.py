@@ -33,7 +33,9 @@ def _ids(tokenizer: Any, prompt: Ids | str | list[dict[str, Any]]) -> list[int]:
 
 
 class _States:
-    """Completion states of one model: hidden states and its head, or for an unknown head the logits themselves."""
+    """Completion states of one model: hidden states and its head, or for an unknown head the logits
+    themselves.
+    """
 
     def __init__(self, model: Any) -> None:
         from unisd.backbone import Backbone
@@ -47,7 +49,9 @@ class _States:
             self.backbone = None
 
     def of(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Tensor]:
-        """`[T,H]` (or logits `[T,V]`) of each row, at the positions that predict its completion; right-padded batch."""
+        """`[T,H]` (or logits `[T,V]`) of each row, at the positions that predict its completion;
+        right-padded batch.
+        """
         from unisd.batching import lay_out
 
         device = self.model.device
@@ -57,9 +61,12 @@ class _States:
             assert states_BL is not None
         else:
             batch = lay_out(sequences, False, 0, device)
-            states_BL = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            states_BL = self.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).logits
         return [
-            states_BL[row, len(p) - 1 : len(p) + len(c) - 1] for row, (p, c) in enumerate(zip(prompts, completions, strict=True))
+            states_BL[row, len(p) - 1 : len(p) + len(c) - 1]
+            for row, (p, c) in enumerate(zip(prompts, completions, strict=True))
         ]
 
     def logp(self, states_CH: Tensor) -> Tensor:
@@ -75,14 +82,20 @@ class _States:
 
 def _check_pairs(prompts: Sequence[Ids], completions: Sequence[Ids]) -> None:
     if len(prompts) != len(completions):
-        raise UserError(f"{len(prompts)} prompts and {len(completions)} completions: give one completion per prompt")
+        raise UserError(
+            f"{len(prompts)} prompts and {len(completions)} completions: give one completion per prompt"
+        )
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if completion and not prompt:
-            raise UserError(f"row {i} has an empty prompt: the first token of its completion has no probability")
+            raise UserError(
+                f"row {i} has an empty prompt: the first token of its completion has no probability"
+            )
 
 
 def _batches(prompts: Sequence[Ids], completions: Sequence[Ids], budget: int) -> Iterator[list[int]]:
-    """Rows of similar length, longest first, at most `budget` tokens with padding (a longer row stands alone)."""
+    """Rows of similar length, longest first, at most `budget` tokens with padding (a longer row
+    stands alone).
+    """
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     batch: list[int] = []
     for i in sorted((i for i in range(len(lengths)) if completions[i]), key=lambda i: (-lengths[i], i)):
@@ -97,7 +110,8 @@ def _batches(prompts: Sequence[Ids], completions: Sequence[Ids], budget: int) ->
 def sequence_logprobs(
     model: Any, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], *, token_budget: int = TOKEN_BUDGET
 ) -> tuple[Tensor, Tensor]:
-    """Total log-probability (float64 [N], nats) of each completion given its prompt, and its number of tokens (int64 [N]).
+    """Total log-probability (float64 [N], nats) of each completion given its prompt, and its number
+    of tokens (int64 [N]).
 
     Memory: hidden states of `token_budget` tokens and `CHUNK_ENTRIES` logits.
     """
@@ -126,7 +140,8 @@ def corpus_ppl(logp_N: Tensor, count_N: Tensor) -> float:
 def reference_nll(
     model: Any, tokenizer: Any, rows: Sequence[Row], *, prompt_ids: Sequence[Ids] | None = None
 ) -> tuple[float, int]:
-    """Total negative log-probability (nats) and tokens of the rows' references, with their end token, given the prompts.
+    """Total negative log-probability (nats) and tokens of the rows' references, with their end
+    token, given the prompts.
 
     The reference is `completion`, else `privileged_context`; rows with neither are left out.
     """
@@ -143,6 +158,8 @@ def reference_nll(
 
 
 def gold_ppl(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float | None:
-    """Corpus perplexity of the references given the plain prompts; None where no row has a reference."""
+    """Corpus perplexity of the references given the plain prompts; None where no row has a
+    reference.
+    """
     nll, tokens = reference_nll(model, tokenizer, rows)
     return math.exp(min(nll / tokens, 700.0)) if tokens else None

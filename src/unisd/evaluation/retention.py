@@ -20,7 +20,9 @@ from unisd.tasks.base import Row
 
 
 def jsd(logp_CV: Tensor, logq_CV: Tensor) -> Tensor:
-    """Jensen-Shannon divergence [C] of two distributions given as log-probabilities, in nats; exactly 0 for equal ones."""
+    """Jensen-Shannon divergence [C] of two distributions given as log-probabilities, in nats;
+    exactly 0 for equal ones.
+    """
     p_CV, q_CV = logp_CV.exp(), logq_CV.exp()
     middle_CV = ((p_CV + q_CV) / 2).clamp_min(torch.finfo(p_CV.dtype).tiny)
     terms_CV = torch.xlogy(p_CV, p_CV / middle_CV) + torch.xlogy(q_CV, q_CV / middle_CV)
@@ -44,20 +46,25 @@ def retention(
 
     Args:
         model: the adapted model.
-        base: the model it comes from; None: `model` is a peft model and its base is itself without the adapter.
+        base: the model it comes from; None: `model` is a peft model and its base is itself without
+            the adapter.
         answers: the adapted model's and the base's, where they are known; None: they are written.
 
     Returns:
-        `forward`: the adapted model's answers; `reverse`: the base's answers. Each holds `ppl` (of the answers under the
-        *other* model: PPL_ret), `own_ppl` (under the model that wrote them), `delta` (paired difference of their
-        log-probabilities per token, own minus other, nats: `value`, `low`, `high` of a 95 % interval over rows), `jsd`
-        (of the two models, mean over tokens, full vocabulary, nats), `tokens`. And `n` rows.
+        `forward`: the adapted model's answers; `reverse`: the base's answers. Each holds `ppl` (of
+            the answers under the
+        *other* model: PPL_ret), `own_ppl` (under the model that wrote them), `delta` (paired
+        difference of their log-probabilities per token, own minus other, nats: `value`, `low`,
+        `high` of a 95 % interval over rows), `jsd` (of the two models, mean over tokens, full
+        vocabulary, nats), `tokens`. And `n` rows.
 
     Raises:
         UserError: no base, and no adapter to take off.
     """
     if base is None and not hasattr(model, "disable_adapter"):
-        raise UserError("retention needs the base model: give --base, or a model with an adapter that can be taken off")
+        raise UserError(
+            "retention needs the base model: give --base, or a model with an adapter that can be taken off"
+        )
     prompts = [_ids(tokenizer, row["prompt"]) for row in rows] if prompt_ids is None else list(prompt_ids)
 
     def written(which: Any, description: str) -> list[list[int]]:
@@ -82,7 +89,12 @@ def _as_base(model: Any, base: Any | None) -> Iterator[Any]:
 
 
 def _along(
-    model: Any, base: Any | None, prompts: Sequence[Ids], answers: Sequence[Ids], budget: int, written_by_base: bool
+    model: Any,
+    base: Any | None,
+    prompts: Sequence[Ids],
+    answers: Sequence[Ids],
+    budget: int,
+    written_by_base: bool,
 ) -> dict[str, Any]:
     """Both models along the same answers, row by row and chunk by chunk."""
     _check_pairs(prompts, answers)
@@ -118,7 +130,9 @@ def _along(
 
 
 def paired_delta(difference_N: Tensor, count_N: Tensor, z: float = 1.959963984540054) -> Interval:
-    """Total difference per token with a 95 % interval, rows as clusters (normal approximation of a ratio)."""
+    """Total difference per token with a 95 % interval, rows as clusters (normal approximation of a
+    ratio).
+    """
     tokens, n = int(count_N.sum()), len(count_N)
     if not tokens:
         return {"value": math.nan, "low": math.nan, "high": math.nan}

@@ -1,8 +1,10 @@
 """Before anybody pays for training: is this teacher worth learning from?
 
-The teacher is the same model with the reference in its prompt. Measured is what it says (greedy accuracy in each layout, with a wrong
-reference, with auxiliary contexts) and, on the student's own answers, how far its distributions lie from the student's (nats per
-token). Without a grader only the latter speaks: a teacher that copies its reference makes the reference likely, which proves nothing.
+The teacher is the same model with the reference in its prompt. Measured is what it says (greedy
+accuracy in each layout, with a wrong reference, with auxiliary contexts) and, on the student's own
+answers, how far its distributions lie from the student's (nats per token). Without a grader only
+the latter speaks: a teacher that copies its reference makes the reference likely, which proves
+nothing.
 
 Shapes: T tokens of a completion, H hidden size.
 """
@@ -34,7 +36,8 @@ from unisd.teacher import Teacher
 LAYOUTS = ("append", "turn")
 HEADROOM = 0.05  # least gain in accuracy that is worth a run
 SIDE_ROWS = 12  # the two side questions (wrong reference, auxiliary contexts) are asked of so many rows
-COMPARED_ROWS, COMPARED_TOKENS = 12, 128  # where a grader speaks, distributions are compared on so many rows and first tokens
+# where a grader speaks, distributions are compared on so many rows and first tokens
+COMPARED_ROWS, COMPARED_TOKENS = 12, 128
 NOTABLE = 0.05  # nats per token below which a teacher says what the student says
 
 
@@ -51,7 +54,8 @@ class Probe:
         prompts: builds the prompts (its layout is varied here).
         max_new_tokens: cap on each completion.
         contexts: most auxiliary contexts per row.
-        on_phase: called with a name and the number of rows before each part, and `on_rows(count)` as rows finish.
+        on_phase: called with a name and the number of rows before each part, and `on_rows(count)`
+            as rows finish.
     """
 
     def __init__(
@@ -77,10 +81,15 @@ class Probe:
         self.backbone = Backbone(model)
         self.packed = self.backbone.check(self.pad_id) and model.device.type != "cpu"
 
-    # -- what it says ---------------------------------------------------------------------------------------------------
+    # -- what it says ------------------------------------------------------------------------------
 
-    def answers(self, name: str, asked: Mapping[str, Asked]) -> dict[str, tuple[list[Completion], dict[str, Any]]]:
-        """Greedy completions and their figures, by question. All are written together: rows that end late share a batch."""
+    def answers(
+        self, name: str, asked: Mapping[str, Asked]
+    ) -> dict[str, tuple[list[Completion], dict[str, Any]]]:
+        """Greedy completions and their figures, by question.
+
+        All are written together: rows that end late share a batch.
+        """
         prompts = [prompt for _, part in asked.values() for prompt in part]
         self.on_phase(name, len(prompts))
         start = time.perf_counter()
@@ -97,7 +106,10 @@ class Probe:
         )
         found = {key: list(islice(written, len(rows))) for key, (rows, _) in asked.items()}
         speed = sum(len(c.ids) for part in found.values() for c in part) / (time.perf_counter() - start)
-        return {key: (part, {**self._figures(asked[key][0], part), "tokens_per_s": speed}) for key, part in found.items()}
+        return {
+            key: (part, {**self._figures(asked[key][0], part), "tokens_per_s": speed})
+            for key, part in found.items()
+        }
 
     def _figures(self, rows: Sequence[Row], completions: Sequence[Completion]) -> dict[str, Any]:
         figures: dict[str, Any] = {
@@ -106,15 +118,21 @@ class Probe:
             "truncated": sum(completion.truncated for completion in completions),
         }
         if self.grade is not None:
-            texts = [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+            texts = [
+                self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions
+            ]
             figures["accuracy"] = wilson(sum(map(self.grade, rows, texts)), len(rows))
         return figures
 
-    # -- how far its distributions lie from the student's ---------------------------------------------------------------
+    # -- how far its distributions lie from the student's ------------------------------------------
 
     def states(self, prompts: Sequence[list[int]], completions: Sequence[Completion]) -> list[Tensor]:
-        """Final hidden states `[T_i,H]` under each prompt, at the positions that predict the completion."""
-        rows = [ScoringRow(c.ids, [True] * len(c.ids), p, p) for p, c in zip(prompts, completions, strict=True)]
+        """Final hidden states `[T_i,H]` under each prompt, at the positions that predict the
+        completion.
+        """
+        rows = [
+            ScoringRow(c.ids, [True] * len(c.ids), p, p) for p, c in zip(prompts, completions, strict=True)
+        ]
         scorer = Scorer(
             self.backbone,
             Teacher(self.model, "live"),
@@ -127,7 +145,9 @@ class Probe:
         _, states = scorer.score(rows, self.model.device)
         return states.final
 
-    def divergence(self, teacher: Sequence[Tensor], student: Sequence[Tensor], completions: Sequence[Completion]) -> float:
+    def divergence(
+        self, teacher: Sequence[Tensor], student: Sequence[Tensor], completions: Sequence[Completion]
+    ) -> float:
         """Mean KL(teacher || student) per token, in nats."""
         head, total, count = self.backbone.head(), 0.0, 0
         with torch.no_grad():
@@ -140,7 +160,9 @@ class Probe:
         return total / max(count, 1)
 
     def spread(self, rows: Sequence[Row], completions: Sequence[Completion]) -> float | None:
-        """Mean over tokens of the range of log-probabilities over the auxiliary contexts, in nats; None without two contexts."""
+        """Mean over tokens of the range of log-probabilities over the auxiliary contexts, in nats;
+        None without two contexts.
+        """
         ranges = []
         for row, completion in zip(rows, completions, strict=True):
             contexts = self.builders["append"].auxiliary(row, self.contexts)
@@ -149,25 +171,35 @@ class Probe:
             target_T = torch.tensor(completion.ids, device=self.model.device)
             with torch.no_grad():
                 states = self.states(contexts, [completion] * len(contexts))
-                logp_KT = torch.stack([token_logprobs(hidden_TH, self.backbone.head(), target_T) for hidden_TH in states])
+                logp_KT = torch.stack(
+                    [token_logprobs(hidden_TH, self.backbone.head(), target_T) for hidden_TH in states]
+                )
             ranges.append((logp_KT.amax(0) - logp_KT.amin(0)).mean())
         return float(torch.stack(ranges).mean()) if ranges else None
 
-    # -- the report -------------------------------------------------------------------------------------------------------
+    # -- the report --------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """All figures (accuracies with 95 % intervals, divergences in nats per token) and the advice in plain words."""
+        """All figures (accuracies with 95 % intervals, divergences in nats per token) and the
+        advice in plain words.
+        """
         rows = self.rows
         student_prompts = [self.builders["append"].student(row) for row in rows]
-        teacher_prompts = {layout: [builder.teacher(row) for row in rows] for layout, builder in self.builders.items()}
+        teacher_prompts = {
+            layout: [builder.teacher(row) for row in rows] for layout, builder in self.builders.items()
+        }
         asked: dict[str, Asked] = {"student": (rows, student_prompts)}
         sides = self._side_rows("auxiliary_contexts")
         if self.grade is not None:
             asked |= {layout: (rows, prompts) for layout, prompts in teacher_prompts.items()}
             if sides:
-                # One context per row, taken in turn: the accuracy of the typical context at the price of one generation.
+                # One context per row, taken in turn: the accuracy of the typical context at the
+                # price of one generation.
                 views = [self.builders["append"].auxiliary(rows[i], self.contexts) for i in sides]
-                asked["auxiliary"] = ([rows[i] for i in sides], [view[n % len(view)] for n, view in enumerate(views)])
+                asked["auxiliary"] = (
+                    [rows[i] for i in sides],
+                    [view[n % len(view)] for n, view in enumerate(views)],
+                )
         answered = self.answers("student's and teacher's answers", asked)
         completions, student = answered["student"]
         teacher: dict[str, dict[str, Any]] = {
@@ -221,8 +253,12 @@ class Probe:
         """The first rows that have the column: each costs a whole generation."""
         return [i for i, row in enumerate(self.rows) if row.get(column)][:SIDE_ROWS]
 
-    def _wrong_reference(self, layout: str, right: Sequence[Tensor], own: Sequence[Completion]) -> dict[str, Any] | None:
-        """`own`: the student's answers of the compared rows, `right`: the teacher's states along them."""
+    def _wrong_reference(
+        self, layout: str, right: Sequence[Tensor], own: Sequence[Completion]
+    ) -> dict[str, Any] | None:
+        """`own`: the student's answers of the compared rows, `right`: the teacher's states along
+        them.
+        """
         chosen = self._side_rows("negative_context")
         if not chosen:
             return None
@@ -237,8 +273,12 @@ class Probe:
         figures["divergence_from_right"] = self.divergence([right[i] for i, _ in both], wrong, answers)
         return figures
 
-    def _auxiliary(self, chosen: list[int], figures: dict[str, Any], own: Sequence[Completion]) -> dict[str, Any] | None:
-        """`figures` of the answers under a context of the `chosen` rows, and how far the contexts lie apart."""
+    def _auxiliary(
+        self, chosen: list[int], figures: dict[str, Any], own: Sequence[Completion]
+    ) -> dict[str, Any] | None:
+        """`figures` of the answers under a context of the `chosen` rows, and how far the contexts
+        lie apart.
+        """
         if not chosen:
             return None
         both = [i for i in chosen if i < len(own)]
@@ -248,7 +288,9 @@ class Probe:
 
 
 def advice(report: dict[str, Any]) -> str:
-    """The figures in plain words: layout, headroom, whether agreement has anything to work with, or that this cannot help."""
+    """The figures in plain words: layout, headroom, whether agreement has anything to work with, or
+    that this cannot help.
+    """
     layout, student, teacher = report["layout"], report["student"], report["teacher"][report["layout"]]
     wrong, auxiliary = report["wrong_reference"], report["auxiliary"]
     lines = []
@@ -256,14 +298,15 @@ def advice(report: dict[str, Any]) -> str:
         gain = teacher["accuracy"]["value"] - student["accuracy"]["value"]
         if gain < HEADROOM:
             lines.append(
-                f"Self-distillation cannot help here: with the reference in its prompt the model is right in "
-                f"{teacher['accuracy']['value']:.0%}, without it in {student['accuracy']['value']:.0%}. Try another prompt, better "
-                "references or a larger model."
+                "Self-distillation cannot help here: with the reference in its prompt the model is right in"
+                f" {teacher['accuracy']['value']:.0%}, without it in {student['accuracy']['value']:.0%}. Try"
+                " another prompt, better references or a larger model."
             )
         else:
             lines.append(
-                f"Use teacher_prompt_layout={layout}: the teacher is right in {teacher['accuracy']['value']:.0%}, the student in "
-                f"{student['accuracy']['value']:.0%}: a headroom of {gain * 100:.0f} points."
+                f"Use teacher_prompt_layout={layout}: the teacher is right in"
+                f" {teacher['accuracy']['value']:.0%}, the student in {student['accuracy']['value']:.0%}: a"
+                f" headroom of {gain * 100:.0f} points."
             )
             if teacher["accuracy"]["low"] <= student["accuracy"]["high"]:
                 lines.append(f"With {report['n']} rows the difference is not certain: probe more rows (--n).")
@@ -271,19 +314,22 @@ def advice(report: dict[str, Any]) -> str:
         moved = wrong["divergence_from_right"] if wrong else None
         if teacher["divergence"] < NOTABLE:
             lines.append(
-                f"The reference hardly changes what the model says ({teacher['divergence']:.3f} nats per token): "
-                "self-distillation has little to teach here."
+                f"The reference hardly changes what the model says ({teacher['divergence']:.3f} nats per"
+                " token): self-distillation has little to teach here."
             )
         elif moved is not None and moved < NOTABLE:
             lines.append(
-                f"The teacher moves ({teacher['divergence']:.2f} nats per token), but hardly cares whether its reference is right "
-                f"or wrong ({moved:.3f}): self-distillation would teach style, not content."
+                f"The teacher moves ({teacher['divergence']:.2f} nats per token), but hardly cares whether"
+                f" its reference is right or wrong ({moved:.3f}): self-distillation would teach style, not"
+                " content."
             )
         else:
             lines.append(
-                f"Use teacher_prompt_layout={layout}: the reference moves the teacher by {teacher['divergence']:.2f} nats per token"
+                f"Use teacher_prompt_layout={layout}: the reference moves the teacher by"
+                f" {teacher['divergence']:.2f} nats per token"
                 + (f", a wrong one by {moved:.2f} from there." if moved is not None else ".")
-                + " Without a grader nothing says whether it moves in the right direction: name one with --grader."
+                + " Without a grader nothing says whether it moves in the right direction: name one with"
+                " --grader."
             )
     if wrong and "accuracy" in wrong and "accuracy" in teacher:
         fall = teacher["accuracy"]["value"] - wrong["accuracy"]["value"]
@@ -293,14 +339,19 @@ def advice(report: dict[str, Any]) -> str:
         )
     if auxiliary is None:
         lines.append(
-            "There are no auxiliary contexts: agreement cannot run on these rows as they are; --agreement_contexts retrieval builds them."
+            "There are no auxiliary contexts: agreement cannot run on these rows as they are;"
+            " --agreement_contexts retrieval builds them."
         )
     elif auxiliary["spread"] is None or auxiliary["spread"] < NOTABLE:
         lines.append("The auxiliary contexts hardly disagree: agreement has nothing to work with.")
     else:
         lines.append(
-            f"The auxiliary contexts disagree by {auxiliary['spread']:.2f} nats per token: agreement has something to weigh."
+            f"The auxiliary contexts disagree by {auxiliary['spread']:.2f} nats per token: agreement has"
+            " something to weigh."
         )
     if student["truncated"] > 0.1 * report["n"]:
-        lines.append(f"{student['truncated']} of {report['n']} answers ran into the limit: raise max_completion_length.")
+        lines.append(
+            f"{student['truncated']} of {report['n']} answers ran into the limit: raise"
+            " max_completion_length."
+        )
     return " ".join(lines)

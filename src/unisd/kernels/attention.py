@@ -1,10 +1,12 @@
-"""transformers' SDPA attention without its waste: shared heads are read in place, and packed rows attend to themselves alone.
+"""transformers' SDPA attention without its waste: shared heads are read in place, and packed rows
+attend to themselves alone.
 
-transformers repeats the key/value heads of grouped-query attention where a mask is given, and it hands a packed row of N tokens to the
-kernel whole, which multiplies N x N of them to throw most away. Neither changes the result. A CPU takes the rows one by one (and lets
-rows that begin alike share their beginning); CUDA all at once, by the flash attention for rows of varying length that comes with torch,
-in half precision (in float32 as "sdpa" does). The mask of N x N bits that transformers makes for a packed row remains, and is read by no
-kernel there.
+transformers repeats the key/value heads of grouped-query attention where a mask is given, and it
+hands a packed row of N tokens to the kernel whole, which multiplies N x N of them to throw most
+away. Neither changes the result. A CPU takes the rows one by one (and lets rows that begin alike
+share their beginning); CUDA all at once, by the flash attention for rows of varying length that
+comes with torch, in half precision (in float32 as "sdpa" does). The mask of N x N bits that
+transformers makes for a packed row remains, and is read by no kernel there.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from transformers.masking_utils import sdpa_mask
 
 FRUGAL = "unisd_sdpa"
 PACKED_FROM = 50_000_000
-"""Parameters from which a CPU should read rows packed: it attends to them one by one, and a small model's padding costs less than that."""
+"""Parameters from which a CPU should read rows packed: it attends to them one by one, and a small
+model's padding costs less than that.
+"""
 
 
 def frugal_sdpa(
@@ -42,9 +46,10 @@ def frugal_sdpa(
 ) -> tuple[Tensor, None]:
     """As `sdpa_attention_forward`, of `[B,heads,L,size]`, its masks included (windows, chunks).
 
-    row_starts: where the rows of a packed batch (B = 1) begin, given to the model's forward; None: not packed.
-    row_bounds: the same and the end, int32 `[rows + 1]` on the device, which no layer must wait for.
-    row_contexts: of each row the spans before it that it continues, in order; on a CPU, for layers that attend to all of the past.
+    row_starts: where the rows of a packed batch (B = 1) begin, given to the model's forward; None:
+    not packed. row_bounds: the same and the end, int32 `[rows + 1]` on the device, which no layer
+    must wait for. row_contexts: of each row the spans before it that it continues, in order; on a
+    CPU, for layers that attend to all of the past.
     """
     starts = row_starts or ()
     if len(starts) > 1 and row_bounds is not None and _flash_fits(module, query, value, dropout, kwargs):
@@ -52,16 +57,24 @@ def frugal_sdpa(
     apart = query.device.type == "cpu" and kwargs.get("position_bias") is None
     plain = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
     if row_contexts is not None and len(starts) > 1 and not (apart and plain):
-        raise ValueError("rows that share their beginnings can be read on a CPU alone, by layers without a bias of their own")
+        raise ValueError(
+            "rows that share their beginnings can be read on a CPU alone, by layers without a bias of"
+            " their own"
+        )
     if apart and len(starts) > 1:
         rows = [slice(*ends) for ends in pairwise([*starts, query.shape[2]])]
         if row_contexts is not None:
             spans = zip(rows, row_contexts, strict=True)
-            parts = [_continued(query[:, :, row], key, value, [*before, row], dropout, scaling) for row, before in spans]
+            parts = [
+                _continued(query[:, :, row], key, value, [*before, row], dropout, scaling)
+                for row, before in spans
+            ]
             return torch.cat(parts, dim=1), None
         masks = [None if attention_mask is None else attention_mask[..., row, row] for row in rows]
         parts = [
-            frugal_sdpa(module, query[:, :, row], key[:, :, row], value[:, :, row], mask, dropout, scaling, **kwargs)[0]
+            frugal_sdpa(
+                module, query[:, :, row], key[:, :, row], value[:, :, row], mask, dropout, scaling, **kwargs
+            )[0]
             for row, mask in zip(rows, masks, strict=True)
         ]
         return torch.cat(parts, dim=1), None
@@ -75,7 +88,9 @@ def frugal_sdpa(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _continued(query: Tensor, key: Tensor, value: Tensor, seen: Sequence[slice], dropout: float, scaling: float | None) -> Tensor:
+def _continued(
+    query: Tensor, key: Tensor, value: Tensor, seen: Sequence[slice], dropout: float, scaling: float | None
+) -> Tensor:
     """Attention `[B,n,heads,size]` of the last of the spans `seen` to all of them."""
     key, value = (torch.cat([x[:, :, span] for span in seen], dim=2) for x in (key, value))
     new, total = query.shape[2], key.shape[2]
@@ -88,13 +103,17 @@ def _continued(query: Tensor, key: Tensor, value: Tensor, seen: Sequence[slice],
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype:
-    """What the kernel would compute in: autocast's precision, which custom operators are not cast to by themselves."""
+    """What the kernel would compute in: autocast's precision, which custom operators are not cast
+    to by themselves.
+    """
     device = query.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def avoid_plans(device: torch.device) -> None:
-    """For the whole process: torch prefers cuDNN's attention on a Hopper, which plans anew for every length of prompt and answer."""
+    """For the whole process: torch prefers cuDNN's attention on a Hopper, which plans anew for
+    every length of prompt and answer.
+    """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -102,7 +121,11 @@ def avoid_plans(device: torch.device) -> None:
 @lru_cache
 def _has_flash(device: torch.device) -> bool:
     """Whether torch's flash kernels run there: NVIDIA's Ampere or later."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def packs_well(device: torch.device, dtype: torch.dtype) -> bool:
@@ -110,8 +133,12 @@ def packs_well(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and _has_flash(device)
 
 
-def _flash_fits(module: nn.Module, query: Tensor, value: Tensor, dropout: float, options: dict[str, Any]) -> bool:
-    """Whether this layer attends backwards, at most within a window: what the kernel can be told."""
+def _flash_fits(
+    module: nn.Module, query: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
+) -> bool:
+    """Whether this layer attends backwards, at most within a window: what the kernel can be
+    told.
+    """
     chunked = getattr(getattr(module, "config", None), "attention_chunk_size", None)
     size = query.shape[-1]
     return (
@@ -135,7 +162,9 @@ def _flash(
     bounds: Tensor,
     window: int | None,
 ) -> Tensor:
-    """Attention `[1,N,heads,size]` of packed rows, each to its own past, `window` tokens of it (itself included)."""
+    """Attention `[1,N,heads,size]` of packed rows, each to its own past, `window` tokens of it
+    (itself included).
+    """
     longest = max(b - a for a, b in pairwise([*starts, query.shape[2]]))
     q_NhD, k_NgD, v_NgD = (x[0].transpose(0, 1).to(_flash_dtype(query)) for x in (query, key, value))
     left = -1 if window is None else window - 1

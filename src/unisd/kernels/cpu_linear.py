@@ -1,8 +1,9 @@
 """Linear maps in float32 on a CPU, by the fastest of torch's libraries for them.
 
-torch multiplies in MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which torch brings along, knows their AVX512: of
-384 rows and the layers of a 0.5B model it made 460 to 510 GFLOP/s on two cores of an AMD EPYC where MKL made 220, and 240 to 250 with
-AVX2 alone. Both compute in float32 throughout.
+torch multiplies in MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which torch
+brings along, knows their AVX512: of 384 rows and the layers of a 0.5B model it made 460 to 510
+GFLOP/s on two cores of an AMD EPYC where MKL made 220, and 240 to 250 with AVX2 alone. Both compute
+in float32 throughout.
 """
 
 from __future__ import annotations
@@ -16,24 +17,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS, FEW = 64, 8
-"""oneDNN compiles a kernel for each shape and keeps up to 1,024 of them, at 1.6 ms and 0.6 MB: it is given multiples of `ROWS` rows (and of
-tokens to sum over), or of `FEW` up to `ROWS`, or fewer than that."""
+"""oneDNN compiles a kernel for each shape and keeps up to 1,024 of them, at 1.6 ms and 0.6 MB: it
+is given multiples of `ROWS` rows (and of tokens to sum over), or of `FEW` up to `ROWS`, or fewer
+than that.
+"""
 LEAST = 2**21
-"""Multiplications from which oneDNN is the faster one; below, its overhead of some microseconds counts."""
+"""Multiplications from which oneDNN is the faster one; below, its overhead of some microseconds
+counts.
+"""
 BLOCK = 1024
 """Outputs at a time that are copied to where they belong while they lie in the cache."""
 
 
 @lru_cache
 def _has_onednn() -> bool:
-    # The operator of compiled graphs: torch reaches oneDNN in float32 by no other that takes tensors as they are.
+    # The operator of compiled graphs: torch reaches oneDNN in float32 by no other that takes
+    # tensors as they are.
     x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return x86 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _suits(x: Tensor, weight_OI: Tensor) -> bool:
     plain = x.device.type == "cpu" and x.dtype == weight_OI.dtype == torch.float32 and x.dim() > 1
-    return plain and x.numel() * len(weight_OI) >= LEAST and _has_onednn() and bool(torch.backends.mkldnn.enabled)
+    return (
+        plain
+        and x.numel() * len(weight_OI) >= LEAST
+        and _has_onednn()
+        and bool(torch.backends.mkldnn.enabled)
+    )
 
 
 def _onednn(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -73,8 +84,8 @@ def outer(y_NO: Tensor, x_NI: Tensor) -> Tensor:
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Tensor | None = None) -> Tensor:
     """`x [...,I] @ weight.T + bias`, as `torch.nn.functional.linear`, with its gradients.
 
-    room: without gradient, as many rows of O values or more, which may be overwritten by the result; None: fresh memory, which costs a
-    CPU a few percent.
+    room: without gradient, as many rows of O values or more, which may be overwritten by the
+    result; None: fresh memory, which costs a CPU a few percent.
     """
     given = (x, weight_OI, bias_O)
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
@@ -91,7 +102,9 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Ten
     else:
         out_NO, padded_NI = room[: len(rows_NI)], _padded(rows_NI)
         for start in range(0, len(weight_OI), BLOCK):
-            out_NO[:, start : start + BLOCK] = product(padded_NI, weight_OI[start : start + BLOCK])[: len(rows_NI)]
+            out_NO[:, start : start + BLOCK] = product(padded_NI, weight_OI[start : start + BLOCK])[
+                : len(rows_NI)
+            ]
     if bias_O is not None:
         out_NO += bias_O
     return out_NO.view(*x.shape[:-1], len(weight_OI))
@@ -103,10 +116,13 @@ def placed_for(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 class Computed(torch.autograd.Function):
-    """What a function computes, as the value of a tensor that was placed in the graph before. Keeps nothing.
+    """What a function computes, as the value of a tensor that was placed in the graph before.
 
-    What a backward pass needs is thus kept before the product: a checkpointed block is computed anew only up to the last value that was
-    kept, and so its last product, the third of an MLP, is not.
+    Keeps nothing.
+
+    What a backward pass needs is thus kept before the product: a checkpointed block is computed
+    anew only up to the last value that was kept, and so its last product, the third of an MLP, is
+    not.
     """
 
     @staticmethod
@@ -139,7 +155,9 @@ class _Saved(torch.autograd.Function):
 
 
 def add_outer(total_OI: Tensor, y_NO: Tensor, x_NI: Tensor) -> None:
-    """`total += y.T @ x`; on a CPU block by block: a product of few rows with a large total is only as fast as memory."""
+    """`total += y.T @ x`; on a CPU block by block: a product of few rows with a large total is only
+    as fast as memory.
+    """
     if total_OI.device.type != "cpu":
         total_OI.addmm_(y_NO.T, x_NI)
         return

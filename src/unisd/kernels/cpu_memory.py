@@ -1,9 +1,12 @@
-"""Freed memory of a process on a CPU is kept for the next activations, where glibc is its allocator.
+"""Freed memory of a process on a CPU is kept for the next activations, where glibc is its
+allocator.
 
-Blocks that are mapped anew cost a page fault for every 4 KiB, a sixth of the time of a pass; blocks of the heap cost nothing when they are
-used again. But what stays in the heap while its neighbours come and go holds their room: above all the inputs of checkpointed layers,
-kept from the forward pass to the backward pass. They get mappings of their own (`own_block`), and so do the few blocks that are so large
-that the heap would seldom have room for them: what is free in it goes back first (`passing_block`).
+Blocks that are mapped anew cost a page fault for every 4 KiB, a sixth of the time of a pass; blocks
+of the heap cost nothing when they are used again. But what stays in the heap while its neighbours
+come and go holds their room: above all the inputs of checkpointed layers, kept from the forward
+pass to the backward pass. They get mappings of their own (`own_block`), and so do the few blocks
+that are so large that the heap would seldom have room for them: what is free in it goes back first
+(`passing_block`).
 """
 
 from __future__ import annotations
@@ -23,12 +26,18 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of `mallopt`
 KEEP = 2**31 - 1, 2**31 - 1
 """Blocks of so many bytes are mapped; a free end of the heap of so many goes back: neither ever."""
 USUAL = 32 << 20, 64 << 20
-"""The same two where glibc's own rule arrives, once large blocks were freed; a rule that is set cannot be unset."""
+"""The same two where glibc's own rule arrives, once large blocks were freed; a rule that is set
+cannot be unset.
+"""
 LARGE = 32 << 20
-"""Bytes for a passing use before which what is free in the heap goes back, as the two would lie side by side."""
+"""Bytes for a passing use before which what is free in the heap goes back, as the two would lie
+side by side.
+"""
 
 _libc = ctypes.pythonapi
-_PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+_PRIVATE: dict[str, Any] = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
 
 
 def _map_from(size: int, trim: int) -> None:
@@ -42,7 +51,9 @@ def training(device: torch.device) -> Iterator[None]:
 
     A threshold in MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES is left alone.
     """
-    chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
     if device.type != "cpu" or chosen or not hasattr(_libc, "gnu_get_libc_version"):
         yield
         return
@@ -55,13 +66,17 @@ def training(device: torch.device) -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Hand what is free in the heap back to the system, where the allocator can. When used again, it costs page faults."""
+    """Hand what is free in the heap back to the system, where the allocator can.
+
+    When used again, it costs page faults.
+    """
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
 
 
 def own_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An empty tensor on the CPU in a mapping of its own: the heap would put it between others wherever there is room.
+    """An empty tensor on the CPU in a mapping of its own: the heap would put it between others
+    wherever there is room.
 
     Raises:
         MemoryError: there is none.
@@ -76,7 +91,8 @@ def own_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def passing_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A block of its own, for something short; a large one takes the place of what is free in the heap.
+    """A block of its own, for something short; a large one takes the place of what is free in the
+    heap.
 
     Raises:
         MemoryError: there is none.
@@ -88,8 +104,9 @@ def passing_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def outputs_in_own_blocks(layers: nn.ModuleList) -> Iterator[None]:
-    """While active, what checkpointed `layers` hand on, the input of the next one, lies in blocks of its own where a gradient will come.
-    Before every eighth what is free in the heap goes back: of the room that one layer has left, a part does not fit the blocks of the next.
+    """While active, what checkpointed `layers` hand on, the input of the next one, lies in blocks
+    of its own where a gradient will come. Before every eighth what is free in the heap goes back:
+    of the room that one layer has left, a part does not fit the blocks of the next.
     """
 
     def make_room(_module: nn.Module, _args: Any) -> None:

@@ -1,9 +1,10 @@
-"""Linear maps as :mod:`unisd.kernels.cpu_linear` computes them, and LoRA layers without their cost, in float32 and on whole weights; torch and
-peft compute all others.
+"""Linear maps as :mod:`unisd.kernels.cpu_linear` computes them, and LoRA layers without their cost,
+in float32 and on whole weights; torch and peft compute all others.
 
-Where no gradient is asked for, one product with W + s B A takes the place of three (`merged_lora`). In 16 bits the sum would be rounded
-to the precision of W, which an adapter of the first steps lies below. With gradient, the small product is added into the large one
-(`fused_lora`): peft makes it, scales it and adds it, three tensors of the size of the output, and the same again backwards.
+Where no gradient is asked for, one product with W + s B A takes the place of three (`merged_lora`).
+In 16 bits the sum would be rounded to the precision of W, which an adapter of the first steps lies
+below. With gradient, the small product is added into the large one (`fused_lora`): peft makes it,
+scales it and adds it, three tensors of the size of the output, and the same again backwards.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from unisd.kernels.cpu_linear import Computed, linear, outer, placed_for, produc
 
 @contextmanager
 def merged_lora(model: nn.Module, *, keep: bool) -> Iterator[None]:
-    """While active, plain LoRA layers of `model` compute with their merged weight; no parameter is touched.
+    """While active, plain LoRA layers of `model` compute with their merged weight; no parameter is
+    touched.
 
     Args:
         model: in evaluation mode, without gradient; PEFT-wrapped or not.
-        keep: merge each weight once, at one more copy of the adapted weights (for many passes over few tokens); False: anew in
-            each pass, at the cost of about r tokens and one weight's memory.
+        keep: merge each weight once, at one more copy of the adapted weights (for many passes over
+            few tokens); False: anew in each pass, at the cost of about r tokens and one weight's
+            memory.
     """
     with _computing(mergeable(model), lambda layer: partial(_merged, layer, {} if keep else None)):
         yield
@@ -36,16 +39,24 @@ def merged_lora(model: nn.Module, *, keep: bool) -> Iterator[None]:
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
-    """While active, forward and backward passes of plain LoRA layers on frozen weights make no tensor but the result."""
+    """While active, forward and backward passes of plain LoRA layers on frozen weights make no
+    tensor but the result.
+    """
     with _computing(mergeable(model), lambda layer: partial(_fused, layer)):
         yield
 
 
 @contextmanager
 def fast_maps(model: nn.Module) -> Iterator[None]:
-    """While active, whole float32 linear maps of a model on a CPU are those of :mod:`unisd.kernels.cpu_linear`."""
-    maps = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
-    with _computing([module for module in maps if _is_whole(module.weight)], lambda layer: partial(_mapped, layer)):
+    """While active, whole float32 linear maps of a model on a CPU are those of
+    :mod:`unisd.kernels.cpu_linear`.
+    """
+    maps = [
+        module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)
+    ]
+    with _computing(
+        [module for module in maps if _is_whole(module.weight)], lambda layer: partial(_mapped, layer)
+    ):
         yield
 
 
@@ -71,7 +82,9 @@ def _computing(layers: Sequence[Any], forward: Callable[[Any], Callable[..., Ten
 
 @contextmanager
 def inference(*models: nn.Module, keep: bool = False) -> Iterator[None]:
-    """Evaluation mode without gradient, fast linear maps, adapters merged (`keep`: as in `merged_lora`); all is put back."""
+    """Evaluation mode without gradient, fast linear maps, adapters merged (`keep`: as in
+    `merged_lora`); all is put back.
+    """
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
@@ -87,12 +100,19 @@ def inference(*models: nn.Module, keep: bool = False) -> Iterator[None]:
 
 
 def mergeable(model: nn.Module) -> list[Any]:
-    """The layers that `merged_lora` merges: LoRA without bias or variant (DoRA, ...) on whole float32 linear maps."""
+    """The layers that `merged_lora` merges: LoRA without bias or variant (DoRA, ...) on whole
+    float32 linear maps.
+    """
     return [module for module in model.modules() if _can_merge(module)]
 
 
 def _can_merge(module: Any) -> bool:
-    if type(module) is not lora.Linear or type(module.base_layer) is not nn.Linear or module.merged or module.lora_variant:
+    if (
+        type(module) is not lora.Linear
+        or type(module.base_layer) is not nn.Linear
+        or module.merged
+        or module.lora_variant
+    ):
         return False
     if "forward" in vars(module):  # computed in another way further out
         return False
@@ -117,7 +137,9 @@ def _merged(layer: Any, kept: dict[str, Tensor] | None, x: Tensor, *args: Any, *
         return linear(x, kept["weight"], base.bias)
     weight = base.weight
     for name in adapters:
-        weight = torch.addmm(weight, layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])
+        weight = torch.addmm(
+            weight, layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name]
+        )
     if kept is not None:
         kept["weight"] = weight
     return linear(x, weight, base.bias)
@@ -139,8 +161,11 @@ def _fused(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _kept(x: Tensor, p: float) -> Tensor:
-    """Which values dropout leaves, bool of the shape of `x`. On a CPU four of them from one random number of 64 bits, which takes less
-    than half of the time of a Bernoulli draw: their share is then a multiple of 2^-16."""
+    """Which values dropout leaves, bool of the shape of `x`.
+
+    On a CPU four of them from one random number of 64 bits, which takes less than half of the time
+    of a Bernoulli draw: their share is then a multiple of 2^-16.
+    """
     if x.device.type != "cpu":
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
     drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
@@ -149,9 +174,17 @@ def _kept(x: Tensor, p: float) -> Tensor:
 
 
 def _product(
-    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, A_rI: Tensor, B_Or: Tensor, scaling: float, kept: Tensor | None = None
+    x: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    A_rI: Tensor,
+    B_Or: Tensor,
+    scaling: float,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + b + s (m x) A^T B^T for x `[...,I]`, frozen W `[O,I]`, A `[r,I]`, B `[O,r]`, dropout's mask m `[...,I]` or none."""
+    """x W^T + b + s (m x) A^T B^T for x `[...,I]`, frozen W `[O,I]`, A `[r,I]`, B `[O,r]`,
+    dropout's mask m `[...,I]` or none.
+    """
     inner_Nr, placed = _SavedLoRA.apply(x, weight_OI, A_rI, B_Or, scaling, kept)  # type: ignore[no-untyped-call]
 
     def compute() -> Tensor:
@@ -162,11 +195,20 @@ def _product(
 
 
 class _SavedLoRA(torch.autograd.Function):
-    """Keeps what the backward pass needs. Returns (m x) A^T `[N,r]`, and what stands for the result."""
+    """Keeps what the backward pass needs.
+
+    Returns (m x) A^T `[N,r]`, and what stands for the result.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, A_rI: Tensor, B_Or: Tensor, scaling: float, kept: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        A_rI: Tensor,
+        B_Or: Tensor,
+        scaling: float,
+        kept: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         x_NI = x.flatten(0, -2)
         inner_Nr = product(x_NI if kept is None else x_NI * kept.flatten(0, -2), A_rI)

@@ -1,16 +1,19 @@
-"""The loss of a micro-batch from hidden states: plain (the readable reference) and chunked (what training runs).
+"""The loss of a micro-batch from hidden states: plain (the readable reference) and chunked (what
+training runs).
 
-`plain_loss` builds every `[N,V]` tensor over the equations of :mod:`unisd.methods.divergence` and leaves the gradient to
-autograd: the oracle of the tests. `chunked_loss` gives the same loss and gradients, but projects the hidden states chunk
-by chunk and takes the gradient with respect to the student's hidden states *in the forward pass*: nothing is recomputed,
-and no `[N,V]` tensor is ever held.
+`plain_loss` builds every `[N,V]` tensor over the equations of :mod:`unisd.methods.divergence` and
+leaves the gradient to autograd: the oracle of the tests. `chunked_loss` gives the same loss and
+gradients, but projects the hidden states chunk by chunk and takes the gradient with respect to the
+student's hidden states *in the forward pass*: nothing is recomputed, and no `[N,V]` tensor is ever
+held.
 
-Both return a *sum*: `coefficient_N` already holds mask, reliability weights and the normaliser of the whole optimizer
-step, so the loss does not depend on how the step is cut into micro-batches or spread over ranks (see
-:func:`unisd.methods.aggregation.step_coefficients`).
+Both return a *sum*: `coefficient_N` already holds mask, reliability weights and the normaliser of
+the whole optimizer step, so the loss does not depend on how the step is cut into micro-batches or
+spread over ranks (see :func:`unisd.methods.aggregation.step_coefficients`).
 
-Shapes: N loss tokens of a micro-batch, V vocabulary, H hidden size (student's and teacher's may differ), C tokens of a
-chunk. Notation: p student, q teacher, M their mixture; l log-probability of the realised token; values in nats.
+Shapes: N loss tokens of a micro-batch, V vocabulary, H hidden size (student's and teacher's may
+differ), C tokens of a chunk. Notation: p student, q teacher, M their mixture; l log-probability of
+the realised token; values in nats.
 """
 
 from __future__ import annotations
@@ -33,10 +36,13 @@ from unisd.methods.divergence import DivergenceSpec, divergence_of_logp, entropy
 from unisd.methods.terms import Contrast
 
 CHUNK_BYTES = 112 * 2**20
-"""Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds two of them, of the student and of the teacher. Each product reads the
-whole head, so that few rows at a time are slow."""
+"""Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds two of them, of the student and of
+the teacher. Each product reads the whole head, so that few rows at a time are slow.
+"""
 ACCELERATOR_CHUNK_BYTES = 128 * 2**20
-"""The same on an accelerator: two in the head's precision where :mod:`unisd.losses.triton_kernels` does the arithmetic, else four or five in float32."""
+"""The same on an accelerator: two in the head's precision where :mod:`unisd.losses.triton_kernels`
+does the arithmetic, else four or five in float32.
+"""
 
 
 def chunked_loss(
@@ -54,13 +60,16 @@ def chunked_loss(
     target: TargetStates | None = None,
     reweigh: Reweigh | None = None,
 ) -> LossOutput:
-    """:func:`plain_loss` without any `[N,V]` tensor: same loss, same gradients (also of a trainable head).
+    """:func:`plain_loss` without any `[N,V]` tensor: same loss, same gradients (also of a trainable
+    head).
 
-    The gradient is taken in the forward pass; backward only multiplies it by what comes in, and is not differentiable
-    again. Under `torch.no_grad` only values are computed. `chunk_tokens` defaults to :func:`default_chunk_tokens`.
+    The gradient is taken in the forward pass; backward only multiplies it by what comes in, and is
+    not differentiable again. Under `torch.no_grad` only values are computed. `chunk_tokens`
+    defaults to :func:`default_chunk_tokens`.
 
-    With `reweigh` and a frozen head the coefficients are multiplied in at the end, so that it costs nothing. A head that is trained
-    sums over tokens, and must know them before: a first sweep without gradient finds the values.
+    With `reweigh` and a frozen head the coefficients are multiplied in at the end, so that it costs
+    nothing. A head that is trained sums over tokens, and must know them before: a first sweep
+    without gradient finds the values.
     """
     tracked = (student_hidden_NH, student_head.weight, student_head.bias)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked)
@@ -95,14 +104,17 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk: int,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor, ...]:
-        """The first three are those of `inputs`, named apart because autograd sees only tensors that are arguments."""
+        """The first three are those of `inputs`, named apart because autograd sees only tensors
+        that are arguments.
+        """
         device, tokens = hidden_NH.device, len(hidden_NH)
         full = torch.promote_types(weight_VH.dtype, torch.float32)  # float32, or float64 when given
 
         def gradient_of(x: Tensor | None, want: bool, dtype: torch.dtype) -> Tensor | None:
             return torch.zeros(x.shape, dtype=dtype, device=device) if x is not None and want else None
 
-        # What is summed over chunks is summed in float32: rounding each chunk's share to bf16 first biases training.
+        # What is summed over chunks is summed in float32: rounding each chunk's share to bf16 first
+        # biases training.
         grad_hidden_NH = gradient_of(hidden_NH, wanted[0], _kept_dtype(hidden_NH))
         grad_weight_VH = gradient_of(weight_VH, wanted[1], full)
         grad_bias_V = gradient_of(bias_V, wanted[2], full)
@@ -112,16 +124,27 @@ class _ChunkedLoss(torch.autograd.Function):
         unit = torch.ones((), dtype=full, device=device)
         is_half = head.weight.dtype in (torch.float16, torch.bfloat16)
         if is_half:
-            # Coefficients are about 1 / (tokens of the step). Divided by the largest, the gradient in the logits is of order
-            # one and survives float16 in front of the matrix products, which are multiplied back in full precision.
-            coefficients = [inputs.coefficient_N] + ([] if inputs.contrast is None else [inputs.contrast.coefficient_N])
-            largest = torch.cat([torch.zeros(1, dtype=full, device=device)] + [c.to(full).abs() for c in coefficients]).amax()
+            # Coefficients are about 1 / (tokens of the step). Divided by the largest, the gradient
+            # in the logits is of order one and survives float16 in front of the matrix products,
+            # which are multiplied back in full precision.
+            coefficients = [inputs.coefficient_N] + (
+                [] if inputs.contrast is None else [inputs.contrast.coefficient_N]
+            )
+            largest = torch.cat(
+                [torch.zeros(1, dtype=full, device=device)] + [c.to(full).abs() for c in coefficients]
+            ).amax()
             unit = torch.where(largest > 0, largest, unit)
-        scaled = replace(inputs.divided_by(unit), student_head=head, teacher_head=_autocast_head(inputs.teacher_head))
+        scaled = replace(
+            inputs.divided_by(unit), student_head=head, teacher_head=_autocast_head(inputs.teacher_head)
+        )
         if inputs.target is not None:
             scaled = replace(scaled, target=inputs.target.with_heads(_autocast_head))
-        if inputs.reweigh is not None:  # every token's gradient for itself; multiplied by its coefficient below
-            unit, scaled = torch.ones_like(unit), replace(scaled, coefficient_N=torch.ones(tokens, dtype=full, device=device))
+        # every token's gradient for itself; multiplied by its coefficient below
+        if inputs.reweigh is not None:
+            unit, scaled = (
+                torch.ones_like(unit),
+                replace(scaled, coefficient_N=torch.ones(tokens, dtype=full, device=device)),
+            )
         room = None
         if device.type == "cpu" and head.weight.dtype == torch.float32 and scaled.spec.mode == "full":
             room = heap.passing_block((2 * min(chunk, tokens), len(head.weight)), torch.float32)
@@ -141,7 +164,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_weight_VH is not None:
                     _add_outer(grad_weight_VH, grad_CV, part.student_hidden_NH.to(head.weight.dtype))
                 if grad_hidden_NH is not None:
-                    grad_hidden_NH[rows] = product(grad_CV.to(head.weight.dtype), head.weight.T).to(full) * unit
+                    grad_hidden_NH[rows] = (
+                        product(grad_CV.to(head.weight.dtype), head.weight.T).to(full) * unit
+                    )
                 del grad_CV  # before the next chunk's tensors, not after
             divergence_N, logp_N, entropy_N, teacher_logp_N = values_4N.unbind()
             if inputs.reweigh is not None:
@@ -164,10 +189,14 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # A copy of a trained head's gradient is worth a look at the factor where that does not wait for a device.
+        # A copy of a trained head's gradient is worth a look at the factor where that does not wait
+        # for a device.
         is_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = (None if grad is None else (grad if is_one else grad * grad_loss).to(dtype) for grad, dtype in grads)
+        scaled = (
+            None if grad is None else (grad if is_one else grad * grad_loss).to(dtype)
+            for grad, dtype in grads
+        )
         return (*scaled, None, None, None)
 
 
@@ -191,7 +220,9 @@ def chunk_bytes(device: torch.device | None = None) -> int:
 
 
 def default_chunk_tokens(vocabulary: int, device: torch.device | None = None) -> int:
-    """Tokens of a chunk whose [C,V] float32 tensor takes at most `chunk_bytes(device)`: as many as products are fast with."""
+    """Tokens of a chunk whose [C,V] float32 tensor takes at most `chunk_bytes(device)`: as many as
+    products are fast with.
+    """
     most = max(1, chunk_bytes(device) // (4 * vocabulary))
     return _fast(most) or most
 
@@ -202,7 +233,9 @@ def _fast(most: int) -> int:
 
 
 def _chunk(tokens: int, most: int) -> int:
-    """Tokens of each chunk but the last: as many as products are fast with, unless that leaves a small last one; then all alike."""
+    """Tokens of each chunk but the last: as many as products are fast with, unless that leaves a
+    small last one; then all alike.
+    """
     fast = _fast(most)
     if fast and (tokens % fast == 0 or tokens % fast >= ROWS):
         return fast
@@ -228,12 +261,19 @@ def _add_outer(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
 
 
 def _kept_dtype(like: Tensor) -> torch.dtype:
-    """A gradient waits for backward in its own dtype; one of float16 in float32: the loss scale has yet to come."""
+    """A gradient waits for backward in its own dtype; one of float16 in float32: the loss scale has
+    yet to come.
+    """
     return torch.float32 if like.dtype == torch.float16 else like.dtype
 
 
 def _scores(
-    hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float, chunk_tokens: int | None, want_entropy: bool
+    hidden_NH: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    temperature: float,
+    chunk_tokens: int | None,
+    want_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     on_cpu = hidden_NH.device.type == "cpu"
     usual = default_chunk_tokens(head.weight.shape[0], hidden_NH.device)
@@ -243,7 +283,8 @@ def _scores(
     logp_N, entropy_N = torch.empty(2, len(hidden_NH), dtype=dtype, device=hidden_NH.device)
     head = _autocast_head(head)
     room = None
-    if on_cpu and head.weight.dtype == torch.float32:  # in the heap it would lie between what passes use again
+    # in the heap it would lie between what passes use again
+    if on_cpu and head.weight.dtype == torch.float32:
         room = heap.own_block((min(chunk, len(hidden_NH)), len(head.weight)), torch.float32)
     with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
         for start in range(0, len(hidden_NH), chunk):
@@ -268,14 +309,24 @@ def _scores(
 
 
 def token_logprobs(
-    hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float = 1.0, chunk_tokens: int | None = None
+    hidden_NH: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Log-probability [N] of the realised tokens, without gradient and chunk by chunk: never holds [N,V]."""
+    """Log-probability [N] of the realised tokens, without gradient and chunk by chunk: never holds
+    [N,V].
+    """
     return _scores(hidden_NH, head, targets_N, temperature, chunk_tokens, want_entropy=False)[0]
 
 
 def token_scores(
-    hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float = 1.0, chunk_tokens: int | None = None
+    hidden_NH: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_logprobs` and the entropy [N] of the distribution they come from, in nats."""
     return _scores(hidden_NH, head, targets_N, temperature, chunk_tokens, want_entropy=True)

@@ -1,6 +1,8 @@
-"""A chunk's divergence and its gradient in closed form (mode `full`), in the memory of the chunk's own projections.
+"""A chunk's divergence and its gradient in closed form (mode `full`), in the memory of the chunk's
+own projections.
 
-Shapes: C tokens of a chunk, V vocabulary. Notation: p student, q teacher, M their mixture; l log-probability of the realised token.
+Shapes: C tokens of a chunk, V vocabulary. Notation: p student, q teacher, M their mixture; l
+log-probability of the realised token.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from unisd.losses.terms import ChunkResult, LossInputs, token_terms
 from unisd.methods.divergence import DivergenceSpec, pick
 
 BLOCK_BYTES = 2 * 2**20
-"""On a CPU the arithmetic between the products goes through a chunk in row blocks of this size, which stay in the cache."""
+"""On a CPU the arithmetic between the products goes through a chunk in row blocks of this size,
+which stay in the cache.
+"""
 
 
 def closed_form(part: LossInputs, want_gradient: bool, room: Tensor | None = None) -> ChunkResult:
-    """Mode `full`: both projections at once, then row block by row block; the gradient takes the place of the student's logits.
+    """Mode `full`: both projections at once, then row block by row block; the gradient takes the
+    place of the student's logits.
 
     room: 2 C rows or more of V values, where the projections may go.
     """
@@ -26,10 +31,17 @@ def closed_form(part: LossInputs, want_gradient: bool, room: Tensor | None = Non
         return fused.closed_form(part, want_gradient)
     student_CV, teacher_CV = _projections(part, room)
     blocks = row_blocks(student_CV)
-    # One set of scratch rows for all blocks: on a CPU, getting fresh memory costs more than what is computed in it.
+    # One set of scratch rows for all blocks: on a CPU, getting fresh memory costs more than what is
+    # computed in it.
     scratch = student_CV.new_empty(2 if part.spec.alpha in (0.0, 1.0) else 3, *student_CV[blocks[0]].shape)
     collected = [
-        _closed_form_of(part.rows(rows), student_CV[rows], teacher_CV[rows], scratch[:, : rows.stop - rows.start], want_gradient)
+        _closed_form_of(
+            part.rows(rows),
+            student_CV[rows],
+            teacher_CV[rows],
+            scratch[:, : rows.stop - rows.start],
+            want_gradient,
+        )
         for rows in blocks
     ]
     return tuple(map(torch.cat, zip(*collected, strict=True))), student_CV if want_gradient else None
@@ -37,7 +49,11 @@ def closed_form(part: LossInputs, want_gradient: bool, room: Tensor | None = Non
 
 def _projections(part: LossInputs, room: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of student and teacher; by one product where they have one head, which is then read once."""
-    student_CH, teacher_CH, tokens = part.student_hidden_NH, part.teacher_hidden_NH, len(part.student_hidden_NH)
+    student_CH, teacher_CH, tokens = (
+        part.student_hidden_NH,
+        part.teacher_hidden_NH,
+        len(part.student_hidden_NH),
+    )
     one, other = part.student_head, part.teacher_head
     if one.weight is other.weight and one.bias is other.bias and student_CH.dtype == teacher_CH.dtype:
         both = one.project(torch.cat([student_CH, teacher_CH]), room)
@@ -59,9 +75,12 @@ def row_blocks(x_CV: Tensor) -> list[slice]:
 def _closed_form_of(
     part: LossInputs, student_CV: Tensor, teacher_CV: Tensor, scratch: Tensor, want_gradient: bool
 ) -> tuple[Tensor, ...]:
-    """With s_v the summands of D and r_v = ds_v/dp_v (0 where clipped), dD/dz = p (r - <p, r>). Returns (D, l, H(p), l+).
+    """With s_v the summands of D and r_v = ds_v/dp_v (0 where clipped), dD/dz = p (r - <p, r>).
 
-    Both projections are overwritten, the student's by the gradient. scratch: two or three more [C,V].
+    Returns (D, l, H(p), l+).
+
+    Both projections are overwritten, the student's by the gradient. scratch: two or three more
+    [C,V].
     """
     head, spec = part.student_head, part.spec
     cap_slope_CV = None if head.softcap is None else 1.0 - (head.shape_logits(student_CV) / head.softcap) ** 2
@@ -107,7 +126,10 @@ def log_probs_in_place(head: Head, projected_CV: Tensor, temperature: float) -> 
 def _sums_and_slopes(
     p_CV: Tensor, logp_CV: Tensor, logq_CV: Tensor, scratch: Tensor, spec: DivergenceSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """D [C], p * ds/dp [C,V] (finite where p underflows) and its sum over V [C,1]. Overwrites both logs."""
+    """D [C], p * ds/dp [C,V] (finite where p underflows) and its sum over V [C,1].
+
+    Overwrites both logs.
+    """
     alpha = spec.alpha
     if alpha == 0.0:  # s = q log(q/p), p ds/dp = -q
         q_CV = torch.exp(logq_CV, out=scratch[0])

@@ -21,11 +21,15 @@ class Head:
     softcap: float | None = None  # Gemma-2: cap * tanh(x / cap)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [N,V] in float32 (float64 stays); the product runs in the weight's dtype, or in autocast's."""
+        """Logits [N,V] in float32 (float64 stays); the product runs in the weight's dtype, or in
+        autocast's.
+        """
         return self.shape_logits(self.project(hidden_NH))
 
     def project(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:
-        """The linear part [N,V] in float32 or more, before scale and softcap; `room`: see :func:`unisd.kernels.cpu_linear.linear`."""
+        """The linear part [N,V] in float32 or more, before scale and softcap; `room`: see
+        :func:`unisd.kernels.cpu_linear.linear`.
+        """
         return at_least_float32(self.product(hidden_NH, room))
 
     def product(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:

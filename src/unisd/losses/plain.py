@@ -1,4 +1,7 @@
-"""The loss in plain sight: every `[N,V]` tensor exists, autograd does the rest. The oracle of the tests."""
+"""The loss in plain sight: every `[N,V]` tensor exists, autograd does the rest.
+
+The oracle of the tests.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,13 @@ def plain_loss(
     target: TargetStates | None = None,
     reweigh: Reweigh | None = None,
 ) -> LossOutput:
-    """`sum_N coefficient * min(D, token_clip) + sum_N contrast.coefficient * h`, its gradient by autograd.
+    """`sum_N coefficient * min(D, token_clip) + sum_N contrast.coefficient * h`, its gradient by
+    autograd.
 
-    targets_N: the realised tokens. coefficient_N: constants, no gradient (see the module). token_clip: cap on a token's
-    D in nats; above it the gradient is zero. target: takes the place of the teacher's distribution in D. reweigh: gives a further
-    factor of each coefficient, from the values of this very pass. N = 0 gives exactly zero, still attached to the graph.
+    targets_N: the realised tokens. coefficient_N: constants, no gradient (see the module).
+    token_clip: cap on a token's D in nats; above it the gradient is zero. target: takes the place
+    of the teacher's distribution in D. reweigh: gives a further factor of each coefficient, from
+    the values of this very pass. N = 0 gives exactly zero, still attached to the graph.
     """
     inputs = LossInputs(
         student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
@@ -51,8 +56,14 @@ def plain_loss(
 
 @torch.no_grad()
 def _teacher_logp(part: LossInputs, student_logp_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's own log-probabilities, and the target's where there is one; the student's where no teacher is asked."""
+    """The teacher's own log-probabilities, and the target's where there is one; the student's where
+    no teacher is asked.
+    """
     if part.spec.mode == "nll":
         return student_logp_CV.detach(), student_logp_CV.detach()
     own_CV = log_probs(part.teacher_head.logits(part.teacher_hidden_NH), part.spec.temperature)
-    return own_CV, own_CV if part.target is None else part.target.logp(student_logp_CV, own_CV, part.targets_N, part.spec)
+    return own_CV, (
+        own_CV
+        if part.target is None
+        else part.target.logp(student_logp_CV, own_CV, part.targets_N, part.spec)
+    )

@@ -1,4 +1,5 @@
-"""What a loss is made of, token by token: the same for the plain and the chunked form of :mod:`unisd.losses`.
+"""What a loss is made of, token by token: the same for the plain and the chunked form of
+:mod:`unisd.losses`.
 
 Shapes: N loss tokens of a micro-batch or C tokens of a chunk, V vocabulary, H hidden size.
 """
@@ -18,12 +19,14 @@ from unisd.methods.scores import TargetInputs
 from unisd.methods.targets import STUDENT, Target
 from unisd.methods.terms import Contrast, contrast_hinge
 
-# ------------------------------------------------------------------------------------------------------ inside the loss
+# ---------------------------------------------------------------------------------- inside the loss
 
 
 @dataclass(frozen=True, eq=False)
 class TargetStates:
-    """A target and what it needs of N tokens: per source final hidden states `[N,H]` and their head, or realised log-probs `[N]`."""
+    """A target and what it needs of N tokens: per source final hidden states `[N,H]` and their
+    head, or realised log-probs `[N]`.
+    """
 
     target: Target
     states: Mapping[str, Tensor]
@@ -33,14 +36,22 @@ class TargetStates:
 
     def rows(self, rows: slice) -> TargetStates:
         """The same for a slice of the tokens."""
-        return replace(self, states={name: value[rows] for name, value in self.states.items()}, present_N=self.present_N[rows])
+        return replace(
+            self,
+            states={name: value[rows] for name, value in self.states.items()},
+            present_N=self.present_N[rows],
+        )
 
     def with_heads(self, change: Callable[[Head], Head]) -> TargetStates:
         return replace(self, heads={name: change(head) for name, head in self.heads.items()})
 
     @torch.no_grad()
-    def logp(self, student_logp_NV: Tensor, teacher_logp_NV: Tensor, targets_N: Tensor, spec: DivergenceSpec) -> Tensor:
-        """log q' [N,V]; where only realised tokens are scored, the teacher's with log q' at those."""
+    def logp(
+        self, student_logp_NV: Tensor, teacher_logp_NV: Tensor, targets_N: Tensor, spec: DivergenceSpec
+    ) -> Tensor:
+        """log q' [N,V]; where only realised tokens are scored, the teacher's with log q' at
+        those.
+        """
         realised = self.target.realised and spec.mode == "sampled"
         student, teacher = student_logp_NV.detach(), teacher_logp_NV
         if realised:
@@ -66,13 +77,16 @@ class TargetStates:
         return pick(logp_NV, targets_N) if realised else logp_NV
 
 
-# From (D, l, H(p)) [N] of all tokens, without gradient, to a factor [N] of their coefficients: weights that look at the student
+# From (D, l, H(p)) [N] of all tokens, without gradient, to a factor [N] of their coefficients:
+# weights that look at the student
 Reweigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """Loss of a micro-batch and, detached, its per-token quantities at the distillation temperature."""
+    """Loss of a micro-batch and, detached, its per-token quantities at the distillation
+    temperature.
+    """
 
     loss: Tensor  # [] differentiable; a sum, normalised by the coefficients
     divergence_N: Tensor  # D after the entry clip, before the token clip
@@ -80,7 +94,8 @@ class LossOutput:
     student_entropy_N: Tensor  # H(p)
     teacher_logp_N: Tensor  # l+
     clipped_N: Tensor  # bool: D exceeds the token clip, gradient zero
-    contrast_active_N: Tensor | None  # bool: the hinge has a gradient (l between l- and l+); None without contrast
+    # bool: the hinge has a gradient (l between l- and l+); None without contrast
+    contrast_active_N: Tensor | None
     contrast_N: Tensor | None  # h
 
 
@@ -128,14 +143,18 @@ class TokenTerms:
     slope_divergence_N: Tensor  # d loss / d D
     slope_logp_N: Tensor | None  # d loss / d l, from the contrast
 
-    def output(self, loss: Tensor, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor, teacher_logp_N: Tensor) -> LossOutput:
+    def output(
+        self, loss: Tensor, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor, teacher_logp_N: Tensor
+    ) -> LossOutput:
         active_N = None if self.slope_logp_N is None else self.slope_logp_N != 0
         hinge_N = None if self.hinge_N is None else self.hinge_N.detach()
         values = (divergence_N.detach(), logp_N.detach(), entropy_N.detach(), teacher_logp_N)
         return LossOutput(loss, *values, self.clipped_N, active_N, hinge_N)
 
 
-def token_terms(inputs: LossInputs, divergence_N: Tensor, logp_N: Tensor, teacher_logp_N: Tensor) -> TokenTerms:
+def token_terms(
+    inputs: LossInputs, divergence_N: Tensor, logp_N: Tensor, teacher_logp_N: Tensor
+) -> TokenTerms:
     """`sum_N coefficient * min(D, token_clip) + sum_N contrast.coefficient * h`, and its slopes."""
     cap = math.inf if inputs.token_clip is None else inputs.token_clip
     clipped_N = divergence_N.detach() > cap
@@ -150,9 +169,12 @@ def token_terms(inputs: LossInputs, divergence_N: Tensor, logp_N: Tensor, teache
     loss = loss + (contrast.coefficient_N * hinge_N).sum()
     l_N = logp_N.detach()
     direction_N = (l_N - contrast.teacher_logp_N).sign() - (l_N - contrast.negative_logp_N).sign()
-    slope_logp_N = torch.where(hinge_N.detach() > 0, contrast.coefficient_N * direction_N, 0.0).to(logp_N.dtype)
+    slope_logp_N = torch.where(hinge_N.detach() > 0, contrast.coefficient_N * direction_N, 0.0).to(
+        logp_N.dtype
+    )
     return TokenTerms(loss, clipped_N, hinge_N, slope_divergence_N, slope_logp_N)
 
 
-# A chunk's (D, l, H(p), l+), each [C], and the gradient [C,V] of its loss in the student's projected hidden states
+# A chunk's (D, l, H(p), l+), each [C], and the gradient [C,V] of its loss in the student's
+# projected hidden states
 ChunkResult = tuple[tuple[Tensor, ...], Tensor | None]

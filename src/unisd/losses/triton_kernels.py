@@ -1,7 +1,9 @@
-"""The arithmetic of a chunk on CUDA, in Triton: what :mod:`unisd.losses.closed_form` computes in a score of passes over `[C,V]`, in three.
+"""The arithmetic of a chunk on CUDA, in Triton: what :mod:`unisd.losses.closed_form` computes in a
+score of passes over `[C,V]`, in three.
 
-A program goes through one token's row of logits in blocks. Logits are read as the products leave them (bfloat16, say) and computed on
-in float32; the gradient takes their place. Shapes and notation: see :mod:`unisd.losses.closed_form`.
+A program goes through one token's row of logits in blocks. Logits are read as the products leave
+them (bfloat16, say) and computed on in float32; the gradient takes their place. Shapes and
+notation: see :mod:`unisd.losses.closed_form`.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -31,7 +33,10 @@ if AVAILABLE:
 
     @triton.jit
     def _shaped(z, factor, cap, CAPPED: tl.constexpr):
-        """Projection -> the softmax's argument: scale, softcap, temperature. Without a softcap `factor` holds all of them."""
+        """Projection -> the softmax's argument: scale, softcap, temperature.
+
+        Without a softcap `factor` holds all of them.
+        """
         if CAPPED:  # tanh by the sigmoid
             return factor * (2.0 * tl.sigmoid(2.0 * z / cap) - 1.0)
         return z * factor
@@ -48,7 +53,9 @@ if AVAILABLE:
         CAPPED: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Of each row: log of the softmax's sum, log-probability of the target, entropy; `out [3,N]`."""
+        """Of each row: log of the softmax's sum, log-probability of the target, entropy; `out
+        [3,N]`.
+        """
         row = tl.program_id(0).to(tl.int64)
         top = -1e30
         total = 0.0
@@ -56,7 +63,9 @@ if AVAILABLE:
         for start in range(0, V, BLOCK):
             places = start + tl.arange(0, BLOCK)
             inside = places < V
-            z = _shaped(tl.load(z_ptr + row * V + places, mask=inside, other=0.0).to(tl.float32), factor, cap, CAPPED)
+            z = _shaped(
+                tl.load(z_ptr + row * V + places, mask=inside, other=0.0).to(tl.float32), factor, cap, CAPPED
+            )
             z = tl.where(inside, z, -1e30)
             new_top = tl.maximum(top, tl.max(z, 0))
             shrink = tl.exp(top - new_top)
@@ -115,7 +124,9 @@ if AVAILABLE:
         V, factor_p, cap_p, factor_q, cap_q, alpha,
         CAPPED_P: tl.constexpr, CAPPED_Q: tl.constexpr, KIND: tl.constexpr, HINGE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """slope * (p ds/dp) - back * p + hinge * onehot, through the softcap, in the place of the student's projection."""
+        """slope * (p ds/dp) - back * p + hinge * onehot, through the softcap, in the place of the
+        student's projection.
+        """
         row = tl.program_id(0).to(tl.int64)
         lsep, lseq = tl.load(lsep_ptr + row), tl.load(lseq_ptr + row)
         slope_of_row, back = tl.load(slope_ptr + row), tl.load(back_ptr + row)
@@ -138,7 +149,9 @@ if AVAILABLE:
 
 
 def fits(part: LossInputs) -> bool:
-    """Whether this chunk can be computed here: full vocabulary, no clip of entries, the teacher itself as the target."""
+    """Whether this chunk can be computed here: full vocabulary, no clip of entries, the teacher
+    itself as the target.
+    """
     return runs_on(part.student_head.weight) and part.target is None and part.spec.entry_clip is None
 
 
@@ -152,7 +165,12 @@ def runs_on(weight: Tensor) -> bool:
 def _works(device: torch.device) -> bool:
     """Tried once: Triton compiles for the device, and needs a C compiler to do so."""
     try:
-        moments(torch.zeros(1, 2, device=device), Head(torch.zeros(2, 1)), torch.zeros(1, dtype=torch.long, device=device), 1.0)
+        moments(
+            torch.zeros(1, 2, device=device),
+            Head(torch.zeros(2, 1)),
+            torch.zeros(1, dtype=torch.long, device=device),
+            1.0,
+        )
     except Exception as error:  # of many kinds
         logger.warning("The loss runs without its Triton kernels, which cannot be built here: %s", error)
         return False
@@ -167,7 +185,9 @@ def _shape(head: Head, temperature: float) -> tuple[float, float, bool]:
 
 
 def moments(projected_CV: Tensor, head: Head, targets_C: Tensor, temperature: float) -> Tensor:
-    """Log of the softmax's sum, log-probability of the target and entropy of each row, `[3,C]` in float32."""
+    """Log of the softmax's sum, log-probability of the target and entropy of each row, `[3,C]` in
+    float32.
+    """
     factor, cap, capped = _shape(head, temperature)
     C, V = projected_CV.shape
     out_3C = torch.empty(3, C, dtype=torch.float32, device=projected_CV.device)
@@ -177,9 +197,14 @@ def moments(projected_CV: Tensor, head: Head, targets_C: Tensor, temperature: fl
 
 
 def closed_form(part: LossInputs, want_gradient: bool) -> ChunkResult:
-    """As :func:`unisd.losses.closed_form.closed_form`; the gradient has the dtype of the projection."""
+    """As :func:`unisd.losses.closed_form.closed_form`; the gradient has the dtype of the
+    projection.
+    """
     head, other, spec = part.student_head, part.teacher_head, part.spec
-    zp_CV, zq_CV = head.product(part.student_hidden_NH).contiguous(), other.product(part.teacher_hidden_NH).contiguous()
+    zp_CV, zq_CV = (
+        head.product(part.student_hidden_NH).contiguous(),
+        other.product(part.teacher_hidden_NH).contiguous(),
+    )
     lsep_C, logp_C, entropy_C = moments(zp_CV, head, part.targets_N, spec.temperature)
     lseq_C, teacher_logp_C, _ = moments(zq_CV, other, part.targets_N, spec.temperature)
     C, V = zp_CV.shape
@@ -188,7 +213,9 @@ def closed_form(part: LossInputs, want_gradient: bool) -> ChunkResult:
     kind = {0.0: 0, 1.0: 1}.get(spec.alpha, 2)
     divergence_C, slopes_C = sums_2C = torch.empty(2, C, dtype=torch.float32, device=zp_CV.device)
     capped = (shape_p[2], shape_q[2])
-    _divergence_kernel[(C,)](zp_CV, zq_CV, lsep_C, lseq_C, sums_2C, C, V, *factors, *capped, kind, BLOCK, num_warps=8)
+    _divergence_kernel[(C,)](
+        zp_CV, zq_CV, lsep_C, lseq_C, sums_2C, C, V, *factors, *capped, kind, BLOCK, num_warps=8
+    )
     values = (divergence_C, logp_C, entropy_C, teacher_logp_C)
     if not want_gradient:
         return values, None

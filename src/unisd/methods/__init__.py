@@ -1,4 +1,7 @@
-"""The methods: pure functions of tensors, each a page. Importing this package registers the published ones."""
+"""The methods: pure functions of tensors, each a page.
+
+Importing this package registers the published ones.
+"""
 
 from unisd.methods import agreement, targets, weights
 

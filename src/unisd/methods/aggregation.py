@@ -1,11 +1,14 @@
-"""Reliability weights, normalisers and clips of UniSD (arXiv 2605.06597): pure functions of tensors.
+"""Reliability weights, normalisers and clips of UniSD (arXiv 2605.06597): pure functions of
+tensors.
 
 A *reliability weight* is one function `(StepScores, **options) -> weights`, registered by name with
-:func:`register_weight`, or by another package under the entry point group `unisd.methods.weights`. It declares what it
-needs of the scoring phase, and only that is computed. All scores cover the whole optimizer step (all micro-batches, all
-ranks) and carry no gradient, so weights, quantiles and normalisers do not depend on how the step is cut.
+:func:`register_weight`, or by another package under the entry point group `unisd.methods.weights`.
+It declares what it needs of the scoring phase, and only that is computed. All scores cover the
+whole optimizer step (all micro-batches, all ranks) and carry no gradient, so weights, quantiles and
+normalisers do not depend on how the step is cut.
 
-Shapes: B rows of the step, T completion length, K auxiliary contexts, N loss tokens, H hidden size. Values in nats.
+Shapes: B rows of the step, T completion length, K auxiliary contexts, N loss tokens, H hidden size.
+Values in nats.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from unisd.methods.terms import _quantile
 
 
 def importance_ratio(student_logp: Tensor, behaviour_logp: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """rho [B,T] at the tokens of `mask`, 1 elsewhere and where `behaviour_logp` is NaN (tokens that nobody sampled).
+    """rho [B,T] at the tokens of `mask`, 1 elsewhere and where `behaviour_logp` is NaN (tokens that
+    nobody sampled).
 
     student_logp, behaviour_logp: nats [B,T], at the temperature of the divergence.
     """
@@ -30,8 +34,12 @@ def importance_ratio(student_logp: Tensor, behaviour_logp: Tensor, mask: Tensor,
     return apart_BT.clamp(max=math.log(cap)).exp()  # clamped before exp: never infinite
 
 
-def importance_stats(student_logp: Tensor, behaviour_logp: Tensor, mask: Tensor, cap: float) -> dict[str, float]:
-    """mean and greatest ratio, share of capped tokens, and mean of l' - l (how far the policies are apart), at sampled tokens."""
+def importance_stats(
+    student_logp: Tensor, behaviour_logp: Tensor, mask: Tensor, cap: float
+) -> dict[str, float]:
+    """mean and greatest ratio, share of capped tokens, and mean of l' - l (how far the policies are
+    apart), at sampled tokens.
+    """
     sampled = mask & ~behaviour_logp.isnan()
     if not sampled.any():
         return {}
@@ -48,19 +56,24 @@ def importance_stats(student_logp: Tensor, behaviour_logp: Tensor, mask: Tensor,
 logger = logging.getLogger(__name__)
 
 
-# -------------------------------------------------------------------------------------------------- aggregation
+# --------------------------------------------------------------------------------------------------
+# aggregation
 
 
-def step_coefficients(mask: Tensor, token_weights: Tensor, sequence_weights: Tensor, aggregation: str, normalizer: str) -> Tensor:
+def step_coefficients(
+    mask: Tensor, token_weights: Tensor, sequence_weights: Tensor, aggregation: str, normalizer: str
+) -> Tensor:
     """Coefficients [B,T] with which `sum(coefficient * D)` is the loss of the whole optimizer step.
 
-    With row weights a_i, token weights b_it, mask m_it, and the divisor b' = b (normalizer `weights`) or 1 (`tokens`, and `mean1`,
-    for which b is first scaled to mean 1 over each row's loss tokens):
-    aggregation `sequence`: sum_i a_i [sum_t b m D / sum_t b' m]_i / sum_i a_i;
+    With row weights a_i, token weights b_it, mask m_it, and the divisor b' = b (normalizer
+    `weights`) or 1 (`tokens`, and `mean1`, for which b is first scaled to mean 1 over each row's
+    loss tokens): aggregation `sequence`: sum_i a_i [sum_t b m D / sum_t b' m]_i / sum_i a_i;
     aggregation `token`: sum_it a b m D / sum_it a b' m.
-    Rows whose sum of b m is 0 are left out, also of the divisor; a step without loss tokens gives zeros.
+    Rows whose sum of b m is 0 are left out, also of the divisor; a step without loss tokens gives
+    zeros.
     """
-    weights_BT = torch.where(mask, token_weights, 0.0)  # selected, not multiplied: outside the mask it may be NaN
+    # selected, not multiplied: outside the mask it may be NaN
+    weights_BT = torch.where(mask, token_weights, 0.0)
     live_B = weights_BT.sum(-1) != 0
     rows_B = torch.where(live_B, sequence_weights, 0.0)
     if normalizer not in NORMALIZERS:
@@ -78,10 +91,13 @@ def step_coefficients(mask: Tensor, token_weights: Tensor, sequence_weights: Ten
 def term_coefficients(mask: Tensor, row_has_term: Tensor, aggregation: str) -> Tensor:
     """Coefficients [B,T] of a term that only some rows have (contrast, features).
 
-    The masked mean per sequence, then over the sequences that have the term; or, for `token`, over their tokens.
+    The masked mean per sequence, then over the sequences that have the term; or, for `token`, over
+    their tokens.
     """
     ones_BT = torch.ones(mask.shape, device=mask.device)
-    return step_coefficients(mask & row_has_term[:, None], ones_BT, ones_BT[:, :1].sum(-1), aggregation, "tokens")
+    return step_coefficients(
+        mask & row_has_term[:, None], ones_BT, ones_BT[:, :1].sum(-1), aggregation, "tokens"
+    )
 
 
 def _choice(option: str, value: str, first: str, second: str) -> bool:
@@ -99,10 +115,11 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def weight_stats(weights: Tensor, mask: Tensor) -> dict[str, float]:
-    """min, max, mean and effective range (99th - 1st percentile) of weights [B,T] or [B] over loss tokens or live rows.
+    """min, max, mean and effective range (99th - 1st percentile) of weights [B,T] or [B] over loss
+    tokens or live rows.
 
-    `below_1pct` is 1.0 where that range is under 1 % of the mean: such weights change nothing, and their forward passes
-    are paid for nothing. Empty when the step has no loss tokens.
+    `below_1pct` is 1.0 where that range is under 1 % of the mean: such weights change nothing, and
+    their forward passes are paid for nothing. Empty when the step has no loss tokens.
     """
     chosen = weights[mask if weights.dim() == 2 else mask.any(-1)].float()
     high, low = _quantile(chosen, 0.99), _quantile(chosen, 0.01)

@@ -1,9 +1,12 @@
-"""The equations of the divergence and the token-level contrast (UniSD, arXiv 2605.06597, Eq. 4-5 and 7-8).
+"""The equations of the divergence and the token-level contrast (UniSD, arXiv 2605.06597, Eq. 4-5
+and 7-8).
 
-Small functions of log-probabilities, differentiable by autograd; :mod:`unisd.losses` makes the loss of them.
+Small functions of log-probabilities, differentiable by autograd; :mod:`unisd.losses` makes the loss
+of them.
 
 Shapes: N loss tokens of a micro-batch, V vocabulary, K entries of a top-k support, H hidden size.
-Notation: p student, q teacher, M their mixture; l log-probability of the realised token; logs are natural, values in nats.
+Notation: p student, q teacher, M their mixture; l log-probability of the realised token; logs are
+natural, values in nats.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from torch import Tensor
 
 from unisd.errors import UserError
 
-LOWEST_LOGIT = -1e30  # stands in for -inf (a vocabulary entry ruled out), so that 0 * (log q - log p) is 0 and not NaN
+# stands in for -inf (a vocabulary entry ruled out), so that 0 * (log q - log p) is 0 and not NaN
+LOWEST_LOGIT = -1e30
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -44,18 +48,24 @@ def entropy(logp_NV: Tensor) -> Tensor:
 class DivergenceSpec:
     """Which divergence D of student p from teacher q is taken (Eq. 7-8).
 
-    alpha: 0 is the forward KL(q||p), 1 the reverse KL(p||q); between, with M = (1-alpha) p + alpha q,
-        `alpha KL(q||M) + (1-alpha) KL(p||M)`. As published this is *not* continuous at its ends: value and gradient
-        vanish like alpha and 1-alpha, so that 0.001 is no forward KL but almost no training at all. Values within 0.01
-        of an end are refused.
-    mode: `full` vocabulary; `topk` entries of one side; `sampled`, the realised token only (reverse KL as a score
-        function: value l - l+, gradient sg(l - l+) * grad l); `nll`, no teacher at all: D = -l (SFT, SSD).
-    topk, add_tail, topk_support: size of the support, whether one bucket holds the mass outside it (else both sides are
-        renormalised on the support), and whose largest entries make the support (`teacher` or `student`).
-    entry_clip: cap on every vocabulary entry's summand of D, in nats (OPSD: 0.05). It is one-sided: D can become
-        negative, and a clipped entry's logit gets gradient `p_v * (sum of the unclipped q)`, which pushes the teacher's
-        favourite token slightly *down* where the two disagree most. The cap on a token's whole sum is another object,
-        the losses' `token_clip`.
+    alpha: 0 is the forward KL(q||p), 1 the reverse KL(p||q); between, with M = (1-alpha) p + alpha
+    q,
+        `alpha KL(q||M) + (1-alpha) KL(p||M)`. As published this is *not* continuous at its ends:
+        value and gradient vanish like alpha and 1-alpha, so that 0.001 is no forward KL but almost
+        no training at all. Values within 0.01 of an end are refused.
+    mode: `full` vocabulary; `topk` entries of one side; `sampled`, the realised token only (reverse
+    KL as a score
+        function: value l - l+, gradient sg(l - l+) * grad l); `nll`, no teacher at all: D = -l
+        (SFT, SSD).
+    topk, add_tail, topk_support: size of the support, whether one bucket holds the mass outside it
+    (else both sides are
+        renormalised on the support), and whose largest entries make the support (`teacher` or
+        `student`).
+    entry_clip: cap on every vocabulary entry's summand of D, in nats (OPSD: 0.05). It is one-sided:
+    D can become
+        negative, and a clipped entry's logit gets gradient `p_v * (sum of the unclipped q)`, which
+        pushes the teacher's favourite token slightly *down* where the two disagree most. The cap on
+        a token's whole sum is another object, the losses' `token_clip`.
     temperature: divides both sides' logits.
     """
 
@@ -69,33 +79,42 @@ class DivergenceSpec:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
-            raise UserError(f"distillation_alpha must lie in [0, 1] (0 forward KL, 1 reverse KL), got {self.alpha}.")
+            raise UserError(
+                f"distillation_alpha must lie in [0, 1] (0 forward KL, 1 reverse KL), got {self.alpha}."
+            )
         if 0.0 < self.alpha < 0.01 or 0.99 < self.alpha < 1.0:
             end = "0 (forward KL)" if self.alpha < 0.5 else "1 (reverse KL)"
             raise UserError(
-                f"distillation_alpha={self.alpha} is within 0.01 of an end, where the mixture divergence and its "
-                f"gradient vanish: use {end} itself, or a value in [0.01, 0.99]."
+                f"distillation_alpha={self.alpha} is within 0.01 of an end, where the mixture divergence and"
+                f" its gradient vanish: use {end} itself, or a value in [0.01, 0.99]."
             )
         if self.mode not in ("full", "topk", "sampled", "nll"):
             raise UserError(f"distillation_mode must be full, topk, sampled or nll, got {self.mode!r}.")
         if self.topk_support not in ("teacher", "student"):
-            raise UserError(f"distillation_topk_support must be teacher or student, got {self.topk_support!r}.")
+            raise UserError(
+                f"distillation_topk_support must be teacher or student, got {self.topk_support!r}."
+            )
         if self.topk < 1:
             raise UserError(f"distillation_topk must be at least 1, got {self.topk}.")
         if self.entry_clip is not None and not self.entry_clip > 0.0:
-            raise UserError(f"entry_clip must be positive (unset it to switch it off), got {self.entry_clip}.")
+            raise UserError(
+                f"entry_clip must be positive (unset it to switch it off), got {self.entry_clip}."
+            )
         if not self.temperature > 0.0:
             raise UserError(f"temperature must be positive for distillation, got {self.temperature}.")
         if self.mode == "sampled" and self.alpha != 1.0:
             raise UserError(
-                f"distillation_mode=sampled estimates the reverse KL only: set distillation_alpha=1, got {self.alpha}."
+                "distillation_mode=sampled estimates the reverse KL only: set distillation_alpha=1, got"
+                f" {self.alpha}."
             )
         if self.mode == "sampled" and self.entry_clip is not None:
             raise UserError("distillation_mode=sampled has no vocabulary entries to clip: unset entry_clip.")
 
 
 def divergence_bound(alpha: float) -> float:
-    """Largest D: H_b(alpha) = -alpha log alpha - (1-alpha) log(1-alpha) for the mixture, infinite for either KL."""
+    """Largest D: H_b(alpha) = -alpha log alpha - (1-alpha) log(1-alpha) for the mixture, infinite
+    for either KL.
+    """
     if alpha in (0.0, 1.0):
         return math.inf
     return -alpha * math.log(alpha) - (1.0 - alpha) * math.log1p(-alpha)
@@ -108,23 +127,34 @@ def check_token_clip(spec: DivergenceSpec, token_clip: float | None) -> None:
     if not token_clip > 0.0:
         raise UserError(f"token_clip must be positive (unset it to switch it off), got {token_clip}.")
     if spec.mode == "sampled":
-        raise UserError("distillation_mode=sampled cannot be clipped (its value is one signed log-ratio): unset token_clip.")
+        raise UserError(
+            "distillation_mode=sampled cannot be clipped (its value is one signed log-ratio): unset"
+            " token_clip."
+        )
     bound = divergence_bound(spec.alpha)
     if token_clip >= bound and bound < math.inf:
         raise UserError(
-            f"token_clip={token_clip} can never bind: for distillation_alpha={spec.alpha} the divergence is at most "
-            f"{bound:.3f} nats. Use a smaller value or token_clip_quantile=0.99."
+            f"token_clip={token_clip} can never bind: for distillation_alpha={spec.alpha} the divergence is"
+            f" at most {bound:.3f} nats. Use a smaller value or token_clip_quantile=0.99."
         )
 
 
-def divergence(student_logits_NV: Tensor, teacher_logits_NV: Tensor, targets_N: Tensor, spec: DivergenceSpec) -> Tensor:
-    """D [N] after the entry clip, differentiable in the student's logits; the temperature divides both sides."""
+def divergence(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, targets_N: Tensor, spec: DivergenceSpec
+) -> Tensor:
+    """D [N] after the entry clip, differentiable in the student's logits; the temperature divides
+    both sides.
+    """
     student_logp_NV = log_probs(at_least_float32(student_logits_NV).clamp(min=LOWEST_LOGIT), spec.temperature)
-    teacher_logp_NV = log_probs(at_least_float32(teacher_logits_NV).detach().clamp(min=LOWEST_LOGIT), spec.temperature)
+    teacher_logp_NV = log_probs(
+        at_least_float32(teacher_logits_NV).detach().clamp(min=LOWEST_LOGIT), spec.temperature
+    )
     return divergence_of_logp(student_logp_NV, teacher_logp_NV, targets_N, spec)
 
 
-def divergence_of_logp(student_logp_NV: Tensor, teacher_logp_NV: Tensor, targets_N: Tensor, spec: DivergenceSpec) -> Tensor:
+def divergence_of_logp(
+    student_logp_NV: Tensor, teacher_logp_NV: Tensor, targets_N: Tensor, spec: DivergenceSpec
+) -> Tensor:
     """The same from log-probabilities at the distillation temperature."""
     if spec.mode == "nll":
         return -pick(student_logp_NV, targets_N)
@@ -154,9 +184,11 @@ def _summands(logp_NV: Tensor, logq_NV: Tensor, alpha: float) -> Tensor:
 
 
 def _on_support(logp_NV: Tensor, support_NK: Tensor, add_tail: bool) -> Tensor:
-    """Log-probabilities on a support of K entries: renormalised, or with one more bucket for everything else.
+    """Log-probabilities on a support of K entries: renormalised, or with one more bucket for
+    everything else.
 
-    The bucket is summed from its own entries, not taken as log(1 - sum): exact however little mass it holds.
+    The bucket is summed from its own entries, not taken as log(1 - sum): exact however little mass
+    it holds.
     """
     on_support_NK = logp_NV.gather(-1, support_NK)
     if not add_tail:

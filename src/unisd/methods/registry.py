@@ -1,6 +1,8 @@
-"""Functions known by name: from here, or from other packages by entry point; their options bound from text.
+"""Functions known by name: from here, or from other packages by entry point; their options bound
+from text.
 
-What is registered (token weights, targets) is a frozen object with the fields `name`, `function` and `options`.
+What is registered (token weights, targets) is a frozen object with the fields `name`, `function`
+and `options`.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ Plugin = TypeVar("Plugin")
 
 
 def find(kind: str, name: str, registry: Mapping[str, Plugin], group: str) -> Plugin:
-    """The plug-in registered as `name`, here or by an installed package under the entry point group.
+    """The plug-in registered as `name`, here or by an installed package under the entry point
+    group.
 
     Raises:
-        UserError: an unknown name, with the nearest known one; a package that cannot be loaded or registers nothing.
+        UserError: an unknown name, with the nearest known one; a package that cannot be loaded or
+            registers nothing.
     """
     offered = [] if name in registry else list(entry_points(group=group))
-    for entry in sorted(offered, key=lambda entry: entry.name != name):  # a package may register under another name
+    # a package may register under another name
+    for entry in sorted(offered, key=lambda entry: entry.name != name):
         if name in registry:
             break
         try:
@@ -45,22 +50,31 @@ def find(kind: str, name: str, registry: Mapping[str, Plugin], group: str) -> Pl
         return registry[name]
     for entry in offered:
         if entry.name == name:
-            raise UserError(f"{kind} {name!r}: {entry.value} was loaded but registers no {kind} of that name.")
+            raise UserError(
+                f"{kind} {name!r}: {entry.value} was loaded but registers no {kind} of that name."
+            )
     names = sorted(registry.keys() | {entry.name for entry in offered})
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise UserError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
 
 
-def bound_options(kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, after unknown and missing ones are refused: here, not in the first step. The first parameter is no option."""
+def bound_options(
+    kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options, after unknown and missing ones are refused: here, not in the first step.
+
+    The first parameter is no option.
+    """
     parameters = list(inspect.signature(function).parameters.values())[1:]
     accepted = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     unknown = [] if any(p.kind == p.VAR_KEYWORD for p in parameters) else sorted(set(options) - set(accepted))
     if unknown:
         listed = ", ".join(accepted) or "none"
         raise UserError(f"{kind} {name!r} has no option {unknown[0]!r} (accepted: {listed}).")
-    missing = [p.name for p in parameters if p.name in accepted and p.default is p.empty and p.name not in options]
+    missing = [
+        p.name for p in parameters if p.name in accepted and p.default is p.empty and p.name not in options
+    ]
     if missing:
         raise UserError(f"{kind} {name!r} needs a value for its option {missing[0]!r}.")
     return dict(options)
@@ -76,7 +90,8 @@ def parse(kind: str, text: str) -> tuple[str, dict[str, Any]]:
     """`name` or `name:option=value,option=value`; values are Python literals, or else strings."""
     name, _, tail = text.partition(":")
     options: dict[str, Any] = {}
-    for part in re.split(r",(?=\s*\w+\s*=)", tail) if tail.strip() else []:  # a comma inside a list is not a separator
+    # a comma inside a list is not a separator
+    for part in re.split(r",(?=\s*\w+\s*=)", tail) if tail.strip() else []:
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise UserError(f"{kind} {text!r}: expected option=value, got {part!r}.")
@@ -102,23 +117,30 @@ class WeightFunction:
     function: Callable[..., Tensor]
     level: str  # "token": weights [B,T]; "sequence": weights [B]
     needs: frozenset[str]  # subset of NEEDS
-    normalizer: str  # published divisor: "weights" (sum of b m) or "tokens" (sum of m); "mean1": b scaled to mean 1 per row
+    # published divisor: "weights" (sum of b m) or "tokens" (sum of m); "mean1": b scaled to mean 1
+    # per row
+    normalizer: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    in_forward: bool = False  # looks at the student and at each row alone: called with a micro-batch, after its forward pass
+    # looks at the student and at each row alone: called with a micro-batch, after its forward pass
+    in_forward: bool = False
 
     def __call__(self, scores: StepScores) -> Tensor:
         weights = self.function(scores, **self.options)
         expected = scores.mask.shape if self.level == "token" else scores.mask.shape[:1]
         if weights.shape != expected:
             raise UserError(
-                f"token weight {self.name!r} is of level {self.level} and must return shape {tuple(expected)}, "
-                f"but returned {tuple(weights.shape)}."
+                f"token weight {self.name!r} is of level {self.level} and must return shape"
+                f" {tuple(expected)}, but returned {tuple(weights.shape)}."
             )
         return weights
 
     def with_options(self, **options: Any) -> WeightFunction:
-        """The same with options bound; unknown and missing ones are refused here, not in the first step."""
-        return replace(self, options=bound_options(KIND, self.name, self.function, {**self.options, **options}))
+        """The same with options bound; unknown and missing ones are refused here, not in the first
+        step.
+        """
+        return replace(
+            self, options=bound_options(KIND, self.name, self.function, {**self.options, **options})
+        )
 
 
 _REGISTRY: dict[str, WeightFunction] = {}
@@ -132,25 +154,34 @@ def register_weight(
     normalizer: str = "weights",
     in_forward: bool = False,
 ) -> Callable[[Weight], Weight]:
-    """Decorator: make a function `(scores, **options) -> Tensor` known as the reliability weight `name`.
+    """Decorator: make a function `(scores, **options) -> Tensor` known as the reliability weight
+    `name`.
 
-    in_forward: the needs `student` and `divergence` are then met by the training pass, without a pass of their own. The function
-    must look at each row alone, because it sees one micro-batch at a time, and leave each row some weight: rows are counted before.
+    in_forward: the needs `student` and `divergence` are then met by the training pass, without a
+    pass of their own. The function must look at each row alone, because it sees one micro-batch at
+    a time, and leave each row some weight: rows are counted before.
     """
     if level not in ("token", "sequence"):
         raise UserError(f"token weight {name!r}: level must be token or sequence, got {level!r}.")
     if normalizer not in NORMALIZERS:
-        raise UserError(f"token weight {name!r}: normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}.")
+        raise UserError(
+            f"token weight {name!r}: normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}."
+        )
     if in_forward and level != "token":
         raise UserError(f"token weight {name!r}: only weights of level token can be in_forward.")
     if unknown := sorted(frozenset(needs) - NEEDS):
-        raise UserError(f"token weight {name!r} needs {unknown[0]!r}, which scoring does not offer: {sorted(NEEDS)}.")
+        raise UserError(
+            f"token weight {name!r} needs {unknown[0]!r}, which scoring does not offer: {sorted(NEEDS)}."
+        )
 
     def register(function: Weight) -> Weight:
         known = _REGISTRY.get(name)
-        if known is not None and known.function.__module__ != function.__module__:  # a reload replaces its own
+        # a reload replaces its own
+        if known is not None and known.function.__module__ != function.__module__:
             raise UserError(f"token weight {name!r} is already registered by {known.function.__module__}.")
-        _REGISTRY[name] = WeightFunction(name, function, level, frozenset(needs), normalizer, in_forward=in_forward)
+        _REGISTRY[name] = WeightFunction(
+            name, function, level, frozenset(needs), normalizer, in_forward=in_forward
+        )
         return function
 
     return register

@@ -1,4 +1,7 @@
-"""What a method may look at: `StepScores` for a token weight, `TargetInputs` for a target. The one thing an author has to learn."""
+"""What a method may look at: `StepScores` for a token weight, `TargetInputs` for a target.
+
+The one thing an author has to learn.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def concatenate(parts: Sequence[StepScores]) -> StepScores:
 
 @dataclass(frozen=True, eq=False)
 class TargetInputs:
-    """Everything a target may look at: log-probabilities without gradient, `[C,V]`; or `[C]` of the realised tokens."""
+    """Everything a target may look at: log-probabilities without gradient, `[C,V]`; or `[C]` of the
+    realised tokens.
+    """
 
     student_logp: Tensor
     teacher_logp: Tensor
@@ -49,7 +54,9 @@ class TargetInputs:
     progress: float = 0.0  # share of the run's optimizer steps that are done, for schedules
 
 
-NEEDS = frozenset({"teacher", "auxiliary", "untempered", "negative", "contrast", "student", "entropy", "divergence"})
+NEEDS = frozenset(
+    {"teacher", "auxiliary", "untempered", "negative", "contrast", "student", "entropy", "divergence"}
+)
 NORMALIZERS = ("weights", "tokens", "mean1")
 
 
@@ -57,8 +64,9 @@ NORMALIZERS = ("weights", "tokens", "mean1")
 class StepScores:
     """Everything a reliability weight may look at: one optimizer step, all ranks, no gradient.
 
-    Values at positions outside `mask`, and of contexts that are not present, are arbitrary (even NaN): select before
-    you sum. A field is None unless a registered function in use declares the need in brackets.
+    Values at positions outside `mask`, and of contexts that are not present, are arbitrary (even
+    NaN): select before you sum. A field is None unless a registered function in use declares the
+    need in brackets.
     """
 
     mask: Tensor  # [B,T] bool, tokens that carry loss
@@ -69,8 +77,11 @@ class StepScores:
     negative_logp: Tensor | None = None  # [B,T] l- (negative)
     negative_present: Tensor | None = None  # [B] bool (negative)
     negative_divergence: Tensor | None = None  # [B,T] KL(q||q-), at the distillation temperature (contrast)
-    student_logp: Tensor | None = None  # [B,T] l, from a student pass without gradient or the rollout itself (student)
+    # [B,T] l, from a student pass without gradient or the rollout itself (student)
+    student_logp: Tensor | None = None
     teacher_entropy: Tensor | None = None  # [B,T] H(q) (entropy)
     divergence: Tensor | None = None  # [B,T] D (divergence)
-    behaviour_logp: Tensor | None = None  # [B,T] l' with which the token was drawn, NaN if nobody drew it (importance)
-    untempered_logp: Tensor | None = None  # [B,T] l+ at temperature 1, as the auxiliary scores are (untempered)
+    # [B,T] l' with which the token was drawn, NaN if nobody drew it (importance)
+    behaviour_logp: Tensor | None = None
+    # [B,T] l+ at temperature 1, as the auxiliary scores are (untempered)
+    untempered_logp: Tensor | None = None

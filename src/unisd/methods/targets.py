@@ -1,13 +1,18 @@
-"""What the student is moved towards, where that is not the teacher's distribution itself: q' = g(q, further distributions).
+"""What the student is moved towards, where that is not the teacher's distribution itself: q' = g(q,
+further distributions).
 
-A *target* is one pure function `(TargetInputs, **options) -> log q'`, registered by name with :func:`register_target`, or by another
-package under the entry point group `unisd.methods.targets`. It runs inside the loss, chunk by chunk, and carries no gradient. It declares its
-*sources*, further distributions over the same tokens; only those are scored, each at the cost of one forward pass:
+A *target* is one pure function `(TargetInputs, **options) -> log q'`, registered by name with
+:func:`register_target`, or by another package under the entry point group `unisd.methods.targets`.
+It runs inside the loss, chunk by chunk, and carries no gradient. It declares its *sources*, further
+distributions over the same tokens; only those are scored, each at the cost of one forward pass:
 
-    weights/context     weights: teacher (the run's own), base (initial model), step (the student of some steps ago), student
-                        context: full, half, hints, answer, unconditioned, plain (see :mod:`unisd.data.privilege`), negative
+    weights/context     weights: teacher (the run's own), base (initial model), step (the student of
+    some steps ago), student
+                        context: full, half, hints, answer, unconditioned, plain (see
+                        :mod:`unisd.data.privilege`), negative
 
-`student/plain` is the student's own distribution and costs nothing. All are taken at the distillation temperature.
+`student/plain` is the student's own distribution and costs nothing. All are taken at the
+distillation temperature.
 
 Shapes: C tokens of a chunk, V vocabulary, K sources. Values in nats. p student, q teacher.
 """
@@ -47,7 +52,9 @@ class Target:
     name: str
     function: Callable[..., Tensor]
     declared: Sources  # from the options (with their defaults) to the sources
-    realised: bool  # can do with the realised tokens: `distillation_mode=sampled` then keeps one number per token and source
+    # can do with the realised tokens: `distillation_mode=sampled` then keeps one number per token
+    # and source
+    realised: bool
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -58,20 +65,30 @@ class Target:
         target: Tensor = self.function(inputs, **self.options)
         if target.shape != inputs.teacher_logp.shape:
             raise UserError(
-                f"target {self.name!r} must return shape {tuple(inputs.teacher_logp.shape)}, but returned {tuple(target.shape)}."
+                f"target {self.name!r} must return shape {tuple(inputs.teacher_logp.shape)}, but returned"
+                f" {tuple(target.shape)}."
             )
         return target
 
     def with_options(self, **options: Any) -> Target:
-        """The same with options bound; unknown ones, and sources that nobody offers, are refused here."""
-        bound = replace(self, options=bound_options(KIND, self.name, self.function, {**self.options, **options}))
+        """The same with options bound; unknown ones, and sources that nobody offers, are refused
+        here.
+        """
+        bound = replace(
+            self, options=bound_options(KIND, self.name, self.function, {**self.options, **options})
+        )
         for source in bound.sources:
             weights, slash, context = source.partition("/")
-            known = slash and weights in WEIGHTS and context in CONTEXTS and (weights != "student" or source == STUDENT)
+            known = (
+                slash
+                and weights in WEIGHTS
+                and context in CONTEXTS
+                and (weights != "student" or source == STUDENT)
+            )
             if not known:
                 raise UserError(
-                    f"target {self.name!r}: unknown source {source!r}: use weights/context with weights {', '.join(WEIGHTS)} and "
-                    f"context {', '.join(CONTEXTS)} (of the student: plain only)."
+                    f"target {self.name!r}: unknown source {source!r}: use weights/context with weights"
+                    f" {', '.join(WEIGHTS)} and context {', '.join(CONTEXTS)} (of the student: plain only)."
                 )
         return bound
 
@@ -79,16 +96,20 @@ class Target:
 _REGISTRY: dict[str, Target] = {}
 
 
-def register_target(name: str, *, sources: Sequence[str] | Sources, realised: bool = False) -> Callable[[Function], Function]:
+def register_target(
+    name: str, *, sources: Sequence[str] | Sources, realised: bool = False
+) -> Callable[[Function], Function]:
     """Decorator: make a function `(inputs, **options) -> log q'` known as the target `name`.
 
-    sources: what it needs, or a function of its options that says so. realised: the function works entry by entry, so that it may be
-    called with the realised tokens' log-probabilities `[C]` alone.
+    sources: what it needs, or a function of its options that says so. realised: the function works
+    entry by entry, so that it may be called with the realised tokens' log-probabilities `[C]`
+    alone.
     """
 
     def register(function: Function) -> Function:
         known = _REGISTRY.get(name)
-        if known is not None and known.function.__module__ != function.__module__:  # a reload replaces its own
+        # a reload replaces its own
+        if known is not None and known.function.__module__ != function.__module__:
             raise UserError(f"target {name!r} is already registered by {known.function.__module__}.")
         declared: Sources = sources if callable(sources) else lambda options: sources
         _REGISTRY[name] = Target(name, function, declared, realised)
@@ -103,7 +124,7 @@ def parse_target(text: str) -> Target:
     return find(KIND, name, _REGISTRY, ENTRY_POINT_GROUP).with_options(**options)
 
 
-# ---------------------------------------------------------------------------------------------------- published targets
+# -------------------------------------------------------------------------------- published targets
 
 
 def _views(options: Mapping[str, Any]) -> Sequence[str]:
@@ -111,15 +132,19 @@ def _views(options: Mapping[str, Any]) -> Sequence[str]:
 
 
 @register_target("view_consensus", sources=_views, realised=True)
-def view_consensus(inputs: TargetInputs, *, views: str = "full+half+answer", eps: float = 1e-8, residual: bool = True) -> Tensor:
-    """l* = mean_k l^k + lambda J over K contexts (`views`, joined by +) of the row's *own* reference (AVSD, arXiv 2605.20643).
+def view_consensus(
+    inputs: TargetInputs, *, views: str = "full+half+answer", eps: float = 1e-8, residual: bool = True
+) -> Tensor:
+    """l* = mean_k l^k + lambda J over K contexts (`views`, joined by +) of the row's *own*
+    reference (AVSD, arXiv 2605.20643).
 
     delta^k = l^k - l, A = mean_k delta^k, J = logmeanexp_k l^k - mean_k l^k >= 0,
-    lambda = [|A| / (mean_k |delta^k| + eps)] [|A| / (|A| + J + eps)]. Since lambda J < |A|, l* - l has the sign of A: the views'
-    consensus is never turned round. K = 1 gives l* = l^1.
+    lambda = [|A| / (mean_k |delta^k| + eps)] [|A| / (|A| + J + eps)]. Since lambda J < |A|, l* - l
+    has the sign of A: the views' consensus is never turned round. K = 1 gives l* = l^1.
 
-    Published on the realised tokens (`distillation_mode=sampled`, whose gradient -sg(l* - l) grad l is this loss's). In mode `full`
-    the same holds for every vocabulary entry, and l* is normalised. residual: False leaves lambda J out (reported to lose).
+    Published on the realised tokens (`distillation_mode=sampled`, whose gradient -sg(l* - l) grad l
+    is this loss's). In mode `full` the same holds for every vocabulary entry, and l* is normalised.
+    residual: False leaves lambda J out (reported to lose).
     """
     l_K = torch.stack([at_least_float32(logp) for logp in inputs.sources.values()])
     delta_K = l_K - inputs.student_logp
@@ -132,9 +157,11 @@ def view_consensus(inputs: TargetInputs, *, views: str = "full+half+answer", eps
 
 @register_target("contrast", sources=("teacher/negative",))
 def contrast(inputs: TargetInputs, *, a: float = 0.5, floor: float = -5.0) -> Tensor:
-    """q' = softmax((1 + a) log q - a max(log q-, floor)): away from what a wrong reference would say (arXiv 2606.11709).
+    """q' = softmax((1 + a) log q - a max(log q-, floor)): away from what a wrong reference would
+    say (arXiv 2606.11709).
 
-    The floor keeps tokens that are unlikely under both references from being raised. Published together with `contrast_weight`.
+    The floor keeps tokens that are unlikely under both references from being raised. Published
+    together with `contrast_weight`.
     """
     (negative_CV,) = inputs.sources.values()
     return ((1.0 + a) * inputs.teacher_logp - a * negative_CV.clamp(min=floor)).log_softmax(-1)
@@ -153,15 +180,18 @@ def geometric(
 ) -> Tensor:
     """q' = softmax((1 - a) log q + a log b), b a second source.
 
-    mixing: `constant` a, or going linearly from a to `a_end` over the run; or `disagreement`, per token
-    a = 2 a_max (sigmoid(beta d) - 1/2) with d = JSD(q, b) in nats. Published: b = `teacher/plain` of an EMA teacher, per token (DemoPSD,
-    arXiv 2607.02502; its beta is set per domain: 25, 50, 70, 100); b = `step/full`, a 0.05 (trust region of SDPO); b = `base/plain`
+    mixing: `constant` a, or going linearly from a to `a_end` over the run; or `disagreement`, per
+    token a = 2 a_max (sigmoid(beta d) - 1/2) with d = JSD(q, b) in nats. Published: b =
+    `teacher/plain` of an EMA teacher, per token (DemoPSD, arXiv 2607.02502; its beta is set per
+    domain: 25, 50, 70, 100); b = `step/full`, a 0.05 (trust region of SDPO); b = `base/plain`
     (beta-OPSD). With b = `student/plain` and reverse KL the gradient is that of the weight 1 - a.
     """
     (b_CV,) = inputs.sources.values()
     q_CV = inputs.teacher_logp
     if mixing == "disagreement":
-        share: Tensor | float = (2.0 * a_max * (torch.sigmoid(beta * jensen_shannon(q_CV, b_CV)) - 0.5))[:, None]
+        share: Tensor | float = (2.0 * a_max * (torch.sigmoid(beta * jensen_shannon(q_CV, b_CV)) - 0.5))[
+            :, None
+        ]
     elif mixing == "constant":
         share = a if a_end is None else a + (a_end - a) * inputs.progress
     else:
@@ -171,10 +201,13 @@ def geometric(
 
 @register_target("pmi", sources=("teacher/unconditioned", "base/plain"))
 def pmi(inputs: TargetInputs, *, c: float = 10.0, beta: float = 1.0) -> Tensor:
-    """q' ~ p_0 exp(c tanh(delta / c) / beta), delta = log q - log q_ref centred over v. Experimental (arXiv 2607.02234).
+    """q' ~ p_0 exp(c tanh(delta / c) / beta), delta = log q - log q_ref centred over v.
 
-    q_ref: the teacher that sees the reference *without the question*; p_0: the initial model on the plain prompt. What the reference
-    says by itself is taken out of the signal. Two further passes. Written from notes on the paper, not from its code.
+    Experimental (arXiv 2607.02234).
+
+    q_ref: the teacher that sees the reference *without the question*; p_0: the initial model on the
+    plain prompt. What the reference says by itself is taken out of the signal. Two further passes.
+    Written from notes on the paper, not from its code.
     """
     reference_CV, prior_CV = inputs.sources.values()
     delta_CV = inputs.teacher_logp.clamp(min=LOWEST_LOGP) - reference_CV.clamp(min=LOWEST_LOGP)

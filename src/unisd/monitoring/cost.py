@@ -1,8 +1,10 @@
-"""What a run costs: tokens by use, time by phase, memory, estimated floating-point operations and energy; by mechanism too.
+"""What a run costs: tokens by use, time by phase, memory, estimated floating-point operations and
+energy; by mechanism too.
 
-Floating-point operations are estimated as 2 per weight and token of a forward pass, 2 more for the gradient of the
-activations and 2 per *trained* weight for its own gradient (attention's own products are left out). Energy is measured by codecarbon where
-that is installed (extra `energy`), else estimated as in arXiv 2605.06597: hours x devices x TDP / 1000 x 0.7 x 1.2 kWh (70 % load, 20 %
+Floating-point operations are estimated as 2 per weight and token of a forward pass, 2 more for the
+gradient of the activations and 2 per *trained* weight for its own gradient (attention's own
+products are left out). Energy is measured by codecarbon where that is installed (extra `energy`),
+else estimated as in arXiv 2605.06597: hours x devices x TDP / 1000 x 0.7 x 1.2 kWh (70 % load, 20 %
 overhead).
 """
 
@@ -24,7 +26,8 @@ from unisd.models.load import without_adapter
 LOAD, OVERHEAD = 0.7, 1.2
 FORMULA = "hours x devices x TDP/1000 x 0.7 x 1.2"
 MECHANISM_OF_VIEW = {"auxiliary": "agreement", "negative": "contrast", "student": "clip"}
-"""Which mechanism asks for a view; the other ones but `primary` are sources of the target (`teacher/plain`, `base/full`, ...).
+"""Which mechanism asks for a view; the other ones but `primary` are sources of the target
+(`teacher/plain`, `base/full`, ...).
 
 The student's extra pass may also serve a reliability weight of one's own.
 """
@@ -46,11 +49,14 @@ def account(
     Args:
         counts: tokens by use, of all ranks.
         phases: seconds by phase; training is rollout, score, student and update.
-        head_only_embedding: input and output embedding are one matrix (or there is none to subtract).
+        head_only_embedding: input and output embedding are one matrix (or there is none to
+            subtract).
         energy: as `energy_of` returns it.
     """
     trained, completion = counts.get("trained", 0), counts.get("completion", 0)
-    views = {name.removeprefix("scored_"): count for name, count in counts.items() if name.startswith("scored_")}
+    views = {
+        name.removeprefix("scored_"): count for name, count in counts.items() if name.startswith("scored_")
+    }
     scored = sum(views.values())
     weights = size.parameters - (0 if head_only_embedding else size.vocabulary * size.hidden)
     forward = 2 * weights
@@ -74,7 +80,12 @@ def account(
             "seconds_estimated": tokens / scored * score_s,
         }
     if phases.get("update"):
-        mechanisms["ema"] = {"tokens_scored": 0, "flops": 0, "share_of_flops": 0.0, "seconds_estimated": phases["update"]}
+        mechanisms["ema"] = {
+            "tokens_scored": 0,
+            "flops": 0,
+            "share_of_flops": 0.0,
+            "seconds_estimated": phases["update"],
+        }
     hours = seconds / 3600 * devices
     kwh = energy.get("kwh")
     return {
@@ -93,13 +104,20 @@ def account(
         "peak_memory_bytes": peak_bytes,
         "peak_memory_of": peak_of,
         "flops_estimated": {**flops, "total": total},
-        "energy": {**energy, "kwh_per_million_tokens": kwh / (trained / 1e6) if kwh is not None and trained else None},
+        "energy": {
+            **energy,
+            "kwh_per_million_tokens": kwh / (trained / 1e6) if kwh is not None and trained else None,
+        },
         "by_mechanism": mechanisms,
     }
 
 
-def energy_of(seconds: float, devices: int, tdp_w: float | None, measured_kwh: float | None = None) -> dict[str, Any]:
-    """Energy of the training phases in kWh and how it was found: `{"kwh", "method", "tdp_w"}`; unknown without a TDP."""
+def energy_of(
+    seconds: float, devices: int, tdp_w: float | None, measured_kwh: float | None = None
+) -> dict[str, Any]:
+    """Energy of the training phases in kWh and how it was found: `{"kwh", "method", "tdp_w"}`;
+    unknown without a TDP.
+    """
     if measured_kwh is not None:
         return {"kwh": measured_kwh, "method": "codecarbon", "tdp_w": tdp_w}
     if tdp_w is None:
@@ -157,7 +175,9 @@ def cost_of(
     trainer: Any, config: UniSDConfig, phases: dict[str, float], tdp_w: float | None, kwh: float | None
 ) -> dict[str, Any]:
     """The cost of a finished training, summed over ranks."""
-    counts = trainer.tokens + Counter({f"scored_{view}": count for view, count in trainer.scorer.tokens.items()})
+    counts = trainer.tokens + Counter(
+        {f"scored_{view}": count for view, count in trainer.scorer.tokens.items()}
+    )
     counts["generated"], counts["prefilled"] = trainer.completions.generated, trainer.completions.prefilled
     if config.world_size > 1:
         counts = sum(gather_object([counts]), Counter())

@@ -1,4 +1,6 @@
-"""Is the run healthy? What critics of self-distillation ask to be watched, beside the loss, which tells little.
+"""Is the run healthy?
+
+What critics of self-distillation ask to be watched, beside the loss, which tells little.
 
 | criticism | logged under | alarm |
 |---|---|---|
@@ -6,9 +8,10 @@
 | leak of the reference (arXiv 2607.02502, 2607.02234) | `leak/*` | the gold answer is stated ever earlier |
 | collapse and forgetting (arXiv 2607.01763) | `collapse/*`, `retained/nll` | repetition, growth; the probe set is lost |
 
-All but the leak probe and the probe set is counted on the step's own answers, without a forward pass. :mod:`unisd.monitoring.alarms` judges the
-numbers. The word lists are files in `words/`, two per language. Another file of words of doubt can take their place, or a folder with
-`hedges.txt` and `style.txt`.
+All but the leak probe and the probe set is counted on the step's own answers, without a forward
+pass. :mod:`unisd.monitoring.alarms` judges the numbers. The word lists are files in `words/`, two
+per language. Another file of words of doubt can take their place, or a folder with `hedges.txt` and
+`style.txt`.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ PROBE_TOKENS = 32  # of a row, evenly spaced
 
 
 def load_words(kind: str, name: str) -> dict[str, str]:
-    """Every form of every word or phrase -> the first form of its line. `name`: a language (`en`, `de`), a file, or a folder.
+    """Every form of every word or phrase -> the first form of its line.
+
+    `name`: a language (`en`, `de`), a file, or a folder.
 
     Raises:
         UserError: no such language or file.
@@ -48,7 +53,9 @@ def load_words(kind: str, name: str) -> dict[str, str]:
         path = Path(name) / f"{kind}.txt" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         known = ", ".join(sorted(p.stem.partition("-")[2] for p in FOLDER.glob("hedges-*.txt")))
-        raise UserError(f"diagnostics_words={name!r} is neither a language ({known}) nor a file of words, one a line.")
+        raise UserError(
+            f"diagnostics_words={name!r} is neither a language ({known}) nor a file of words, one a line."
+        )
     forms: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").lower().splitlines():
         found = [" ".join(form.split()) for form in line.split(",") if form.strip()]
@@ -64,17 +71,24 @@ def repeated_share(ids: Sequence[int], n: int = NGRAM) -> float:
 
 
 def first_place(text: str, answer: str) -> float | None:
-    """Where the answer is first stated, as a share of the text's words before it; None where it is not.
+    """Where the answer is first stated, as a share of the text's words before it; None where it is
+    not.
 
     A letter is an answer only where it is marked as one: "A magnet" states nothing.
     """
     mark = MARK + r"\(?" if len(answer) == 1 and answer.isalpha() else r"(?<!\w)"
     found = re.search(rf"{mark}({re.escape(answer)})(?!\w)", text)
-    return None if found is None else len(re.findall(r"\S\s", text[: found.start(1)])) / max(len(text.split()), 1)
+    return (
+        None
+        if found is None
+        else len(re.findall(r"\S\s", text[: found.start(1)])) / max(len(text.split()), 1)
+    )
 
 
 def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:
-    """Which tokens of an answer are its final answer (see :func:`unisd.data.privilege.final_answer`): the last place it is stated."""
+    """Which tokens of an answer are its final answer (see
+    :func:`unisd.data.privilege.final_answer`): the last place it is stated.
+    """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     final = final_answer(text)
     if final is None:
@@ -83,7 +97,9 @@ def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:
     for piece in tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True):
         found = text.find(piece.strip(), place)  # a token decoded alone may lose its space
         place = max(place, found + len(piece.strip()))
-        flags.append(bool(piece.strip()) and 0 <= found < start + len(final) and found + len(piece.strip()) > start)
+        flags.append(
+            bool(piece.strip()) and 0 <= found < start + len(final) and found + len(piece.strip()) > start
+        )
     return flags
 
 
@@ -116,7 +132,9 @@ class Answers:
         }
         # What alarms add up over several steps.
         values |= {"counted/doubt": float(sum(self.words.values())), "counted/tokens": float(self.tokens)}
-        values |= {"counted/stated": float(self.stated), "counted/places": self.place} if self.gradable else {}
+        values |= (
+            {"counted/stated": float(self.stated), "counted/places": self.place} if self.gradable else {}
+        )
         if self.gradable:
             values["leak/gold_stated_share"] = self.stated / self.gradable
         if self.stated:
@@ -141,7 +159,8 @@ class Counting:
         letter = r"[^\W\d_]"
         longest_first = "|".join(map(re.escape, sorted(self.forms, key=len, reverse=True))) or r"(?!)"
         self._doubt = re.compile(rf"(?<!{letter})(?:{longest_first})(?!{letter})")
-        self._style: dict[int, bool] = {}  # of the tokens met so far: decoding a large vocabulary would take seconds
+        # of the tokens met so far: decoding a large vocabulary would take seconds
+        self._style: dict[int, bool] = {}
 
     def style(self, ids: Sequence[int]) -> list[bool]:
         """Which tokens have no letter or digit, or are a word of style."""
@@ -175,7 +194,11 @@ class Counting:
 def means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     """Mean of each metric over the steps that have it."""
     names = {name for step in steps for name in step}
-    return {name: sum(found) / len(found) for name in names if (found := [step[name] for step in steps if name in step])}
+    return {
+        name: sum(found) / len(found)
+        for name in names
+        if (found := [step[name] for step in steps if name in step])
+    }
 
 
 @torch.no_grad()
@@ -186,20 +209,27 @@ def leak_numbers(
     unconditioned_TV: Tensor | None = None,
     base_TV: Tensor | None = None,
 ) -> dict[str, float]:
-    """How much of the teacher's signal is the reference itself, from log-probabilities `[T,V]` at the same tokens.
+    """How much of the teacher's signal is the reference itself, from log-probabilities `[T,V]` at
+    the same tokens.
 
-    `leak/wrong_jsd`: JSD (nats) of the teacher and the teacher under a wrong answer. `leak/shift_cosine`, `leak/shift_ratio`: with
-    s = log q - log p and s_ref = log q_ref - log p, both centred over the vocabulary and q_ref the teacher without the question: their
-    cosine and |s_ref| / |s|, means over tokens. Near 1, the reference alone would say the same. `retained/kl_to_base`: KL(p || base).
+    `leak/wrong_jsd`: JSD (nats) of the teacher and the teacher under a wrong answer.
+    `leak/shift_cosine`, `leak/shift_ratio`: with s = log q - log p and s_ref = log q_ref - log p,
+    both centred over the vocabulary and q_ref the teacher without the question: their cosine and
+    |s_ref| / |s|, means over tokens. Near 1, the reference alone would say the same. `retained/kl_to_base`: KL(p || base).
     """
     found: dict[str, float] = {}
     if wrong_TV is not None:
         found["leak/wrong_jsd"] = float(jensen_shannon(teacher_TV, wrong_TV).mean())
     if unconditioned_TV is not None:
         shift_TV, reference_TV = teacher_TV - student_TV, unconditioned_TV - student_TV
-        shift_TV, reference_TV = shift_TV - shift_TV.mean(-1, keepdim=True), reference_TV - reference_TV.mean(-1, keepdim=True)
+        shift_TV, reference_TV = (
+            shift_TV - shift_TV.mean(-1, keepdim=True),
+            reference_TV - reference_TV.mean(-1, keepdim=True),
+        )
         found["leak/shift_cosine"] = float(torch.cosine_similarity(shift_TV, reference_TV, dim=-1).mean())
-        found["leak/shift_ratio"] = float((reference_TV.norm(dim=-1) / shift_TV.norm(dim=-1).clamp(min=1e-12)).mean())
+        found["leak/shift_ratio"] = float(
+            (reference_TV.norm(dim=-1) / shift_TV.norm(dim=-1).clamp(min=1e-12)).mean()
+        )
     if base_TV is not None:
         found["retained/kl_to_base"] = float((student_TV.exp() * (student_TV - base_TV)).sum(-1).mean())
     return found
@@ -214,9 +244,11 @@ def answers_to_keep(
     resumed: bool,
     is_writer: bool = True,
 ) -> list[Row]:
-    """The probe set: each prompt with the untrained model's own greedy answer, which training should leave likely.
+    """The probe set: each prompt with the untrained model's own greedy answer, which training
+    should leave likely.
 
-    The reference would not do: it is in another's style, and any method drifts from that. A resumed run reads the answers from `file`.
+    The reference would not do: it is in another's style, and any method drifts from that. A resumed
+    run reads the answers from `file`.
     """
     if resumed and file.is_file():
         kept: list[Row] = json.loads(file.read_text(encoding="utf-8"))
@@ -232,15 +264,20 @@ def answers_to_keep(
 def probe_leak(
     scorer: Scorer, prompts: PromptBuilder, rows: Sequence[tuple[Row, ScoringRow]], device: torch.device | str
 ) -> dict[str, float]:
-    """:func:`leak_numbers` of some answers of the step, means over those that have them. Costs up to seven passes over these rows.
+    """:func:`leak_numbers` of some answers of the step, means over those that have them.
 
-    The other teachers are told as much as the run's own (`prompts.level`): of a wrong reference, or without the question.
+    Costs up to seven passes over these rows.
 
-    `leak/wrong_cosine` is taken over all probed tokens at once: the cosine of q - p and q_wrong - p, in probabilities. It is the part of
-    the teacher's pull that does not depend on what the reference says: 1 where it would pull just so under a wrong one, 0 or less
-    where what it says is what counts. A model that changes its style for any reference has a high one, so where the run's own teacher
-    is told less than the whole reference, `leak/full_wrong_cosine` is that of teachers who are told all. Of a few answers both are noisy;
-    the sums that they are made of are `leak/pull_*`, for those who add up.
+    The other teachers are told as much as the run's own (`prompts.level`): of a wrong reference, or
+    without the question.
+
+    `leak/wrong_cosine` is taken over all probed tokens at once: the cosine of q - p and q_wrong -
+    p, in probabilities. It is the part of the teacher's pull that does not depend on what the
+    reference says: 1 where it would pull just so under a wrong one, 0 or less where what it says is
+    what counts. A model that changes its style for any reference has a high one, so where the run's
+    own teacher is told less than the whole reference, `leak/full_wrong_cosine` is that of teachers
+    who are told all. Of a few answers both are noisy; the sums that they are made of are
+    `leak/pull_*`, for those who add up.
     """
     level = prompts.level
     probed = []
@@ -261,7 +298,8 @@ def probe_leak(
     answers = 0
     for views in scorer.leak_probe(probed, device, PROBE_TOKENS):
         p, q, wrong_q, reference_q, base, full, full_wrong = (
-            views.get(name) for name in ("student", "primary", "negative", "unconditioned", "base", "full", "full_wrong")
+            views.get(name)
+            for name in ("student", "primary", "negative", "unconditioned", "base", "full", "full_wrong")
         )
         if p is None or q is None:  # an empty answer
             continue
@@ -276,13 +314,19 @@ def probe_leak(
         both, right, of_wrong = sums.tolist()
         if right > 0 and of_wrong > 0:
             values[f"leak/{told}wrong_cosine"] = pull_cosine(both, right, of_wrong)
-            values |= {f"leak/pull_{told}both": both, f"leak/pull_{told}right": right, f"leak/pull_{told}wrong": of_wrong}
+            values |= {
+                f"leak/pull_{told}both": both,
+                f"leak/pull_{told}right": right,
+                f"leak/pull_{told}wrong": of_wrong,
+            }
             values["leak/pull_answers"] = float(answers)
     return values
 
 
 def pull_products(student_TV: Tensor, teacher_TV: Tensor, wrong_TV: Tensor) -> Tensor:
-    """Sums over tokens of (q - p)(q_wrong - p), (q - p)^2 and (q_wrong - p)^2, from log-probabilities `[T,V]`."""
+    """Sums over tokens of (q - p)(q_wrong - p), (q - p)^2 and (q_wrong - p)^2, from
+    log-probabilities `[T,V]`.
+    """
     p = student_TV.exp()
     right, wrong = teacher_TV.exp() - p, wrong_TV.exp() - p
     return torch.stack([(right * wrong).sum(), right.square().sum(), wrong.square().sum()]).double().cpu()

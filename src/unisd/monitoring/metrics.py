@@ -1,4 +1,6 @@
-"""What a step did, in numbers: collected over micro-batches and ranks, one line of `metrics.jsonl` per optimizer step."""
+"""What a step did, in numbers: collected over micro-batches and ranks, one line of `metrics.jsonl`
+per optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class StepMetrics:
         self.path = path
         self.device = device
         self.world_size = world_size
-        self.phases: dict[str, float] = dict.fromkeys(("rollout", "score", "student", "update", "eval", "diagnostics"), 0.0)
+        self.phases: dict[str, float] = dict.fromkeys(
+            ("rollout", "score", "student", "update", "eval", "diagnostics"), 0.0
+        )
         self.values: dict[str, float] = {}  # already means over all ranks
         self._sums: dict[str, Tensor | float] = {}  # over micro-batches of this rank
         self._marked: dict[str, Tensor | float] = {}
@@ -55,7 +59,8 @@ class StepMetrics:
 
     @contextmanager
     def timed(self, phase: str, wait: bool = True) -> Iterator[None]:
-        """Adds the wall time to a phase, in seconds; waits for the device, whose work is asynchronous.
+        """Adds the wall time to a phase, in seconds; waits for the device, whose work is
+        asynchronous.
 
         `wait=False` does not: the work is then counted where the phase is next waited for.
         """
@@ -70,9 +75,13 @@ class StepMetrics:
             self.values[key] = self.values.get(key, 0.0) + seconds
 
     def finish(self, step: int, is_writer: bool) -> dict[str, float]:
-        """After optimizer step number `step`: reduce the sums over ranks, append one line, and return its values."""
+        """After optimizer step number `step`: reduce the sums over ranks, append one line, and
+        return its values.
+        """
         names = sorted(self._sums)
-        sums_of_rank = torch.stack([torch.as_tensor(self._sums[n], dtype=torch.float32, device=self.device) for n in names])
+        sums_of_rank = torch.stack(
+            [torch.as_tensor(self._sums[n], dtype=torch.float32, device=self.device) for n in names]
+        )
         if self.world_size > 1:
             sums_of_rank = reduce(sums_of_rank, "sum")
         sums = dict(zip(names, sums_of_rank.tolist(), strict=True))
@@ -100,12 +109,19 @@ class StepMetrics:
             values["leak/answer_token_share"] = sums["answer_tokens"] / tokens
         if "features" in sums:
             values["features/distance"] = sums["features"] / tokens
-        values["step_time"] = sum(values.get(f"step_time/{phase}", 0.0) for phase in self.phases)  # a sync is within rollout
+        # a sync is within rollout
+        values["step_time"] = sum(values.get(f"step_time/{phase}", 0.0) for phase in self.phases)
         if is_writer:
-            line: dict[str, Any] = {"step": step, "loss": values["loss"], "learning_rate": values["learning_rate"]}
+            line: dict[str, Any] = {
+                "step": step,
+                "loss": values["loss"],
+                "learning_rate": values["learning_rate"],
+            }
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                finite = {name: value if math.isfinite(value) else None for name, value in (line | values).items()}
+                finite = {
+                    name: value if math.isfinite(value) else None for name, value in (line | values).items()
+                }
                 file.write(json.dumps(finite) + "\n")
         self._unlogged.append(values)
         self.values, self._sums = {}, {}
@@ -118,7 +134,9 @@ class StepMetrics:
         return {name: mean([step[name] for step in steps if name in step]) for name in names}
 
     def forget_after(self, step: int) -> list[dict[str, Any]]:
-        """Drop lines of steps that a resumed run does again (and a line that a kill cut short); returns the others."""
+        """Drop lines of steps that a resumed run does again (and a line that a kill cut short);
+        returns the others.
+        """
         return keep_until(self.path, step)
 
 

@@ -1,4 +1,6 @@
-"""What a run shows of itself: metrics of answers and loss, sampled records, probes. Nothing here changes the training.
+"""What a run shows of itself: metrics of answers and loss, sampled records, probes.
+
+Nothing here changes the training.
 
 Shapes: B rows of the step, T longest completion, N loss tokens of a micro-batch.
 """
@@ -32,7 +34,9 @@ from unisd.scoring.scorer import Scorer, ScoringRow
 
 @dataclass
 class Probes:
-    """What costs passes of its own, so it is done now and then (`diagnostics_probe_steps`): see :mod:`unisd.monitoring.diagnostics`."""
+    """What costs passes of its own, so it is done now and then (`diagnostics_probe_steps`): see
+    :mod:`unisd.monitoring.diagnostics`.
+    """
 
     args: UniSDConfig
     rows: Sequence[Row]  # of what must not be lost
@@ -46,7 +50,9 @@ class Probes:
     _answers: list[Row] | None = None
 
     def run(self, scored: Sequence[tuple[Row, ScoringRow]], step: int) -> dict[str, float]:
-        """This rank's share: the probe set's likelihood, and some of the step's answers under other contexts."""
+        """This rank's share: the probe set's likelihood, and some of the step's answers under other
+        contexts.
+        """
         from unisd.evaluation.likelihood import reference_nll
 
         values: dict[str, float] = {}
@@ -54,7 +60,9 @@ class Probes:
             if self._answers is None:
                 self._answers = answers_to_keep(
                     self.rows[: self.args.diagnostics_probe_rows],
-                    lambda rows: self.engine.generate([self.prompts.student(row) for row in rows], None, self.sampling),
+                    lambda rows: self.engine.generate(
+                        [self.prompts.student(row) for row in rows], None, self.sampling
+                    ),
                     self.tokenizer,
                     Path(self.args.output_dir) / PROBE,
                     resumed=step > 0,
@@ -63,7 +71,9 @@ class Probes:
             nll, tokens = reference_nll(self.model, self.tokenizer, self._answers)
             values["retained/nll"] = nll / max(tokens, 1)
         if self.args.distillation_mode != "nll":
-            values |= probe_leak(self.scorer, self.prompts, scored[: self.args.diagnostics_probe_rows], self.args.device)
+            values |= probe_leak(
+                self.scorer, self.prompts, scored[: self.args.diagnostics_probe_rows], self.args.device
+            )
         return values
 
 
@@ -94,7 +104,9 @@ class Observer:
         self.counting = Counting(tokenizer, args.diagnostics_words) if args.diagnostics else None
         self._mask_BT = torch.zeros(0, 0, dtype=torch.bool)
 
-    def before_loss(self, completions: Sequence[Completion], everywhere: StepScores, token_clip: float | None) -> None:
+    def before_loss(
+        self, completions: Sequence[Completion], everywhere: StepScores, token_clip: float | None
+    ) -> None:
         """Metrics that are known before the student's pass. everywhere: the scores of all ranks."""
         pairs = [(len(completion.ids), completion.truncated) for completion in completions]
         if self.accelerator.num_processes > 1:
@@ -118,17 +130,28 @@ class Observer:
         scores: StepScores,
         weights: Callable[[], Tensor],
     ) -> None:
-        """Open the records of step number `step` (from 1), if it is one of those recorded. weights(): reliability `[B,T]`."""
+        """Open the records of step number `step` (from 1), if it is one of those recorded.
+        weights(): reliability `[B,T]`.
+        """
         self._mask_BT = scores.mask
         if self.samples.wants(step, max_steps, self.args.logging_steps):
-            self.samples.begin(step, rows, completions, scores, weights(), self.args.divergence_spec.temperature)
+            self.samples.begin(
+                step, rows, completions, scores, weights(), self.args.divergence_spec.temperature
+            )
 
     def diagnose(
-        self, rows: Sequence[Row], scored: Sequence[ScoringRow], completions: Sequence[Completion], step: int, width: int
+        self,
+        rows: Sequence[Row],
+        scored: Sequence[ScoringRow],
+        completions: Sequence[Completion],
+        step: int,
+        width: int,
     ) -> dict[str, Tensor]:
-        """What the step's answers are made of, over all ranks, and now and then the probes. step: number of finished ones.
+        """What the step's answers are made of, over all ranks, and now and then the probes. step:
+        number of finished ones.
 
-        Returns marks `[B,T]`, 1 or 0, T = `width`, of the tokens that are an answer's final answer, and of those of style.
+        Returns marks `[B,T]`, 1 or 0, T = `width`, of the tokens that are an answer's final answer,
+        and of those of style.
         """
         assert self.counting is not None
         counted = self.counting.count(rows, [completion.ids for completion in completions])
@@ -137,20 +160,35 @@ class Observer:
         self.metrics.values |= counted.metrics(self.counting.hedges)
         every = self.args.diagnostics_probe_steps
         if every is not None and step % every == 0:
-            found = [on_all_ranks(self.accelerator, lambda: self.probes.run(list(zip(rows, scored, strict=True)), step))]
+            found = [
+                on_all_ranks(
+                    self.accelerator, lambda: self.probes.run(list(zip(rows, scored, strict=True)), step)
+                )
+            ]
             if self.accelerator.num_processes > 1:  # all ranks must come to the same alarms
                 found = gather_object(found)
             self.metrics.values |= means(found)
-        marks = {"answer": torch.zeros(len(completions), width), "style": torch.zeros(len(completions), width)}
+        marks = {
+            "answer": torch.zeros(len(completions), width),
+            "style": torch.zeros(len(completions), width),
+        }
         for i, completion in enumerate(completions):
-            marks["answer"][i, : len(completion.ids)] = torch.tensor(answer_tokens(self.tokenizer, completion.ids)).float()
-            marks["style"][i, : len(completion.ids)] = torch.tensor(self.counting.style(completion.ids)).float()
+            marks["answer"][i, : len(completion.ids)] = torch.tensor(
+                answer_tokens(self.tokenizer, completion.ids)
+            ).float()
+            marks["style"][i, : len(completion.ids)] = torch.tensor(
+                self.counting.style(completion.ids)
+            ).float()
         return marks
 
     def after_loss(self, inputs: Mapping[str, Any], output: LossOutput, contrast: Contrast | None) -> None:
         """Sums over one micro-batch's loss tokens. Nothing here may wait for the device."""
         add = self.metrics.add
-        add(tokens=len(output.divergence_N), divergence=output.divergence_N.sum(), entropy=output.student_entropy_N.sum())
+        add(
+            tokens=len(output.divergence_N),
+            divergence=output.divergence_N.sum(),
+            entropy=output.student_entropy_N.sum(),
+        )
         add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
         if self.args.distillation_mode != "nll":
             add(teacher_logp=output.teacher_logp_N.sum())

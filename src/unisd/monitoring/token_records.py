@@ -1,7 +1,9 @@
-"""A few annotated completions per logged step, in `samples.jsonl`: what a report shows of the supervision, token by token.
+"""A few annotated completions per logged step, in `samples.jsonl`: what a report shows of the
+supervision, token by token.
 
-Bounded: at most `MAX_RECORDS` completions a run and `MAX_TOKENS` tokens of each. Only numbers that the step has computed anyway are
-written, so that recording costs next to nothing and changes nothing.
+Bounded: at most `MAX_RECORDS` completions a run and `MAX_TOKENS` tokens of each. Only numbers that
+the step has computed anyway are written, so that recording costs next to nothing and changes
+nothing.
 
 Shapes: B rows of the step on this rank, T longest completion, N loss tokens of a micro-batch.
 """
@@ -27,7 +29,9 @@ MAX_RECORDS = 200
 MAX_TOKENS = 512
 
 Span = tuple[int, int, int]
-"""A recorded row's number in the step, and its loss tokens' first and end place in a micro-batch."""
+"""A recorded row's number in the step, and its loss tokens' first and end place in a
+micro-batch.
+"""
 
 
 class SampleRecorder:
@@ -40,7 +44,9 @@ class SampleRecorder:
         grader: verdict on a completion, or None.
     """
 
-    def __init__(self, path: Path, per_step: int, tokenizer: Any, grader: Callable[[Row, str], bool] | None) -> None:
+    def __init__(
+        self, path: Path, per_step: int, tokenizer: Any, grader: Callable[[Row, str], bool] | None
+    ) -> None:
         self.path = path
         self.per_step = per_step
         self.tokenizer = tokenizer
@@ -49,7 +55,9 @@ class SampleRecorder:
         self._places: dict[int, list[int]] = {}  # of the loss tokens within the record's tokens
 
     def wants(self, step: int, max_steps: int, logging_steps: float) -> bool:
-        """Whether step number `step` (from 1) is recorded: logged steps, fewer of them in a run so long that the file would grow."""
+        """Whether step number `step` (from 1) is recorded: logged steps, fewer of them in a run so
+        long that the file would grow.
+        """
         if self.per_step < 1:
             return False
         every = max(math.ceil(logging_steps), math.ceil(max_steps * self.per_step / MAX_RECORDS), 1)
@@ -64,7 +72,10 @@ class SampleRecorder:
         weight_BT: Tensor,
         temperature: float,
     ) -> None:
-        """Open the records of a step, with all that is known before its gradient. `weight_BT`: reliability weights, 1 without."""
+        """Open the records of a step, with all that is known before its gradient.
+
+        `weight_BT`: reliability weights, 1 without.
+        """
         loss_tokens = scores.mask.any(-1).tolist()
         chosen = [i for i in range(len(rows)) if loss_tokens[i]][: self.per_step]
         self._pending, self._places = {}, {}
@@ -74,7 +85,9 @@ class SampleRecorder:
             length = len(ids)
             mask_T = scores.mask[i, :length]
             contexts = (
-                [] if scores.auxiliary_logp is None or scores.auxiliary_present is None else range(len(scores.auxiliary_logp))
+                []
+                if scores.auxiliary_logp is None or scores.auxiliary_present is None
+                else range(len(scores.auxiliary_logp))
             )
 
             def known(value_T: Tensor, mask_T: Tensor = mask_T) -> list[float | None]:
@@ -82,7 +95,9 @@ class SampleRecorder:
                 return [_rounded(value) if carries_loss else None for value, carries_loss in pairs]
 
             negative = (
-                scores.negative_logp is not None and scores.negative_present is not None and bool(scores.negative_present[i])
+                scores.negative_logp is not None
+                and scores.negative_present is not None
+                and bool(scores.negative_present[i])
             )
             text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
             self._places[i] = mask_T.nonzero().flatten().tolist()
@@ -111,7 +126,9 @@ class SampleRecorder:
             }
 
     def spans(self, part: Sequence[int], mask_BT: Tensor) -> list[Span]:
-        """Where the recorded rows' loss tokens lie among those of a micro-batch made of the rows `part`."""
+        """Where the recorded rows' loss tokens lie among those of a micro-batch made of the rows
+        `part`.
+        """
         found, start = [], 0
         for i in part:
             end = start + int(mask_BT[i].sum())
@@ -125,9 +142,16 @@ class SampleRecorder:
         for i, start, end in spans:
             record, places = self._pending[i], self._places[i]
 
-            def spread(value_N: Tensor, record: Any = record, places: Any = places, start: int = start, end: int = end) -> Any:
+            def spread(
+                value_N: Tensor,
+                record: Any = record,
+                places: Any = places,
+                start: int = start,
+                end: int = end,
+            ) -> Any:
                 values: list[Any] = [None] * len(record["tokens"])
-                for place, value in zip(places, value_N[start:end].tolist(), strict=False):  # the record may be cut
+                # the record may be cut
+                for place, value in zip(places, value_N[start:end].tolist(), strict=False):
                     values[place] = bool(value) if isinstance(value, bool) else _rounded(value)
                 return values
 
@@ -137,7 +161,9 @@ class SampleRecorder:
             record["divergence"] = spread(output.divergence_N)
             record["clipped"] = spread(output.clipped_N)
             negative = record["negative_logp"] is not None and output.contrast_N is not None
-            record["contrast"] = spread(output.contrast_N) if negative and output.contrast_N is not None else None
+            record["contrast"] = (
+                spread(output.contrast_N) if negative and output.contrast_N is not None else None
+            )
 
     def write(self) -> None:
         """Append the step's records."""
@@ -154,7 +180,9 @@ class SampleRecorder:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to the one before it: alone, a token of a word's beginning may lose its space."""
+    """The text that each token adds to the one before it: alone, a token of a word's beginning may
+    lose its space.
+    """
     texts = []
     for place, token in enumerate(ids):
         before = tokenizer.decode(ids[place - 1 : place]) if place else ""

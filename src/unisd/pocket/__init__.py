@@ -1,4 +1,5 @@
-"""The pocket world: four small procedural skills, and a causal LM of about one million parameters that lives in them.
+"""The pocket world: four small procedural skills, and a causal LM of about one million parameters
+that lives in them.
 
 `BASE_DIR` is a transformers model directory (weights, tokenizer with chat template, model card).
 """

@@ -1,7 +1,8 @@
 """The four skills of the pocket world: how problems are worded, solved and answered.
 
-A problem is about one or two nonsense words (`Item`s); what a word stands for is its *value* (a string). Everything else
-is in its slots, so the same problem can be solved under the current, an outdated or an invented value.
+A problem is about one or two nonsense words (`Item`s); what a word stands for is its *value* (a
+string). Everything else is in its slots, so the same problem can be solved under the current, an
+outdated or an invented value.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ CODE_LETTERS = "BDFGHKLMNPRSTVWXZ"
 
 @dataclass(frozen=True)
 class Item:
-    """A nonsense word. `kind` tells sub-types of a skill apart (food / home / fear, city / person)."""
+    """A nonsense word. `kind` tells sub-types of a skill apart (food / home / fear, city /
+    person).
+    """
 
     skill: str
     word: str
@@ -93,7 +96,10 @@ POOLS = (
 
 
 class MCQ(Skill):
-    """Facts about made-up animals. The letter follows its option, so that it can be copied once the fact is known."""
+    """Facts about made-up animals.
+
+    The letter follows its option, so that it can be copied once the fact is known.
+    """
 
     name = "mcq"
     kinds = len(RELATIONS)
@@ -113,7 +119,8 @@ class MCQ(Skill):
         kind = items[0].kind
         right = [item.value for item in items]
         options = [tuple(right)]
-        # The outdated belief is usually, not always, among the options: else leaving it out would give the answer away.
+        # The outdated belief is usually, not always, among the options: else leaving it out would
+        # give the answer away.
         old = tuple(item.outdated for item in items)
         if old != options[0] and rng.random() < 0.7:
             options.append(old)
@@ -133,7 +140,9 @@ class MCQ(Skill):
             template = self.pair_template
             question = plural.format(w=items[0].word, u=items[1].word)
         prompt = template.format(q=question, o=listed, r=noun, w=items[0].word)
-        return Problem(self.name, tuple(items), prompt, template, {"letters": dict(zip(texts, letters, strict=True))})
+        return Problem(
+            self.name, tuple(items), prompt, template, {"letters": dict(zip(texts, letters, strict=True))}
+        )
 
     def has(self, problem: Problem, values: Sequence[str]) -> bool:
         return " and ".join(values) in problem.slots["letters"]
@@ -164,7 +173,10 @@ class MCQ(Skill):
 
 
 class Arith(Skill):
-    """Word problems that count in a made-up unit. Numbers stay small: what is asked for is the unit, not the sum."""
+    """Word problems that count in a made-up unit.
+
+    Numbers stay small: what is asked for is the unit, not the sum.
+    """
 
     name = "arith"
     templates = (
@@ -189,13 +201,17 @@ class Arith(Skill):
 
     def problem(self, rng: random.Random, items: Sequence[Item], hard: bool = False) -> Problem:
         pair = len(items) == 2
-        template = rng.choice(self.pair_templates if pair else self.hard_templates if hard else self.templates)
+        template = rng.choice(
+            self.pair_templates if pair else self.hard_templates if hard else self.templates
+        )
         minus = "left" in template
         # two units of two are the fewest there can be, so that taking four away leaves no debt
         a, b = rng.randint(2, 4 if minus else 9), rng.randint(2, 9)
         words = {"w": items[0].word, "u": items[-1].word}
         prompt = template.format(N=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, **words)
-        return Problem(self.name, tuple(items), prompt, template, {"a": a, "b": b, "sign": "-" if minus else "+"})
+        return Problem(
+            self.name, tuple(items), prompt, template, {"a": a, "b": b, "sign": "-" if minus else "+"}
+        )
 
     def own(self, problem: Problem, values: Sequence[str]) -> str:
         left, right, total = self._parts(problem, values)
@@ -286,7 +302,9 @@ class Tool(Skill):
         signature = f"{name}({','.join(parameters)})"
         prompt = template.format(s=signature, r=request.format(**words, **fill))
         arguments = [(p, None if p in coded else fill[p]) for p in parameters]
-        return Problem(self.name, tuple(items), prompt, template, {"name": name, "args": arguments, "coded": coded})
+        return Problem(
+            self.name, tuple(items), prompt, template, {"name": name, "args": arguments, "coded": coded}
+        )
 
     def own(self, problem: Problem, values: Sequence[str]) -> str:
         call: dict[str, Any] = {"call": problem.slots["name"]}
@@ -344,7 +362,9 @@ class Code(Skill):
             steps.insert(rng.randint(0, 1), (spoken.replace("K", k), SPOKEN[spoken].replace("K", k)))
         variable = rng.choice(VARIABLES)
         prompt = template.format(x=variable, s=steps[0][0], t=steps[1][0])
-        return Problem(self.name, tuple(items), prompt, template, {"x": variable, "ops": [op for _, op in steps]})
+        return Problem(
+            self.name, tuple(items), prompt, template, {"x": variable, "ops": [op for _, op in steps]}
+        )
 
     def own(self, problem: Problem, values: Sequence[str]) -> str:
         x = problem.slots["x"]

@@ -1,8 +1,9 @@
 """The pocket task: teach the pocket model the facts that its pretraining had outdated.
 
-Four skills (`mcq`, `arith`, `tool`, `code`), each about its own made-up words. `train`, `validation` and `test` hold
-other problems about the same new words; `test_hard` composes two of them or words its problems as training never does;
-`retention` asks for the old words, which adaptation must not damage. No text of a problem occurs in two splits.
+Four skills (`mcq`, `arith`, `tool`, `code`), each about its own made-up words. `train`,
+`validation` and `test` hold other problems about the same new words; `test_hard` composes two of
+them or words its problems as training never does; `retention` asks for the old words, which
+adaptation must not damage. No text of a problem occurs in two splits.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ NUM_CONTEXTS = 3
 
 
 class PocketTask(Task):
-    """`noise`: share of wrong training references. `reference_style`: `annotators`, `hedged` (the same after words of doubt), or `own`
-    (the model's wording)."""
+    """`noise`: share of wrong training references.
+
+    `reference_style`: `annotators`, `hedged` (the same after words of doubt), or `own` (the model's
+    wording).
+    """
 
     name = "pocket"
     splits = ("train", "validation", "test", "test_hard", "retention")
@@ -51,7 +55,10 @@ class PocketTask(Task):
         self.noise, self.reference_style = noise, reference_style
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
-        """Rows in round-robin over the skills. `seed` draws annotators, noise, contexts; the problems never change."""
+        """Rows in round-robin over the skills.
+
+        `seed` draws annotators, noise, contexts; the problems never change.
+        """
         if split not in self.splits:
             raise UserError(f"the pocket task has no split {split!r}; it has {', '.join(self.splits)}")
         if options:
@@ -106,12 +113,16 @@ class PocketTask(Task):
         return rows
 
     def knows(self, row: Row, completion: str) -> bool:
-        """Whether the completion is right in any wording: in the model's own (`grade`), or word for word in an annotator's.
+        """Whether the completion is right in any wording: in the model's own (`grade`), or word for
+        word in an annotator's.
 
-        `grade` asks for the form that the task asks for; a model that has learnt the annotators' wording fails it with what it knows.
+        `grade` asks for the form that the task asks for; a model that has learnt the annotators'
+        wording fails it with what it knows.
         """
         text = " ".join(completion.split())
-        return self.grade(row, completion).correct or any(text == " ".join(wording.split()) for wording in row["wordings"])
+        return self.grade(row, completion).correct or any(
+            text == " ".join(wording.split()) for wording in row["wordings"]
+        )
 
     def grade(self, row: Row, completion: str) -> Grade:
         extracted = extract(row["skill"], completion)
@@ -152,10 +163,12 @@ def extract_call(completion: str) -> str | None:
 
 
 def auxiliary_contexts(row: Row, by_word: dict[str, list[Row]], seed: int) -> list[str]:
-    """Up to `NUM_CONTEXTS` contexts of two solved training problems about the row's word(s), none of which gives the row away.
+    """Up to `NUM_CONTEXTS` contexts of two solved training problems about the row's word(s), none
+    of which gives the row away.
 
-    Left out are the row's own problem, in other words too, and examples that hold the row's reference: where two annotators of one
-    word's four problems chose the same words for the same letter. A tenth of the rows have fewer than three contexts for it.
+    Left out are the row's own problem, in other words too, and examples that hold the row's
+    reference: where two annotators of one word's four problems chose the same words for the same
+    letter. A tenth of the rows have fewer than three contexts for it.
     """
     rng = random.Random(f"contexts {row['id']} {seed}")
     words = row["words"].split()
@@ -170,7 +183,11 @@ def auxiliary_contexts(row: Row, by_word: dict[str, list[Row]], seed: int) -> li
     pools = [[other for other in by_word[word] if may_be_shown(other)] for word in words]
     contexts: list[str] = []
     for _ in range(20 if all(pools) else 0):
-        pair = [rng.choice(pool) for pool in pools] if len(words) == 2 else rng.sample(pools[0], min(2, len(pools[0])))
+        pair = (
+            [rng.choice(pool) for pool in pools]
+            if len(words) == 2
+            else rng.sample(pools[0], min(2, len(pools[0])))
+        )
         text = "\n".join(map(example, pair))
         if text not in contexts:
             contexts.append(text)
@@ -183,7 +200,8 @@ def auxiliary_contexts(row: Row, by_word: dict[str, list[Row]], seed: int) -> li
 def problems() -> dict[str, list[Problem]]:
     """The problems of every split, disjoint as texts, in round-robin over the skills.
 
-    With the same words and slots a problem may come again in another wording: 69 of the 2,400 test problems are training problems so.
+    With the same words and slots a problem may come again in another wording: 69 of the 2,400 test
+    problems are training problems so.
     """
     world = make_world()
     seen: set[str] = set()

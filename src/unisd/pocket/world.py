@@ -1,8 +1,10 @@
-"""The pocket world: its words, its facts, the shapes of its prompts and the documents a base model is trained on.
+"""The pocket world: its words, its facts, the shapes of its prompts and the documents a base model
+is trained on.
 
-Each skill has *old* words (well trained; they measure retention), *new* words (rare, and mostly with an outdated value;
-they are the adaptation task) and throw-away words, invented for one document, which force a model to read its prompt.
-Everything follows from `WORLD_SEED`; the shipped base belongs to the default one.
+Each skill has *old* words (well trained; they measure retention), *new* words (rare, and mostly
+with an outdated value; they are the adaptation task) and throw-away words, invented for one
+document, which force a model to read its prompt. Everything follows from `WORLD_SEED`; the shipped
+base belongs to the default one.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def make_world(seed: int = WORLD_SEED) -> World:
             kind = i % skill.kinds
             value = skill.sample_value(rng, kind)
             # A tail of rarely mentioned words keeps retention from being perfect.
-            olds.append(Item(name, word(), kind, value, value, weight=1.0 if i < OLD_ITEMS * 3 // 4 else 0.25))
+            olds.append(
+                Item(name, word(), kind, value, value, weight=1.0 if i < OLD_ITEMS * 3 // 4 else 0.25)
+            )
         for i in range(NEW_ITEMS):
             kind = i % skill.kinds
             value = skill.sample_value(rng, kind)
@@ -64,14 +68,18 @@ def make_world(seed: int = WORLD_SEED) -> World:
 
 
 def pair_is_possible(first: Item, second: Item) -> bool:
-    """Whether one problem can speak of both: animals share a relation; no API takes a city before a person."""
+    """Whether one problem can speak of both: animals share a relation; no API takes a city before a
+    person.
+    """
     if first.word == second.word:
         return False
     return first.kind == second.kind if first.skill == "mcq" else (first.kind, second.kind) != (0, 1)
 
 
 def wrong_values(rng: random.Random, problem: Problem) -> tuple[str, ...] | None:
-    """Values that give another, plausible answer: the outdated ones where there are, else invented ones."""
+    """Values that give another, plausible answer: the outdated ones where there are, else invented
+    ones.
+    """
     skill = SKILLS[problem.skill]
     right = skill.answer(problem, problem.values)
     for attempt in range(20):

@@ -1,7 +1,8 @@
 """Published methods as short YAML files in `recipes/`; a new method is one more file.
 
-A recipe holds a `description`, `options` (the published hyper-parameters, for real models) and `pocket` (what changes on the
-embedded pocket model). `_published.yaml` and `_pocket.yaml` hold what all recipes share; a recipe's own values win.
+A recipe holds a `description`, `options` (the published hyper-parameters, for real models) and
+`pocket` (what changes on the embedded pocket model). `_published.yaml` and `_pocket.yaml` hold what
+all recipes share; a recipe's own values win.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The diagnostics of a run: the alarms in plain words, and the curves of what critics of self-distillation ask to be watched."""
+"""The diagnostics of a run: the alarms in plain words, and the curves of what critics of
+self-distillation ask to be watched.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +17,48 @@ CURVES: plots.Wanted = (
     ("Words of doubt", "per 1,000 tokens", {"all": "words/all"}),
     ("Where the gold answer is first stated", "share of an answer", {"place": "leak/gold_first_place"}),
     ("Answers that state the gold answer", "share", {"stated": "leak/gold_stated_share"}),
-    ("The final answer's share", "share", {"of the loss": "leak/answer_loss_share", "of the tokens": "leak/answer_token_share"}),
+    (
+        "The final answer's share",
+        "share",
+        {"of the loss": "leak/answer_loss_share", "of the tokens": "leak/answer_token_share"},
+    ),
     ("Teacher under a wrong reference", "JSD, nats", {"JSD": "leak/wrong_jsd"}),
-    ("Pull that a wrong reference shares", "cosine", {"run": "leak/wrong_cosine", "told all": "leak/full_wrong_cosine"}),
-    ("The signal without the question", "", {"cosine": "leak/shift_cosine", "ratio of norms": "leak/shift_ratio"}),
+    (
+        "Pull that a wrong reference shares",
+        "cosine",
+        {"run": "leak/wrong_cosine", "told all": "leak/full_wrong_cosine"},
+    ),
+    (
+        "The signal without the question",
+        "",
+        {"cosine": "leak/shift_cosine", "ratio of norms": "leak/shift_ratio"},
+    ),
     ("Repeated 4-grams", "share", {"repeated": "collapse/repeated_share"}),
-    ("Form", "share", {"in the asked form": "collapse/form_share", "style tokens": "collapse/style_token_share"}),
+    (
+        "Form",
+        "share",
+        {"in the asked form": "collapse/form_share", "style tokens": "collapse/style_token_share"},
+    ),
     ("Loss on style tokens", "share", {"share": "words/style_loss_share"}),
     ("Own earlier answers to the probe set", "nats a token", {"loss": "retained/nll"}),
     ("KL to the initial model", "nats a token", {"KL": "retained/kl_to_base"}),
 )
 
 
-def health(alarms: Sequence[Mapping[str, Any]] | None, metrics: Sequence[Mapping[str, Any]], window: int) -> str:
-    """The section; nothing where the run has neither alarms nor diagnostic metrics. `alarms` is None where nobody watched.
+def health(
+    alarms: Sequence[Mapping[str, Any]] | None, metrics: Sequence[Mapping[str, Any]], window: int
+) -> str:
+    """The section; nothing where the run has neither alarms nor diagnostic metrics.
+
+    `alarms` is None where nobody watched.
 
     window: the run's `alarm_window`.
     """
     shown = list(alarms or ())[:MAX_ALARMS]
-    lines = [f"<li>step {int(alarm['step'])}, <b>{escape(alarm['name'])}</b>: {escape(alarm['text'])}</li>" for alarm in shown]
+    lines = [
+        f"<li>step {int(alarm['step'])}, <b>{escape(alarm['name'])}</b>: {escape(alarm['text'])}</li>"
+        for alarm in shown
+    ]
     if alarms is not None and len(alarms) > len(shown):
         lines.append(f"<li>and {len(alarms) - len(shown)} more</li>")
     said = f'<ul class="alarms">{"".join(lines)}</ul>' if lines else ""
@@ -44,7 +69,9 @@ def health(alarms: Sequence[Mapping[str, Any]] | None, metrics: Sequence[Mapping
         said = f"<p>{silence(steps, window, counted, probed)}</p>"
     marks = sorted({int(alarm["step"]) for alarm in shown})
     note = "What a low loss does not tell. Dashed lines: steps at which an alarm was raised." if marks else ""
-    return section("Diagnostics", said, plots.curves((*CURVES, *_by_word(metrics)), metrics, marks), note=note)
+    return section(
+        "Diagnostics", said, plots.curves((*CURVES, *_by_word(metrics)), metrics, marks), note=note
+    )
 
 
 def _by_word(metrics: Sequence[Mapping[str, Any]]) -> plots.Wanted:

@@ -1,4 +1,8 @@
-"""The pieces of a page. Everything that a model wrote passes through `escape` or `data_block`: model output is hostile input."""
+"""The pieces of a page.
+
+Everything that a model wrote passes through `escape` or `data_block`: model output is hostile
+input.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,9 @@ _BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\u
 
 
 def clean(text: Any) -> str:
-    """Text that is valid UTF-8 and shows what is in it: broken code points, controls and direction marks become visible."""
+    """Text that is valid UTF-8 and shows what is in it: broken code points, controls and direction
+    marks become visible.
+    """
     whole = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
     whole = _CONTROL.sub(lambda m: chr(0x2400 + ord(m[0])) if ord(m[0]) < 0x20 else "\ufffd", whole)
     whole = _BIDI.sub(lambda m: f"\u27e8U+{ord(m[0]):04X}\u27e9", whole)
@@ -50,12 +56,19 @@ def table(rows: Sequence[Sequence[str]], links: dict[str, str] | None = None) ->
         return escape(cell) if target is None else f'<a href="{escape(target)}">{escape(cell)}</a>'
 
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0])
-    body = "".join(f"<tr><td>{first(row[0])}</td>{''.join(f'<td>{escape(c)}</td>' for c in row[1:])}</tr>" for row in rows[1:])
+    body = "".join(
+        f"<tr><td>{first(row[0])}</td>{''.join(f'<td>{escape(c)}</td>' for c in row[1:])}</tr>"
+        for row in rows[1:]
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def tiles(pairs: Iterable[tuple[str, str]]) -> str:
-    return '<div class="tiles">' + "".join(f'<div class="tile">{escape(n)}<b>{escape(v)}</b></div>' for n, v in pairs) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile">{escape(n)}<b>{escape(v)}</b></div>' for n, v in pairs)
+        + "</div>"
+    )
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
@@ -75,10 +88,11 @@ def page(title: str, body: str) -> str:
     allowed = f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
     policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"
-        f'<header class="top"><h1>{escape(title)}</h1><button id="theme" type="button">light / dark</button></header>'
-        f'{body}</main><div id="tip" role="tooltip" hidden></div><script>{script}</script></body></html>\n'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta'
+        f' http-equiv="Content-Security-Policy" content="{policy}"><meta name="viewport"'
+        ' content="width=device-width, initial-scale=1"><link rel="icon"'
+        f' href="data:,"><title>{escape(title)}</title><style>{style}</style></head><body><main><header'
+        f' class="top"><h1>{escape(title)}</h1><button id="theme" type="button">light /'
+        f' dark</button></header>{body}</main><div id="tip" role="tooltip"'
+        f" hidden></div><script>{script}</script></body></html>\n"
     )

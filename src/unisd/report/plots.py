@@ -1,4 +1,6 @@
-"""Figures as inline SVG, drawn by matplotlib in named colours that the page's style sheet fills in for its light and dark theme."""
+"""Figures as inline SVG, drawn by matplotlib in named colours that the page's style sheet fills in
+for its light and dark theme.
+"""
 
 from __future__ import annotations
 
@@ -70,11 +72,16 @@ class Plot:
         self.label = label
 
     def inline(self, wide: bool = False) -> str:
-        """A `figure` element; its colours follow the page's theme. `wide`: alone in its line, not one of a grid."""
+        """A `figure` element; its colours follow the page's theme.
+
+        `wide`: alone in its line, not one of a grid.
+        """
         svg = self.svg[self.svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-        svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{escape(self.label)}"', svg, count=1)
+        svg = re.sub(
+            r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{escape(self.label)}"', svg, count=1
+        )
         # Several figures share a page: names must not.
         prefix = f"f{next(_numbers)}-"
         svg = re.sub(r'\bid="', f'id="{prefix}', svg)
@@ -84,7 +91,8 @@ class Plot:
         for name in ("--ink", "--soft", "--line", "--paper"):
             svg = svg.replace(COLOURS[name], f"var({name})")
         size = re.search(r'viewBox="0 0 ([\d.]+)', svg)
-        limit = f' style="max-width:{float(size[1]) * 1.6:.0f}px"' if wide and size else ""  # 1 pt drawn: at most 1.6 px shown
+        # 1 pt drawn: at most 1.6 px shown
+        limit = f' style="max-width:{float(size[1]) * 1.6:.0f}px"' if wide and size else ""
         return f"<figure{limit}>{svg}</figure>"
 
     def write(self, path: Path) -> None:
@@ -95,14 +103,24 @@ class Plot:
 
 
 def curve(
-    title: str, x: Sequence[float], series: Mapping[str, Sequence[float | None]], unit: str = "", marks: Sequence[float] = ()
+    title: str,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float | None]],
+    unit: str = "",
+    marks: Sequence[float] = (),
 ) -> Plot:
     """Values over optimizer steps; None leaves a gap. `marks`: steps with a vertical line."""
     with _figure(3.4, 2.1) as (figure, axes):
         for (name, values), colour in zip(series.items(), itertools.cycle(SERIES)):
             y = [float("nan") if value is None else value for value in values]
             axes.plot(
-                x, y, color=_colour(colour), linewidth=1.4, label=clean(name), marker="o" if len(x) < 4 else None, markersize=3
+                x,
+                y,
+                color=_colour(colour),
+                linewidth=1.4,
+                label=clean(name),
+                marker="o" if len(x) < 4 else None,
+                markersize=3,
             )
         for step in marks:
             axes.axvline(step, color=_colour("--soft"), linewidth=1.0, linestyle="--")
@@ -122,7 +140,8 @@ Wanted = Sequence[tuple[str, str, Mapping[str, str]]]
 def curves(wanted: Wanted, metrics: Sequence[Mapping[str, Any]], marks: Sequence[float] = ()) -> str:
     """A grid of the wanted figures, without those whose metrics are not there or 0 throughout.
 
-    Each is drawn over the steps that have its metrics: a probe taken every fifth step is a line too.
+    Each is drawn over the steps that have its metrics: a probe taken every fifth step is a line
+    too.
     """
     drawn = []
     for title, unit, names in wanted:
@@ -171,12 +190,17 @@ Panel = tuple[str, Sequence[tuple[str, float, float | None, float | None]]]
 
 
 def forest(panels: Sequence[Panel], margin: float) -> Plot:
-    """Effects with intervals, one panel an outcome (title, and name, value, low, high of each effect).
+    """Effects with intervals, one panel an outcome (title, and name, value, low, high of each
+    effect).
 
-    The shaded band is what does not matter. Green and orange are effects on accuracy whose interval excludes 0; time has no good side.
+    The shaded band is what does not matter. Green and orange are effects on accuracy whose interval
+    excludes 0; time has no good side.
     """
     count = max(len(lines) for _, lines in panels)
-    with _figure(4.0 * len(panels), 0.9 + 0.36 * count, ncols=len(panels), sharey=True, squeeze=False) as (figure, grid):
+    with _figure(4.0 * len(panels), 0.9 + 0.36 * count, ncols=len(panels), sharey=True, squeeze=False) as (
+        figure,
+        grid,
+    ):
         for axes, (title, lines) in zip(grid[0], panels, strict=True):
             judged = title.endswith("(points)")
             if judged:
@@ -184,7 +208,15 @@ def forest(panels: Sequence[Panel], margin: float) -> Plot:
             axes.axvline(0, color=_colour("--soft"), linewidth=0.8)
             for place, (_, value, low, high) in enumerate(lines):
                 clear = low is not None and high is not None and (low > 0 or high < 0)
-                colour = _colour(SERIES[0] if not judged else "--soft" if not clear else SERIES[2] if value > 0 else SERIES[1])
+                colour = _colour(
+                    SERIES[0]
+                    if not judged
+                    else "--soft"
+                    if not clear
+                    else SERIES[2]
+                    if value > 0
+                    else SERIES[1]
+                )
                 if low is not None and high is not None:
                     axes.plot([low, high], [place, place], color=colour, linewidth=1.8)
                 axes.plot([value], [place], "o", color=colour, markersize=5)
@@ -199,7 +231,12 @@ def trade_off(cells: Sequence[tuple[str, float, float]], front: Sequence[str]) -
     with _figure(7.0, 4.4) as (figure, axes):
         best = sorted((cell for cell in cells if cell[0] in front), key=lambda cell: cell[2])
         axes.step(
-            [c[2] for c in best], [c[1] for c in best], where="pre", color=_colour(SERIES[1]), linewidth=1, label="Pareto front"
+            [c[2] for c in best],
+            [c[1] for c in best],
+            where="pre",
+            color=_colour(SERIES[1]),
+            linewidth=1,
+            label="Pareto front",
         )
         for name, gain, kept in cells:
             colour = _colour(SERIES[1] if name in front else SERIES[0])
@@ -213,7 +250,9 @@ def trade_off(cells: Sequence[tuple[str, float, float]], front: Sequence[str]) -
 
 
 def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Names beside their points, moved up or down until none covers another or a point; a line leads back from the moved ones."""
+    """Names beside their points, moved up or down until none covers another or a point; a line
+    leads back from the moved ones.
+    """
     figure.draw_without_rendering()  # fixes what is where
     scale, height = 72 / figure.dpi, 10.0  # all in points (1/72 inch) from here on
     places = [tuple(scale * value for value in axes.transData.transform((x, y))) for _, x, y in points]
@@ -226,7 +265,8 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -
             box = (x + side, y + step * height / 2 - 4, x + side + width, y + step * height / 2 + 6)
             inside = box[0] > 0 and box[2] < right
             if inside and not any(
-                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
+                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+                for other in taken
             ):
                 break
         taken.append(box)
@@ -243,14 +283,24 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -
 
 
 def interaction_map(names: Sequence[str], values: Mapping[tuple[str, str], tuple[float, bool]]) -> Plot:
-    """Two-way interactions in points: the area of a disc is the size, its colour the sign; a ring: the interval excludes 0."""
+    """Two-way interactions in points: the area of a disc is the size, its colour the sign; a ring:
+    the interval excludes 0.
+    """
     with _figure(1.6 + 0.85 * len(names), 1.0 + 0.7 * len(names)) as (figure, axes):
         largest = max((abs(value) for value, _ in values.values()), default=1.0) or 1.0
         for (one, two), (value, clear) in values.items():
             x, y = names.index(one), names.index(two)
             colour = _colour(SERIES[2] if value > 0 else SERIES[1])
             edge = _colour("--ink") if clear else "none"
-            axes.scatter([x], [y], s=900 * abs(value) / largest, color=colour, alpha=0.45, edgecolors=edge, linewidths=1.5)
+            axes.scatter(
+                [x],
+                [y],
+                s=900 * abs(value) / largest,
+                color=colour,
+                alpha=0.45,
+                edgecolors=edge,
+                linewidths=1.5,
+            )
             axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=_colour("--ink"))
         axes.set_xticks(range(len(names)), [clean(name) for name in names], rotation=20)
         axes.set_yticks(range(len(names)), [clean(name) for name in names])

@@ -1,4 +1,6 @@
-"""The page of one run: gains and losses, curves, alarms, where time and memory went, answers side by side, the supervision view."""
+"""The page of one run: gains and losses, curves, alarms, where time and memory went, answers side
+by side, the supervision view.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,26 @@ CURVES: plots.Wanted = (
     ("Contrast", "nats a token", {"hinge": "contrastive/loss"}),
     ("Tokens with an active contrast", "share", {"active": "contrastive/active_share"}),
     ("Distance of features", "mean square", {"distance": "features/distance"}),
-    ("Agreement weight", "", {"mean": "agreement/mean", "least": "agreement/min", "largest": "agreement/max"}),
+    (
+        "Agreement weight",
+        "",
+        {"mean": "agreement/mean", "least": "agreement/min", "largest": "agreement/max"},
+    ),
     ("Clipped tokens", "share", {"clipped": "clip/share"}),
     ("Clip threshold", "nats", {"threshold": "clip/threshold"}),
     ("Distance of the teacher's weights", "share of norm", {"distance": "teacher/weight_distance"}),
-    ("Length of completions", "tokens", {"mean": "completions/mean_length", "longest": "completions/max_length"}),
+    (
+        "Length of completions",
+        "tokens",
+        {"mean": "completions/mean_length", "longest": "completions/max_length"},
+    ),
     ("Cut completions", "share", {"cut": "completions/truncated_share"}),
     ("Student's entropy", "nats a token", {"entropy": "student/entropy"}),
-    ("Log-probability of the completion", "nats a token", {"student": "student/logp", "teacher": "teacher/logp"}),
+    (
+        "Log-probability of the completion",
+        "nats a token",
+        {"student": "student/logp", "teacher": "teacher/logp"},
+    ),
     ("Time of a step", "s", {name: f"step_time/{name}" for name in ("rollout", "score", "student")}),
     ("Learning rate", "", {"rate": "learning_rate"}),
 )
@@ -65,8 +79,15 @@ def build(folder: Path) -> str:
     rows = _accuracy_rows(results)
     body = tiles(facts)
     changes = [["measure", "before", "after", "change"], *_changes(results, rows)]
-    note = "One seed. Bars and brackets are 95 % intervals of an accuracy; differences within them mean little."
-    body += section("Before and after", plots.before_after(rows).inline(wide=True) if rows else "", table(changes), note=note)
+    note = (
+        "One seed. Bars and brackets are 95 % intervals of an accuracy; differences within them mean little."
+    )
+    body += section(
+        "Before and after",
+        plots.before_after(rows).inline(wide=True) if rows else "",
+        table(changes),
+        note=note,
+    )
     body += section("Curves", plots.curves((*CURVES, *_by_weight(metrics)), metrics))
     body += health(results.get("alarms"), metrics, results["config"].get("alarm_window", DEFAULT_WINDOW))
     body += section("Time, memory, cost", _cost(results))
@@ -78,15 +99,22 @@ def build(folder: Path) -> str:
     )
     body += supervision(read_lines(folder / SAMPLES))
     settings = json.dumps(results["config"], indent=1, default=str)
-    body += section("Every option", f"<details><summary>configuration</summary><pre>{escape(settings)}</pre></details>")
+    body += section(
+        "Every option", f"<details><summary>configuration</summary><pre>{escape(settings)}</pre></details>"
+    )
     title = f"{results['recipe']} on {results['task']}"
     if after["task_accuracy"] is not None:
-        title += f": {100 * results['before']['task_accuracy']['value']:.1f} to {100 * after['task_accuracy']['value']:.1f} %"
+        title += (
+            f": {100 * results['before']['task_accuracy']['value']:.1f} to"
+            f" {100 * after['task_accuracy']['value']:.1f} %"
+        )
     return page(title, body)
 
 
 def _unfinished(folder: Path) -> str:
-    """The page of a run that an alarm, a crash or a person ended, or that goes on still: from its metrics and samples."""
+    """The page of a run that an alarm, a crash or a person ended, or that goes on still: from its
+    metrics and samples.
+    """
     lines, metrics = read_lines(folder / METRICS), read_metrics(folder / METRICS)
     watch = Watch(DEFAULT_WINDOW)
     for line in lines:
@@ -94,8 +122,9 @@ def _unfinished(folder: Path) -> str:
     last = f"{lines[-1]['step']}" if lines else "0"
     body = tiles([("state", "unfinished"), ("steps", last), ("alarms", str(len(watch.alarms)))])
     said = (
-        "There is no results.json: an alarm (alarms=stop), an error or a person ended this run, or it goes on still. Its answers were not "
-        f"measured after training. Alarms are judged anew from its metrics, with the default alarm_window of {DEFAULT_WINDOW}."
+        "There is no results.json: an alarm (alarms=stop), an error or a person ended this run, or it goes"
+        " on still. Its answers were not measured after training. Alarms are judged anew from its metrics,"
+        f" with the default alarm_window of {DEFAULT_WINDOW}."
     )
     body += section("Unfinished", f"<p>{said}</p>")
     body += section("Curves", plots.curves((*CURVES, *_by_weight(metrics)), metrics))
@@ -106,10 +135,16 @@ def _unfinished(folder: Path) -> str:
 
 def _by_weight(metrics: Sequence[Figures]) -> plots.Wanted:
     """A figure of each reliability weight but agreement, which has its own."""
-    names = sorted({key.split("/")[1] for line in metrics for key in line if key.startswith("weight/")})[:MAX_WEIGHTS]
+    names = sorted({key.split("/")[1] for line in metrics for key in line if key.startswith("weight/")})[
+        :MAX_WEIGHTS
+    ]
     kinds = {"mean": "mean", "least": "min", "largest": "max"}
     return [
-        (f"Reliability weight {name[:24]}", "", {label: f"weight/{name}/{kind}" for label, kind in kinds.items()})
+        (
+            f"Reliability weight {name[:24]}",
+            "",
+            {label: f"weight/{name}/{kind}" for label, kind in kinds.items()},
+        )
         for name in names
     ]
 
@@ -131,10 +166,16 @@ def read_metrics(path: Path) -> list[Figures]:
 def _accuracy_rows(results: Figures) -> list[tuple[str, Figures, Figures]]:
     before, after = results["before"], results["after"]
     rows = []
-    for name, total, skills in (("task", "task_accuracy", "skills"), ("old skills", "retention_accuracy", "retention_skills")):
+    for name, total, skills in (
+        ("task", "task_accuracy", "skills"),
+        ("old skills", "retention_accuracy", "retention_skills"),
+    ):
         if after[total] is not None:
             rows.append((name, before[total], after[total]))
-            rows += [(f"  {name}: {skill}", before[skills][skill], value) for skill, value in (after[skills] or {}).items()]
+            rows += [
+                (f"  {name}: {skill}", before[skills][skill], value)
+                for skill, value in (after[skills] or {}).items()
+            ]
     return rows
 
 
@@ -145,10 +186,15 @@ def _changes(results: Figures, rows: Sequence[tuple[str, Figures, Figures]]) -> 
         value, low, high = (100 * share[name] for name in ("value", "low", "high"))
         return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
-    lines = [[name, percent(old), percent(new), f"{100 * (new['value'] - old['value']):+.1f}"] for name, old, new in rows]
+    lines = [
+        [name, percent(old), percent(new), f"{100 * (new['value'] - old['value']):+.1f}"]
+        for name, old, new in rows
+    ]
     old_ppl, new_ppl = results["before"]["gold_ppl"], results["after"]["gold_ppl"]
     if old_ppl is not None and new_ppl is not None:
-        lines.append(["perplexity of the references", f"{old_ppl:.3f}", f"{new_ppl:.3f}", f"{new_ppl - old_ppl:+.3f}"])
+        lines.append(
+            ["perplexity of the references", f"{old_ppl:.3f}", f"{new_ppl:.3f}", f"{new_ppl - old_ppl:+.3f}"]
+        )
     whose = {"forward": "own answers under the base", "reverse": "the base's answers under it"}
     for way, value in (results["after"]["retention_ppl"] or {}).items():
         lines.append([f"retention perplexity, {whose[way]}", "", _number(value, ".3f"), ""])
@@ -215,18 +261,23 @@ def _examples(part: str, examples: Sequence[Figures]) -> str:
     cards = []
     for example in chosen:
         sides = "".join(
-            f"<div><h3>{when}: {_verdict(example[when]['correct'])}</h3><pre>{escape(example[when]['text'])}</pre></div>"
+            f"<div><h3>{when}:"
+            f" {_verdict(example[when]['correct'])}</h3><pre>{escape(example[when]['text'])}</pre></div>"
             for when in ("before", "after")
         )
         prompt = f"<pre>{escape(example['prompt'])}</pre>"
-        reference = f"<details><summary>reference</summary><pre>{escape(example['reference'])}</pre></details>"
+        reference = (
+            f"<details><summary>reference</summary><pre>{escape(example['reference'])}</pre></details>"
+        )
         cards.append(
-            f'<div class="card"><span class="soft">{escape(example["id"])}</span>{prompt}{reference}<div class="pair">{sides}</div></div>'
+            f'<div class="card"><span class="soft">{escape(example["id"])}</span>{prompt}{reference}<div'
+            f' class="pair">{sides}</div></div>'
         )
     if not cards:
         return ""
     return (
-        f"<details open><summary>{escape(part)}: {len(cards)} of {len(examples)} kept answers</summary>{''.join(cards)}</details>"
+        f"<details open><summary>{escape(part)}: {len(cards)} of {len(examples)} kept"
+        f" answers</summary>{''.join(cards)}</details>"
     )
 
 

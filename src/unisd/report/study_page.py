@@ -1,4 +1,6 @@
-"""The page of a study: verdicts, effects with intervals, interactions, task gain against forgetting, cost, and a link to each run."""
+"""The page of a study: verdicts, effects with intervals, interactions, task gain against
+forgetting, cost, and a link to each run.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Figures = dict[str, Any]
 
 
 def build(folder: Path, found: Figures, place: Path) -> str:
-    """The page of the study in `folder`, whose analysis is `found`; to be written into the folder `place`."""
+    """The page of the study in `folder`, whose analysis is `found`; to be written into the folder
+    `place`.
+    """
     runs = Path(os.path.relpath(folder / FOLDERS, place))
     body = ""
     for task, figures in found["tasks"].items():
@@ -38,7 +42,8 @@ def _task(folder: Path, links: Path, task: str, figures: Figures, found: Figures
         ]
     )
     items = "".join(
-        f'<li><span class="tag {escape(line["verdict"].split()[0])}">{escape(line["verdict"])}</span>{escape(line["text"])}</li>'
+        '<li><span class="tag'
+        f' {escape(line["verdict"].split()[0])}">{escape(line["verdict"])}</span>{escape(line["text"])}</li>'
         for line in figures["verdicts"]
     )
     body += section(f"{prefix}What to use", f'<ul class="verdicts">{items}</ul>')
@@ -46,23 +51,37 @@ def _task(folder: Path, links: Path, task: str, figures: Figures, found: Figures
     effects = []
     for kind in ("main", "one-in", "leave-one-out", "shapley"):
         pictures = [plots.forest([panel], found["margin"]).inline() for panel in panels_of(figures, kind)]
-        effects += [f"<h3>{escape(TITLES[kind])}</h3>", f'<div class="plots">{"".join(pictures)}</div>'] if pictures else []
-    note = f"Points of accuracy (time: percent) with 95 % intervals. Shaded: effects below {found['margin']:g} points, which do not matter."
+        effects += (
+            [f"<h3>{escape(TITLES[kind])}</h3>", f'<div class="plots">{"".join(pictures)}</div>']
+            if pictures
+            else []
+        )
+    note = (
+        f"Points of accuracy (time: percent) with 95 % intervals. Shaded: effects below {found['margin']:g}"
+        " points, which do not matter."
+    )
     tables = ""
     for kind, title in TITLES.items():
         lines = effect_table(figures, kind)
         if len(lines) > 1:
             opened = " open" if kind == "main" else ""
             said = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes_of(figures, kind))
-            tables += f"<details{opened}><summary>{escape(title)}: all figures</summary>{table(lines)}{said}</details>"
+            tables += (
+                f"<details{opened}><summary>{escape(title)}: all"
+                f" figures</summary>{table(lines)}{said}</details>"
+            )
     body += section(f"{prefix}Effects", *effects, tables, note=note)
     if "interaction" in drawn:
         body += section(
-            f"{prefix}What mechanisms do together", drawn["interaction"].inline(wide=True), note="Ring: the interval excludes 0."
+            f"{prefix}What mechanisms do together",
+            drawn["interaction"].inline(wide=True),
+            note="Ring: the interval excludes 0.",
         )
     if "trade-off" in drawn:
         body += section(
-            f"{prefix}Gain against forgetting", drawn["trade-off"].inline(wide=True), note="Means over seeds of each cell."
+            f"{prefix}Gain against forgetting",
+            drawn["trade-off"].inline(wide=True),
+            note="Means over seeds of each cell.",
         )
     method = next((cell["energy_method"] for cell in figures["cells"] if cell["energy_method"]), "")
     body += section(
@@ -75,10 +94,14 @@ def _task(folder: Path, links: Path, task: str, figures: Figures, found: Figures
 
 def _runs(folder: Path, place: Path, figures: Figures) -> str:
     """All runs with links to their pages, from `place`; those that failed with the reason."""
-    lines = [["run", "cell", "seed", "gain", "retention change", *(["failed"] if figures["failures"] else [])]]
+    lines = [
+        ["run", "cell", "seed", "gain", "retention change", *(["failed"] if figures["failures"] else [])]
+    ]
     links = {}
     for cell in figures["cells"]:
-        for run, seed, gain, kept in zip(cell["runs"], cell["seeds"], cell["gains"], cell["retention_changes"], strict=True):
+        for run, seed, gain, kept in zip(
+            cell["runs"], cell["seeds"], cell["gains"], cell["retention_changes"], strict=True
+        ):
             lines.append([run, cell["name"], str(seed), number(gain, "+.1f"), number(kept, "+.1f")])
     for failure in figures["failures"]:
         lines.append([failure["run"], failure["cell"], str(failure["seed"]), "-", "-", failure["reason"]])
@@ -100,7 +123,12 @@ def panels_of(figures: Figures, kind: str) -> list[plots.Panel]:
         by_name = {line["name"]: line for line in chosen if line["outcome"] == outcome}
         if by_name:
             lines = [by_name.get(name, nothing) for name in names]
-            panels.append((OUTCOMES[outcome], [(n, x["value"], x["low"], x["high"]) for n, x in zip(names, lines, strict=True)]))
+            panels.append(
+                (
+                    OUTCOMES[outcome],
+                    [(n, x["value"], x["low"], x["high"]) for n, x in zip(names, lines, strict=True)],
+                )
+            )
     return panels
 
 
@@ -112,13 +140,18 @@ def figures_of(figures: Figures, margin: float) -> dict[str, plots.Plot]:
         if panels:
             drawn[kind] = plots.forest(panels, margin)
     pairs = {
-        tuple(line["name"].split(" x ")): (line["value"], line["low"] is not None and not line["low"] <= 0 <= line["high"])
+        tuple(line["name"].split(" x ")): (
+            line["value"],
+            line["low"] is not None and not line["low"] <= 0 <= line["high"],
+        )
         for line in figures["effects"]
         if line["kind"] == "interaction" and line["outcome"] == "task_accuracy"
     }
     if pairs:
         names = list(dict.fromkeys(name for pair in pairs for name in pair))
-        drawn["interaction"] = plots.interaction_map(names, {(a, b): value for (a, b), value in pairs.items()})
+        drawn["interaction"] = plots.interaction_map(
+            names, {(a, b): value for (a, b), value in pairs.items()}
+        )
     cells = figures["cells"]
     known = [
         (c["name"], c["gain"], c["retention_change"])

@@ -1,15 +1,21 @@
-"""Batched decoding with a transformers model: left-padded, finished rows leave the batch, and no needless copies on a CPU.
+"""Batched decoding with a transformers model: left-padded, finished rows leave the batch, and no
+needless copies on a CPU.
 
-Six things make it faster than one plain `generate` call, none changes what is generated (beyond rounding):
-- rows that came to an end leave the batch and its cache every few tokens: the longest row does not hold up the others
+Six things make it faster than one plain `generate` call, none changes what is generated (beyond
+rounding):
+- rows that came to an end leave the batch and its cache every few tokens: the longest row does not
+  hold up the others
 - the key/value cache grows by amortised doubling instead of one full copy per token
-- prompts are read with others of like length, not padded to the longest, and one that occurs several times (generations) only once
-- on a CPU, grouped-query attention under a padding mask reads the shared heads in place (:mod:`unisd.kernels.attention`)
+- prompts are read with others of like length, not padded to the longest, and one that occurs
+  several times (generations) only once
+- on a CPU, grouped-query attention under a padding mask reads the shared heads in place
+  (:mod:`unisd.kernels.attention`)
 - on a CPU, linear maps are those of :mod:`unisd.kernels.cpu_linear`
-- in float32, an adapter is merged into a copy of the weights that it adapts, for as long as decoding takes
+- in float32, an adapter is merged into a copy of the weights that it adapts, for as long as
+  decoding takes
 
-Measured in the shapes of a 135M Llama, batch 48, 300 tokens of context, one AVX2 core, per layer and token: attention
-23.5 -> 7.0 ms, cache 4.5 -> 0.04 ms, beside 13.9 ms for the linear maps.
+Measured in the shapes of a 135M Llama, batch 48, 300 tokens of context, one AVX2 core, per layer
+and token: attention 23.5 -> 7.0 ms, cache 4.5 -> 0.04 ms, beside 13.9 ms for the linear maps.
 """
 
 from __future__ import annotations
@@ -31,16 +37,22 @@ from unisd.kernels.lora import inference
 from unisd.models.load import without_adapter
 
 COMPACT_EVERY_CPU, COMPACT_EVERY = 16, 64
-"""Tokens between two looks at which rows are done: on an accelerator a row more costs next to nothing, a look as much as a token."""
+"""Tokens between two looks at which rows are done: on an accelerator a row more costs next to
+nothing, a look as much as a token.
+"""
 READ_AT_ONCE_CPU, READ_AT_ONCE = 512, 32768
 """Tokens (with padding) of prompts read in one pass, on a CPU and on an accelerator."""
 
 ProcessorFactory = Callable[[Sequence[int], int], LogitsProcessorList]
-"""(prompt indices of the batch's rows, padded prompt length) -> processors for exactly these rows."""
+"""(prompt indices of the batch's rows, padded prompt length) -> processors for exactly these
+rows.
+"""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer `[batch, heads, length, size]` in a buffer with room at the end: a new token is written, not concatenated."""
+    """A cache layer `[batch, heads, length, size]` in a buffer with room at the end: a new token is
+    written, not concatenated.
+    """
 
     keys: Any
     values: Any
@@ -49,14 +61,20 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self._buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
         buffers = self._buffers
         # Rows may have been selected (another tensor then) since the last update.
-        if buffers is None or buffers[0].shape[-2] < new or (old and self.keys.data_ptr() != buffers[0].data_ptr()):
+        if (
+            buffers is None
+            or buffers[0].shape[-2] < new
+            or (old and self.keys.data_ptr() != buffers[0].data_ptr())
+        ):
             room = new + max(32, new // 4)
             buffers = tuple(s.new_empty(*s.shape[:-2], room, s.shape[-1]) for s in (key_states, value_states))  # type: ignore[assignment]
             assert buffers is not None
@@ -70,7 +88,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def place(self, rows: Tensor, keys: Tensor, values: Tensor, batch: int, length: int) -> None:
-        """Put the states `[rows, heads, T, size]` of some rows at the end of an empty layer's first `length` places."""
+        """Put the states `[rows, heads, T, size]` of some rows at the end of an empty layer's first
+        `length` places.
+        """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             room = length + max(32, length // 4)
@@ -91,17 +111,23 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.dev
 
 
 def _takes_padding(model: Any) -> bool:
-    """False for the few models (RWKV, xLSTM, ...) that transformers counts as of another kind: padding would enter their states."""
+    """False for the few models (RWKV, xLSTM, ...) that transformers counts as of another kind:
+    padding would enter their states.
+    """
     return bool(getattr(model, "_supports_default_dynamic_cache", lambda: False)())
 
 
 def _can_drop_rows(cache: DynamicCache) -> bool:
     """Layers that mix attention with states of other kinds select rows of the keys alone."""
-    return all(hasattr(layer, "batch_select_indices") and not hasattr(layer, "conv_states") for layer in cache.layers)
+    return all(
+        hasattr(layer, "batch_select_indices") and not hasattr(layer, "conv_states") for layer in cache.layers
+    )
 
 
 def _empty_cache(model: Any) -> DynamicCache | None:
-    """A growing cache for a model with attention, None where the model wants a cache of its own kind (Mamba's, for one)."""
+    """A growing cache for a model with attention, None where the model wants a cache of its own
+    kind (Mamba's, for one).
+    """
     if not _takes_padding(model) or "past_key_values" not in inspect.signature(model.forward).parameters:
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -111,10 +137,11 @@ def _empty_cache(model: Any) -> DynamicCache | None:
 
 @contextmanager
 def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """No gradient, evaluation mode, a neutral generation config, merged adapters, cheap attention; all is put back afterwards
-    but for torch's choice of attention kernels (`avoid_plans`).
+    """No gradient, evaluation mode, a neutral generation config, merged adapters, cheap attention;
+    all is put back afterwards but for torch's choice of attention kernels (`avoid_plans`).
 
-    The model's own generation defaults (penalties, top-k, ...) would fill every option that a given config leaves open.
+    The model's own generation defaults (penalties, top-k, ...) would fill every option that a given
+    config leaves open.
     """
     bare = without_adapter(model)
     owners = [bare] if bare is model else [model, bare]
@@ -147,17 +174,23 @@ def decode(
     processors: ProcessorFactory | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Completions of `prompts` (token ids), in their order, each up to and with its first end token; greedy.
+    """Completions of `prompts` (token ids), in their order, each up to and with its first end
+    token; greedy.
 
-    `processors` builds the logits processors of the rows still in a batch (sampling by a processor that leaves one token);
-    a processor sees the padded prompts and everything generated so far. `on_rows(n)` is told of every `n` finished rows.
+    `processors` builds the logits processors of the rows still in a batch (sampling by a processor
+    that leaves one token); a processor sees the padded prompts and everything generated so far.
+    `on_rows(n)` is told of every `n` finished rows.
     """
     results: list[list[int]] = [[] for _ in prompts]
     if max_new_tokens <= 0:
         return results
     ends = sorted(set(eos_ids))
     config = GenerationConfig(
-        do_sample=False, eos_token_id=ends or None, pad_token_id=pad_id, use_cache=True, return_dict_in_generate=True
+        do_sample=False,
+        eos_token_id=ends or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        return_dict_in_generate=True,
     )
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     if not _takes_padding(without_adapter(model)):
@@ -195,7 +228,9 @@ def _decode_batch(
         config.max_new_tokens = min(every, max_new_tokens - done) if can_drop else max_new_tokens
         if processors is not None:
             extra["logits_processor"] = processors(alive, width)
-        ids_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, **extra).sequences
+        ids_BT = model.generate(
+            input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, **extra
+        ).sequences
         done += config.max_new_tokens
         kept: list[int] = []
         for row, new in enumerate(ids_BT[:, width:].tolist()):
@@ -220,9 +255,11 @@ def _decode_batch(
 def _read_prompts(
     model: Any, prompts: Sequence[Sequence[int]], width: int, cache: DynamicCache, config: GenerationConfig
 ) -> None:
-    """Fill `cache` up to the last token but one of each prompt, as if all were left-padded to `width`.
+    """Fill `cache` up to the last token but one of each prompt, as if all were left-padded to
+    `width`.
 
-    Each different prompt is read once, together with those of like length: read in one batch they would all be as long as the longest.
+    Each different prompt is read once, together with those of like length: read in one batch they
+    would all be as long as the longest.
     """
     bare = without_adapter(model)
     budget = READ_AT_ONCE_CPU if bare.device.type == "cpu" else READ_AT_ONCE
@@ -232,16 +269,25 @@ def _read_prompts(
     groups = forward_batches([len(prompt) for prompt in unique], budget, packed=False)
     if len(groups) == 1 and len(unique) == len(prompts):
         return  # nothing to save: the first pass of `generate` reads them
-    config.max_new_tokens = 1  # the forward pass over the prompt; the token is drawn again, by each row for itself
+    # the forward pass over the prompt; the token is drawn again, by each row for itself
+    config.max_new_tokens = 1
     for chosen in groups:
         group = [unique[i] for i in chosen]
         ids_BT, mask_BT = left_padded(group, config.pad_token_id, bare.device)
         if ids_BT.shape[1] < 2:
             continue
         part = _empty_cache(bare)
-        model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, past_key_values=part)
+        model.generate(
+            input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, past_key_values=part
+        )
         assert part is not None
-        rows = torch.tensor([row for row, number in enumerate(number_B) if number in chosen], device=bare.device)
-        of_part = torch.tensor([chosen.index(number) for number in number_B if number in chosen], device=bare.device)
+        rows = torch.tensor(
+            [row for row, number in enumerate(number_B) if number in chosen], device=bare.device
+        )
+        of_part = torch.tensor(
+            [chosen.index(number) for number in number_B if number in chosen], device=bare.device
+        )
         for layer, read in zip(cache.layers, part.layers, strict=True):
-            layer.place(rows, read.keys[of_part, :, :-1], read.values[of_part, :, :-1], len(prompts), width - 1)
+            layer.place(
+                rows, read.keys[of_part, :, :-1], read.values[of_part, :, :-1], len(prompts), width - 1
+            )

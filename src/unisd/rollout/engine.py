@@ -1,4 +1,6 @@
-"""Prompts in, completions out: what an engine is (:class:`Engine`), and the noise that makes a rollout repeatable."""
+"""Prompts in, completions out: what an engine is (:class:`Engine`), and the noise that makes a
+rollout repeatable.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ class Completion:
 
     ids: list[int]
     truncated: bool  # ran into the length limit
-    logps: list[float] | None = None  # of each token as it was drawn, at the sampling temperature; None: not told
+    # of each token as it was drawn, at the sampling temperature; None: not told
+    logps: list[float] | None = None
     sampled: bool = True  # by the student; False for references and the initial model's answers
-    version: int | None = None  # optimizer step of the weights that wrote it, from engines with weights of their own
+    # optimizer step of the weights that wrote it, from engines with weights of their own
+    version: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Engine(Protocol):
     def sync(self) -> None:
         """Take over the student's weights (nothing to do where the engine shares them)."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
+    ) -> list[Completion]:
         """One completion per prompt; `keys=None` means greedy."""
 
     def sleep(self) -> None:
@@ -49,12 +55,16 @@ class Engine(Protocol):
 
 
 def uniform_noise(key: NoiseKey, length: int) -> np.ndarray:
-    """`length` uniform numbers in [0, 1) of one completion: a counter-based generator, position by position."""
+    """`length` uniform numbers in [0, 1) of one completion: a counter-based generator, position by
+    position.
+    """
     seed, step, row, generation = key
     bits = np.random.SeedSequence([seed, step, row, generation]).generate_state(2, np.uint64)
     return np.random.Generator(np.random.Philox(key=bits)).random(length)
 
 
 def seed_of(key: NoiseKey) -> int:
-    """The seed (63 bits) of one request to an engine that draws by itself: the same row in the same step asks for the same answer."""
+    """The seed (63 bits) of one request to an engine that draws by itself: the same row in the same
+    step asks for the same answer.
+    """
     return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,7 +1,9 @@
-"""Rollouts that serve several optimizer steps, and the importance correction that this (or an engine of its own) calls for.
+"""Rollouts that serve several optimizer steps, and the importance correction that this (or an
+engine of its own) calls for.
 
-A completion y was drawn from the policy of an earlier step, or by an engine whose arithmetic is not the trainer's. With l the student's
-log-probability of the realised token now and l' the one it was drawn with, each token's divergence is multiplied by the truncated ratio
+A completion y was drawn from the policy of an earlier step, or by an engine whose arithmetic is not
+the trainer's. With l the student's log-probability of the realised token now and l' the one it was
+drawn with, each token's divergence is multiplied by the truncated ratio
 
     rho_it = min(exp(l_it - l'_it), importance_cap)
 
@@ -34,14 +36,16 @@ Key = tuple[int, int]  # row of the dataset, generation
 class RepeatedSteps(Sampler[int]):
     """Row numbers in shuffled order, the rows of each optimizer step `times` times in a row.
 
-    Rows that do not fill a step at the end of an epoch are left out (another order lets them in, in the next epoch).
+    Rows that do not fill a step at the end of an epoch are left out (another order lets them in, in
+    the next epoch).
 
     Args:
         count: rows of the dataset.
         per_step: rows of an optimizer step, over all ranks.
         times: steps that share a rollout.
         seed: of the order.
-        epoch: tells which pass this is; the order is that of (seed, epoch), on every rank and after a resume.
+        epoch: tells which pass this is; the order is that of (seed, epoch), on every rank and after
+            a resume.
     """
 
     def __init__(self, count: int, per_step: int, times: int, seed: int, epoch: Callable[[], int]) -> None:
@@ -83,8 +87,8 @@ class RolloutStore:
         """The completions that this step shares with the earlier ones of its rollout."""
         if self.step != step - step % self.times or any(key not in self._kept for key in numbers):
             raise UserError(
-                f"step {step + 1} reuses the answers of step {step - step % self.times + 1}, which are not there: resume with the "
-                "num_iterations, batch sizes and data of the checkpoint."
+                f"step {step + 1} reuses the answers of step {step - step % self.times + 1}, which are not"
+                " there: resume with the num_iterations, batch sizes and data of the checkpoint."
             )
         return [self._kept[key] for key in numbers]
 
@@ -92,15 +96,19 @@ class RolloutStore:
         """Take over a new rollout."""
         self.step, self._kept = step, dict(zip(numbers, completions, strict=True))
 
-    # -- checkpoints: the policy that drew them is gone, so they must be kept ---------------------------------------------
+    # -- checkpoints: the policy that drew them is gone, so they must be kept ----------------------
 
     def save(self, folder: str | Path, is_writer: bool, world_size: int) -> None:
         """Write the completions of all ranks (all must call)."""
-        rows: list[Any] = [[*key, c.ids, c.truncated, c.logps, c.sampled, c.version] for key, c in self._kept.items()]
+        rows: list[Any] = [
+            [*key, c.ids, c.truncated, c.logps, c.sampled, c.version] for key, c in self._kept.items()
+        ]
         if world_size > 1:
             rows = gather_object(rows)
         if is_writer:
-            (Path(folder) / FILE).write_text(json.dumps({"step": self.step, "completions": rows}), encoding="utf-8")
+            (Path(folder) / FILE).write_text(
+                json.dumps({"step": self.step, "completions": rows}), encoding="utf-8"
+            )
 
     def load(self, folder: str | Path) -> None:
         """Take over what `save` wrote, on any number of ranks; nothing if there is none."""
@@ -109,7 +117,9 @@ class RolloutStore:
             return
         content = json.loads(path.read_text(encoding="utf-8"))
         self.step = content["step"]
-        self._kept = {(row, generation): Completion(*fields) for row, generation, *fields in content["completions"]}
+        self._kept = {
+            (row, generation): Completion(*fields) for row, generation, *fields in content["completions"]
+        }
 
 
 def behaviour_logp(completions: Sequence[Completion], width: int) -> Tensor:
@@ -122,7 +132,9 @@ def behaviour_logp(completions: Sequence[Completion], width: int) -> Tensor:
 
 
 def with_logps(completions: Sequence[Completion], student_logp: Tensor) -> list[Completion]:
-    """Completions that the student has just sampled, with its own log-probabilities `[B,T]` where the engine told none."""
+    """Completions that the student has just sampled, with its own log-probabilities `[B,T]` where
+    the engine told none.
+    """
     return [
         replace(c, logps=student_logp[i, : len(c.ids)].tolist()) if c.sampled and c.logps is None else c
         for i, c in enumerate(completions)

@@ -1,4 +1,5 @@
-"""Where the completions of a step come from: the student, the dataset's references, the initial model, or a mixture by rows.
+"""Where the completions of a step come from: the student, the dataset's references, the initial
+model, or a mixture by rows.
 
 Which source a row gets, and what is sampled for it, depends on (seed, step, row, generation) alone.
 """
@@ -38,26 +39,33 @@ class CompletionSource:
     """Seconds of the newest sync of an engine with weights of its own."""
 
     def check(self) -> None:
-        """Raise `UserError` for the first reference that is missing, or longer than a completion may be."""
+        """Raise `UserError` for the first reference that is missing, or longer than a completion
+        may be.
+        """
         if self.args.completion_source not in ("reference", "mixture"):
             return
         limit = self.args.max_completion_length
         for number, row in enumerate(self.rows):
             if not row.get("completion"):
                 raise UserError(
-                    f"row {number} of the training data has no completion, which completion_source={self.args.completion_source} "
-                    "trains on: add the column."
+                    f"row {number} of the training data has no completion, which"
+                    f" completion_source={self.args.completion_source} trains on: add the column."
                 )
-            if len(str(row["completion"]).encode()) >= limit and (length := len(self._reference(number).ids)) > limit:
+            if (
+                len(str(row["completion"]).encode()) >= limit
+                and (length := len(self._reference(number).ids)) > limit
+            ):
                 raise UserError(
-                    f"row {number} of the training data: the completion has {length} tokens, over max_completion_length={limit}: "
-                    "shorten or remove it, or raise max_completion_length."
+                    f"row {number} of the training data: the completion has {length} tokens, over"
+                    f" max_completion_length={limit}: shorten or remove it, or raise max_completion_length."
                 )
 
     def complete(self, numbers: Sequence[tuple[int, int]], step: int) -> list[Completion]:
         """One completion for each (row, generation) of an optimizer step."""
         sources = [self._source(row, generation, step) for row, generation in numbers]
-        found: dict[int, Completion] = {i: self._reference(numbers[i][0]) for i, s in enumerate(sources) if s == "reference"}
+        found: dict[int, Completion] = {
+            i: self._reference(numbers[i][0]) for i, s in enumerate(sources) if s == "reference"
+        }
         if "student" in sources:
             self._sync()
         for source, at_step in (("student", step), ("initial", OFFLINE_STEP)):
@@ -87,15 +95,21 @@ class CompletionSource:
         self.sync_s = time.perf_counter() - start
 
     def _others_sample(self, source: str) -> bool:
-        """Whether other ranks may need this one to sample from `source`, because they share the model's weights."""
+        """Whether other ranks may need this one to sample from `source`, because they share the
+        model's weights.
+        """
         of_rows = "student" if self.args.completion_source == "mixture" else self.args.completion_source
         return source == of_rows and is_sharded(self.teacher.model)
 
     def carries_loss(self, completion: Completion) -> bool:
-        """False for answers that are left out: cut ones if asked so, and empty ones of the initial model (SSD's filter)."""
+        """False for answers that are left out: cut ones if asked so, and empty ones of the initial
+        model (SSD's filter).
+        """
         if completion.truncated and self.args.mask_truncated_completions:
             return False
-        return self.args.completion_source != "initial" or any(token not in self.eos_ids for token in completion.ids)
+        return self.args.completion_source != "initial" or any(
+            token not in self.eos_ids for token in completion.ids
+        )
 
     def _source(self, row: int, generation: int, step: int) -> str:
         if self.args.completion_source != "mixture":

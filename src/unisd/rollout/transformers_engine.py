@@ -1,7 +1,8 @@
 """The student writes: prompts in, completions out.
 
-An engine is anything with the three methods of :class:`Engine`. Sampling noise is keyed by (seed, optimizer step, row, generation)
-and position, so what is sampled depends neither on how the step is cut into micro-batches or ranks nor on what ran before a resume.
+An engine is anything with the three methods of :class:`Engine`. Sampling noise is keyed by (seed,
+optimizer step, row, generation) and position, so what is sampled depends neither on how the step is
+cut into micro-batches or ranks nor on what ran before a resume.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ from unisd.rollout.engine import Completion, NoiseKey, Sampling, uniform_noise
 
 
 class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
-    """Draws the next token by inverting the cumulative distribution at this row's and position's own uniform number.
+    """Draws the next token by inverting the cumulative distribution at this row's and position's
+    own uniform number.
 
     As a logits processor under greedy search: it leaves the drawn token as the only possible one.
     """
 
-    def __init__(self, keys: Sequence[NoiseKey], sampling: Sampling, prompt_length: int, tell_logps: bool) -> None:
-        self.uniform_BT = torch.from_numpy(np.stack([uniform_noise(key, sampling.max_new_tokens) for key in keys]))
+    def __init__(
+        self, keys: Sequence[NoiseKey], sampling: Sampling, prompt_length: int, tell_logps: bool
+    ) -> None:
+        self.uniform_BT = torch.from_numpy(
+            np.stack([uniform_noise(key, sampling.max_new_tokens) for key in keys])
+        )
         self.prompt_length = prompt_length
         self.temperature = sampling.temperature
         self.drawn_logps: list[Tensor] | None = [] if tell_logps else None  # [B,1] each
@@ -44,14 +50,17 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = self.warpers(input_ids, scores.float() / self.temperature)
         position = input_ids.shape[1] - self.prompt_length
-        # Double precision: a float32 running sum over a large vocabulary would be off by more than rare tokens weigh.
+        # Double precision: a float32 running sum over a large vocabulary would be off by more than
+        # rare tokens weigh.
         cumulative_BV = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
         self.uniform_BT = self.uniform_BT.to(scores.device)  # once
         target_B1 = self.uniform_BT[:, position, None] * cumulative_BV[:, -1:]
         drawn_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_max(scores.shape[-1] - 1)
         if self.drawn_logps is not None:
             below_B1 = torch.where(drawn_B1 > 0, cumulative_BV.gather(1, (drawn_B1 - 1).clamp_min(0)), 0.0)
-            self.drawn_logps.append(((cumulative_BV.gather(1, drawn_B1) - below_B1) / cumulative_BV[:, -1:]).log())
+            self.drawn_logps.append(
+                ((cumulative_BV.gather(1, drawn_B1) - below_B1) / cumulative_BV[:, -1:]).log()
+            )
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn_B1, 0.0)
 
 
@@ -69,8 +78,8 @@ def generate(
 ) -> list[Completion]:
     """Completions of `prompts` (token ids), in their order; greedy where `keys` is None.
 
-    Rows are sorted by length and left-padded in batches of `batch_size`; `on_rows(n)` is told of every `n` finished rows. With
-    `tell_logps`, drawn tokens come with their log-probabilities.
+    Rows are sorted by length and left-padded in batches of `batch_size`; `on_rows(n)` is told of
+    every `n` finished rows. With `tell_logps`, drawn tokens come with their log-probabilities.
     """
     samplers: list[tuple[Sequence[int], KeyedSampler]] = []
 
@@ -114,13 +123,17 @@ class TransformersEngine:
     pad_id: int
     batch_size: int = 64
     tells_logps: bool = False
-    """Whether completions come with log-probabilities all the same: l as the step scores it, up to rounding."""
+    """Whether completions come with log-probabilities all the same: l as the step scores it, up to
+    rounding.
+    """
     returns_logps = False
 
     def sync(self) -> None:
         pass
 
-    def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
+    ) -> list[Completion]:
         def in_batches_of(size: int) -> list[Completion]:
             return generate(
                 self.model, prompts, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id, keys=keys, batch_size=size,

@@ -1,7 +1,9 @@
-"""Every greedy answer of a run's evaluations, before and after, in `answers.json`: paired statistics and reports need single answers.
+"""Every greedy answer of a run's evaluations, before and after, in `answers.json`: paired
+statistics and reports need single answers.
 
-`{part: {"ids", "skills", "before", "after", "examples"}}` for the parts `task` and `retention`; `before` and `after` hold one
-verdict a row. Of the first `MAX_EXAMPLES` rows the texts are kept too.
+`{part: {"ids", "skills", "before", "after", "examples"}}` for the parts `task` and `retention`;
+`before` and `after` hold one verdict a row. Of the first `MAX_EXAMPLES` rows the texts are kept
+too.
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ def paired(rows: Sequence[Row], before: dict[str, Any], after: dict[str, Any]) -
             "prompt": as_text(row["prompt"])[:MAX_TEXT],
             "reference": str(row.get("privileged_context") or row.get("completion") or "")[:MAX_TEXT],
             **{
-                when: {"text": side["texts"][number], "correct": side["correct"][number], "reason": side["reasons"][number]}
+                when: {
+                    "text": side["texts"][number],
+                    "correct": side["correct"][number],
+                    "reason": side["reasons"][number],
+                }
                 for when, side in (("before", before), ("after", after))
             },
         }

@@ -1,4 +1,6 @@
-"""The `before` of a run, measured once for all runs that share it: figures in a folder, keyed by everything that they depend on."""
+"""The `before` of a run, measured once for all runs that share it: figures in a folder, keyed by
+everything that they depend on.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from unisd.run.options import RunOptions
 
 
 def key_of(options: RunOptions, config: UniSDConfig, data: RunData) -> str:
-    """A hash of the model, the evaluated rows and the limits of their answers; seeds and training options are not among them."""
+    """A hash of the model, the evaluated rows and the limits of their answers; seeds and training
+    options are not among them.
+    """
     folder = Path(options.model_name_or_path)
     files = sorted(folder.glob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
     parts = {
@@ -33,9 +37,11 @@ def key_of(options: RunOptions, config: UniSDConfig, data: RunData) -> str:
 
 
 def measured_once(folder: str | None, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `measure` returns, from `folder`/`key`.json if it is there; several runs at once wait for the first one.
+    """What `measure` returns, from `folder`/`key`.json if it is there; several runs at once wait
+    for the first one.
 
-    Without a folder nothing is kept. A run that is killed while it measures leaves nothing, and the next one measures.
+    Without a folder nothing is kept. A run that is killed while it measures leaves nothing, and the
+    next one measures.
     """
     if folder is None:
         return measure()

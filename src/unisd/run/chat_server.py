@@ -1,4 +1,5 @@
-"""Texts from any server that speaks OpenAI's chat protocol: instructions and wrong answers for `prepare`, answers for `eval`.
+"""Texts from any server that speaks OpenAI's chat protocol: instructions and wrong answers for
+`prepare`, answers for `eval`.
 
 The key, where a server wants one, is read from the environment variable OPENAI_API_KEY.
 """
@@ -72,11 +73,14 @@ class ChatServer:
             return self.client.ask(path, body, **options)
         except Unavailable as error:
             raise UserError(
-                f"the server at {self.client.url} does not answer ({error}): start it, or correct its address."
+                f"the server at {self.client.url} does not answer ({error}): start it, or correct its"
+                " address."
             ) from error
         except Refused as error:
             what = "set OPENAI_API_KEY" if error.wants_key else "correct its address, or the model's name"
-            raise UserError(f"the server at {self.client.url} refuses a request ({error}): {what}.") from error
+            raise UserError(
+                f"the server at {self.client.url} refuses a request ({error}): {what}."
+            ) from error
 
 
 def _first_model(answer: Any) -> str:

@@ -1,4 +1,6 @@
-"""What a run works on, from its options: rows with their grader, the model with its adapter, and what the rows can serve."""
+"""What a run works on, from its options: rows with their grader, the model with its adapter, and
+what the rows can serve.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ GradeFunction = Callable[[Row, str], Grade]
 
 @dataclass
 class RunData:
-    """Rows by use. `grade` is None where nobody can tell a right answer; `retention` is empty where there are no such skills."""
+    """Rows by use.
+
+    `grade` is None where nobody can tell a right answer; `retention` is empty where there are no
+    such skills.
+    """
 
     name: str
     train: list[Row]
@@ -58,8 +64,8 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: 
         whole: hold none of the user's own rows out.
 
     Raises:
-        UserError: unreadable or empty data, a row that breaks the contract or that the grader cannot grade, a task that must not be
-            trained on.
+        UserError: unreadable or empty data, a row that breaks the contract or that the grader
+            cannot grade, a task that must not be trained on.
     """
     if options.task is not None:
         return _task_data(options, seed, training)
@@ -78,7 +84,9 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: 
     elif whole:
         pass
     elif len(rows) == 1:
-        raise UserError(f"{name} has a single row, so that none can be held out: give more rows, or --eval_file.")
+        raise UserError(
+            f"{name} has a single row, so that none can be held out: give more rows, or --eval_file."
+        )
     else:
         rows, evaluation = hold_out(rows, seed=seed)
     return RunData(
@@ -93,13 +101,17 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
     assert options.task is not None
     task = get_task(options)
     if training and task.evaluation_only:
-        raise UserError(f"task {task.name} is for evaluation only (its authors ask so): train on another one.")
+        raise UserError(
+            f"task {task.name} is for evaluation only (its authors ask so): train on another one."
+        )
     where = f"task {task.name}"
     if training:
         task.prepare_training()
     return RunData(
         name=options.task,
-        train=prepare_rows(task.load("train", limit=options.max_train_rows, seed=seed), name=where) if training else [],
+        train=prepare_rows(task.load("train", limit=options.max_train_rows, seed=seed), name=where)
+        if training
+        else [],
         # Evaluation rows do not depend on the run's seed, so that runs can be compared.
         evaluation=prepare_rows(task.load("test", limit=options.max_eval_rows), name=where),
         retention=task.retention_rows(limit=options.max_eval_rows),
@@ -121,7 +133,9 @@ def _load_dataset(options: RunOptions) -> list[Row]:
         else:
             loaded = datasets.load_from_disk(name)
             if whole and split not in loaded:
-                raise ValueError(f"it has no split {split!r}: set dataset_train_split to one of {', '.join(loaded)}.")
+                raise ValueError(
+                    f"it has no split {split!r}: set dataset_train_split to one of {', '.join(loaded)}."
+                )
             loaded = loaded[split] if whole else loaded
     except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -147,7 +161,9 @@ def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunc
     for number, row in enumerate(rows):
         if _gold(row, columns) is None:
             needed = "a column tests with Python assertions" if code else "a column answer, or a reference"
-            raise UserError(f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row.")
+            raise UserError(
+                f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row."
+            )
     if code:
         sandbox.require(options.allow_unsafe_code_execution)
         sandbox.allow_unsafe(options.allow_unsafe_code_execution)
@@ -162,7 +178,10 @@ def _gold(row: Row, columns: Sequence[str]) -> str | None:
 
 
 def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) -> None:
-    """Switch off what a recipe asks for and the rows cannot serve. What the user asked for stays, and the trainer refuses it."""
+    """Switch off what a recipe asks for and the rows cannot serve.
+
+    What the user asked for stays, and the trainer refuses it.
+    """
     asked = options.explicit
     contexts = any(len(row.get("auxiliary_contexts") or []) >= 2 for row in rows)
     negatives = any(row.get("negative_context") for row in rows)
@@ -195,7 +214,9 @@ def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, st
         load_in_4bit=options.load_in_4bit,
     )
     if info.adapter is not None:
-        raise UserError(f"{options.model_name_or_path} is an adapter: make a full model of it first, with `unisd merge`.")
+        raise UserError(
+            f"{options.model_name_or_path} is an adapter: make a full model of it first, with `unisd merge`."
+        )
     return model, tokenizer, info.path
 
 

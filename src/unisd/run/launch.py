@@ -1,4 +1,6 @@
-"""`unisd train --accelerate_config ddp`: the same command in several processes, started by accelerate (on a CPU by torchrun)."""
+"""`unisd train --accelerate_config ddp`: the same command in several processes, started by
+accelerate (on a CPU by torchrun).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ from unisd.run.outputs import resume_command
 from unisd.training.checkpoints import last_complete_checkpoint
 
 STOP_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""Seconds that torchrun gives its processes after SIGTERM: for the end of a step and a save. Its own default is 30."""
+"""Seconds that torchrun gives its processes after SIGTERM: for the end of a step and a save.
+
+Its own default is 30.
+"""
 
 _ZERO = {
     "zero_stage": "ZERO_STAGE",
@@ -45,8 +50,9 @@ def is_launched() -> bool:
 def leave() -> None:
     """Let a process of a distributed run end, if this is one.
 
-    A thread of gloo drops the tensors of the last exchange under Python's lock, and while Python shuts down that would abort the process.
-    So it is given the lock first. The process group stays: an engine for rollouts takes its own part down as it is dropped.
+    A thread of gloo drops the tensors of the last exchange under Python's lock, and while Python
+    shuts down that would abort the process. So it is given the lock first. The process group stays:
+    an engine for rollouts takes its own part down as it is dropped.
     """
     import torch.distributed
 
@@ -74,7 +80,13 @@ def command(name: str, processes: int, arguments: Sequence[str], on_cpu: bool) -
     if on_cpu:  # accelerate would start a single process
         starter = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     else:
-        starter = ["accelerate.commands.launch", "--config_file", str(file), "--num_processes", str(processes)]
+        starter = [
+            "accelerate.commands.launch",
+            "--config_file",
+            str(file),
+            "--num_processes",
+            str(processes),
+        ]
     return [sys.executable, "-m", *starter, "-m", "unisd", "train", *arguments]
 
 
@@ -82,10 +94,13 @@ def _content(name: str) -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(config_file(name).read_text(encoding="utf-8")) or {}
     if content.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise UserError(
-            f'accelerate_config={name} needs DeepSpeed: pip install "unisd[deepspeed]", or use fsdp2, which spreads as much as zero3.'
+            f'accelerate_config={name} needs DeepSpeed: pip install "unisd[deepspeed]", or use fsdp2, which'
+            " spreads as much as zero3."
         )
     if (content.get("num_machines") or 1) > 1:
-        raise UserError(f"accelerate_config={name}: num_machines must be 1 here: for more use torchrun (docs/scale.md).")
+        raise UserError(
+            f"accelerate_config={name}: num_machines must be 1 here: for more use torchrun (docs/scale.md)."
+        )
     return content
 
 
@@ -106,14 +121,20 @@ def shards_of(options: RunOptions) -> int:
         return 1
     import torch
 
-    processes = processes_of(options) or (torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
+    processes = processes_of(options) or (
+        torch.accelerator.device_count() if torch.accelerator.is_available() else 1
+    )
     content = _content(options.accelerate_config)
-    cut = content.get("distributed_type") == "FSDP" or content.get("deepspeed_config", {}).get("zero_stage") == 3
+    cut = (
+        content.get("distributed_type") == "FSDP"
+        or content.get("deepspeed_config", {}).get("zero_stage") == 3
+    )
     return processes if cut else 1
 
 
 def environment(name: str, on_cpu: bool) -> dict[str, str]:
-    """What the processes need beside this one's environment: on a CPU, what accelerate's launcher would set for FSDP or DeepSpeed.
+    """What the processes need beside this one's environment: on a CPU, what accelerate's launcher
+    would set for FSDP or DeepSpeed.
 
     Raises:
         UserError: as `config_file`.
@@ -124,8 +145,14 @@ def environment(name: str, on_cpu: bool) -> dict[str, str]:
     if content.get("distributed_type") == "DEEPSPEED":
         found = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
         settings = content.get("deepspeed_config", {})
-        found |= {f"ACCELERATE_DEEPSPEED_{_ZERO[key]}": _said(value) for key, value in settings.items() if key in _ZERO}
-        return found | {f"ACCELERATE_{key.upper()}": _said(settings[key]) for key in _OF_STEPS if key in settings}
+        found |= {
+            f"ACCELERATE_DEEPSPEED_{_ZERO[key]}": _said(value)
+            for key, value in settings.items()
+            if key in _ZERO
+        }
+        return found | {
+            f"ACCELERATE_{key.upper()}": _said(settings[key]) for key in _OF_STEPS if key in settings
+        }
     if content.get("distributed_type") != "FSDP":
         return {}
     found = {"ACCELERATE_USE_FSDP": "true"}
@@ -151,10 +178,14 @@ def launch(options: RunOptions, output_dir: str) -> int:
     devices = 1 if on_cpu else torch.accelerator.device_count()
     processes = processes_of(options) or devices
     if not on_cpu and processes > devices:
-        raise UserError(f"num_processes={processes}, but this machine has {devices} accelerator(s): lower it.")
+        raise UserError(
+            f"num_processes={processes}, but this machine has {devices} accelerator(s): lower it."
+        )
     assert options.accelerate_config is not None
     arguments = command(options.accelerate_config, processes, options.command, on_cpu)
-    child = subprocess.Popen(arguments, env={STOP_TIMEOUT: "300", **os.environ, **environment(options.accelerate_config, on_cpu)})
+    child = subprocess.Popen(
+        arguments, env={STOP_TIMEOUT: "300", **os.environ, **environment(options.accelerate_config, on_cpu)}
+    )
     told: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -179,7 +210,9 @@ def launch(options: RunOptions, output_dir: str) -> int:
 
 def _how_on(options: RunOptions, output_dir: str) -> str:
     if "output_dir" not in options.explicit:
-        return "if it had saved a checkpoint, the same command goes on from there with --resume_from_checkpoint."
+        return (
+            "if it had saved a checkpoint, the same command goes on from there with --resume_from_checkpoint."
+        )
     checkpoint = last_complete_checkpoint(output_dir)
     if checkpoint is None:
         return f"{output_dir} holds no checkpoint: mend the cause and start anew."

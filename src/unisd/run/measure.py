@@ -21,7 +21,9 @@ Figures = dict[str, Any]
 def graded(
     model: Any, tokenizer: Any, rows: Sequence[Row], grade: GradeFunction | None, cap: int, batch_size: int
 ) -> tuple[Figures | None, Figures | None, Figures | None]:
-    """Greedy accuracy, by skill where rows name one, and the answers; None where there is nothing to grade."""
+    """Greedy accuracy, by skill where rows name one, and the answers; None where there is nothing
+    to grade.
+    """
     if grade is None or not rows:
         return None, None, None
     found = accuracy(model, tokenizer, rows, grade, max_new_tokens=cap, batch_size=batch_size)
@@ -29,10 +31,14 @@ def graded(
 
 
 def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> tuple[Figures, Figures]:
-    """One state of the model: the `before` or `after` of `results.json` (skills without a grader are null), and its answers."""
+    """One state of the model: the `before` or `after` of `results.json` (skills without a grader
+    are null), and its answers.
+    """
     cap, batch = config.eval_max_new_tokens or config.max_completion_length, config.rollout_batch_size
     task, skills, task_answers = graded(model, tokenizer, data.evaluation, data.grade, cap, batch)
-    retention, retention_skills, retention_answers = graded(model, tokenizer, data.retention, data.grade, cap, batch)
+    retention, retention_skills, retention_answers = graded(
+        model, tokenizer, data.retention, data.grade, cap, batch
+    )
     figures = {
         "task_accuracy": task,
         "skills": skills,
@@ -46,7 +52,11 @@ def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> t
 def pair_answers(data: RunData, before: Figures, after: Figures) -> Figures:
     """What `answers.json` holds, from the answers of both states."""
     rows = {"task": data.evaluation, "retention": data.retention}
-    return {part: answers.paired(rows[part], before[part], after[part]) for part in rows if before[part] and after[part]}
+    return {
+        part: answers.paired(rows[part], before[part], after[part])
+        for part in rows
+        if before[part] and after[part]
+    }
 
 
 def drift(
@@ -58,15 +68,22 @@ def drift(
     batch_size: int,
     known: tuple[Figures | None, Figures | None] = (None, None),
 ) -> Figures:
-    """How far the model has moved from its base: `retention_ppl` both ways, and details (`evaluation.retention`).
+    """How far the model has moved from its base: `retention_ppl` both ways, and details
+    (`evaluation.retention`).
 
-    known: what `graded` says of the model's and the base's answers to these very rows; where it is missing they are written anew.
+    known: what `graded` says of the model's and the base's answers to these very rows; where it is
+    missing they are written anew.
     """
     after, before = ((side or {}).get("token_ids") for side in known)
     answers = None if after is None or before is None else (after, before)
-    found = retention(model, base, tokenizer, rows, max_new_tokens=cap, batch_size=batch_size, answers=answers)
+    found = retention(
+        model, base, tokenizer, rows, max_new_tokens=cap, batch_size=batch_size, answers=answers
+    )
     ways = ("forward", "reverse")
-    return {"retention_ppl": {way: _finite(found[way]["ppl"]) for way in ways}, "retention_detail": {w: found[w] for w in ways}}
+    return {
+        "retention_ppl": {way: _finite(found[way]["ppl"]) for way in ways},
+        "retention_detail": {w: found[w] for w in ways},
+    }
 
 
 def _finite(value: float) -> float | None:
@@ -96,7 +113,9 @@ def change_lines(results: Figures) -> list[list[str]]:
             lines.append(_accuracy_line(f"  {skill}", before[skills][skill], value))
     if after["gold_ppl"] is not None:
         change = f"{after['gold_ppl'] - before['gold_ppl']:+.3f}"
-        lines.append(["perplexity of the references", number(before["gold_ppl"]), number(after["gold_ppl"]), change])
+        lines.append(
+            ["perplexity of the references", number(before["gold_ppl"]), number(after["gold_ppl"]), change]
+        )
     whose = {"forward": "own answers under the base", "reverse": "base's answers under it"}
     for way, value in (after["retention_ppl"] or {}).items():
         lines.append([f"retention perplexity, {whose[way]}", "", number(value), ""])

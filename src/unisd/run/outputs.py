@@ -1,4 +1,6 @@
-"""The output folder of a run: choosing it without losing anything, `results.json`, the model card."""
+"""The output folder of a run: choosing it without losing anything, `results.json`, the model
+card.
+"""
 
 from __future__ import annotations
 
@@ -29,25 +31,30 @@ RESUME = "--resume_from_checkpoint"
 def choose_output_dir(
     options: RunOptions, config: UniSDConfig, data_name: str, reserve: bool = True
 ) -> tuple[Path, str | bool | None]:
-    """The output folder, and the checkpoint to resume from (True: its newest whole one, None: start anew).
+    """The output folder, and the checkpoint to resume from (True: its newest whole one, None: start
+    anew).
 
-    A named folder without any checkpoint is started anew also when it was to be resumed: a scheduler gives the same command again,
-    however far the run had come.
+    A named folder without any checkpoint is started anew also when it was to be resumed: a
+    scheduler gives the same command again, however far the run had come.
 
-    Without `output_dir`, a run gets the first unused of `unisd-output/<recipe>-<model>-<data>`, `...-2`, `...-3`.
+    Without `output_dir`, a run gets the first unused of `unisd-output/<recipe>-<model>-<data>`,
+    `...-2`, `...-3`.
 
     Args:
         reserve: make that folder, so that no other run takes it; else nothing is made.
 
     Raises:
-        UserError: a folder that holds another run or other files, one that cannot be written, or nothing to resume from.
+        UserError: a folder that holds another run or other files, one that cannot be written, or
+            nothing to resume from.
     """
     resume = str(config.resume_from_checkpoint or "")
     if resume.lower() in ("", "false", "none"):
         resume = ""
     newest = resume.lower() == "true"
     if resume and not newest and not Path(resume).is_dir():
-        raise UserError(f"resume_from_checkpoint: {resume} is no folder: give a checkpoint-N folder, or the flag alone.")
+        raise UserError(
+            f"resume_from_checkpoint: {resume} is no folder: give a checkpoint-N folder, or the flag alone."
+        )
     if "output_dir" in options.explicit:
         folder = Path(str(config.output_dir))
         if not resume and not options.overwrite_output_dir:
@@ -55,9 +62,15 @@ def choose_output_dir(
     else:
         candidates = _candidates(options, data_name)
         if newest:
-            interrupted = [path for path in candidates if last_complete_checkpoint(path) and not (path / RESULTS).exists()]
+            interrupted = [
+                path
+                for path in candidates
+                if last_complete_checkpoint(path) and not (path / RESULTS).exists()
+            ]
             if not interrupted:
-                raise UserError(f"no interrupted run in {candidates[0].parent}: name its folder with --output_dir.")
+                raise UserError(
+                    f"no interrupted run in {candidates[0].parent}: name its folder with --output_dir."
+                )
             folder = interrupted[-1]
         elif resume:
             folder = Path(resume).parent
@@ -73,17 +86,23 @@ def choose_output_dir(
         logger.warning("%s holds no checkpoint to resume from: the run starts from its first step.", folder)
         return folder, None
     if last_complete_checkpoint(folder) is None:
-        raise UserError(f"{folder} holds no complete checkpoint to resume from: start without --resume_from_checkpoint.")
+        raise UserError(
+            f"{folder} holds no complete checkpoint to resume from: start without --resume_from_checkpoint."
+        )
     return folder, True
 
 
 def resume_command(options: RunOptions, folder: str | Path) -> str:
-    """What goes on with a run from its newest checkpoint: the command as it was given, with that in place of an older one."""
+    """What goes on with a run from its newest checkpoint: the command as it was given, with that in
+    place of an older one.
+    """
     words = list(options.command)
     for place in reversed(range(len(words))):
         if words[place].partition("=")[0] != RESUME:
             continue
-        has_value = "=" not in words[place] and place + 1 < len(words) and not words[place + 1].startswith("--")
+        has_value = (
+            "=" not in words[place] and place + 1 < len(words) and not words[place + 1].startswith("--")
+        )
         del words[place : place + 1 + has_value]
     if "output_dir" not in options.explicit:
         words += ["--output_dir", str(folder)]
@@ -98,14 +117,19 @@ def _candidates(options: RunOptions, data_name: str) -> list[Path]:
 
 def _refuse_used(folder: Path) -> None:
     if (folder / RESULTS).exists():
-        raise UserError(f"{folder} holds the results of another run: choose another --output_dir, or --overwrite_output_dir.")
+        raise UserError(
+            f"{folder} holds the results of another run: choose another --output_dir, or"
+            " --overwrite_output_dir."
+        )
     if (folder / METRICS).exists() or any(folder.glob("checkpoint-*")):
         raise UserError(
-            f"{folder} holds an unfinished run: go on with --resume_from_checkpoint, start over with --overwrite_output_dir, or "
-            "choose another --output_dir."
+            f"{folder} holds an unfinished run: go on with --resume_from_checkpoint, start over with"
+            " --overwrite_output_dir, or choose another --output_dir."
         )
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds other files, which a run might replace: choose another --output_dir.")
+        raise UserError(
+            f"{folder} holds other files, which a run might replace: choose another --output_dir."
+        )
 
 
 def _made(folder: Path) -> bool:
@@ -118,7 +142,9 @@ def _made(folder: Path) -> bool:
 
 
 def clear_earlier_run(folder: Path) -> None:
-    """Remove what a run writes, and nothing else: a checkpoint of the old run must not be resumed by the new one."""
+    """Remove what a run writes, and nothing else: a checkpoint of the old run must not be resumed
+    by the new one.
+    """
     for path in (folder / RESULTS, folder / METRICS, folder / SAMPLES, folder / ANSWERS, folder / PROBE):
         path.unlink(missing_ok=True)
     clear_staging(folder)
@@ -136,13 +162,23 @@ def resolved(options: RunOptions, config: UniSDConfig) -> dict[str, Any]:
 
 def _silence(results: dict[str, Any]) -> str:
     config = results["config"]
-    return silence(results["steps"], config["alarm_window"], config["diagnostics"], config["diagnostics_probe_steps"] is not None)
+    return silence(
+        results["steps"],
+        config["alarm_window"],
+        config["diagnostics"],
+        config["diagnostics_probe_steps"] is not None,
+    )
 
 
 def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[str]]) -> str:
     """The README.md of the output folder."""
-    hub_id = options.model_name_or_path if re.fullmatch(r"[\w.-]+/[\w.-]+", options.model_name_or_path) else None
-    front = ["library_name: " + ("peft" if options.use_peft else "transformers"), "tags: [unisd, self-distillation]"]
+    hub_id = (
+        options.model_name_or_path if re.fullmatch(r"[\w.-]+/[\w.-]+", options.model_name_or_path) else None
+    )
+    front = [
+        "library_name: " + ("peft" if options.use_peft else "transformers"),
+        "tags: [unisd, self-distillation]",
+    ]
     if hub_id is not None and not Path(hub_id).exists():
         front.append(f"base_model: {hub_id}")
     load = (
@@ -158,17 +194,24 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             "",
             f"# {results['model']} adapted to {results['task']} by self-distillation",
             "",
-            f"Recipe `{results['recipe']}`, seed {results['seed']}, trained with unisd {__version__} "
-            "(UniSD, [arXiv 2605.06597](https://arxiv.org/abs/2605.06597)). Every option is in `results.json`, every step in "
-            "`metrics.jsonl`.",
+            (
+                f"Recipe `{results['recipe']}`, seed {results['seed']}, trained with unisd {__version__}"
+                " (UniSD, [arXiv 2605.06597](https://arxiv.org/abs/2605.06597)). Every option is in"
+                " `results.json`, every step in `metrics.jsonl`."
+            ),
             "",
             *markdown_table(("measure", "before", "after", "change"), lines),
             "",
-            *(f"- alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}" for alarm in results["alarms"] or ()),
+            *(
+                f"- alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}"
+                for alarm in results["alarms"] or ()
+            ),
             *([_silence(results)] if results["alarms"] == [] else []),
             "",
-            "Accuracies: greedy answers, 95 % Wilson intervals in brackets. Perplexities: corpus level. One seed: differences "
-            "within the intervals mean nothing.",
+            (
+                "Accuracies: greedy answers, 95 % Wilson intervals in brackets. Perplexities: corpus level."
+                " One seed: differences within the intervals mean nothing."
+            ),
             "",
             f"Load with transformers{' and peft' if options.use_peft else ''}: `{load}`",
             "",

@@ -1,4 +1,6 @@
-"""`unisd prepare`, and the same before a training run: contexts and wrong references built for rows that lack them."""
+"""`unisd prepare`, and the same before a training run: contexts and wrong references built for rows
+that lack them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ class ModelEmbedder:
         from unisd.batching import forward_batches, lay_out
 
         backbone = Backbone(self.model)
-        sequences = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:POOLED_TOKENS] or [0] for text in texts]
+        sequences = [
+            self.tokenizer(text, add_special_tokens=False)["input_ids"][:POOLED_TOKENS] or [0]
+            for text in texts
+        ]
         found: list[np.ndarray] = [np.zeros(0)] * len(texts)
         self.model.eval()
         with show_progress("embedding", len(texts)) as advance:
@@ -92,11 +97,14 @@ def server_writer(server: ChatServer, seed: int, what: str) -> Callable[[list[st
     return write
 
 
-def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Callable[[], tuple[Any, Any]]) -> list[Row]:
+def prepare(
+    data: RunData, options: RunOptions, config: UniSDConfig, load: Callable[[], tuple[Any, Any]]
+) -> list[Row]:
     """The training rows with the contexts and wrong references that the options ask for.
 
     Args:
-        load: gives model and tokenizer; called where something is to be written or embedded by the model.
+        load: gives model and tokenizer; called where something is to be written or embedded by the
+            model.
 
     Raises:
         UserError: see `contexts.build` and `negatives.build`.
@@ -104,11 +112,18 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
     rows = data.train
     written = options.agreement_contexts == "induction" or options.negatives == "model"
     server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
-    # What the recipe says is for its agreement, and for rows that bring no contexts at all; a single row has no others.
-    unasked = config.agreement != "none" and len(rows) > 1 and not any(row.get("auxiliary_contexts") for row in rows)
+    # What the recipe says is for its agreement, and for rows that bring no contexts at all; a
+    # single row has no others.
+    unasked = (
+        config.agreement != "none"
+        and len(rows) > 1
+        and not any(row.get("auxiliary_contexts") for row in rows)
+    )
     wanted = "agreement_contexts" in options.explicit or unasked
     if options.agreement_contexts != "columns" and wanted:
-        settings = contexts.Settings(options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder)
+        settings = contexts.Settings(
+            options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder
+        )
         embedder: contexts.Embedder | None = None
         write = None
         key = ""
@@ -117,7 +132,10 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
             key = f"{server.client.url} {server.model}"
         elif settings.kind == "induction" or (settings.kind == "retrieval" and settings.embedder == "model"):
             model, tokenizer = load()
-            embedder, write = ModelEmbedder(model, tokenizer), writer(model, tokenizer, config.seed, "instructions")
+            embedder, write = (
+                ModelEmbedder(model, tokenizer),
+                writer(model, tokenizer, config.seed, "instructions"),
+            )
             key = model_key(model)
         elif settings.kind == "retrieval" and settings.embedder != "tfidf":
             embedder = contexts.SentenceTransformerEmbedder(settings.embedder)
@@ -151,14 +169,23 @@ def prepare(data: RunData, options: RunOptions, config: UniSDConfig, load: Calla
     short = sum(len(row.get("auxiliary_contexts") or []) < config.num_auxiliary_contexts for row in rows)
     without = sum(not row.get("negative_context") for row in rows)
     if options.agreement_contexts != "columns" and wanted and short:
-        logger.warning("%d of %d rows have fewer than %d auxiliary contexts.", short, len(rows), config.num_auxiliary_contexts)
+        logger.warning(
+            "%d of %d rows have fewer than %d auxiliary contexts.",
+            short,
+            len(rows),
+            config.num_auxiliary_contexts,
+        )
     if options.negatives != "columns" and without:
-        logger.warning("%d of %d rows have no wrong reference: they train without the contrast term.", without, len(rows))
+        logger.warning(
+            "%d of %d rows have no wrong reference: they train without the contrast term.", without, len(rows)
+        )
     return rows
 
 
 def model_key(model: Any) -> str:
-    """Name and revision of a model, and a sample of its weights: a folder's content may change under its name."""
+    """Name and revision of a model, and a sample of its weights: a folder's content may change
+    under its name.
+    """
     import hashlib
 
     digest = hashlib.sha256()

@@ -35,7 +35,9 @@ from unisd.training.guards import Interruption
 logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 48
-"""Most tokens of the answer in the example before a run: written for nothing but to be looked at."""
+"""Most tokens of the answer in the example before a run: written for nothing but to be looked
+at.
+"""
 Results = dict[str, Any]
 
 
@@ -82,15 +84,21 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
 
 
 def _compute_in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> None:
-    """On one accelerator that can, the products of all but small models are computed in bfloat16, unless the user has said otherwise;
-    where there are several, the launcher's configuration says."""
-    said = {"bf16", "fp16", "dtype"} & options.explicit or config.mixed_precision != "no" or config.world_size > 1
+    """On one accelerator that can, the products of all but small models are computed in bfloat16,
+    unless the user has said otherwise; where there are several, the launcher's configuration says.
+    """
+    said = (
+        {"bf16", "fp16", "dtype"} & options.explicit
+        or config.mixed_precision != "no"
+        or config.world_size > 1
+    )
     if not said and config.device.type != "cpu" and native_bf16() and model.num_parameters() > AUTO_BF16_FROM:
         config.bf16, config.mixed_precision = True, "bf16"
 
 
 def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> None:
-    """Switch gradient checkpointing on where the step would not fit without it, unless the user has said which.
+    """Switch gradient checkpointing on where the step would not fit without it, unless the user has
+    said which.
 
     On all ranks, if on one of them: they take their steps together.
     """
@@ -99,7 +107,9 @@ def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig
     free = memory.available(config.device)
     size = memory.ModelSize.of(trainer.model)
     shards = config.world_size if is_sharded(trainer.model) else 1
-    wanted = free is not None and memory.wants_checkpointing(size, config, longest_prompt(trainer), free, shards)
+    wanted = free is not None and memory.wants_checkpointing(
+        size, config, longest_prompt(trainer), free, shards
+    )
     if on_any_rank(wanted, config.world_size):
         config.gradient_checkpointing = True
         room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
@@ -115,7 +125,8 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     """The whole run; returns what `results.json` holds, or None if Ctrl-C or SIGTERM stopped it.
 
     Raises:
-        UserError: see `outputs.choose_output_dir`, `inputs.load_data`, `inputs.load_model` and `UniSDTrainer`.
+        UserError: see `outputs.choose_output_dir`, `inputs.load_data`, `inputs.load_model` and
+            `UniSDTrainer`.
     """
     started = time.perf_counter()
     console = make_console()
@@ -147,7 +158,8 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     key = shared.key_of(options, config, data)
     state = ("figures", "answers")
     before = shared.measured_once(
-        options.before_cache if config.world_size == 1 else None,  # ranks measure together: none can wait for a file
+        # ranks measure together: none can wait for a file
+        options.before_cache if config.world_size == 1 else None,
         key,
         lambda: dict(zip(state, _measured(setting, config), strict=True)),
     )
@@ -196,13 +208,18 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
 
 
 def _measured(setting: Setting, config: UniSDConfig) -> tuple[Results, Results]:
-    """One state of the model, in the precision that it is trained in: before training no wrapper sees to that."""
+    """One state of the model, in the precision that it is trained in: before training no wrapper
+    sees to that.
+    """
     with setting.trainer.accelerator.autocast():
         return measure(setting.trainer.model, setting.tokenizer, setting.data, config)
 
 
-def _drift(setting: Setting, options: RunOptions, config: UniSDConfig, after: Results, before: Results) -> Results:
-    """Distance from the initial model on the retention rows, or where the task has none, on the evaluation rows.
+def _drift(
+    setting: Setting, options: RunOptions, config: UniSDConfig, after: Results, before: Results
+) -> Results:
+    """Distance from the initial model on the retention rows, or where the task has none, on the
+    evaluation rows.
 
     Not of a sharded model without an adapter: `unisd eval --base` measures it afterwards.
     """
@@ -212,11 +229,14 @@ def _drift(setting: Setting, options: RunOptions, config: UniSDConfig, after: Re
     base = None if options.use_peft else load_model(options)[0].to(model.device)
     cap = config.eval_max_new_tokens or config.max_completion_length
     part = "retention" if setting.data.retention else "task"
-    return drift(model, base, setting.tokenizer, rows, cap, config.rollout_batch_size, (after[part], before[part]))
+    return drift(
+        model, base, setting.tokenizer, rows, cap, config.rollout_batch_size, (after[part], before[part])
+    )
 
 
 def _save_model(setting: Setting, config: UniSDConfig, folder: Path) -> None:
-    # Pushed once, at the end, with our card: the Trainer would push each save and write a card of its own.
+    # Pushed once, at the end, with our card: the Trainer would push each save and write a card of
+    # its own.
     push, config.push_to_hub = config.push_to_hub, False
     setting.trainer.save_model(str(folder))
     config.push_to_hub = push
@@ -224,10 +244,14 @@ def _save_model(setting: Setting, config: UniSDConfig, folder: Path) -> None:
         setting.tokenizer.save_pretrained(str(folder))
 
 
-def _finish(setting: Setting, options: RunOptions, config: UniSDConfig, folder: Path, results: Results) -> None:
+def _finish(
+    setting: Setting, options: RunOptions, config: UniSDConfig, folder: Path, results: Results
+) -> None:
     trainer = setting.trainer
     if trainer.is_world_process_zero():
-        (folder / "README.md").write_text(outputs.model_card(results, options, change_lines(results)), encoding="utf-8")
+        (folder / "README.md").write_text(
+            outputs.model_card(results, options, change_lines(results)), encoding="utf-8"
+        )
         outputs.write_json(folder / outputs.RESULTS, results)
     if config.push_to_hub:
         trainer.create_model_card = lambda *args, **kwargs: None
@@ -242,8 +266,9 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
     per_epoch = max(1, -(-len(data.train) // rows_per_step))
     steps = config.max_steps if config.max_steps > 0 else round(per_epoch * config.num_train_epochs)
     console.print(
-        f"{options.recipe}: model {options.model_name_or_path} ({size.parameters / 1e6:.1f}M parameters, "
-        f"{size.trained / 1e6:.1f}M trained), {data.name}: {len(data.train)} training rows, {len(data.evaluation)} to report on"
+        f"{options.recipe}: model {options.model_name_or_path} ({size.parameters / 1e6:.1f}M parameters,"
+        f" {size.trained / 1e6:.1f}M trained), {data.name}: {len(data.train)} training rows,"
+        f" {len(data.evaluation)} to report on"
         + (f", {len(data.retention)} on retention" if data.retention else "")
         + f"; {steps} steps of {rows_per_step} rows",
         markup=False,
@@ -262,7 +287,10 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
 def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
-        print(f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps sets how often it would)")
+        print(
+            f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps sets how"
+            " often it would)"
+        )
         return
     print(f"interrupted; resume from {checkpoint.name} with:\n  {outputs.resume_command(options, folder)}")
 
@@ -270,11 +298,17 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
 def _report(console: Console, results: Results, folder: Path, options: RunOptions) -> None:
     show_table(console, ("", "before", "after", "change"), change_lines(results))
     for alarm in results["alarms"] or ():
-        console.print(f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}", markup=False, highlight=False)
+        console.print(
+            f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}", markup=False, highlight=False
+        )
     seconds = results["phases_s"]
     spent = ", ".join(f"{name} {seconds[name]:.0f}" for name in ("rollout", "score", "student", "eval"))
     console.print(f"{results['wall_s']:.0f} s ({spent})", markup=False, highlight=False)
     what = "adapter" if options.use_peft else "model"
-    console.print(f"written to {folder}: the {what}, results.json, metrics.jsonl, README.md", markup=False, highlight=False)
+    console.print(
+        f"written to {folder}: the {what}, results.json, metrics.jsonl, README.md",
+        markup=False,
+        highlight=False,
+    )
     console.print(f"try it: unisd chat {folder} --compare base", markup=False, highlight=False)
     console.print(f"see it: unisd report {folder}", markup=False, highlight=False)

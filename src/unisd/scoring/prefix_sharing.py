@@ -1,8 +1,9 @@
 """Sequences that begin alike, laid out in one row with each beginning once.
 
-The views of a step begin alike in many ways: all chats with their system turn, right and wrong reference with the problem, the
-generations of a prompt with all of it. In a causal model a beginning has the same states under each of its continuations, so it is read
-once for all that lie in one forward pass: rows of a tree, each of which attends to the rows that it continues
+The views of a step begin alike in many ways: all chats with their system turn, right and wrong
+reference with the problem, the generations of a prompt with all of it. In a causal model a
+beginning has the same states under each of its continuations, so it is read once for all that lie
+in one forward pass: rows of a tree, each of which attends to the rows that it continues
 (:func:`unisd.kernels.attention.frugal_sdpa`) and counts its positions on from there.
 """
 
@@ -17,7 +18,9 @@ from unisd.backbone import Backbone
 from unisd.batching import Batch, close, tolerance_of
 
 LEAST = 16
-"""Tokens of a beginning that becomes a row of its own: below, its attention costs more than it saves."""
+"""Tokens of a beginning that becomes a row of its own: below, its attention costs more than it
+saves.
+"""
 
 
 @dataclass
@@ -26,13 +29,16 @@ class SharedBatch:
 
     batch: Batch
     starts: list[int]
-    """By sequence: its token t, from the first of its own row, lies at `starts[i] + t` of the flat row."""
+    """By sequence: its token t, from the first of its own row, lies at `starts[i] + t` of the flat
+    row.
+    """
     read: list[int]
     """By sequence: tokens that are read for it, of what is shared for the first only."""
 
 
 def _order(sequences: Sequence[Sequence[int]], shareable: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The sequences with those that begin alike side by side, and how many tokens each shares with the one before (the first: none).
+    """The sequences with those that begin alike side by side, and how many tokens each shares with
+    the one before (the first: none).
 
     In that order all of a run share the least that two neighbours share.
     """
@@ -45,8 +51,11 @@ def _order(sequences: Sequence[Sequence[int]], shareable: Sequence[int]) -> tupl
     return order, alike
 
 
-def shared_batches(sequences: Sequence[Sequence[int]], shareable: Sequence[int], budget: int) -> list[list[int]]:
-    """Groups of sequences for one forward pass each, none of which reads more than `budget` tokens (or a single sequence).
+def shared_batches(
+    sequences: Sequence[Sequence[int]], shareable: Sequence[int], budget: int
+) -> list[list[int]]:
+    """Groups of sequences for one forward pass each, none of which reads more than `budget` tokens
+    (or a single sequence).
 
     shareable: how many of a sequence's first tokens may be read together with others'.
     """
@@ -62,7 +71,9 @@ def shared_batches(sequences: Sequence[Sequence[int]], shareable: Sequence[int],
     return groups
 
 
-def lay_out_shared(sequences: Sequence[Sequence[int]], shareable: Sequence[int], device: torch.device | str) -> SharedBatch:
+def lay_out_shared(
+    sequences: Sequence[Sequence[int]], shareable: Sequence[int], device: torch.device | str
+) -> SharedBatch:
     """One row of all sequences, beginnings of `LEAST` tokens or more that several share once."""
     order, alike = _order(sequences, shareable)
     ids: list[int] = []
@@ -80,7 +91,9 @@ def lay_out_shared(sequences: Sequence[Sequence[int]], shareable: Sequence[int],
         return slice(rows[-1], len(ids))
 
     def grow(first: int, last: int, depth: int, before: list[slice]) -> None:
-        """The sequences `order[first:last]`, whose first `depth` tokens are those of the rows `before`."""
+        """The sequences `order[first:last]`, whose first `depth` tokens are those of the rows
+        `before`.
+        """
         i = min(order[first:last])  # who comes first pays for what is shared
         if last == first + 1:
             starts[i] = len(ids) - depth
@@ -95,23 +108,33 @@ def lay_out_shared(sequences: Sequence[Sequence[int]], shareable: Sequence[int],
                 first = at
 
     grow(0, len(order), 0, [])
-    batch = Batch(torch.tensor([ids], device=device), torch.tensor([positions], device=device), None, rows, contexts=contexts)
+    batch = Batch(
+        torch.tensor([ids], device=device),
+        torch.tensor([positions], device=device),
+        None,
+        rows,
+        contexts=contexts,
+    )
     return SharedBatch(batch, starts, read)
 
 
 @torch.no_grad()
 def can_share(backbone: Backbone) -> bool:
-    """Whether the model reads a shared beginning as it reads separate rows: on a CPU, where all of its layers attend to all of the past,
-    and checked on the model itself."""
+    """Whether the model reads a shared beginning as it reads separate rows: on a CPU, where all of
+    its layers attend to all of the past, and checked on the model itself.
+    """
     model = backbone.causal_lm
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or (["full_attention"] if not getattr(config, "sliding_window", None) else [])
+    kinds = getattr(config, "layer_types", None) or (
+        ["full_attention"] if not getattr(config, "sliding_window", None) else []
+    )
     device = backbone.head_module.weight.device
     if device.type != "cpu" or not backbone.tells_rows or set(kinds) != {"full_attention"}:
         return False
     generator = torch.Generator().manual_seed(2)
     trunk, branch, *ends = (
-        torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in (LEAST + 3, LEAST, 4, 7, 5, 3)
+        torch.randint(config.vocab_size, (n,), generator=generator).tolist()
+        for n in (LEAST + 3, LEAST, 4, 7, 5, 3)
     )
     sequences = [trunk + ends[0], trunk + branch + ends[1], trunk + branch + ends[2], ends[3]]
     shareable = [len(sequence) - 2 for sequence in sequences]
@@ -121,10 +144,16 @@ def can_share(backbone: Backbone) -> bool:
         laid = lay_out_shared(sequences, shareable, device)
         together = backbone.hidden_states(laid.batch).final
         assert together is not None
-        for sequence, start, shared in zip(sequences, laid.starts, (len(trunk), *[len(trunk + branch)] * 2, 0), strict=True):
+        for sequence, start, shared in zip(
+            sequences, laid.starts, (len(trunk), *[len(trunk + branch)] * 2, 0), strict=True
+        ):
             alone = backbone.hidden_states(lay_out_shared([sequence], [0], device).batch).final
             assert alone is not None
-            if not close(together[0, start + shared : start + len(sequence)], alone[0, shared:], tolerance_of(alone.dtype)):
+            if not close(
+                together[0, start + shared : start + len(sequence)],
+                alone[0, shared:],
+                tolerance_of(alone.dtype),
+            ):
                 return False
         return True
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):  # a model that cannot be told

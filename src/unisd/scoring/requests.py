@@ -1,4 +1,6 @@
-"""The prompts under which a step's completions are scored: one `ScoringRow` per completion, within the limits of length."""
+"""The prompts under which a step's completions are scored: one `ScoringRow` per completion, within
+the limits of length.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,18 @@ from unisd.scoring.scorer import NEGATIVE, ScoringRow
 
 
 def budgeted(views: list[list[int]], budget: int | None, seed: int, step: int, row: int) -> list[list[int]]:
-    """Agreement's budget of contexts: `budget` of a row's views in their order, drawn by (seed, optimizer step, row) alone.
+    """Agreement's budget of contexts: `budget` of a row's views in their order, drawn by (seed,
+    optimizer step, row) alone.
 
-    A draw per step, so that over the epochs all of them are used; the same for all generations of a prompt.
+    A draw per step, so that over the epochs all of them are used; the same for all generations of a
+    prompt.
     """
     if budget is None or budget >= len(views):
         return views
-    return [views[k] for k in sorted(random.Random(f"agreement {seed} {step} {row}").sample(range(len(views)), budget))]
+    return [
+        views[k]
+        for k in sorted(random.Random(f"agreement {seed} {step} {row}").sample(range(len(views)), budget))
+    ]
 
 
 _UNLIMITED = 1 << 60
@@ -40,7 +47,12 @@ class Views:
     """
 
     def __init__(
-        self, args: UniSDConfig, prompts: PromptBuilder, needs: Collection[str], sources: Collection[str], context: int | None
+        self,
+        args: UniSDConfig,
+        prompts: PromptBuilder,
+        needs: Collection[str],
+        sources: Collection[str],
+        context: int | None,
     ) -> None:
         self.args = args
         self.prompts = prompts
@@ -49,49 +61,72 @@ class Views:
         self.room = _UNLIMITED if context is None else context - args.max_completion_length
         if self.room < 1:
             raise UserError(
-                f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context "
-                f"of {context} tokens: lower it."
+                f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the"
+                f" model's context of {context} tokens: lower it."
             )
-        # Auxiliary and negative views are other texts: those over the limit are left out one by one, and counted.
+        # Auxiliary and negative views are other texts: those over the limit are left out one by
+        # one, and counted.
         self.teacher_room = min(self.room, args.max_teacher_prompt_length or _UNLIMITED)
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Raise `UserError` for rows whose prompts leave no room, by number: a cut prompt would teach another task."""
+        """Raise `UserError` for rows whose prompts leave no room, by number: a cut prompt would
+        teach another task.
+        """
         level = self.args.teacher_context if self.args.uses_reference else "plain"
-        empty = [i for i, row in enumerate(rows) if level not in ("full", "plain") and reference_at(row, level) is None]
+        empty = [
+            i
+            for i, row in enumerate(rows)
+            if level not in ("full", "plain") and reference_at(row, level) is None
+        ]
         if empty:
             raise UserError(
-                f"row {empty[0]} of the training data has nothing for teacher_context={level} ({len(empty)} such row(s)): add a column "
-                "answer or hints, or use teacher_context=full."
+                f"row {empty[0]} of the training data has nothing for teacher_context={level} ({len(empty)}"
+                " such row(s)): add a column answer or hints, or use teacher_context=full."
             )
         limits = (
             ("prompt", "max_prompt_length", self.args.max_prompt_length, self.prompts.student),
-            ("prompt with its reference", "max_teacher_prompt_length", self.args.max_teacher_prompt_length, self._teacher),
+            (
+                "prompt with its reference",
+                "max_teacher_prompt_length",
+                self.args.max_teacher_prompt_length,
+                self._teacher,
+            ),
         )
         for what, option, own_limit, encode in limits:
             limit = min(self.room, own_limit or _UNLIMITED)
-            too_long = [(i, length) for i, row in enumerate(rows) if (length := _length_over(limit, encode, row))]
+            too_long = [
+                (i, length) for i, row in enumerate(rows) if (length := _length_over(limit, encode, row))
+            ]
             if too_long:
                 row, length = too_long[0]
                 name = option if limit == own_limit else "the model's context less max_completion_length"
                 raise UserError(
-                    f"row {row} of the training data: the {what} has {length} tokens, over the limit of {limit} ({name}); "
-                    f"{len(too_long)} such row(s): shorten or remove them, or raise {option}."
+                    f"row {row} of the training data: the {what} has {length} tokens, over the limit of"
+                    f" {limit} ({name}); {len(too_long)} such row(s): shorten or remove them, or raise"
+                    f" {option}."
                 )
 
-    def of(self, row: Row, number: int, completion: Completion, carries_loss: bool, step: int) -> tuple[ScoringRow, int]:
-        """The views of one completion of row `number`, and how many were left out because they are too long."""
+    def of(
+        self, row: Row, number: int, completion: Completion, carries_loss: bool, step: int
+    ) -> tuple[ScoringRow, int]:
+        """The views of one completion of row `number`, and how many were left out because they are
+        too long.
+        """
         args = self.args
         views = self.prompts.auxiliary(row, args.num_auxiliary_contexts) if "auxiliary" in self.needs else []
         fitting = [ids for ids in views if len(ids) <= self.teacher_room]
         overlong = len(views) - len(fitting)
-        negative = self.prompts.negative(row) if "negative" in self.needs and row.get("negative_context") else None
+        negative = (
+            self.prompts.negative(row) if "negative" in self.needs and row.get("negative_context") else None
+        )
         if negative is not None and len(negative) > self.teacher_room:
             negative, overlong = None, overlong + 1
         scoring_row = ScoringRow(
             number=number,
             completion=completion.ids,
-            loss_mask=[carries_loss and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))],
+            loss_mask=[
+                carries_loss and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))
+            ],
             student=self.prompts.student(row),
             teacher=self._teacher(row),
             negative=negative,
@@ -101,19 +136,31 @@ class Views:
         return scoring_row, overlong
 
     def _teacher(self, row: Row) -> list[int]:
-        """The primary teacher's prompt; the student's where the row has no reference and needs none."""
+        """The primary teacher's prompt; the student's where the row has no reference and needs
+        none.
+        """
         if self.args.uses_reference:
             return self.prompts.teacher(row)
         return self.prompts.at_level(row, self.args.teacher_context) or self.prompts.student(row)
 
     def _sources(self, row: Row) -> dict[str, list[int]]:
-        """The prompts of the target's sources, without those that the row cannot serve or that are too long."""
-        prompts = {name: self.prompts.at_level(row, name.partition("/")[2]) for name in self.sources if name != NEGATIVE}
-        return {name: ids for name, ids in prompts.items() if ids is not None and len(ids) <= self.teacher_room}
+        """The prompts of the target's sources, without those that the row cannot serve or that are
+        too long.
+        """
+        prompts = {
+            name: self.prompts.at_level(row, name.partition("/")[2])
+            for name in self.sources
+            if name != NEGATIVE
+        }
+        return {
+            name: ids for name, ids in prompts.items() if ids is not None and len(ids) <= self.teacher_room
+        }
 
 
 def _length_over(limit: int, encode: Callable[[Row], list[int]], row: Row) -> int:
-    """The encoded length if it exceeds `limit`, else 0; texts too short to exceed it are not tokenised."""
+    """The encoded length if it exceeds `limit`, else 0; texts too short to exceed it are not
+    tokenised.
+    """
     texts = [row.get("teacher_prompt"), row["prompt"], row["prompt"], row.get("privileged_context")]
     if sum(len(str(text).encode()) for text in texts if text) + 1024 <= limit:
         return 0

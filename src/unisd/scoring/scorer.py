@@ -1,10 +1,13 @@
-"""The phase without gradient: every view of a whole optimizer step, in one sweep (Algorithm 1, line 2).
+"""The phase without gradient: every view of a whole optimizer step, in one sweep (Algorithm 1, line
+2).
 
-All views of all rows are laid out to a token budget (by length, or with what they begin with read once) under one switch of the teacher's
-weights. Kept are the primary
-teacher's hidden states (not logits: at 7B they are 42 times smaller) and one number per token for every other view.
+All views of all rows are laid out to a token budget (by length, or with what they begin with read
+once) under one switch of the teacher's weights. Kept are the primary
+teacher's hidden states (not logits: at 7B they are 42 times smaller) and one number per token for
+every other view.
 
-Shapes: B rows of the step on this rank, T longest completion, K auxiliary contexts, N tokens of a forward pass, H hidden size.
+Shapes: B rows of the step on this rank, T longest completion, K auxiliary contexts, N tokens of a
+forward pass, H hidden size.
 """
 
 from __future__ import annotations
@@ -47,23 +50,30 @@ class ScoringRow:
     auxiliary: list[list[int]] = field(default_factory=list)
     number: int = -1  # of the row in the dataset, for messages
     sources: dict[str, list[int]] = field(default_factory=dict)
-    """The prompts of the target's further sources, by their names; those that the row lacks are left out."""
+    """The prompts of the target's further sources, by their names; those that the row lacks are
+    left out.
+    """
 
 
 @dataclass
 class TeacherStates:
-    """What the student is compared with: per row the teacher's final hidden states `[T_i,H]`, and those of listed layers."""
+    """What the student is compared with: per row the teacher's final hidden states `[T_i,H]`, and
+    those of listed layers.
+    """
 
     final: list[Tensor]
     layers: dict[int, list[Tensor]]
-    sources: dict[str, list[Tensor]] = field(default_factory=dict)  # of the target: final hidden states [T_i,H]
+    # of the target: final hidden states [T_i,H]
+    sources: dict[str, list[Tensor]] = field(default_factory=dict)
     source_logp: dict[str, Tensor] = field(default_factory=dict)  # or realised log-probabilities [B,T]
     source_present: dict[str, Tensor] = field(default_factory=dict)  # [B] bool
 
     def of_target(
         self, hidden: Callable[[Sequence[Tensor]], Tensor], scalar: Callable[[Tensor], Tensor], length: int
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Per source its states `[N,H]` or log-probabilities `[N]`, and which tokens have all sources, by two ways to select."""
+        """Per source its states `[N,H]` or log-probabilities `[N]`, and which tokens have all
+        sources, by two ways to select.
+        """
         values = {name: hidden(of_rows) for name, of_rows in self.sources.items()}
         values |= {name: scalar(logp_BT) for name, logp_BT in self.source_logp.items()}
         present_B = torch.ones(len(self.final), dtype=torch.bool)
@@ -84,7 +94,9 @@ class _Job:
 
 @dataclass(frozen=True)
 class _View:
-    """What a forward pass left of one job: the states that predict the completion, final `[T_i,H]` and of listed layers."""
+    """What a forward pass left of one job: the states that predict the completion, final `[T_i,H]`
+    and of listed layers.
+    """
 
     job: _Job
     final_TH: Tensor
@@ -103,10 +115,11 @@ class Scorer:
         token_budget: most tokens per forward pass.
         layers: further layers to keep of the primary teacher.
         share_prompts: read a prompt once for all of its generations, where that saves enough.
-        share_prefixes: read what prompts begin with once for all that lie in a pass (packed then, as `prefixes.can_share` allows).
+        share_prefixes: read what prompts begin with once for all that lie in a pass (packed then,
+            as `prefixes.can_share` allows).
         autocast: makes the context of a forward pass (mixed precision as in training).
-        choose_rows: agreement's budget: `[B]` mean teacher entropies -> `[B]` bool, the rows whose auxiliary views are scored;
-            None: all. The others count as rows without contexts.
+        choose_rows: agreement's budget: `[B]` mean teacher entropies -> `[B]` bool, the rows whose
+            auxiliary views are scored; None: all. The others count as rows without contexts.
         target: what takes the place of the teacher's distribution; None: nothing does.
         sources: of the target's sources those that need a pass of their own.
         others: the weights that sources name beside the teacher's (base, step).
@@ -138,7 +151,9 @@ class Scorer:
         self.sources = tuple(sources)
         self.others = dict(others or {})
         self.progress = 0.0  # of the run, for targets with a schedule
-        self.merge_once = False  # adapters into a copy of the weights for all passes; else anew in each pass, without the copy
+        # adapters into a copy of the weights for all passes; else anew in each pass, without the
+        # copy
+        self.merge_once = False
         self.backbone = backbone
         self.teacher = teacher
         self.spec = spec
@@ -155,14 +170,25 @@ class Scorer:
 
     def target_states(self, states: Mapping[str, Tensor], present_N: Tensor) -> TargetStates | None:
         """The target as the losses take it, with the heads of its sources."""
-        return None if self.target is None else TargetStates(self.target, states, self._heads(), present_N, self.progress)
+        return (
+            None
+            if self.target is None
+            else TargetStates(self.target, states, self._heads(), present_N, self.progress)
+        )
 
     def _heads(self) -> dict[str, Head]:
         """Of the target's sources."""
-        return {name: teacher_head(self.backbone, self.others.get(name.partition("/")[0], self.teacher)) for name in self.sources}
+        return {
+            name: teacher_head(self.backbone, self.others.get(name.partition("/")[0], self.teacher))
+            for name in self.sources
+        }
 
-    def _source_jobs(self, rows: Sequence[ScoringRow], states: TeacherStates, zeros: Tensor, device: Any) -> list[_Job]:
-        """What the target's sources need scored, with room for the results; a wrong reference is the negative view already."""
+    def _source_jobs(
+        self, rows: Sequence[ScoringRow], states: TeacherStates, zeros: Tensor, device: Any
+    ) -> list[_Job]:
+        """What the target's sources need scored, with room for the results; a wrong reference is
+        the negative view already.
+        """
         jobs: list[_Job] = []
         size = self.backbone.head_module.in_features
         for name in self.sources:
@@ -172,11 +198,20 @@ class Scorer:
                 states.source_logp[name] = zeros.clone()
             else:
                 states.sources[name] = [torch.zeros(len(row.completion), size, device=device) for row in rows]
-            jobs += [_Job(name, i, 0, prompt) for i, prompt in enumerate(prompts) if prompt is not None and name != NEGATIVE]
+            jobs += [
+                _Job(name, i, 0, prompt)
+                for i, prompt in enumerate(prompts)
+                if prompt is not None and name != NEGATIVE
+            ]
         return jobs
 
-    def score(self, rows: Sequence[ScoringRow], device: torch.device | str) -> tuple[StepScores, TeacherStates]:
-        """All views of all rows. The returned scores live on the CPU, the hidden states on `device`."""
+    def score(
+        self, rows: Sequence[ScoringRow], device: torch.device | str
+    ) -> tuple[StepScores, TeacherStates]:
+        """All views of all rows.
+
+        The returned scores live on the CPU, the hidden states on `device`.
+        """
         self._heads()  # of a sharded model they are gathered now, while all ranks are here
         B = len(rows)
         T = max((len(row.completion) for row in rows), default=0)
@@ -194,14 +229,22 @@ class Scorer:
             size = self.backbone.head_module.in_features
             states.final, jobs = [torch.zeros(len(row.completion), size, device=device) for row in rows], []
         if "negative" in self.needs:
-            jobs += [_Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None]
+            jobs += [
+                _Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None
+            ]
         sources = self._source_jobs(rows, states, zeros, device)
         jobs += [job for job in sources if job.view.startswith("teacher/")]
         negative_states: dict[int, Tensor] = {}  # by row, for the contrast of whole distributions
-        auxiliary = [_Job("auxiliary", i, k, prompt) for i, row in enumerate(rows) for k, prompt in enumerate(row.auxiliary)]
+        auxiliary = [
+            _Job("auxiliary", i, k, prompt)
+            for i, row in enumerate(rows)
+            for k, prompt in enumerate(row.auxiliary)
+        ]
         if "auxiliary" in self.needs and self.choose_rows is None:
             jobs += auxiliary
-        auxiliary_present = torch.tensor([[k < len(row.auxiliary) for row in rows] for k in range(K)], dtype=torch.bool)
+        auxiliary_present = torch.tensor(
+            [[k < len(row.auxiliary) for row in rows] for k in range(K)], dtype=torch.bool
+        )
         auxiliary_present = auxiliary_present.reshape(K, B)
 
         def record(jobs: Sequence[_Job]) -> None:
@@ -218,7 +261,9 @@ class Scorer:
                         for layer, hidden_TH in view.layers_TH.items():
                             states.layers[layer][job.row] = hidden_TH
                 elsewhere = {*states.sources, *(("negative",) if "contrast" in self.needs else ())}
-                found += self._token_scores([view for view in group if view.job.view not in elsewhere], rows, head)
+                found += self._token_scores(
+                    [view for view in group if view.job.view not in elsewhere], rows, head
+                )
             for job, length, logp_T, entropy_T in _on_cpu(found):
                 if job.view == "primary":
                     teacher_logp[job.row, :length] = logp_T
@@ -234,11 +279,17 @@ class Scorer:
                 else:
                     auxiliary_logp[job.context, job.row, :length] = logp_T
 
-        with inference(self.backbone.causal_lm, keep=self.merge_once), self.teacher.in_place(), self._context():
+        with (
+            inference(self.backbone.causal_lm, keep=self.merge_once),
+            self.teacher.in_place(),
+            self._context(),
+        ):
             head = self.backbone.head()
             record(jobs)
             if "auxiliary" in self.needs and self.choose_rows is not None:
-                chosen_B = self.choose_rows(torch.where(mask, entropy, 0.0).sum(-1) / mask.sum(-1).clamp(min=1))
+                chosen_B = self.choose_rows(
+                    torch.where(mask, entropy, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+                )
                 record([job for job in auxiliary if chosen_B[job.row]])
                 auxiliary_present &= chosen_B
             negative_divergence = zeros.clone() if "contrast" in self.needs else None
@@ -258,7 +309,9 @@ class Scorer:
             auxiliary_logp=auxiliary_logp if "auxiliary" in self.needs else None,
             auxiliary_present=auxiliary_present if "auxiliary" in self.needs else None,
             negative_logp=negative_logp if "negative" in self.needs else None,
-            negative_present=torch.tensor([row.negative is not None for row in rows]) if "negative" in self.needs else None,
+            negative_present=torch.tensor([row.negative is not None for row in rows])
+            if "negative" in self.needs
+            else None,
             negative_divergence=negative_divergence,
             student_logp=None,
             teacher_entropy=entropy if "entropy" in self.needs else None,
@@ -268,15 +321,22 @@ class Scorer:
             scores = self._add_student(scores, rows, states, device)
         return scores, states
 
-    def leak_probe(self, rows: Sequence[ScoringRow], device: torch.device | str, most_tokens: int) -> Iterator[dict[str, Tensor]]:
-        """Row by row the log-probabilities `[t,V]` of its views: student, primary, negative, unconditioned; base with a fixed teacher.
+    def leak_probe(
+        self, rows: Sequence[ScoringRow], device: torch.device | str, most_tokens: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """Row by row the log-probabilities `[t,V]` of its views: student, primary, negative,
+        unconditioned; base with a fixed teacher.
 
-        At most `most_tokens` evenly spaced tokens of each answer. For diagnostics: these passes serve nothing else. One row's
-        distributions are held at a time.
+        At most `most_tokens` evenly spaced tokens of each answer. For diagnostics: these passes
+        serve nothing else. One row's distributions are held at a time.
         """
         jobs = [_Job("primary", i, 0, row.teacher) for i, row in enumerate(rows)]
-        jobs += [_Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None]
-        jobs += [_Job(name, i, 0, prompt) for i, row in enumerate(rows) for name, prompt in row.sources.items()]
+        jobs += [
+            _Job("negative", i, 0, row.negative) for i, row in enumerate(rows) if row.negative is not None
+        ]
+        jobs += [
+            _Job(name, i, 0, prompt) for i, row in enumerate(rows) for name, prompt in row.sources.items()
+        ]
         if self.teacher.kind == "base":
             jobs += [_Job("base", i, 0, row.student) for i, row in enumerate(rows)]
         hidden: list[dict[str, Tensor]] = [{} for _ in rows]
@@ -285,10 +345,13 @@ class Scorer:
             for group in self._hidden_states(jobs, rows, device, Counter()):
                 for view in group:
                     length = len(view.final_TH)
-                    places = torch.linspace(0, length - 1, min(length, most_tokens), device=device).round().long()
+                    places = (
+                        torch.linspace(0, length - 1, min(length, most_tokens), device=device).round().long()
+                    )
                     hidden[view.job.row][view.job.view] = view.final_TH[places]
 
-        # A context for each set of weights: within one, autocast remembers its casts of a parameter, whatever its values are by then.
+        # A context for each set of weights: within one, autocast remembers its casts of a
+        # parameter, whatever its values are by then.
         with inference(self.backbone.causal_lm), self.teacher.in_place(), self._context():
             record(jobs)
         with inference(self.backbone.causal_lm), self._context():
@@ -297,13 +360,22 @@ class Scorer:
             other = teacher_head(self.backbone, self.teacher)
         for views in hidden:
             with torch.no_grad(), self._context():
-                found = {name: log_probs(heads.get(name, other).logits(h), self.spec.temperature) for name, h in views.items()}
+                found = {
+                    name: log_probs(heads.get(name, other).logits(h), self.spec.temperature)
+                    for name, h in views.items()
+                }
             yield found
 
     def _add_student(
-        self, scores: StepScores, rows: Sequence[ScoringRow], states: TeacherStates, device: torch.device | str
+        self,
+        scores: StepScores,
+        rows: Sequence[ScoringRow],
+        states: TeacherStates,
+        device: torch.device | str,
     ) -> StepScores:
-        """One student pass without gradient: its log-probabilities and the divergence before any update."""
+        """One student pass without gradient: its log-probabilities and the divergence before any
+        update.
+        """
         student_logp, divergence = torch.zeros(scores.mask.shape), torch.zeros(scores.mask.shape)
         head_of_teacher = teacher_head(self.backbone, self.teacher)
         jobs = [_Job("student", i, 0, row.student) for i, row in enumerate(rows)]
@@ -323,9 +395,12 @@ class Scorer:
                     scores.mask.shape[1],
                 )
                 target = self.target_states(values, present_N)
-                compared = _compare(student_NH, head, teacher_NH, head_of_teacher, target_N, self.spec, target)
+                compared = _compare(
+                    student_NH, head, teacher_NH, head_of_teacher, target_N, self.spec, target
+                )
                 logps, divergences = (
-                    torch.split(value.cpu(), lengths) for value in (compared.student_logp_N, compared.divergence_N)
+                    torch.split(value.cpu(), lengths)
+                    for value in (compared.student_logp_N, compared.divergence_N)
                 )
                 for view, logp_T, divergence_T in zip(group, logps, divergences, strict=True):
                     student_logp[view.job.row, : len(logp_T)] = logp_T
@@ -335,19 +410,31 @@ class Scorer:
     def _contrasted(
         self, rows: Sequence[ScoringRow], states: TeacherStates, negative: Mapping[int, Tensor], head: Head
     ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """Row, KL(q||q-) and l- `[T_i]` at the distillation temperature, of the rows in `negative` (states under the wrong reference)."""
+        """Row, KL(q||q-) and l- `[T_i]` at the distillation temperature, of the rows in `negative`
+        (states under the wrong reference).
+        """
         if not negative:
             return
-        negative_NH, teacher_NH = torch.cat(list(negative.values())), torch.cat([states.final[i] for i in negative])
-        target_N = torch.tensor([token for i in negative for token in rows[i].completion], device=negative_NH.device)
+        negative_NH, teacher_NH = (
+            torch.cat(list(negative.values())),
+            torch.cat([states.final[i] for i in negative]),
+        )
+        target_N = torch.tensor(
+            [token for i in negative for token in rows[i].completion], device=negative_NH.device
+        )
         spec = DivergenceSpec(alpha=0.0, temperature=self.spec.temperature)
         compared = _compare(negative_NH, head, teacher_NH, head, target_N, spec)
         lengths = [len(rows[i].completion) for i in negative]
-        parts = (torch.split(value.cpu(), lengths) for value in (compared.divergence_N, compared.student_logp_N))
+        parts = (
+            torch.split(value.cpu(), lengths) for value in (compared.divergence_N, compared.student_logp_N)
+        )
         yield from zip(negative, zip(*parts, strict=True), strict=True)
 
-    def _token_scores(self, group: Sequence[_View], rows: Sequence[ScoringRow], head: Head) -> list[tuple[_Job, int, Tensor]]:
-        """Log-probability of the realised tokens and entropy `[2,T_i]` of each view, left on the device; one projection for all.
+    def _token_scores(
+        self, group: Sequence[_View], rows: Sequence[ScoringRow], head: Head
+    ) -> list[tuple[_Job, int, Tensor]]:
+        """Log-probability of the realised tokens and entropy `[2,T_i]` of each view, left on the
+        device; one projection for all.
 
         The primary teacher is projected here only where something looks at it before the loss does.
         """
@@ -363,7 +450,8 @@ class Scorer:
             if "entropy" in self.needs:
                 scores_2N = torch.stack(token_scores(hidden_NH, head, target_N, temperature))
             else:
-                scores_2N = token_logprobs(hidden_NH, head, target_N, temperature).expand(2, -1)  # the entropy is not looked at
+                # the entropy is not looked at
+                scores_2N = token_logprobs(hidden_NH, head, target_N, temperature).expand(2, -1)
             parts = torch.split(scores_2N, [len(view.final_TH) for view in alike], dim=1)
             found += [(view.job, part.shape[1], part) for view, part in zip(alike, parts, strict=True)]
         return found
@@ -372,9 +460,14 @@ class Scorer:
         return 1.0 if view.job.view in ("auxiliary", "untempered") else self.spec.temperature
 
     def _hidden_states(
-        self, jobs: Sequence[_Job], rows: Sequence[ScoringRow], device: torch.device | str, tokens: Counter[str] | None = None
+        self,
+        jobs: Sequence[_Job],
+        rows: Sequence[ScoringRow],
+        device: torch.device | str,
+        tokens: Counter[str] | None = None,
     ) -> Iterator[list[_View]]:
-        """The views of each forward pass: hidden states at the positions that predict the completion.
+        """The views of each forward pass: hidden states at the positions that predict the
+        completion.
 
         tokens: where the tokens read are counted by view; None: with those of training.
         """
@@ -382,19 +475,29 @@ class Scorer:
         jobs = [job for job in jobs if rows[job.row].completion]
         with in_step(self.backbone.model):
             if self.share_prompts:
-                # A pass that shares beginnings holds them all; a long prompt would leave its generations little room there.
+                # A pass that shares beginnings holds them all; a long prompt would leave its
+                # generations little room there.
                 least = max(SHARED_FROM, self.token_budget // 4 if self.share_prefixes else 0)
                 shared, jobs = _sharing(jobs, rows, least)
                 for alike in shared:
                     completions = [rows[job.row].completion for job in alike]
-                    for chosen in forward_batches([len(c) for c in completions], self.token_budget, packed=False):
+                    for chosen in forward_batches(
+                        [len(c) for c in completions], self.token_budget, packed=False
+                    ):
                         captured, starts = self.backbone.continuations(
-                            alike[0].prompt, [completions[i] for i in chosen], self.pad_id, device, self.layers
+                            alike[0].prompt,
+                            [completions[i] for i in chosen],
+                            self.pad_id,
+                            device,
+                            self.layers,
                         )
                         tokens[alike[0].view] += len(alike[0].prompt)
                         for i in chosen:
                             tokens[alike[i].view] += len(completions[i])
-                        yield [_view(captured, alike[i], s, len(completions[i])) for s, i in zip(starts, chosen, strict=True)]
+                        yield [
+                            _view(captured, alike[i], s, len(completions[i]))
+                            for s, i in zip(starts, chosen, strict=True)
+                        ]
             for together, batch, starts, read in self._laid_out(jobs, rows, device):
                 captured = self.backbone.hidden_states(batch, self.layers)
                 for job, length in zip(together, read, strict=True):
@@ -407,10 +510,13 @@ class Scorer:
     def _laid_out(
         self, jobs: Sequence[_Job], rows: Sequence[ScoringRow], device: torch.device | str
     ) -> Iterator[tuple[list[_Job], Batch, list[int], list[int]]]:
-        """The forward passes: jobs, their sequences laid out, where each begins and how many of its tokens are read."""
+        """The forward passes: jobs, their sequences laid out, where each begins and how many of its
+        tokens are read.
+        """
         sequences = [job.prompt + rows[job.row].completion for job in jobs]
         if self.share_prefixes:
-            # A prompt's last token predicts the completion's first: it is the first that a job has for itself.
+            # A prompt's last token predicts the completion's first: it is the first that a job has
+            # for itself.
             shareable = [len(job.prompt) - 1 for job in jobs]
             for chosen in map(sorted, shared_batches(sequences, shareable, self.token_budget)):
                 laid = lay_out_shared([sequences[i] for i in chosen], [shareable[i] for i in chosen], device)
@@ -422,7 +528,9 @@ class Scorer:
 
 
 def _view(captured: Captured, job: _Job, first: int, length: int) -> _View:
-    """Cut one job's states out of a forward pass; cloned, so that they do not keep the whole pass alive."""
+    """Cut one job's states out of a forward pass; cloned, so that they do not keep the whole pass
+    alive.
+    """
     assert captured.final is not None
     span = slice(first, first + length)
     kept = captured.layers.items() if job.view == "primary" else ()
@@ -430,8 +538,12 @@ def _view(captured: Captured, job: _Job, first: int, length: int) -> _View:
     return _View(job, captured.final.flatten(0, 1)[span].clone(), layers_TH)
 
 
-def _sharing(jobs: Sequence[_Job], rows: Sequence[ScoringRow], least: int) -> tuple[list[list[_Job]], list[_Job]]:
-    """Jobs whose prompt, of `least` tokens or more, is worth a pass for all of them (the generations of a prompt), and the other jobs."""
+def _sharing(
+    jobs: Sequence[_Job], rows: Sequence[ScoringRow], least: int
+) -> tuple[list[list[_Job]], list[_Job]]:
+    """Jobs whose prompt, of `least` tokens or more, is worth a pass for all of them (the
+    generations of a prompt), and the other jobs.
+    """
     by_prompt: dict[tuple[int, ...], list[_Job]] = {}
     for job in jobs:
         by_prompt.setdefault(tuple(job.prompt), []).append(job)
@@ -450,7 +562,9 @@ def _on_cpu(found: Sequence[tuple[_Job, int, Tensor]]) -> Iterator[tuple[_Job, i
     """The scores of all views, copied from the device at once: the only wait of the phase."""
     if found:
         parts = torch.split(
-            torch.cat([scores_2T for _, _, scores_2T in found], dim=1).cpu(), [length for _, length, _ in found], dim=1
+            torch.cat([scores_2T for _, _, scores_2T in found], dim=1).cpu(),
+            [length for _, length, _ in found],
+            dim=1,
         )
         for (job, length, _), (logp_T, entropy_T) in zip(found, parts, strict=True):
             yield job, length, logp_T, entropy_T
@@ -462,7 +576,9 @@ def _targets(group: Sequence[_View], rows: Sequence[ScoringRow], device: torch.d
 
 
 def teacher_head(backbone: Backbone, teacher: Teacher) -> Head:
-    """The head with the teacher's weights (they differ from the student's when the head is trained)."""
+    """The head with the teacher's weights (they differ from the student's when the head is
+    trained).
+    """
     module = backbone.head_module
     weight, bias = module.weight, module.bias
     return backbone.head(teacher.weight(weight), None if bias is None else teacher.weight(bias))
@@ -479,4 +595,6 @@ def _compare(
 ) -> LossOutput:
     """Divergence, log-probability and entropy per token, without gradient."""
     nothing_T = torch.zeros(len(target_T), device=student_TH.device)
-    return chunked_loss(student_TH, student_head, teacher_TH, teacher_head, target_T, spec, nothing_T, target=target)
+    return chunked_loss(
+        student_TH, student_head, teacher_TH, teacher_head, target_T, spec, nothing_T, target=target
+    )

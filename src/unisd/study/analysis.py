@@ -1,6 +1,8 @@
-"""From a study's store to its figures: outcomes of every run, effects of every factor with 95 % intervals, verdicts.
+"""From a study's store to its figures: outcomes of every run, effects of every factor with 95 %
+intervals, verdicts.
 
-Accuracies are in points (percent of problems); times, operations and perplexities are compared as ratios, in percent.
+Accuracies are in points (percent of problems); times, operations and perplexities are compared as
+ratios, in percent.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ Figures = dict[str, Any]
 
 
 def analyse(study: Study, store: Store, margin: float = 1.0) -> Figures | None:
-    """Everything that the reports show, as `analysis.json` holds it; None while no run has finished.
+    """Everything that the reports show, as `analysis.json` holds it; None while no run has
+    finished.
 
     Args:
         margin: smallest effect that matters, in points.
@@ -47,16 +50,27 @@ def analyse(study: Study, store: Store, margin: float = 1.0) -> Figures | None:
         "factors": {factor.name: list(factor.levels) for factor in study.factors},
         "tasks": tasks,
         "notes": [
-            f"Effects in points are differences of accuracies on the same problems with the same seeds. {_reach(tasks)}",
-            "p (Holm) is adjusted for all main effects on task and retention of one task together; intervals are not adjusted.",
-            "Times were measured on whatever else the machine did; operations are an estimate, and the same on any machine.",
+            (
+                "Effects in points are differences of accuracies on the same problems with the same seeds."
+                f" {_reach(tasks)}"
+            ),
+            (
+                "p (Holm) is adjusted for all main effects on task and retention of one task together;"
+                " intervals are not adjusted."
+            ),
+            (
+                "Times were measured on whatever else the machine did; operations are an estimate, and the"
+                " same on any machine."
+            ),
             *([left_out] if others else []),
         ],
     }
 
 
 def of_study(study: Study, records: dict[str, Record]) -> dict[str, Record]:
-    """The records of runs that the study, as it now is, is made of: an id holds every option and the seed."""
+    """The records of runs that the study, as it now is, is made of: an id holds every option and
+    the seed.
+    """
     ids = {run.id for run in runs_of(study)}
     return {run_id: record for run_id, record in records.items() if run_id in ids}
 
@@ -65,9 +79,19 @@ def _reach(tasks: dict[str, Figures]) -> str:
     """What the intervals of accuracies hold for."""
     notes = {line["note"] for task in tasks.values() for line in task["effects"] if line["outcome"] in POINTS}
     if any(ONE_RUN in note for note in notes):
-        return "Their 95 % intervals do not contain the noise of training, which takes two seeds or more: no verdict follows from them."
-    problems = "on these problems" if any(NO_ANSWERS in note for note in notes) else "and other problems of the same kind"
-    return f"Their 95 % intervals hold for other seeds {problems}, and take the noise of training to be alike in all cells."
+        return (
+            "Their 95 % intervals do not contain the noise of training, which takes two seeds or more: no"
+            " verdict follows from them."
+        )
+    problems = (
+        "on these problems"
+        if any(NO_ANSWERS in note for note in notes)
+        else "and other problems of the same kind"
+    )
+    return (
+        f"Their 95 % intervals hold for other seeds {problems}, and take the noise of training to be alike in"
+        " all cells."
+    )
 
 
 def _of_task(study: Study, cells: Sequence[Cell], records: Sequence[Record], margin: float) -> Figures:
@@ -84,12 +108,18 @@ def _of_task(study: Study, cells: Sequence[Cell], records: Sequence[Record], mar
             estimate = fit.contrast(effect.weights) if fit is not None else None
             if estimate is not None:
                 found.append(_line(effect, outcome, estimate, notes))
-    asked = [line for line in found if line["kind"] == "main" and line["outcome"] in POINTS and line["p"] is not None]
+    asked = [
+        line
+        for line in found
+        if line["kind"] == "main" and line["outcome"] in POINTS and line["p"] is not None
+    ]
     for line, p in zip(asked, holm([line["p"] for line in asked]), strict=True):
         line["p_holm"] = p
 
     def main(name: str, outcome: str) -> Figures | None:
-        return next((x for x in found if (x["kind"], x["name"], x["outcome"]) == ("main", name, outcome)), None)
+        return next(
+            (x for x in found if (x["kind"], x["name"], x["outcome"]) == ("main", name, outcome)), None
+        )
 
     verdicts = []
     for name in dict.fromkeys(effect.name for effect in effects if effect.kind == "main"):
@@ -111,7 +141,9 @@ def _of_task(study: Study, cells: Sequence[Cell], records: Sequence[Record], mar
         "runs": len(table),
         "failed": sum(record["status"] == FAILED for record in records),
         "failures": [
-            {name: record[name] for name in ("run", "cell", "seed", "reason")} for record in records if record["status"] == FAILED
+            {name: record[name] for name in ("run", "cell", "seed", "reason")}
+            for record in records
+            if record["status"] == FAILED
         ],
         "planned": len(cells) * len(study.seeds),
         "seeds": sorted({seed for _, seed in table}),
@@ -132,10 +164,19 @@ def _line(effect: Effect, outcome: str, estimate: Estimate, note: str) -> Figure
 
         value = percent(estimate.value)
         assert value is not None
-        estimate = replace(estimate, value=value, low=percent(estimate.low), high=percent(estimate.high), se=None)
+        estimate = replace(
+            estimate, value=value, low=percent(estimate.low), high=percent(estimate.high), se=None
+        )
     notes = "; ".join(part for part in (effect.note, estimate.note, note) if part)
     numbers = asdict(estimate) | {"note": notes}
-    return {"kind": effect.kind, "name": effect.name, "outcome": outcome, "unit": unit, **numbers, "p_holm": None}
+    return {
+        "kind": effect.kind,
+        "name": effect.name,
+        "outcome": outcome,
+        "unit": unit,
+        **numbers,
+        "p_holm": None,
+    }
 
 
 def _estimate(line: Figures | None) -> Estimate | None:
@@ -153,7 +194,9 @@ def _p(line: Figures | None) -> float | None:
 def _fit(
     outcome: str, cells: Sequence[Cell], seeds: Sequence[int], table: dict[tuple[str, int], Record]
 ) -> tuple[Fit | None, str]:
-    """The runs' values of an outcome `[C,S]` (accuracies with their single answers), and a note on what is missing."""
+    """The runs' values of an outcome `[C,S]` (accuracies with their single answers), and a note on
+    what is missing.
+    """
     runs_CS = np.full((len(cells), len(seeds)), np.nan)
     for c, cell in enumerate(cells):
         for s, seed in enumerate(seeds):
@@ -172,7 +215,10 @@ def _fit(
 
 
 def outcome_of(record: Record, outcome: str) -> float | None:
-    """One number of a run; logarithms of what is compared as a ratio. Times of a resumed run are left out where they are partial."""
+    """One number of a run; logarithms of what is compared as a ratio.
+
+    Times of a resumed run are left out where they are partial.
+    """
     after = record["results"]["after"]
     if outcome in POINTS:
         return None if after[outcome] is None else float(after[outcome]["value"])
@@ -202,7 +248,9 @@ def _answers(
 
 
 def _cell(cell: Cell, study: Study, table: dict[tuple[str, int], Record]) -> Figures:
-    """A cell's means over its runs: accuracies, gain, forgetting, cost; with the runs that they come from."""
+    """A cell's means over its runs: accuracies, gain, forgetting, cost; with the runs that they
+    come from.
+    """
     records = [table[cell.name, seed] for seed in study.seeds if (cell.name, seed) in table]
     costs = [record["results"]["cost"] for record in records if not record["resumed"]]
 
@@ -225,7 +273,9 @@ def _cell(cell: Cell, study: Study, table: dict[tuple[str, int], Record]) -> Fig
         "gains": [change(record, "task_accuracy") for record in records],
         "retention_change": mean([change(record, "retention_accuracy") for record in records]),
         "retention_changes": [change(record, "retention_accuracy") for record in records],
-        "retention_ppl": mean([(record["results"]["after"]["retention_ppl"] or {}).get("forward") for record in records]),
+        "retention_ppl": mean(
+            [(record["results"]["after"]["retention_ppl"] or {}).get("forward") for record in records]
+        ),
         "train_s": mean([record["train_s"] for record in records]),
         "tokens_generated": mean([cost["tokens"]["generated"] for cost in costs]),
         "tokens_scored": mean([cost["tokens"]["scored"] for cost in costs]),
@@ -239,7 +289,9 @@ def _cell(cell: Cell, study: Study, table: dict[tuple[str, int], Record]) -> Fig
 
 
 def pareto(cells: Sequence[Figures]) -> list[str]:
-    """Names of the cells that no other cell beats in both gain and retention (equal in one and better in the other counts)."""
+    """Names of the cells that no other cell beats in both gain and retention (equal in one and
+    better in the other counts).
+    """
     known = [cell for cell in cells if cell["gain"] is not None and cell["retention_change"] is not None]
 
     def beaten(cell: Figures) -> bool:

@@ -1,9 +1,11 @@
-"""From a design to what can be asked of it: every effect is a contrast, one weight per cell, that a design either allows or not.
+"""From a design to what can be asked of it: every effect is a contrast, one weight per cell, that a
+design either allows or not.
 
-An effect of a factor's level against its baseline is the mean difference over all *matched pairs* of cells, which differ in nothing else.
-Of a full factorial that is the main effect as usual; of one-in and leave-one-out together it is the mean of both. Where a design has no
-such pairs (a fraction), the effect is the coefficient of a linear model of main effects (and two-way interactions, where they can be told
-apart).
+An effect of a factor's level against its baseline is the mean difference over all *matched pairs*
+of cells, which differ in nothing else. Of a full factorial that is the main effect as usual; of
+one-in and leave-one-out together it is the mean of both. Where a design has no such pairs (a
+fraction), the effect is the coefficient of a linear model of main effects (and two-way
+interactions, where they can be told apart).
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def effects_of(cells: Sequence[Cell], factors: Sequence[Factor]) -> list[Effect]
         top = {factor.name: list(factor.levels)[-1] for factor in factors}
         for factor in factors:
             level = top[factor.name]
-            found += _pair("leave-one-out", place, factors, top, {**top, factor.name: factor.baseline}, factor, level)
+            found += _pair(
+                "leave-one-out", place, factors, top, {**top, factor.name: factor.baseline}, factor, level
+            )
         found += _interactions(cells, factors, place)
     found += _shapley(cells, factors, place)
     return found
@@ -62,7 +66,13 @@ def effect_name(factor: Factor, level: str) -> str:
 
 
 def _pair(
-    kind: str, place: dict[Any, int], factors: Sequence[Factor], plus: Levels, minus: Levels, factor: Factor, level: str
+    kind: str,
+    place: dict[Any, int],
+    factors: Sequence[Factor],
+    plus: Levels,
+    minus: Levels,
+    factor: Factor,
+    level: str,
 ) -> list[Effect]:
     """One cell less another, if both are in the design."""
     ends = [_key(plus, factors), _key(minus, factors)]
@@ -73,7 +83,9 @@ def _pair(
     return [Effect(kind, effect_name(factor, level), weights)]
 
 
-def _main(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[Any, int], factor: Factor, level: str) -> list[Effect]:
+def _main(
+    cells: Sequence[Cell], factors: Sequence[Factor], place: dict[Any, int], factor: Factor, level: str
+) -> list[Effect]:
     weights, pairs = np.zeros(len(cells)), 0
     for cell in cells:
         partner = _key({**cell.levels, factor.name: factor.baseline}, factors)
@@ -84,7 +96,10 @@ def _main(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[Any, int
     name = effect_name(factor, level)
     if pairs:
         return [Effect("main", name, weights / pairs, f"mean of {pairs} matched pairs")]
-    for order, note in ((2, "linear model with two-way interactions"), (1, "linear model: aliased with interactions")):
+    for order, note in (
+        (2, "linear model with two-way interactions"),
+        (1, "linear model: aliased with interactions"),
+    ):
         found = _coefficient(cells, factors, order, ((factor.name, level),))
         if found is not None:
             return [Effect("main", name, found, note)]
@@ -92,7 +107,9 @@ def _main(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[Any, int
 
 
 def _interactions(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[Any, int]) -> list[Effect]:
-    """What two levels do together beyond what each does alone, over all quadruples of cells that differ in nothing else."""
+    """What two levels do together beyond what each does alone, over all quadruples of cells that
+    differ in nothing else.
+    """
     found = []
     for one, two in itertools.combinations(factors, 2):
         for level_one, level_two in itertools.product(list(one.levels)[1:], list(two.levels)[1:]):
@@ -109,7 +126,9 @@ def _interactions(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[
                     quads += 1
             name = f"{effect_name(one, level_one)} x {effect_name(two, level_two)}"
             if quads:
-                found.append(Effect("interaction", name, weights / quads, f"mean of {quads} matched quadruples"))
+                found.append(
+                    Effect("interaction", name, weights / quads, f"mean of {quads} matched quadruples")
+                )
                 continue
             fitted = _coefficient(cells, factors, 2, ((one.name, level_one), (two.name, level_two)))
             if fitted is not None:
@@ -120,9 +139,11 @@ def _interactions(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[
 def _coefficient(
     cells: Sequence[Cell], factors: Sequence[Factor], order: int, wanted: tuple[tuple[str, str], ...]
 ) -> Weights | None:
-    """Least-squares weights of a term in the model of all terms up to `order`; None if the design cannot tell it from others.
+    """Least-squares weights of a term in the model of all terms up to `order`; None if the design
+    cannot tell it from others.
 
-    Columns are centred, so that a main effect is the mean over the other factors' levels (as with matched pairs).
+    Columns are centred, so that a main effect is the mean over the other factors' levels (as with
+    matched pairs).
     """
     columns: dict[tuple[tuple[str, str], ...], Weights] = {}
     single = [(factor.name, level) for factor in factors for level in list(factor.levels)[1:]]
@@ -147,8 +168,14 @@ def _coefficient(
 
 
 def _shapley(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[Any, int]) -> list[Effect]:
-    """Each two-level factor's share of the difference between all and none, averaged over all orders of switching them on."""
-    if any(len(factor.levels) != 2 for factor in factors) or len(cells) != 2 ** len(factors) or len(factors) < 2:
+    """Each two-level factor's share of the difference between all and none, averaged over all
+    orders of switching them on.
+    """
+    if (
+        any(len(factor.levels) != 2 for factor in factors)
+        or len(cells) != 2 ** len(factors)
+        or len(factors) < 2
+    ):
         return []
     count = len(factors)
     found = []

@@ -1,7 +1,8 @@
-"""Which runs a study is made of: factors with levels, designs over them, tasks and seeds; all from one YAML file.
+"""Which runs a study is made of: factors with levels, designs over them, tasks and seeds; all from
+one YAML file.
 
-A *cell* gives every factor a level; a *run* is a cell with a task and a seed. The first level of a factor is its baseline, and the cell of
-all baselines is the reference.
+A *cell* gives every factor a level; a *run* is a cell with a task and a seed. The first level of a
+factor is its baseline, and the cell of all baselines is the reference.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def load(path: Path, overrides: Options | None = None) -> Study:
     """The study in a YAML file; `overrides` (of the command line) win.
 
     Raises:
-        UserError: unknown key, value of the wrong kind, unknown mechanism or design, a factor without two levels.
+        UserError: unknown key, value of the wrong kind, unknown mechanism or design, a factor
+            without two levels.
     """
     return from_dict({**read_yaml(path), **(overrides or {})}, str(path))
 
@@ -153,13 +155,22 @@ def from_dict(values: Options, where: str = "study") -> Study:
 
 
 def _kind(kind: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "a name", int: "a whole number", float: "a number", bool: "true or false"}
+    names = {
+        dict: "a mapping",
+        list: "a list",
+        str: "a name",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+    }
     kinds = kind if isinstance(kind, tuple) else (kind,)
     return " or ".join(dict.fromkeys(names[one] for one in kinds))
 
 
 def _factor(name: str, levels: Any, where: str) -> Factor:
-    """`[a, b]` are values of the option called `name`; `{label: {option: value}}` are named sets of options."""
+    """`[a, b]` are values of the option called `name`; `{label: {option: value}}` are named sets of
+    options.
+    """
     if isinstance(levels, list):
         found = {_label(value): {name: value} for value in levels}
     elif isinstance(levels, dict) and all(isinstance(options, dict) for options in levels.values()):
@@ -172,7 +183,11 @@ def _factor(name: str, levels: Any, where: str) -> Factor:
 
 
 def _label(value: Any) -> str:
-    return {True: "true", False: "false", None: "none"}.get(value, str(value)) if isinstance(value, bool | None) else str(value)
+    return (
+        {True: "true", False: "false", None: "none"}.get(value, str(value))
+        if isinstance(value, bool | None)
+        else str(value)
+    )
 
 
 def _levels(cell: Any, factors: Sequence[Factor], where: str) -> Levels:
@@ -197,7 +212,10 @@ def _tasks(given: list[Any] | None, base: Options, where: str) -> dict[str, Opti
         if not isinstance(options, dict):
             raise UserError(f"{where}: each of tasks is a name or a mapping of options, not {item!r}.")
         chosen = {**base, **options}
-        label = chosen.get("task") or Path(str(chosen.get("train_file") or chosen.get("dataset_name") or "pocket")).stem
+        label = (
+            chosen.get("task")
+            or Path(str(chosen.get("train_file") or chosen.get("dataset_name") or "pocket")).stem
+        )
         if label in found:
             raise UserError(f"{where}: two tasks are called {label}.")
         found[label] = options
@@ -211,7 +229,8 @@ def cells_of(study: Study) -> list[Cell]:
     """The cells of all designs of a study, each once, the reference first.
 
     Raises:
-        UserError: a fractional design of factors with more than two levels, or a resolution that it cannot have.
+        UserError: a fractional design of factors with more than two levels, or a resolution that it
+            cannot have.
     """
     factors = study.factors
     reference = {factor.name: factor.baseline for factor in factors}
@@ -220,7 +239,9 @@ def cells_of(study: Study) -> list[Cell]:
     for design in study.design:
         if design == "one-in":
             found.append(reference)
-            found += [{**reference, factor.name: label} for factor in factors for label in list(factor.levels)[1:]]
+            found += [
+                {**reference, factor.name: label} for factor in factors for label in list(factor.levels)[1:]
+            ]
         elif design == "leave-one-out":
             found.append(top)
             found += [{**top, factor.name: factor.baseline} for factor in factors]
@@ -248,14 +269,19 @@ def _fraction(factors: Sequence[Factor], resolution: int) -> list[Levels]:
     try:
         signs = fracfact_by_res(len(factors), resolution)
     except ValueError as error:
-        raise UserError(f"no fraction of resolution {resolution} for {len(factors)} factors: {error}") from None
+        raise UserError(
+            f"no fraction of resolution {resolution} for {len(factors)} factors: {error}"
+        ) from None
     return [
-        {factor.name: list(factor.levels)[int(sign > 0)] for factor, sign in zip(factors, line, strict=True)} for line in signs
+        {factor.name: list(factor.levels)[int(sign > 0)] for factor, sign in zip(factors, line, strict=True)}
+        for line in signs
     ]
 
 
 def cell_name(levels: Levels, factors: Sequence[Factor]) -> str:
-    """`reference`, `all`, `+agreement` (alone), `-agreement` (all others), or the levels off the baseline, joined by `+`."""
+    """`reference`, `all`, `+agreement` (alone), `-agreement` (all others), or the levels off the
+    baseline, joined by `+`.
+    """
     changed = [factor for factor in factors if levels[factor.name] != factor.baseline]
 
     def label(factor: Factor) -> str:
@@ -283,12 +309,18 @@ def runs_of(study: Study) -> list[Run]:
                 options = {**study.base, **chosen}
                 for name, label in cell.levels.items():
                     options |= factors[name].levels[label]
-                runs.append(Run(_id(cell.name, task, seed, options), cell, task, seed, {**options, "seed": seed}))
+                runs.append(
+                    Run(_id(cell.name, task, seed, options), cell, task, seed, {**options, "seed": seed})
+                )
     return runs
 
 
 def _id(cell: str, task: str, seed: int, options: Options) -> str:
     """A readable name with a hash of everything that defines the run."""
     digest = hashlib.sha256(json.dumps([options, seed], sort_keys=True, default=str).encode()).hexdigest()[:8]
-    words = cell.replace("+", " with ", 1).replace("+", " ") if cell.startswith("+") else cell.replace("-", "without ", 1)
+    words = (
+        cell.replace("+", " with ", 1).replace("+", " ")
+        if cell.startswith("+")
+        else cell.replace("-", "without ", 1)
+    )
     return re.sub(r"[^\w.=]+", "-", f"{task} {words.strip()} s{seed} {digest}").strip("-")

@@ -1,15 +1,18 @@
 """Effects with intervals that hold for other seeds *and* other problems of the same kind.
 
-Every run of a cell c and a seed s answers the same problems p. A contrast of cells is therefore taken within seed and problem, and its
-variance has three parts (a two-way layout of crossed random effects):
+Every run of a cell c and a seed s answers the same problems p. A contrast of cells is therefore
+taken within seed and problem, and its variance has three parts (a two-way layout of crossed random
+effects):
 
     Var = V_runs + V_problems - V_rest
 
-- V_runs: of run means, the residual variance of the linear model `cell + seed` over *all* runs of the design (statsmodels' OLS): training
-  noise is taken to be the same in every cell, which a few seeds could not tell apart;
+- V_runs: of run means, the residual variance of the linear model `cell + seed` over *all* runs of
+  the design (statsmodels' OLS): training noise is taken to be the same in every cell, which a few
+  seeds could not tell apart;
 - V_problems: of the contrast's means over seeds, from problem to problem;
-- V_rest: of what is left in the contrast after seed and problem, which both of the above contain; the difference
-  of the last two counts only where it is positive, as the variance of problems must be.
+- V_rest: of what is left in the contrast after seed and problem, which both of the above contain;
+  the difference of the last two counts only where it is positive, as the variance of problems must
+  be.
 
 Degrees of freedom after Satterthwaite, as for any sum of independent mean squares.
 
@@ -36,7 +39,10 @@ NO_ANSWERS = "no single answers: holds for these problems only"
 
 @dataclass(frozen=True)
 class Estimate:
-    """An effect with its 95 % interval and two-sided p-value. `low`, `high` and `p` are None where nothing can be said."""
+    """An effect with its 95 % interval and two-sided p-value.
+
+    `low`, `high` and `p` are None where nothing can be said.
+    """
 
     value: float
     low: float | None
@@ -52,7 +58,10 @@ class Estimate:
 
     def scaled(self, by: float) -> Estimate:
         """In other units (points for shares)."""
-        numbers = {name: None if (v := getattr(self, name)) is None else v * by for name in ("value", "low", "high", "se")}
+        numbers = {
+            name: None if (v := getattr(self, name)) is None else v * by
+            for name in ("value", "low", "high", "se")
+        }
         return Estimate(**{**asdict(self), **numbers})
 
 
@@ -61,7 +70,8 @@ class Fit:
 
     Args:
         runs_CS: run means `[C,S]`, NaN where a run is missing.
-        answers_CSP: single answers `[C,S,P]` (their mean over P is `runs_CS`), NaN where a run is missing; or None.
+        answers_CSP: single answers `[C,S,P]` (their mean over P is `runs_CS`), NaN where a run is
+            missing; or None.
     """
 
     def __init__(self, runs_CS: Values, answers_CSP: Values | None = None) -> None:
@@ -80,11 +90,14 @@ class Fit:
         self._seen = np.any(X != 0, axis=0)  # a cell or seed without any run has no coefficient
         self._X = X[:, self._seen]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The design matrix is rank-deficient")  # `contrast` asks what can be told
+            # `contrast` asks what can be told
+            warnings.filterwarnings("ignore", "The design matrix is rank-deficient")
             self._fit: Any = sm.OLS(runs_CS[cell_N, seed_N], self._X).fit() if len(cell_N) else None
 
     def contrast(self, weights_C: Values) -> Estimate | None:
-        """The effect `sum_C weights * mean`; None where a cell that it needs has no run, or the runs cannot tell it from a seed's."""
+        """The effect `sum_C weights * mean`; None where a cell that it needs has no run, or the
+        runs cannot tell it from a seed's.
+        """
         C, S = self.runs_CS.shape
         used = weights_C != 0
         if self._fit is None or not np.all(self._seen[:C][used]):
@@ -110,7 +123,9 @@ class Fit:
         count = 0 if self.answers_CSP is None else self.answers_CSP.shape[2]
         return _interval(value, parts, "; ".join(notes), count)
 
-    def _problem_parts(self, weights_C: Values, used: NDArray[np.bool_], with_runs: bool) -> list[tuple[float, float]]:
+    def _problem_parts(
+        self, weights_C: Values, used: NDArray[np.bool_], with_runs: bool
+    ) -> list[tuple[float, float]]:
         """`V_problems` and, negative, `V_rest`, over the seeds that have all the cells."""
         assert self.answers_CSP is not None
         whole = ~np.isnan(self.runs_CS[used]).any(axis=0)
@@ -131,13 +146,16 @@ class Fit:
 
 
 def _interval(value: float, parts: list[tuple[float, float]], note: str, problems: int) -> Estimate:
-    """`parts`: V_runs first; V_problems - V_rest counts only where it is positive, as a variance component must be."""
+    """`parts`: V_runs first; V_problems - V_rest counts only where it is positive, as a variance
+    component must be.
+    """
     first, others = parts[0], parts[1:]
     if sum(part for part, _ in others) <= 0:
         parts, others = [first], []
     variance = first[0] + sum(part for part, _ in others)
     if variance <= 1e-18:  # all alike: no answer differs between the cells
-        # What none of P problems shows may still happen in up to 1 - 0.05^(1/P) of them (about 3/P).
+        # What none of P problems shows may still happen in up to 1 - 0.05^(1/P) of them (about
+        # 3/P).
         half = 1 - (1 - LEVEL) ** (1 / problems) if problems else 0.0
         told = note or ("no answer differs" if value == 0 and problems else "no variation at all")
         p = max(0.0, 1 - abs(value)) ** problems if problems else 1.0 if value == 0 else None
@@ -150,7 +168,9 @@ def _interval(value: float, parts: list[tuple[float, float]], note: str, problem
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values adjusted for all questions asked at once (Holm): the chance of any false finding among them stays below 5 %."""
+    """p-values adjusted for all questions asked at once (Holm): the chance of any false finding
+    among them stays below 5 %.
+    """
     from statsmodels.stats.multitest import multipletests
 
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []

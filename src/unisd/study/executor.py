@@ -1,4 +1,7 @@
-"""Who runs a study's commands: processes on this machine, or a Ray cluster. An executor knows nothing of studies."""
+"""Who runs a study's commands: processes on this machine, or a Ray cluster.
+
+An executor knows nothing of studies.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,8 @@ def devices() -> int:
 
 
 class LocalExecutor:
-    """Processes of this machine: one a GPU, or on a CPU one a core; they share the cores evenly, and end with this process.
+    """Processes of this machine: one a GPU, or on a CPU one a core; they share the cores evenly,
+    and end with this process.
 
     Args:
         slots: runs at once; None: as many as there are GPUs, else cores.
@@ -81,7 +85,11 @@ class LocalExecutor:
     def submit(self, job: Job) -> None:
         used = {slot for _, slot in self._running.values()}
         slot = next(number for number in range(len(used) + 1) if number not in used)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(self.threads),
+            "MKL_NUM_THREADS": str(self.threads),
+        }
         if self.gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.gpus)))).split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[slot % self.gpus]
@@ -151,7 +159,9 @@ class RayExecutor:
 
     def submit(self, job: Job) -> None:
         path = [str(Path(entry).resolve()) for entry in sys.path if entry]
-        reference = self._task.remote(list(job.command), str(job.log.resolve()), str(Path.cwd()), path, self._threads)
+        reference = self._task.remote(
+            list(job.command), str(job.log.resolve()), str(Path.cwd()), path, self._threads
+        )
         self._running[reference] = job.name
 
     def wait(self) -> Finished:

@@ -1,8 +1,9 @@
 """A study's figures in plain words: verdicts, tables, and a configuration that keeps what has paid.
 
-A mechanism is kept only if its gain (or the forgetting it prevents) is beyond chance after adjustment for everything asked at once, may
-reach the margin, and a loss of more than the margin on the other side is ruled out; "not worth it" needs an interval that rules out
-effects above the margin; everything else is undecided, and says so.
+A mechanism is kept only if its gain (or the forgetting it prevents) is beyond chance after
+adjustment for everything asked at once, may reach the margin, and a loss of more than the margin on
+the other side is ruled out; "not worth it" needs an interval that rules out effects above the
+margin; everything else is undecided, and says so.
 """
 
 from __future__ import annotations
@@ -48,25 +49,43 @@ def verdict(
     cost: Estimate | None,
     cost_of: str = "time",
 ) -> tuple[str, str]:
-    """`keep`, `drop`, `trade`, `no effect` or `undecided`, and why in one line. Effects in points, p-values adjusted.
+    """`keep`, `drop`, `trade`, `no effect` or `undecided`, and why in one line.
+
+    Effects in points, p-values adjusted.
 
     cost: of time or of operations (`cost_of`), in percent.
     """
     known = [estimate for estimate in (task, retention) if estimate is not None]
-    decision, why = _decide(known, _sign(task, p_task), _sign(retention, p_retention), task, retention, margin)
+    decision, why = _decide(
+        known, _sign(task, p_task), _sign(retention, p_retention), task, retention, margin
+    )
     if decision == "no effect":
         change = 0 if cost is None or cost.covers_zero else round(cost.value)
-        worth = f"not worth {change} % {cost_of}" if change > 0 else "no gain" if change == 0 else f"saves {-change} % {cost_of}"
+        worth = (
+            f"not worth {change} % {cost_of}"
+            if change > 0
+            else "no gain"
+            if change == 0
+            else f"saves {-change} % {cost_of}"
+        )
         why = f"{worth} ({why})"
-    figures = [f"{name} {shown(found)}" for name, found in (("task", task), ("retention", retention)) if found is not None]
+    figures = [
+        f"{name} {shown(found)}"
+        for name, found in (("task", task), ("retention", retention))
+        if found is not None
+    ]
     figures += [] if cost is None else [f"{shown(cost, digits=0)} % {cost_of}"]
     notes = dict.fromkeys(note for estimate in known for note in _warnings(estimate.note) if note != ONE_RUN)
     return decision, f"{', '.join(figures)}: {why}" + (f" [{'; '.join(notes)}]" if notes else "")
 
 
 def _warnings(note: str) -> list[str]:
-    """The parts of a note that limit what follows, without those that say how an estimate is made."""
-    return [part for part in note.split("; ") if part and not part.startswith(("mean of", "linear model with"))]
+    """The parts of a note that limit what follows, without those that say how an estimate is
+    made.
+    """
+    return [
+        part for part in note.split("; ") if part and not part.startswith(("mean of", "linear model with"))
+    ]
 
 
 def _sign(estimate: Estimate | None, p: float | None) -> int:
@@ -76,14 +95,24 @@ def _sign(estimate: Estimate | None, p: float | None) -> int:
 
 
 def _decide(
-    known: list[Estimate], on_task: int, on_retention: int, task: Estimate | None, retention: Estimate | None, margin: float
+    known: list[Estimate],
+    on_task: int,
+    on_retention: int,
+    task: Estimate | None,
+    retention: Estimate | None,
+    margin: float,
 ) -> tuple[str, str]:
     if any(ONE_RUN in estimate.note for estimate in known):
         return "undecided", "undecided (one seed): training noise is not in the intervals"
-    if known and all(e.low is not None and e.high is not None and -margin <= e.low and e.high <= margin for e in known):
+    if known and all(
+        e.low is not None and e.high is not None and -margin <= e.low and e.high <= margin for e in known
+    ):
         return "no effect", f"effects above {margin:g} points are ruled out"
     if on_task * on_retention < 0:
-        return "trade", "gains on the task, forgets more" if on_task > 0 else "forgets less, loses on the task"
+        return (
+            "trade",
+            "gains on the task, forgets more" if on_task > 0 else "forgets less, loses on the task",
+        )
     side = on_task or on_retention
     if side == 0:
         return "undecided", "undecided: more seeds or problems are needed"
@@ -114,7 +143,9 @@ def _most(estimate: Estimate, side: int) -> float:
 
 
 def recommended(study: Study, found: Figures, task: str) -> Figures:
-    """Options for `unisd train --config`: the study's base with every mechanism off that was not kept, every option at its best level."""
+    """Options for `unisd train --config`: the study's base with every mechanism off that was not
+    kept, every option at its best level.
+    """
     options = {**study.base, **study.tasks.get(task, {})}
     verdicts = {line["name"]: line["verdict"] for line in found["tasks"][task]["verdicts"]}
     effects = {
@@ -143,10 +174,15 @@ def write(folder: Path, study: Study, found: Figures) -> None:
     (folder / "analysis.md").write_text(markdown(found), encoding="utf-8")
     for task in found["tasks"]:
         name = "recommended.yaml" if len(found["tasks"]) == 1 else f"recommended-{task}.yaml"
-        lines = [f"# From a study of {found['tasks'][task]['runs']} runs on {task}; run it with: unisd train --config {name}"]
+        lines = [
+            f"# From a study of {found['tasks'][task]['runs']} runs on {task}; run it with: unisd train"
+            f" --config {name}"
+        ]
         lines += [f"# {line['text']}" for line in found["tasks"][task]["verdicts"]]
         body = yaml.safe_dump(recommended(study, found, task), sort_keys=False)
-        (folder / name).write_text("\n".join(lines) + "\n" + ("" if body == "{}\n" else body), encoding="utf-8")
+        (folder / name).write_text(
+            "\n".join(lines) + "\n" + ("" if body == "{}\n" else body), encoding="utf-8"
+        )
 
 
 def console_lines(found: Figures) -> list[str]:
@@ -181,7 +217,9 @@ def effect_table(figures: Figures, kind: str) -> list[list[str]]:
     chosen = [line for line in figures["effects"] if line["kind"] == kind]
     outcomes = [name for name in OUTCOMES if any(line["outcome"] == name for line in chosen)]
     with_p = kind == "main"
-    header = ["effect", *(OUTCOMES[name] for name in outcomes)] + (["p task / retention (Holm)"] if with_p else [])
+    header = ["effect", *(OUTCOMES[name] for name in outcomes)] + (
+        ["p task / retention (Holm)"] if with_p else []
+    )
     table = [header]
     for name in dict.fromkeys(line["name"] for line in chosen):
         by_outcome = {line["outcome"]: line for line in chosen if line["name"] == name}
@@ -194,14 +232,21 @@ def effect_table(figures: Figures, kind: str) -> list[list[str]]:
 
 
 def notes_of(figures: Figures, kind: str) -> list[str]:
-    """What limits a table's effects on accuracies: each warning once, with the effects that it is about where it is not about all."""
-    chosen = [line for line in figures["effects"] if line["kind"] == kind and line["outcome"] in OUTCOMES_JUDGED]
+    """What limits a table's effects on accuracies: each warning once, with the effects that it is
+    about where it is not about all.
+    """
+    chosen = [
+        line for line in figures["effects"] if line["kind"] == kind and line["outcome"] in OUTCOMES_JUDGED
+    ]
     about: dict[str, dict[str, None]] = {}
     for line in chosen:
         for note in _warnings(line["note"]):
             about.setdefault(note, {})[line["name"]] = None
     count = len({line["name"] for line in chosen})
-    return [f"{note}." if len(names) == count else f"{note} ({', '.join(names)})." for note, names in about.items()]
+    return [
+        f"{note}." if len(names) == count else f"{note} ({', '.join(names)})."
+        for note, names in about.items()
+    ]
 
 
 def number(value: float | None, form: str = ".1f", by: float = 1.0) -> str:

@@ -1,4 +1,6 @@
-"""Carries a study out: every run that the store lacks, as a process of its own, in a folder of its own."""
+"""Carries a study out: every run that the store lacks, as a process of its own, in a folder of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def check(runs: Sequence[Run], study: Study) -> None:
     """Resolve the options of every cell as `unisd train` will, before anything runs.
 
     Raises:
-        UserError: options that `unisd train` refuses, or a mechanism that is off in the recipe and cannot be studied.
+        UserError: options that `unisd train` refuses, or a mechanism that is off in the recipe and
+            cannot be studied.
     """
     from unisd.cli.parsing import resolve, train_parser
 
@@ -43,26 +46,39 @@ def check(runs: Sequence[Run], study: Study) -> None:
                 raise UserError(f"cell {run.cell.name}: {error}") from None
     by_levels = {tuple(run.cell.levels.items()): run for run in runs}
     for factor in study.factors:
-        example = next((run for run in by_levels.values() if run.cell.levels[factor.name] != factor.baseline), None)
+        example = next(
+            (run for run in by_levels.values() if run.cell.levels[factor.name] != factor.baseline), None
+        )
         if factor.is_mechanism and example is not None:
             _, with_it = resolve(parser, parser.from_dict(example.options, "on"))
             off = {**example.options, **factor.levels[factor.baseline]}
             _, without = resolve(parser, parser.from_dict(off, "off"))
-            if all(getattr(with_it, name) == getattr(without, name) for name in factor.levels[factor.baseline]):
+            if all(
+                getattr(with_it, name) == getattr(without, name) for name in factor.levels[factor.baseline]
+            ):
                 raise UserError(
-                    f"mechanism {factor.name} is off in this study's recipe: choose one that has it (recipe: unisd-star), or give its "
-                    "options in base."
+                    f"mechanism {factor.name} is off in this study's recipe: choose one that has it (recipe:"
+                    " unisd-star), or give its options in base."
                 )
 
 
 def command_of(run: Run, store: Store) -> tuple[str, ...]:
-    """Write the run's configuration file and return the command that trains it; an interrupted run goes on from its checkpoint."""
+    """Write the run's configuration file and return the command that trains it; an interrupted run
+    goes on from its checkpoint.
+    """
     folder = store.run_folder(run.id)
     folder.mkdir(parents=True, exist_ok=True)
     config = folder.parent / f"{run.id}.yaml"  # beside the folder: a run starts in an empty one
     config.write_text(yaml.safe_dump(run.options, sort_keys=True), encoding="utf-8")
     again = "--resume_from_checkpoint" if _has_checkpoint(folder) else "--overwrite_output_dir"
-    where = ("--config", str(config), "--output_dir", str(folder), "--before_cache", str(store.folder / CACHE))
+    where = (
+        "--config",
+        str(config),
+        "--output_dir",
+        str(folder),
+        "--before_cache",
+        str(store.folder / CACHE),
+    )
     return (sys.executable, "-m", "unisd.cli", "train", *where, again)
 
 
@@ -82,10 +98,11 @@ def carry_out(
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
 ) -> bool:
-    """Run these runs, none of which is in the store; True when all are in it, False when the budget ended first.
+    """Run these runs, none of which is in the store; True when all are in it, False when the budget
+    ended first.
 
-    A failed run is tried `study.retries` more times, then recorded as failed. May be stopped at any moment, also by `kill -9`: what had
-    finished is never run again.
+    A failed run is tried `study.retries` more times, then recorded as failed. May be stopped at any
+    moment, also by `kill -9`: what had finished is never run again.
     """
     waiting = list(runs)
     started, begun = clock(), {run.id: 0.0 for run in runs}
@@ -105,7 +122,9 @@ def carry_out(
     def submit(run: Run) -> None:
         begun[run.id] = clock()
         store.note(run.id, "started")
-        executor.submit(Job(run.id, command_of(run, store), store.run_folder(run.id).parent / f"{run.id}.log"))
+        executor.submit(
+            Job(run.id, command_of(run, store), store.run_folder(run.id).parent / f"{run.id}.log")
+        )
 
     while waiting or running:
         while waiting and running < executor.slots and (budget is None or clock() - started < budget):
@@ -124,7 +143,9 @@ def carry_out(
             record(run, DONE)
             continue
         reason = _last_words(store.run_folder(run.id).parent / f"{run.id}.log")
-        store.note(run.id, "failed", returncode=finished.returncode, seconds=clock() - begun[run.id], reason=reason)
+        store.note(
+            run.id, "failed", returncode=finished.returncode, seconds=clock() - begun[run.id], reason=reason
+        )
         # What an alarm has stopped goes wrong again: it is seeded.
         if store.failures(run.id) <= study.retries and STOPPED not in reason:
             say(f"failed, once more: {run.id} ({reason})")
@@ -135,7 +156,9 @@ def carry_out(
 
 
 def remove_weights(folder: Path) -> None:
-    """Delete the model of a finished run: a study keeps its results, and may be asked to keep its models."""
+    """Delete the model of a finished run: a study keeps its results, and may be asked to keep its
+    models.
+    """
     import shutil
 
     for pattern in WEIGHTS:
@@ -165,15 +188,22 @@ def _last_words(log: Path) -> str:
 # ---------------------------------------------------------------- how long
 
 
-def seconds_of_a_run(study: Study, runs: Sequence[Run], store: Store, executor: Executor) -> tuple[float, str]:
-    """Expected seconds of a run, and where the figure comes from: the study's file, finished runs, or a calibration."""
+def seconds_of_a_run(
+    study: Study, runs: Sequence[Run], store: Store, executor: Executor
+) -> tuple[float, str]:
+    """Expected seconds of a run, and where the figure comes from: the study's file, finished runs,
+    or a calibration.
+    """
     if study.run_s is not None:
         return float(study.run_s), "run_s of the study file"
     done = [record["results"]["wall_s"] for record in store.runs().values() if record["status"] == DONE]
     if done:
         return sum(done) / len(done), f"the mean of {len(done)} finished runs"
     run = max(runs, key=lambda run: _distance(run.cell, study))
-    return _calibrate(run, store, executor), f"{CALIBRATION_STEPS} steps of {run.cell.name}, the costliest cell"
+    return (
+        _calibrate(run, store, executor),
+        f"{CALIBRATION_STEPS} steps of {run.cell.name}, the costliest cell",
+    )
 
 
 def _distance(cell: Cell, study: Study) -> int:
@@ -181,20 +211,29 @@ def _distance(cell: Cell, study: Study) -> int:
 
 
 def _calibrate(run: Run, store: Store, executor: Executor) -> float:
-    """Time a very short run of the costliest cell, and stretch it: load + evaluation by rows + training by steps."""
+    """Time a very short run of the costliest cell, and stretch it: load + evaluation by rows +
+    training by steps.
+    """
     from unisd.cli.parsing import resolve, train_parser
     from unisd.run.inputs import load_data
 
     parser = train_parser()
     options, config = resolve(parser, parser.from_dict(run.options, "calibration"))
-    short: Options = {**run.options, "max_steps": CALIBRATION_STEPS, "max_eval_rows": CALIBRATION_ROWS, "save_strategy": "no"}
+    short: Options = {
+        **run.options,
+        "max_steps": CALIBRATION_STEPS,
+        "max_eval_rows": CALIBRATION_ROWS,
+        "save_strategy": "no",
+    }
     folder = store.folder / "calibration"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(yaml.safe_dump(short), encoding="utf-8")
     where = ("--config", str(folder / CONFIG), "--output_dir", str(folder / "run"), "--overwrite_output_dir")
     executor.submit(Job("calibration", (sys.executable, "-m", "unisd.cli", "train", *where), folder / LOG))
     if executor.wait().returncode != 0:
-        raise UserError(f"the calibration run failed: {_last_words(folder / LOG)} (its output: {folder / LOG}).")
+        raise UserError(
+            f"the calibration run failed: {_last_words(folder / LOG)} (its output: {folder / LOG})."
+        )
     results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     remove_weights(folder / "run")
     data = load_data(options, config.seed)

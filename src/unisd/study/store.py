@@ -1,7 +1,9 @@
-"""What a study has found so far: `runs.jsonl`, one line per finished run, and `attempts.jsonl`, one per start and failure.
+"""What a study has found so far: `runs.jsonl`, one line per finished run, and `attempts.jsonl`, one
+per start and failure.
 
-Both are append-only, whole lines are on the disk before anything relies on them, and a line that a kill cut short is dropped. pandas and
-DuckDB read them as they are: `pd.read_json("runs.jsonl", lines=True)`, `read_json_auto('runs.jsonl')`.
+Both are append-only, whole lines are on the disk before anything relies on them, and a line that a
+kill cut short is dropped. pandas and DuckDB read them as they are: `pd.read_json("runs.jsonl",
+lines=True)`, `read_json_auto('runs.jsonl')`.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ class Store:
 
 
 def found_in(folder: Path) -> Record:
-    """The results of a run's folder, with single answers and the figures that one looks for first."""
+    """The results of a run's folder, with single answers and the figures that one looks for
+    first.
+    """
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     answers = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))
     after = results["after"]
@@ -97,7 +101,11 @@ def found_in(folder: Path) -> Record:
         "resumed": bool(results["config"].get("resume_from_checkpoint")),
         "results": results,
         "answers": {
-            part: {"ids": found["ids"], "before": [*map(int, found["before"])], "after": [*map(int, found["after"])]}
+            part: {
+                "ids": found["ids"],
+                "before": [*map(int, found["before"])],
+                "after": [*map(int, found["after"])],
+            }
             for part, found in answers.items()
         },
     }

@@ -1,7 +1,7 @@
 """Tasks by name: `tasks.get("gsm8k")`.
 
-Importing this package is light; a task's module is imported when it is asked for. A package outside this one adds a
-task by the entry point group `unisd.tasks`:
+Importing this package is light; a task's module is imported when it is asked for. A package outside
+this one adds a task by the entry point group `unisd.tasks`:
 
     [project.entry-points."unisd.tasks"]
     mytask = "my_package.tasks:MyTask"
@@ -52,7 +52,8 @@ def names() -> list[str]:
 def get(name: str, **options: Any) -> Task:
     """The task called `name`, built with `options`; a built-in name wins over an entry point.
 
-    Raises `UserError` for an unknown name (with the nearest known ones) or options the task does not know.
+    Raises `UserError` for an unknown name (with the nearest known ones) or options the task does
+    not know.
     """
     factory: Any
     if name in _BUILT_IN:
@@ -74,7 +75,9 @@ def from_flags(
     grader: str | None = None,
     **others: Any,
 ) -> Task:
-    """The task of a command line. `task_options` are `name=value` texts, values as in YAML; others that are None don't count.
+    """The task of a command line.
+
+    `task_options` are `name=value` texts, values as in YAML; others that are None don't count.
 
     Raises `UserError` as `get`.
     """
@@ -86,7 +89,9 @@ def from_flags(
         try:
             given[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UserError(f"--task_options {part!r}: {value!r} is no YAML value; put text in quotes") from None
+            raise UserError(
+                f"--task_options {part!r}: {value!r} is no YAML value; put text in quotes"
+            ) from None
     if data_files:
         given["data_files"] = list(data_files)
     if grader is not None:

@@ -27,9 +27,10 @@ Row = dict[str, Any]
 class Grade:
     """The verdict on one completion.
 
-    `extracted` is the answer read out of the completion, None where no answer could be found: so that an answer's
-    form and its content can be reported apart (the extraction rate). `reason` says in a few words why an answer is wrong.
-    `details` are further figures of this answer, each between 0 and 1 (a report shows their means).
+    `extracted` is the answer read out of the completion, None where no answer could be found: so
+    that an answer's form and its content can be reported apart (the extraction rate). `reason` says
+    in a few words why an answer is wrong. `details` are further figures of this answer, each
+    between 0 and 1 (a report shows their means).
     """
 
     correct: bool
@@ -43,7 +44,8 @@ class Grade:
 
 
 class Task:
-    """Base class of tasks: override `load` and `grade`; `retention_rows` where the task has skills it must not damage.
+    """Base class of tasks: override `load` and `grade`; `retention_rows` where the task has skills
+    it must not damage.
 
     The attributes are defaults of the class; an instance may set its own in `__init__`.
     """
@@ -55,7 +57,9 @@ class Task:
     auxiliary_prompt_template: str | None = None
     """Joins {prompt} and one auxiliary context; None: the library's default."""
     negative_prompt_template: str | None = None
-    """Asks a model for a plausible wrong answer to {prompt}, whose right one is {privileged_context}; None: the library's default."""
+    """Asks a model for a plausible wrong answer to {prompt}, whose right one is
+    {privileged_context}; None: the library's default.
+    """
     max_new_tokens: int = 256
     """Cap on the completion in evaluation, in tokens."""
     evaluation_only: ClassVar[bool] = False
@@ -68,7 +72,9 @@ class Task:
     """True where grading runs what a model wrote."""
 
     def prepare_training(self) -> None:
-        """Called before rows are loaded for training: the place to hold rows out where there is no split for it."""
+        """Called before rows are loaded for training: the place to hold rows out where there is no
+        split for it.
+        """
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
         """The rows of `split`, at most `limit` of them; the same `seed` gives the same rows.
@@ -78,7 +84,9 @@ class Task:
         raise NotImplementedError
 
     def grade(self, row: Row, completion: str) -> Grade:
-        """The verdict on `completion` as an answer to `row`. Never raises, whatever the completion."""
+        """The verdict on `completion` as an answer to `row`. Never raises, whatever the
+        completion.
+        """
         raise NotImplementedError
 
     def retention_rows(self, limit: int | None = None, seed: int = 0) -> list[Row]:

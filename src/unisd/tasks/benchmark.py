@@ -1,8 +1,10 @@
-"""What published benchmarks have in common: rows from the Hub or from local files, splits that never meet, solved examples.
+"""What published benchmarks have in common: rows from the Hub or from local files, splits that
+never meet, solved examples.
 
-Local files: a row belongs to the split that its field `split` names, else to the one that its file's name begins or ends with (`train`,
-`validation` or `dev`, `test`); of what is left, a tenth, chosen by a hash of the problem, is held out for `test` and `validation`.
-`load("all")` gives every row in the files' order, whatever its split.
+Local files: a row belongs to the split that its field `split` names, else to the one that its
+file's name begins or ends with (`train`, `validation` or `dev`, `test`); of what is left, a tenth,
+chosen by a hash of the problem, is held out for `test` and `validation`. `load("all")` gives every
+row in the files' order, whatever its split.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Benchmark(Task):
     """Subclasses set the attributes and override `problem`, `row` and `grade`.
 
     Args:
-        data_files: a path, a glob or several of them (.jsonl, .json, .parquet, .csv, also .gz); None: the Hub's dataset.
+        data_files: a path, a glob or several of them (.jsonl, .json, .parquet, .csv, also .gz);
+            None: the Hub's dataset.
         num_auxiliary_contexts: solved examples of other problems per row.
     """
 
@@ -56,23 +59,26 @@ class Benchmark(Task):
     fields: dict[str, type]
     """Fields that a row must have, with their types."""
 
-    def __init__(self, data_files: str | Path | Sequence[str | Path] | None = None, num_auxiliary_contexts: int = 3) -> None:
+    def __init__(
+        self, data_files: str | Path | Sequence[str | Path] | None = None, num_auxiliary_contexts: int = 3
+    ) -> None:
         self.data_files = data_files
         self.num_auxiliary_contexts = num_auxiliary_contexts
         self._by_hash = False
         self.loading = ""  # the split that rows are being made for
 
-    # -- what a benchmark says of itself ----------------------------------------------------------------------------------
+    # -- what a benchmark says of itself -----------------------------------------------------------
 
     def flatten(self, raw: Raw) -> Iterator[Raw]:
         """The rows that one record of a file holds."""
         yield raw
 
     def problem(self, raw: Raw, where: str) -> Problem:
-        """A checked record as this task's own dict; must have `key` (text that makes it the same problem), and `id` (str) where the
-        dataset has one, else the row's number is taken.
+        """A checked record as this task's own dict; must have `key` (text that makes it the same
+        problem), and `id` (str) where the dataset has one, else the row's number is taken.
 
-        Raises `UserError` for a record that is no such problem; where a field holds something else, any error will do.
+        Raises `UserError` for a record that is no such problem; where a field holds something else,
+        any error will do.
         """
         raise NotImplementedError
 
@@ -84,22 +90,29 @@ class Benchmark(Task):
         """The problem with its solution, as an example for others."""
         raise NotImplementedError
 
-    # -- loading ----------------------------------------------------------------------------------------------------------
+    # -- loading -----------------------------------------------------------------------------------
 
     def prepare_training(self) -> None:
-        """Where the files hold no training rows, hold a tenth of all rows out and train on the rest."""
+        """Where the files hold no training rows, hold a tenth of all rows out and train on the
+        rest.
+        """
         if self.data_files is not None and not self._by_hash and not self._problems()["train"]:
             self._by_hash = True
             logger.warning(
-                "%s: none of the files is for training; a tenth of their rows is held out, the rest trained on.", self.name
+                "%s: none of the files is for training; a tenth of their rows is held out, the rest"
+                " trained on.",
+                self.name,
             )
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
-        """Rows of `split` in an order shuffled by `seed` (`all`: in the files' order); `data_files` may also be given here.
+        """Rows of `split` in an order shuffled by `seed` (`all`: in the files' order); `data_files`
+        may also be given here.
 
-        Auxiliary contexts and the wrong reference of a row depend on `seed` and the row alone, never on `limit`.
+        Auxiliary contexts and the wrong reference of a row depend on `seed` and the row alone,
+        never on `limit`.
 
-        Raises `UserError`: unknown split, no such file, not JSON, a record with the wrong fields, an empty split.
+        Raises `UserError`: unknown split, no such file, not JSON, a record with the wrong fields,
+        an empty split.
         """
         if split not in self.splits:
             raise UserError(f"{self.name} has no split {split!r}; use {', '.join(self.splits)}")
@@ -110,7 +123,9 @@ class Benchmark(Task):
         parts = self._problems(split)
         problems = parts["train" if split == "all" else split]
         if not problems:
-            raise UserError(f"{self.name}: the files hold no rows for the split {split}; give more data or another split")
+            raise UserError(
+                f"{self.name}: the files hold no rows for the split {split}; give more data or another split"
+            )
         # Solved examples come from the training problems alone, also for test rows.
         pool = parts["train"] or problems
         order = list(range(len(problems)))
@@ -120,7 +135,8 @@ class Benchmark(Task):
 
     def _row(self, problem: Problem, pool: list[Problem], seed: int) -> Row:
         rng = random.Random(f"{seed} {problem['seed']}")
-        drawn = [rng.choice(pool) for _ in range(20 * self.num_auxiliary_contexts)]  # a small file may hold fewer than are wanted
+        # a small file may hold fewer than are wanted
+        drawn = [rng.choice(pool) for _ in range(20 * self.num_auxiliary_contexts)]
         row = self.row(problem, rng)
         others: list[Problem] = []
         for other in drawn:
@@ -130,12 +146,19 @@ class Benchmark(Task):
         return {"id": problem["id"], **row, "auxiliary_contexts": [self.solved(other) for other in others]}
 
     def _may_be_shown(self, other: Problem, problem: Problem, row: Row) -> bool:
-        """Whether a solved problem may stand in a row's context: no near-duplicate, and without the row's reference."""
+        """Whether a solved problem may stand in a row's context: no near-duplicate, and without the
+        row's reference.
+        """
         mine, theirs = (shingles(words(str(key["key"]))) for key in (problem, other))
-        return jaccard(mine, theirs) < NEAR and not contains(self.solved(other), str(row.get("privileged_context") or ""))
+        return jaccard(mine, theirs) < NEAR and not contains(
+            self.solved(other), str(row.get("privileged_context") or "")
+        )
 
     def _problems(self, split: str = "train") -> dict[str, list[Problem]]:
-        """Problems by split. From the Hub only what `split` needs: itself and the training problems."""
+        """Problems by split.
+
+        From the Hub only what `split` needs: itself and the training problems.
+        """
         found: dict[str, list[Problem]] = {"train": [], "validation": [], "test": []}
         problems: list[tuple[Problem, str | None]] = []
         counts: Counter[str | None] = Counter()
@@ -151,7 +174,9 @@ class Benchmark(Task):
         if split == "all":
             return found | {"train": [problem for problem, _ in problems]}
         # Files for training alone, or (when training) for anything but training, are split here.
-        whole = self._by_hash or (self.data_files is not None and {named for _, named in problems} <= {"train", None})
+        whole = self._by_hash or (
+            self.data_files is not None and {named for _, named in problems} <= {"train", None}
+        )
         held_out = []
         for problem, named in problems:
             if named is not None and not whole:
@@ -164,7 +189,10 @@ class Benchmark(Task):
         found["validation"] += held_out if not found["validation"] else []
         found["test"] += held_out if not found["test"] else []
         if self.data_files is not None:
-            found["validation"], found["test"] = found["validation"] or found["test"], found["test"] or found["validation"]
+            found["validation"], found["test"] = (
+                found["validation"] or found["test"],
+                found["test"] or found["validation"],
+            )
         return found
 
     def _read(self, record: Raw, where: str) -> list[tuple[Raw, Problem]]:
@@ -172,7 +200,11 @@ class Benchmark(Task):
         try:
             return [(raw, self.problem(self._checked(raw, where), where)) for raw in self.flatten(record)]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else f"a field holds something else ({error})"
+            reason = (
+                f"it lacks {error}"
+                if isinstance(error, KeyError)
+                else f"a field holds something else ({error})"
+            )
             raise UserError(f"{self.name}: {where} is no record of this task: {reason}") from None
 
     def _from_files(self) -> Iterator[tuple[Problem, str | None]]:
@@ -198,17 +230,23 @@ class Benchmark(Task):
         from datasets import load_dataset
 
         repository, configuration = self.hub
-        wanted = self.hub_splits if split == "all" else {k: v for k, v in self.hub_splits.items() if k in ("train", split)}
+        wanted = (
+            self.hub_splits
+            if split == "all"
+            else {k: v for k, v in self.hub_splits.items() if k in ("train", split)}
+        )
         for ours, theirs in wanted.items():
             try:
                 data = load_dataset(repository, configuration, split=theirs)
             except Exception as error:  # the hub's client raises errors of many libraries
                 raise UserError(
-                    f"cannot load {repository} from the Hugging Face hub ({type(error).__name__}); give local files with --data_files"
+                    f"cannot load {repository} from the Hugging Face hub ({type(error).__name__}); give local"
+                    " files with --data_files"
                 ) from error
             if ours in self.counts and len(data) != self.counts[ours]:
                 raise UserError(
-                    f"{repository} has {len(data)} rows in {theirs}, not {self.counts[ours]}: not the dataset that this task knows"
+                    f"{repository} has {len(data)} rows in {theirs}, not {self.counts[ours]}: not the dataset"
+                    " that this task knows"
                 )
             for number, record in enumerate(data):
                 for _, problem in self._read(dict(record), f"{repository}, {theirs} row {number}"):
@@ -216,13 +254,16 @@ class Benchmark(Task):
 
     def _checked(self, raw: Raw, where: str) -> Raw:
         missing = [
-            name for name, kind in self.fields.items() if not isinstance(raw.get(name), kind) or raw.get(name) in (None, "")
+            name
+            for name, kind in self.fields.items()
+            if not isinstance(raw.get(name), kind) or raw.get(name) in (None, "")
         ]
         if missing:
             fields = ", ".join(map(str, raw)) or "none"
             raise UserError(
-                f"{self.name}: {where} has no {' and '.join(f'{n} ({self.fields[n].__name__})' for n in missing)} "
-                f"(its fields: {fields}); a record of this task has {', '.join(self.fields)}"
+                f"{self.name}: {where} has no"
+                f" {' and '.join(f'{n} ({self.fields[n].__name__})' for n in missing)} (its fields:"
+                f" {fields}); a record of this task has {', '.join(self.fields)}"
             )
         return raw
 

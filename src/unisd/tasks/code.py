@@ -21,8 +21,9 @@ class CodeTask(Benchmark):
     runs_code = True
     max_new_tokens = 512
     negative_prompt_template = (
-        "{prompt}\n\nThis program passes:\n{privileged_context}\n\nWrite the same program with one subtle bug in it, of the kind that a "
-        "careful programmer makes, so that a test fails. Reply with one Python code block and do not point the bug out."
+        "{prompt}\n\nThis program passes:\n{privileged_context}\n\nWrite the same program with one subtle bug"
+        " in it, of the kind that a careful programmer makes, so that a test fails. Reply with one Python"
+        " code block and do not point the bug out."
     )
     timeout_s = 10.0
 
@@ -36,10 +37,17 @@ class CodeTask(Benchmark):
         if program is None:
             return Grade(False, None, "no code")
         verdict = sandbox.run(program, row["tests"], self.timeout_s)
-        return Grade(verdict.passed, program, f"{verdict.reason}: {verdict.detail}" if verdict.detail else verdict.reason)
+        return Grade(
+            verdict.passed,
+            program,
+            f"{verdict.reason}: {verdict.detail}" if verdict.detail else verdict.reason,
+        )
 
     def wrong_program(self, code: str, tests: str, rng: random.Random) -> str | None:
-        """A slip away from `code`, and proved wrong: it fails `tests`. None where none was found, or nothing can be run here."""
+        """A slip away from `code`, and proved wrong: it fails `tests`.
+
+        None where none was found, or nothing can be run here.
+        """
         try:
             sandbox.require()
         except UserError:

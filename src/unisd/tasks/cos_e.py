@@ -1,7 +1,9 @@
-"""CoS-E v1.11 over CommonsenseQA (Rajani et al., 2019; BSD-3-Clause): everyday questions with five options and a crowd's explanation.
+"""CoS-E v1.11 over CommonsenseQA (Rajani et al., 2019; BSD-3-Clause): everyday questions with five
+options and a crowd's explanation.
 
-From the Hub (`Salesforce/cos_e`, v1.11) or files with its fields. CommonsenseQA's own files (`question.stem`, `answerKey`) work too,
-without explanations. The Hub's validation rows are the test: its test answers are not public.
+From the Hub (`Salesforce/cos_e`, v1.11) or files with its fields. CommonsenseQA's own files
+(`question.stem`, `answerKey`) work too, without explanations. The Hub's validation rows are the
+test: its test answers are not public.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ class CosETask(MultipleChoice):
             labels = [option["label"] for option in question["choices"]]
             options = [option["text"] for option in question["choices"]]
             question, answer = question["stem"], options[labels.index(raw["answerKey"])]
-        if not isinstance(question, str) or not isinstance(options, list) or not isinstance(answer, str) or answer not in options:
+        if (
+            not isinstance(question, str)
+            or not isinstance(options, list)
+            or not isinstance(answer, str)
+            or answer not in options
+        ):
             raise UserError(f"cos_e: {where} has no question with choices and an answer among them")
         # A few rows name an option twice; a letter would then not say which.
         unique = list(dict.fromkeys(option.strip() for option in options))

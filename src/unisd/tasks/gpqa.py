@@ -1,4 +1,6 @@
-"""GPQA (Rein et al., 2023): graduate-level science questions. Evaluation only: its authors ask that it stays out of training data.
+"""GPQA (Rein et al., 2023): graduate-level science questions.
+
+Evaluation only: its authors ask that it stays out of training data.
 
 From the Hub (`Idavidrein/gpqa`, gated: accept its terms there first) or its CSV files.
 """
@@ -45,7 +47,10 @@ class GPQATask(MultipleChoice):
 
     def problem(self, raw: Raw, where: str) -> Problem:
         options, answer = check_options(
-            [raw["Correct Answer"], *(raw.get(f"Incorrect Answer {i}") for i in (1, 2, 3))], 0, where, self.name
+            [raw["Correct Answer"], *(raw.get(f"Incorrect Answer {i}") for i in (1, 2, 3))],
+            0,
+            where,
+            self.name,
         )
         return {
             **own_id(raw, "Record ID"),

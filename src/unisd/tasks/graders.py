@@ -9,8 +9,9 @@
 | `call` | the tool calls of the completion are gold's (JSON or ReAct form, see :mod:`unisd.tasks.tool_calls`) |
 | `code` | the completion's program passes gold, which holds tests (run in :mod:`unisd.tasks.sandbox`) |
 
-No grader raises, whatever the completion, and each takes time linear in its length. An answer is looked for in what a
-model writes last: the last 20,000 characters (`contains`: 200,000) are enough for that and bound the cost of a megabyte of noise.
+No grader raises, whatever the completion, and each takes time linear in its length. An answer is
+looked for in what a model writes last: the last 20,000 characters (`contains`: 200,000) are enough
+for that and bound the cost of a megabyte of noise.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def exact(completion: str, gold: str) -> Grade:
 
 
 def contains(completion: str, gold: str) -> Grade:
-    """Gold occurs as whole words ("cat" is not in "category"), in the last 200,000 characters. An empty gold is in nothing."""
+    """Gold occurs as whole words ("cat" is not in "category"), in the last 200,000 characters.
+
+    An empty gold is in nothing.
+    """
     text, wanted = _fold(_text(completion)[-CONTAINS_TAIL:]), _fold(_text(gold))
     if not wanted:
         return Grade(False, None)
@@ -59,17 +63,26 @@ def contains(completion: str, gold: str) -> Grade:
 
 # ---------------------------------------------------------------- numbers
 
-# Digits with optional thousands separators; each character can be read in one way only, so matching is linear.
+# Digits with optional thousands separators; each character can be read in one way only, so matching
+# is linear.
 _NUMBER = r"[-+\u2212\u2013]?\s{0,2}[$\u20ac\u00a3\u00a5]?\s{0,2}[-\u2212]?(?:\d[\d,_]{0,400}(?:\.\d{0,400})?|\.\d{1,400})"
 _PLAIN_NUMBER = re.compile(_NUMBER + r"(?:\s{0,2}/\s{0,2}\d{1,100})?(?:[eE][-+]?\d{1,3}(?!\w))?")
 _HASHES = re.compile(r"#{3,6}\s{0,5}")
 _BOXED = re.compile(r"\\boxed\s{0,3}\{([^{}]{0,200})")
-_SAID = re.compile(r"answer(?:\s{1,3}to\s[^.:=\n]{0,80})?(?:\s{0,3}(?:is|was|=|:)){1,2}\s{0,3}(?:\*\*\s{0,2})?", re.IGNORECASE)
+_SAID = re.compile(
+    r"answer(?:\s{1,3}to\s[^.:=\n]{0,80})?(?:\s{0,3}(?:is|was|=|:)){1,2}\s{0,3}(?:\*\*\s{0,2})?",
+    re.IGNORECASE,
+)
 
 
 def _parse(text: str) -> Decimal | None:
     """The value of one matched number, None where the text is none."""
-    cleaned = re.sub(r"[\s,_$\u20ac\u00a3\u00a5+]", "", text).replace("\u2212", "-").replace("\u2013", "-").rstrip(".")
+    cleaned = (
+        re.sub(r"[\s,_$\u20ac\u00a3\u00a5+]", "", text)
+        .replace("\u2212", "-")
+        .replace("\u2013", "-")
+        .rstrip(".")
+    )
     try:
         if "/" in cleaned:
             top, _, bottom = cleaned.partition("/")
@@ -87,14 +100,18 @@ def _first_number(text: str) -> str | None:
 
 
 def _number_span(text: str, start: int) -> re.Match[str] | None:
-    """The first number on the line that starts at `start`, within what a unit or a currency may take up before it."""
+    """The first number on the line that starts at `start`, within what a unit or a currency may
+    take up before it.
+    """
     end = text.find("\n", start)
     return _PLAIN_NUMBER.search(text, start, min(len(text) if end < 0 else end, start + 120))
 
 
 def extract_number(completion: str) -> str | None:
-    """The number that a completion settles on, as written: after the last `####`, else in the last `\\boxed{}`, else after
-    the last "the answer is" / "answer:", else the last number of the text. None where there is none."""
+    """The number that a completion settles on, as written: after the last `####`, else in the last
+    `\\boxed{}`, else after the last "the answer is" / "answer:", else the last number of the text.
+    None where there is none.
+    """
     text = _text(completion)[-TAIL:]
     for pattern in (_HASHES, _BOXED, _SAID):
         for match in reversed(list(pattern.finditer(text))[-CUES:]):
@@ -117,7 +134,9 @@ def extract_number(completion: str) -> str | None:
 
 
 def number(completion: str, gold: str) -> Grade:
-    """Numerically equal, to 1e-6 relative; commas, currency, units, percent signs and a full stop don't matter."""
+    """Numerically equal, to 1e-6 relative; commas, currency, units, percent signs and a full stop
+    don't matter.
+    """
     found = extract_number(completion)
     wanted = extract_number(gold)
     if found is None or wanted is None:
@@ -150,11 +169,13 @@ _MARKED = re.compile(r"[(\[]([A-J])[)\]]")
 
 
 def extract_choice(completion: str) -> str | None:
-    """The option letter (A-J) that a completion settles on, upper case; None where it settles on none.
+    """The option letter (A-J) that a completion settles on, upper case; None where it settles on
+    none.
 
-    In this order: `\\boxed{B}`, `#### B`, "answer is (B)" / "Answer: B" / "option B" (the last of each); a line that is a
-    letter alone (the last one); a line that begins "B." or "B)" (the only such letter); one letter in brackets (the only one).
-    A bare "A" within a sentence is the English article and never counts.
+    In this order: `\\boxed{B}`, `#### B`, "answer is (B)" / "Answer: B" / "option B" (the last of
+    each); a line that is a letter alone (the last one); a line that begins "B." or "B)" (the only
+    such letter); one letter in brackets (the only one). A bare "A" within a sentence is the English
+    article and never counts.
     """
     text = _text(completion)[-TAIL:]
     for pattern in _CHOICE_PATTERNS:
@@ -162,7 +183,12 @@ def extract_choice(completion: str) -> str | None:
         for match in pattern.finditer(text):
             # "the answer is A good one" has the article, "The answer is I think ..." the pronoun.
             rest = text[match.end() : match.end() + 2]
-            if match[1] in "AI" and rest[:1] == " " and rest[1:2].islower() and not match[0].rstrip().endswith((")", "]")):
+            if (
+                match[1] in "AI"
+                and rest[:1] == " "
+                and rest[1:2].islower()
+                and not match[0].rstrip().endswith((")", "]"))
+            ):
                 continue
             found = match[1]
         if found is not None:
@@ -173,7 +199,11 @@ def extract_choice(completion: str) -> str | None:
             return alone[1].upper()
     for letters in (
         # "(A) or (B)" begins with a letter too, but settles on nothing
-        {m[1] for line in lines if (m := _LEADING.match(line[:40])) and set(_MARKED.findall(line[:200])) <= {m[1]}},
+        {
+            m[1]
+            for line in lines
+            if (m := _LEADING.match(line[:40])) and set(_MARKED.findall(line[:200])) <= {m[1]}
+        },
         {m[1] for m in islice(_MARKED.finditer(text), 1000)},
     ):
         if len(letters) == 1:
@@ -182,7 +212,9 @@ def extract_choice(completion: str) -> str | None:
 
 
 def choice(completion: str, gold: str) -> Grade:
-    """The letters agree. Gold is a letter, or text that `extract_choice` understands ("Answer: B")."""
+    """The letters agree. Gold is a letter, or text that `extract_choice` understands ("Answer:
+    B").
+    """
     gold = _text(gold).strip()
     wanted = gold.upper() if len(gold) == 1 and gold.isalpha() else extract_choice(gold)
     found = extract_choice(completion)
@@ -195,8 +227,10 @@ _CODE_STARTS = ("def ", "class ", "import ", "from ", "@", "async def ")
 
 
 def extract_code(completion: str) -> str | None:
-    """The program that a completion holds: its longest fenced block with a definition, else its longest fenced block, else what
-    follows the first line that begins like a program. None where there is none."""
+    """The program that a completion holds: its longest fenced block with a definition, else its
+    longest fenced block, else what follows the first line that begins like a program. None where
+    there is none.
+    """
     text = _text(completion)[-TAIL:].replace("\r\n", "\n")
     blocks = []
     for number, part in enumerate(text.split("```")):
@@ -212,7 +246,10 @@ def extract_code(completion: str) -> str | None:
 
 
 def code(completion: str, gold: str) -> Grade:
-    """The program passes the tests `gold` (Python source with assertions). Raises `UserError` where nothing can be isolated."""
+    """The program passes the tests `gold` (Python source with assertions).
+
+    Raises `UserError` where nothing can be isolated.
+    """
     from unisd.tasks import sandbox
 
     program = extract_code(completion)

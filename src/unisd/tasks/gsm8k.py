@@ -1,8 +1,10 @@
-"""GSM8K: grade-school word problems (Cobbe et al., 2021; MIT licence), from local files or from the Hub.
+"""GSM8K: grade-school word problems (Cobbe et al., 2021; MIT licence), from local files or from the
+Hub.
 
-Local files have no official split, so a tenth of the problems, chosen by a hash of the question, is held out: `test` (and
-`validation`, the same rows) never meets `train`, whichever file or order the problems come in. A file whose name says
-`test` is taken whole for `test`. From the Hub (`openai/gsm8k`, 7473 / 1319 rows), the official splits are used.
+Local files have no official split, so a tenth of the problems, chosen by a hash of the question, is
+held out: `test` (and `validation`, the same rows) never meets `train`, whichever file or order the
+problems come in. A file whose name says `test` is taken whole for `test`. From the Hub
+(`openai/gsm8k`, 7473 / 1319 rows), the official splits are used.
 
     unisd train --task gsm8k --data_files path/to/train.jsonl.gz
 """
@@ -33,7 +35,9 @@ class GSM8KTask(Benchmark):
 
     def problem(self, raw: Raw, where: str) -> Problem:
         if "####" not in raw["answer"] or extract_number(raw["answer"].rpartition("####")[2]) is None:
-            raise UserError(f"gsm8k: the answer of {where} does not end with '#### number'; is it another dataset?")
+            raise UserError(
+                f"gsm8k: the answer of {where} does not end with '#### number'; is it another dataset?"
+            )
         reference = _NOTE.sub("", raw["answer"]).strip()
         question = raw["question"].strip()
         return {
@@ -59,7 +63,8 @@ class GSM8KTask(Benchmark):
 
 
 def wrong_reference(reference: str, rng: random.Random) -> str:
-    """The reference with a wrong result: the final answer is changed, and so is that number in the last step.
+    """The reference with a wrong result: the final answer is changed, and so is that number in the
+    last step.
 
     The earlier steps stay right, which is what a slip in the last step looks like.
     """
@@ -75,7 +80,9 @@ def wrong_reference(reference: str, rng: random.Random) -> str:
     new = f"{wrong:,}" if "," in old else str(wrong)
     lines = steps.rstrip("\n").split("\n")
     # Only the last mention is the result; an operand may have the same value.
-    mentions = [m for m in _NUMBER.finditer(lines[-1]) if m[0].replace(",", "") == old.replace(",", "").lstrip("-")]
+    mentions = [
+        m for m in _NUMBER.finditer(lines[-1]) if m[0].replace(",", "") == old.replace(",", "").lstrip("-")
+    ]
     if mentions:
         start, end = mentions[-1].span()
         lines[-1] = lines[-1][:start] + new.lstrip("-") + lines[-1][end:]

@@ -1,4 +1,6 @@
-"""HumanEval (Chen et al., 2021; MIT): 164 Python functions to complete. Evaluation only, like all benchmarks of its kind.
+"""HumanEval (Chen et al., 2021; MIT): 164 Python functions to complete.
+
+Evaluation only, like all benchmarks of its kind.
 
 From the Hub (`openai/openai_humaneval`) or its .jsonl file.
 """
@@ -44,7 +46,10 @@ class HumanEvalTask(CodeTask):
     def row(self, problem: Problem, rng: random.Random) -> Row:
         reference = fenced(problem["code"])
         return {
-            "prompt": f"Complete this function. Reply with the whole function in one Python code block.\n\n{fenced(problem['stub'])}",
+            "prompt": (
+                "Complete this function. Reply with the whole function in one Python code"
+                f" block.\n\n{fenced(problem['stub'])}"
+            ),
             "privileged_context": reference,
             "completion": reference,
             "tests": problem["tests"],

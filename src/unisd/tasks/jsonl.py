@@ -20,7 +20,8 @@ from unisd.tasks.graders import GRADERS
 class JsonlTask(Benchmark):
     """Args:
     grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the answer as tests.
-    prompt_column, answer_column: where the rows hold them. `privileged_context` (default: the answer) is the reference;
+    prompt_column, answer_column: where the rows hold them. `privileged_context` (default: the
+    answer) is the reference;
         `auxiliary_contexts` and `negative_context` are taken as they are.
     """
 
@@ -49,7 +50,10 @@ class JsonlTask(Benchmark):
     def problem(self, raw: Raw, where: str) -> Problem:
         prompt, answer = raw[self.prompt_column], raw[self.answer_column]
         if not isinstance(prompt, (str, list)) or answer is None or not str(answer).strip():
-            raise UserError(f"jsonl: {where} has no prompt in {self.prompt_column!r} or no answer in {self.answer_column!r}")
+            raise UserError(
+                f"jsonl: {where} has no prompt in {self.prompt_column!r} or no answer in"
+                f" {self.answer_column!r}"
+            )
         check_prompt(prompt, f"jsonl: {where}", self.prompt_column)
         key = str(prompt)
         return {"raw": raw, "key": key, **own_id(raw, "id")}

@@ -1,7 +1,8 @@
-"""MBPP (Austin et al., 2021; CC BY 4.0): short Python functions with three assertions each; full (974) or sanitized (427).
+"""MBPP (Austin et al., 2021; CC BY 4.0): short Python functions with three assertions each; full
+(974) or sanitized (427).
 
-From the Hub (`google-research-datasets/mbpp`) or the original files. Splits by task_id: prompt 1-10, test 11-510, validation 511-600,
-train 601-974, in both versions.
+From the Hub (`google-research-datasets/mbpp`) or the original files. Splits by task_id: prompt
+1-10, test 11-510, validation 511-600, train 601-974, in both versions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from unisd.tasks.base import Row
 from unisd.tasks.benchmark import Problem, Raw
 from unisd.tasks.code import CodeTask, fenced
 
-SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
+SPLITS = {
+    "prompt": range(1, 11),
+    "test": range(11, 511),
+    "validation": range(511, 601),
+    "train": range(601, 975),
+}
 COUNTS = {
     "full": {"prompt": 10, "test": 500, "validation": 90, "train": 374},
     "sanitized": {"prompt": 7, "test": 257, "validation": 43, "train": 120},
@@ -79,4 +85,7 @@ class MBPPTask(CodeTask):
 
     def _prompt(self, problem: Problem) -> str:
         tests = "\n".join(problem["asserts"])
-        return f"{problem['text']}\n\nYour code must pass these tests:\n{tests}\n\nReply with one Python code block."
+        return (
+            f"{problem['text']}\n\nYour code must pass these tests:\n{tests}\n\nReply with one Python code"
+            " block."
+        )

@@ -1,7 +1,7 @@
 """MedMCQA (Pal et al., 2022; MIT): questions of Indian medical entrance exams with four options.
 
-From the Hub (`openlifescienceai/medmcqa`: `opa` .. `opd`, `cop`) or files with `choices` and `answer`. The Hub's validation rows are the
-test: the answers of its test rows are not public.
+From the Hub (`openlifescienceai/medmcqa`: `opa` .. `opd`, `cop`) or files with `choices` and
+`answer`. The Hub's validation rows are the test: the answers of its test rows are not public.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class MedMCQATask(MultipleChoice):
             options = [option if option is None else _LETTER.sub("", str(option)) for option in options]
         unique = ["" if option is None else str(option).strip() for option in options]
         if len(set(unique)) < len(unique):  # a handful repeat an option: told apart by their place
-            unique = [f"{text} ({i + 1})" if unique.count(text) > 1 else text for i, text in enumerate(unique)]
+            unique = [
+                f"{text} ({i + 1})" if unique.count(text) > 1 else text for i, text in enumerate(unique)
+            ]
         texts, index = check_options(unique, answer, where, self.name)
         key = f"{raw['question'].strip()}\n{texts}"
         return {

@@ -1,4 +1,6 @@
-"""Multiple choice: options in an order shuffled row by row, a reference that ends in "Answer: <letter>", graded by the letter."""
+"""Multiple choice: options in an order shuffled row by row, a reference that ends in "Answer:
+<letter>", graded by the letter.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ SHORT = 'Reply with "Answer: <letter>" alone.'
 
 
 class MultipleChoice(Benchmark):
-    """Problems with `question`, `options` (texts), `answer` (index), `rationale` (text or ""), `key`, `id`.
+    """Problems with `question`, `options` (texts), `answer` (index), `rationale` (text or ""),
+    `key`, `id`.
 
     Args:
         short: references without their rationale, for answers of a few tokens.
@@ -35,7 +38,10 @@ class MultipleChoice(Benchmark):
         self.short = short
 
     def choices(self, problem: Problem) -> tuple[list[str], int]:
-        """The options in this row's order, and where the right one is. The order depends on the problem alone."""
+        """The options in this row's order, and where the right one is.
+
+        The order depends on the problem alone.
+        """
         if "order" not in problem:
             problem["order"] = list(range(len(problem["options"])))
             random.Random(f"options {problem['key']}").shuffle(problem["order"])
@@ -48,7 +54,9 @@ class MultipleChoice(Benchmark):
         return f"{problem['question']}\n\nOptions:\n{listed}\n\n{SHORT if self.short else REASONED}"
 
     def reference(self, problem: Problem, index: int) -> str:
-        """A solution that settles on option `index`; for a wrong one the rationale speaks for it."""
+        """A solution that settles on option `index`; for a wrong one the rationale speaks for
+        it.
+        """
         options, right = self.choices(problem)
         rationale = "" if self.short else problem["rationale"]
         if rationale and index != right:

@@ -1,9 +1,11 @@
-"""New facts: two dozen invented facts about a company that does not exist, in plain English (`new_facts.json`, Apache-2.0).
+"""New facts: two dozen invented facts about a company that does not exist, in plain English
+(`new_facts.json`, Apache-2.0).
 
-No model can know them before, and every model can say them after. `train` asks for each fact in three wordings, `validation` in
-another and `test` in two more, so that a test question has never been trained on. The retention rows are sixty questions of general
-knowledge. An answer is right if it names the fact (or the knowledge) as whole words; `candidates` holds the right statement first and
-three wrong ones, so that knowledge can be measured by likelihood, without the answer's form.
+No model can know them before, and every model can say them after. `train` asks for each fact in
+three wordings, `validation` in another and `test` in two more, so that a test question has never
+been trained on. The retention rows are sixty questions of general knowledge. An answer is right if
+it names the fact (or the knowledge) as whole words; `candidates` holds the right statement first
+and three wrong ones, so that knowledge can be measured by likelihood, without the answer's form.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ class NewFactsTask(Task):
     max_new_tokens = 48
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
-        """Rows in the file's order, wording by wording. `seed` draws the auxiliary contexts and the wrong references."""
+        """Rows in the file's order, wording by wording.
+
+        `seed` draws the auxiliary contexts and the wrong references.
+        """
         if split not in self.splits:
             raise UserError(f"new_facts has no split {split!r}; it has {', '.join(self.splits)}")
         if options:
@@ -64,7 +69,8 @@ def _row(fact: dict[str, Any], split: str, wording: int, seed: int) -> Row:
         "completion": statements[0],
         "negative_context": rng.choice(statements[1:]),
         "auxiliary_contexts": [
-            f"Problem: {other['train'][0]}\nSolution: {other['sentence'].format(a=other['answer'])}" for other in others
+            f"Problem: {other['train'][0]}\nSolution: {other['sentence'].format(a=other['answer'])}"
+            for other in others
         ],
         "candidates": statements,
         # "the Halvard lens" is named by "a Halvard lens", too

@@ -1,8 +1,9 @@
 """Tool calls in what a model wrote: found, parsed, and compared with gold step by step.
 
-Two forms are read: ReAct (`Action: name` / `Action Input: {...}`) and JSON objects (`{"name": ..., "arguments": {...}}`, as chat
-models write them, alone or in a list). Values are compared as JSON, not as text: key order and spacing don't matter, an empty value
-is a missing one, "3" is 3, and letter case of texts is ignored. A placeholder of gold's (`${id from search}`) stands for any value.
+Two forms are read: ReAct (`Action: name` / `Action Input: {...}`) and JSON objects (`{"name": ...,
+"arguments": {...}}`, as chat models write them, alone or in a list). Values are compared as JSON,
+not as text: key order and spacing don't matter, an empty value is a missing one, "3" is 3, and
+letter case of texts is ignored. A placeholder of gold's (`${id from search}`) stands for any value.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from unisd.tasks.base import Grade
 
 HEAD = 20_000  # characters of a completion that are looked at
 MOST_CALLS = 100
-_ACTION = re.compile(r"^[ \t]{0,8}(?:ASSISTANT )?Action:[ \t]{0,8}([^\n]{1,200})$", re.MULTILINE | re.IGNORECASE)
+_ACTION = re.compile(
+    r"^[ \t]{0,8}(?:ASSISTANT )?Action:[ \t]{0,8}([^\n]{1,200})$", re.MULTILINE | re.IGNORECASE
+)
 _INPUT = re.compile(r"(?:ASSISTANT )?Action[ _]Input:", re.IGNORECASE)
 _BARE_PLACEHOLDER = re.compile(r'(?<!["\w])\$\{[^{}\n"]{0,200}\}(?!["\w])')
 _PLACEHOLDER = re.compile(r"\$\{[^{}\n]{0,200}\}")
@@ -32,7 +35,10 @@ class ToolStep:
     arguments: str
 
     def parsed(self) -> dict[str, Any] | None:
-        """The arguments as an object; None where they are none. A bare placeholder counts as a string."""
+        """The arguments as an object; None where they are none.
+
+        A bare placeholder counts as a string.
+        """
         value = _decode(self.arguments)
         if value is None:
             value = _decode(_BARE_PLACEHOLDER.sub(lambda match: json.dumps(match[0]), self.arguments))
@@ -86,8 +92,11 @@ def _json_calls(text: str) -> Iterator[ToolStep]:
 
 
 def grade_calls(found: Sequence[ToolStep], gold: Sequence[ToolStep]) -> Grade:
-    """Correct when all steps are gold's, in order and no more. Details: `name_accuracy` and `argument_accuracy`, shares of gold's
-    steps with the right name, and with the right name and arguments, at their place."""
+    """Correct when all steps are gold's, in order and no more.
+
+    Details: `name_accuracy` and `argument_accuracy`, shares of gold's steps with the right name,
+    and with the right name and arguments, at their place.
+    """
     names = [f.name == g.name for f, g in zip(found, gold, strict=False)]
     whole = [ok and same_arguments(f, g) for ok, f, g in zip(names, found, gold, strict=False)]
     steps = max(len(gold), len(found), 1)

@@ -3,8 +3,9 @@
     Action: searchAnime
     Action Input: {"genre": "comedy"}
 
-From the project's own nested files (one record a tool): `eval_simulated.json`, `eval_real.json` (`Instructions`, `Golden_Answers`), or
-`train_data.json` (`Instances` with `intermediate_steps`). There is no copy on the Hub that is the authors' own.
+From the project's own nested files (one record a tool): `eval_simulated.json`, `eval_real.json`
+(`Instructions`, `Golden_Answers`), or `train_data.json` (`Instances` with `intermediate_steps`).
+There is no copy on the Hub that is the authors' own.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from unisd.tasks.benchmark import Benchmark, Problem, Raw, as_list
 from unisd.tasks.tool_calls import ToolStep, extract_calls, grade_calls
 
 FORM = (
-    "Answer with the calls that are needed, in order, each as two lines:\nAction: <function>\nAction Input: <JSON object>\n"
-    "Use a value from an earlier result as a placeholder: ${what from which function}."
+    "Answer with the calls that are needed, in order, each as two lines:\nAction: <function>\nAction Input:"
+    " <JSON object>\nUse a value from an earlier result as a placeholder: ${what from which function}."
 )
 
 
@@ -41,7 +42,8 @@ class ToolAlpacaTask(Benchmark):
     ) -> None:
         if data_files is None:
             raise UserError(
-                "toolalpaca needs --data_files: eval_simulated.json or train_data.json of the project tangqiaoyu/ToolAlpaca on GitHub"
+                "toolalpaca needs --data_files: eval_simulated.json or train_data.json of the project"
+                " tangqiaoyu/ToolAlpaca on GitHub"
             )
         super().__init__(data_files, num_auxiliary_contexts)
         self.short_prompt = short_prompt
@@ -52,22 +54,43 @@ class ToolAlpacaTask(Benchmark):
         if not isinstance(functions, dict):
             yield raw  # refused for its fields
             return
-        about = {"tool": raw.get("Name", ""), "description": raw.get("Description", ""), "functions": functions}
-        for instruction, answers in zip(as_list(raw.get("Instructions")), as_list(raw.get("Golden_Answers")), strict=False):
+        about = {
+            "tool": raw.get("Name", ""),
+            "description": raw.get("Description", ""),
+            "functions": functions,
+        }
+        for instruction, answers in zip(
+            as_list(raw.get("Instructions")), as_list(raw.get("Golden_Answers")), strict=False
+        ):
             if raw.get("Instances"):
                 break
-            yield about | {"instruction": instruction, "steps": [(s.get("Action"), s.get("Action_Input")) for s in answers]}
+            yield about | {
+                "instruction": instruction,
+                "steps": [(s.get("Action"), s.get("Action_Input")) for s in answers],
+            }
         for instance in as_list(raw.get("Instances")):
-            steps = [step[0][:2] for step in instance.get("intermediate_steps") or [] if step and len(step[0]) >= 2]
+            steps = [
+                step[0][:2] for step in instance.get("intermediate_steps") or [] if step and len(step[0]) >= 2
+            ]
             if steps and instance.get("input"):  # some were never solved
                 yield about | {"instruction": instance["input"], "steps": steps}
 
     def problem(self, raw: Raw, where: str) -> Problem:
-        steps = [ToolStep(str(name), text if isinstance(text, str) else json.dumps(text)) for name, text in raw["steps"]]
+        steps = [
+            ToolStep(str(name), text if isinstance(text, str) else json.dumps(text))
+            for name, text in raw["steps"]
+        ]
         if not steps:
-            raise UserError(f"toolalpaca: {where}: the instruction {raw['instruction']!r:.80} has no gold step")
+            raise UserError(
+                f"toolalpaca: {where}: the instruction {raw['instruction']!r:.80} has no gold step"
+            )
         functions = {k: v for k, v in raw["functions"].items() if k != "components" and isinstance(v, str)}
-        return {**raw, "functions": functions, "steps": steps, "key": f"{raw['tool']}\n{raw['instruction'].strip()}"}
+        return {
+            **raw,
+            "functions": functions,
+            "steps": steps,
+            "key": f"{raw['tool']}\n{raw['instruction'].strip()}",
+        }
 
     def row(self, problem: Problem, rng: random.Random) -> Row:
         reference = render(problem["steps"])
@@ -86,7 +109,9 @@ class ToolAlpacaTask(Benchmark):
         return f"Problem: {problem['instruction'].strip()}\nSolution:\n{render(problem['steps'])}"
 
     def grade(self, row: Row, completion: str) -> Grade:
-        """Exact match of all steps; `details` hold the shares of right names and right arguments."""
+        """Exact match of all steps; `details` hold the shares of right names and right
+        arguments.
+        """
         return grade_calls(extract_calls(completion), [ToolStep(*step) for step in row["gold"]])
 
     def _prompt(self, problem: Problem) -> str:
@@ -112,7 +137,11 @@ def wrong_steps(steps: Sequence[ToolStep], functions: list[str], rng: random.Ran
         name = rng.choice(sorted(arguments))
         value = arguments[name]
         other: object = (
-            value + 1 if type(value) in (int, float) else f"not {value}" if isinstance(value, str) and value else "unknown"
+            value + 1
+            if type(value) in (int, float)
+            else f"not {value}"
+            if isinstance(value, str) and value
+            else "unknown"
         )
         changed = ToolStep(step.name, json.dumps(arguments | {name: other}))
     others = [name for name in functions if name != step.name]

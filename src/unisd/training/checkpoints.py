@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there: written aside, checksummed, flushed, then renamed.
 
-A checkpoint is built in `.saving/checkpoint-N` beside the others. Its last file is `manifest.json`, with the size and SHA-256 of every
-other one; then everything is flushed to the disk and the folder is renamed to `checkpoint-N`. A kill, a full disk or a crash of the
-machine at any moment leaves the older checkpoints as they were, and what they left of the new one is never taken for a checkpoint.
+A checkpoint is built in `.saving/checkpoint-N` beside the others. Its last file is `manifest.json`,
+with the size and SHA-256 of every other one; then everything is flushed to the disk and the folder
+is renamed to `checkpoint-N`. A kill, a full disk or a crash of the machine at any moment leaves the
+older checkpoints as they were, and what they left of the new one is never taken for a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ STATE = "trainer_state.json"
 
 
 def staging_folder(output_dir: str | Path) -> Path:
-    """Where a checkpoint is built: on the same file system as its final place, so that the last step is a rename."""
+    """Where a checkpoint is built: on the same file system as its final place, so that the last
+    step is a rename.
+    """
     return Path(output_dir) / STAGING
 
 
@@ -38,9 +41,11 @@ def clear_staging(output_dir: str | Path) -> None:
 
 
 def publish(output_dir: str | Path, name: str) -> Path:
-    """Seal the checkpoint that lies in the staging folder and put it in its place; returns that place.
+    """Seal the checkpoint that lies in the staging folder and put it in its place; returns that
+    place.
 
-    An older checkpoint of the same name is replaced. By one process, after all ranks have written their files.
+    An older checkpoint of the same name is replaced. By one process, after all ranks have written
+    their files.
     """
     staged, final = staging_folder(output_dir) / name, Path(output_dir) / name
     write_manifest(staged)
@@ -55,14 +60,19 @@ def publish(output_dir: str | Path, name: str) -> Path:
 
 
 def set_aside_after(output_dir: str | Path, step: int) -> None:
-    """Move the checkpoints of later steps into `set-aside`: a run that goes on from `step` leaves their branch.
+    """Move the checkpoints of later steps into `set-aside`: a run that goes on from `step` leaves
+    their branch.
 
-    Beside the new ones they would count as the newest, for `save_total_limit` and for the next resume. Nothing is removed.
+    Beside the new ones they would count as the newest, for `save_total_limit` and for the next
+    resume. Nothing is removed.
     """
     for number, folder in _numbered(output_dir):
         if number <= step:
             continue
-        places = (Path(output_dir) / ASIDE / (folder.name + end) for end in ("", *(f".{again}" for again in range(2, 10_000))))
+        places = (
+            Path(output_dir) / ASIDE / (folder.name + end)
+            for end in ("", *(f".{again}" for again in range(2, 10_000)))
+        )
         place = next(place for place in places if not place.exists())
         place.parent.mkdir(exist_ok=True)
         folder.rename(place)
@@ -71,8 +81,13 @@ def set_aside_after(output_dir: str | Path, step: int) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Size and SHA-256 of every file of `folder`, as `manifest.json` in it."""
-    files = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in _files(folder)}
-    (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1) + "\n", encoding="utf-8")
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in _files(folder)
+    }
+    (folder / MANIFEST).write_text(
+        json.dumps({"version": 1, "files": files}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def problem_of(folder: str | Path, contents: bool = True) -> str | None:
@@ -85,9 +100,14 @@ def problem_of(folder: str | Path, contents: bool = True) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[
+            "files"
+        ]
     except FileNotFoundError:
-        return f"it has no {MANIFEST}, so it is not a checkpoint of a run like this, or it was only partly copied"
+        return (
+            f"it has no {MANIFEST}, so it is not a checkpoint of a run like this, or it was only partly"
+            " copied"
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return f"its {MANIFEST} cannot be read"
     if STATE not in files:
@@ -104,7 +124,9 @@ def problem_of(folder: str | Path, contents: bool = True) -> str | None:
 
 
 def last_complete_checkpoint(output_dir: str | Path, contents: bool = False) -> Path | None:
-    """The newest whole checkpoint of a run, or None; broken ones that are newer are named in a warning."""
+    """The newest whole checkpoint of a run, or None; broken ones that are newer are named in a
+    warning.
+    """
     for _, folder in sorted(_numbered(output_dir), reverse=True):
         problem = problem_of(folder, contents)
         if problem is None:
@@ -114,32 +136,53 @@ def last_complete_checkpoint(output_dir: str | Path, contents: bool = False) -> 
 
 
 def require_whole(folder: str | Path) -> None:
-    """Raise `UserError` if the checkpoint is broken; the message names the newest good one beside it."""
+    """Raise `UserError` if the checkpoint is broken; the message names the newest good one beside
+    it.
+    """
     problem = problem_of(folder)
     if problem is None:
         return
     good = last_complete_checkpoint(Path(folder).parent, contents=True)
-    remedy = f"resume from {good}, the newest whole one" if good is not None else "there is no whole one beside it, start anew"
+    remedy = (
+        f"resume from {good}, the newest whole one"
+        if good is not None
+        else "there is no whole one beside it, start anew"
+    )
     raise UserError(f"checkpoint {folder} is broken: {problem}: {remedy}.")
 
 
 def saving_failed(error: Exception, output_dir: str | Path, name: str) -> UserError:
-    """The message for a disk that was full while `name` was saved: nothing is lost but the steps since the last checkpoint."""
+    """The message for a disk that was full while `name` was saved: nothing is lost but the steps
+    since the last checkpoint.
+    """
     good = last_complete_checkpoint(output_dir)
-    kept = f"{good.name} is whole: free some space, then resume from it" if good else "free some space, then start anew"
+    kept = (
+        f"{good.name} is whole: free some space, then resume from it"
+        if good
+        else "free some space, then start anew"
+    )
     reason = "" if isinstance(error, OSError) else f" ({type(error).__name__})"
-    return UserError(f"the disk was full while {name} was saved in {output_dir}{reason}; {kept}, or choose another output_dir.")
+    return UserError(
+        f"the disk was full while {name} was saved in {output_dir}{reason}; {kept}, or choose another"
+        " output_dir."
+    )
 
 
 def disk_is_full(error: BaseException) -> bool:
     """Also as safetensors and torch say it, in exceptions of their own."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error)
+    return (
+        full or "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error)
+    )
 
 
 def _numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
-    return [(int(path.name.rpartition("-")[2]), path) for path in folders if path.name.rpartition("-")[2].isdigit()]
+    return [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in folders
+        if path.name.rpartition("-")[2].isdigit()
+    ]
 
 
 def _files(folder: Path) -> Iterator[Path]:

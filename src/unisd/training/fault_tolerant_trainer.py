@@ -1,6 +1,8 @@
-"""A `transformers.Trainer` that does not lose work: whole checkpoints, bad steps skipped, memory that runs out survived.
+"""A `transformers.Trainer` that does not lose work: whole checkpoints, bad steps skipped, memory
+that runs out survived.
 
-What it decides by is in :mod:`unisd.training.guards` and :mod:`unisd.training.checkpoints`; here is where a training loop asks them.
+What it decides by is in :mod:`unisd.training.guards` and :mod:`unisd.training.checkpoints`; here is
+where a training loop asks them.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ Result = TypeVar("Result")
 
 
 class SafeTrainer(ShardedTrainer):
-    """The base of :class:`unisd.UniSDTrainer`, which sets `metrics`, `teacher` and, in each step, `micro_batch_of`."""
+    """The base of :class:`unisd.UniSDTrainer`, which sets `metrics`, `teacher` and, in each step,
+    `micro_batch_of`.
+    """
 
     metrics: StepMetrics
     teacher: Teacher
@@ -58,15 +62,21 @@ class SafeTrainer(ShardedTrainer):
         """Take over the state of the teacher (and whatever stands beside it) from a checkpoint."""
         self.teacher.load(checkpoint)
 
-    # -- memory -------------------------------------------------------------------------------------------------------
+    # -- memory ------------------------------------------------------------------------------------
 
     def begin_student_phase(self) -> None:
-        """Before the first micro-batch of a step: the state to come back to when memory runs out."""
+        """Before the first micro-batch of a step: the state to come back to when memory runs
+        out.
+        """
         self._done = []
         self.metrics.mark()
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As in transformers; where memory runs out, the step's gradient is taken again, in smaller micro-batches."""
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """As in transformers; where memory runs out, the step's gradient is taken again, in smaller
+        micro-batches.
+        """
         with self.metrics.timed("student", wait=self.accelerator.sync_gradients):
             part: list[int] = inputs["part"]
             try:
@@ -77,18 +87,27 @@ class SafeTrainer(ShardedTrainer):
                 if not is_out_of_memory(error):
                     raise
                 self._check_can_be_smaller(len(part), error)
-            # The gradient may hold a share of the part that failed: all parts of this step so far are done again.
+            # The gradient may hold a share of the part that failed: all parts of this step so far
+            # are done again.
             del inputs
             done = [*self._done, part]
             largest = min(self._most_rows or len(part), len(part))
             retry = partial(self._again, model, done, num_items_in_batch)
             loss, self._most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
             self._done.append(part)
-            logger.warning("Memory ran out: micro-batches hold %d rows from now on; the gradient is the same.", self._most_rows)
+            logger.warning(
+                "Memory ran out: micro-batches hold %d rows from now on; the gradient is the same.",
+                self._most_rows,
+            )
             return loss
 
-    def _in_pieces(self, model: nn.Module, parts: list[list[int]], inputs: dict[str, Any] | None, items: Any) -> Tensor:
-        """Adds the gradient of `parts`; returns the loss of the last one. `inputs` are those of a single part, if at hand."""
+    def _in_pieces(
+        self, model: nn.Module, parts: list[list[int]], inputs: dict[str, Any] | None, items: Any
+    ) -> Tensor:
+        """Adds the gradient of `parts`; returns the loss of the last one.
+
+        `inputs` are those of a single part, if at hand.
+        """
         loss = torch.zeros((), device=self.args.device)
         for part in parts:
             loss = torch.zeros((), device=self.args.device)
@@ -109,19 +128,22 @@ class SafeTrainer(ShardedTrainer):
     def _check_can_be_smaller(self, rows: int, error: BaseException) -> None:
         if self._most_rows == 1 or rows == 1:
             raise OutOfMemory(ROW_TOO_LARGE) from error
-        if self.accelerator.num_processes > 1 or self.is_deepspeed_enabled:  # the other ranks wait inside their own backward pass
+        # the other ranks wait inside their own backward pass
+        if self.accelerator.num_processes > 1 or self.is_deepspeed_enabled:
             raise OutOfMemory(
-                f"rank {self.accelerator.process_index} ran out of memory: halve per_device_train_batch_size, double "
-                "gradient_accumulation_steps (the steps stay the same), and resume from the last checkpoint."
+                f"rank {self.accelerator.process_index} ran out of memory: halve per_device_train_batch_size,"
+                " double gradient_accumulation_steps (the steps stay the same), and resume from the last"
+                " checkpoint."
             ) from error
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._run_folder or str(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in transformers, but built aside and put in its place when it is whole (:mod:`unisd.training.checkpoints`).
+        """As in transformers, but built aside and put in its place when it is whole
+        (:mod:`unisd.training.checkpoints`).
 
         Raises:
             UserError: the disk is full; older checkpoints are as they were.
@@ -152,10 +174,14 @@ class SafeTrainer(ShardedTrainer):
         if args.push_to_hub:
             self._push_from_checkpoint(str(Path(folder) / name))
         if args.should_save:  # only now: the older ones were the safety net
-            rotate_checkpoints(folder, args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint)
+            rotate_checkpoints(
+                folder, args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
+            )
 
     def _place_best(self, name: str) -> None:
-        """Name the best checkpoint by its place, not by where it was built: every rank may load it at the end."""
+        """Name the best checkpoint by its place, not by where it was built: every rank may load it
+        at the end.
+        """
         best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
         if best is not None and (best == name or (Path(self.args.output_dir) / best).is_dir()):
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / best)
@@ -164,8 +190,9 @@ class SafeTrainer(ShardedTrainer):
         """As in transformers. `True` resumes from the newest *complete* checkpoint of `output_dir`.
 
         Raises:
-            UserError: nothing to resume from, a broken checkpoint or one of another kind of run; and, after
-                a checkpoint was saved, a run that cannot go on (see :mod:`unisd.training.guards`).
+            UserError: nothing to resume from, a broken checkpoint or one of another kind of run;
+                and, after a checkpoint was saved, a run that cannot go on (see
+                :mod:`unisd.training.guards`).
         """
         if self.deepspeed is not None:
             raise UserError("DeepSpeed's engine trains once: build a new trainer.")
@@ -176,7 +203,9 @@ class SafeTrainer(ShardedTrainer):
             self.load_teachers(checkpoint)
             self.store.load(checkpoint)
             if self.args.should_save:
-                step = json.loads((Path(checkpoint) / checkpoints.STATE).read_text(encoding="utf-8"))["global_step"]
+                step = json.loads((Path(checkpoint) / checkpoints.STATE).read_text(encoding="utf-8"))[
+                    "global_step"
+                ]
                 checkpoints.set_aside_after(self.args.output_dir, step)
         self.stop_reason = None
         try:
@@ -192,7 +221,10 @@ class SafeTrainer(ShardedTrainer):
         return output
 
     def _checkpoint_of(self, asked: str | bool | None) -> str | None:
-        """The checkpoint to resume from, whole. One process finds out for all, since it reads every byte."""
+        """The checkpoint to resume from, whole.
+
+        One process finds out for all, since it reads every byte.
+        """
         if not asked:
             return None
 
@@ -204,7 +236,10 @@ class SafeTrainer(ShardedTrainer):
                 return str(asked)
             newest = checkpoints.last_complete_checkpoint(self.args.output_dir, contents=True)
             if newest is None:
-                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from: start without resuming.")
+                raise UserError(
+                    f"{self.args.output_dir} holds no complete checkpoint to resume from: start without"
+                    " resuming."
+                )
             return str(newest)
 
         found = [on_all_ranks(self.accelerator, find)]
@@ -213,7 +248,9 @@ class SafeTrainer(ShardedTrainer):
         return found[0]
 
     def _save_finished_steps(self) -> str:
-        """A checkpoint of the last finished step, before the run ends in the middle of the next one; says where it is."""
+        """A checkpoint of the last finished step, before the run ends in the middle of the next
+        one; says where it is.
+        """
         name = f"checkpoint-{self.state.global_step}"
         if self.state.global_step == 0:
             return "No step was finished yet."
@@ -221,7 +258,7 @@ class SafeTrainer(ShardedTrainer):
             self._save_checkpoint(self.model, trial=None)
         return f"Step {self.state.global_step} is saved in {name}."
 
-    # -- bad steps ----------------------------------------------------------------------------------------------------
+    # -- bad steps ---------------------------------------------------------------------------------
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -231,21 +268,26 @@ class SafeTrainer(ShardedTrainer):
         return norm
 
     def watch_earlier(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Before the first step: a run begins in good health; a resumed one goes on from what it was, alarms included."""
+        """Before the first step: a run begins in good health; a resumed one goes on from what it
+        was, alarms included.
+        """
         self.health = Watch(self.args.alarm_window)
         for line in lines:
             self.health.update(line["step"], line)
 
     def watch(self, step: int, values: dict[str, float], control: Any) -> None:
-        """After a step, when its metrics are known: tell what looks wrong, and end the run where it must not go on."""
+        """After a step, when its metrics are known: tell what looks wrong, and end the run where it
+        must not go on.
+        """
         raised = self.health.update(step, values) if self.args.alarms != "off" else []
         for alarm in raised:
             logger.warning("Step %d, %s: %s", step, alarm.name, alarm.text)
         reason = self.finite.too_many
         if reason is None and raised and self.args.alarms == "stop":
             reason = (
-                f"stopped at step {step} by the alarm {raised[0].name!r} (alarms=stop): {raised[0].text} Look at the answers with "
-                "`unisd chat`, and resume from an earlier checkpoint; the present state was saved."
+                f"stopped at step {step} by the alarm {raised[0].name!r} (alarms=stop): {raised[0].text} Look"
+                " at the answers with `unisd chat`, and resume from an earlier checkpoint; the present state"
+                " was saved."
             )
         if reason is not None:
             self.stop_reason = reason

@@ -1,4 +1,5 @@
-"""What keeps a long run from losing work: stopping on a signal, bad steps, and memory that runs out.
+"""What keeps a long run from losing work: stopping on a signal, bad steps, and memory that runs
+out.
 
 All decisions are taken from values that are the same on every rank, so that no rank goes on alone.
 
@@ -25,14 +26,16 @@ from unisd.distributed.collectives import on_any_rank
 Result = TypeVar("Result")
 
 
-# ------------------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 
 
 class Interruption(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C or SIGTERM (preemption): finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+    """Ctrl-C or SIGTERM (preemption): finish the step, save a checkpoint, stop.
 
-    All ranks stop after the same step, whichever of them was told. A second SIGTERM changes nothing: schedulers and launchers
-    both send one.
+    A second Ctrl-C stops at once.
+
+    All ranks stop after the same step, whichever of them was told. A second SIGTERM changes
+    nothing: schedulers and launchers both send one.
     """
 
     SAME_KEYPRESS = 1.0  # seconds; a launcher passes on what the terminal has sent to all of us
@@ -74,7 +77,8 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = False  # whoever sent a SIGTERM waits for half a minute only
 
 
-# ----------------------------------------------------------------------------------- non-finite loss and gradient
+# ----------------------------------------------------------------------------------- non-finite
+# loss and gradient
 
 
 class FiniteGuard:
@@ -92,7 +96,8 @@ class FiniteGuard:
         self.in_a_row = 0
         self.grad_norm = 0.0
         self.message = ""
-        self._seen: list[tuple[Tensor, Tensor]] = []  # rows of the dataset [N] and a value [N] for each loss token
+        # rows of the dataset [N] and a value [N] for each loss token
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def see(self, row_N: Tensor, *values_N: Tensor) -> None:
         """Keep what a micro-batch computed at its tokens until the step is over."""
@@ -116,7 +121,10 @@ class FiniteGuard:
             present = set().union(*gather_object([present]))
         if culprits:
             return f"step {step}: the loss is not finite, because of {_listed(culprits)} of the training data"
-        return f"step {step}: the loss is finite, but its gradient is not; the step held {_listed(present)} of the training data"
+        return (
+            f"step {step}: the loss is finite, but its gradient is not; the step held {_listed(present)} of"
+            " the training data"
+        )
 
     @property
     def too_many(self) -> str | None:
@@ -124,8 +132,9 @@ class FiniteGuard:
         if self.in_a_row < self.limit:
             return None
         return (
-            f"{self.in_a_row} steps in a row had a loss or gradient that is not finite and were skipped; the last, {self.message}: "
-            "look at these rows, lower learning_rate, or train in bf16 or float32; then resume from the checkpoint just saved."
+            f"{self.in_a_row} steps in a row had a loss or gradient that is not finite and were skipped; the"
+            f" last, {self.message}: look at these rows, lower learning_rate, or train in bf16 or float32;"
+            " then resume from the checkpoint just saved."
         )
 
 

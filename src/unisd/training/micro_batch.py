@@ -15,13 +15,17 @@ from unisd.scoring.scorer import ScoringRow, TeacherStates
 
 
 def rows_to_fill(rows: int, batch: int, rank: int, ranks: int) -> int:
-    """How many rows at the end of a rank's last micro-batch of an epoch only fill it: accelerate repeats the epoch's first ones."""
+    """How many rows at the end of a rank's last micro-batch of an epoch only fill it: accelerate
+    repeats the epoch's first ones.
+    """
     left = rows % (batch * ranks)
     return 0 if ranks == 1 or left == 0 else batch - min(max(left - rank * batch, 0), batch)
 
 
 def alike(rows: Sequence[ScoringRow], sizes: Sequence[int]) -> list[list[int]]:
-    """Micro-batches of the given sizes, rows of like length together: the step's loss does not depend on how it is cut."""
+    """Micro-batches of the given sizes, rows of like length together: the step's loss does not
+    depend on how it is cut.
+    """
     order = iter(sorted(range(len(rows)), key=lambda i: len(rows[i].student) + len(rows[i].completion)))
     return [list(islice(order, size)) for size in sizes]
 
@@ -38,7 +42,8 @@ def micro_batch(
     hidden_size: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Rows `part` of this rank laid out for the student, with everything the loss needs at their N loss tokens.
+    """Rows `part` of this rank laid out for the student, with everything the loss needs at their N
+    loss tokens.
 
     `scores` and `coefficients` are this rank's.
     """
@@ -69,7 +74,9 @@ def micro_batch(
     inputs: dict[str, Any] = {
         "part": list(part),
         "row_N": torch.tensor(
-            [rows[i].number for i in part for kept in rows[i].loss_mask if kept], dtype=torch.long, device=device
+            [rows[i].number for i in part for kept in rows[i].loss_mask if kept],
+            dtype=torch.long,
+            device=device,
         ),
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
@@ -79,7 +86,9 @@ def micro_batch(
         "positions_N": torch.tensor(positions, dtype=torch.long, device=device),
         "targets_N": at_loss_tokens(scores.tokens),
         "teacher_NH": states_at_loss_tokens(states.final),
-        "teacher_layers_NH": {layer: states_at_loss_tokens(of_rows) for layer, of_rows in states.layers.items()},
+        "teacher_layers_NH": {
+            layer: states_at_loss_tokens(of_rows) for layer, of_rows in states.layers.items()
+        },
     }
     if states.source_present:
         inputs["target_states"], inputs["target_present_N"] = states.of_target(

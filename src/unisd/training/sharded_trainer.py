@@ -1,6 +1,8 @@
-"""A `transformers.Trainer` whose model may be sharded, by FSDP2 or DeepSpeed: how it is set up and what its checkpoints hold.
+"""A `transformers.Trainer` whose model may be sharded, by FSDP2 or DeepSpeed: how it is set up and
+what its checkpoints hold.
 
-See :mod:`unisd.distributed.sharding`; without either this is the Trainer itself. DeepSpeed's engine keeps the optimizer in files of its own.
+See :mod:`unisd.distributed.sharding`; without either this is the Trainer itself. DeepSpeed's engine
+keeps the optimizer in files of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
     """The base of :class:`unisd.training.fault_tolerant_trainer.SafeTrainer`."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in transformers. Raises `UserError` for a way of spreading weights that is not supported."""
+        """As in transformers.
+
+        Raises `UserError` for a way of spreading weights that is not supported.
+        """
         super().create_accelerator_and_postprocess()
         sharding.set_up(self)
 
@@ -31,18 +36,23 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
     def cuts_weights(self) -> bool:
         """Whether every rank holds a part of the weights only."""
         return bool(
-            self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
+            self.is_fsdp_enabled
+            or (self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
         )
 
     @property
     def _in_shards(self) -> bool:
-        """Whether each rank writes its own part of a checkpoint (else it holds the files of an unsharded run)."""
+        """Whether each rank writes its own part of a checkpoint (else it holds the files of an
+        unsharded run).
+        """
         return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
-    # -- saving: all ranks must call --------------------------------------------------------------------------------------
+    # -- saving: all ranks must call ---------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers; but for checkpoints in shards, one whole model or adapter is written."""
+        """As in transformers; but for checkpoints in shards, one whole model or adapter is
+        written.
+        """
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -72,7 +82,9 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir)
         if self._in_shards:
             optimizer = sharding.optimizer_state(self.model, self.optimizer)
-            sharding.save_shards({"model": sharding.weights(self.model), "optimizer": optimizer}, folder / SHARDS)
+            sharding.save_shards(
+                {"model": sharding.weights(self.model), "optimizer": optimizer}, folder / SHARDS
+            )
         else:
             state = sharding.whole_optimizer_state(self.optimizer, self.args.should_save)
             if self.args.should_save:
@@ -80,7 +92,7 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
 
-    # -- resuming ---------------------------------------------------------------------------------------------------------
+    # -- resuming ----------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

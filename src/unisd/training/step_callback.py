@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Skips a step whose gradient is not finite, moves the teachers on, and closes the step's metrics and records."""
+    """Skips a step whose gradient is not finite, moves the teachers on, and closes the step's
+    metrics and records.
+    """
 
     def __init__(self, trainer: UniSDTrainer) -> None:
         self.trainer = trainer
@@ -33,7 +35,9 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.watch_earlier(lines[0])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A gradient that is not finite must not reach the weights: without gradients the optimizer does nothing at all."""
+        """A gradient that is not finite must not reach the weights: without gradients the optimizer
+        does nothing at all.
+        """
         trainer = self.trainer
         self.skipping = trainer.finite.is_bad(state.global_step + 1, trainer.metrics.sum_of("loss"))
         if self.skipping:

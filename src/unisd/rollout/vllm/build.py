@@ -12,27 +12,39 @@ from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.rollout.engine import Engine
 
-SYNC_FOLDER = "_vllm-sync"  # inside output_dir: weights on their way to a server; a push to the hub leaves out names with _
+# inside output_dir: weights on their way to a server; a push to the hub leaves out names with _
+SYNC_FOLDER = "_vllm-sync"
 
 
 def build_engine(
-    args: UniSDConfig, model: Any, accelerator: Accelerator, eos_ids: Sequence[int], finished_steps: Callable[[], int]
+    args: UniSDConfig,
+    model: Any,
+    accelerator: Accelerator,
+    eos_ids: Sequence[int],
+    finished_steps: Callable[[], int],
 ) -> Engine:
-    """The engine that `args` asks for, ready to generate with the student's present weights after a `sync`.
+    """The engine that `args` asks for, ready to generate with the student's present weights after a
+    `sync`.
 
     Args:
         model: the student, unwrapped; its trained weights are read at each `sync`.
-        finished_steps: tells the optimizer step whose weights the student has, the version that completions carry.
+        finished_steps: tells the optimizer step whose weights the student has, the version that
+            completions carry.
 
     Raises:
-        UserError: vLLM does not start, its server does not answer or was started with other settings, or the model is quantised.
+        UserError: vLLM does not start, its server does not answer or was started with other
+            settings, or the model is quantised.
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError("use_vllm needs whole weights in each process: use accelerate_config=ddp, or unset use_vllm.")
+        raise UserError(
+            "use_vllm needs whole weights in each process: use accelerate_config=ddp, or unset use_vllm."
+        )
     if args.vllm_mode == "server":
         from unisd.rollout.vllm.server import ServerEngine
 
-        return ServerEngine(args, model, accelerator, eos_ids, finished_steps, Path(args.output_dir) / SYNC_FOLDER)
+        return ServerEngine(
+            args, model, accelerator, eos_ids, finished_steps, Path(args.output_dir) / SYNC_FOLDER
+        )
     from unisd.rollout.vllm.colocated import ColocatedEngine
 
     return ColocatedEngine(args, model, accelerator, eos_ids, finished_steps)

@@ -33,7 +33,8 @@ QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRAC
 class ColocatedEngine(common.VllmEngine):
     """Generates with a copy of the student inside vLLM; see `build_engine` for the arguments.
 
-    The copy holds its own weights. All of them are loaded anew at each `sync`; of a student with an adapter only the adapter.
+    The copy holds its own weights. All of them are loaded anew at each `sync`; of a student with an
+    adapter only the adapter.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class ColocatedEngine(common.VllmEngine):
     ) -> None:
         if getattr(model, "is_quantized", False):
             raise UserError(
-                "vllm_mode=colocate cannot copy quantised weights: use vllm_mode=server, or unset load_in_4bit or use_vllm."
+                "vllm_mode=colocate cannot copy quantised weights: use vllm_mode=server, or unset"
+                " load_in_4bit or use_vllm."
             )
         super().__init__(args, model, accelerator, eos_ids, finished_steps)
         self._folder = tempfile.TemporaryDirectory(prefix="unisd-vllm-")
@@ -64,7 +66,8 @@ class ColocatedEngine(common.VllmEngine):
     def _start(self, args: UniSDConfig, accelerator: Accelerator) -> Any:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where it reads the student's weights
+        # in this process, where it reads the student's weights
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if self._on_cpu:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the threads are the trainer's
         options: dict[str, Any] = {
@@ -84,13 +87,18 @@ class ColocatedEngine(common.VllmEngine):
         if self._on_cpu and (free := available(accelerator.device)) is not None:
             options["kv_cache_memory_bytes"] = int(args.vllm_gpu_memory_utilization * free)
         if accelerator.num_processes > 1:
-            options["distributed_executor_backend"] = "external_launcher"  # joins the group that is there, alone
+            # joins the group that is there, alone
+            options["distributed_executor_backend"] = "external_launcher"
         with _undisturbed():
             from vllm import LLM
             from vllm.config import WeightTransferConfig
 
             if self._with_adapter:
-                options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": common.lora_rank(self.model)}
+                options |= {
+                    "enable_lora": True,
+                    "max_loras": 1,
+                    "max_lora_rank": common.lora_rank(self.model),
+                }
             else:
                 register()
                 options["weight_transfer_config"] = WeightTransferConfig(backend=BACKEND)
@@ -99,12 +107,14 @@ class ColocatedEngine(common.VllmEngine):
             except (ValueError, RuntimeError, OSError) as error:
                 told = " ".join(str(error).split())[:300]
                 raise UserError(
-                    f"vLLM does not start: {told}: mend that (vllm_gpu_memory_utilization is its share of memory, "
-                    "vllm_max_model_length its longest sequence), or unset use_vllm."
+                    f"vLLM does not start: {told}: mend that (vllm_gpu_memory_utilization is its share of"
+                    " memory, vllm_max_model_length its longest sequence), or unset use_vllm."
                 ) from error
 
     def _model_folder(self) -> str:
-        """The folder or hub id that the model came from; one that was built in memory is written out."""
+        """The folder or hub id that the model came from; one that was built in memory is written
+        out.
+        """
         name = str(self.bare.config._name_or_path or "")
         if name:
             return name
@@ -134,8 +144,13 @@ class ColocatedEngine(common.VllmEngine):
         self.llm.finish_weight_update(str(self.weights_version))
         self.llm.reset_prefix_cache()  # keys and values of the old weights
 
-    def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
-        """See `Engine`. The weights are those of the last `sync`; before the first, those that the engine started with.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
+    ) -> list[Completion]:
+        """See `Engine`.
+
+        The weights are those of the last `sync`; before the first, those that the engine started
+        with.
 
         Raises:
             UserError: a prompt leaves no room for an answer.
@@ -148,15 +163,19 @@ class ColocatedEngine(common.VllmEngine):
         room = self.llm.llm_engine.model_config.max_model_len - sampling.max_new_tokens
         if (longest := max(map(len, prompts))) > room:
             raise UserError(
-                f"a prompt of {longest} tokens and an answer of {sampling.max_new_tokens} do not fit into vLLM's "
-                f"{room + sampling.max_new_tokens}: raise vllm_max_model_length, or set max_prompt_length to {max(room, 0)}."
+                f"a prompt of {longest} tokens and an answer of {sampling.max_new_tokens} do not fit into"
+                f" vLLM's {room + sampling.max_new_tokens}: raise vllm_max_model_length, or set"
+                f" max_prompt_length to {max(room, 0)}."
             )
         requests = [
             SamplingParams(**common.sampling_fields(sampling, key, self.eos_ids), detokenize=False)
             for key in (keys if keys is not None else [None] * len(prompts))
         ]
         outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts], requests, use_tqdm=False, lora_request=self._adapter
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            requests,
+            use_tqdm=False,
+            lora_request=self._adapter,
         )
         return [self._completion(output.outputs[0], sampling) for output in outputs]
 
@@ -166,7 +185,9 @@ class ColocatedEngine(common.VllmEngine):
         try:
             return self._checked(ids, logps, sampling)
         except BadAnswer as error:
-            raise UserError(f"vLLM gave {error}: this version of it may not fit the model; unset use_vllm.") from error
+            raise UserError(
+                f"vLLM gave {error}: this version of it may not fit the model; unset use_vllm."
+            ) from error
 
     def _wake(self) -> None:
         if self._asleep:
@@ -174,7 +195,9 @@ class ColocatedEngine(common.VllmEngine):
             self._asleep = False
 
     def sleep(self) -> None:
-        """Give the memory of weights and cache back, if `vllm_enable_sleep_mode`, until the next `sync`."""
+        """Give the memory of weights and cache back, if `vllm_enable_sleep_mode`, until the next
+        `sync`.
+        """
         if self._can_sleep and not self._asleep:
             self.llm.sleep(level=1)
             self._asleep = True
@@ -182,7 +205,9 @@ class ColocatedEngine(common.VllmEngine):
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """An engine that starts seeds the global random numbers and takes over the setting of threads: both are put back."""
+    """An engine that starts seeds the global random numbers and takes over the setting of threads:
+    both are put back.
+    """
     python, numpy, threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     count = torch.get_num_threads()
     try:

@@ -1,4 +1,6 @@
-"""What both engines share: how a request is made, what makes an answer a good one, and what is taken from the student."""
+"""What both engines share: how a request is made, what makes an answer a good one, and what is
+taken from the student.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM is built for
 
 
 class VllmEngine:
-    """What an engine knows of the student, and its check of each answer; see `build_engine` for the arguments.
+    """What an engine knows of the student, and its check of each answer; see `build_engine` for the
+    arguments.
 
     Attributes:
         weights_version: optimizer step of the weights of the last `sync`; None before the first.
@@ -70,7 +73,8 @@ class VllmEngine:
 
 
 def sampling_fields(sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """One request's options by the names that vLLM gives them, in process and over HTTP; greedy where `key` is None.
+    """One request's options by the names that vLLM gives them, in process and over HTTP; greedy
+    where `key` is None.
 
     All end tokens count, as in `generate`, so the engine's own idea of them is switched off.
     """
@@ -92,27 +96,40 @@ def sampling_fields(sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[
 
 
 def logps_compare(args: UniSDConfig) -> bool:
-    """Whether an engine's log-probabilities are of the distribution that the trainer scores: at its temperature, over all tokens.
+    """Whether an engine's log-probabilities are of the distribution that the trainer scores: at its
+    temperature, over all tokens.
 
-    vLLM tells those of the truncated distribution where tokens are cut off (top_p, top_k, min_p): larger ones, by the mass cut off.
+    vLLM tells those of the truncated distribution where tokens are cut off (top_p, top_k, min_p):
+    larger ones, by the mass cut off.
     """
     untruncated = args.top_p == 1 and args.top_k == 0 and args.min_p == 0
     return untruncated and args.divergence_spec.temperature == args.temperature
 
 
 def completion_of(
-    ids: Sequence[int], logps: Sequence[float | None], *, limit: int, eos_ids: Sequence[int], vocabulary: int, version: int
+    ids: Sequence[int],
+    logps: Sequence[float | None],
+    *,
+    limit: int,
+    eos_ids: Sequence[int],
+    vocabulary: int,
+    version: int,
 ) -> Completion:
-    """A checked answer. Its log-probabilities stay even where the trainer must not compare them (see `logps_compare`).
+    """A checked answer.
+
+    Its log-probabilities stay even where the trainer must not compare them (see `logps_compare`).
 
     Raises:
-        BadAnswer: empty, too long, cut off early, ids outside of the vocabulary, or not one log-probability a token.
+        BadAnswer: empty, too long, cut off early, ids outside of the vocabulary, or not one
+            log-probability a token.
     """
     if not ids or len(ids) > limit:
         raise BadAnswer(f"an answer of {len(ids)} tokens where 1 to {limit} were asked for")
     if len(logps) != len(ids):
         raise BadAnswer(f"{len(logps)} log-probabilities for {len(ids)} tokens")
-    if any(isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary for token in ids):
+    if any(
+        isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary for token in ids
+    ):
         raise BadAnswer(f"a token id outside of the vocabulary of {vocabulary}")
     if any(not isinstance(logp, int | float) or not math.isfinite(logp) or logp > 1e-3 for logp in logps):
         raise BadAnswer("a log-probability that is none")
@@ -120,10 +137,12 @@ def completion_of(
     truncated = len(ids) == limit and ids[-1] not in ends
     if not truncated and ids[-1] not in ends:
         raise BadAnswer(f"an answer that stops after {len(ids)} tokens without an end token")
-    return Completion(list(ids), truncated, [min(float(logp), 0.0) for logp in logps if logp is not None], version=version)
+    return Completion(
+        list(ids), truncated, [min(float(logp), 0.0) for logp in logps if logp is not None], version=version
+    )
 
 
-# -- the student's side ------------------------------------------------------------------------------------------------
+# -- the student's side ----------------------------------------------------------------------------
 
 
 def lora_rank(model: Any) -> int:
@@ -133,14 +152,22 @@ def lora_rank(model: Any) -> int:
         UserError: the adapter is of a kind that vLLM does not serve.
     """
     config = model.peft_config[model.active_adapter]
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or getattr(config, "use_dora", False):
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or getattr(
+        config, "use_dora", False
+    ):
         raise UserError("use_vllm serves plain LoRA adapters only (no DoRA, no other kind): unset use_vllm.")
     if config.modules_to_save or config.bias != "none":
-        raise UserError("use_vllm cannot take over an adapter's modules_to_save or bias: leave them out, or unset use_vllm.")
+        raise UserError(
+            "use_vllm cannot take over an adapter's modules_to_save or bias: leave them out, or unset"
+            " use_vllm."
+        )
     rank = max([config.r, *(config.rank_pattern or {}).values()])
     fitting = [known for known in LORA_RANKS if known >= rank]
     if not fitting:
-        raise UserError(f"lora_r={rank} is above the largest that vLLM serves ({LORA_RANKS[-1]}): lower it, or unset use_vllm.")
+        raise UserError(
+            f"lora_r={rank} is above the largest that vLLM serves ({LORA_RANKS[-1]}): lower it, or unset"
+            " use_vllm."
+        )
     return fitting[0]
 
 
@@ -150,7 +177,9 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 
 def full_weights(model: Any) -> dict[str, Tensor]:
-    """All weights by their names in a checkpoint, shared with the model (nothing is copied); a tied head is there once."""
+    """All weights by their names in a checkpoint, shared with the model (nothing is copied); a tied
+    head is there once.
+    """
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     from transformers.core_model_loading import revert_weight_conversion
 

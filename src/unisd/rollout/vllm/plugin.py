@@ -1,4 +1,6 @@
-"""What vLLM loads by the entry point `vllm.general_plugins`: the name of our weight-transfer backend, and nothing heavy."""
+"""What vLLM loads by the entry point `vllm.general_plugins`: the name of our weight-transfer
+backend, and nothing heavy.
+"""
 
 from __future__ import annotations
 

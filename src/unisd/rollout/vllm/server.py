@@ -1,6 +1,7 @@
 """vLLM as a server of its own: requests over HTTP, weights through a folder that both reach.
 
-A server serves one run at a time when all weights are trained; with adapters, whose names carry the run, any number.
+A server serves one run at a time when all weights are trained; with adapters, whose names carry the
+run, any number.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ class Restarted(Exception):
 
 
 class ServerEngine(common.VllmEngine):
-    """Generates on a vLLM server with weights that it is given at each `sync`; see `build_engine` for the arguments.
+    """Generates on a vLLM server with weights that it is given at each `sync`; see `build_engine`
+    for the arguments.
 
     Args:
-        folder: where weights are put for the server to read: on a disk that both see under the same path. What an earlier run has
-            left in it is removed, and so is what this one puts there when it ends.
+        folder: where weights are put for the server to read: on a disk that both see under the same
+            path. What an earlier run has left in it is removed, and so is what this one puts there
+            when it ends.
 
     Raises:
         RolloutError: no server answers, or it was started without what this run needs.
@@ -71,7 +74,7 @@ class ServerEngine(common.VllmEngine):
         self._start = self._start_command(args)
         self._base = self._connect(args)
 
-    # -- the server ----------------------------------------------------------------------------------------------------
+    # -- the server --------------------------------------------------------------------------------
 
     def _start_command(self, args: UniSDConfig) -> str:
         """What starts a server that this run can use."""
@@ -79,20 +82,35 @@ class ServerEngine(common.VllmEngine):
         options = f"--dtype {self._dtype} --logprobs-mode processed_logprobs"
         if self._with_adapter:
             rank = common.lora_rank(self.model)
-            return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {name} {options} --enable-lora --max-lora-rank {rank}"
-        return f'VLLM_SERVER_DEV_MODE=1 vllm serve {name} {options} --weight-transfer-config \'{{"backend": "{BACKEND}"}}\''
+            return (
+                f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {name} {options} --enable-lora"
+                f" --max-lora-rank {rank}"
+            )
+        return (
+            f'VLLM_SERVER_DEV_MODE=1 vllm serve {name} {options} --weight-transfer-config \'{{"backend":'
+            f' "{BACKEND}"}}\''
+        )
 
     def _gone(self, trouble: Exception) -> RolloutError:
         return RolloutError(
-            f"the vLLM server at {self.client.url} does not answer ({trouble}); start it with: {self._start}; training goes on from "
-            "the last checkpoint with --resume_from_checkpoint."
+            f"the vLLM server at {self.client.url} does not answer ({trouble}); start it with: {self._start};"
+            " training goes on from the last checkpoint with --resume_from_checkpoint."
         )
 
     def _unfit(self, what: str) -> RolloutError:
         return RolloutError(f"the vLLM server at {self.client.url} {what}: start it with: {self._start}")
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None, *, refusal: str = "refuses a request", **options: Any) -> Any:
-        """As `Client.ask`, with errors that end the run and lose no step; `refusal` says what a 4xx means."""
+    def _ask(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        refusal: str = "refuses a request",
+        **options: Any,
+    ) -> Any:
+        """As `Client.ask`, with errors that end the run and lose no step; `refusal` says what a 4xx
+        means.
+        """
         try:
             return self.client.ask(path, body, **options)
         except Unavailable as error:
@@ -101,7 +119,9 @@ class ServerEngine(common.VllmEngine):
             if error.status == 404 and path == COMPLETIONS:  # it does not know the model, say an adapter
                 raise Restarted(error.text) from error
             if error.wants_key:
-                raise RolloutError(f"the vLLM server at {self.client.url} {refusal} ({error}): set OPENAI_API_KEY.") from error
+                raise RolloutError(
+                    f"the vLLM server at {self.client.url} {refusal} ({error}): set OPENAI_API_KEY."
+                ) from error
             raise self._unfit(f"{refusal} ({error})") from error
 
     def _connect(self, args: UniSDConfig) -> str:
@@ -112,7 +132,10 @@ class ServerEngine(common.VllmEngine):
             return base
         longest, needed = served[0].get("max_model_len"), args.max_completion_length + 1
         if isinstance(longest, int) and longest < needed:
-            raise self._unfit(f"takes {longest} tokens at most, fewer than max_completion_length={args.max_completion_length}")
+            raise self._unfit(
+                f"takes {longest} tokens at most, fewer than"
+                f" max_completion_length={args.max_completion_length}"
+            )
         if args.temperature != 1:
             self._check_logprobs_mode(base)
         if not self._with_adapter:
@@ -125,10 +148,18 @@ class ServerEngine(common.VllmEngine):
         self._ask("/init_weight_transfer_engine", {"init_info": {}}, retry=False, refusal=refusal)
 
     def _check_logprobs_mode(self, base: str) -> None:
-        """Log-probabilities must be those drawn with: a token's must change with the temperature."""
+        """Log-probabilities must be those drawn with: a token's must change with the
+        temperature.
+        """
         likely = []
         for temperature in (1.0, 0.5):
-            body = {"model": base, "prompt": [self.eos_ids[0]], "max_tokens": 1, "temperature": temperature, "logprobs": 1}
+            body = {
+                "model": base,
+                "prompt": [self.eos_ids[0]],
+                "max_tokens": 1,
+                "temperature": temperature,
+                "logprobs": 1,
+            }
             try:
                 top: dict[str, float] = self._ask(COMPLETIONS, {**body, "seed": 0}, read=_top_logprob)
             except Restarted as error:
@@ -137,7 +168,7 @@ class ServerEngine(common.VllmEngine):
         if abs(likely[0] - likely[1]) < 1e-6:
             raise self._unfit("tells log-probabilities without the temperature")
 
-    # -- weights -------------------------------------------------------------------------------------------------------
+    # -- weights -----------------------------------------------------------------------------------
 
     def sync(self) -> None:
         """Give the student's weights, as they are now, to the server; all ranks must call.
@@ -165,7 +196,9 @@ class ServerEngine(common.VllmEngine):
         for path in older:
             shutil.rmtree(path, ignore_errors=True)
             try:
-                self.client.ask("/v1/unload_lora_adapter", {"lora_name": path.name}, retry=False, sentence=True)
+                self.client.ask(
+                    "/v1/unload_lora_adapter", {"lora_name": path.name}, retry=False, sentence=True
+                )
             except (Refused, Unavailable):
                 logger.debug("The server did not know the adapter %s any more.", path.name)
 
@@ -186,36 +219,54 @@ class ServerEngine(common.VllmEngine):
             start()
             # One that fails ends the update that was started.
             self._ask("/update_weights", {"update_info": {"path": str(file)}}, again=start, refusal=refusal)
-            self._ask("/finish_weight_update", {"weight_version": self._tag}, done="without a matching start", refusal=refusal)
-            self._ask("/reset_prefix_cache", {}, read=_cleared, refusal=refusal)  # keys and values of the old weights
+            self._ask(
+                "/finish_weight_update",
+                {"weight_version": self._tag},
+                done="without a matching start",
+                refusal=refusal,
+            )
+            # keys and values of the old weights
+            self._ask("/reset_prefix_cache", {}, read=_cleared, refusal=refusal)
         finally:
             file.unlink(missing_ok=True)  # a whole model: written anew for a server that was started anew
 
     def _check_version(self) -> None:
-        """All weights live in the server alone: one that was started anew, or another run's, must not go unnoticed."""
+        """All weights live in the server alone: one that was started anew, or another run's, must
+        not go unnoticed.
+        """
         if self._with_adapter or not self._tag:
             return  # an adapter's name is asked for with every request
-        held = (self._ask("/weight_info", method="GET", refusal="cannot tell its weights") or {}).get("weight_version")
+        held = (self._ask("/weight_info", method="GET", refusal="cannot tell its weights") or {}).get(
+            "weight_version"
+        )
         if held != self._tag:
             raise Restarted(f"it holds weights {held!r} instead of {self._tag!r}")
 
-    # -- completions ---------------------------------------------------------------------------------------------------
+    # -- completions -------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling) -> list[Completion]:
-        """See `Engine`. One request a prompt, `rollout_batch_size` of them at once; vLLM batches them.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
+    ) -> list[Completion]:
+        """See `Engine`.
+
+        One request a prompt, `rollout_batch_size` of them at once; vLLM batches them.
 
         Before the first `sync` with the weights that the server was started with.
 
         Raises:
-            RolloutError: the server does not answer, refuses a request (a prompt that is too long, say), or has lost the weights and
-                cannot be given them again.
+            RolloutError: the server does not answer, refuses a request (a prompt that is too long,
+                say), or has lost the weights and cannot be given them again.
         """
         try:
             return self._generate(prompts, keys, sampling)
         except Restarted as error:
             if self._accelerator.num_processes > 1 or not self._tag:
                 raise self._gone(error) from error
-            logger.warning("The vLLM server at %s was started anew (%s): it is given the weights again.", self.client.url, error)
+            logger.warning(
+                "The vLLM server at %s was started anew (%s): it is given the weights again.",
+                self.client.url,
+                error,
+            )
         self._base = self._ask("/v1/models", method="GET", read=_models)[0]["id"]
         if self._with_adapter:
             self._load_adapter()
@@ -234,7 +285,13 @@ class ServerEngine(common.VllmEngine):
             prompt = list(prompts[number])
             asked = common.sampling_fields(sampling, None if keys is None else keys[number], self.eos_ids)
             name = (self._with_adapter and self._tag) or self._base
-            body = {"model": name, "prompt": prompt, "return_token_ids": True, "add_special_tokens": False, **asked}
+            body = {
+                "model": name,
+                "prompt": prompt,
+                "return_token_ids": True,
+                "add_special_tokens": False,
+                **asked,
+            }
 
             def read(answer: Any) -> Completion:
                 return self._completion(answer, prompt, sampling)

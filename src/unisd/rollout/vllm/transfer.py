@@ -1,7 +1,9 @@
-"""The engine's side of a sync of all weights: a backend for vLLM's weight-transfer interface that works on any device.
+"""The engine's side of a sync of all weights: a backend for vLLM's weight-transfer interface that
+works on any device.
 
-The backends that vLLM brings move tensors between GPUs. This one takes them where they lie: in this process' memory (colocated), or in a
-safetensors file that trainer and server both reach. It is imported in the processes of vLLM only; `plugin.register` announces it there.
+The backends that vLLM brings move tensors between GPUs. This one takes them where they lie: in this
+process' memory (colocated), or in a safetensors file that trainer and server both reach. It is
+imported in the processes of vLLM only; `plugin.register` announces it there.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -33,8 +39,9 @@ class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
 class UnisdTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
     """Loads weights in the layout of a checkpoint into the running model, layer by layer.
 
-    Everything happens in `receive_weights`, all weights in one call: what is sent again, because its answer was lost, is loaded again (a
-    second time within one reload would fail), and no request ever meets a model that waits for its weights.
+    Everything happens in `receive_weights`, all weights in one call: what is sent again, because
+    its answer was lost, is loaded again (a second time within one reload would fail), and no
+    request ever meets a model that waits for its weights.
     """
 
     init_info_cls = InitInfo
@@ -49,12 +56,15 @@ class UnisdTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore
     def receive_weights(self, update_info: UpdateInfo) -> None:
         initialize_layerwise_reload(self.model)
         try:
-            self.model.load_weights(_from_file(update_info.path) if update_info.path else iter(update_info.tensors.items()))
+            self.model.load_weights(
+                _from_file(update_info.path) if update_info.path else iter(update_info.tensors.items())
+            )
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
-            # Here a head is multiplied from a packed copy; one that is tied to the embeddings gets no weights of its own, and is
-            # not packed again by the reload (log-probabilities were 0.5 nats off).
+            # Here a head is multiplied from a packed copy; one that is tied to the embeddings gets
+            # no weights of its own, and is not packed again by the reload (log-probabilities were
+            # 0.5 nats off).
             for module in self.model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)

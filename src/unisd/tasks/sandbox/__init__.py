@@ -3,12 +3,15 @@
     from unisd import sandbox
     sandbox.run("def double(x): return 2 * x", "assert double(2) == 4").passed  # True
 
-Two processes, each in its own sandbox (bubblewrap: no network, no files but the interpreter's, a private empty working directory,
-namespaces of its own) under limits of CPU, memory, processes and file size. The *worker* runs the code and never sees the tests. The
-*judge* runs the tests; the code's functions are remote calls to it that return plain data with exact types. So nothing that the code
-does, short of returning the right values, makes a test pass. What the code prints is thrown away.
+Two processes, each in its own sandbox (bubblewrap: no network, no files but the interpreter's, a
+private empty working directory, namespaces of its own) under limits of CPU, memory, processes and
+file size. The *worker* runs the code and never sees the tests. The *judge* runs the tests; the
+code's functions are remote calls to it that return plain data with exact types. So nothing that the
+code does, short of returning the right values, makes a test pass. What the code prints is thrown
+away.
 
-Tests take from the code every name that neither they nor Python define; a built-in or standard-library name is always the real one.
+Tests take from the code every name that neither they nor Python define; a built-in or
+standard-library name is always the real one.
 """
 
 from __future__ import annotations
@@ -41,9 +44,10 @@ MAX_FILE_BYTES = 16 * 2**20
 GRACE_S = 2.0  # start-up, beside the time limit
 GUEST = Path(__file__).parent / "guest"
 HOW_TO_ENABLE = (
-    "Install bubblewrap (Debian, Ubuntu: apt install bubblewrap; Fedora: dnf install bubblewrap) and allow user namespaces "
-    "(sysctl kernel.unprivileged_userns_clone=1; on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0), or pass "
-    "--allow_unsafe_code_execution to run model-written code with your own rights."
+    "Install bubblewrap (Debian, Ubuntu: apt install bubblewrap; Fedora: dnf install bubblewrap) and allow"
+    " user namespaces (sysctl kernel.unprivileged_userns_clone=1; on Ubuntu also"
+    " kernel.apparmor_restrict_unprivileged_userns=0), or pass --allow_unsafe_code_execution to run"
+    " model-written code with your own rights."
 )
 
 
@@ -51,8 +55,9 @@ HOW_TO_ENABLE = (
 class Verdict:
     """What became of one program.
 
-    `reason`: `passed`; `wrong` (a test failed), `error` (an exception), `syntax`, `timeout`, `memory`, `ended` (the program ended itself
-    or was killed), `sandbox` (it could not be started). `detail`: the failed line or the exception. `seconds`: wall time.
+    `reason`: `passed`; `wrong` (a test failed), `error` (an exception), `syntax`, `timeout`,
+    `memory`, `ended` (the program ended itself or was killed), `sandbox` (it could not be started).
+    `detail`: the failed line or the exception. `seconds`: wall time.
     """
 
     passed: bool
@@ -63,7 +68,10 @@ class Verdict:
 
 @cache
 def check() -> str | None:
-    """None where code can be isolated on this machine, else what is missing. Tried once, by isolating a program."""
+    """None where code can be isolated on this machine, else what is missing.
+
+    Tried once, by isolating a program.
+    """
     if which("bwrap") is None:
         return "bubblewrap (bwrap) is not installed"
     probe = _run("def f(): return 1", "assert f() == 1", 20.0, 1024, safe=True)
@@ -91,13 +99,16 @@ def require(allow_unsafe: bool | None = None) -> bool:
     return missing is None
 
 
-def run(code: str, tests: str, timeout_s: float = 10.0, memory_mb: int = 1024, *, allow_unsafe: bool | None = None) -> Verdict:
+def run(
+    code: str, tests: str, timeout_s: float = 10.0, memory_mb: int = 1024, *, allow_unsafe: bool | None = None
+) -> Verdict:
     """Whether `code` passes `tests` (Python source with assertions).
 
     Args:
         timeout_s: limit of wall time, and of CPU time of each process.
         memory_mb: limit of the address space of each process.
-        allow_unsafe: run without isolation (limits only) where the machine cannot isolate; default: see `allow_unsafe`.
+        allow_unsafe: run without isolation (limits only) where the machine cannot isolate; default:
+            see `allow_unsafe`.
 
     Raises:
         UserError: as `require`. Never because of what the code does.
@@ -114,7 +125,9 @@ def run_many(
     workers: int | None = None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[Verdict]:
-    """`run` for many (code, tests), at most `workers` at once (default: one per core); `on_done(1)` after each."""
+    """`run` for many (code, tests), at most `workers` at once (default: one per core); `on_done(1)`
+    after each.
+    """
     safe = require(allow_unsafe)
 
     def one(program: tuple[str, str]) -> Verdict:
@@ -136,21 +149,31 @@ def _run(code: str, tests: str, timeout_s: float, memory_mb: int, safe: bool) ->
         "memory": memory_mb * 2**20,
         "file_size": MAX_FILE_BYTES,
         "processes": MAX_PROCESSES if safe else 1 << 16,
-        # Root's processes are not counted by the kernel: another user each time, whose count starts at zero.
+        # Root's processes are not counted by the kernel: another user each time, whose count starts
+        # at zero.
         "user": 2_000_000 + secrets.randbelow(1_000_000_000) if safe and os.geteuid() == 0 else None,
     }
     pipes = _Pipes()
     worker = judge = text = None
     try:
         requests, replies, verdicts = pipes.new(), pipes.new(), pipes.new()
-        worker = _start("worker", {"code": code, "fds": (requests.read, replies.write), "limits": limits}, safe)
-        setting = {"code": code, "tests": tests, "fds": (replies.read, requests.write), "verdict_fd": verdicts.write}
+        worker = _start(
+            "worker", {"code": code, "fds": (requests.read, replies.write), "limits": limits}, safe
+        )
+        setting = {
+            "code": code,
+            "tests": tests,
+            "fds": (replies.read, requests.write),
+            "verdict_fd": verdicts.write,
+        }
         judge = _start("judge", setting | {"limits": limits}, safe)
         pipes.close(*requests, *replies, verdicts.write)
         text = _read(verdicts.read, start + timeout_s + GRACE_S)
         complaint = "" if text else (_complaint(judge) or _complaint(worker))
         reason, detail = _parsed(text) if text else ("", "")
-        exit_code = _exit_code(worker if reason == "ended" else judge) if reason == "ended" or text == b"" else None
+        exit_code = (
+            _exit_code(worker if reason == "ended" else judge) if reason == "ended" or text == b"" else None
+        )
     except OSError as error:
         return Verdict(False, "sandbox", str(error), time.monotonic() - start)
     finally:
@@ -163,7 +186,9 @@ def _run(code: str, tests: str, timeout_s: float, memory_mb: int, safe: bool) ->
         return Verdict(False, "timeout", f"no verdict within {timeout_s:g} s", seconds)
     if not text:  # what the code sends, the judge has to read: it can die of that
         killed = exit_code is not None and exit_code > 0
-        reason, detail = ("ended", "the judge was killed") if killed else ("sandbox", "the judge ended without a verdict")
+        reason, detail = (
+            ("ended", "the judge was killed") if killed else ("sandbox", "the judge ended without a verdict")
+        )
         detail = complaint or detail
     if reason == "ended" and exit_code == signal.SIGXCPU:
         reason, detail = "timeout", f"used {limits['cpu_s']} s of CPU"
@@ -176,7 +201,9 @@ class _Pipe(NamedTuple):
 
 
 class _Pipes:
-    """Pipes of which each end is closed once, whatever happens: other threads open files meanwhile."""
+    """Pipes of which each end is closed once, whatever happens: other threads open files
+    meanwhile.
+    """
 
     def __init__(self) -> None:
         self._open: set[int] = set()
@@ -201,12 +228,18 @@ def _start(role: str, setting: dict[str, Any], safe: bool) -> subprocess.Popen[b
     forbidden = syscalls.forbidden() if safe else b""
     folder = "/guest" if safe else str(GUEST.parent)
     program = f"import sys; sys.path.append({folder!r}); from guest.{role} import main; main()"
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as rules, tempfile.TemporaryDirectory() as empty:
+    with (
+        tempfile.TemporaryFile() as stdin,
+        tempfile.TemporaryFile() as rules,
+        tempfile.TemporaryDirectory() as empty,
+    ):
         stdin.write(json.dumps(setting).encode())
         stdin.seek(0)
         rules.write(forbidden)
         rules.seek(0)
-        isolation = [*_isolation(), *(["--seccomp", str(rules.fileno())] if forbidden else []), "--"] if safe else []
+        isolation = (
+            [*_isolation(), *(["--seccomp", str(rules.fileno())] if forbidden else []), "--"] if safe else []
+        )
         return subprocess.Popen(
             [*isolation, _interpreter(), "-I", "-S", "-B", "-c", program],
             stdin=stdin,
@@ -238,7 +271,9 @@ def _isolation() -> tuple[str, ...]:
     own = _interpreter() if prefix == "/usr" else prefix  # its library is in /usr/lib, bound below
     # bubblewrap would make missing parents of a mount for their owner alone.
     files: list[str] = []
-    parents = [parent for target in (own, "/usr/lib", "/guest/guest") for parent in reversed(Path(target).parents)]
+    parents = [
+        parent for target in (own, "/usr/lib", "/guest/guest") for parent in reversed(Path(target).parents)
+    ]
     for parent in dict.fromkeys(parents):
         if str(parent) not in ("/", "/lib", "/usr/lib"):
             files += ["--perms", "0755", "--dir", str(parent)]
@@ -249,16 +284,36 @@ def _isolation() -> tuple[str, ...]:
             files += ["--ro-bind", str(path), str(path)]
     return (
         bwrap,
-        *("--die-with-parent", "--new-session", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
+        *(
+            "--die-with-parent",
+            "--new-session",
+            "--unshare-pid",
+            "--unshare-net",
+            "--unshare-ipc",
+            "--unshare-uts",
+        ),
         *("--unshare-cgroup-try", *user, "--clearenv", "--setenv", "LANG", "C.UTF-8"),
         *(*files, "--ro-bind", own, own, "--ro-bind", str(GUEST), "/guest/guest", "--proc", "/proc"),
         *("--dev", "/dev", "--remount-ro", "/dev"),
-        *("--perms", "0777", "--size", str(MAX_FILE_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"),
+        *(
+            "--perms",
+            "0777",
+            "--size",
+            str(MAX_FILE_BYTES),
+            "--tmpfs",
+            "/tmp",
+            "--chdir",
+            "/tmp",
+            "--remount-ro",
+            "/",
+        ),
     )
 
 
 def _read(fd: int, deadline: float) -> bytes | None:
-    """All that is written until the other end closes; None where that is later than the deadline."""
+    """All that is written until the other end closes; None where that is later than the
+    deadline.
+    """
     parts: list[bytes] = []
     while (left := deadline - time.monotonic()) > 0 and select.select([fd], [], [], left)[0]:
         part = os.read(fd, 1 << 16)
@@ -269,7 +324,9 @@ def _read(fd: int, deadline: float) -> bytes | None:
 
 
 def _parsed(text: bytes) -> tuple[str, str]:
-    """Reason and detail of a verdict; the detail, which quotes the code, without what a terminal or a file would choke on."""
+    """Reason and detail of a verdict; the detail, which quotes the code, without what a terminal or
+    a file would choke on.
+    """
     try:
         reason, detail = json.loads(text)
     except ValueError:
@@ -288,7 +345,9 @@ def _complaint(process: subprocess.Popen[bytes] | None) -> str:
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
-    """The signal that ended the program, where it ends within a moment. bubblewrap reports it as 128 + signal."""
+    """The signal that ended the program, where it ends within a moment. bubblewrap reports it as
+    128 + signal.
+    """
     try:
         code = process.wait(0.5)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,8 @@
 """System calls that the sandbox forbids, as a seccomp filter for bubblewrap.
 
-They go around its walls: memory that counts for no process (System V segments, memory files), sockets outside the network namespace
-(to the machine's host, among others), keys of the user, namespaces of its own, and parts of the kernel that programs do not need.
+They go around its walls: memory that counts for no process (System V segments, memory files),
+sockets outside the network namespace (to the machine's host, among others), keys of the user,
+namespaces of its own, and parts of the kernel that programs do not need.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ ALLOW, DENY, MISSING = 0x7FFF0000, 0x00050001, 0x00050026  # fail with EPERM, wi
 
 
 def forbidden() -> bytes:
-    """The filter's program for this machine; empty on architectures whose numbers are not known here."""
+    """The filter's program for this machine; empty on architectures whose numbers are not known
+    here.
+    """
     if platform.machine() not in ARCHITECTURES:
         return b""
     column, architecture = ARCHITECTURES[platform.machine()]
@@ -54,7 +57,8 @@ def forbidden() -> bytes:
         rules += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, DENY)]  # x32 calls
     for numbers in FORBIDDEN.values():
         rules += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, DENY)]
-    # The flags of clone3 are in memory, out of the filter's sight; the C library then falls back to clone.
+    # The flags of clone3 are in memory, out of the filter's sight; the C library then falls back to
+    # clone.
     rules += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, MISSING)]
     rules += [
         (EQUAL, 0, 4, CLONE[column]),

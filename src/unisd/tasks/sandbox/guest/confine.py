@@ -1,4 +1,6 @@
-"""The last locks, put on from inside: limits of resources, and another user where the sandbox was made by root."""
+"""The last locks, put on from inside: limits of resources, and another user where the sandbox was
+made by root.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,16 @@ from typing import Any
 
 
 def confine(limits: dict[str, Any]) -> None:
-    """Let go of the standard streams, and lower this process's limits for good (CPU seconds, bytes, processes, user)."""
+    """Let go of the standard streams, and lower this process's limits for good (CPU seconds, bytes,
+    processes, user).
+    """
     nothing = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
     os.close(nothing)
-    cpu, memory, files, processes = (int(limits[name]) for name in ("cpu_s", "memory", "file_size", "processes"))
+    cpu, memory, files, processes = (
+        int(limits[name]) for name in ("cpu_s", "memory", "file_size", "processes")
+    )
     for which, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, cpu),
@@ -24,8 +30,11 @@ def confine(limits: dict[str, Any]) -> None:
     ):
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        # Over the soft limit of CPU comes a signal that tells why it ended; the hard one, a second later, kills.
-        resource.setrlimit(which, (value, value + 1 if which == resource.RLIMIT_CPU and value != hard else value))
+        # Over the soft limit of CPU comes a signal that tells why it ended; the hard one, a second
+        # later, kills.
+        resource.setrlimit(
+            which, (value, value + 1 if which == resource.RLIMIT_CPU and value != hard else value)
+        )
     user = limits["user"]
     if user is not None:  # root's processes are not counted, so that only another user's can be bounded
         os.setgroups([])

@@ -1,4 +1,7 @@
-"""Runs the tests. Names that they do not define themselves stand for the code's functions, reached over the channel."""
+"""Runs the tests.
+
+Names that they do not define themselves stand for the code's functions, reached over the channel.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ class Outcome(Exception):
 
 
 class Remote:
-    """An object of the worker's. Equal to itself alone: what it says of its equality is never asked."""
+    """An object of the worker's.
+
+    Equal to itself alone: what it says of its equality is never asked.
+    """
 
     __slots__ = ("_judge", "_number")
 
@@ -96,7 +102,9 @@ class Judge:
         return Remote(self, data[1]) if data[0] == "h" else self.functions[data[1]]
 
     def ask(self, op: str, number: int, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        self.channel.send({"op": op, "on": number, "args": dump(args, self.hold), "kwargs": dump(kwargs, self.hold)})
+        self.channel.send(
+            {"op": op, "on": number, "args": dump(args, self.hold), "kwargs": dump(kwargs, self.hold)}
+        )
         reply = self.receive()
         if "raise" in reply:
             raise _exception(reply["raise"])
@@ -124,7 +132,9 @@ class Judge:
         reply = self.channel.receive()
         if "failed" in reply:
             name, text = (str(part) for part in reply["failed"])
-            reason = {"SyntaxError": "syntax", "IndentationError": "syntax", "MemoryError": "memory"}.get(name, "error")
+            reason = {"SyntaxError": "syntax", "IndentationError": "syntax", "MemoryError": "memory"}.get(
+                name, "error"
+            )
             raise Outcome(reason, f"{name}: {text}")
         return {name: load(value, self.find) for name, value in reply["names"].items() if name in wanted}
 
@@ -136,7 +146,11 @@ def _exception(raised: Any) -> Exception:
     """
     name, text = (str(part) for part in raised)
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, (StopIteration, StopAsyncIteration)):
+    if (
+        isinstance(kind, type)
+        and issubclass(kind, Exception)
+        and not issubclass(kind, (StopIteration, StopAsyncIteration))
+    ):
         try:
             return kind(text)
         except Exception:  # some want more than a text
@@ -157,7 +171,9 @@ def _take_over(mine: Any, theirs: Any) -> None:
 
 
 def bound_in(tree: ast.AST) -> set[str]:
-    """Names that the code defines, assigns or takes as arguments, at any depth; imports are left out."""
+    """Names that the code defines, assigns or takes as arguments, at any depth; imports are left
+    out.
+    """
     bound = set()
     for part in ast.walk(tree):
         if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -174,8 +190,9 @@ def bound_in(tree: ast.AST) -> set[str]:
 def imports_of(code: str) -> tuple[list[str], set[str]]:
     """Top-level imports of the code from the standard library, and names that it binds otherwise.
 
-    Tests may lean on `import math` in the code; they then get the real module, not what the code made of it. An import under another
-    name is not followed: the code would choose what the tests see as `math`.
+    Tests may lean on `import math` in the code; they then get the real module, not what the code
+    made of it. An import under another name is not followed: the code would choose what the tests
+    see as `math`.
     """
     try:
         tree = ast.parse(code)
@@ -187,16 +204,27 @@ def imports_of(code: str) -> tuple[list[str], set[str]]:
             node.names = [alias for alias in node.names if alias.asname in (None, alias.name)]
         if isinstance(node, ast.Import):
             imports += [ast.unparse(ast.Import([alias])) for alias in node.names if _standard(alias.name)]
-        elif isinstance(node, ast.ImportFrom) and node.names and node.level == 0 and _standard(node.module or ""):
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.names
+            and node.level == 0
+            and _standard(node.module or "")
+        ):
             imports.append(ast.unparse(node))
     return imports, bound_in(tree)
 
 
 def modules_of(tests: ast.AST) -> dict[str, Any]:
-    """Standard modules that the tests use as such (`math.isclose`), whether or not anyone imported them."""
+    """Standard modules that the tests use as such (`math.isclose`), whether or not anyone imported
+    them.
+    """
     found: dict[str, Any] = {}
     for node in ast.walk(tests):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and _standard(name := node.value.id):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and _standard(name := node.value.id)
+        ):
             with contextlib.suppress(Exception):
                 module = importlib.import_module(name)
                 if hasattr(module, node.attr):
@@ -223,10 +251,15 @@ def run(judge: Judge, code: str, tests: str) -> None:
             exec(statement, imported)
         except Exception:
             continue
-        namespace |= {name: value for name, value in imported.items() if name not in bound and not hasattr(builtins, name)}
+        namespace |= {
+            name: value
+            for name, value in imported.items()
+            if name not in bound and not hasattr(builtins, name)
+        }
     namespace.pop("__builtins__", None)
     namespace = modules_of(tree) | namespace
-    # A built-in that the code redefines stays what it is here: `set`, `len` and `abs` belong to the tests.
+    # A built-in that the code redefines stays what it is here: `set`, `len` and `abs` belong to the
+    # tests.
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(namespace)
     wanted = {name for name in used if not hasattr(builtins, name)}
     imported_here = {alias.asname or alias.name for alias in ast.walk(tree) if isinstance(alias, ast.alias)}
@@ -234,7 +267,9 @@ def run(judge: Judge, code: str, tests: str) -> None:
     about = set() if wanted - bound_in(tree) - imported_here else used & bound - wanted
     given = judge.start(sorted(wanted | about))
     if len(redefined := sorted(about & set(given))) > 1:
-        raise Outcome("error", f"the code redefines several built-ins that the tests use: {', '.join(redefined)}")
+        raise Outcome(
+            "error", f"the code redefines several built-ins that the tests use: {', '.join(redefined)}"
+        )
     namespace |= given
     try:
         exec(compiled, namespace)

@@ -1,7 +1,8 @@
 """Plain data on a pipe: one JSON line a message, every value with its exact type.
 
-`dump` turns a value into JSON: None, bool and str as they are, all else as `[tag, ...]`. Subclasses of built-in types are sent as what
-they hold, so that no method of theirs survives. Anything else is *held*: it stays with its owner, and a number goes over.
+`dump` turns a value into JSON: None, bool and str as they are, all else as `[tag, ...]`. Subclasses
+of built-in types are sent as what they hold, so that no method of theirs survives. Anything else is
+*held*: it stays with its owner, and a number goes over.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class ChannelClosed(Exception):
 
 
 class Channel:
-    """Messages over two file descriptors, of the process that made it: a fork of the program must not answer beside it."""
+    """Messages over two file descriptors, of the process that made it: a fork of the program must
+    not answer beside it.
+    """
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
@@ -101,7 +104,10 @@ def dump(value: Any, hold: Hold) -> Any:
 
 
 def load(data: Any, find: Find) -> Any:
-    """The value of `data`; `find` gives what `[tag, number]` stands for. Raises `ValueError` on what `dump` never makes."""
+    """The value of `data`; `find` gives what `[tag, number]` stands for.
+
+    Raises `ValueError` on what `dump` never makes.
+    """
     if data is None or isinstance(data, (bool, str)):
         return data
     if not isinstance(data, list) or not data:

@@ -29,7 +29,9 @@ class Worker:
         return self.held[data[1]] if data[0] == "h" else JudgeFunction(self, data[1])
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The reply to one request: a value (and what became of the arguments), or an exception's name and text."""
+        """The reply to one request: a value (and what became of the arguments), or an exception's
+        name and text.
+        """
         try:
             arguments = load(message.get("args", ["l", []]), self.find)
             named = load(message.get("kwargs", ["d", []]), self.find)
@@ -67,7 +69,9 @@ class JudgeFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         worker = self.worker
-        worker.channel.send({"back": self.number, "args": dump(list(args), worker.hold), "kwargs": dump(kwargs, worker.hold)})
+        worker.channel.send(
+            {"back": self.number, "args": dump(list(args), worker.hold), "kwargs": dump(kwargs, worker.hold)}
+        )
         while True:
             message = worker.channel.receive()
             if "op" not in message:
