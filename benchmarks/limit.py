@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Example
-from unisd.batching import forward_batches, lay_out
-from unisd.kernels.attention import FRUGAL
-from unisd.kernels.cpu_linear import linear, product
+from unisd.batching import collate, forward_batches
+from unisd.kernels.attention import PACKED_SDPA
+from unisd.kernels.cpu_linear import linear, matmul_nt
 from unisd.kernels.lora import fused_lora, merged_lora
 from unisd.memory import default_token_budget
-from unisd.scoring.prefix_sharing import lay_out_shared, shared_batches
+from unisd.scoring.prefix_sharing import collate_shared, shared_batches
 
 
 def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any, share: bool = False) -> Tensor:
@@ -31,10 +31,10 @@ def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any, s
     """
     sequences = [p + c for p, c in jobs]
     if share:
-        laid = lay_out_shared(sequences, [len(p) - 1 for p, _ in jobs], device)
+        laid = collate_shared(sequences, [len(p) - 1 for p, _ in jobs], device)
         batch, starts = laid.batch, laid.starts
     else:
-        batch = lay_out(sequences, packed=True, pad_id=0, device=device)
+        batch = collate(sequences, packed=True, pad_id=0, device=device)
         starts = batch.starts
     hidden = decoder(**batch.inputs, **batch.rows, use_cache=False).last_hidden_state[0]
     places = [(start + len(p) - 1, len(c)) for start, (p, c) in zip(starts, jobs, strict=True)]
@@ -49,7 +49,7 @@ def project(hidden: Tensor, head: Tensor, tokens: int) -> None:
 def score(model: Any, rows: list[Example], chunk_tokens: int) -> None:
     """The passes without gradient: K + 2 views of all rows."""
     base = model.get_base_model()
-    base.set_attn_implementation(FRUGAL)
+    base.set_attn_implementation(PACKED_SDPA)
     decoder, head = base.get_decoder(), base.get_output_embeddings().weight
     views = [
         (prompt, row.completion) for row in rows for prompt in (row.teacher, row.negative, *row.auxiliary)
@@ -86,6 +86,6 @@ def star_step(
                 gradient = torch.empty_like(hidden)
                 for start in range(0, len(hidden), chunk_tokens):
                     part = slice(start, start + chunk_tokens)
-                    gradient[part] = product(linear(hidden[part], head), head.T)
+                    gradient[part] = matmul_nt(linear(hidden[part], head), head.T)
             hidden.backward(gradient / gradient.norm())
     return 0.0

@@ -17,7 +17,7 @@ from benchmarks.settings import Star
 from benchmarks.shapes import AUXILIARY_TEMPLATE, TEACHER_TEMPLATE, Example, lora, tokenizer
 from unisd import UniSDConfig, UniSDTrainer
 from unisd.rollout.engine import Completion, NoiseKey, Sampling
-from unisd.scoring.scorer import ScoringRow
+from unisd.scoring.scorer import ScoreRequest
 
 
 class GivenCompletions:
@@ -96,10 +96,10 @@ def trainer(
     return built
 
 
-def scoring_rows(rows: Sequence[Example]) -> list[ScoringRow]:
+def scoring_rows(rows: Sequence[Example]) -> list[ScoreRequest]:
     """The rows as the scoring phase takes them."""
     return [
-        ScoringRow(
+        ScoreRequest(
             row.completion,
             [True] * len(row.completion),
             row.student,

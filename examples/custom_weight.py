@@ -9,7 +9,7 @@ exp(-beta * H(q)), with H the teacher's entropy in nats.
 A package makes its weights available to the command too (`unisd train --token_weights
 sure_teacher:beta=0.5`) by an entry point:
 
-    [project.entry-points."unisd.methods.weights"]
+    [project.entry-points."unisd.token_weights"]
     sure_teacher = "my_package.weights:sure_teacher"
 """
 

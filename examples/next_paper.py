@@ -8,7 +8,7 @@ forward pass, and no other change.
     python examples/next_paper.py                                      # a few steps on the pocket model
     python -m pytest examples/next_paper.py                            # its test
 
-In a package, an entry point under `unisd.methods.targets` makes it known to the command: `unisd
+In a package, an entry point under `unisd.targets` makes it known to the command: `unisd
 train --target arithmetic:a=0.2`.
 """
 

@@ -10,9 +10,9 @@ import tiny
 import torch
 
 from unisd.backbone import Backbone
-from unisd.batching import lay_out
+from unisd.batching import collate
 from unisd.kernels import attention
-from unisd.kernels.attention import FRUGAL
+from unisd.kernels.attention import PACKED_SDPA
 
 LENGTHS = (9, 5, 17, 1)
 
@@ -22,7 +22,7 @@ def final_and_gradients(backbone: Backbone) -> list[torch.Tensor]:
     rows = [torch.randint(3, 60, (length,), generator=generator).tolist() for length in LENGTHS]
     model = backbone.model.train()
     model.zero_grad()
-    final = backbone.forward(model, lay_out(rows, True, 0, model.device)).final
+    final = backbone.forward(model, collate(rows, True, 0, model.device)).final
     assert final is not None
     (final * torch.randn(final.shape, generator=generator).to(final.device)).sum().backward()
     return [final.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
@@ -32,7 +32,7 @@ def final_and_gradients(backbone: Backbone) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_equals_transformers_own(family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = Backbone(tiny.model(family, dtype=torch.float64))
-    assert backbone.causal_lm.config._attn_implementation == FRUGAL
+    assert backbone.causal_lm.config._attn_implementation == PACKED_SDPA
     if checkpointing:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     seen: list[int] = []

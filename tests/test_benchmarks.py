@@ -16,7 +16,7 @@ from benchmarks.__main__ import main
 from benchmarks.measure import Samples, interleave, machine, measure
 from benchmarks.settings import Star
 from benchmarks.table import table
-from unisd.kernels.attention import FRUGAL
+from unisd.kernels.attention import PACKED_SDPA
 from unisd.scoring import prefix_sharing as prefixes
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_the_limit_passes_each_token_once_and_projects_completions_only(
     )
     answers = sum(len(row.completion) for row in rows)
     # for the right and the wrong reference
-    once = sum(len(row.student) for row in rows if len(row.student) >= prefixes.LEAST)
+    once = sum(len(row.student) for row in rows if len(row.student) >= prefixes.MIN_SHARED_TOKENS)
     assert once > 0 and sum(passed) == views + 6 * answers - once
     assert sum(projected) == 5 * answers  # the student's own projection is in the step, with its gradient
     gradients = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -88,7 +88,7 @@ def test_the_limit_passes_each_token_once_and_projects_completions_only(
 
 def test_packed_states_are_those_of_single_rows(base: Any, rows: list[shapes.Example]) -> None:
     base = shapes.twin(base)
-    base.set_attn_implementation(FRUGAL)
+    base.set_attn_implementation(PACKED_SDPA)
     jobs = [(row.teacher, row.completion) for row in rows]
     with torch.no_grad():
         together = limit.states(base.get_decoder(), jobs, CPU)

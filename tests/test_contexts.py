@@ -17,7 +17,7 @@ from conftest import DATA, needs_data
 from unisd import tasks
 from unisd.data import contexts, negatives
 from unisd.data.contexts import Settings, build
-from unisd.data.text import NEAR, contains, jaccard, shingles, words
+from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, shingles, words
 from unisd.errors import UserError
 
 
@@ -47,7 +47,7 @@ def no_leak(built: Sequence[dict]) -> None:
             assert row["prompt"] not in context and not contains(context, row["privileged_context"])
             shown = context.partition("\nSolution:")[0].removeprefix("Problem: ")
             if "duplicate_key" not in row:
-                assert jaccard(shingles(words(shown)), mine) < NEAR
+                assert jaccard(shingles(words(shown)), mine) < NEAR_DUPLICATE_THRESHOLD
 
 
 @pytest.mark.parametrize("kind", ["random", "retrieval"])
@@ -92,7 +92,7 @@ def test_retrieval_is_brute_force_cosine() -> None:
         cosine = [float(vectors[i] @ v / np.linalg.norm(vectors[i]) / np.linalg.norm(v)) for v in vectors]
         allowed = [
             j for j in range(60)
-            if j != i and jaccard(shingles(words(given[i]["prompt"])), shingles(words(given[j]["prompt"]))) < NEAR
+            if j != i and jaccard(shingles(words(given[i]["prompt"])), shingles(words(given[j]["prompt"]))) < NEAR_DUPLICATE_THRESHOLD
             and not contains(given[j]["privileged_context"], given[i]["privileged_context"])
         ]  # fmt: skip
         nearest = sorted(allowed, key=lambda j: -cosine[j])[:4]
@@ -321,6 +321,7 @@ def test_retrieval_with_minilm_is_brute_force_cosine() -> None:
         worst = min(cosine[i, j] for j in shown)
         better = [j for j in range(40) if j != i and cosine[i, j] > worst + 1e-5 and j not in shown]
         assert all(
-            jaccard(shingles(words(given[j]["prompt"])), shingles(words(given[i]["prompt"]))) >= NEAR
+            jaccard(shingles(words(given[j]["prompt"])), shingles(words(given[i]["prompt"])))
+            >= NEAR_DUPLICATE_THRESHOLD
             for j in better
         )

@@ -98,7 +98,7 @@ def train(folder: Path, kind: str, lora: bool, pocket: bool) -> None:
     rank = built.accelerator.process_index
     (folder / f"sampled-{rank}.json").write_text(json.dumps(sampled))
     held = [sum(value.numel() for value in built.teacher.state.values())]
-    held += [sum(sharding.local(p).numel() for p in built.model.parameters())]
+    held += [sum(sharding.local_shard(p).numel() for p in built.model.parameters())]
     (folder / f"held-{rank}.json").write_text(json.dumps(held))
 
 
@@ -180,7 +180,9 @@ def best(folder: Path) -> None:
     built.train()
     assert built.state.best_model_checkpoint == str(folder / "checkpoint-1")
     saved = load_file(folder / "checkpoint-1" / "model.safetensors")
-    assert all(sharding.whole(value).equal(saved[name]) for name, value in built.model.named_parameters())
+    assert all(
+        sharding.full_tensor(value).equal(saved[name]) for name, value in built.model.named_parameters()
+    )
     (folder / f"rank-{built.accelerator.process_index}").touch()
 
 

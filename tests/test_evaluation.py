@@ -27,7 +27,7 @@ from unisd.evaluation.accuracy import accuracy, generate_greedy
 from unisd.evaluation.grading import wilson
 from unisd.evaluation.likelihood import corpus_ppl, gold_ppl, reference_nll, sequence_logprobs
 from unisd.evaluation.retention import jsd, paired_delta, retention
-from unisd.kernels.attention import FRUGAL
+from unisd.kernels.attention import PACKED_SDPA
 from unisd.rollout import decoding
 from unisd.rollout.decoding import decode
 from unisd.tasks.base import Grade
@@ -189,7 +189,7 @@ def test_decoding_leaves_the_model_as_it_was():
     own = model.generation_config
     prompts = some_ids(3, 9)
     got = decode(model, prompts, 12, eos_ids=[2], pad_id=0)
-    assert model.generation_config is own and model.config._attn_implementation != FRUGAL
+    assert model.generation_config is own and model.config._attn_implementation != PACKED_SDPA
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     assert got == [slow_greedy(model.eval(), prompt, 12, {2}) for prompt in prompts]  # no penalty was applied
 

@@ -20,7 +20,7 @@ from test_losses import problem, run
 
 from unisd.backbone import Backbone
 from unisd.kernels import attention
-from unisd.kernels.attention import FRUGAL
+from unisd.kernels.attention import PACKED_SDPA
 from unisd.losses.chunked import chunked_loss
 from unisd.losses.head import Head
 from unisd.losses.plain import plain_loss
@@ -44,7 +44,7 @@ def test_packed_rows_by_flash_attention(family: str, monkeypatch: pytest.MonkeyP
     for name, dtype, implementation in (
         ("exact", torch.float64, "sdpa"),
         ("masked", torch.bfloat16, "sdpa"),
-        ("flash", torch.bfloat16, FRUGAL),
+        ("flash", torch.bfloat16, PACKED_SDPA),
     ):
         backbone = Backbone(tiny.model(family, dtype=dtype).to(CUDA))
         if implementation == "sdpa":

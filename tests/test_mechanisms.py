@@ -482,7 +482,7 @@ def test_entry_points(registry: dict, monkeypatch: pytest.MonkeyPatch) -> None:
         entry("silent", lambda: None),
     ]
     monkeypatch.setattr(
-        plugins, "entry_points", lambda group: offered if group == "unisd.methods.weights" else []
+        plugins, "entry_points", lambda group: offered if group == "unisd.token_weights" else []
     )
     assert get_weight("early")(random_scores()).shape == (5, 7)
     assert loaded == ["early"]  # only what was asked for is imported

@@ -179,7 +179,7 @@ def resident():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
 
 mapped = faults()
-with heap.training(torch.device("cpu")):
+with heap.keep_freed_memory(torch.device("cpu")):
     faults()
     kept = faults()
     print(mapped, kept, in_heap(torch.ones(1 << 18)), in_heap(heap.own_block((1 << 18,), torch.float32)))

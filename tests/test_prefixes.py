@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unisd.backbone import Backbone
-from unisd.batching import lay_out
-from unisd.kernels.attention import frugal_sdpa
-from unisd.scoring.prefix_sharing import LEAST, can_share, lay_out_shared, shared_batches
+from unisd.batching import collate
+from unisd.kernels.attention import packed_sdpa
+from unisd.scoring.prefix_sharing import MIN_SHARED_TOKENS, can_share, collate_shared, shared_batches
 
-TRUNK, BRANCH = list(range(3, 3 + LEAST + 4)), list(range(60, 60 + LEAST))
+TRUNK, BRANCH = list(range(3, 3 + MIN_SHARED_TOKENS + 4)), list(range(60, 60 + MIN_SHARED_TOKENS))
 SEQUENCES = [
     [*TRUNK, *BRANCH, 7, 8, 9],
     [*TRUNK, 5, 6],
@@ -28,7 +28,7 @@ def path(sequences: list[list[int]], shareable: list[int], i: int) -> tuple[list
     """Tokens and positions that sequence `i` sees: what its row continues, and its row up to the
     sequence's end.
     """
-    laid = lay_out_shared(sequences, shareable, "cpu")
+    laid = collate_shared(sequences, shareable, "cpu")
     ids, positions = (x[0].tolist() for x in (laid.batch.input_ids, laid.batch.position_ids))
     assert laid.batch.contexts is not None
     last = laid.starts[i] + len(sequences[i]) - 1
@@ -52,7 +52,7 @@ def test_every_sequence_is_there_in_order(stems: list[list[int]], own: list[int]
     groups = shared_batches(sequences, shareable, budget)
     assert sorted(i for group in groups for i in group) == list(range(len(sequences)))
     for group in groups:
-        laid = lay_out_shared([sequences[i] for i in group], [shareable[i] for i in group], "cpu")
+        laid = collate_shared([sequences[i] for i in group], [shareable[i] for i in group], "cpu")
         tokens = laid.batch.input_ids.numel()
         assert sum(laid.read) == tokens <= sum(len(sequences[i]) for i in group)
         assert tokens <= budget or len(group) == 1
@@ -63,12 +63,12 @@ def test_every_sequence_is_there_in_order(stems: list[list[int]], own: list[int]
 
 def test_a_beginning_is_read_once_and_short_ones_are_left_alone() -> None:
     shareable = [len(sequence) - 1 for sequence in SEQUENCES]
-    laid = lay_out_shared(SEQUENCES, shareable, "cpu")
+    laid = collate_shared(SEQUENCES, shareable, "cpu")
     assert laid.batch.input_ids.numel() == len(TRUNK) + len(BRANCH) + 3 + 2 + 3 + 4 + 1 + 1
     assert len(laid.batch.starts) == 2 + len(SEQUENCES)
-    assert lay_out_shared(SEQUENCES, [LEAST - 1] * len(SEQUENCES), "cpu").batch.input_ids.numel() == sum(
-        map(len, SEQUENCES)
-    )
+    assert collate_shared(
+        SEQUENCES, [MIN_SHARED_TOKENS - 1] * len(SEQUENCES), "cpu"
+    ).batch.input_ids.numel() == sum(map(len, SEQUENCES))
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
@@ -77,11 +77,11 @@ def test_states_are_those_of_separate_rows(family: str) -> None:
     assert can_share(backbone) == (family != "gemma3")
     if family == "gemma3":
         return
-    laid = lay_out_shared(SEQUENCES, [len(sequence) - 1 for sequence in SEQUENCES], "cpu")
+    laid = collate_shared(SEQUENCES, [len(sequence) - 1 for sequence in SEQUENCES], "cpu")
     with torch.no_grad():
         together = backbone.hidden_states(laid.batch).final
         for sequence, start in zip(SEQUENCES, laid.starts, strict=True):
-            alone = backbone.hidden_states(lay_out([sequence], True, 0, "cpu")).final
+            alone = backbone.hidden_states(collate([sequence], True, 0, "cpu")).final
             assert together is not None and alone is not None
             last = start + len(sequence) - 1
             torch.testing.assert_close(together[0, last], alone[0, -1], rtol=1e-12, atol=1e-12)
@@ -103,16 +103,16 @@ def test_an_attention_that_cannot_share_says_so() -> None:
     """A wrong result would look like a right one."""
     x = torch.ones(1, 2, 6, 8)
     shared = {"row_starts": [0, 3], "row_contexts": [[], [slice(0, 3)]]}
-    assert frugal_sdpa(torch.nn.Module(), x, x, x, None, **shared)[0].shape == (1, 6, 2, 8)
+    assert packed_sdpa(torch.nn.Module(), x, x, x, None, **shared)[0].shape == (1, 6, 2, 8)
     for mask, options in (
         (None, {"position_bias": x}),
         (torch.zeros(1, 1, 6, 6), {}),
         (torch.ones(1, 2, 6, 6, dtype=torch.bool), {}),
     ):
         with pytest.raises(ValueError, match="share their beginnings"):
-            frugal_sdpa(torch.nn.Module(), x, x, x, mask, **shared, **options)
+            packed_sdpa(torch.nn.Module(), x, x, x, mask, **shared, **options)
 
 
 def test_who_comes_first_pays_for_what_is_shared() -> None:
     later_in_order = [[*TRUNK, 9, 9], [*TRUNK, 5, 5]]
-    assert lay_out_shared(later_in_order, [len(TRUNK)] * 2, "cpu").read == [len(TRUNK) + 2, 2]
+    assert collate_shared(later_in_order, [len(TRUNK)] * 2, "cpu").read == [len(TRUNK) + 2, 2]

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unisd.kernels import cpu_linear as products
-from unisd.kernels.cpu_linear import FEW, ROWS, add_outer, linear, outer, product
+from unisd.kernels.cpu_linear import (
+    ROW_MULTIPLE,
+    SMALL_ROW_MULTIPLE,
+    add_matmul_tn,
+    linear,
+    matmul_nt,
+    matmul_tn,
+)
 from unisd.kernels.lora import fast_maps
 
 with_onednn = pytest.mark.skipif(not products._has_onednn(), reason="this processor's torch has no oneDNN")
@@ -19,14 +26,27 @@ SHAPES = [(4096, 512), (512, 4096), (2048, 1024)]
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-@pytest.mark.parametrize("rows", [1, 2, FEW, FEW + 1, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS, 3 * ROWS + 5])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        1,
+        2,
+        SMALL_ROW_MULTIPLE,
+        SMALL_ROW_MULTIPLE + 1,
+        ROW_MULTIPLE - 1,
+        ROW_MULTIPLE,
+        ROW_MULTIPLE + 1,
+        3 * ROW_MULTIPLE,
+        3 * ROW_MULTIPLE + 5,
+    ],
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_are_those_of_float64(outputs: int, inputs: int, rows: int, transposed: bool) -> None:
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     if transposed:
         x, weight = x.T.contiguous().T, weight.T.contiguous().T
     torch.testing.assert_close(
-        product(x, weight), (x.double() @ weight.double().T).float(), atol=1.2e-5 * inputs**0.5, rtol=1e-5
+        matmul_nt(x, weight), (x.double() @ weight.double().T).float(), atol=1.2e-5 * inputs**0.5, rtol=1e-5
     )
 
 
@@ -40,10 +60,14 @@ def test_few_shapes_reach_onednn(outputs: int, inputs: int, monkeypatch: pytest.
         return real(x, weight)
 
     monkeypatch.setattr(products, "_onednn", record)
-    for rows in range(1, 4 * ROWS):
-        assert product(torch.ones(rows, inputs), torch.ones(outputs, inputs)).shape == (rows, outputs)
-    assert seen <= {*range(1, FEW), *range(FEW, ROWS, FEW), *range(ROWS, 5 * ROWS, ROWS)}
-    assert len(seen) > FEW
+    for rows in range(1, 4 * ROW_MULTIPLE):
+        assert matmul_nt(torch.ones(rows, inputs), torch.ones(outputs, inputs)).shape == (rows, outputs)
+    assert seen <= {
+        *range(1, SMALL_ROW_MULTIPLE),
+        *range(SMALL_ROW_MULTIPLE, ROW_MULTIPLE, SMALL_ROW_MULTIPLE),
+        *range(ROW_MULTIPLE, 5 * ROW_MULTIPLE, ROW_MULTIPLE),
+    }
+    assert len(seen) > SMALL_ROW_MULTIPLE
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -61,12 +85,12 @@ def test_linear_maps(shape: tuple[int, ...], bias: bool) -> None:
     assert bool(room[-1].isnan().all())
 
 
-@pytest.mark.parametrize("tokens", [0, 1, ROWS - 1, ROWS, 100])
+@pytest.mark.parametrize("tokens", [0, 1, ROW_MULTIPLE - 1, ROW_MULTIPLE, 100])
 def test_outer_products_are_added(tokens: int) -> None:
     y, x, total = torch.randn(tokens, 3000), torch.randn(tokens, 512), torch.randn(3000, 512)
     expected = (total.double() + y.double().T @ x.double()).float()
-    torch.testing.assert_close(outer(y, x), expected - total, atol=1e-3, rtol=1e-4)
-    add_outer(total, y, x)
+    torch.testing.assert_close(matmul_tn(y, x), expected - total, atol=1e-3, rtol=1e-4)
+    add_matmul_tn(total, y, x)
     torch.testing.assert_close(total, expected, atol=1e-3, rtol=1e-5)
 
 
@@ -105,7 +129,7 @@ def test_a_checkpointed_map_at_the_end_is_not_computed_again(monkeypatch: pytest
         computed.append(tuple(weight.shape))
         return x @ weight.T
 
-    monkeypatch.setattr(products, "product", watched)
+    monkeypatch.setattr(products, "matmul_nt", watched)
     with fast_maps(model):
         out = checkpoint(model, x, use_reentrant=False)
         assert computed == [(1024, 512), (256, 1024)]

@@ -26,7 +26,7 @@ from unisd.methods.agreement import agreement_sequence, agreement_token
 from unisd.methods.divergence import DivergenceSpec
 from unisd.methods.scores import StepScores
 from unisd.methods.terms import Contrast, contrast_hinge, quantile_clip
-from unisd.scoring.requests import budgeted
+from unisd.scoring.requests import subsample_contexts
 from unisd.training.coefficients import most_uncertain
 
 F64 = torch.float64
@@ -201,16 +201,21 @@ TOKEN = {"agreement": "token", "agreement_gamma": 1.0}
 @quick
 def test_budget_of_contexts_is_a_seeded_draw(count: int, budget: int, step: int, row: int) -> None:
     views = [[k] for k in range(count)]
-    drawn = budgeted(views, budget, 0, step, row)
+    drawn = subsample_contexts(views, budget, 0, step, row)
     assert (
         len(drawn) == min(budget, count) and drawn == sorted(drawn) and all(view in views for view in drawn)
     )
-    assert drawn == budgeted(views, budget, 0, step, row) and budgeted(views, None, 0, step, row) == views
+    assert (
+        drawn == subsample_contexts(views, budget, 0, step, row)
+        and subsample_contexts(views, None, 0, step, row) == views
+    )
 
 
 def test_budget_of_contexts_reaches_all_of_them() -> None:
     views = [[k] for k in range(5)]
-    assert {view[0] for step in range(30) for view in budgeted(views, 2, 0, step, 0)} == set(range(5))
+    assert {view[0] for step in range(30) for view in subsample_contexts(views, 2, 0, step, 0)} == set(
+        range(5)
+    )
 
 
 @given(entropy=st.lists(st.floats(0, 5), min_size=1, max_size=9), share=st.floats(0.01, 1))

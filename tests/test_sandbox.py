@@ -268,7 +268,7 @@ FAILING = [
 
 @pytest.mark.parametrize(("code", "tests"), [pytest.param(*rest, id=name) for name, *rest in HONEST])
 def test_honest_programs_pass(code, tests):
-    verdict = sandbox.run(code, tests)
+    verdict = sandbox.run_program(code, tests)
     assert verdict.passed, verdict
     assert (verdict.reason, verdict.detail) == ("passed", "")
 
@@ -277,7 +277,7 @@ def test_honest_programs_pass(code, tests):
     ("code", "tests", "reason", "detail"), [pytest.param(*rest, id=name) for name, *rest in FAILING]
 )
 def test_wrong_programs_fail_with_the_reason(code, tests, reason, detail):
-    verdict = sandbox.run(code, tests, TIMEOUT_S)
+    verdict = sandbox.run_program(code, tests, TIMEOUT_S)
     assert not verdict.passed
     assert reason is None or verdict.reason == reason, verdict
     assert verdict.detail.startswith(detail) or detail in verdict.detail
@@ -1061,7 +1061,7 @@ SPYING = [
     (
         "patches the judge in itself",
         (
-            "import guest.judge\nguest.judge.run = lambda *a: None\nguest.judge.main = lambda: None\ndef"
+            "import guest.judge\nguest.judge.run_tests = lambda *a: None\nguest.judge.main = lambda: None\ndef"
             " f(x): return 3"
         ),
         DOUBLE,
@@ -1263,7 +1263,7 @@ def attacked(host):
             "children": children(),
         }
 
-    sandbox.check()
+    sandbox.check_isolation()
     before = state()
     verdicts = sandbox.run_many(host.programs(), TIMEOUT_S, MEMORY_MB, workers=4)
     return {name: verdict for (name, _, _), verdict in zip(ATTACKS, verdicts, strict=True)}, before, state()
@@ -1297,8 +1297,8 @@ DRIVER = lines("""
     import json, sys
     from unisd.tasks import sandbox
     given = json.load(open(sys.argv[1]))
-    if sandbox.check() is not None:
-        print(json.dumps({"cannot": sandbox.check()}))
+    if sandbox.check_isolation() is not None:
+        print(json.dumps({"cannot": sandbox.check_isolation()}))
         sys.exit()
     verdicts = sandbox.run_many([tuple(p) for p in given["programs"]], given["timeout_s"], given["memory_mb"], workers=4)
     print(json.dumps({"verdicts": [[v.passed, v.reason, v.detail, v.seconds] for v in verdicts]}))
@@ -1379,25 +1379,29 @@ def test_attacks_fail_for_an_ordinary_user(host):
 
 @pytest.fixture
 def no_isolation(monkeypatch):
-    monkeypatch.setattr(sandbox, "check", lambda: "bubblewrap (bwrap) is not installed")
+    monkeypatch.setattr(sandbox, "check_isolation", lambda: "bubblewrap (bwrap) is not installed")
 
 
 def test_check_says_what_is_missing(monkeypatch):
-    assert sandbox.check() is None
+    assert sandbox.check_isolation() is None
     monkeypatch.setattr(sandbox, "which", lambda name: None)
-    assert sandbox.check.__wrapped__() == "bubblewrap (bwrap) is not installed"
+    assert sandbox.check_isolation.__wrapped__() == "bubblewrap (bwrap) is not installed"
     monkeypatch.undo()
     monkeypatch.setattr(
         sandbox,
         "_isolation",
         lambda: ("/bin/sh", "-c", "echo 'No permissions to create namespaces' >&2; exit 1"),
     )
-    assert "cannot isolate here (No permissions to create namespaces)" in sandbox.check.__wrapped__()
+    assert (
+        "cannot isolate here (No permissions to create namespaces)" in sandbox.check_isolation.__wrapped__()
+    )
 
 
 @pytest.mark.usefixtures("no_isolation")
 @pytest.mark.parametrize(
-    "call", [lambda: sandbox.run("x = 1", ""), lambda: sandbox.run_many([("x = 1", "")])], ids=["one", "many"]
+    "call",
+    [lambda: sandbox.run_program("x = 1", ""), lambda: sandbox.run_many([("x = 1", "")])],
+    ids=["one", "many"],
 )
 def test_nothing_runs_without_isolation(call):
     with pytest.raises(UserError) as error:
@@ -1423,7 +1427,7 @@ def test_nothing_runs_without_isolation(call):
     ],
 )
 def test_unsafe_runs_keep_the_limits(code, tests, reason):
-    verdict = sandbox.run(code, tests, TIMEOUT_S, MEMORY_MB, allow_unsafe=True)
+    verdict = sandbox.run_program(code, tests, TIMEOUT_S, MEMORY_MB, allow_unsafe=True)
     assert verdict.reason == reason, verdict
     assert verdict.passed == (reason == "passed")
     assert verdict.seconds < TIMEOUT_S + 4
@@ -1446,7 +1450,7 @@ def test_run_many_is_ordered_bounded_fast_and_tidy(monkeypatch):
             with lock:
                 running.pop()
 
-    sandbox.check()
+    sandbox.check_isolation()
     monkeypatch.setattr(sandbox, "_run", counted)
     programs = [(f"def f(): return {n if n % 3 else -1}", f"assert f() == {n}") for n in range(30)]
     programs[7] = ("import time\ndef f(): time.sleep(1); return 7", "assert f() == 7")

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from unisd.batching import Batch, close, lay_out, tolerance_of
-from unisd.distributed.sharding import at_hand, entry, is_sharded
+from unisd.batching import Batch, close, collate, tolerance_of
+from unisd.distributed.sharding import entry, is_sharded, materialized
 from unisd.errors import UserError
-from unisd.kernels.attention import FRUGAL
+from unisd.kernels.attention import PACKED_SDPA
 from unisd.losses.head import Head
 from unisd.models.load import without_adapter
 
@@ -66,9 +66,9 @@ class Backbone:
         parameters = inspect.signature(causal_lm.forward).parameters
         if causal_lm.config._attn_implementation == "sdpa":
             # and stays: backward passes of checkpointed layers compute it again
-            causal_lm.set_attn_implementation(FRUGAL)
+            causal_lm.set_attn_implementation(PACKED_SDPA)
         decoder_parameters = inspect.signature(self.decoder.forward).parameters
-        self.tells_rows = causal_lm.config._attn_implementation == FRUGAL and all(
+        self.tells_rows = causal_lm.config._attn_implementation == PACKED_SDPA and all(
             any(p.kind is p.VAR_KEYWORD for p in found.values()) for found in (parameters, decoder_parameters)
         )
         self._forward_options: dict[str, Any] = {"use_cache": False}
@@ -105,8 +105,8 @@ class Backbone:
         """
         module = self.head_module
         return Head(
-            weight=at_hand(module.weight) if weight is None else weight,
-            bias=(None if module.bias is None else at_hand(module.bias)) if bias is None else bias,
+            weight=materialized(module.weight) if weight is None else weight,
+            bias=(None if module.bias is None else materialized(module.bias)) if bias is None else bias,
             scale=self._scale,
             softcap=self._softcap,
         )
@@ -181,7 +181,7 @@ class Backbone:
         self._run(input_ids=torch.tensor([prompt[:-1]], device=device), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(completions))
         # The last token of a completion predicts nothing that is scored.
-        tails = lay_out([[prompt[-1], *completion[:-1]] for completion in completions], False, pad_id, device)
+        tails = collate([[prompt[-1], *completion[:-1]] for completion in completions], False, pad_id, device)
         assert tails.attention_mask is not None
         mask_BL = torch.cat(
             [tails.attention_mask.new_ones(len(completions), before), tails.attention_mask], dim=1
@@ -274,7 +274,7 @@ class Backbone:
 
     def _packing_is_exact(self, rows: list[list[int]], pad_id: int, device: Any, tolerance: float) -> bool:
         try:
-            packed = self.forward(self.causal_lm, lay_out(rows, True, pad_id, device)).final
+            packed = self.forward(self.causal_lm, collate(rows, True, pad_id, device)).final
         except (
             RuntimeError,
             ValueError,
@@ -283,7 +283,7 @@ class Backbone:
             logger.warning("A packed row cannot be read by %s: %r", type(self.causal_lm).__name__, error)
             return False
         assert packed is not None
-        separate = [self.forward(self.causal_lm, lay_out([row], True, pad_id, device)).final for row in rows]
+        separate = [self.forward(self.causal_lm, collate([row], True, pad_id, device)).final for row in rows]
         return close(
             packed[0], torch.cat([hidden[0] for hidden in separate if hidden is not None]), tolerance
         )
@@ -308,7 +308,7 @@ class Backbone:
             tolerance = tolerance_of(flat.dtype)
             for start, completion in zip(starts, completions, strict=True):
                 alone = self.forward(
-                    self.causal_lm, lay_out([prompt + completion], True, pad_id, device)
+                    self.causal_lm, collate([prompt + completion], True, pad_id, device)
                 ).final
                 assert alone is not None
                 if not close(

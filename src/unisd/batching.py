@@ -24,7 +24,7 @@ class Batch:
 
     @property
     def rows(self) -> dict[str, Any]:
-        """What :func:`unisd.kernels.attention.frugal_sdpa` is to be told of a packed row."""
+        """What :func:`unisd.kernels.attention.packed_sdpa` is to be told of a packed row."""
         shared = {} if self.contexts is None else {"row_contexts": self.contexts}
         return {"row_starts": self.starts, "row_bounds": self.bounds, **shared} if self.packed else {}
 
@@ -44,7 +44,7 @@ class Batch:
         return self.attention_mask is None
 
 
-def lay_out(
+def collate(
     sequences: Sequence[Sequence[int]], packed: bool, pad_id: int, device: torch.device | str
 ) -> Batch:
     """Lay token sequences out for one forward pass: end to end with restarting positions, or padded

@@ -18,7 +18,7 @@ from unisd.errors import UserError
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
-FEWEST_ATTEMPTS = 3
+MIN_ATTEMPTS = 3
 Result = TypeVar("Result")
 
 
@@ -110,7 +110,7 @@ class Client:
                 http.client.HTTPException,
             ) as error:  # also timeouts, and connections cut off half-way
                 trouble = f"{path}: {_in_short(error)}"
-            if not retry or (attempt >= FEWEST_ATTEMPTS and time.monotonic() - started >= self.timeout):
+            if not retry or (attempt >= MIN_ATTEMPTS and time.monotonic() - started >= self.timeout):
                 raise Unavailable(trouble)
             pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
             if time.monotonic() - self._told >= 1:  # many requests may fail at once

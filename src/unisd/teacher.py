@@ -56,7 +56,7 @@ class Teacher:
             {name: p for name, p in model.named_parameters() if p.requires_grad} if kind != "live" else {}
         )
         self.state: dict[str, Tensor] = {
-            name: sharding.local(p).clone().to(torch.float32 if kind == "ema" else p.dtype)
+            name: sharding.local_shard(p).clone().to(torch.float32 if kind == "ema" else p.dtype)
             for name, p in self.parameters.items()
         }
         self._gathered: dict[str, Tensor] = {}  # of a sharded model: whole weights by name, until they change
@@ -108,9 +108,9 @@ class Teacher:
         name = next(name for name, p in self.model.named_parameters() if p is parameter)
         if name not in self._gathered:
             own = self.parameters.get(name)
-            value = parameter if own is None else sharding.laid_out(self.state[name].to(own.dtype), own)
+            value = parameter if own is None else sharding.as_dtensor(self.state[name].to(own.dtype), own)
             # what a forward pass has gathered is taken back
-            self._gathered[name] = sharding.whole(value).clone()
+            self._gathered[name] = sharding.full_tensor(value).clone()
         return self._gathered[name]
 
     @torch.no_grad()
@@ -122,11 +122,11 @@ class Teacher:
         if self.kind == "ema" and step % self.sync_steps == 0:
             self._follow_device()
             for name, p in self.parameters.items():
-                self.state[name].lerp_(sharding.local(p).float(), self.update_rate)
+                self.state[name].lerp_(sharding.local_shard(p).float(), self.update_rate)
         elif self.restart_steps is not None and step % self.restart_steps == 0:
             self._follow_device()
             for name, p in self.parameters.items():
-                self.state[name].copy_(sharding.local(p))
+                self.state[name].copy_(sharding.local_shard(p))
 
     @torch.no_grad()
     def distance(self) -> Tensor:
@@ -136,7 +136,7 @@ class Teacher:
         self._follow_device()
         apart, norm = torch.zeros(()), torch.zeros(())
         for name, p in self.parameters.items():
-            value = sharding.owned(sharding.local(p), p).float()
+            value = sharding.owned(sharding.local_shard(p), p).float()
             apart = apart.to(p.device) + (sharding.owned(self.state[name], p).float() - value).square().sum()
             norm = norm.to(p.device) + value.square().sum()
         apart, norm = sharding.sum_over_ranks(torch.stack([apart, norm]), self.model)
@@ -148,7 +148,9 @@ class Teacher:
         """Hash of a fixed teacher: a resumed run must meet the same one."""
         digest = hashlib.sha256()
         for name in sorted(self.state):
-            flat = sharding.whole(sharding.laid_out(self.state[name], self.parameters[name])).flatten()
+            flat = sharding.full_tensor(
+                sharding.as_dtensor(self.state[name], self.parameters[name])
+            ).flatten()
             digest.update(name.encode())
             digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -157,7 +159,7 @@ class Teacher:
         """The weights as tensors that know how they are spread over the ranks, sharing storage with
         the state.
         """
-        return {name: sharding.laid_out(value, self.parameters[name]) for name, value in self.state.items()}
+        return {name: sharding.as_dtensor(value, self.parameters[name]) for name, value in self.state.items()}
 
     def save(
         self, folder: str | Path, file: str = STATE_FILE, is_writer: bool = True, in_shards: bool = False

@@ -1,4 +1,4 @@
-"""UniSD's Algorithm 1 on top of `transformers.Trainer` (through `safety.SafeTrainer`, which does
+"""UniSD's Algorithm 1 on top of `transformers.Trainer` (through `safety.FaultTolerantTrainer`, which does
 not lose work).
 
 `get_batch_samples` hands over all micro-batches of an optimizer step, so lines 1-3 (rollout,
@@ -36,7 +36,7 @@ from unisd.distributed.collectives import gather_scores, on_all_ranks
 from unisd.errors import UserError
 from unisd.files import METRICS
 from unisd.kernels import cpu_memory as heap
-from unisd.kernels.attention import PACKED_FROM, avoid_plans, packs_well
+from unisd.kernels.attention import PACKED_FROM, disable_cudnn_sdpa, packs_well
 from unisd.losses.chunked import chunked_loss
 from unisd.losses.head import Head
 from unisd.losses.plain import plain_loss
@@ -56,7 +56,7 @@ from unisd.rollout.vllm.build import build_engine
 from unisd.rollout.vllm.common import logps_compare
 from unisd.scoring.prefix_sharing import can_share
 from unisd.scoring.requests import Views
-from unisd.scoring.scorer import Scorer, ScoringRow, TeacherStates, teacher_head
+from unisd.scoring.scorer import Scorer, ScoreRequest, TeacherStates, teacher_head
 from unisd.teacher import STATE_FILE, Teacher
 from unisd.training.coefficients import (
     InForward,
@@ -65,7 +65,7 @@ from unisd.training.coefficients import (
     most_uncertain,
     reliability,
 )
-from unisd.training.fault_tolerant_trainer import SafeTrainer
+from unisd.training.fault_tolerant_trainer import FaultTolerantTrainer
 from unisd.training.micro_batch import alike, micro_batch, rows_to_fill
 from unisd.training.plan import check_data_serves, drawn_scores, needed_views, scored_sources
 from unisd.training.step_callback import StepCallback
@@ -89,7 +89,7 @@ class _RowNumbers(Dataset[int]):
         return index
 
 
-class UniSDTrainer(SafeTrainer):
+class UniSDTrainer(FaultTolerantTrainer):
     """Self-distils a causal LM.
 
     Args:
@@ -133,7 +133,7 @@ class UniSDTrainer(SafeTrainer):
                 model, dtype="float32" if peft_config is None else "auto"
             )
             processing_class = processing_class or tokenizer
-        avoid_plans(args.device)
+        disable_cudnn_sdpa(args.device)
         student: Any = model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(student.config._name_or_path)
@@ -375,7 +375,7 @@ class UniSDTrainer(SafeTrainer):
 
     def _rollout(
         self, numbers: Sequence[tuple[int, int]], fill: int = 0
-    ) -> tuple[list[ScoringRow], list[Completion]]:
+    ) -> tuple[list[ScoreRequest], list[Completion]]:
         """The step's rows on this rank and what was written to them; the last `fill` of them carry
         no loss.
         """
@@ -445,7 +445,7 @@ class UniSDTrainer(SafeTrainer):
         token_BT, sequence_B, _ = reliability(self.weights, everywhere, self.in_forward.weights)
         return token_BT * sequence_B[:, None]
 
-    def _score(self, rows: list[ScoringRow], device: torch.device) -> tuple[StepScores, TeacherStates]:
+    def _score(self, rows: list[ScoreRequest], device: torch.device) -> tuple[StepScores, TeacherStates]:
         """All views; where memory runs out, in smaller forward passes, which changes nothing in the
         scores.
         """
@@ -637,7 +637,7 @@ class UniSDTrainer(SafeTrainer):
             other.load(checkpoint, f"teacher-{name}.safetensors")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """See :class:`unisd.training.fault_tolerant_trainer.SafeTrainer`.
+        """See :class:`unisd.training.fault_tolerant_trainer.FaultTolerantTrainer`.
 
         Raises `UserError` if there are no training rows.
         """
@@ -648,7 +648,7 @@ class UniSDTrainer(SafeTrainer):
             and self.args.device.type == "cpu"
             and not sharding.is_sharded(self.model)
         )
-        with heap.training(self.args.device), ExitStack() as stack:
+        with heap.keep_freed_memory(self.args.device), ExitStack() as stack:
             if checkpointed:
                 with suppress(UserError):  # layers that are not found
                     stack.enter_context(heap.outputs_in_own_blocks(self.backbone.blocks()))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from unisd import tasks
 from unisd.cli.parser import CommandParser
 from unisd.console import make_console, show_table
-from unisd.data.text import NEAR, prompt_text, shingles, words
+from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, prompt_text, shingles, words
 from unisd.errors import UserError
 from unisd.tasks.base import Row
 
@@ -53,7 +53,7 @@ def contamination(train: Sequence[Row], test: Sequence[Row]) -> Report:
         mine = shingles(found)
         shared = Counter(name for part in mine for name in posting.get(part, ()))
         for name, count in shared.most_common(20):
-            if count / (len(mine) + len(parts_of[name]) - count) >= NEAR:
+            if count / (len(mine) + len(parts_of[name]) - count) >= NEAR_DUPLICATE_THRESHOLD:
                 near.append((str(row["id"]), name))
                 break
     return Report(len(test), exact, near)

@@ -112,25 +112,25 @@ def _probe(arguments: list[str]) -> int:
     from unisd.console import quiet_libraries
 
     quiet_libraries()
-    return probing.run(arguments)
+    return probing.probe_command(arguments)
 
 
 def _prepare(arguments: list[str]) -> int:
     from unisd.cli import prepare as preparing
 
-    return preparing.run(arguments)
+    return preparing.prepare_command(arguments)
 
 
 def _study(arguments: list[str]) -> int:
     from unisd.cli import study as command
 
-    return command.run(arguments)
+    return command.study_command(arguments)
 
 
 def _report(arguments: list[str]) -> int:
     from unisd.cli import report as command
 
-    return command.run(arguments)
+    return command.report_command(arguments)
 
 
 def _recipes(arguments: list[str]) -> int:

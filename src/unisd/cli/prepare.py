@@ -36,7 +36,7 @@ DESCRIPTION = (
 )
 
 
-def run(arguments: Sequence[str]) -> int:
+def prepare_command(arguments: Sequence[str]) -> int:
     """The command; returns its exit code."""
     parser = CommandParser("prepare", DESCRIPTION, shared_options(SHARED))
     parser.add_argument("--output", type=output_file, metavar="FILE.jsonl", help="write the rows there")

@@ -39,7 +39,7 @@ SHARED = (
 )  # fmt: skip
 
 
-def run(arguments: Sequence[str]) -> int:
+def probe_command(arguments: Sequence[str]) -> int:
     """The command; returns its exit code.
 
     Raises:

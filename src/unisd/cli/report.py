@@ -12,7 +12,7 @@ from unisd.files import METRICS, RESULTS, write_text
 REPORT = "report.html"
 
 
-def run(arguments: Sequence[str]) -> int:
+def report_command(arguments: Sequence[str]) -> int:
     """Write the page; returns the exit code.
 
     Raises:

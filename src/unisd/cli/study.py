@@ -18,7 +18,7 @@ STUDY_FILE = "study.yaml"
 DEFAULT_FOLDER = "unisd-study"
 
 
-def run(arguments: Sequence[str]) -> int:
+def study_command(arguments: Sequence[str]) -> int:
     """Carry a study out (or go on with it), then analyse it; returns the exit code (1: some runs
     failed for good).
 
@@ -153,7 +153,7 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
     study = _study_of(options, of_runs)
     runs = design.runs_of(study)
     quiet_libraries()
-    runner.check(runs, study)
+    runner.check_runs(runs, study)
     cells = {run.cell.name: run.cell for run in runs}
     print(f"{len(runs)} runs: {len(cells)} cells x {len(study.tasks)} tasks x {len(study.seeds)} seeds")
     print(f"cells: {', '.join(cells)}")

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from unisd.data.rows import Row
-from unisd.data.text import NEAR, contains, jaccard, prompt_text, shingles, words
+from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, prompt_text, shingles, words
 from unisd.errors import UserError
 
 FORMAT = 1  # of the cache; a new number forgets what older versions built
@@ -90,7 +90,9 @@ class _Problem:
         if other.number == self.number or other.words == self.words:
             return False
         same = (
-            self.key == other.key if self.key is not None else jaccard(self.shingles, other.shingles) >= NEAR
+            self.key == other.key
+            if self.key is not None
+            else jaccard(self.shingles, other.shingles) >= NEAR_DUPLICATE_THRESHOLD
         )
         return not same and not contains(other.example, self.reference)
 
@@ -268,7 +270,8 @@ def is_instruction(text: str, shown: Sequence[_Problem]) -> bool:
     """Some words, not too many, and no copy of what it was written from."""
     found = words(text)
     return 5 <= len(found) <= 120 and not any(
-        jaccard(shingles(found), problem.shingles) >= NEAR or contains(text, problem.reference)
+        jaccard(shingles(found), problem.shingles) >= NEAR_DUPLICATE_THRESHOLD
+        or contains(text, problem.reference)
         for problem in shown
     )
 

@@ -16,7 +16,9 @@ def as_text(prompt: Any) -> str:
     return "\n\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
 
 
-NEAR = 0.8  # Jaccard similarity of word triples from which two texts count as near-duplicates
+NEAR_DUPLICATE_THRESHOLD = (
+    0.8  # Jaccard similarity of word triples from which two texts count as near-duplicates
+)
 SHORT = 5  # words below which a text is too common to give anything away
 _WORD = re.compile(r"\w+")
 

@@ -63,7 +63,7 @@ def is_shard(tensor: Tensor) -> bool:
     return zero.is_part(tensor) or isinstance(tensor, DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor (sharing its storage), detached; a plain tensor is
     its own part.
     """
@@ -78,19 +78,19 @@ def owned(part: Tensor, like: Tensor) -> Tensor:
     return zero.without_filling(part, like) if zero.is_part(like) else part
 
 
-def whole(tensor: Tensor | zero.Part) -> Tensor:
+def full_tensor(tensor: Tensor | zero.Part) -> Tensor:
     """All of a sharded tensor, detached (a collective: all ranks must call); a plain tensor is
     whole.
     """
     if isinstance(tensor, zero.Part):
-        return zero.whole(*tensor)
+        return zero.full_tensor(*tensor)
     if zero.is_part(tensor):
-        return zero.whole(local(tensor), tensor)
+        return zero.full_tensor(local_shard(tensor), tensor)
     detached = tensor.detach()
     return detached.full_tensor() if isinstance(detached, DTensor) else detached
 
 
-def laid_out(part: Tensor, like: Tensor) -> Tensor | zero.Part:
+def as_dtensor(part: Tensor, like: Tensor) -> Tensor | zero.Part:
     """The sharded tensor of which every rank holds a `part` (sharing its storage), cut as `like`
     is.
     """
@@ -103,7 +103,7 @@ def laid_out(part: Tensor, like: Tensor) -> Tensor | zero.Part:
     )
 
 
-def at_hand(weight: Tensor) -> Tensor:
+def materialized(weight: Tensor) -> Tensor:
     """A weight that is read outside of a forward pass: as it is where one has gathered it, else
     whole and without gradient.
 
@@ -117,7 +117,7 @@ def at_hand(weight: Tensor) -> Tensor:
         raise RuntimeError(
             "the head was given back after the forward pass: its gradient would not reach all ranks"
         )
-    return whole(weight)
+    return full_tensor(weight)
 
 
 def part_like(value: Tensor, like: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def shards_in_place(
 
     They are copied in and out: nothing is rounded.
     """
-    kept = {name: local(p).clone() for name, p in parameters.items()}
+    kept = {name: local_shard(p).clone() for name, p in parameters.items()}
     try:
         _write(model, parameters, values)
         yield
@@ -172,7 +172,7 @@ def _write(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[s
     if not zero.is_cut(model):
         reshard(model)
     for name, p in parameters.items():
-        local(p).copy_(values[name])
+        local_shard(p).copy_(values[name])
     if zero.is_cut(model):
         reshard(model)  # what stays whole must follow
 
@@ -250,7 +250,7 @@ def set_up(trainer: Any) -> None:
         UserError: a way of spreading weights that is not supported.
     """
     if trainer.is_deepspeed_enabled:
-        zero.check(trainer)
+        zero.check_deepspeed(trainer)
         return
     _enable_on_cpu(trainer)
     _check(trainer)
@@ -354,7 +354,7 @@ def whole_on_writer(tensors: Mapping[str, Tensor | zero.Part], is_writer: bool) 
     gathered: dict[int, Tensor] = {}
     for name, value in tensors.items():
         if id(value) not in gathered:
-            one = whole(value)
+            one = full_tensor(value)
             gathered[id(value)] = one.contiguous().cpu() if is_writer else one.new_empty(0)
         if is_writer:
             found[name] = gathered[id(value)]
@@ -419,7 +419,7 @@ def load_model(model: Any, folder: Path) -> None:
                         f"{file} belongs to another model, it has a {name}: resume with the checkpoint's"
                         " options."
                     )
-                local(target[name]).copy_(part_like(opened.get_tensor(name), target[name]))
+                local_shard(target[name]).copy_(part_like(opened.get_tensor(name), target[name]))
 
 
 def whole_optimizer_state(optimizer: Any, is_writer: bool) -> dict[str, Any]:
@@ -450,7 +450,7 @@ def load_optimizer_state(optimizer: Any, content: Mapping[str, Any]) -> None:
     for number, values in content["state"].items():
         p = parameters[number]
         state[number] = {
-            name: laid_out(part_like(v, p), p) if isinstance(v, Tensor) and v.shape == p.shape else v
+            name: as_dtensor(part_like(v, p), p) if isinstance(v, Tensor) and v.shape == p.shape else v
             for name, v in values.items()
         }
     optimizer.load_state_dict({**content, "state": state})

@@ -43,7 +43,7 @@ def is_cut(model: Any) -> bool:
     return hasattr(model, "zero_offload")
 
 
-def whole(part: Tensor, like: Tensor) -> Tensor:
+def full_tensor(part: Tensor, like: Tensor) -> Tensor:
     """What the parts of all ranks make up (a collective)."""
     cut: Any = like
     flat = part.new_empty(part.numel() * dist.get_world_size())
@@ -100,7 +100,7 @@ def give_back(model: Any) -> None:
 OTHER_PARTS = ("mics_shard_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights")
 
 
-def check(trainer: Any) -> None:
+def check_deepspeed(trainer: Any) -> None:
     """Refuse, and set, what the engine is configured with.
 
     Raises:

@@ -52,15 +52,15 @@ class _States:
         """`[T,H]` (or logits `[T,V]`) of each row, at the positions that predict its completion;
         right-padded batch.
         """
-        from unisd.batching import lay_out
+        from unisd.batching import collate
 
         device = self.model.device
         sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
         if self.backbone is not None:
-            states_BL = self.backbone.forward(self.model, lay_out(sequences, False, 0, device)).final
+            states_BL = self.backbone.forward(self.model, collate(sequences, False, 0, device)).final
             assert states_BL is not None
         else:
-            batch = lay_out(sequences, False, 0, device)
+            batch = collate(sequences, False, 0, device)
             states_BL = self.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).logits

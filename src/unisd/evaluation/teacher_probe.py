@@ -30,7 +30,7 @@ from unisd.methods.divergence import DivergenceSpec
 from unisd.models.load import eos_ids
 from unisd.rollout.engine import Completion, Sampling
 from unisd.rollout.transformers_engine import generate
-from unisd.scoring.scorer import Scorer, ScoringRow
+from unisd.scoring.scorer import Scorer, ScoreRequest
 from unisd.teacher import Teacher
 
 LAYOUTS = ("append", "turn")
@@ -131,7 +131,7 @@ class Probe:
         completion.
         """
         rows = [
-            ScoringRow(c.ids, [True] * len(c.ids), p, p) for p, c in zip(prompts, completions, strict=True)
+            ScoreRequest(c.ids, [True] * len(c.ids), p, p) for p, c in zip(prompts, completions, strict=True)
         ]
         scorer = Scorer(
             self.backbone,

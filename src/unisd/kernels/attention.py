@@ -24,14 +24,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-FRUGAL = "unisd_sdpa"
+PACKED_SDPA = "unisd_sdpa"
 PACKED_FROM = 50_000_000
 """Parameters from which a CPU should read rows packed: it attends to them one by one, and a small
 model's padding costs less than that.
 """
 
 
-def frugal_sdpa(
+def packed_sdpa(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -72,7 +72,7 @@ def frugal_sdpa(
             return torch.cat(parts, dim=1), None
         masks = [None if attention_mask is None else attention_mask[..., row, row] for row in rows]
         parts = [
-            frugal_sdpa(
+            packed_sdpa(
                 module, query[:, :, row], key[:, :, row], value[:, :, row], mask, dropout, scaling, **kwargs
             )[0]
             for row, mask in zip(rows, masks, strict=True)
@@ -110,7 +110,7 @@ def _flash_dtype(query: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
-def avoid_plans(device: torch.device) -> None:
+def disable_cudnn_sdpa(device: torch.device) -> None:
     """For the whole process: torch prefers cuDNN's attention on a Hopper, which plans anew for
     every length of prompt and answer.
     """
@@ -176,5 +176,5 @@ def _flash(
     return out_NhD[None]
 
 
-AttentionInterface.register(FRUGAL, frugal_sdpa)
-AttentionMaskInterface.register(FRUGAL, sdpa_mask)
+AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)

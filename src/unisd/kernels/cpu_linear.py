@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS, FEW = 64, 8
+ROW_MULTIPLE, SMALL_ROW_MULTIPLE = 64, 8
 """oneDNN compiles a kernel for each shape and keeps up to 1,024 of them, at 1.6 ms and 0.6 MB: it
-is given multiples of `ROWS` rows (and of tokens to sum over), or of `FEW` up to `ROWS`, or fewer
+is given multiples of `ROW_MULTIPLE` rows (and of tokens to sum over), or of `SMALL_ROW_MULTIPLE` up to `ROW_MULTIPLE`, or fewer
 than that.
 """
-LEAST = 2**21
+MIN_PRODUCT_ENTRIES = 2**21
 """Multiplications from which oneDNN is the faster one; below, its overhead of some microseconds
 counts.
 """
@@ -41,7 +41,7 @@ def _suits(x: Tensor, weight_OI: Tensor) -> bool:
     plain = x.device.type == "cpu" and x.dtype == weight_OI.dtype == torch.float32 and x.dim() > 1
     return (
         plain
-        and x.numel() * len(weight_OI) >= LEAST
+        and x.numel() * len(weight_OI) >= MIN_PRODUCT_ENTRIES
         and _has_onednn()
         and bool(torch.backends.mkldnn.enabled)
     )
@@ -53,7 +53,7 @@ def _onednn(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
 
 def _ragged(rows: int) -> tuple[int, int]:
     """What a kernel's number of rows is a multiple of, and how many are too many for that."""
-    step = 1 if rows <= FEW else FEW if rows <= ROWS else ROWS
+    step = 1 if rows <= SMALL_ROW_MULTIPLE else SMALL_ROW_MULTIPLE if rows <= ROW_MULTIPLE else ROW_MULTIPLE
     return step, rows % step
 
 
@@ -62,22 +62,22 @@ def _padded(x_NI: Tensor) -> Tensor:
     return F.pad(x_NI, (0, 0, 0, step - ragged)) if ragged else x_NI
 
 
-def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+def matmul_nt(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """`x @ weight.T`, without gradient. Either may be a transposed view."""
     if not _suits(x_NI, weight_OI):
         return x_NI @ weight_OI.T
     (rows, inputs), outputs = x_NI.shape, len(weight_OI)
-    if rows < ROWS or outputs >= inputs:  # what goes in, and is copied, is less than what comes out
+    if rows < ROW_MULTIPLE or outputs >= inputs:  # what goes in, and is copied, is less than what comes out
         return _onednn(_padded(x_NI), weight_OI)[:rows]
     whole = rows - _ragged(rows)[1]
     found = _onednn(x_NI[:whole], weight_OI)
     return found if whole == rows else torch.cat([found, x_NI[whole:] @ weight_OI.T])
 
 
-def outer(y_NO: Tensor, x_NI: Tensor) -> Tensor:
+def matmul_tn(y_NO: Tensor, x_NI: Tensor) -> Tensor:
     """`y.T @ x`: a weight's gradient."""
-    whole = len(x_NI) - len(x_NI) % ROWS
-    found = product(y_NO[:whole].T, x_NI[:whole].T)
+    whole = len(x_NI) - len(x_NI) % ROW_MULTIPLE
+    found = matmul_nt(y_NO[:whole].T, x_NI[:whole].T)
     return found if whole == len(x_NI) else found.addmm_(y_NO[whole:].T, x_NI[whole:])
 
 
@@ -98,11 +98,11 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Ten
         return Computed.apply(placed, lambda: linear(*given))  # type: ignore[no-any-return, no-untyped-call]
     rows_NI = x.flatten(0, -2)
     if room is None:
-        out_NO = product(rows_NI, weight_OI)
+        out_NO = matmul_nt(rows_NI, weight_OI)
     else:
         out_NO, padded_NI = room[: len(rows_NI)], _padded(rows_NI)
         for start in range(0, len(weight_OI), BLOCK):
-            out_NO[:, start : start + BLOCK] = product(padded_NI, weight_OI[start : start + BLOCK])[
+            out_NO[:, start : start + BLOCK] = matmul_nt(padded_NI, weight_OI[start : start + BLOCK])[
                 : len(rows_NI)
             ]
     if bias_O is not None:
@@ -149,12 +149,12 @@ class _Saved(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI = ctx.saved_tensors
         grad_NO, wanted = grad.flatten(0, -2), ctx.needs_input_grad
-        grad_x = product(grad_NO, weight_OI.T).view(ctx.shape) if wanted[0] else None
-        grad_weight = outer(grad_NO, x.flatten(0, -2)) if wanted[1] else None
+        grad_x = matmul_nt(grad_NO, weight_OI.T).view(ctx.shape) if wanted[0] else None
+        grad_weight = matmul_tn(grad_NO, x.flatten(0, -2)) if wanted[1] else None
         return grad_x, grad_weight, grad_NO.sum(0) if wanted[2] else None
 
 
-def add_outer(total_OI: Tensor, y_NO: Tensor, x_NI: Tensor) -> None:
+def add_matmul_tn(total_OI: Tensor, y_NO: Tensor, x_NI: Tensor) -> None:
     """`total += y.T @ x`; on a CPU block by block: a product of few rows with a large total is only
     as fast as memory.
     """
@@ -162,4 +162,4 @@ def add_outer(total_OI: Tensor, y_NO: Tensor, x_NI: Tensor) -> None:
         total_OI.addmm_(y_NO.T, x_NI)
         return
     for start in range(0, len(total_OI), BLOCK):
-        total_OI[start : start + BLOCK] += outer(y_NO[:, start : start + BLOCK], x_NI)
+        total_OI[start : start + BLOCK] += matmul_tn(y_NO[:, start : start + BLOCK], x_NI)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of `mallopt`
-KEEP = 2**31 - 1, 2**31 - 1
+KEEP_THRESHOLDS = 2**31 - 1, 2**31 - 1
 """Blocks of so many bytes are mapped; a free end of the heap of so many goes back: neither ever."""
 USUAL = 32 << 20, 64 << 20
 """The same two where glibc's own rule arrives, once large blocks were freed; a rule that is set
@@ -46,7 +46,7 @@ def _map_from(size: int, trim: int) -> None:
 
 
 @contextmanager
-def training(device: torch.device) -> Iterator[None]:
+def keep_freed_memory(device: torch.device) -> Iterator[None]:
     """On a CPU with glibc: freed memory stays in the process until the end, and then goes back.
 
     A threshold in MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES is left alone.
@@ -57,7 +57,7 @@ def training(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or chosen or not hasattr(_libc, "gnu_get_libc_version"):
         yield
         return
-    _map_from(*KEEP)
+    _map_from(*KEEP_THRESHOLDS)
     try:
         yield
     finally:

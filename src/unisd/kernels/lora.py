@@ -19,7 +19,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from unisd.distributed.sharding import is_shard
-from unisd.kernels.cpu_linear import Computed, linear, outer, placed_for, product
+from unisd.kernels.cpu_linear import Computed, linear, matmul_nt, matmul_tn, placed_for
 
 
 @contextmanager
@@ -211,7 +211,7 @@ class _SavedLoRA(torch.autograd.Function):
         kept: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         x_NI = x.flatten(0, -2)
-        inner_Nr = product(x_NI if kept is None else x_NI * kept.flatten(0, -2), A_rI)
+        inner_Nr = matmul_nt(x_NI if kept is None else x_NI * kept.flatten(0, -2), A_rI)
         ctx.save_for_backward(x, inner_Nr, weight_OI, A_rI, B_Or, kept)
         ctx.scaling = scaling
         ctx.mark_non_differentiable(inner_Nr)
@@ -222,16 +222,16 @@ class _SavedLoRA(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner_Nr, weight_OI, A_rI, B_Or, kept = ctx.saved_tensors
         grad_NO, wanted = grad.flatten(0, -2), ctx.needs_input_grad
-        grad_inner_Nr = product(grad_NO, B_Or.T).mul_(ctx.scaling)
+        grad_inner_Nr = matmul_nt(grad_NO, B_Or.T).mul_(ctx.scaling)
         grad_x = None
         if wanted[0]:
-            grad_x = product(grad_NO, weight_OI.T)
+            grad_x = matmul_nt(grad_NO, weight_OI.T)
             if kept is None:
                 grad_x.addmm_(grad_inner_Nr, A_rI)
             else:
                 grad_x.add_((grad_inner_Nr @ A_rI).mul_(kept.flatten(0, -2)))
             grad_x = grad_x.view_as(x)
         dropped = x if kept is None else x * kept
-        grad_A = outer(grad_inner_Nr, dropped.flatten(0, -2)) if wanted[2] else None
-        grad_B = outer(inner_Nr, grad_NO).mul_(ctx.scaling).T if wanted[3] else None
+        grad_A = matmul_tn(grad_inner_Nr, dropped.flatten(0, -2)) if wanted[2] else None
+        grad_B = matmul_tn(inner_Nr, grad_NO).mul_(ctx.scaling).T if wanted[3] else None
         return grad_x, None, grad_A, grad_B, None, None

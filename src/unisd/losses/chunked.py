@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from unisd.kernels import cpu_memory as heap
-from unisd.kernels.cpu_linear import ROWS, add_outer, product
+from unisd.kernels.cpu_linear import ROW_MULTIPLE, add_matmul_tn, matmul_nt
 from unisd.losses import triton_kernels as fused
 from unisd.losses.closed_form import closed_form, log_probs_in_place, row_blocks
 from unisd.losses.head import Head
@@ -165,7 +165,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     _add_outer(grad_weight_VH, grad_CV, part.student_hidden_NH.to(head.weight.dtype))
                 if grad_hidden_NH is not None:
                     grad_hidden_NH[rows] = (
-                        product(grad_CV.to(head.weight.dtype), head.weight.T).to(full) * unit
+                        matmul_nt(grad_CV.to(head.weight.dtype), head.weight.T).to(full) * unit
                     )
                 del grad_CV  # before the next chunk's tensors, not after
             divergence_N, logp_N, entropy_N, teacher_logp_N = values_4N.unbind()
@@ -228,8 +228,8 @@ def default_chunk_tokens(vocabulary: int, device: torch.device | None = None) ->
 
 
 def _fast(most: int) -> int:
-    """The largest multiple of `ROWS` up to `most`; 0 where there is none."""
-    return most // ROWS * ROWS
+    """The largest multiple of `ROW_MULTIPLE` up to `most`; 0 where there is none."""
+    return most // ROW_MULTIPLE * ROW_MULTIPLE
 
 
 def _chunk(tokens: int, most: int) -> int:
@@ -237,7 +237,7 @@ def _chunk(tokens: int, most: int) -> int:
     small last one; then all alike.
     """
     fast = _fast(most)
-    if fast and (tokens % fast == 0 or tokens % fast >= ROWS):
+    if fast and (tokens % fast == 0 or tokens % fast >= ROW_MULTIPLE):
         return fast
     tokens = max(tokens, 1)
     return math.ceil(tokens / math.ceil(tokens / most))
@@ -257,7 +257,7 @@ def _add_outer(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
     if total_VH.is_cuda and half and torch.__version__ >= "2.8":  # tensor cores that add up in float32
         torch.addmm(total_VH, grad_CV.to(hidden_CH.dtype).T, hidden_CH, out_dtype=torch.float32, out=total_VH)
     else:
-        add_outer(total_VH, grad_CV.to(total_VH.dtype), hidden_CH.to(total_VH.dtype))
+        add_matmul_tn(total_VH, grad_CV.to(total_VH.dtype), hidden_CH.to(total_VH.dtype))
 
 
 def _kept_dtype(like: Tensor) -> torch.dtype:
@@ -291,7 +291,7 @@ def _scores(
             rows = slice(start, start + chunk)
             if fused.runs_on(head.weight):
                 _, logp_N[rows], entropy_N[rows] = fused.moments(
-                    head.product(hidden_NH[rows]), head, targets_N[rows], temperature
+                    head.matmul(hidden_NH[rows]), head, targets_N[rows], temperature
                 )
                 continue
             projected_CV = head.project(hidden_NH[rows], room)

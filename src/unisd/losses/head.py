@@ -30,9 +30,9 @@ class Head:
         """The linear part [N,V] in float32 or more, before scale and softcap; `room`: see
         :func:`unisd.kernels.cpu_linear.linear`.
         """
-        return at_least_float32(self.product(hidden_NH, room))
+        return at_least_float32(self.matmul(hidden_NH, room))
 
-    def product(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:
+    def matmul(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:
         """The same in the weight's precision."""
         bias_V = self.bias
         if bias_V is not None:

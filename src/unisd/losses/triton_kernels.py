@@ -202,8 +202,8 @@ def closed_form(part: LossInputs, want_gradient: bool) -> ChunkResult:
     """
     head, other, spec = part.student_head, part.teacher_head, part.spec
     zp_CV, zq_CV = (
-        head.product(part.student_hidden_NH).contiguous(),
-        other.product(part.teacher_hidden_NH).contiguous(),
+        head.matmul(part.student_hidden_NH).contiguous(),
+        other.matmul(part.teacher_hidden_NH).contiguous(),
     )
     lsep_C, logp_C, entropy_C = moments(zp_CV, head, part.targets_N, spec.temperature)
     lseq_C, teacher_logp_C, _ = moments(zq_CV, other, part.targets_N, spec.temperature)

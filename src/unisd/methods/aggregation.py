@@ -2,7 +2,7 @@
 tensors.
 
 A *reliability weight* is one function `(StepScores, **options) -> weights`, registered by name with
-:func:`register_weight`, or by another package under the entry point group `unisd.methods.weights`.
+:func:`register_weight`, or by another package under the entry point group `unisd.token_weights`.
 It declares what it needs of the scoring phase, and only that is computed. All scores cover the
 whole optimizer step (all micro-batches, all ranks) and carry no gradient, so weights, quantiles and
 normalisers do not depend on how the step is cut.

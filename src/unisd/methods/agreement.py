@@ -20,8 +20,8 @@ from unisd.methods.terms import _quantile
 logger = logging.getLogger(__name__)
 
 SCALE_FLOOR = 1e-6  # nats^2 (var) or nats (range): contexts that agree to rounding
-LEAST_TOKEN_WEIGHT = 0.01
-LEAST_SEQUENCE_WEIGHT = 1e-6
+MIN_TOKEN_WEIGHT = 0.01
+MIN_SEQUENCE_WEIGHT = 1e-6
 
 
 # -------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def agreement_token(
             "agreement: the auxiliary contexts agree to rounding (scale %s); all weights are 1", scale
         )
         return torch.ones_like(spread_BT)
-    weights_BT = (1.0 / (1.0 + gamma * (spread_BT / scale).clamp(max=cap))).clamp(min=LEAST_TOKEN_WEIGHT)
+    weights_BT = (1.0 / (1.0 + gamma * (spread_BT / scale).clamp(max=cap))).clamp(min=MIN_TOKEN_WEIGHT)
     return torch.where(scored_BT, weights_BT, 1.0)
 
 
@@ -65,7 +65,7 @@ def agreement_sequence(scores: StepScores, *, gamma: float = 0.01, stat: str = "
     tokens_B = scores.mask.sum(-1)
     mean_KB = torch.where(scores.mask, auxiliary_KBT, 0.0).sum(-1) / tokens_B.clamp(min=1)
     spread_B = _spread(mean_KB, present_KB & (tokens_B > 0), stat, unbiased=False)
-    return torch.exp(-gamma * spread_B).clamp(min=LEAST_SEQUENCE_WEIGHT)
+    return torch.exp(-gamma * spread_B).clamp(min=MIN_SEQUENCE_WEIGHT)
 
 
 @register_weight(
@@ -94,7 +94,7 @@ def corroboration(scores: StepScores, *, gamma: float = 1.0) -> Tensor:
     apart_BT = (
         torch.where(scores.mask, scores.untempered_logp, 0.0).exp() - torch.where(scored_BT, middle_BT, 0.0)
     ).abs()
-    return torch.where(scored_BT, (1 - apart_BT).clamp(min=0).pow(gamma).clamp(min=LEAST_TOKEN_WEIGHT), 1.0)
+    return torch.where(scored_BT, (1 - apart_BT).clamp(min=0).pow(gamma).clamp(min=MIN_TOKEN_WEIGHT), 1.0)
 
 
 def _auxiliary(scores: StepScores) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def parse(kind: str, text: str) -> tuple[str, dict[str, Any]]:
 
 
 KIND = "token weight"
-ENTRY_POINT_GROUP = "unisd.methods.weights"
+ENTRY_POINT_GROUP = "unisd.token_weights"
 
 
 Weight = TypeVar("Weight", bound=Callable[..., Tensor])

@@ -2,7 +2,7 @@
 further distributions).
 
 A *target* is one pure function `(TargetInputs, **options) -> log q'`, registered by name with
-:func:`register_target`, or by another package under the entry point group `unisd.methods.targets`.
+:func:`register_target`, or by another package under the entry point group `unisd.targets`.
 It runs inside the loss, chunk by chunk, and carries no gradient. It declares its *sources*, further
 distributions over the same tokens; only those are scored, each at the cost of one forward pass:
 
@@ -34,7 +34,7 @@ from unisd.methods.registry import all_options, bound_options, find, parse
 from unisd.methods.scores import TargetInputs
 
 KIND = "target"
-ENTRY_POINT_GROUP = "unisd.methods.targets"
+ENTRY_POINT_GROUP = "unisd.targets"
 WEIGHTS = ("teacher", "base", "step", "student")
 CONTEXTS = (*LEVELS, "negative")
 STUDENT = "student/plain"

@@ -34,7 +34,7 @@ from unisd.errors import UserError
 from unisd.methods.targets import jensen_shannon
 from unisd.monitoring.alarms import NGRAM, pull_cosine
 from unisd.rollout.engine import Completion
-from unisd.scoring.scorer import Scorer, ScoringRow
+from unisd.scoring.scorer import Scorer, ScoreRequest
 
 FOLDER = Path(__file__).parent / "words"
 PROBE_TOKENS = 32  # of a row, evenly spaced
@@ -262,7 +262,10 @@ def answers_to_keep(
 
 
 def probe_leak(
-    scorer: Scorer, prompts: PromptBuilder, rows: Sequence[tuple[Row, ScoringRow]], device: torch.device | str
+    scorer: Scorer,
+    prompts: PromptBuilder,
+    rows: Sequence[tuple[Row, ScoreRequest]],
+    device: torch.device | str,
 ) -> dict[str, float]:
     """:func:`leak_numbers` of some answers of the step, means over those that have them.
 

@@ -29,7 +29,7 @@ from unisd.monitoring.diagnostics import Answers, Counting, answer_tokens, answe
 from unisd.monitoring.metrics import StepMetrics, masked_mean, mean
 from unisd.monitoring.token_records import SampleRecorder
 from unisd.rollout.engine import Completion, Engine, Sampling
-from unisd.scoring.scorer import Scorer, ScoringRow
+from unisd.scoring.scorer import Scorer, ScoreRequest
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Probes:
     is_writer: bool
     _answers: list[Row] | None = None
 
-    def run(self, scored: Sequence[tuple[Row, ScoringRow]], step: int) -> dict[str, float]:
+    def run(self, scored: Sequence[tuple[Row, ScoreRequest]], step: int) -> dict[str, float]:
         """This rank's share: the probe set's likelihood, and some of the step's answers under other
         contexts.
         """
@@ -142,7 +142,7 @@ class Observer:
     def diagnose(
         self,
         rows: Sequence[Row],
-        scored: Sequence[ScoringRow],
+        scored: Sequence[ScoreRequest],
         completions: Sequence[Completion],
         step: int,
         width: int,

@@ -32,7 +32,7 @@ from transformers.cache_utils import DynamicLayer
 
 from unisd.batching import forward_batches
 from unisd.distributed.sharding import in_step
-from unisd.kernels.attention import FRUGAL, avoid_plans
+from unisd.kernels.attention import PACKED_SDPA, disable_cudnn_sdpa
 from unisd.kernels.lora import inference
 from unisd.models.load import without_adapter
 
@@ -138,7 +138,7 @@ def _empty_cache(model: Any) -> DynamicCache | None:
 @contextmanager
 def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     """No gradient, evaluation mode, a neutral generation config, merged adapters, cheap attention;
-    all is put back afterwards but for torch's choice of attention kernels (`avoid_plans`).
+    all is put back afterwards but for torch's choice of attention kernels (`disable_cudnn_sdpa`).
 
     The model's own generation defaults (penalties, top-k, ...) would fill every option that a given
     config leaves open.
@@ -148,12 +148,12 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     own_configs = [owner.generation_config for owner in owners]
     attention = bare.config._attn_implementation
     wasteful = attention == "sdpa" and bare.device.type == "cpu"
-    avoid_plans(bare.device)
+    disable_cudnn_sdpa(bare.device)
     try:
         for owner in owners:
             owner.generation_config = config
         if wasteful:
-            bare.set_attn_implementation(FRUGAL)
+            bare.set_attn_implementation(PACKED_SDPA)
         with inference(model, keep=True):
             yield
     finally:

@@ -39,7 +39,7 @@ class ModelEmbedder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         from unisd.backbone import Backbone
-        from unisd.batching import forward_batches, lay_out
+        from unisd.batching import collate, forward_batches
 
         backbone = Backbone(self.model)
         sequences = [
@@ -50,7 +50,7 @@ class ModelEmbedder:
         self.model.eval()
         with show_progress("embedding", len(texts)) as advance:
             for chosen in forward_batches([len(s) for s in sequences], POOLED_TOKENS, packed=False):
-                batch = lay_out([sequences[i] for i in chosen], False, 0, self.model.device)
+                batch = collate([sequences[i] for i in chosen], False, 0, self.model.device)
                 final_BLH = backbone.forward(self.model, batch).final
                 assert final_BLH is not None
                 for place, i in enumerate(chosen):

@@ -4,7 +4,7 @@ The views of a step begin alike in many ways: all chats with their system turn, 
 reference with the problem, the generations of a prompt with all of it. In a causal model a
 beginning has the same states under each of its continuations, so it is read once for all that lie
 in one forward pass: rows of a tree, each of which attends to the rows that it continues
-(:func:`unisd.kernels.attention.frugal_sdpa`) and counts its positions on from there.
+(:func:`unisd.kernels.attention.packed_sdpa`) and counts its positions on from there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from unisd.backbone import Backbone
 from unisd.batching import Batch, close, tolerance_of
 
-LEAST = 16
+MIN_SHARED_TOKENS = 16
 """Tokens of a beginning that becomes a row of its own: below, its attention costs more than it
 saves.
 """
@@ -62,7 +62,7 @@ def shared_batches(
     groups: list[list[int]] = []
     used = 0
     for i, shared in zip(*_order(sequences, shareable), strict=True):
-        saved = max(0, shared - LEAST + 1)  # what `lay_out_shared` saves, or a little less
+        saved = max(0, shared - MIN_SHARED_TOKENS + 1)  # what `collate_shared` saves, or a little less
         if not groups or used + len(sequences[i]) - saved > budget:
             groups.append([])
             used = saved = 0
@@ -71,10 +71,10 @@ def shared_batches(
     return groups
 
 
-def lay_out_shared(
+def collate_shared(
     sequences: Sequence[Sequence[int]], shareable: Sequence[int], device: torch.device | str
 ) -> SharedBatch:
-    """One row of all sequences, beginnings of `LEAST` tokens or more that several share once."""
+    """One row of all sequences, beginnings of `MIN_SHARED_TOKENS` tokens or more that several share once."""
     order, alike = _order(sequences, shareable)
     ids: list[int] = []
     positions: list[int] = []
@@ -100,10 +100,10 @@ def lay_out_shared(
             add(i, depth, len(sequences[i]), before)
             return
         common = min(alike[first + 1 : last])
-        if common - depth >= LEAST:
+        if common - depth >= MIN_SHARED_TOKENS:
             before, depth = [*before, add(i, depth, common, before)], common
         for at in range(first + 1, last + 1):
-            if at == last or alike[at] - depth < LEAST:
+            if at == last or alike[at] - depth < MIN_SHARED_TOKENS:
                 grow(first, at, depth, before)
                 first = at
 
@@ -134,20 +134,20 @@ def can_share(backbone: Backbone) -> bool:
     generator = torch.Generator().manual_seed(2)
     trunk, branch, *ends = (
         torch.randint(config.vocab_size, (n,), generator=generator).tolist()
-        for n in (LEAST + 3, LEAST, 4, 7, 5, 3)
+        for n in (MIN_SHARED_TOKENS + 3, MIN_SHARED_TOKENS, 4, 7, 5, 3)
     )
     sequences = [trunk + ends[0], trunk + branch + ends[1], trunk + branch + ends[2], ends[3]]
     shareable = [len(sequence) - 2 for sequence in sequences]
     was_training = model.training
     model.eval()
     try:
-        laid = lay_out_shared(sequences, shareable, device)
+        laid = collate_shared(sequences, shareable, device)
         together = backbone.hidden_states(laid.batch).final
         assert together is not None
         for sequence, start, shared in zip(
             sequences, laid.starts, (len(trunk), *[len(trunk + branch)] * 2, 0), strict=True
         ):
-            alone = backbone.hidden_states(lay_out_shared([sequence], [0], device).batch).final
+            alone = backbone.hidden_states(collate_shared([sequence], [0], device).batch).final
             assert alone is not None
             if not close(
                 together[0, start + shared : start + len(sequence)],

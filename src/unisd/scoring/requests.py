@@ -1,4 +1,4 @@
-"""The prompts under which a step's completions are scored: one `ScoringRow` per completion, within
+"""The prompts under which a step's completions are scored: one `ScoreRequest` per completion, within
 the limits of length.
 """
 
@@ -13,10 +13,12 @@ from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.errors import UserError
 from unisd.rollout.engine import Completion
-from unisd.scoring.scorer import NEGATIVE, ScoringRow
+from unisd.scoring.scorer import NEGATIVE, ScoreRequest
 
 
-def budgeted(views: list[list[int]], budget: int | None, seed: int, step: int, row: int) -> list[list[int]]:
+def subsample_contexts(
+    views: list[list[int]], budget: int | None, seed: int, step: int, row: int
+) -> list[list[int]]:
     """Agreement's budget of contexts: `budget` of a row's views in their order, drawn by (seed,
     optimizer step, row) alone.
 
@@ -108,7 +110,7 @@ class Views:
 
     def of(
         self, row: Row, number: int, completion: Completion, carries_loss: bool, step: int
-    ) -> tuple[ScoringRow, int]:
+    ) -> tuple[ScoreRequest, int]:
         """The views of one completion of row `number`, and how many were left out because they are
         too long.
         """
@@ -121,7 +123,7 @@ class Views:
         )
         if negative is not None and len(negative) > self.teacher_room:
             negative, overlong = None, overlong + 1
-        scoring_row = ScoringRow(
+        scoring_row = ScoreRequest(
             number=number,
             completion=completion.ids,
             loss_mask=[
@@ -130,7 +132,7 @@ class Views:
             student=self.prompts.student(row),
             teacher=self._teacher(row),
             negative=negative,
-            auxiliary=budgeted(fitting, args.agreement_budget_contexts, args.seed, step, number),
+            auxiliary=subsample_contexts(fitting, args.agreement_budget_contexts, args.seed, step, number),
             sources=self._sources(row),
         )
         return scoring_row, overlong

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from unisd.backbone import Backbone, Captured
-from unisd.batching import Batch, forward_batches, lay_out
+from unisd.batching import Batch, collate, forward_batches
 from unisd.distributed.sharding import in_step
 from unisd.kernels.lora import inference
 from unisd.losses.chunked import chunked_loss, token_logprobs, token_scores
@@ -31,7 +31,7 @@ from unisd.losses.terms import LossOutput, TargetStates
 from unisd.methods.divergence import DivergenceSpec, log_probs
 from unisd.methods.scores import StepScores
 from unisd.methods.targets import Target
-from unisd.scoring.prefix_sharing import lay_out_shared, shared_batches
+from unisd.scoring.prefix_sharing import collate_shared, shared_batches
 from unisd.teacher import Teacher
 
 SHARED_FROM = 64  # tokens of a prompt; below, the smaller passes cost more than they save
@@ -39,7 +39,7 @@ NEGATIVE = "teacher/negative"
 
 
 @dataclass(frozen=True)
-class ScoringRow:
+class ScoreRequest:
     """One completion and the prompts it is scored under."""
 
     completion: list[int]
@@ -184,7 +184,7 @@ class Scorer:
         }
 
     def _source_jobs(
-        self, rows: Sequence[ScoringRow], states: TeacherStates, zeros: Tensor, device: Any
+        self, rows: Sequence[ScoreRequest], states: TeacherStates, zeros: Tensor, device: Any
     ) -> list[_Job]:
         """What the target's sources need scored, with room for the results; a wrong reference is
         the negative view already.
@@ -206,7 +206,7 @@ class Scorer:
         return jobs
 
     def score(
-        self, rows: Sequence[ScoringRow], device: torch.device | str
+        self, rows: Sequence[ScoreRequest], device: torch.device | str
     ) -> tuple[StepScores, TeacherStates]:
         """All views of all rows.
 
@@ -322,7 +322,7 @@ class Scorer:
         return scores, states
 
     def leak_probe(
-        self, rows: Sequence[ScoringRow], device: torch.device | str, most_tokens: int
+        self, rows: Sequence[ScoreRequest], device: torch.device | str, most_tokens: int
     ) -> Iterator[dict[str, Tensor]]:
         """Row by row the log-probabilities `[t,V]` of its views: student, primary, negative,
         unconditioned; base with a fixed teacher.
@@ -369,7 +369,7 @@ class Scorer:
     def _add_student(
         self,
         scores: StepScores,
-        rows: Sequence[ScoringRow],
+        rows: Sequence[ScoreRequest],
         states: TeacherStates,
         device: torch.device | str,
     ) -> StepScores:
@@ -408,7 +408,7 @@ class Scorer:
         return replace(scores, student_logp=student_logp, divergence=divergence)
 
     def _contrasted(
-        self, rows: Sequence[ScoringRow], states: TeacherStates, negative: Mapping[int, Tensor], head: Head
+        self, rows: Sequence[ScoreRequest], states: TeacherStates, negative: Mapping[int, Tensor], head: Head
     ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """Row, KL(q||q-) and l- `[T_i]` at the distillation temperature, of the rows in `negative`
         (states under the wrong reference).
@@ -431,7 +431,7 @@ class Scorer:
         yield from zip(negative, zip(*parts, strict=True), strict=True)
 
     def _token_scores(
-        self, group: Sequence[_View], rows: Sequence[ScoringRow], head: Head
+        self, group: Sequence[_View], rows: Sequence[ScoreRequest], head: Head
     ) -> list[tuple[_Job, int, Tensor]]:
         """Log-probability of the realised tokens and entropy `[2,T_i]` of each view, left on the
         device; one projection for all.
@@ -462,7 +462,7 @@ class Scorer:
     def _hidden_states(
         self,
         jobs: Sequence[_Job],
-        rows: Sequence[ScoringRow],
+        rows: Sequence[ScoreRequest],
         device: torch.device | str,
         tokens: Counter[str] | None = None,
     ) -> Iterator[list[_View]]:
@@ -508,7 +508,7 @@ class Scorer:
                 ]
 
     def _laid_out(
-        self, jobs: Sequence[_Job], rows: Sequence[ScoringRow], device: torch.device | str
+        self, jobs: Sequence[_Job], rows: Sequence[ScoreRequest], device: torch.device | str
     ) -> Iterator[tuple[list[_Job], Batch, list[int], list[int]]]:
         """The forward passes: jobs, their sequences laid out, where each begins and how many of its
         tokens are read.
@@ -519,11 +519,11 @@ class Scorer:
             # for itself.
             shareable = [len(job.prompt) - 1 for job in jobs]
             for chosen in map(sorted, shared_batches(sequences, shareable, self.token_budget)):
-                laid = lay_out_shared([sequences[i] for i in chosen], [shareable[i] for i in chosen], device)
+                laid = collate_shared([sequences[i] for i in chosen], [shareable[i] for i in chosen], device)
                 yield [jobs[i] for i in chosen], laid.batch, laid.starts, laid.read
             return
         for chosen in forward_batches([len(s) for s in sequences], self.token_budget, self.packed):
-            batch = lay_out([sequences[i] for i in chosen], self.packed, self.pad_id, device)
+            batch = collate([sequences[i] for i in chosen], self.packed, self.pad_id, device)
             yield [jobs[i] for i in chosen], batch, batch.starts, [len(sequences[i]) for i in chosen]
 
 
@@ -539,7 +539,7 @@ def _view(captured: Captured, job: _Job, first: int, length: int) -> _View:
 
 
 def _sharing(
-    jobs: Sequence[_Job], rows: Sequence[ScoringRow], least: int
+    jobs: Sequence[_Job], rows: Sequence[ScoreRequest], least: int
 ) -> tuple[list[list[_Job]], list[_Job]]:
     """Jobs whose prompt, of `least` tokens or more, is worth a pass for all of them (the
     generations of a prompt), and the other jobs.
@@ -570,7 +570,7 @@ def _on_cpu(found: Sequence[tuple[_Job, int, Tensor]]) -> Iterator[tuple[_Job, i
             yield job, length, logp_T, entropy_T
 
 
-def _targets(group: Sequence[_View], rows: Sequence[ScoringRow], device: torch.device | str) -> Tensor:
+def _targets(group: Sequence[_View], rows: Sequence[ScoreRequest], device: torch.device | str) -> Tensor:
     """The realised tokens of all views, end to end."""
     return torch.tensor([token for view in group for token in rows[view.job.row].completion], device=device)
 

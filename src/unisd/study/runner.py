@@ -25,7 +25,7 @@ STOPPED = "(alarms=stop)"  # in the last words of a run that an alarm ended
 WEIGHTS = ("*.safetensors", "*.bin", "checkpoint-*")
 
 
-def check(runs: Sequence[Run], study: Study) -> None:
+def check_runs(runs: Sequence[Run], study: Study) -> None:
     """Resolve the options of every cell as `unisd train` will, before anything runs.
 
     Raises:

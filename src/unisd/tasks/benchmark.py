@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from unisd.data.rows import load_file
-from unisd.data.text import NEAR, contains, jaccard, shingles, words
+from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, shingles, words
 from unisd.errors import UserError
 from unisd.tasks.base import Row, Task
 
@@ -150,7 +150,7 @@ class Benchmark(Task):
         row's reference.
         """
         mine, theirs = (shingles(words(str(key["key"]))) for key in (problem, other))
-        return jaccard(mine, theirs) < NEAR and not contains(
+        return jaccard(mine, theirs) < NEAR_DUPLICATE_THRESHOLD and not contains(
             self.solved(other), str(row.get("privileged_context") or "")
         )
 

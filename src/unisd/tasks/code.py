@@ -36,7 +36,7 @@ class CodeTask(Benchmark):
         program = self.program(row, completion)
         if program is None:
             return Grade(False, None, "no code")
-        verdict = sandbox.run(program, row["tests"], self.timeout_s)
+        verdict = sandbox.run_program(program, row["tests"], self.timeout_s)
         return Grade(
             verdict.passed,
             program,
@@ -55,7 +55,7 @@ class CodeTask(Benchmark):
         candidates = list(mutants(code))
         rng.shuffle(candidates)
         for candidate in candidates[:TRIES]:
-            if sandbox.run(candidate, tests, 3.0).reason == "wrong":
+            if sandbox.run_program(candidate, tests, 3.0).reason == "wrong":
                 return candidate
         return None
 

@@ -255,7 +255,7 @@ def code(completion: str, gold: str) -> Grade:
     program = extract_code(completion)
     if program is None:
         return Grade(False, None, "no code")
-    verdict = sandbox.run(program, gold)
+    verdict = sandbox.run_program(program, gold)
     return Grade(verdict.passed, program, verdict.reason)
 
 

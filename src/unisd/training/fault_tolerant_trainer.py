@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class SafeTrainer(ShardedTrainer):
+class FaultTolerantTrainer(ShardedTrainer):
     """The base of :class:`unisd.UniSDTrainer`, which sets `metrics`, `teacher` and, in each step,
     `micro_batch_of`.
     """

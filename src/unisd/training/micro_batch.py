@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisd.batching import Batch, lay_out
+from unisd.batching import Batch, collate
 from unisd.methods.scores import StepScores
-from unisd.scoring.scorer import ScoringRow, TeacherStates
+from unisd.scoring.scorer import ScoreRequest, TeacherStates
 
 
 def rows_to_fill(rows: int, batch: int, rank: int, ranks: int) -> int:
@@ -22,7 +22,7 @@ def rows_to_fill(rows: int, batch: int, rank: int, ranks: int) -> int:
     return 0 if ranks == 1 or left == 0 else batch - min(max(left - rank * batch, 0), batch)
 
 
-def alike(rows: Sequence[ScoringRow], sizes: Sequence[int]) -> list[list[int]]:
+def alike(rows: Sequence[ScoreRequest], sizes: Sequence[int]) -> list[list[int]]:
     """Micro-batches of the given sizes, rows of like length together: the step's loss does not
     depend on how it is cut.
     """
@@ -32,7 +32,7 @@ def alike(rows: Sequence[ScoringRow], sizes: Sequence[int]) -> list[list[int]]:
 
 def micro_batch(
     part: Sequence[int],
-    rows: Sequence[ScoringRow],
+    rows: Sequence[ScoreRequest],
     scores: StepScores,
     states: TeacherStates,
     coefficients: dict[str, Tensor],
@@ -47,7 +47,7 @@ def micro_batch(
 
     `scores` and `coefficients` are this rank's.
     """
-    batch: Batch = lay_out([rows[i].student + rows[i].completion for i in part], packed, pad_id, device)
+    batch: Batch = collate([rows[i].student + rows[i].completion for i in part], packed, pad_id, device)
     chosen = torch.tensor(part)
     mask_BT = scores.mask[chosen]
     positions = [

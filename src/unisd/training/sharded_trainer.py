@@ -22,7 +22,7 @@ SHARDS = "shards"
 
 
 class ShardedTrainer(Trainer):  # type: ignore[misc]
-    """The base of :class:`unisd.training.fault_tolerant_trainer.SafeTrainer`."""
+    """The base of :class:`unisd.training.fault_tolerant_trainer.FaultTolerantTrainer`."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in transformers.

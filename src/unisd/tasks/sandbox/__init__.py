@@ -1,7 +1,7 @@
 """Running code that a model wrote, where it can hurt nothing and forge nothing.
 
     from unisd import sandbox
-    sandbox.run("def double(x): return 2 * x", "assert double(2) == 4").passed  # True
+    sandbox.run_program("def double(x): return 2 * x", "assert double(2) == 4").passed  # True
 
 Two processes, each in its own sandbox (bubblewrap: no network, no files but the interpreter's, a
 private empty working directory, namespaces of its own) under limits of CPU, memory, processes and
@@ -67,7 +67,7 @@ class Verdict:
 
 
 @cache
-def check() -> str | None:
+def check_isolation() -> str | None:
     """None where code can be isolated on this machine, else what is missing.
 
     Tried once, by isolating a program.
@@ -93,13 +93,13 @@ def require(allow_unsafe: bool | None = None) -> bool:
     Raises:
         UserError: the machine cannot isolate, and nobody allowed to do without.
     """
-    missing = check()
+    missing = check_isolation()
     if missing is not None and not (_unsafe_allowed if allow_unsafe is None else allow_unsafe):
         raise UserError(f"model-written code cannot be run safely here: {missing}. {HOW_TO_ENABLE}")
     return missing is None
 
 
-def run(
+def run_program(
     code: str, tests: str, timeout_s: float = 10.0, memory_mb: int = 1024, *, allow_unsafe: bool | None = None
 ) -> Verdict:
     """Whether `code` passes `tests` (Python source with assertions).

@@ -236,7 +236,7 @@ def _standard(module: str) -> bool:
     return module.partition(".")[0] in sys.stdlib_module_names and module != "__future__"
 
 
-def run(judge: Judge, code: str, tests: str) -> None:
+def run_tests(judge: Judge, code: str, tests: str) -> None:
     """Raises `Outcome` unless every test holds."""
     try:
         tree = ast.parse(tests)
@@ -302,7 +302,7 @@ def main() -> None:
     verdict_fd = setting["verdict_fd"]
     outcome = ("passed", "")
     try:
-        run(Judge(Channel(*setting["fds"])), setting["code"], setting["tests"])
+        run_tests(Judge(Channel(*setting["fds"])), setting["code"], setting["tests"])
     except Outcome as found:
         outcome = (found.reason, found.detail)
     except ChannelClosed as error:
