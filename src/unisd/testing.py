@@ -1,10 +1,20 @@
-"""Tiny random models of several families, a byte-level tokenizer and a few rows: everything a unit
-test needs, offline.
+"""Help to test plug-ins offline: tiny models, a tokenizer of bytes, rows, an engine, a trainer.
+
+    from unisd import testing
+
+    def test_my_weight(tmp_path):
+        trainer = testing.trainer(tmp_path, "qwen3", token_weights=["my_weight"])
+        loss, gradients = testing.gradients(trainer)
+
+Models are random, with 2 layers of 32 units: a step takes a fraction of a second on a CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +33,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from unisd.config import UniSDConfig
+from unisd.rollout.engine import Completion, NoiseKey, Sampling
+from unisd.trainer import UniSDTrainer
+
+__all__ = ["FAMILIES", "SIZES", "FixedEngine", "gradients", "model", "rows", "tokenizer", "trainer"]
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] =="
     " 'assistant' %}<|end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -32,7 +48,10 @@ SPECIAL = ["<pad>", "<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 
 @lru_cache
 def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """Bytes as tokens."""
+    """Return a tokenizer of bytes: 262 tokens, of which the first 6 are special.
+
+    Ids 0, 1 and 2 are pad, BOS and EOS. `chat=False`: without a chat template, as base models.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -48,6 +67,7 @@ def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
+# Of every family; a test may add one: `FAMILIES["mine"] = lambda: MyModel(MyConfig(**SIZES))`.
 SIZES: dict[str, Any] = {
     "vocab_size": len(SPECIAL) + 256,
     "hidden_size": 32,
@@ -83,7 +103,10 @@ FAMILIES: dict[str, Any] = {
 
 
 def model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model whose distributions are sharp enough to differ between contexts."""
+    """Return a random causal LM of a family (one of `FAMILIES`), in eval mode.
+
+    Its distributions are sharp enough to differ between contexts.
+    """
     torch.manual_seed(seed)
     built = FAMILIES[family]().to(dtype)
     with torch.no_grad():
@@ -94,7 +117,7 @@ def model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float
 
 
 def rows(count: int = 8, contexts: int = 3) -> list[dict[str, Any]]:
-    """Rows with everything that UniSD* uses, of different lengths."""
+    """Return rows of different lengths with all that UniSD* uses, each with so many `contexts`."""
     return [
         {
             "prompt": f"What is {i} + {i * 3}?" + " Think." * (i % 3),
@@ -104,3 +127,89 @@ def rows(count: int = 8, contexts: int = 3) -> list[dict[str, Any]]:
         }
         for i in range(count)
     ]
+
+
+class FixedEngine:
+    """Answers with given completions (lists of token ids), whatever the model's weights are.
+
+    Generation `g` of row `i` of the dataset gets `completions[(i + g) % len(completions)]`, cut at
+    `max_new_tokens`. Greedy prompts, which have no row, get them in order.
+    """
+
+    returns_logps = False
+
+    def __init__(self, completions: Sequence[Sequence[int]]) -> None:
+        self.completions = completions
+
+    def sync(self) -> None:
+        pass
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
+    ) -> list[Completion]:
+        numbers = range(len(prompts)) if keys is None else [row + g for _, _, row, g in keys]
+        chosen = [list(self.completions[number % len(self.completions)]) for number in numbers]
+        most = sampling.max_new_tokens
+        return [Completion(ids[:most], truncated=len(ids) > most) for ids in chosen]
+
+    def sleep(self) -> None:
+        pass
+
+
+def trainer(output_dir: str | Path, family: str = "llama", **options: Any) -> UniSDTrainer:
+    """Return a trainer on the CPU: 8 rows, a tiny model, steps of 4 micro-batches of 2 rows.
+
+    `options` are those of :class:`UniSDConfig` and the arguments of :class:`UniSDTrainer` (`model`,
+    `train_dataset`, `engine`, `peft_config`, ...); both come before the defaults here.
+    """
+    given = {name: options.pop(name) for name in signature(UniSDTrainer).parameters if name in options}
+    if "model" not in given:
+        given["model"] = model(family)
+    settings: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "max_completion_length": 10,
+        "temperature": 1.0,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "constant",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 3,
+        # Bytes are tokens here: the built-in templates would be most of every sequence.
+        "teacher_prompt_template": "{prompt} Ref: {privileged_context} Now you.",
+        "auxiliary_prompt_template": "{context} {prompt}",
+    }
+    defaults = {
+        "args": UniSDConfig(**settings | options),
+        "train_dataset": rows(),
+        "processing_class": tokenizer(),
+    }
+    return UniSDTrainer(**defaults | given)
+
+
+def gradients(built: UniSDTrainer, perturb: float = 0.05) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return loss and gradients (by parameter name) of the first optimizer step, without an update.
+
+    The student is first moved off its teacher by noise of `perturb` times the mean size of each
+    parameter, so that loss and gradients are not near zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in built.model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                parameter += perturb * parameter.abs().mean() * noise
+    batches, count = built.get_batch_samples(
+        iter(built.get_train_dataloader()), built.args.gradient_accumulation_steps, built.args.device
+    )
+    built.model.zero_grad()
+    built.model.train()
+    total = 0.0
+    for batch in batches:
+        loss = built.compute_loss(built.model, batch, num_items_in_batch=count)
+        loss.backward()
+        total += float(loss.detach())
+    return total, {name: p.grad.clone() for name, p in built.model.named_parameters() if p.grad is not None}

@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM
 
-from tests.invariants.test_invariants import STAR, trainer
+from tests.helpers.steps import STAR
 from unisd import testing as tiny
 from unisd.distributed import sharding
 from unisd.distributed import zero as zero_stages
 from unisd.models.load import load_model_and_tokenizer
 from unisd.run import launch
 from unisd.tasks import get
+from unisd.testing import trainer
 from unisd.training.checkpoints import last_complete_checkpoint, problem_of
 from unisd.training.micro_batch import rows_to_fill
 
@@ -57,7 +58,7 @@ def build(folder: Path, micro_batches: int, lora: bool, pocket: bool = False, **
         "max_steps": STEPS["one"],
         "num_train_epochs": 99,
         "gradient_accumulation_steps": micro_batches,
-        "rows": tiny.rows(16),
+        "train_dataset": tiny.rows(16),
         "peft_config": config,
         "optim": "sgd",
         "learning_rate": 0.1,
@@ -67,7 +68,7 @@ def build(folder: Path, micro_batches: int, lora: bool, pocket: bool = False, **
         settings |= {
             "model": model,
             "processing_class": tokenizer,
-            "rows": get("pocket").load("train", limit=16),
+            "train_dataset": get("pocket").load("train", limit=16),
         }
         settings |= {"learning_rate": 1.0, "max_completion_length": 16}
     return trainer(folder, **{**settings, **STAR, **options})
@@ -155,7 +156,7 @@ def ragged(folder: Path, micro_batches: int) -> None:
     """10 rows in micro-batches of 2: at the end of an epoch two processes have one micro-batch of
     rows, and one that fills it.
     """
-    built = build(folder, micro_batches, False, rows=tiny.rows(10), max_steps=3)
+    built = build(folder, micro_batches, False, train_dataset=tiny.rows(10), max_steps=3)
     built.train()
     built.save_model()
 

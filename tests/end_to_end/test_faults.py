@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.invariants.test_invariants import STAR, trainer
+from tests.helpers.steps import STAR
 from unisd import UserError
 from unisd import testing as tiny
 from unisd import trainer as trainer_module
 from unisd.errors import RolloutError
 from unisd.memory import is_out_of_memory, smaller_until_it_fits
 from unisd.monitoring import alarms
+from unisd.testing import trainer
 from unisd.training import checkpoints
 from unisd.training.guards import FiniteGuard, Interruption, pieces_of
 
@@ -28,7 +29,9 @@ SAVING = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 99}
 
 def build(folder: Path, **options: Any) -> Any:
     """Two micro-batches of two rows a step, saved after every step."""
-    return trainer(folder, **{"gradient_accumulation_steps": 2, "rows": tiny.rows(8), **SAVING, **options})
+    return trainer(
+        folder, **{"gradient_accumulation_steps": 2, "train_dataset": tiny.rows(8), **SAVING, **options}
+    )
 
 
 def weights(built: Any) -> dict[str, torch.Tensor]:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.invariants.test_invariants import STAR, trainer
-from tests.kernels.test_attention import final_and_gradients
-from tests.losses.test_losses import problem, run
+from tests.helpers.attention import final_and_gradients
+from tests.helpers.losses import problem, run
+from tests.helpers.steps import STAR
 from unisd import testing as tiny
 from unisd.backbone import Backbone
 from unisd.kernels import attention
@@ -25,6 +25,7 @@ from unisd.losses.chunked import chunked_loss
 from unisd.losses.head import Head
 from unisd.losses.plain import plain_loss
 from unisd.methods.divergence import DivergenceSpec
+from unisd.testing import trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda")

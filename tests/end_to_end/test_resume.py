@@ -13,9 +13,10 @@ import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from tests.invariants.test_invariants import STAR, trainer
+from tests.helpers.steps import STAR
 from unisd import UserError
 from unisd import testing as tiny
+from unisd.testing import trainer
 from unisd.training.checkpoints import last_complete_checkpoint, problem_of
 
 STEPS = 7
@@ -32,7 +33,7 @@ def build(folder: Path, lora: bool, **extra: Any) -> Any:
         "peft_config": config,
     }
     # 12 rows in steps of 8: the checkpoint falls into the middle of an epoch.
-    return trainer(folder, rows=tiny.rows(12), **{**options, **extra})
+    return trainer(folder, train_dataset=tiny.rows(12), **{**options, **extra})
 
 
 def kill_at_step_five(folder: str, lora: bool) -> None:
@@ -103,7 +104,9 @@ def test_resuming_with_another_teacher_is_refused(tmp_path: Path) -> None:
     build(tmp_path, False, max_steps=2, teacher_model_kind="base").train()
     with pytest.raises(UserError, match="teacher_model_kind"):
         build(tmp_path, False).train(resume_from_checkpoint=True)
-    other = trainer(tmp_path, model=tiny.model(seed=5), teacher_model_kind="base", rows=tiny.rows(12))
+    other = trainer(
+        tmp_path, model=tiny.model(seed=5), teacher_model_kind="base", train_dataset=tiny.rows(12)
+    )
     with pytest.raises(UserError, match="another base teacher"):
         other.train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match="no complete checkpoint"):

@@ -13,91 +13,12 @@ from peft import LoraConfig
 
 import unisd.scoring.scorer
 import unisd.trainer
-from unisd import UniSDConfig, UniSDTrainer
+from tests.helpers.steps import STAR, assert_same
+from unisd import UniSDTrainer
 from unisd import testing as tiny
+from unisd.testing import gradients, trainer
 
 FAMILIES = sorted(tiny.FAMILIES)
-STAR = {
-    "teacher_model_kind": "ema",
-    "agreement": "token",
-    "agreement_gamma": 1.0,
-    "contrastive_weight": 0.1,
-    "feature_weight": 0.1,
-    # between two tokens for any count below 1,000: on one of them rounding would decide who is
-    # clipped
-    "token_clip_quantile": 0.813,
-}
-
-
-def trainer(
-    tmp_path: Any, family: str = "llama", model: Any = None, rows: Any = None, **options: Any
-) -> UniSDTrainer:
-    others = {
-        name: options.pop(name)
-        for name in ("peft_config", "eval_dataset", "engine", "processing_class")
-        if name in options
-    }
-    settings: dict[str, Any] = {
-        "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "max_completion_length": 10,
-        "temperature": 1.0,
-        "learning_rate": 1e-3,
-        "warmup_steps": 0,
-        "lr_scheduler_type": "constant",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "seed": 3,
-        # Bytes are tokens here: the built-in templates would be most of every sequence.
-        "teacher_prompt_template": "{prompt} Ref: {privileged_context} Now you.",
-        "auxiliary_prompt_template": "{context} {prompt}",
-    }
-    args = UniSDConfig(**settings | options)
-    return UniSDTrainer(
-        model if model is not None else tiny.model(family),
-        args,
-        train_dataset=rows if rows is not None else tiny.rows(8),
-        **{"processing_class": tiny.tokenizer(), **others},
-    )
-
-
-def gradients(built: UniSDTrainer, perturb: float = 0.05) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradient of the first optimizer step; the student is moved off the teacher first, so
-    that both are rich.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.model.parameters():
-            if parameter.requires_grad:
-                parameter += (
-                    perturb * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
-                )
-    batches, count = built.get_batch_samples(
-        iter(built.get_train_dataloader()), built.args.gradient_accumulation_steps, torch.device("cpu")
-    )
-    built.model.zero_grad()
-    built.model.train()
-    total = 0.0
-    for batch in batches:
-        loss = built.compute_loss(built.model, batch, num_items_in_batch=count)
-        loss.backward()
-        total += float(loss.detach())
-    return total, {name: p.grad.clone() for name, p in built.model.named_parameters() if p.grad is not None}
-
-
-def assert_same(
-    a: tuple[float, dict[str, torch.Tensor]],
-    b: tuple[float, dict[str, torch.Tensor]],
-    tolerance: float = 2e-5,
-) -> None:
-    assert a[0] == pytest.approx(b[0], rel=tolerance, abs=1e-7)
-    assert a[1].keys() == b[1].keys()
-    largest = max(float(g.abs().max()) for g in a[1].values())
-    assert largest > 0
-    for name, gradient in a[1].items():
-        torch.testing.assert_close(gradient, b[1][name], rtol=tolerance, atol=tolerance * largest, msg=name)
 
 
 def naive_sdft(built: UniSDTrainer, alpha: float) -> tuple[float, dict[str, torch.Tensor]]:
@@ -196,7 +117,7 @@ def test_neutral_mechanisms_change_nothing(tmp_path: Any, family: str) -> None:
     ]
     no_contexts[0]["auxiliary_contexts"] = tiny.rows(8)[0]["auxiliary_contexts"][:2]
     # K = 0 for all rows but one, whose weights differ: the others' weights must be exactly 1.
-    built = trainer(tmp_path, family, rows=no_contexts, agreement="sequence", agreement_gamma=1.0)
+    built = trainer(tmp_path, family, train_dataset=no_contexts, agreement="sequence", agreement_gamma=1.0)
     gradients(built)
     assert built.metrics.values["agreement/max"] == 1.0
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.invariants.test_invariants import assert_same, gradients, trainer
+from tests.helpers.steps import assert_same
 from unisd import UniSDConfig
 from unisd.errors import UserError
 from unisd.losses.chunked import chunked_loss
@@ -27,6 +27,7 @@ from unisd.methods.divergence import DivergenceSpec
 from unisd.methods.scores import StepScores
 from unisd.methods.terms import Contrast, contrast_hinge, quantile_clip
 from unisd.scoring.requests import subsample_contexts
+from unisd.testing import gradients, trainer
 from unisd.training.coefficients import most_uncertain
 
 F64 = torch.float64

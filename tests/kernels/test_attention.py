@@ -8,24 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.attention import LENGTHS, final_and_gradients
 from unisd import testing as tiny
 from unisd.backbone import Backbone
-from unisd.batching import collate
 from unisd.kernels import attention
 from unisd.kernels.attention import PACKED_SDPA
-
-LENGTHS = (9, 5, 17, 1)
-
-
-def final_and_gradients(backbone: Backbone) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(3, 60, (length,), generator=generator).tolist() for length in LENGTHS]
-    model = backbone.model.train()
-    model.zero_grad()
-    final = backbone.forward(model, collate(rows, True, 0, model.device)).final
-    assert final is not None
-    (final * torch.randn(final.shape, generator=generator).to(final.device)).sum().backward()
-    return [final.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

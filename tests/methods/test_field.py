@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.invariants.test_invariants import assert_same, gradients, trainer
-from tests.losses.test_losses import problem, run
+from tests.helpers.losses import problem, run
+from tests.helpers.steps import assert_same
 from unisd import UniSDConfig
 from unisd import testing as tiny
 from unisd.data.privilege import final_answer, first_half, hints, reference_at
@@ -33,6 +33,7 @@ from unisd.methods.registry import parse_weight
 from unisd.methods.scores import StepScores, TargetInputs
 from unisd.methods.targets import parse_target, register_target
 from unisd.methods.weights import confidence_gate, contrast_weight, dash, entropy_trust, position
+from unisd.testing import gradients, trainer
 from unisd.training.plan import needed_views
 
 F64 = torch.float64
@@ -443,7 +444,9 @@ def test_contexts_that_repeat_the_reference_bear_the_teacher_out(tmp_path: Any) 
         "teacher_prompt_template": "{privileged_context} {prompt}",
         "auxiliary_prompt_template": "{context} {prompt}",
     }
-    built = trainer(tmp_path, rows=rows, temperature=0.7, token_weights=["corroboration"], **templates)
+    built = trainer(
+        tmp_path, train_dataset=rows, temperature=0.7, token_weights=["corroboration"], **templates
+    )
     assert "teacher" not in built.needs
     gradients(built)
     assert built.metrics.values["weight/corroboration/min"] == pytest.approx(1.0, abs=1e-5)
@@ -539,8 +542,8 @@ def test_neutral_targets_change_nothing(tmp_path: Any) -> None:
     ]
     # Rows without a wrong reference keep the teacher's own distribution: only the first row
     # differs.
-    few = trainer(tmp_path, rows=rows, target="contrast:a=3.0", token_clip_quantile=0.9999)
-    none = trainer(tmp_path, rows=rows, token_clip_quantile=0.9999)
+    few = trainer(tmp_path, train_dataset=rows, target="contrast:a=3.0", token_clip_quantile=0.9999)
+    none = trainer(tmp_path, train_dataset=rows, token_clip_quantile=0.9999)
     D = [b.scorer.score(b._rollout([(i, 0) for i in range(8)])[0], "cpu")[0].divergence for b in (few, none)]
     torch.testing.assert_close(D[0][1:], D[1][1:])
 
@@ -616,7 +619,7 @@ def test_contrast_scores_are_those_of_the_whole_distributions(tmp_path: Any) -> 
         {**row, "negative_context": row["negative_context"] if i else None}
         for i, row in enumerate(tiny.rows(8))
     ]
-    built = trainer(tmp_path, rows=rows, token_weights=["contrast_weight"], temperature=0.8)
+    built = trainer(tmp_path, train_dataset=rows, token_weights=["contrast_weight"], temperature=0.8)
     scored, _ = built._rollout([(i, 0) for i in range(8)])
     found, _ = built.scorer.score(scored, "cpu")
     assert found.negative_divergence is not None and found.negative_logp is not None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.invariants.test_invariants import assert_same, gradients, trainer
+from tests.helpers.steps import assert_same
 from unisd import testing as tiny
 from unisd.errors import UserError
 from unisd.monitoring.alarms import pull_cosine
@@ -26,6 +26,7 @@ from unisd.monitoring.diagnostics import (
     repeated_share,
 )
 from unisd.rollout.engine import Completion
+from unisd.testing import gradients, trainer
 
 
 def counting() -> Counting:

@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 import yaml
 
-from tests.study.test_study import FakeExecutor, carried_out, study
+from tests.helpers.studies import FakeExecutor, carried_out, study
 from unisd.cli.main import main
 from unisd.report import plots
 from unisd.report.html import clean, data_block, escape, page, table

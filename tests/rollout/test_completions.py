@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.invariants.test_invariants import assert_same, gradients, trainer
+from tests.helpers.steps import assert_same
 from unisd import recipes
 from unisd import testing as tiny
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
+from unisd.testing import gradients, trainer
 
 NLL = {"distillation_mode": "nll", "teacher_model_kind": "live"}
 
@@ -64,7 +65,7 @@ def test_the_ends_of_a_mixture_are_its_sources(tmp_path: Any) -> None:
         == reference
     )
     half = trainer(
-        tmp_path, rows=tiny.rows(8) * 25, completion_source="mixture", on_policy_share=0.5, **options
+        tmp_path, train_dataset=tiny.rows(8) * 25, completion_source="mixture", on_policy_share=0.5, **options
     )
     share = sum(half.completions._source(i, 0, 0) == "student" for i in range(200)) / 200
     assert 0.35 < share < 0.65
@@ -123,7 +124,7 @@ def test_a_reference_over_the_limit_is_named(tmp_path: Any) -> None:
     rows = tiny.rows(3)
     rows[1]["privileged_context"] = "It is " + "very " * 20 + "long."
     with pytest.raises(UserError, match="row 1 of the training data: the completion has"):
-        trainer(tmp_path, rows=rows, completion_source="reference", max_completion_length=40)
+        trainer(tmp_path, train_dataset=rows, completion_source="reference", max_completion_length=40)
 
 
 @pytest.mark.parametrize("name", recipes.names())

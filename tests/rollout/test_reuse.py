@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.invariants.test_invariants import STAR, trainer
+from tests.helpers.steps import STAR
 from unisd import StepScores, UniSDConfig, UserError
 from unisd import testing as tiny
 from unisd.methods.aggregation import importance_ratio, importance_stats
 from unisd.methods.registry import parse_weight
 from unisd.rollout.engine import Completion
 from unisd.rollout.replay import RepeatedSteps, RolloutStore, behaviour_logp
+from unisd.testing import trainer
 from unisd.training.coefficients import loss_coefficients
 
 NAN = math.nan
@@ -123,7 +124,7 @@ def test_second_step_of_a_rollout_has_the_written_out_loss(tmp_path: Path) -> No
 def test_stopping_inside_a_rollout_changes_nothing(tmp_path: Path) -> None:
     options = {
         "num_iterations": 3,
-        "rows": tiny.rows(18),
+        "train_dataset": tiny.rows(18),
         "save_strategy": "steps",
         "save_steps": 1,
         "num_train_epochs": 9,
@@ -194,7 +195,7 @@ def test_engine_with_other_log_probabilities_is_corrected(tmp_path: Path, cap: f
 def test_references_are_not_corrected(tmp_path: Path) -> None:
     rows = [{**row, "completion": f"answer {i}"} for i, row in enumerate(tiny.rows(8))]
     built = trainer(
-        tmp_path, rows=rows, completion_source="mixture", on_policy_share=0.5, num_iterations=2, max_steps=1, max_completion_length=12
+        tmp_path, train_dataset=rows, completion_source="mixture", on_policy_share=0.5, num_iterations=2, max_steps=1, max_completion_length=12
     )  # fmt: skip
     built.train()
     kept = built.store.completions([(i, 0) for i in range(8)], 1)

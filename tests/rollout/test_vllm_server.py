@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 
 from tests.helpers.serving import StandIn, serving
-from tests.invariants.test_invariants import STAR, trainer
+from tests.helpers.steps import STAR
 from unisd import UniSDConfig, UserError
 from unisd import http_client as patient_http
 from unisd import testing as tiny
@@ -27,6 +27,7 @@ from unisd.errors import RolloutError
 from unisd.rollout.engine import Sampling
 from unisd.rollout.vllm import common
 from unisd.rollout.vllm.server import ServerEngine
+from unisd.testing import trainer
 from unisd.training import checkpoints
 
 PROMPTS = [[1, 10, 11], [1, 12], [1, 13, 14, 15]]
@@ -296,7 +297,7 @@ def run(folder: Path, server: StandIn, **options: Any) -> Any:
         "vllm_server_timeout": 0.3,
     }
     batches = {"gradient_accumulation_steps": 2, "num_train_epochs": 99, "max_steps": 4}
-    return trainer(folder, rows=tiny.rows(8), **{**batches, **asked, **options})
+    return trainer(folder, train_dataset=tiny.rows(8), **{**batches, **asked, **options})
 
 
 def lines(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, TrainingArguments
 
 import unisd.trainer
-from tests.invariants.test_invariants import gradients, trainer
 from unisd import UniSDConfig, UniSDTrainer, UserError, recipes
 from unisd import testing as tiny
 from unisd.data.prompts import encode_completion
+from unisd.testing import gradients, trainer
 
 
 def with_a_vision_tower() -> Any:
@@ -106,14 +106,16 @@ def test_references_end_as_the_model_ends_them() -> None:
 
 def test_the_answer_is_the_reference_by_default(tmp_path: Any) -> None:
     rows = [{"prompt": row["prompt"], "completion": row["privileged_context"]} for row in tiny.rows(8)]
-    built = trainer(tmp_path, rows=rows)
+    built = trainer(tmp_path, train_dataset=rows)
     assert [row["privileged_context"] for row in built.rows] == [row["completion"] for row in rows]
     with pytest.raises(UserError, match="no column 'privileged_context'"):
-        trainer(tmp_path, rows=[{"prompt": row["prompt"]} for row in rows])
+        trainer(tmp_path, train_dataset=[{"prompt": row["prompt"]} for row in rows])
 
 
 def test_prompts_alone_do_for_the_models_own_answers(tmp_path: Any) -> None:
     rows = [{"prompt": row["prompt"]} for row in tiny.rows(8)]
     trainer(
-        tmp_path, rows=rows, **recipes.load("ssd").options | {"max_completion_length": 8, "max_steps": 1}
+        tmp_path,
+        train_dataset=rows,
+        **recipes.load("ssd").options | {"max_completion_length": 8, "max_steps": 1},
     ).train()
