@@ -13,13 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig
-from test_invariants import STAR, trainer
 
+from tests.helpers.steps import STAR
 from unisd import UniSDConfig, reference
+from unisd import testing as tiny
 from unisd.rollout.engine import Completion, NoiseKey, Sampling
+from unisd.testing import trainer
 
 RATE = 0.05  # of plain SGD: a step is the gradient
 EPS = torch.finfo(torch.float32).eps
