@@ -523,7 +523,7 @@ def test_zero_skips_a_step_without_a_finite_gradient(zero: Path) -> None:
 
 
 KINDS = [
-    "fsdp2",
+    pytest.param("fsdp2", marks=pytest.mark.long),
     pytest.param("ddp", marks=pytest.mark.real),
     pytest.param("zero3", marks=pytest.mark.deepspeed),
 ]
