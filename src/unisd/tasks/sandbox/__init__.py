@@ -1,6 +1,6 @@
 """Running code that a model wrote, where it can hurt nothing and forge nothing.
 
-    from unisd import sandbox
+    from unisd.tasks import sandbox
     sandbox.run_program("def double(x): return 2 * x", "assert double(2) == 4").passed  # True
 
 Two processes, each in its own sandbox (bubblewrap: no network, no files but the interpreter's, a
@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from unisd.errors import UserError
 from unisd.tasks.sandbox import syscalls
 
-__all__ = ["Verdict", "check", "run", "run_many"]
+__all__ = ["Verdict", "check_isolation", "run_many", "run_program"]
 
 MAX_PROCESSES = 8  # and threads, of the code
 MAX_FILE_BYTES = 16 * 2**20
