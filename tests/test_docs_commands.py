@@ -10,7 +10,7 @@ import re
 import shlex
 from contextlib import redirect_stdout
 from functools import cache
-from itertools import pairwise, product
+from itertools import dropwhile, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ OURS = ("unisd", "experiments", "benchmarks", "examples", "tests")
 FOLDERS = ("src/", "docs/", "tests/", "examples/", "experiments/", "benchmarks/", ".github/", ".ci/")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+COMMAND = re.compile(r"\s*(?:[A-Z_0-9]+=\S+ )*(?:unisd|python|pytest|make|torchrun|srun|cp|pip|ruff)\s")
 WRITES = ("--output", "--output_dir", "--json", "--figures")  # what follows need not be there yet
 
 
@@ -44,17 +45,14 @@ def spans(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command: each line of a block, and each span that begins like one."""
+    """The words of every command, in blocks and between backticks."""
     lines = [line for block in blocks(text) for line in block.replace("\\\n", " ").splitlines()]
-    lines += [span for span in spans(text) if re.match(r"(unisd|python|pytest|make|torchrun)\s+\S", span)]
     found = []
-    for line in lines:
+    for line in [*lines, *spans(text)]:
         for part in re.split(r"&&|\|\|?|;", re.sub(r"(^|\s)#.*", "", line)):
-            words = shlex.split(part)
-            while words and re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
-                words = words[1:]
-            if words:
-                found.append(words)
+            if COMMAND.match(part):
+                words = shlex.split(part)
+                found.append(list(dropwhile(lambda word: re.match(r"[A-Z_0-9]+=", word), words)))
     return found
 
 
@@ -182,7 +180,6 @@ def test_the_parser_of_documents_finds_what_is_wrong() -> None:
     text = f"`unisd trian`\n\n```\n{block}```\n"
     assert commands(text) == [
         ["unisd", "eval", "--modle", "M", "--json", "f.json"],
-        ["cd", "x"],
         ["unisd", "train", "--recipe", "sfdt"],
         ["unisd", "trian"],
     ]
@@ -218,7 +215,7 @@ def test_modules_and_files_that_documents_name_exist(guide: Path) -> None:
             gone.append(span)
         if span.startswith(FOLDERS) and "*" not in span and " " not in span:
             gone += [path for path in expanded(span.partition("::")[0]) if not (ROOT / path).exists()]
-        elif re.fullmatch(r"[\w/]+\.(py|css|js)", span) and not any(ROOT.glob(f"**/{span}")):
+        elif re.fullmatch(r"[a-z_/]+\.(py|css|js)", span) and not any(ROOT.glob(f"**/{span}")):
             gone.append(span)
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", FENCE.sub("", text)):
         if not re.match(r"\w+:", link) and not (guide.parent / link).exists():
@@ -242,3 +239,11 @@ def test_modules_that_docstrings_name_exist() -> None:
         names += [span for span in CODE.findall(text) if NAMED_MODULE.fullmatch(span)]
         found += [f"{path.relative_to(ROOT)}: {name}" for name in names if "." in name and not is_there(name)]
     assert not found, "\n".join(found)
+
+
+def test_the_file_tree_of_the_guide_is_the_tree() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (tree,) = [block for block in blocks(text) if block.startswith("src/unisd/\n")]
+    shown = set(re.findall(r"^  (\S+)", tree, re.M))
+    here = {path.name + "/" * path.is_dir() for path in (ROOT / "src/unisd").iterdir()}
+    assert shown == here - {"__pycache__/", "__init__.py", "__main__.py", "py.typed"}
