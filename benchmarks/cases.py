@@ -559,5 +559,11 @@ def linearity(points: Sequence[tuple[float, float]]) -> float:
 
 
 CASES: dict[str, Callable[[Options], tuple[Rows, Ratios]]] = {
-    "loss": loss, "score": score, "step": step, "generate": generate, "main": main_job, "memory": memory_plan, "growth": growth,
-}  # fmt: skip
+    "loss": loss,
+    "score": score,
+    "step": step,
+    "generate": generate,
+    "main": main_job,
+    "memory": memory_plan,
+    "growth": growth,
+}

@@ -5,8 +5,8 @@ Say a paper mixes the teacher with the same teacher on the plain prompt, q' = (1
 is one function. It declares the second distribution it needs, and the trainer scores it: one more
 forward pass, and no other change.
 
-    python examples/next_paper.py                                      # a few steps on the pocket model
-    python -m pytest examples/next_paper.py                            # its test
+    python examples/next_paper.py               # a few steps on the pocket model
+    python -m pytest examples/next_paper.py     # its test
 
 In a package, an entry point under `unisd.targets` makes it known to the command: `unisd
 train --target arithmetic:a=0.2`.

@@ -13,7 +13,9 @@ again.
 | `healthy` | nothing | none |
 | `collapse` | a live teacher and a rate too high | `collapse` |
 | `leak` | the teacher sees the final answer only | `blind teacher` |
-| `doubt-lost` | the base doubts aloud, its references do not (:mod:`experiments.pocket_base.hedging`) | `suppressed doubt` |
+| `doubt-lost` | the base doubts aloud, its references do not | `suppressed doubt` |
+
+The base that doubts is :mod:`experiments.pocket_base.hedging`.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ TASK_FLAGS = {
 SHARED_FLAGS = [
     "--dtype", "float32", "--use_peft", "--lora_r", "32", "--lora_alpha", "64",
     "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2",
-    "--num_train_epochs", "1000", "--max_completion_length", "40", "--save_strategy", "steps", "--save_steps", str(EVERY),
-    "--save_total_limit", "1",
+    "--num_train_epochs", "1000", "--max_completion_length", "40",
+    "--save_strategy", "steps", "--save_steps", str(EVERY), "--save_total_limit", "1",
 ]  # fmt: skip
 FORWARD, JSD = 0.0, 0.5
 # Pilots of a task: (divergence, rate).
