@@ -1,4 +1,6 @@
-"""`python -m benchmarks {loss,score,step,generate,main,memory,growth} --json F`, and `python -m
+"""Measure, or turn results into tables.
+
+`python -m benchmarks {loss,score,step,generate,main,memory,growth} --json F`, and `python -m
 benchmarks table F... --output T`.
 """
 

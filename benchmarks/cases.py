@@ -1,6 +1,4 @@
-"""What is measured: the loss alone, the scoring phase, a whole step, generation, the main job, and
-growth.
-"""
+"""Measure the loss alone, the scoring phase, a whole step, generation, the main job, and growth."""
 
 from __future__ import annotations
 
@@ -82,8 +80,9 @@ def _ratio(samples: dict[str, Samples], name: str, one: str, other: str, what: s
 
 
 def loss(o: Options) -> tuple[Rows, Ratios]:
-    """JSD of N tokens from hidden states, weighted and clipped: forward and backward, with a frozen
-    and a trained head.
+    """Measure the JSD of N tokens from hidden states, weighted and clipped, forward and backward.
+
+    With a frozen and a trained head.
 
     TRL's kernel has neither weights nor clip, and is measured without them.
     """
@@ -158,8 +157,9 @@ def _cut(rows: Sequence[Example], batch: int) -> list[list[Example]]:
 def manual_step(
     base: Any, rows: Sequence[Example], s: Star, batch: int, function: Callable[..., float], *extra: Any
 ) -> Function:
-    """An optimizer step around `function`, with LoRA, gradient checkpointing and an EMA teacher of
-    its own.
+    """Make an optimizer step around `function`.
+
+    With LoRA, gradient checkpointing and an EMA teacher of its own.
     """
     torch.manual_seed(42)
     model = get_peft_model(twin(base), lora())
@@ -195,8 +195,9 @@ def as_trained(base: Any) -> Any:
 
 
 def primed(trainer: Any) -> Any:
-    """The trainer with what happens once in a run, not in every step, done: its optimizer's states,
-    a collection of garbage.
+    """Do what happens once in a run, not in every step.
+
+    That is its optimizer's states, and a collection of garbage.
     """
     prime(trainer.create_optimizer())
     trainer.accelerator.free_memory = lambda *objects: list(objects)  # `measure` does it
@@ -213,8 +214,9 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
 
 
 def star_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[str, Callable[[], Function]]:
-    """UniSD* of the same rows by ours, the plain version and the bare limit; each is built when it
-    is called for.
+    """Build UniSD* of the same rows by ours, the plain version and the bare limit.
+
+    Each is built when it is called for.
     """
     chunk = default_chunk_tokens(base.config.vocab_size, base.device)
     options = ours.star_options(s, len(rows[0].auxiliary))
@@ -243,8 +245,9 @@ def sdft_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[
 
 
 def step(o: Options) -> tuple[Rows, Ratios]:
-    """A whole optimizer step without generation: SDFT against TRL; UniSD* at equal and at mixed
-    lengths.
+    """Measure a whole optimizer step without generation: SDFT, UniSD*, at equal and mixed lengths.
+
+    SDFT is measured against TRL; UniSD* at equal and at mixed lengths.
     """
     base, s, count = build(o.shape, o.device, o.dtype, o.layers), Star(), o.batch * o.accumulation
     V = base.config.vocab_size
@@ -291,8 +294,9 @@ def step(o: Options) -> tuple[Rows, Ratios]:
 
 
 def score(o: Options) -> tuple[Rows, Ratios]:
-    """The phase without gradient of a UniSD* step: all K + 2 views of all rows, at mixed
-    lengths.
+    """Measure the phase without gradient of a UniSD* step.
+
+    All K + 2 views of all rows, at mixed lengths.
     """
     base, s = build(o.shape, o.device, o.dtype, o.layers), Star()
     data = examples(
@@ -338,8 +342,9 @@ def score(o: Options) -> tuple[Rows, Ratios]:
 
 
 def generate(o: Options) -> tuple[Rows, Ratios]:
-    """Sampling with lengths that differ: rows are made to end where the mixed lengths say, by a
-    processor both sides run.
+    """Measure sampling with lengths that differ.
+
+    Rows are made to end where the mixed lengths say, by a processor both sides run.
 
     `--impls ours plain vllm` adds vLLM (where it is installed), which is asked for these lengths,
     and the seconds of a sync of all weights.
@@ -405,8 +410,9 @@ def generate(o: Options) -> tuple[Rows, Ratios]:
 
 
 def main_job(o: Options) -> tuple[Rows, Ratios]:
-    """`unisd train` as the README gives it, in a process of its own: wall time and peak memory of
-    all of it.
+    """Measure `unisd train` as the README gives it, in a process of its own.
+
+    Wall time and peak memory of all of it.
     """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -421,8 +427,9 @@ def main_job(o: Options) -> tuple[Rows, Ratios]:
 
 
 def memory_plan(o: Options) -> tuple[Rows, Ratios]:
-    """Peak memory of an SDFT and a UniSD* run (weights, optimizer, teacher, one step) beside what
-    `--dry_run` predicts.
+    """Compare the peak memory of a run with what `--dry_run` predicts.
+
+    Of an SDFT and a UniSD* run (weights, optimizer, teacher, one step).
     """
     from unisd.memory import ModelSize, estimate
 
@@ -482,8 +489,9 @@ AXES: dict[str, list[int]] = {
 
 
 def growth(o: Options) -> tuple[Rows, Ratios]:
-    """A UniSD* step of ours and the bare passes against K, completion length, vocabulary and rows
-    (try `--shape llama-32k --layers 4`).
+    """Measure a UniSD* step along K, completion length, vocabulary and rows.
+
+    Of ours and the bare passes (try `--shape llama-32k --layers 4`).
 
     Beside each time stands the number of tokens that pass the model, counted once per forward
     without gradient and three times for the student's. `slope_*` is the cost of one more token over
@@ -525,9 +533,11 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
 
 
 def passed_tokens(data: Sequence[Example]) -> int:
-    """Tokens that a UniSD* step passes through the model: once without gradient under every view
-    (the problem of the right reference is that of the wrong one), three times for the student
-    (forward, forward again for checkpointing, backward with frozen weights).
+    """Count the tokens that a UniSD* step passes through the model.
+
+    Once without gradient under every view (the problem of the right reference is that of the wrong
+    one), three times for the student (forward, forward again for checkpointing, backward with
+    frozen weights).
     """
     return sum(
         sum(len(view) + len(row.completion) for view in (row.teacher, row.negative, *row.auxiliary))
@@ -538,8 +548,9 @@ def passed_tokens(data: Sequence[Example]) -> int:
 
 
 def needed_flop(base: Any, data: Sequence[Example]) -> float:
-    """Floating-point operations of these passes, and of K + 4 products with the head for each
-    completion token; without attention.
+    """Count the floating-point operations of these passes, without attention.
+
+    And of K + 4 products with the head for each completion token.
     """
     body = sum(p.numel() for name, p in base.get_decoder().named_parameters() if "embed" not in name)
     answers = sum(len(row.completion) * (len(row.auxiliary) + 4) for row in data)

@@ -1,5 +1,6 @@
-"""The next paper in an afternoon: a target of your own, its test, and a run, in one file outside
-the package.
+"""The next paper in an afternoon: a target of your own, its test and a run, in one file.
+
+The file lies outside of the package.
 
 Say a paper mixes the teacher with the same teacher on the plain prompt, q' = (1 - a) q + a b. That
 is one function. It declares the second distribution it needs, and the trainer scores it: one more

@@ -1,5 +1,6 @@
-"""Train the pocket base model from scratch: `python -m experiments.pocket_base.pretrain
---output_dir out [--seed 0] [--resume]`.
+"""Train the pocket base model from scratch.
+
+`python -m experiments.pocket_base.pretrain --output_dir out [--seed 0] [--resume]`.
 
 `--variant hedging` trains the shipped base on, for some minutes, into one that doubts aloud
 (:mod:`experiments.pocket_base.hedging`).
@@ -81,8 +82,9 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 
 def tokenizer_texts(seed: int, documents: int = 6000) -> Iterator[str]:
-    """Documents, and the syllables of nonsense words in bulk: each becomes one token, whatever word
-    it stands in.
+    """Yield documents, and the syllables of nonsense words in bulk.
+
+    Each syllable becomes one token, whatever word it stands in.
     """
     rng = random.Random(f"tokenizer {seed}")
     sampler = DocumentSampler(make_world(), rng)
@@ -181,8 +183,9 @@ def loss_of(model: Any, batch: Batch) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for matrices. torch's own does this in bf16, which many CPUs only
-    emulate.
+    """Makes momentum orthogonal, for matrices.
+
+    torch's own does this in bf16, which many CPUs only emulate.
     """
 
     def __init__(
@@ -210,8 +213,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x_NIJ: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Newton-Schulz: drives every singular value towards one (coefficients of the quintic iteration
-    of Muon).
+    """Drive every singular value towards one, by Newton-Schulz.
+
+    The coefficients are those of the quintic iteration of Muon.
     """
     x_NIJ = x_NIJ / (x_NIJ.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
