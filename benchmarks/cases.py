@@ -1,4 +1,6 @@
-"""Measure the loss alone, the scoring phase, a whole step, generation, the main job, and growth."""
+"""What is measured: the loss alone, the scoring phase, a whole step, generation, the main job, and
+growth.
+"""
 
 from __future__ import annotations
 
@@ -80,9 +82,8 @@ def _ratio(samples: dict[str, Samples], name: str, one: str, other: str, what: s
 
 
 def loss(o: Options) -> tuple[Rows, Ratios]:
-    """Measure the JSD of N tokens from hidden states, weighted and clipped, forward and backward.
-
-    With a frozen and a trained head.
+    """JSD of N tokens from hidden states, weighted and clipped: forward and backward, with a frozen
+    and a trained head.
 
     TRL's kernel has neither weights nor clip, and is measured without them.
     """
@@ -157,9 +158,8 @@ def _cut(rows: Sequence[Example], batch: int) -> list[list[Example]]:
 def manual_step(
     base: Any, rows: Sequence[Example], s: Star, batch: int, function: Callable[..., float], *extra: Any
 ) -> Function:
-    """Make an optimizer step around `function`.
-
-    With LoRA, gradient checkpointing and an EMA teacher of its own.
+    """An optimizer step around `function`, with LoRA, gradient checkpointing and an EMA teacher of
+    its own.
     """
     torch.manual_seed(42)
     model = get_peft_model(twin(base), lora())
@@ -195,9 +195,8 @@ def as_trained(base: Any) -> Any:
 
 
 def primed(trainer: Any) -> Any:
-    """Do what happens once in a run, not in every step.
-
-    That is its optimizer's states, and a collection of garbage.
+    """The trainer with what happens once in a run, not in every step, done: its optimizer's states,
+    a collection of garbage.
     """
     prime(trainer.create_optimizer())
     trainer.accelerator.free_memory = lambda *objects: list(objects)  # `measure` does it
@@ -214,9 +213,8 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
 
 
 def star_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[str, Callable[[], Function]]:
-    """Build UniSD* of the same rows by ours, the plain version and the bare limit.
-
-    Each is built when it is called for.
+    """UniSD* of the same rows by ours, the plain version and the bare limit; each is built when it
+    is called for.
     """
     chunk = default_chunk_tokens(base.config.vocab_size, base.device)
     options = ours.star_options(s, len(rows[0].auxiliary))
@@ -245,9 +243,8 @@ def sdft_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[
 
 
 def step(o: Options) -> tuple[Rows, Ratios]:
-    """Measure a whole optimizer step without generation: SDFT, UniSD*, at equal and mixed lengths.
-
-    SDFT is measured against TRL; UniSD* at equal and at mixed lengths.
+    """A whole optimizer step without generation: SDFT against TRL; UniSD* at equal and at mixed
+    lengths.
     """
     base, s, count = build(o.shape, o.device, o.dtype, o.layers), Star(), o.batch * o.accumulation
     V = base.config.vocab_size
@@ -294,9 +291,8 @@ def step(o: Options) -> tuple[Rows, Ratios]:
 
 
 def score(o: Options) -> tuple[Rows, Ratios]:
-    """Measure the phase without gradient of a UniSD* step.
-
-    All K + 2 views of all rows, at mixed lengths.
+    """The phase without gradient of a UniSD* step: all K + 2 views of all rows, at mixed
+    lengths.
     """
     base, s = build(o.shape, o.device, o.dtype, o.layers), Star()
     data = examples(
@@ -342,9 +338,8 @@ def score(o: Options) -> tuple[Rows, Ratios]:
 
 
 def generate(o: Options) -> tuple[Rows, Ratios]:
-    """Measure sampling with lengths that differ.
-
-    Rows are made to end where the mixed lengths say, by a processor both sides run.
+    """Sampling with lengths that differ: rows are made to end where the mixed lengths say, by a
+    processor both sides run.
 
     `--impls ours plain vllm` adds vLLM (where it is installed), which is asked for these lengths,
     and the seconds of a sync of all weights.
@@ -410,9 +405,8 @@ def generate(o: Options) -> tuple[Rows, Ratios]:
 
 
 def main_job(o: Options) -> tuple[Rows, Ratios]:
-    """Measure `unisd train` as the README gives it, in a process of its own.
-
-    Wall time and peak memory of all of it.
+    """`unisd train` as the README gives it, in a process of its own: wall time and peak memory of
+    all of it.
     """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -427,9 +421,8 @@ def main_job(o: Options) -> tuple[Rows, Ratios]:
 
 
 def memory_plan(o: Options) -> tuple[Rows, Ratios]:
-    """Compare the peak memory of a run with what `--dry_run` predicts.
-
-    Of an SDFT and a UniSD* run (weights, optimizer, teacher, one step).
+    """Peak memory of an SDFT and a UniSD* run (weights, optimizer, teacher, one step) beside what
+    `--dry_run` predicts.
     """
     from unisd.memory import ModelSize, estimate
 
@@ -489,9 +482,8 @@ AXES: dict[str, list[int]] = {
 
 
 def growth(o: Options) -> tuple[Rows, Ratios]:
-    """Measure a UniSD* step along K, completion length, vocabulary and rows.
-
-    Of ours and the bare passes (try `--shape llama-32k --layers 4`).
+    """A UniSD* step of ours and the bare passes against K, completion length, vocabulary and rows
+    (try `--shape llama-32k --layers 4`).
 
     Beside each time stands the number of tokens that pass the model, counted once per forward
     without gradient and three times for the student's. `slope_*` is the cost of one more token over
@@ -533,11 +525,9 @@ def growth(o: Options) -> tuple[Rows, Ratios]:
 
 
 def passed_tokens(data: Sequence[Example]) -> int:
-    """Count the tokens that a UniSD* step passes through the model.
-
-    Once without gradient under every view (the problem of the right reference is that of the wrong
-    one), three times for the student (forward, forward again for checkpointing, backward with
-    frozen weights).
+    """Tokens that a UniSD* step passes through the model: once without gradient under every view
+    (the problem of the right reference is that of the wrong one), three times for the student
+    (forward, forward again for checkpointing, backward with frozen weights).
     """
     return sum(
         sum(len(view) + len(row.completion) for view in (row.teacher, row.negative, *row.auxiliary))
@@ -548,9 +538,8 @@ def passed_tokens(data: Sequence[Example]) -> int:
 
 
 def needed_flop(base: Any, data: Sequence[Example]) -> float:
-    """Count the floating-point operations of these passes, without attention.
-
-    And of K + 4 products with the head for each completion token.
+    """Floating-point operations of these passes, and of K + 4 products with the head for each
+    completion token; without attention.
     """
     body = sum(p.numel() for name, p in base.get_decoder().named_parameters() if "embed" not in name)
     answers = sum(len(row.completion) * (len(row.auxiliary) + 4) for row in data)
@@ -570,11 +559,5 @@ def linearity(points: Sequence[tuple[float, float]]) -> float:
 
 
 CASES: dict[str, Callable[[Options], tuple[Rows, Ratios]]] = {
-    "loss": loss,
-    "score": score,
-    "step": step,
-    "generate": generate,
-    "main": main_job,
-    "memory": memory_plan,
-    "growth": growth,
-}
+    "loss": loss, "score": score, "step": step, "generate": generate, "main": main_job, "memory": memory_plan, "growth": growth,
+}  # fmt: skip

@@ -1,9 +1,7 @@
-"""Measure what each token weight adds to an optimizer step at the shape of a 0.5B model.
+"""What each token weight adds to an optimizer step at the shape of a 0.5B model, as a share of the
+step.
 
-As a share of the step:
-
-    python -m benchmarks.field_weights [--shape qwen2.5-0.5b] [--completion 16] [--repetitions 4]
-        [--threads 2]
+    python -m benchmarks.field_weights [--shape qwen2.5-0.5b] [--completion 16] [--repetitions 4] [--threads 2]
 
 Whole steps of the trainer under LoRA with an EMA teacher, without generation (which would only make
 the shares smaller): the reference step and the same step with one weight, in turn, so that a busy
