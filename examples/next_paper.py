@@ -1,12 +1,13 @@
-"""The next paper in an afternoon: a target of your own, its test, and a run, in one file outside
-the package.
+"""The next paper in an afternoon: a target of your own, its test and a run, in one file.
+
+The file lies outside of the package.
 
 Say a paper mixes the teacher with the same teacher on the plain prompt, q' = (1 - a) q + a b. That
 is one function. It declares the second distribution it needs, and the trainer scores it: one more
 forward pass, and no other change.
 
-    python examples/next_paper.py                                      # a few steps on the pocket model
-    python -m pytest examples/next_paper.py                            # its test
+    python examples/next_paper.py               # a few steps on the pocket model
+    python -m pytest examples/next_paper.py     # its test
 
 In a package, an entry point under `unisd.targets` makes it known to the command: `unisd
 train --target arithmetic:a=0.2`.

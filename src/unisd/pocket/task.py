@@ -111,8 +111,9 @@ class PocketTask(Task):
         return rows
 
     def knows(self, row: Row, completion: str) -> bool:
-        """Whether the completion is right in any wording: in the model's own (`grade`), or word for
-        word in an annotator's.
+        """Say whether the completion is right in any wording.
+
+        That is the model's own (`grade`), or word for word an annotator's.
 
         `grade` asks for the form that the task asks for; a model that has learnt the annotators'
         wording fails it with what it knows.
@@ -161,8 +162,9 @@ def extract_call(completion: str) -> str | None:
 
 
 def auxiliary_contexts(row: Row, by_word: dict[str, list[Row]], seed: int) -> list[str]:
-    """Up to `NUM_CONTEXTS` contexts of two solved training problems about the row's word(s), none
-    of which gives the row away.
+    """Build up to `NUM_CONTEXTS` contexts of two solved training problems about the row's word(s).
+
+    None of them gives the row away.
 
     Left out are the row's own problem, in other words too, and examples that hold the row's
     reference: where two annotators of one word's four problems chose the same words for the same
