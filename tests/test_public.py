@@ -54,7 +54,7 @@ def parameters(thing: Any) -> dict[str, str]:
 
 
 def methods(thing: Any) -> dict[str, Any]:
-    """Methods that the class adds to those of its bases, by name; a trainer is used as any other."""
+    """Methods that the class adds to those of its bases, by name; none of the trainer."""
     if thing is unisd.UniSDTrainer:
         return {}
     inherited = {name for base in thing.__mro__[1:] for name in vars(base)}
