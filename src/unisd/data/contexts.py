@@ -52,6 +52,11 @@ class Settings:
     embedder: str = "tfidf"
 
 
+def needs_model(kind: str, embedder: str) -> bool:
+    """Whether the student's own model writes or embeds for contexts of this kind."""
+    return kind == "induction" or (kind == "retrieval" and embedder == "model")
+
+
 class Embedder(Protocol):
     """Turns texts into vectors; rows of `[N,D]` need not be normalised.
 

@@ -22,7 +22,7 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,40 @@ def parse_column_mapping(text: str | None) -> dict[str, str]:
             )
         mapping[ours] = theirs
     return mapping
+
+
+def load_rows(
+    source: str | Path | Iterable[Row],
+    columns: str | Mapping[str, str] | None = None,
+    *,
+    needs_reference: bool = True,
+    name: str | None = None,
+) -> list[Row]:
+    """Read and check your own rows, as `unisd train --train_file FILE --columns COLUMNS` does.
+
+    Args:
+        source: a file (.jsonl, .json, both also .gz; .csv, .parquet), or the rows themselves: a
+            `datasets.Dataset` or any iterable of dicts.
+        columns: our column names to yours, as a dict or as `"prompt=question,completion=answer"`.
+        needs_reference: refuse rows without a reference (`privileged_context`, `completion` or
+            `teacher_prompt`).
+        name: what to call the rows in errors; default: the file.
+
+    Returns:
+        One plain dict a row, with `prompt`, `privileged_context`, `completion`, `id`, and all other
+        columns as they are.
+
+    Raises:
+        UserError: an unreadable or empty file, a missing column (with candidates), or the first
+            row that breaks the contract, by its number.
+    """
+    if isinstance(source, Mapping):
+        raise UserError(f"the dataset has splits: give one of them ({', '.join(map(str, source))}).")
+    rows = load_file(source) if isinstance(source, (str, Path)) else source
+    if name is None:
+        name = str(source) if isinstance(source, (str, Path)) else "the dataset"
+    mapping = parse_column_mapping(columns) if isinstance(columns, str) else dict(columns or {})
+    return prepare_rows(rows, mapping, name, needs_reference)
 
 
 def prepare_rows(
