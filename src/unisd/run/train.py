@@ -15,7 +15,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from unisd import memory
 from unisd.config import UniSDConfig
-from unisd.console import ProgressDisplay, make_console, show_example, show_table
+from unisd.console import make_console, show_example, show_table
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import is_sharded
 from unisd.errors import UserError
@@ -28,6 +28,7 @@ from unisd.run.inputs import RunData, adapter_config, fit_mechanisms, load_data,
 from unisd.run.measure import change_lines, drift, measure, pair_answers
 from unisd.run.options import RunOptions
 from unisd.run.prepare import prepare
+from unisd.run.progress import ProgressDisplay
 from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import last_complete_checkpoint
 from unisd.training.guards import Interruption
