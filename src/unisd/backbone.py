@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from unisd.batching import Batch, close, collate, tolerance_of
-from unisd.distributed.sharding import entry, is_sharded, materialized
+from unisd.distributed.sharding import materialized, passage_to
 from unisd.errors import UserError
 from unisd.kernels.attention import PACKED_SDPA
 from unisd.losses.head import Head
@@ -157,10 +157,9 @@ class Backbone:
         return captured
 
     def _run(self, **inputs: Any) -> None:
-        if is_sharded(self.model):  # called in part, it would be left half gathered
-            entry(self.model)(**{**self._forward_options, **inputs})
-        else:
-            self.decoder(**inputs)
+        passage = passage_to(self.decoder, self.model)
+        options = {} if passage is self.decoder else self._forward_options
+        passage(**{**options, **inputs})
 
     def continuations(
         self,

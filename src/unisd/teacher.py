@@ -74,18 +74,8 @@ class Teacher:
         Yields them by `id` of the parameter.
         """
         self._follow_device()
-        if self.parameters and sharding.is_sharded(self.model):
-            with sharding.shards_in_place(self.model, self.parameters, self.state):
-                yield {}
-            return
-        kept = {name: p.data for name, p in self.parameters.items()}
-        try:
-            for name, p in self.parameters.items():
-                p.data = self.state[name].to(p.dtype)
-            yield {id(p): p.data for p in self.parameters.values()}
-        finally:
-            for name, p in self.parameters.items():
-                p.data = kept[name]
+        with sharding.values_in_place(self.model, self.parameters, self.state) as values:
+            yield values
 
     def weight(self, parameter: Tensor | None) -> Tensor | None:
         """The teacher's value of one of the student's parameters (the head's), for use outside of
@@ -96,7 +86,7 @@ class Teacher:
         if parameter is None:
             return None
         self._follow_device()
-        if sharding.is_sharded(self.model):
+        if sharding.all_ranks_must_join(self.model):
             return self._whole_weight(parameter)
         for name, p in self.parameters.items():
             if p is parameter:

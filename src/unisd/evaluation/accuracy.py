@@ -21,7 +21,7 @@ from unisd.console import show_progress
 from unisd.evaluation.grading import grade_many, wilson
 from unisd.evaluation.likelihood import Ids, _ids
 from unisd.models.load import eos_ids
-from unisd.rollout.decoding import decode
+from unisd.rollout.decoding import decode, default_batch_size
 from unisd.tasks.base import Grade, Row
 
 Interval = dict[str, float]
@@ -62,7 +62,7 @@ def generate_greedy(
         batch_size: prompts at a time; None: 48 on a CPU, 256 on an accelerator.
         progress: a bar on stderr; None: only where stderr is a terminal, after a few seconds.
     """
-    at_once = batch_size or (48 if model.device.type == "cpu" else 256)
+    at_once = batch_size or default_batch_size(model.device)
     ends = eos_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
 

@@ -25,6 +25,7 @@ from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.evaluation.grading import wilson
 from unisd.evaluation.likelihood import reference_nll
+from unisd.kernels.attention import takes_packed
 from unisd.losses.chunked import chunked_loss, token_logprobs
 from unisd.methods.divergence import DivergenceSpec
 from unisd.models.load import eos_ids
@@ -79,7 +80,7 @@ class Probe:
         self.eos_ids = eos_ids(model, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.backbone = Backbone(model)
-        self.packed = self.backbone.check(self.pad_id) and model.device.type != "cpu"
+        self.packed = self.backbone.check(self.pad_id) and takes_packed(model.device)
 
     # -- what it says ------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from unisd.files import keep_until
+from unisd.kernels.devices import synchronize
 
 
 class StepMetrics:
@@ -66,8 +67,8 @@ class StepMetrics:
         """
         start = time.perf_counter()
         yield
-        if wait and self.device.type != "cpu" and torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        if wait:
+            synchronize(self.device)
         seconds = time.perf_counter() - start
         self.phases[phase] += seconds
         if phase != "eval":

@@ -163,6 +163,11 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
             owner.generation_config = own
 
 
+def default_batch_size(device: torch.device) -> int:
+    """Prompts that are answered greedily at a time, where the caller does not say how many."""
+    return 48 if device.type == "cpu" else 256
+
+
 def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],

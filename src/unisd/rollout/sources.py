@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from unisd.config import UniSDConfig
 from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rows import Row
-from unisd.distributed.sharding import is_sharded
+from unisd.distributed.sharding import all_ranks_must_join
 from unisd.errors import UserError
 from unisd.rollout.engine import Completion, Engine, NoiseKey, Sampling, uniform_noise
 from unisd.teacher import Teacher
@@ -99,7 +99,7 @@ class CompletionSource:
         model's weights.
         """
         of_rows = "student" if self.args.completion_source == "mixture" else self.args.completion_source
-        return source == of_rows and is_sharded(self.teacher.model)
+        return source == of_rows and all_ranks_must_join(self.teacher.model)
 
     def carries_loss(self, completion: Completion) -> bool:
         """False for answers that are left out: cut ones if asked so, and empty ones of the initial
