@@ -11,7 +11,7 @@ from unisd.console import number
 from unisd.data.rows import Row
 from unisd.evaluation.accuracy import accuracy
 from unisd.evaluation.likelihood import gold_ppl
-from unisd.evaluation.retention import retention
+from unisd.evaluation.retention import retention, retention_along
 from unisd.run import answers
 from unisd.run.inputs import GradeFunction, RunData
 
@@ -75,10 +75,10 @@ def drift(
     missing they are written anew.
     """
     after, before = ((side or {}).get("token_ids") for side in known)
-    answers = None if after is None or before is None else (after, before)
-    found = retention(
-        model, base, tokenizer, rows, max_new_tokens=cap, batch_size=batch_size, answers=answers
-    )
+    if after is None or before is None:
+        found = retention(model, base, tokenizer, rows, max_new_tokens=cap, batch_size=batch_size)
+    else:
+        found = retention_along(model, base, tokenizer, rows, (after, before))
     ways = ("forward", "reverse")
     return {
         "retention_ppl": {way: _finite(found[way]["ppl"]) for way in ways},

@@ -251,7 +251,8 @@ def _drift(
 ) -> Results:
     """Measure how far the model is from the initial one on the retention rows.
 
-    Where the task has none, on the evaluation rows. Not of a sharded model without an adapter: `unisd eval --base` measures it afterwards.
+    Where the task has none, on the evaluation rows. Not of a sharded model without an adapter:
+    `unisd eval --base` measures it afterwards.
     """
     model, rows = setting.trainer.model, setting.data.retention or setting.data.evaluation
     # Where processes share a model, none has room for a whole initial one beside it.
