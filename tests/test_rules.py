@@ -156,7 +156,7 @@ def loaded_with(modules: tuple[str, ...], unwanted: tuple[str, ...], folder: Pat
 
 
 def broken_contracts(config: Path, *folders: Path) -> list[str]:
-    """Names of the import contracts that packages in `folders` break; prints import-linter's report."""
+    """Names of the import contracts that packages in `folders` break; prints the report."""
     code = (
         "import sys; from importlinter.cli import lint_imports;"
         f" sys.exit(lint_imports({str(config)!r}, no_cache=True, no_logo=True))"

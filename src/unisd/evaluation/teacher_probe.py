@@ -74,7 +74,7 @@ class Probe:
         grade: Callable[[Row, str], bool] | None,
         prompts: PromptBuilder,
         *,
-        limits: Limits = Limits(),  # noqa: B008, it is frozen
+        limits: Limits = Limits(),
         on_phase: Callable[[str, int], None] = lambda name, count: None,
         on_rows: Callable[[int], None] = lambda count: None,
     ) -> None:
@@ -294,7 +294,7 @@ class Probe:
 
 
 def advice(report: dict[str, Any]) -> str:
-    """Say the figures in plain words: layout, headroom, whether agreement has something to weigh."""
+    """Say the figures in plain words: layout, headroom, whether agreement can weigh anything."""
     judge = _by_accuracy if "accuracy" in report["student"] else _by_divergence
     lines = [*judge(report), *_of_wrong_reference(report), _of_contexts(report)]
     truncated = report["student"]["truncated"]

@@ -26,7 +26,8 @@ from unisd.rollout.engine import Completion, NoiseKey, Sampling, uniform_noise
 class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
     """Draws the next token: inverts the cumulative distribution at a uniform number.
 
-    Each row has its own number for each position. As a logits processor under greedy search: it leaves the drawn token as the only possible one.
+    Each row has its own number for each position. As a logits processor under greedy search: it
+    leaves the drawn token as the only possible one.
     """
 
     def __init__(

@@ -256,8 +256,8 @@ def number(value: float | None, form: str = ".1f", by: float = 1.0) -> str:
 def cost_table(figures: Figures) -> list[list[str]]:
     """One cell a line: what it reached and what it cost, means over its runs (memory: the most)."""
     header = [
-        "cell", "runs", "task %", "gain", "retention change", "train s", "tokens generated", "tokens scored", "M tokens / device-hour",
-        "GFLOP", "peak MiB", "kWh / M tokens",
+        "cell", "runs", "task %", "gain", "retention change", "train s", "tokens generated",
+        "tokens scored", "M tokens / device-hour", "GFLOP", "peak MiB", "kWh / M tokens",
     ]  # fmt: skip
     return [header] + [
         [
