@@ -1,5 +1,4 @@
-"""What a model can do and what it has forgotten: greedy accuracy, fit to references, retention
-against a base model.
+"""Measures what a model can do: greedy accuracy, on rows that several processes may share.
 
 Perplexities are corpus-level: exp of minus the total log-probability over the total number of
 tokens. Logits exist for a few tokens at a time only, whatever the vocabulary. Nothing here changes
@@ -31,8 +30,9 @@ Interval = dict[str, float]
 
 
 def _in_shares(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
-    """`work(items)`, one result for each; processes that train as one do a share each, and all get
-    all (all must call).
+    """Do `work(items)`, one result for each, a share on each rank; all get all results.
+
+    All ranks of a training must call.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks == 1:

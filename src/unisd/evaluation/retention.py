@@ -20,8 +20,9 @@ from unisd.tasks.base import Row
 
 
 def jsd(logp_CV: Tensor, logq_CV: Tensor) -> Tensor:
-    """Jensen-Shannon divergence [C] of two distributions given as log-probabilities, in nats;
-    exactly 0 for equal ones.
+    """Jensen-Shannon divergence [C] of two distributions given as log-probabilities, in nats.
+
+    Exactly 0 for equal ones.
     """
     p_CV, q_CV = logp_CV.exp(), logq_CV.exp()
     middle_CV = ((p_CV + q_CV) / 2).clamp_min(torch.finfo(p_CV.dtype).tiny)
@@ -146,8 +147,9 @@ def _along(
 
 
 def paired_delta(difference_N: Tensor, count_N: Tensor, z: float = 1.959963984540054) -> Interval:
-    """Total difference per token with a 95 % interval, rows as clusters (normal approximation of a
-    ratio).
+    """Total difference per token with a 95 % interval, rows as clusters.
+
+    By the normal approximation of a ratio.
     """
     tokens, n = int(count_N.sum()), len(count_N)
     if not tokens:

@@ -133,9 +133,7 @@ class Probe:
     # -- how far its distributions lie from the student's ------------------------------------------
 
     def states(self, prompts: Sequence[list[int]], completions: Sequence[Completion]) -> list[Tensor]:
-        """Final hidden states `[T_i,H]` under each prompt, at the positions that predict the
-        completion.
-        """
+        """Final hidden states `[T_i,H]` under each prompt, that predict the completion."""
         rows = [
             ScoreRequest(c.ids, [True] * len(c.ids), p, p) for p, c in zip(prompts, completions, strict=True)
         ]
@@ -166,7 +164,8 @@ class Probe:
         return total / max(count, 1)
 
     def spread(self, rows: Sequence[Row], completions: Sequence[Completion]) -> float | None:
-        """Mean over tokens of the range of log-probabilities over the auxiliary contexts, in nats;
+        """Mean range of a token's log-probabilities over the auxiliary contexts, in nats.
+
         None without two contexts.
         """
         ranges = []
@@ -186,8 +185,9 @@ class Probe:
     # -- the report --------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """All figures (accuracies with 95 % intervals, divergences in nats per token) and the
-        advice in plain words.
+        """Measure all figures, and put the advice into plain words.
+
+        Accuracies with 95 % intervals, divergences in nats per token.
         """
         rows = self.rows
         student_prompts = [self.builders["append"].student(row) for row in rows]
@@ -262,8 +262,9 @@ class Probe:
     def _wrong_reference(
         self, layout: str, right: Sequence[Tensor], own: Sequence[Completion]
     ) -> dict[str, Any] | None:
-        """`own`: the student's answers of the compared rows, `right`: the teacher's states along
-        them.
+        """Measure the teacher under a wrong reference, where rows have one.
+
+        `own`: the student's answers of the compared rows, `right`: the teacher's states along them.
         """
         chosen = self._side_rows("negative_context")
         if not chosen:
@@ -282,8 +283,9 @@ class Probe:
     def _auxiliary(
         self, chosen: list[int], figures: dict[str, Any], own: Sequence[Completion]
     ) -> dict[str, Any] | None:
-        """`figures` of the answers under a context of the `chosen` rows, and how far the contexts
-        lie apart.
+        """Measure how far the contexts of the `chosen` rows lie apart.
+
+        `figures`: of the answers under one of them.
         """
         if not chosen:
             return None

@@ -70,8 +70,9 @@ def repeated_share(ids: Sequence[int], n: int = NGRAM) -> float:
 
 
 def first_place(text: str, answer: str) -> float | None:
-    """Where the answer is first stated, as a share of the text's words before it; None where it is
-    not.
+    """Where the answer is first stated: the share of the text's words before it.
+
+    None where it is not.
 
     A letter is an answer only where it is marked as one: "A magnet" states nothing.
     """
@@ -85,8 +86,9 @@ def first_place(text: str, answer: str) -> float | None:
 
 
 def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:
-    """Which tokens of an answer are its final answer (see
-    :func:`unisd.data.privilege.final_answer`): the last place it is stated.
+    """Which tokens of an answer are its final answer: the last place it is stated.
+
+    See :func:`unisd.data.privilege.final_answer`.
     """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     final = final_answer(text)
