@@ -115,8 +115,9 @@ def loss(o: Options) -> tuple[Rows, Ratios]:
 
 
 def score(o: Options) -> tuple[Rows, Ratios]:
-    """The phase without gradient of a UniSD* step: all K + 2 views of all rows, at mixed
-    lengths.
+    """Measure the phase without gradient of a UniSD* step.
+
+    All K + 2 views of all rows, at mixed lengths.
     """
     base, s = build(o.shape, o.device, o.dtype, o.layers), Star()
     data = examples(
@@ -231,8 +232,9 @@ def generate(o: Options) -> tuple[Rows, Ratios]:
 
 
 def main_job(o: Options) -> tuple[Rows, Ratios]:
-    """`unisd train` as the README gives it, in a process of its own: wall time and peak memory of
-    all of it.
+    """Run `unisd train` as the README gives it, in a process of its own.
+
+    Wall time and peak memory of all of it.
     """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -247,8 +249,9 @@ def main_job(o: Options) -> tuple[Rows, Ratios]:
 
 
 def memory_plan(o: Options) -> tuple[Rows, Ratios]:
-    """Peak memory of an SDFT and a UniSD* run (weights, optimizer, teacher, one step) beside what
-    `--dry_run` predicts.
+    """Compare the peak memory of an SDFT and a UniSD* run with what `--dry_run` predicts.
+
+    Weights, optimizer, teacher, one step.
     """
     from unisd.memory import ModelSize, estimate
 

@@ -1,5 +1,6 @@
-"""What each token weight adds to an optimizer step at the shape of a 0.5B model, as a share of the
-step.
+"""Measures what each token weight adds to an optimizer step of a 0.5B model.
+
+As a share of the step.
 
     python -m benchmarks.field_weights [--shape qwen2.5-0.5b] [--completion 16] [--repetitions 4]
         [--threads 2]

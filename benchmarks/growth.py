@@ -21,8 +21,9 @@ AXES: dict[str, list[int]] = {
 
 
 def growth(o: Options) -> tuple[Rows, Ratios]:
-    """A UniSD* step of ours and the bare passes against K, completion length, vocabulary and rows
-    (try `--shape llama-32k --layers 4`).
+    """Measure a UniSD* step of ours and the bare passes along four axes.
+
+    K, completion length, vocabulary and rows (try `--shape llama-32k --layers 4`).
 
     Beside each time stands the number of tokens that pass the model, counted once per forward
     without gradient and three times for the student's. `slope_*` is the cost of one more token over

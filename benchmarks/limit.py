@@ -1,5 +1,4 @@
-"""The bare limit of a UniSD* step: the forward and backward passes and projections that the
-mathematics needs, nothing else.
+"""Makes the passes and projections of a UniSD* step that the mathematics needs: its bare limit.
 
 Tokens are packed (no padding), on a CPU what views begin with is read once, as ours reads it; only
 the completion's positions are projected, the student's and the primary teacher's once; no softmax,
@@ -26,9 +25,7 @@ from unisd.scoring.prefix_sharing import collate_shared, shared_batches
 
 
 def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any, share: bool = False) -> Tensor:
-    """Final hidden states `[N,H]` that predict the completions of (prompt, completion) pairs, in
-    one pass.
-    """
+    """Final hidden states `[N,H]` that predict the completions of pairs, in one pass."""
     sequences = [p + c for p, c in jobs]
     if share:
         laid = collate_shared(sequences, [len(p) - 1 for p, _ in jobs], device)
@@ -51,14 +48,9 @@ def score(model: Any, rows: list[Example], chunk_tokens: int) -> None:
     base = model.get_base_model()
     base.set_attn_implementation(PACKED_SDPA)
     decoder, head = base.get_decoder(), base.get_output_embeddings().weight
-    views = [
-        (prompt, row.completion) for row in rows for prompt in (row.teacher, row.negative, *row.auxiliary)
-    ]
-    sequences, budget, share = (
-        [p + c for p, c in views],
-        default_token_budget(model.device),
-        model.device.type == "cpu",
-    )
+    views = [(p, r.completion) for r in rows for p in (r.teacher, r.negative, *r.auxiliary)]
+    sequences = [p + c for p, c in views]
+    budget, share = default_token_budget(model.device), model.device.type == "cpu"
     if share:
         batches = shared_batches(sequences, [len(p) - 1 for p, _ in views], budget)
     else:
@@ -69,23 +61,20 @@ def score(model: Any, rows: list[Example], chunk_tokens: int) -> None:
 
 
 def star_step(
-    model: Any,
-    teacher: Callable[[], AbstractContextManager[Any]],
-    batches: list[list[Example]],
-    chunk_tokens: int,
+    model: Any, teacher: Callable[[], AbstractContextManager[Any]], batches: list[list[Example]], tokens: int
 ) -> float:
     """Same contract as the plain one; returns 0."""
     base = model.get_base_model()
     decoder, head, device = base.get_decoder(), base.get_output_embeddings().weight, model.device
     with torch.no_grad(), teacher():
-        score(model, [row for batch in batches for row in batch], chunk_tokens)
+        score(model, [row for batch in batches for row in batch], tokens)
     for batch in batches:
         with fused_lora(model):
             hidden = states(decoder, [(row.student, row.completion) for row in batch], device)
             with torch.no_grad():
                 gradient = torch.empty_like(hidden)
-                for start in range(0, len(hidden), chunk_tokens):
-                    part = slice(start, start + chunk_tokens)
+                for start in range(0, len(hidden), tokens):
+                    part = slice(start, start + tokens)
                     gradient[part] = matmul_nt(linear(hidden[part], head), head.T)
             hidden.backward(gradient / gradient.norm())
     return 0.0

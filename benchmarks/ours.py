@@ -1,6 +1,4 @@
-"""This project in the harness: the trainer itself, fed with given completions instead of generating
-them.
-"""
+"""Puts this project into the harness: the trainer itself, fed with given completions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A long run that must not grow: memory, open files and threads over many optimizer steps of the
-pocket model.
+"""Makes a long run that must not grow: memory, open files and threads.
+
+Over many optimizer steps of the pocket model.
 
     python benchmarks/soak.py --steps 2000
 

@@ -26,9 +26,7 @@ def cut(rows: Sequence[Example], batch: int) -> list[list[Example]]:
 def manual_step(
     base: Any, rows: Sequence[Example], s: Star, batch: int, function: Callable[..., float], *extra: Any
 ) -> Function:
-    """An optimizer step around `function`, with LoRA, gradient checkpointing and an EMA teacher of
-    its own.
-    """
+    """An optimizer step around `function`, with LoRA, checkpointing and an EMA teacher."""
     torch.manual_seed(42)
     model = get_peft_model(twin(base), lora())
     model.enable_input_require_grads()
@@ -63,9 +61,7 @@ def as_trained(base: Any) -> Any:
 
 
 def primed(trainer: Any) -> Any:
-    """The trainer with what happens once in a run, not in every step, done: its optimizer's states,
-    a collection of garbage.
-    """
+    """The trainer with what happens once in a run done: optimizer's states, garbage collection."""
     prime(trainer.create_optimizer())
     trainer.accelerator.free_memory = lambda *objects: list(objects)  # `measure` does it
     return trainer
@@ -81,8 +77,9 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
 
 
 def star_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[str, Callable[[], Function]]:
-    """UniSD* of the same rows by ours, the plain version and the bare limit; each is built when it
-    is called for.
+    """UniSD* of the same rows by ours, the plain version and the bare limit.
+
+    Each is built when it is called for.
     """
     chunk = default_chunk_tokens(base.config.vocab_size, base.device)
     options = ours.star_options(s, len(rows[0].auxiliary))
@@ -111,8 +108,9 @@ def sdft_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[
 
 
 def step(o: Options) -> tuple[Rows, Ratios]:
-    """A whole optimizer step without generation: SDFT against TRL; UniSD* at equal and at mixed
-    lengths.
+    """Measure a whole optimizer step without generation.
+
+    SDFT against TRL; UniSD* at equal and at mixed lengths.
     """
     base, s, count = build(o.shape, o.device, o.dtype, o.layers), Star(), o.batch * o.accumulation
     V = base.config.vocab_size
@@ -155,9 +153,11 @@ def step(o: Options) -> tuple[Rows, Ratios]:
 
 
 def passed_tokens(data: Sequence[Example]) -> int:
-    """Tokens that a UniSD* step passes through the model: once without gradient under every view
-    (the problem of the right reference is that of the wrong one), three times for the student
-    (forward, forward again for checkpointing, backward with frozen weights).
+    """Count the tokens that a UniSD* step passes through the model.
+
+    Once without gradient under every view (the problem of the right reference is that of the wrong
+    one), three times for the student (forward, forward again for checkpointing, backward with
+    frozen weights).
     """
     return sum(
         sum(len(view) + len(row.completion) for view in (row.teacher, row.negative, *row.auxiliary))
@@ -168,8 +168,9 @@ def passed_tokens(data: Sequence[Example]) -> int:
 
 
 def needed_flop(base: Any, data: Sequence[Example]) -> float:
-    """Floating-point operations of these passes, and of K + 4 products with the head for each
-    completion token; without attention.
+    """Floating-point operations of these passes and of the products with the head.
+
+    K + 4 of the latter for each completion token; without attention.
     """
     body = sum(p.numel() for name, p in base.get_decoder().named_parameters() if "embed" not in name)
     answers = sum(len(row.completion) * (len(row.auxiliary) + 4) for row in data)

@@ -13,8 +13,8 @@ Each block is one run of one command: all implementations in one process on the 
 medians over the rounds.
 Extra memory is the peak above what the process held before the call. Ratios are of medians inside that \
 run; below 1 is ours ahead
-(for `time_vs_limit`, how far the bare passes are away; they pack, attend and multiply as ours does, but read \
-the head for student
+(for `time_vs_limit`, how far the bare passes are away; they pack, attend and multiply as ours does, but \
+read the head for student
 and teacher apart). `plain` and `limit` are `benchmarks/plain.py` and `benchmarks/limit.py`.
 
 On a CPU ours manages the allocator while it trains (`unisd.kernels.cpu_memory`), and ours and the limit \

@@ -1,5 +1,6 @@
-"""vLLM in the harness: the trainer's own colocated engine, asked for the same prompts and
-lengths.
+"""Puts vLLM into the harness: the trainer's own colocated engine, at given lengths.
+
+Asked for the same prompts.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from unisd import UniSDConfig
 def writer(
     model: Any, prompts: Sequence[Sequence[int]], lengths: Sequence[int]
 ) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Two functions: one writes `lengths[i]` tokens after each prompt, greedily, with their
-    log-probabilities as in a run, and returns how many; the other takes over the model's weights
-    anew, as in each step of a run, and returns the seconds.
+    """Make two functions: one that writes, and one that takes over the model's weights.
+
+    The first writes `lengths[i]` tokens after each prompt, greedily, with their log-probabilities
+    as in a run, and returns how many; the second does so anew, as in each step of a run, and
+    returns the seconds.
     """
     from vllm import SamplingParams
 

@@ -1,10 +1,6 @@
 """Measures what a model can do: greedy accuracy, on rows that several processes may share.
 
-Perplexities are corpus-level: exp of minus the total log-probability over the total number of
-tokens. Logits exist for a few tokens at a time only, whatever the vocabulary. Nothing here changes
-a model: training mode, generation config and adapters are as before afterwards.
-
-Shapes: T tokens of a completion, H hidden size, V vocabulary, C tokens of a chunk.
+The model is as before afterwards: training mode, generation config and adapters.
 """
 
 from __future__ import annotations

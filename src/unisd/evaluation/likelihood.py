@@ -1,4 +1,11 @@
-"""Log-probabilities of given completions, and the perplexities that follow."""
+"""Computes log-probabilities of given completions, and the perplexities that follow.
+
+Perplexities are corpus-level: exp of minus the total log-probability over the total number of
+tokens. Logits exist for a few tokens at a time only, whatever the vocabulary. The model is as
+before afterwards.
+
+Shapes: N rows, T tokens of a completion, H hidden size, V vocabulary, C tokens of a chunk.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How far an adapted model has moved from its base."""
+"""Measures how far an adapted model has moved from its base.
+
+Shapes: N rows, T tokens of a completion, H hidden size, V vocabulary, C tokens of a chunk.
+"""
 
 from __future__ import annotations
 

@@ -113,8 +113,9 @@ class ColocatedEngine(common.VllmEngine):
                 ) from error
 
     def _model_folder(self) -> str:
-        """The folder or hub id that the model came from; one that was built in memory is written
-        out.
+        """The folder or hub id that the model came from.
+
+        One that was built in memory is written out.
         """
         name = str(self.bare.config._name_or_path or "")
         if name:
@@ -196,8 +197,9 @@ class ColocatedEngine(common.VllmEngine):
             self._asleep = False
 
     def sleep(self) -> None:
-        """Give the memory of weights and cache back, if `vllm_enable_sleep_mode`, until the next
-        `sync`.
+        """Give the memory of weights and cache back until the next `sync`.
+
+        If `vllm_enable_sleep_mode`.
         """
         if self._can_sleep and not self._asleep:
             self.llm.sleep(level=1)
@@ -206,8 +208,9 @@ class ColocatedEngine(common.VllmEngine):
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """An engine that starts seeds the global random numbers and takes over the setting of threads:
-    both are put back.
+    """Put global random numbers and the setting of threads back.
+
+    An engine that starts seeds the former and takes over the latter.
     """
     python, numpy, threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     count = torch.get_num_threads()

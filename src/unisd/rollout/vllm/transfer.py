@@ -1,5 +1,4 @@
-"""The engine's side of a sync of all weights: a backend for vLLM's weight-transfer interface that
-works on any device.
+"""Receives all weights in vLLM's processes, by its weight-transfer interface, on any device.
 
 The backends that vLLM brings move tensors between GPUs. This one takes them where they lie: in this
 process' memory (colocated), or in a safetensors file that trainer and server both reach. It is
