@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import CASES, Options
+from benchmarks.cases import CASES
 from benchmarks.measure import machine, versions
+from benchmarks.options import Options
 from benchmarks.shapes import SHAPES
 from benchmarks.table import table
 from experiments.pages import update

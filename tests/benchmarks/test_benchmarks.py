@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, field_weights, limit, plain, shapes
+from benchmarks import field_weights, growth, limit, plain, shapes
+from benchmarks import steps as stepping
 from benchmarks.__main__ import main
 from benchmarks.measure import Samples, interleave, machine, measure
+from benchmarks.options import Options
 from benchmarks.settings import Star
 from benchmarks.table import table
 from unisd.kernels.attention import PACKED_SDPA
@@ -42,7 +44,7 @@ def test_the_plain_version_has_our_losses(base: Any, rows: list[shapes.Example])
     """Three steps with a large learning rate: were a gradient different, the second loss would
     be.
     """
-    steps = cases.star_steps(base, rows, Star(learning_rate=3e-3, gamma=1.0, contrast=0.3, feature=0.1), 2)
+    steps = stepping.star_steps(base, rows, Star(learning_rate=3e-3, gamma=1.0, contrast=0.3, feature=0.1), 2)
     calls = {name: steps[name]() for name in ("ours", "plain")}
     found = {name: [call() for _ in range(3)] for name, call in calls.items()}
     assert found["ours"] == pytest.approx(found["plain"], rel=1e-5)
@@ -51,7 +53,7 @@ def test_the_plain_version_has_our_losses(base: Any, rows: list[shapes.Example])
 
 def test_trl_has_our_losses(base: Any, rows: list[shapes.Example]) -> None:
     pytest.importorskip("trl", reason="TRL is measured here: pip install 'unisd[dev]'")
-    steps = cases.sdft_steps(base, rows, Star(), 2)
+    steps = stepping.sdft_steps(base, rows, Star(), 2)
     assert steps["ours"]()() == pytest.approx(steps["trl full_logits"]()(), rel=1e-5)
 
 
@@ -67,8 +69,8 @@ def test_the_limit_passes_each_token_once_and_projects_completions_only(
     passed, projected = [], []
     project = limit.project
     monkeypatch.setattr(limit, "project", lambda h, w, n: projected.append(len(h)) or project(h, w, n))
-    model = cases.get_peft_model(shapes.twin(base), shapes.lora())
-    teacher = cases.Teacher(model, "ema")
+    model = stepping.get_peft_model(shapes.twin(base), shapes.lora())
+    teacher = stepping.Teacher(model, "ema")
     decoder = model.get_base_model().get_decoder()
     decoder.register_forward_pre_hook(
         lambda _m, _a, kwargs: passed.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -125,8 +127,8 @@ def test_rounds_are_interleaved_and_stop_in_time() -> None:
 CONTRACT = {
     "loss": {"time_vs_plain", "time_vs_trl", "extra_memory_vs_plain"},
     "step": {
-        "sdft_time_vs_trl", "sdft_extra_memory_vs_trl", "star_time_vs_plain", "star_extra_memory_vs_plain", "star_time_vs_limit",
-        "star_equal_time_vs_plain",
+        "sdft_time_vs_trl", "sdft_extra_memory_vs_trl", "star_time_vs_plain", "star_extra_memory_vs_plain",
+        "star_time_vs_limit", "star_equal_time_vs_plain",
     },
     "score": {"time_vs_plain"},
     "generate": {"time_vs_plain"},
@@ -155,15 +157,15 @@ def test_the_result_is_a_file_with_the_promised_ratios(bench: str, tmp_path: Pat
 
 def test_growth_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cases, "AXES", {"K": [0, 2], "completion": [4, 8], "vocabulary": [320, 640], "rows": [2, 4]}
+        growth, "AXES", {"K": [0, 2], "completion": [4, 8], "vocabulary": [320, 640], "rows": [2, 4]}
     )
-    found, ratios = cases.growth(cases.Options(shape="tiny", prompt=4, repetitions=1))
+    found, ratios = growth.growth(Options(shape="tiny", prompt=4, repetitions=1))
     assert {(row["axis"], row["at"]) for row in found} == {
-        (axis, at) for axis, values in cases.AXES.items() for at in values
+        (axis, at) for axis, values in growth.AXES.items() for at in values
     }
     by_axis = {
         axis: [row["passed_tokens"] for row in found if row["axis"] == axis and row["impl"] == "ours"]
-        for axis in cases.AXES
+        for axis in growth.AXES
     }
     assert (
         by_axis["rows"][1] == 2 * by_axis["rows"][0] and by_axis["vocabulary"][0] == by_axis["vocabulary"][1]
@@ -191,10 +193,10 @@ def test_growth_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slope_and_linearity_of_a_line() -> None:
-    assert cases.slope([(0, 1), (1, 3), (2, 5)]) == pytest.approx(2) and cases.linearity(
+    assert growth.slope([(0, 1), (1, 3), (2, 5)]) == pytest.approx(2) and growth.linearity(
         [(0, 1), (1, 3), (2, 5)]
     ) == pytest.approx(1)
-    assert cases.linearity([(0, 0), (1, 1), (2, 0), (3, 1)]) < 0.5
+    assert growth.linearity([(0, 0), (1, 1), (2, 0), (3, 1)]) < 0.5
 
 
 def test_the_cost_of_weights_is_measured_beside_its_own_reference(

@@ -452,14 +452,14 @@ def test_scoring_and_rollout_out_of_memory_change_nothing(
     from unisd.rollout import transformers_engine as rollout
     from unisd.scoring import scorer as scoring
 
-    generate, shared_batches = rollout.generate, scoring.shared_batches
+    decode, shared_batches = rollout.decode, scoring.shared_batches
     asked: dict[str, list[int]] = {"rollout": [], "scoring": []}
 
-    def limited_generate(*args: Any, batch_size: int, **kwargs: Any) -> Any:
+    def limited_decode(*args: Any, batch_size: int, **kwargs: Any) -> Any:
         asked["rollout"].append(batch_size)
         if batch_size > 1:
             raise out_of_memory()
-        return generate(*args, batch_size=batch_size, **kwargs)
+        return decode(*args, batch_size=batch_size, **kwargs)
 
     def limited_batches(sequences: Any, shareable: Any, budget: int) -> Any:
         asked["scoring"].append(budget)
@@ -467,7 +467,7 @@ def test_scoring_and_rollout_out_of_memory_change_nothing(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
         return shared_batches(sequences, shareable, budget)
 
-    monkeypatch.setattr(rollout, "generate", limited_generate)
+    monkeypatch.setattr(rollout, "decode", limited_decode)
     monkeypatch.setattr(scoring, "shared_batches", limited_batches)
     built.train()
     assert asked["rollout"] == [4, 2, 1] and asked["scoring"][:3] == [1024, 512, 256]

@@ -11,7 +11,7 @@ import pytest
 from unisd import testing as tiny
 from unisd.cli.main import main
 from unisd.data.prompts import PromptBuilder
-from unisd.evaluation.teacher_probe import SIDE_ROWS, Probe, advice
+from unisd.evaluation.teacher_probe import SIDE_ROWS, Limits, Probe, advice
 
 
 def test_pocket_probe_finds_the_headroom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +29,9 @@ def test_pocket_probe_finds_the_headroom(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_without_a_grader_copying_never_drives_the_advice() -> None:
     model, tokenizer = tiny.model(), tiny.tokenizer()
-    report = Probe(model, tokenizer, tiny.rows(3), None, PromptBuilder(tokenizer), max_new_tokens=6).run()
+    report = Probe(
+        model, tokenizer, tiny.rows(3), None, PromptBuilder(tokenizer), limits=Limits(max_new_tokens=6)
+    ).run()
     assert "accuracy" not in report["student"] and report["student"]["nll"] > 0
     before = report["advice"]
     for figures in report["teacher"].values():

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import cases
+from benchmarks.options import Options
 from experiments.grid import run_apart
 from unisd import memory
 from unisd import testing as tiny
@@ -85,7 +86,7 @@ def test_flat_in_the_vocabulary_once_a_chunk_is_full() -> None:
 
 
 def planned(name: str) -> dict[str, Any]:
-    options = cases.Options(
+    options = Options(
         shape="llama-32k", layers=3, prompt=24, completion=40, batch=4, accumulation=1, impls=(name,)
     )
     rows, ratios = cases.memory_plan(options)
@@ -177,7 +178,11 @@ def in_heap(x):
     return int(first <= x.data_ptr() < last)
 
 def resident():
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return next(
+        int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    )
 
 mapped = faults()
 with heap.keep_freed_memory(torch.device("cpu")):

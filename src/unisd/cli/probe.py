@@ -18,7 +18,7 @@ from unisd.console import make_console, number, show_table
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.errors import UserError
-from unisd.evaluation.teacher_probe import COMPARED_TOKENS, LAYOUTS, Probe
+from unisd.evaluation.teacher_probe import COMPARED_TOKENS, LAYOUTS, Limits, Probe
 from unisd.files import write_text
 from unisd.run.inputs import load_data, load_model
 from unisd.run.measure import percent
@@ -86,9 +86,7 @@ def probe(
             rows,
             data.grader,
             prompts,
-            max_new_tokens=max_new_tokens,
-            contexts=config.num_auxiliary_contexts,
-            batch_size=batch_size,
+            limits=Limits(max_new_tokens, config.num_auxiliary_contexts, batch_size),
             on_phase=on_phase,
             on_rows=on_rows,
         ).run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,14 @@ def _typed(flags: Sequence[str]) -> dict[str, Any]:
     return {name: None if value is UNSET else value for name, value in found.items()}
 
 
+def _resolver() -> Callable[[design.Options, str], tuple[Any, Any]]:
+    """What makes of a run's options the `RunOptions` and the `UniSDConfig` of `unisd train`."""
+    from unisd.cli.parsing import resolve, train_parser
+
+    parser = train_parser("unisd study")
+    return lambda options, where: resolve(parser, parser.from_dict(options, where))
+
+
 def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -> int:
     from unisd.console import quiet_libraries
     from unisd.study import executor as executors
@@ -153,7 +161,8 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
     study = _study_of(options, of_runs)
     runs = design.runs_of(study)
     quiet_libraries()
-    runner.check_runs(runs, study)
+    resolve = _resolver()
+    runner.check_runs(runs, study, resolve)
     cells = {run.cell.name: run.cell for run in runs}
     print(f"{len(runs)} runs: {len(cells)} cells x {len(study.tasks)} tasks x {len(study.seeds)} seeds")
     print(f"cells: {', '.join(cells)}")
@@ -181,7 +190,7 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
         left = [run for run in runs if run.id not in known]
         executor = executors.make(options.executor, options.jobs, options.ray_address)
         if left:
-            seconds, source = runner.seconds_of_a_run(study, left, store, executor)
+            seconds, source = runner.seconds_of_a_run(study, left, store, executor, resolve)
             minutes = seconds * -(-len(left) // executor.slots) / 60
             print(
                 f"{len(left)} to run, {executor.slots} at once: about {minutes:.0f} minutes ({seconds:.0f} s"

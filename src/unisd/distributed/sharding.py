@@ -7,7 +7,7 @@ every forward pass through it gathers one part after the other. What this librar
 
 - *Sharded at construction*, before the teacher is built: student, teacher and optimizer only ever
   hold their own shards.
-- *The teacher* is a second value of every local shard (:func:`shards_in_place` copies it in and the
+- *The teacher* is a second value of every local shard (:func:`values_in_place` copies it in and the
   student's back), its updates are local, and no rank ever holds a whole teacher. The price beside
   the teacher: while it scores, a copy of the student's trained shards.
 - *The head* is the one weight that the losses read outside of a forward pass. The student's is
@@ -57,6 +57,16 @@ from unisd.models.load import without_adapter
 def is_sharded(model: Any) -> bool:
     """Whether this model's weights are spread over the processes."""
     return isinstance(model, FSDPModule) or zero.is_cut(model)
+
+
+def all_ranks_must_join(model: Any) -> bool:
+    """Whether a pass of one rank needs all others, which hold parts of the weights."""
+    return is_sharded(model)
+
+
+def number_of_shards(model: Any) -> int:
+    """In how many parts the weights lie, each of them on a rank."""
+    return dist.get_world_size() if is_sharded(model) else 1
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -161,19 +171,30 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def shards_in_place(
+def values_in_place(
     model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """While active, the model computes with other values of its shards.
+) -> Iterator[dict[int, Tensor]]:
+    """While active, the model computes with other values of its parameters.
 
-    They are copied in and out: nothing is rounded.
+    Yields them by `id` of the parameter; of a sharded model, which has them in its shards alone,
+    none. Shards are copied in and out: nothing is rounded.
     """
-    kept = {name: local_shard(p).clone() for name, p in parameters.items()}
+    if parameters and is_sharded(model):
+        kept = {name: local_shard(p).clone() for name, p in parameters.items()}
+        try:
+            _write(model, parameters, values)
+            yield {}
+        finally:
+            _write(model, parameters, kept)
+        return
+    kept = {name: p.data for name, p in parameters.items()}
     try:
-        _write(model, parameters, values)
-        yield
+        for name, p in parameters.items():
+            p.data = values[name].to(p.dtype)
+        yield {id(p): p.data for p in parameters.values()}
     finally:
-        _write(model, parameters, kept)
+        for name, p in parameters.items():
+            p.data = kept[name]
 
 
 def _write(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -208,6 +229,15 @@ def entry(model: Any) -> Any:
     outermost module, which generating with an adapter does not: so none does.
     """
     return without_adapter(model) if zero.is_cut(model) else model
+
+
+def passage_to(part: Any, model: Any) -> Any:
+    """What a forward pass without gradient goes through to reach a `part` of the model.
+
+    That is the part itself, but of a sharded model all of it: called in part, it would be left half
+    gathered.
+    """
+    return entry(model) if is_sharded(model) else part
 
 
 def _dummy_pass(model: Any) -> None:

@@ -136,6 +136,11 @@ def packs_well(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and _has_flash(device)
 
 
+def takes_packed(device: torch.device) -> bool:
+    """Whether a few thousand packed tokens cost less than padding, with products between rows."""
+    return device.type != "cpu"
+
+
 def _flash_fits(
     module: nn.Module, query: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
 ) -> bool:

@@ -1,6 +1,4 @@
-"""What a step did, in numbers: collected over micro-batches and ranks, one line of `metrics.jsonl`
-per optimizer step.
-"""
+"""Collects what a step did over micro-batches and ranks: a line of `metrics.jsonl` per step."""
 
 from __future__ import annotations
 
@@ -17,6 +15,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from unisd.files import keep_until
+from unisd.kernels.devices import synchronize
 
 
 class StepMetrics:
@@ -59,15 +58,16 @@ class StepMetrics:
 
     @contextmanager
     def timed(self, phase: str, wait: bool = True) -> Iterator[None]:
-        """Adds the wall time to a phase, in seconds; waits for the device, whose work is
-        asynchronous.
+        """Adds the wall time to a phase, in seconds.
+
+        Waits for the device, whose work is asynchronous.
 
         `wait=False` does not: the work is then counted where the phase is next waited for.
         """
         start = time.perf_counter()
         yield
-        if wait and self.device.type != "cpu" and torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        if wait:
+            synchronize(self.device)
         seconds = time.perf_counter() - start
         self.phases[phase] += seconds
         if phase != "eval":
@@ -75,8 +75,9 @@ class StepMetrics:
             self.values[key] = self.values.get(key, 0.0) + seconds
 
     def finish(self, step: int, is_writer: bool) -> dict[str, float]:
-        """After optimizer step number `step`: reduce the sums over ranks, append one line, and
-        return its values.
+        """End optimizer step number `step`: reduce the sums over ranks and append one line.
+
+        Returns its values.
         """
         names = sorted(self._sums)
         sums_of_rank = torch.stack(
@@ -134,8 +135,9 @@ class StepMetrics:
         return {name: mean([step[name] for step in steps if name in step]) for name in names}
 
     def forget_after(self, step: int) -> list[dict[str, Any]]:
-        """Drop lines of steps that a resumed run does again (and a line that a kill cut short);
-        returns the others.
+        """Drop lines of steps that a resumed run does again; returns the others.
+
+        And a line that a kill cut short.
         """
         return keep_until(self.path, step)
 

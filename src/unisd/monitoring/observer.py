@@ -34,8 +34,9 @@ from unisd.scoring.scorer import Scorer, ScoreRequest
 
 @dataclass
 class Probes:
-    """What costs passes of its own, so it is done now and then (`diagnostics_probe_steps`): see
-    :mod:`unisd.monitoring.diagnostics`.
+    """Measures, now and then, what costs passes of its own.
+
+    Every `diagnostics_probe_steps`; see :mod:`unisd.monitoring.diagnostics`.
     """
 
     args: UniSDConfig
@@ -50,8 +51,9 @@ class Probes:
     _answers: list[Row] | None = None
 
     def run(self, scored: Sequence[tuple[Row, ScoreRequest]], step: int) -> dict[str, float]:
-        """This rank's share: the probe set's likelihood, and some of the step's answers under other
-        contexts.
+        """Measure this rank's share of the probe set, and of the step's answers.
+
+        The likelihood of the former, and the latter under other contexts.
         """
         from unisd.evaluation.likelihood import reference_nll
 
@@ -131,6 +133,7 @@ class Observer:
         weights: Callable[[], Tensor],
     ) -> None:
         """Open the records of step number `step` (from 1), if it is one of those recorded.
+
         weights(): reliability `[B,T]`.
         """
         self._mask_BT = scores.mask
@@ -147,8 +150,9 @@ class Observer:
         step: int,
         width: int,
     ) -> dict[str, Tensor]:
-        """What the step's answers are made of, over all ranks, and now and then the probes. step:
-        number of finished ones.
+        """Say what the step's answers are made of, over all ranks, and now and then the probes.
+
+        step: number of finished ones.
 
         Returns marks `[B,T]`, 1 or 0, T = `width`, of the tokens that are an answer's final answer,
         and of those of style.

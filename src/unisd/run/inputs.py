@@ -1,5 +1,6 @@
-"""What a run works on, from its options: rows with their grader, the model with its adapter, and
-what the rows can serve.
+"""Loads what a run works on, by its options.
+
+Rows with their grader, the model with its adapter, and what the rows can serve.
 """
 
 from __future__ import annotations

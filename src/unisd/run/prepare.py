@@ -1,6 +1,4 @@
-"""`unisd prepare`, and the same before a training run: contexts and wrong references built for rows
-that lack them.
-"""
+"""Builds contexts and wrong references for rows that lack them, before a training run."""
 
 from __future__ import annotations
 
@@ -170,11 +168,14 @@ def _with_contexts(
 def prepare(
     data: RunData, options: RunOptions, config: UniSDConfig, load: Callable[[], tuple[Any, Any]]
 ) -> list[Row]:
-    """The training rows with the contexts and wrong references that the options ask for.
+    """Build the contexts and wrong references that the options ask for.
 
     Args:
         load: gives model and tokenizer; called where something is to be written or embedded by the
             model.
+
+    Returns:
+        The training rows with them.
 
     Raises:
         UserError: see `contexts.build` and `negatives.build`.
@@ -182,47 +183,23 @@ def prepare(
     rows = data.train
     written = options.agreement_contexts == "induction" or options.negatives == "model"
     server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
-    # What the recipe says is for its agreement, and for rows that bring no contexts at all; a
-    # single row has no others.
-    unasked = (
-        config.agreement != "none"
-        and len(rows) > 1
-        and not any(row.get("auxiliary_contexts") for row in rows)
-    )
-    wanted = "agreement_contexts" in options.explicit or unasked
-    if options.agreement_contexts != "columns" and wanted:
+    with_contexts = options.agreement_contexts != "columns" and _wants_contexts(rows, options, config)
+    if with_contexts:
         settings = contexts.Settings(
             options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder
         )
         rows = _with_contexts(rows, settings, load, server)
     if options.negatives != "columns":
-        write, key = None, ""
-        if options.negatives == "model" and server is not None:
-            write = server_writer(server, config.seed, "wrong answers")
-            key = f"{server.client.url} {server.model}"
-        elif options.negatives == "model":
-            model, tokenizer = load()
-            write = writer(model, tokenizer, config.seed, "wrong answers")
-            key = model_key(model)
-        rows = negatives.build(
-            rows,
-            options.negatives,
-            seed=config.seed,
-            grade=data.grader,
-            write=write,
-            template=data.task.negative_prompt_template if data.task is not None else None,
-            model_key=f"{key} {data.name} {options.grader} {options.task_options}",
-            cache_dir=cache_dir() / "contexts",
-        )
+        rows = _with_negatives(rows, data, options, config, load, server)
     short = sum(len(row.get("auxiliary_contexts") or []) < config.num_auxiliary_contexts for row in rows)
-    without = sum(not row.get("negative_context") for row in rows)
-    if options.agreement_contexts != "columns" and wanted and short:
+    if with_contexts and short:
         logger.warning(
             "%d of %d rows have fewer than %d auxiliary contexts.",
             short,
             len(rows),
             config.num_auxiliary_contexts,
         )
+    without = sum(not row.get("negative_context") for row in rows)
     if options.negatives != "columns" and without:
         logger.warning(
             "%d of %d rows have no wrong reference: they train without the contrast term.", without, len(rows)
@@ -230,9 +207,53 @@ def prepare(
     return rows
 
 
+def _wants_contexts(rows: Sequence[Row], options: RunOptions, config: UniSDConfig) -> bool:
+    """Whether the user asks for contexts, or the recipe's agreement needs them.
+
+    What the recipe says is for rows that bring no contexts at all; a single row has no others.
+    """
+    return "agreement_contexts" in options.explicit or (
+        config.agreement != "none"
+        and len(rows) > 1
+        and not any(row.get("auxiliary_contexts") for row in rows)
+    )
+
+
+def _with_negatives(
+    rows: list[Row],
+    data: RunData,
+    options: RunOptions,
+    config: UniSDConfig,
+    load: Callable[[], tuple[Any, Any]],
+    server: ChatServer | None,
+) -> list[Row]:
+    write, key = None, ""
+    if options.negatives == "model" and server is not None:
+        write, key = server_writer(server, config.seed, "wrong answers"), _name_of(server)
+    elif options.negatives == "model":
+        model, tokenizer = load()
+        write, key = writer(model, tokenizer, config.seed, "wrong answers"), model_key(model)
+    return negatives.build(
+        rows,
+        options.negatives,
+        seed=config.seed,
+        grade=data.grader,
+        write=write,
+        template=data.task.negative_prompt_template if data.task is not None else None,
+        model_key=f"{key} {data.name} {options.grader} {options.task_options}",
+        cache_dir=cache_dir() / "contexts",
+    )
+
+
+def _name_of(server: ChatServer) -> str:
+    """Under which its texts are kept, as `model_key` of a model."""
+    return f"{server.client.url} {server.model}"
+
+
 def model_key(model: Any) -> str:
-    """Name and revision of a model, and a sample of its weights: a folder's content may change
-    under its name.
+    """Name and revision of a model, and a hash of some of its weights.
+
+    A folder's content may change under its name.
     """
     import hashlib
 
