@@ -139,7 +139,8 @@ def _typed(flags: Sequence[str]) -> dict[str, Any]:
     """Flags of `unisd train` as a configuration file would hold them."""
     if not flags:
         return {}
-    from unisd.cli.parsing import UNSET, train_parser
+    from unisd.options.parser import UNSET
+    from unisd.run.resolve import train_parser
 
     found = train_parser("unisd study").given(flags)
     return {name: None if value is UNSET else value for name, value in found.items()}

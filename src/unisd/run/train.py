@@ -15,13 +15,14 @@ from transformers import PrinterCallback, ProgressCallback
 
 from unisd import memory
 from unisd.config import UniSDConfig
-from unisd.console import ProgressDisplay, make_console, show_example, show_table
+from unisd.console import make_console, show_example, show_table
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import is_sharded
 from unisd.errors import UserError
 from unisd.files import ANSWERS
 from unisd.models.load import AUTO_BF16_FROM, native_bf16
 from unisd.monitoring.cost import Energy, cost_of
+from unisd.monitoring.progress import ProgressDisplay
 from unisd.run import baseline as shared
 from unisd.run import outputs
 from unisd.run.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
@@ -46,6 +47,8 @@ class Setting:
     """A run that is ready to train."""
 
     data: RunData
+    config: UniSDConfig
+    """As resolved for this model and these rows; the trainer's own."""
     trainer: UniSDTrainer
     tokenizer: Any
     progress: ProgressDisplay
@@ -57,14 +60,14 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
     if config.push_to_hub and config.process_index == 0:
         logger.warning("push_to_hub uploads samples.jsonl and answers.json too, with texts of your rows.")
     model, tokenizer, _ = load_model(options)
-    _compute_in_bf16(model, options, config)
+    config = _in_bf16(model, options, config)
     if config.process_index == 0:
         data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
     if config.world_size > 1:  # what a model writes must be the same on all ranks
         rows = [data.train]
         broadcast_object_list(rows)
         data.train = rows[0]
-    fit_mechanisms(config, options, data.train)
+    config = fit_mechanisms(config, options, data.train)
     progress, interruption = ProgressDisplay(console), Interruption()
     trainer = UniSDTrainer(
         model=model,
@@ -77,13 +80,13 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         grader=data.grader,
         probe_dataset=data.retention[: config.diagnostics_probe_rows] or None,
     )
-    _save_memory(trainer, options, config)
+    config = trainer.args = _within_memory(trainer, options, config)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    return Setting(data, trainer, tokenizer, progress, interruption)
+    return Setting(data, config, trainer, tokenizer, progress, interruption)
 
 
-def _compute_in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> None:
+def _in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> UniSDConfig:
     """On one accelerator that can, the products of all but small models are computed in bfloat16,
     unless the user has said otherwise; where there are several, the launcher's configuration says.
     """
@@ -93,27 +96,31 @@ def _compute_in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> No
         or config.world_size > 1
     )
     if not said and config.device.type != "cpu" and native_bf16() and model.num_parameters() > AUTO_BF16_FROM:
-        config.bf16, config.mixed_precision = True, "bf16"
+        why = "products of all but small models are computed in bfloat16 on one accelerator that can"
+        return config.changed(why, bf16=True, mixed_precision="bf16")
+    return config
 
 
-def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> None:
+def _within_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> UniSDConfig:
     """Switch gradient checkpointing on where the step would not fit without it, unless the user has
     said which.
 
     On all ranks, if on one of them: they take their steps together.
     """
     if "gradient_checkpointing" in options.explicit:
-        return
+        return config
     free = memory.available(config.device)
     size = memory.ModelSize.of(trainer.model)
     shards = config.world_size if is_sharded(trainer.model) else 1
     wanted = free is not None and memory.wants_checkpointing(
         size, config, longest_prompt(trainer), free, shards
     )
-    if on_any_rank(wanted, config.world_size):
-        config.gradient_checkpointing = True
-        room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
-        logger.warning("gradient checkpointing is on: the step would not fit %s without it.", room)
+    if not on_any_rank(wanted, config.world_size):
+        return config
+    room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
+    why = f"gradient checkpointing is on: the step would not fit {room} without it."
+    logger.warning("%s", why)
+    return config.changed(why, gradient_checkpointing=True)
 
 
 def longest_prompt(trainer: UniSDTrainer) -> int:
@@ -137,7 +144,9 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     if config.world_size > 1:  # a free folder would be taken as soon as one rank has made it
         broadcast_object_list(chosen)
     folder, checkpoint = chosen[0]
-    config.output_dir, config.resume_from_checkpoint = str(folder), checkpoint
+    config = config.changed(
+        "the folder of this run", output_dir=str(folder), resume_from_checkpoint=checkpoint
+    )
     try:
         setting = set_up(options, config, data, console)
     except UserError:
@@ -145,7 +154,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             with suppress(OSError):  # not empty: a run to go on with
                 folder.rmdir()
         raise
-    trainer = setting.trainer
+    trainer, config = setting.trainer, setting.config
     if trainer.is_world_process_zero():
         if checkpoint is None and options.overwrite_output_dir:
             outputs.clear_earlier_run(folder)
@@ -176,7 +185,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             _say_how_to_resume(options, folder)
         return None
 
-    _save_model(setting, config, folder)  # a run that is stopped while it measures has done its work
+    _save_model(setting, folder)  # a run that is stopped while it measures has done its work
     clock = time.perf_counter()
     after, answers = _measured(setting, config)
     with trainer.accelerator.autocast():
@@ -234,12 +243,13 @@ def _drift(
     )
 
 
-def _save_model(setting: Setting, config: UniSDConfig, folder: Path) -> None:
+def _save_model(setting: Setting, folder: Path) -> None:
     # Pushed once, at the end, with our card: the Trainer would push each save and write a card of
     # its own.
-    push, config.push_to_hub = config.push_to_hub, False
-    setting.trainer.save_model(str(folder))
-    config.push_to_hub = push
+    trainer, config = setting.trainer, setting.config
+    trainer.args = config.changed("pushed once, at the end", push_to_hub=False)
+    trainer.save_model(str(folder))
+    trainer.args = config
     if setting.trainer.is_world_process_zero():
         setting.tokenizer.save_pretrained(str(folder))
 

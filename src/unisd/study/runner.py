@@ -32,7 +32,7 @@ def check_runs(runs: Sequence[Run], study: Study) -> None:
         UserError: options that `unisd train` refuses, or a mechanism that is off in the recipe and
             cannot be studied.
     """
-    from unisd.cli.parsing import resolve, train_parser
+    from unisd.run.resolve import resolve, train_parser
 
     parser = train_parser("unisd study")
     seen: set[str] = set()
@@ -214,7 +214,7 @@ def _calibrate(run: Run, store: Store, executor: Executor) -> float:
     """Time a very short run of the costliest cell, and stretch it: load + evaluation by rows +
     training by steps.
     """
-    from unisd.cli.parsing import resolve, train_parser
+    from unisd.run.resolve import resolve, train_parser
     from unisd.run.inputs import load_data
 
     parser = train_parser()
