@@ -52,7 +52,7 @@ class UniSDOptions:
     lr_scheduler_type: str = option("training", "Learning-rate schedule.", "cosine")
     warmup_steps: float = option("training", "Warm-up: steps, or a share of all steps if below 1.", 0.1)
     gradient_accumulation_steps: int = option("training", "Micro-batches per optimizer step.", 4, low=1)
-    bf16: bool = option("training", "Compute matrix products in bfloat16.", False)
+    bf16: bool = option("training", "Mixed precision: matrix products in bfloat16.", False)
     gradient_checkpointing: bool = option(
         "training",
         "Recompute activations to save memory; unset: switched on where a step would not fit without it.",
