@@ -148,20 +148,13 @@ def _typed(flags: Sequence[str]) -> dict[str, Any]:
 
 def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -> int:
     from unisd.console import quiet_libraries
-    from unisd.study import executor as executors
     from unisd.study import runner
 
     study = _study_of(options, of_runs)
     runs = design.runs_of(study)
     quiet_libraries()
     runner.check_runs(runs, study)
-    cells = {run.cell.name: run.cell for run in runs}
-    print(f"{len(runs)} runs: {len(cells)} cells x {len(study.tasks)} tasks x {len(study.seeds)} seeds")
-    print(f"cells: {', '.join(cells)}")
-    print(
-        "model:"
-        f" {', '.join(dict.fromkeys(str(run.options.get('model_name_or_path', 'pocket')) for run in runs))}"
-    )
+    _introduce(study, runs)
     if options.dry_run:
         for run in runs:
             print(run.id)
@@ -170,32 +163,13 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
     name = Path(options.config).stem if options.config else "study"
     folder = Path(options.output_dir or Path(DEFAULT_FOLDER) / name)
     store = Store(folder)
-    executor = None
     try:
         _remember(folder, study)
-        known = store.runs()
-        if options.retry_failed:
-            for run in runs:
-                if run.id in known and known[run.id]["status"] == FAILED:
-                    store.note(run.id, "anew")
-                    del known[run.id]
-        left = [run for run in runs if run.id not in known]
-        executor = executors.make(options.executor, options.jobs, options.ray_address)
-        if left:
-            seconds, source = runner.seconds_of_a_run(study, left, store, executor)
-            minutes = seconds * -(-len(left) // executor.slots) / 60
-            print(
-                f"{len(left)} to run, {executor.slots} at once: about {minutes:.0f} minutes ({seconds:.0f} s"
-                f" a run, from {source})",
-                flush=True,
-            )
-        complete = runner.carry_out(study, left, store, executor, lambda line: print(line, flush=True))
+        complete = _run_left(options, study, runs, store)
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with:\n  unisd study {shlex.join(arguments)}", flush=True)
         return 130
     finally:
-        if executor is not None:
-            executor.close()
         store.close()
     if not complete:
         print(
@@ -211,6 +185,42 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
         )
     code = _analyse(folder, options.margin)
     return code or int(failed > 0)
+
+
+def _introduce(study: design.Study, runs: Sequence[design.Run]) -> None:
+    """Say what will run."""
+    cells = {run.cell.name: run.cell for run in runs}
+    models = dict.fromkeys(str(run.options.get("model_name_or_path", "pocket")) for run in runs)
+    print(f"{len(runs)} runs: {len(cells)} cells x {len(study.tasks)} tasks x {len(study.seeds)} seeds")
+    print(f"cells: {', '.join(cells)}")
+    print(f"model: {', '.join(models)}")
+
+
+def _run_left(options: Any, study: design.Study, runs: Sequence[design.Run], store: Store) -> bool:
+    """Run what the store does not hold yet; returns whether the budget was enough."""
+    from unisd.study import executor as executors
+    from unisd.study import runner
+
+    known = store.runs()
+    if options.retry_failed:
+        for run in runs:
+            if run.id in known and known[run.id]["status"] == FAILED:
+                store.note(run.id, "anew")
+                del known[run.id]
+    left = [run for run in runs if run.id not in known]
+    executor = executors.make(options.executor, options.jobs, options.ray_address)
+    try:
+        if left:
+            seconds, source = runner.seconds_of_a_run(study, left, store, executor)
+            minutes = seconds * -(-len(left) // executor.slots) / 60
+            print(
+                f"{len(left)} to run, {executor.slots} at once: about {minutes:.0f} minutes ({seconds:.0f} s"
+                f" a run, from {source})",
+                flush=True,
+            )
+        return runner.carry_out(study, left, store, executor, lambda line: print(line, flush=True))
+    finally:
+        executor.close()
 
 
 def _remember(folder: Path, study: design.Study) -> None:
