@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback
 
-from unisd.cli.parsing import parse
 from unisd.console import make_console, quiet_libraries
 from unisd.run.inputs import load_data
+from unisd.run.resolve import parse
 from unisd.run.train import set_up
 
 

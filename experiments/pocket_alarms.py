@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ from transformers import PrinterCallback
 
 from experiments.grid import Cell, add_jobs, carry_out
 from experiments.pages import update
-from unisd.cli.parsing import parse
 from unisd.console import markdown_table
 from unisd.files import METRICS, read_lines
 from unisd.monitoring import alarms
 from unisd.run.inputs import load_data, load_model
+from unisd.run.resolve import parse
 from unisd.trainer import UniSDTrainer
 
 COMMON = [
@@ -110,7 +110,7 @@ def run_cell(plan: Plan, base: Path, steps: int | None = None) -> Cell:
         flags = [*COMMON, *provocation.flags, *limit, "--seed", str(plan.seed), "--output_dir", folder]
         options, config = parse(flags)  # with the embedded model's overlay, which suits both bases
         if provocation.hedging:
-            options.model_name_or_path = str(hedging_base(base))
+            options = replace(options, model_name_or_path=str(hedging_base(base)))
         data = load_data(options, config.seed)
         model, tokenizer, _ = load_model(options)
         trainer = UniSDTrainer(

@@ -43,12 +43,12 @@ from transformers import PrinterCallback
 
 from experiments.grid import Cell, add_jobs, carry_out
 from unisd import recipes
-from unisd.cli.parsing import parse
 from unisd.evaluation.accuracy import accuracy
 from unisd.evaluation.likelihood import gold_ppl
 from unisd.evaluation.retention import retention
 from unisd.pocket.task import PocketTask
 from unisd.run.inputs import RunData, load_data, load_model
+from unisd.run.resolve import parse
 from unisd.trainer import UniSDTrainer
 
 # The comparison's overlay: short enough that all cells end within an evening on two cores.

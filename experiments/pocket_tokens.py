@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from unisd.cli.parsing import parse
 from unisd.console import markdown_table
 from unisd.methods.registry import parse_weight
 from unisd.methods.scores import StepScores
 from unisd.pocket.task import PocketTask
 from unisd.run.inputs import load_data, load_model
+from unisd.run.resolve import parse
 from unisd.trainer import UniSDTrainer
 
 APART = 1.0  # nats between l+ and l- from which a token carries the fact

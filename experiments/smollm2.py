@@ -30,7 +30,6 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from experiments.grid import Cell, add_jobs, append, carry_out, read
-from unisd.cli.parsing import parse
 from unisd.data.prompts import encode_completion, encode_prompt
 from unisd.data.rows import Row
 from unisd.evaluation.accuracy import accuracy, generate_greedy
@@ -42,6 +41,7 @@ from unisd.models.load import eos_ids
 from unisd.monitoring.cost import peak_memory
 from unisd.recipes import load as load_recipe
 from unisd.run.inputs import adapter_config, load_data, load_model
+from unisd.run.resolve import parse
 from unisd.tasks import get
 from unisd.tasks.base import Task
 from unisd.trainer import UniSDTrainer

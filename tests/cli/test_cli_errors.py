@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from unisd import testing as tiny
-from unisd.cli.main import COMMANDS, main
+from unisd.cli.main import main
 from unisd.errors import UserError
 
 ROWS = [
@@ -137,8 +137,6 @@ CONSENTS = ("--trust_remote_code", "--allow_unsafe_code_execution")
 def test_consents_of_train_reach_probe_and_prepare(
     mistake: Any, monkeypatch: pytest.MonkeyPatch, command: str, flags: list[str]
 ) -> None:
-    from unisd.cli import prepare as preparing
-    from unisd.cli import probe as probing
     from unisd.pocket.task import PocketTask
 
     seen = []
@@ -149,8 +147,7 @@ def test_consents_of_train_reach_probe_and_prepare(
         )
         raise UserError("seen")
 
-    for module in (preparing, probing):
-        monkeypatch.setattr(module, "load_data", stop)
+    monkeypatch.setattr("unisd.run.inputs.load_data", stop)
     monkeypatch.setattr("unisd.run.inputs.get_task", lambda options: PocketTask())
     mistake(command, "--task", "mbpp", "--task_options", "a=1", "b=2", "--seed", "5", *flags)
     assert seen == [(True, True, ["a=1", "b=2"], 5)]
@@ -280,8 +277,8 @@ def test_output_dir_with_the_users_own_files(own: Any, tmp_path: Path, flags: li
 
 
 def test_two_runs_started_together_get_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unisd.cli.parsing import parse
     from unisd.run.outputs import choose_output_dir
+    from unisd.run.resolve import parse
 
     monkeypatch.chdir(tmp_path)
     folders = [choose_output_dir(*parse([]), "pocket")[0].name for _ in range(2)]
@@ -315,7 +312,7 @@ def test_full_disk(mistake: Any, monkeypatch: pytest.MonkeyPatch, error: Excepti
     def fail(arguments: list[str]) -> int:
         raise error
 
-    monkeypatch.setitem(COMMANDS, "merge", fail)
+    monkeypatch.setattr("unisd.cli.merge.merge_command", fail)
     assert "the disk is full" in mistake("merge", "x")
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from unisd.cli.main import main
-from unisd.cli.parsing import parse
 from unisd.evaluation.accuracy import generate_greedy
 from unisd.models.load import load_model_and_tokenizer
 from unisd.run import measure
 from unisd.run import train as run
+from unisd.run.resolve import parse
 
 ROWS = [{"prompt": f"What is {i} and {i}?", "privileged_context": f"It is {2 * i}."} for i in range(10)]
 SHORT = [

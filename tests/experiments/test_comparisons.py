@@ -83,7 +83,7 @@ def test_pilots_and_table_share_no_rows() -> None:
 
 @pytest.mark.parametrize("method", compare.methods())
 def test_cells_of_the_pocket_comparison_are_valid_runs(method: str) -> None:
-    from unisd.cli.parsing import parse
+    from unisd.run.resolve import parse
 
     options, config = parse(compare.arguments(compare.Plan(method, "noisy", 1, 1e-3)))
     assert config.learning_rate == 1e-3 and options.noise == 0.3 and config.max_steps == 40

@@ -13,13 +13,13 @@ import torch
 
 from unisd import UniSDConfig, UniSDTrainer
 from unisd import testing as tiny
-from unisd.cli.parsing import parse
 from unisd.files import read_lines
 from unisd.memory import ModelSize
 from unisd.monitoring.cost import account, cost_of, energy_of, peak_memory
 from unisd.monitoring.token_records import MAX_RECORDS, SampleRecorder, token_texts
 from unisd.run.baseline import key_of, measured_once
 from unisd.run.inputs import RunData
+from unisd.run.resolve import parse
 
 STAR: dict[str, Any] = {
     "agreement": "token",

@@ -14,10 +14,10 @@ import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from unisd import UserError
-from unisd.cli.parsing import parse
 from unisd.distributed import sharding, zero
 from unisd.run import launch
 from unisd.run.outputs import resume_command
+from unisd.run.resolve import parse
 
 
 def test_launch_commands_and_their_mistakes(tmp_path: Path) -> None:

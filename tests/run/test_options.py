@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from unisd.cli.help import help_text
-from unisd.cli.parsing import parse, train_parser
 from unisd.errors import UserError
+from unisd.run.resolve import parse, train_parser
 
 
 @pytest.fixture

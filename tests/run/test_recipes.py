@@ -13,11 +13,11 @@ import pytest
 
 from unisd import recipes
 from unisd.cli.main import main
-from unisd.cli.parsing import parse
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.methods.registry import parse_weight
 from unisd.methods.targets import parse_target
+from unisd.run.resolve import parse
 
 FIELD = ("dash", "pw-opsd", "avsd", "opsd-ectr", "demopsd", "purified-opsd")
 # of the rows, but part of a method

@@ -19,10 +19,10 @@ from benchmarks.options import Options
 from experiments.grid import run_apart
 from unisd import memory
 from unisd import testing as tiny
-from unisd.cli.parsing import parse
 from unisd.kernels import cpu_memory as heap
 from unisd.memory import ModelSize, available, estimate, wants_checkpointing
 from unisd.run import train as run
+from unisd.run.resolve import parse
 
 
 def config(*options: str) -> Any:
@@ -127,8 +127,9 @@ def test_the_user_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
         options, settings = parse(
             ["--model_name_or_path", "some/model", "--recipe", "unisd-star", "--use_cpu", *given]
         )
-        run._save_memory(trainer, options, settings)
-        assert settings.gradient_checkpointing is expected
+        found = run._within_memory(trainer, options, settings)
+        assert found.gradient_checkpointing is expected and not settings.gradient_checkpointing
+        assert [change.name for change in found.changes] == ["gradient_checkpointing"] * expected
 
 
 def test_free_memory_is_known_on_a_cpu() -> None:
@@ -156,8 +157,7 @@ def test_checkpointing_is_chosen_on_all_ranks_if_on_one(monkeypatch: pytest.Monk
     monkeypatch.setattr(run, "on_any_rank", lambda mine, world_size: not mine)  # another rank's answer
     options, settings = parse(["--model_name_or_path", "some/model", "--recipe", "unisd-star", "--use_cpu"])
     trainer: Any = type("Trainer", (), {"model": None})
-    run._save_memory(trainer, options, settings)
-    assert settings.gradient_checkpointing
+    assert run._within_memory(trainer, options, settings).gradient_checkpointing
 
 
 FAULTS = """

@@ -177,23 +177,28 @@ def _gold(row: Row, columns: Sequence[str]) -> str | None:
     return next((str(value) for value in values if value is not None and str(value).strip()), None)
 
 
-def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) -> None:
-    """Switch off what a recipe asks for and the rows cannot serve.
+def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) -> UniSDConfig:
+    """The config without what a recipe asks for and the rows cannot serve.
 
     What the user asked for stays, and the trainer refuses it.
     """
     asked = options.explicit
     contexts = any(len(row.get("auxiliary_contexts") or []) >= 2 for row in rows)
     negatives = any(row.get("negative_context") for row in rows)
+    off: dict[str, Any] = {}
     dropped = []
     if config.agreement != "none" and "agreement" not in asked and not contexts:
-        config.agreement = "none"
+        off["agreement"] = "none"
         dropped.append("agreement (needs a column auxiliary_contexts, or --agreement_contexts retrieval)")
     if config.contrastive_weight and "contrastive_weight" not in asked and not negatives:
-        config.contrastive_weight = 0.0
+        off["contrastive_weight"] = 0.0
         dropped.append("contrast (needs a column negative_context, or --negatives corrupt)")
-    if dropped and config.process_index == 0:
-        logger.warning("recipe %s runs without %s.", options.recipe, " and without ".join(dropped))
+    if not off:
+        return config
+    why = f"recipe {options.recipe} runs without {' and without '.join(dropped)}."
+    if config.process_index == 0:
+        logger.warning("%s", why)
+    return config.changed(why, **off)
 
 
 def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, str]:

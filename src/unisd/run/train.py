@@ -23,13 +23,13 @@ from unisd.files import ANSWERS
 from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM
 from unisd.monitoring.cost import Energy, cost_of
+from unisd.monitoring.progress import ProgressDisplay
 from unisd.run import baseline as shared
 from unisd.run import outputs
 from unisd.run.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
 from unisd.run.measure import change_lines, drift, measure, pair_answers
 from unisd.run.options import RunOptions
 from unisd.run.prepare import prepare
-from unisd.run.progress import ProgressDisplay
 from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import last_complete_checkpoint
 from unisd.training.guards import Interruption
@@ -46,6 +46,8 @@ class Setting:
     """A run that is ready to train."""
 
     data: RunData
+    config: UniSDConfig
+    """As resolved for this model and these rows; the trainer's own."""
     trainer: UniSDTrainer
     tokenizer: Any
     progress: ProgressDisplay
@@ -57,14 +59,14 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
     if config.push_to_hub and config.process_index == 0:
         logger.warning("push_to_hub uploads samples.jsonl and answers.json too, with texts of your rows.")
     model, tokenizer, _ = load_model(options)
-    _compute_in_bf16(model, options, config)
+    config = _in_bf16(model, options, config)
     if config.process_index == 0:
         data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
     if config.world_size > 1:  # what a model writes must be the same on all ranks
         rows = [data.train]
         broadcast_object_list(rows)
         data.train = rows[0]
-    fit_mechanisms(config, options, data.train)
+    config = fit_mechanisms(config, options, data.train)
     progress, interruption = ProgressDisplay(console), Interruption()
     trainer = UniSDTrainer(
         model=model,
@@ -77,13 +79,13 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         grader=data.grader,
         probe_dataset=data.retention[: config.diagnostics_probe_rows] or None,
     )
-    _save_memory(trainer, options, config)
+    config = trainer.args = _within_memory(trainer, options, config)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    return Setting(data, trainer, tokenizer, progress, interruption)
+    return Setting(data, config, trainer, tokenizer, progress, interruption)
 
 
-def _compute_in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> None:
+def _in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> UniSDConfig:
     """Multiply in bfloat16 on an accelerator that can, but for small models.
 
     Not where the user says otherwise, or the launcher's configuration for several accelerators.
@@ -94,27 +96,31 @@ def _compute_in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> No
         or config.world_size > 1
     )
     if not said and gains_from_bf16(config.device) and model.num_parameters() > AUTO_BF16_FROM:
-        config.bf16, config.mixed_precision = True, "bf16"
+        why = "products of all but small models are computed in bfloat16 on one accelerator that can"
+        return config.changed(why, bf16=True, mixed_precision="bf16")
+    return config
 
 
-def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> None:
+def _within_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> UniSDConfig:
     """Switch gradient checkpointing on where the step would not fit without it.
 
     Not where the user has said which. On all ranks, if on one of them: they take their steps
     together.
     """
     if "gradient_checkpointing" in options.explicit:
-        return
+        return config
     free = memory.available(config.device)
     size = memory.ModelSize.of(trainer.model)
     shards = number_of_shards(trainer.model)
     wanted = free is not None and memory.wants_checkpointing(
         size, config, longest_prompt(trainer), free, shards
     )
-    if on_any_rank(wanted, config.world_size):
-        config.gradient_checkpointing = True
-        room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
-        logger.warning("gradient checkpointing is on: the step would not fit %s without it.", room)
+    if not on_any_rank(wanted, config.world_size):
+        return config
+    room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
+    why = f"gradient checkpointing is on: the step would not fit {room} without it."
+    logger.warning("%s", why)
+    return config.changed(why, gradient_checkpointing=True)
 
 
 def longest_prompt(trainer: UniSDTrainer) -> int:
@@ -132,7 +138,8 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     started = time.perf_counter()
     console = make_console()
     data = load_data(options, config.seed)
-    folder, checkpoint = _agree_on_folder(options, config, data.name)
+    config, checkpoint = _agree_on_folder(options, config, data.name)
+    folder = Path(str(config.output_dir))
     try:
         setting = set_up(options, config, data, console)
     except UserError:
@@ -140,7 +147,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             with suppress(OSError):  # not empty: a run to go on with
                 folder.rmdir()
         raise
-    trainer = setting.trainer
+    trainer, config = setting.trainer, setting.config
     is_writer = trainer.is_world_process_zero()
     if is_writer and checkpoint is None and options.overwrite_output_dir:
         outputs.clear_earlier_run(folder)
@@ -157,7 +164,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             _say_how_to_resume(options, folder)
         return None
 
-    _save_model(setting, config, folder)  # a run that is stopped while it measures has done its work
+    _save_model(setting, folder)  # a run that is stopped while it measures has done its work
     clock = time.perf_counter()
     after, answers = _measured(setting, config)
     with trainer.accelerator.autocast():
@@ -182,16 +189,16 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
 
 def _agree_on_folder(
     options: RunOptions, config: UniSDConfig, data_name: str
-) -> tuple[Path, str | bool | None]:
-    """The output folder and the checkpoint to resume from, the same on all ranks."""
+) -> tuple[UniSDConfig, str | bool | None]:
+    """Choose folder and checkpoint, the same on all ranks: in a new config, and the latter."""
     chosen: list[Any] = [None]
     if config.process_index == 0:
         chosen = [outputs.choose_output_dir(options, config, data_name)]
     if config.world_size > 1:  # a free folder would be taken as soon as one rank has made it
         broadcast_object_list(chosen)
     folder, checkpoint = chosen[0]
-    config.output_dir, config.resume_from_checkpoint = str(folder), checkpoint
-    return folder, checkpoint
+    why = "the folder of this run"
+    return config.changed(why, output_dir=str(folder), resume_from_checkpoint=checkpoint), checkpoint
 
 
 def _trained(setting: Setting, checkpoint: str | bool | None) -> Energy | None:
@@ -266,12 +273,13 @@ def _drift(
     )
 
 
-def _save_model(setting: Setting, config: UniSDConfig, folder: Path) -> None:
+def _save_model(setting: Setting, folder: Path) -> None:
     # Pushed once, at the end, with our card: the Trainer would push each save and write a card of
     # its own.
-    push, config.push_to_hub = config.push_to_hub, False
-    setting.trainer.save_model(str(folder))
-    config.push_to_hub = push
+    trainer, config = setting.trainer, setting.config
+    trainer.args = config.changed("pushed once, at the end", push_to_hub=False)
+    trainer.save_model(str(folder))
+    trainer.args = config
     if setting.trainer.is_world_process_zero():
         setting.tokenizer.save_pretrained(str(folder))
 

@@ -1,4 +1,4 @@
-"""Shows how far a training run has come."""
+"""Progress of the training with live metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def _metrics_text(logs: dict[str, float], steps_per_second: float) -> str:
 
 
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
-    """Shows training with its latest metrics: a bar on a terminal, else about 20 plain lines."""
+    """Progress of the training with its latest metrics: a bar on a terminal, else about 20 plain
+    lines.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
