@@ -91,10 +91,13 @@ def test_retrieval_is_brute_force_cosine() -> None:
     for i, row in enumerate(built):
         cosine = [float(vectors[i] @ v / np.linalg.norm(vectors[i]) / np.linalg.norm(v)) for v in vectors]
         allowed = [
-            j for j in range(60)
-            if j != i and jaccard(shingles(words(given[i]["prompt"])), shingles(words(given[j]["prompt"]))) < NEAR_DUPLICATE_THRESHOLD
+            j
+            for j in range(60)
+            if j != i
+            and jaccard(shingles(words(given[i]["prompt"])), shingles(words(given[j]["prompt"])))
+            < NEAR_DUPLICATE_THRESHOLD
             and not contains(given[j]["privileged_context"], given[i]["privileged_context"])
-        ]  # fmt: skip
+        ]
         nearest = sorted(allowed, key=lambda j: -cosine[j])[:4]
         assert [
             given[j]["prompt"] in text for j, text in zip(nearest, row["auxiliary_contexts"], strict=True)

@@ -26,9 +26,15 @@ def test_sft_is_the_loss_of_transformers(tmp_path: Any, family: str, implementat
     gradient included.
     """
     built = trainer(
-        tmp_path, family, completion_source="reference", loss_aggregation="token", temperature=0.7, max_completion_length=64,
-        loss_implementation=implementation, **NLL,
-    )  # fmt: skip
+        tmp_path,
+        family,
+        completion_source="reference",
+        loss_aggregation="token",
+        temperature=0.7,
+        max_completion_length=64,
+        loss_implementation=implementation,
+        **NLL,
+    )
     ours = gradients(built, perturb=0.0)
     built.model.zero_grad()
     sequences = [

@@ -78,15 +78,31 @@ def chunked_loss(
     if reweigh is not None and (wanted[1] or wanted[2] or contrast is not None):
         with torch.no_grad():
             known = chunked_loss(
-                student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N,
-                chunk_tokens=chunk, target=target,
-            )  # fmt: skip
+                student_hidden_NH,
+                student_head,
+                teacher_hidden_NH,
+                teacher_head,
+                targets_N,
+                spec,
+                coefficient_N,
+                chunk_tokens=chunk,
+                target=target,
+            )
         factor_N = reweigh(known.divergence_N, known.student_logp_N, known.student_entropy_N)
         coefficient_N, reweigh = coefficient_N * factor_N, None
     inputs = LossInputs(
-        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
-        target, reweigh,
-    )  # fmt: skip
+        student_hidden_NH,
+        student_head,
+        teacher_hidden_NH,
+        teacher_head,
+        targets_N,
+        spec,
+        coefficient_N,
+        token_clip,
+        contrast,
+        target,
+        reweigh,
+    )
     loss, *values = _ChunkedLoss.apply(*tracked, inputs, chunk, wanted)  # type: ignore[no-untyped-call]
     divergence_N, logp_N, entropy_N, teacher_logp_N = values
     terms = token_terms(inputs, divergence_N, logp_N, teacher_logp_N)

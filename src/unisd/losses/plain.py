@@ -39,9 +39,17 @@ def plain_loss(
     the values of this very pass. N = 0 gives exactly zero, still attached to the graph.
     """
     inputs = LossInputs(
-        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
+        student_hidden_NH,
+        student_head,
+        teacher_hidden_NH,
+        teacher_head,
+        targets_N,
+        spec,
+        coefficient_N,
+        token_clip,
+        contrast,
         target,
-    )  # fmt: skip
+    )
     student_logp_NV = log_probs(student_head.logits(student_hidden_NH), spec.temperature)
     own_NV, teacher_logp_NV = _teacher_logp(inputs, student_logp_NV)
     own_N = pick(own_NV, targets_N)

@@ -120,10 +120,26 @@ if AVAILABLE:
 
     @triton.jit
     def _gradient_kernel(
-        zp_ptr, zq_ptr, lsep_ptr, lseq_ptr, target_ptr, slope_ptr, back_ptr, hinge_ptr,
-        V, factor_p, cap_p, factor_q, cap_q, alpha,
-        CAPPED_P: tl.constexpr, CAPPED_Q: tl.constexpr, KIND: tl.constexpr, HINGE: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        zp_ptr,
+        zq_ptr,
+        lsep_ptr,
+        lseq_ptr,
+        target_ptr,
+        slope_ptr,
+        back_ptr,
+        hinge_ptr,
+        V,
+        factor_p,
+        cap_p,
+        factor_q,
+        cap_q,
+        alpha,
+        CAPPED_P: tl.constexpr,
+        CAPPED_Q: tl.constexpr,
+        KIND: tl.constexpr,
+        HINGE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """slope * (p ds/dp) - back * p + hinge * onehot, through the softcap, in the place of the
         student's projection.
         """
@@ -225,7 +241,20 @@ def closed_form(part: LossInputs, want_gradient: bool) -> ChunkResult:
     hinge_C = None if terms.slope_logp_N is None else terms.slope_logp_N.float() * inner
     back_C = slope_C * slopes_C if hinge_C is None else slope_C * slopes_C + hinge_C
     _gradient_kernel[(C,)](
-        zp_CV, zq_CV, lsep_C, lseq_C, part.targets_N, slope_C, back_C, slope_C if hinge_C is None else hinge_C, V,
-        *factors, *capped, kind, hinge_C is not None, BLOCK, num_warps=8,
-    )  # fmt: skip
+        zp_CV,
+        zq_CV,
+        lsep_C,
+        lseq_C,
+        part.targets_N,
+        slope_C,
+        back_C,
+        slope_C if hinge_C is None else hinge_C,
+        V,
+        *factors,
+        *capped,
+        kind,
+        hinge_C is not None,
+        BLOCK,
+        num_warps=8,
+    )
     return values, zp_CV
