@@ -202,7 +202,8 @@ def test_broken_checkpoint_is_found_and_the_newest_good_one_named(
 
 def test_best_checkpoint_is_named_by_its_place(tmp_path: Path) -> None:
     built = build(
-        tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
         eval_dataset=[{**row, "completion": row["privileged_context"]} for row in tiny.rows(2)],
     )  # fmt: skip
     built.train()

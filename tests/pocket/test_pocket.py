@@ -209,10 +209,13 @@ def test_expressions(source, value):
 
 
 @pytest.mark.parametrize("source", [
-    "x.real", "().__class__", "open('f')", "__import__('os')", "exec('1')", "'a'*9", "[1]*9", "x[0]", "y", "lambda: 1",
-    "(y:=3)", "9**9**9", "9**17", "2**-1", "2**0.5", "9**16*9**16", "x/0", "x%0", "1e308*10", "1e400", "max(1)", "max(*[1])",
-    "max(1,2,key=x)", "abs(x,x)", "f(x)(x)", "1 < x < 3", "1j", "x if y else 1", "9" * 150, "x;x", "x\nx", "\x00", "", "~x",
-    "x" * 300, "(" * 150, "-" * 150 + "x", "x+" * 60 + "x", "1<<99", "x is x", "x and x", "{x}", "f'{x}'", "None", "...",
+    "x.real", "().__class__", "open('f')", "__import__('os')", "exec('1')", "'a'*9", "[1]*9", "x[0]", "y",
+    "lambda: 1", "(y:=3)", "9**9**9", "9**17", "2**-1", "2**0.5", "9**16*9**16", "x/0", "x%0", "1e308*10",
+    "1e400", "max(1)", "max(*[1])",
+    "max(1,2,key=x)", "abs(x,x)", "f(x)(x)", "1 < x < 3", "1j", "x if y else 1", "9" * 150, "x;x", "x\nx",
+    "\x00", "", "~x",
+    "x" * 300, "(" * 150, "-" * 150 + "x", "x+" * 60 + "x", "1<<99", "x is x", "x and x", "{x}",
+    "f'{x}'", "None", "...",
 ])  # fmt: skip
 def test_what_is_not_an_expression(source):
     with pytest.raises(ExpressionError):

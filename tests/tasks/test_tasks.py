@@ -160,8 +160,9 @@ def test_gpqa_and_humaneval_are_for_evaluation_only(tmp_path):
     from unisd.cli.main import main
 
     rows = [
-        {"Question": f"Which {i}?", "Correct Answer": "yes", "Incorrect Answer 1": "no", "Incorrect Answer 2": "maybe",
-         "Incorrect Answer 3": "never", "Record ID": f"r{i}", "High-level domain": "Physics"}
+        {"Question": f"Which {i}?", "Correct Answer": "yes", "Incorrect Answer 1": "no",
+         "Incorrect Answer 2": "maybe", "Incorrect Answer 3": "never",
+         "Record ID": f"r{i}", "High-level domain": "Physics"}
         for i in range(4)
     ]  # fmt: skip
     file = write(tmp_path / "gpqa.jsonl", rows)
@@ -211,7 +212,8 @@ def test_humaneval_takes_a_whole_function_or_a_body(tmp_path):
 
 def test_toolalpaca_training_instances_and_fields(tmp_path):
     record = {
-        "Name": "Shop", "Function_Description": {"find": "Find.\nParameters: {}\nOutput: things", "components": ""}, "Instructions": [],
+        "Name": "Shop", "Instructions": [],
+        "Function_Description": {"find": "Find.\nParameters: {}\nOutput: things", "components": ""},
         "Instances": [
             {"input": "Find a pen", "intermediate_steps": [[["find", '{"q": "pen"}', "log"], "result"]]},
             {"input": "Never solved", "intermediate_steps": []},
