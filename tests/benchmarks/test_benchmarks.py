@@ -127,8 +127,8 @@ def test_rounds_are_interleaved_and_stop_in_time() -> None:
 CONTRACT = {
     "loss": {"time_vs_plain", "time_vs_trl", "extra_memory_vs_plain"},
     "step": {
-        "sdft_time_vs_trl", "sdft_extra_memory_vs_trl", "star_time_vs_plain", "star_extra_memory_vs_plain",
-        "star_time_vs_limit", "star_equal_time_vs_plain",
+        "sdft_time_vs_trl", "sdft_extra_memory_vs_trl", "star_time_vs_plain",
+        "star_extra_memory_vs_plain", "star_time_vs_limit", "star_equal_time_vs_plain",
     },
     "score": {"time_vs_plain"},
     "generate": {"time_vs_plain"},

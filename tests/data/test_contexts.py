@@ -94,8 +94,7 @@ def test_retrieval_is_brute_force_cosine() -> None:
             j
             for j in range(60)
             if j != i
-            and jaccard(shingles(words(given[i]["prompt"])), shingles(words(given[j]["prompt"])))
-            < NEAR_DUPLICATE_THRESHOLD
+            and jaccard(*(shingles(words(given[k]["prompt"])) for k in (i, j))) < NEAR_DUPLICATE_THRESHOLD
             and not contains(given[j]["privileged_context"], given[i]["privileged_context"])
         ]
         nearest = sorted(allowed, key=lambda j: -cosine[j])[:4]

@@ -144,14 +144,9 @@ def test_chunked_kernel(function: object, alpha: float, head: dict) -> None:
     assert_same(ours(function, x, spec, "token", **head), loss, x)
     with torch.no_grad():
         out = function(  # type: ignore[operator]
-            x.hidden[x.mask],
-            Head(x.weight, x.bias, **head),
-            x.teacher_hidden[x.mask],
-            Head(x.teacher_weight, **head),
-            x.targets[x.mask],
-            spec,
-            torch.ones(int(x.mask.sum())),
-        )
+            x.hidden[x.mask], Head(x.weight, x.bias, **head), x.teacher_hidden[x.mask],
+            Head(x.teacher_weight, **head), x.targets[x.mask], spec, torch.ones(int(x.mask.sum())),
+        )  # fmt: skip
     torch.testing.assert_close(out.student_entropy_N.sum(), entropy_sum, rtol=1e-5, atol=1e-5)
 
 

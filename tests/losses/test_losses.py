@@ -76,17 +76,10 @@ def test_any_chunk_size(chunk_tokens: int | None, with_contrast: bool) -> None:
         assert_same(x, spec, 1e-10, chunk_tokens, contrast=x.contrast if with_contrast else None)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "most", "sizes"),
-    [
-        (512, 193, [192, 192, 128]),
-        (300, 193, [192, 108]),
-        (200, 193, [100, 100]),
-        (100, 193, [100]),
-        (100, 40, [34, 34, 32]),
-        (0, 9, []),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "most", "sizes"), [
+    (512, 193, [192, 192, 128]), (300, 193, [192, 108]), (200, 193, [100, 100]), (100, 193, [100]),
+    (100, 40, [34, 34, 32]), (0, 9, []),
+])  # fmt: skip
 def test_chunks_are_fast_and_none_is_small(tokens: int, most: int, sizes: list[int]) -> None:
     chunk = losses._chunk(tokens, most)
     assert [min(chunk, tokens - start) for start in range(0, tokens, chunk)] == sizes

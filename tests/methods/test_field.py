@@ -230,14 +230,9 @@ def test_contrast_geometric_and_pmi(seed: int, a: float, size: float) -> None:
 
 
 TARGETS = [
-    "contrast",
-    "geometric:a=0.3",
-    "geometric:mixing=disagreement",
-    "geometric:a=0.3,source=student/plain",
-    "pmi",
-    "view_consensus",
-    "view_consensus:residual=False",
-]
+    "contrast", "geometric:a=0.3", "geometric:mixing=disagreement", "geometric:a=0.3,source=student/plain",
+    "pmi", "view_consensus", "view_consensus:residual=False",
+]  # fmt: skip
 SPECS = [
     *[DivergenceSpec(alpha=alpha, temperature=0.7) for alpha in (0.0, 0.5, 1.0)],
     DivergenceSpec(alpha=0.0, entry_clip=0.05),

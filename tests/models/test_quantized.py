@@ -45,21 +45,11 @@ def test_teachers_of_a_quantised_model(kind: str, tmp_path: Path) -> None:
     assert packed
     rate, history = 0.25, []
     args = UniSDConfig(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-2,
-        teacher_model_kind=kind,
-        teacher_update_rate=rate,
-        agreement="token",
-        contrastive_weight=0.1,
-        feature_weight=0.1,
-        max_completion_length=16,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+        learning_rate=1e-2, teacher_model_kind=kind, teacher_update_rate=rate, agreement="token",
+        contrastive_weight=0.1, feature_weight=0.1, max_completion_length=16,
+        save_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = UniSDTrainer(
         model, args, get("pocket").load("train", limit=12), processing_class=tokenizer, peft_config=adapter

@@ -26,15 +26,9 @@ def test_sft_is_the_loss_of_transformers(tmp_path: Any, family: str, implementat
     gradient included.
     """
     built = trainer(
-        tmp_path,
-        family,
-        completion_source="reference",
-        loss_aggregation="token",
-        temperature=0.7,
-        max_completion_length=64,
-        loss_implementation=implementation,
-        **NLL,
-    )
+        tmp_path, family, completion_source="reference", loss_aggregation="token", temperature=0.7,
+        max_completion_length=64, loss_implementation=implementation, **NLL,
+    )  # fmt: skip
     ours = gradients(built, perturb=0.0)
     built.model.zero_grad()
     sequences = [

@@ -196,14 +196,9 @@ def test_engine_with_other_log_probabilities_is_corrected(tmp_path: Path, cap: f
 def test_references_are_not_corrected(tmp_path: Path) -> None:
     rows = [{**row, "completion": f"answer {i}"} for i, row in enumerate(tiny.rows(8))]
     built = trainer(
-        tmp_path,
-        train_dataset=rows,
-        completion_source="mixture",
-        on_policy_share=0.5,
-        num_iterations=2,
-        max_steps=1,
-        max_completion_length=12,
-    )
+        tmp_path, train_dataset=rows, completion_source="mixture", on_policy_share=0.5, num_iterations=2,
+        max_steps=1, max_completion_length=12,
+    )  # fmt: skip
     built.train()
     kept = built.store.completions([(i, 0) for i in range(8)], 1)
     assert {c.sampled for c in kept} == {True, False}

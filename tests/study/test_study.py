@@ -351,7 +351,8 @@ import sys, time
 from pathlib import Path
 from unisd.study.executor import Job, LocalExecutor
 executor = LocalExecutor(1)
-executor.submit(Job("child", (sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"), Path(sys.argv[1])))
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+executor.submit(Job("child", (sys.executable, "-c", code), Path(sys.argv[1])))
 time.sleep(60)
 """
 
@@ -388,8 +389,10 @@ real = runner.command_of
 def command_of(run, store):
     command = real(run, store)
     code = "import shutil, sys, time; time.sleep(0.3)"
-    code += "; [shutil.copy(f'{sys.argv[1]}/{n}', f'{sys.argv[2]}/{n}') for n in ('metrics.jsonl', 'answers.json', 'results.json')]"
-    return (sys.executable, "-c", code, str(calm / "runs" / run.id), command[command.index("--output_dir") + 1])
+    code += "; names = ('metrics.jsonl', 'answers.json', 'results.json')"
+    code += "; [shutil.copy(f'{sys.argv[1]}/{n}', f'{sys.argv[2]}/{n}') for n in names]"
+    there = command[command.index("--output_dir") + 1]
+    return (sys.executable, "-c", code, str(calm / "runs" / run.id), there)
 runner.command_of = command_of
 store = Store(folder)
 left = [run for run in runs_of(spec) if run.id not in store.runs()]
@@ -428,7 +431,8 @@ def test_a_study_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path: Path)
 
 
 SMALL = """
-base: {max_steps: 10, per_device_train_batch_size: 4, gradient_accumulation_steps: 1, max_eval_rows: 8, max_train_rows: 32}
+base: {max_steps: 10, per_device_train_batch_size: 4, gradient_accumulation_steps: 1,
+       max_eval_rows: 8, max_train_rows: 32}
 mechanisms: [ema]
 design: one-in
 seeds: [1, 2]

@@ -1005,7 +1005,8 @@ SPYING = [
         + lines("""
         def f():
             try:
-                for path in glob.glob("/proc/[0-9]*/*") + glob.glob("/proc/[0-9]*/fd/*") + glob.glob("/tmp/*") + glob.glob("/guest/*/*"):
+                patterns = "/proc/[0-9]*/*", "/proc/[0-9]*/fd/*", "/tmp/*", "/guest/*/*"
+                for path in [path for pattern in patterns for path in glob.glob(pattern)]:
                     try:
                         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
                         search(os.read(fd, 2**20))
@@ -1061,8 +1062,8 @@ SPYING = [
     (
         "patches the judge in itself",
         (
-            "import guest.judge\nguest.judge.run_tests = lambda *a: None\nguest.judge.main = lambda: None\ndef"
-            " f(x): return 3"
+            "import guest.judge\nguest.judge.run_tests = lambda *a: None\nguest.judge.main = lambda: None\n"
+            "def f(x): return 3"
         ),
         DOUBLE,
     ),
@@ -1091,7 +1092,8 @@ STAYING = [
             if os.fork() == 0:
                 os.setsid()
                 if os.fork() == 0:
-                    os.execve("/proc/self/exe", ["python", "-c", "import time; time.sleep(60)", "@MARK@"], {"X": "@MARK@"})
+                    words = ["python", "-c", "import time; time.sleep(60)", "@MARK@"]
+                    os.execve("/proc/self/exe", words, {"X": "@MARK@"})
                 os._exit(0)
             return 3
      """),
@@ -1300,7 +1302,8 @@ DRIVER = lines("""
     if sandbox.check_isolation() is not None:
         print(json.dumps({"cannot": sandbox.check_isolation()}))
         sys.exit()
-    verdicts = sandbox.run_many([tuple(p) for p in given["programs"]], given["timeout_s"], given["memory_mb"], workers=4)
+    programs, limits = [tuple(p) for p in given["programs"]], (given["timeout_s"], given["memory_mb"])
+    verdicts = sandbox.run_many(programs, *limits, workers=4)
     print(json.dumps({"verdicts": [[v.passed, v.reason, v.detail, v.seconds] for v in verdicts]}))
 """)
 

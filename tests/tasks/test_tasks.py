@@ -220,8 +220,8 @@ def test_humaneval_takes_a_whole_function_or_a_body(tmp_path):
 def test_toolalpaca_training_instances_and_fields(tmp_path):
     record = {
         "Name": "Shop",
-        "Function_Description": {"find": "Find.\nParameters: {}\nOutput: things", "components": ""},
         "Instructions": [],
+        "Function_Description": {"find": "Find.\nParameters: {}\nOutput: things", "components": ""},
         "Instances": [
             {"input": "Find a pen", "intermediate_steps": [[["find", '{"q": "pen"}', "log"], "result"]]},
             {"input": "Never solved", "intermediate_steps": []},

@@ -178,11 +178,8 @@ def in_heap(x):
     return int(first <= x.data_ptr() < last)
 
 def resident():
-    return next(
-        int(line.split()[1])
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmRSS")
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 mapped = faults()
 with heap.keep_freed_memory(torch.device("cpu")):

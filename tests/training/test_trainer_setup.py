@@ -22,13 +22,9 @@ def with_a_vision_tower() -> Any:
     """What `AutoModelForCausalLM` makes of the smaller Gemma-3 checkpoints."""
     text = Gemma3TextConfig(**tiny.SIZES, head_dim=8, sliding_window=8, query_pre_attn_scalar=8)
     vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
     tokens = {
         "mm_tokens_per_image": 4,
         "image_token_index": 261,
