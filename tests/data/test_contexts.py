@@ -138,6 +138,7 @@ def test_the_pocket_s_own_contexts_do_not_leak() -> None:
         assert not any(prompt in context for prompt in again for context in row["auxiliary_contexts"])
 
 
+@pytest.mark.long
 @needs_data
 @pytest.mark.parametrize(
     ("name", "files"), [("cos_e", "cose/csqa_cose_v1.11_train.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")]
@@ -151,6 +152,7 @@ def test_the_tasks_own_contexts_do_not_leak(name: str, files: str) -> None:
     assert sum(len(row["auxiliary_contexts"]) >= 2 for row in rows) >= 0.99 * len(rows)
 
 
+@pytest.mark.long
 @needs_data
 @pytest.mark.parametrize(
     ("name", "files"), [("cos_e", "cose/csqa_cose_v1.11_train.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")]

@@ -114,6 +114,7 @@ def full_in_safetensors(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("unisd.teacher.save_file", save_file)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [full_at_fsync, full_in_torch, full_in_safetensors])
 def test_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, fault: Any) -> None:
     build(tmp_path, max_steps=1, save_total_limit=1).train()
@@ -446,6 +447,7 @@ def test_a_row_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path, rows:
         built.train()
 
 
+@pytest.mark.long
 def test_scoring_and_rollout_out_of_memory_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,6 +483,7 @@ def test_scoring_and_rollout_out_of_memory_change_nothing(
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["student", "scoring"])
 def test_memory_that_never_suffices_saves_the_finished_steps(tmp_path: Path, where: str) -> None:
     built = build(tmp_path, max_steps=2, save_steps=100)

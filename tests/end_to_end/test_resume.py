@@ -114,6 +114,7 @@ def test_resuming_with_another_teacher_is_refused(tmp_path: Path) -> None:
         build(tmp_path / "nothing", False).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.long
 def test_restarted_teacher_survives_resume(tmp_path: Path) -> None:
     options = {
         **dict.fromkeys(STAR, None),

@@ -234,6 +234,7 @@ def test_dry_run_writes_nothing(
     assert "student sees:" in shown and "nothing was trained" in shown
 
 
+@pytest.mark.long
 def test_ctrl_c_says_how_to_resume_and_resuming_ends_alike(
     own: list[str], tmp_path: Path, capsys: Any
 ) -> None:

@@ -85,6 +85,7 @@ def test_published_values_of_the_field() -> None:
     assert targets["purified-opsd"].options == {"c": 10.0, "beta": 1.0}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FIELD)
 def test_recipes_of_the_field_run(name: str, tmp_path: Path) -> None:
     """Two short steps on the pocket model; every weight and target is active."""
