@@ -25,6 +25,7 @@ from benchmarks.settings import Star
 from benchmarks.shapes import EOS, PAD, Example, build, examples, lora, twin
 from unisd.losses.chunked import chunked_loss, default_chunk_tokens
 from unisd.losses.head import Head
+from unisd.losses.terms import LossInputs
 from unisd.memory import MIB
 from unisd.methods.divergence import DivergenceSpec
 from unisd.teacher import Teacher
@@ -113,9 +114,8 @@ def loss(o: Options) -> tuple[Rows, Ratios]:
         return call
 
     def ours_value(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        return chunked_loss(
-            hidden, Head(head), teacher_NH, Head(head_VH), targets_N, spec, weights_N, clip
-        ).loss
+        inputs = LossInputs(hidden, Head(head), teacher_NH, Head(head_VH), targets_N, spec, weights_N, clip)
+        return chunked_loss(inputs).loss
 
     def plain_value(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -372,7 +372,7 @@ def test_reweighing_in_the_pass_is_weighing_before_it(
     )
     expected, expected_grads = run(plain_loss, weighed, spec, contrast=contrast, token_clip=0.2)
     for function, more in ((plain_loss, {}), (chunked_loss, {"chunk_tokens": 5})):
-        out, grads = run(function, x, spec, contrast=contrast, token_clip=0.2, reweigh=factor, **more)
+        out, grads = run(function, x, spec, contrast=contrast, token_clip=0.2, deferred=factor, **more)
         torch.testing.assert_close(out.loss, expected.loss)
         for a, b in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(a, b)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from unisd.losses import chunked as losses
+from unisd.losses import closed_form
 from unisd.losses.chunked import chunked_loss, default_chunk_tokens, token_logprobs, token_scores
 from unisd.losses.head import Head
 from unisd.losses.plain import plain_loss
-from unisd.losses.terms import LossOutput
+from unisd.losses.terms import LossInputs, LossOutput
 from unisd.methods.divergence import DivergenceSpec, divergence, log_probs
 from unisd.methods.terms import Contrast
 
@@ -65,12 +66,18 @@ def problem(
 
 
 def run(
-    loss_function: object, x: SimpleNamespace, spec: DivergenceSpec, scale: float = 1.7, **options: object
+    loss_function: object,
+    x: SimpleNamespace,
+    spec: DivergenceSpec,
+    scale: float = 1.7,
+    chunk_tokens: int | None = None,
+    **options: object,
 ) -> tuple:
     student = Head(x.weight, x.bias, **x.head)
-    out = loss_function(
+    inputs = LossInputs(
         x.hidden, student, x.teacher_hidden, x.teacher, x.targets, spec, x.coefficient, **options
-    )  # type: ignore[operator]
+    )
+    out = loss_function(*(inputs,) if chunk_tokens is None else (inputs, chunk_tokens))  # type: ignore[operator]
     leaves = [leaf for leaf in (x.hidden, x.weight, x.bias) if leaf is not None and leaf.requires_grad]
     return out, torch.autograd.grad(out.loss * scale, leaves)
 
@@ -140,15 +147,15 @@ def test_one_head_is_read_once_for_student_and_teacher(
     x.teacher_hidden = torch.flip(x.hidden.detach(), [0])
     frozen = Head(x.weight.detach(), x.bias.detach())
     read: list[int] = []
-    matmul = Head.matmul
+    project = closed_form.project_into
     monkeypatch.setattr(
-        Head, "matmul", lambda self, h, room=None: read.append(len(h)) or matmul(self, h, room)
+        closed_form, "project_into", lambda head, h, room: read.append(len(h)) or project(head, h, room)
     )
     arguments = (x.targets, DivergenceSpec(alpha=0.5), x.coefficient, None, x.contrast)
 
     def loss_and_gradient(function: Callable[..., LossOutput], teacher: Head) -> tuple[Tensor, Tensor]:
         x.hidden.grad = None
-        loss = function(x.hidden, frozen, x.teacher_hidden, teacher, *arguments).loss
+        loss = function(LossInputs(x.hidden, frozen, x.teacher_hidden, teacher, *arguments)).loss
         loss.backward()
         return loss.detach(), x.hidden.grad
 
@@ -212,7 +219,7 @@ def test_chunked_gradient_by_finite_differences(alpha: float) -> None:
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         head = Head(weight, bias, **x.head)
-        return chunked_loss(
+        inputs = LossInputs(
             hidden,
             head,
             x.teacher_hidden,
@@ -221,8 +228,8 @@ def test_chunked_gradient_by_finite_differences(alpha: float) -> None:
             spec,
             x.coefficient,
             contrast=x.contrast,
-            chunk_tokens=3,
-        ).loss
+        )
+        return chunked_loss(inputs, chunk_tokens=3).loss
 
     assert torch.autograd.gradcheck(loss, (x.hidden, x.weight, x.bias), fast_mode=True)
 
@@ -276,7 +283,15 @@ def test_tied_head_accumulates_both_gradients() -> None:
         embedding.grad = None
         hidden = torch.tanh(embedding[tokens])
         out = function(
-            hidden, Head(embedding), x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient
+            LossInputs(
+                hidden,
+                Head(embedding),
+                x.teacher_hidden,
+                x.teacher,
+                x.targets,
+                DivergenceSpec(),
+                x.coefficient,
+            )
         )
         out.loss.backward()
         gradients.append(embedding.grad)
@@ -372,18 +387,17 @@ def test_without_grad_only_values() -> None:
     with torch.no_grad():
         arguments = (x.hidden, Head(x.weight, x.bias), x.teacher_hidden, x.teacher, x.targets)
         for spec in (DivergenceSpec(), SPECS[8]):
-            out = chunked_loss(*arguments, spec, x.coefficient)
+            inputs = LossInputs(*arguments, spec, x.coefficient)
+            out = chunked_loss(inputs)
             assert not out.loss.requires_grad
-            torch.testing.assert_close(
-                out.divergence_N, plain_loss(*arguments, spec, x.coefficient).divergence_N
-            )
+            torch.testing.assert_close(out.divergence_N, plain_loss(inputs).divergence_N)
 
 
 def test_backward_twice_and_accumulated() -> None:
     x = problem(F64)
     head = Head(x.weight, x.bias)
     out = chunked_loss(
-        x.hidden, head, x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient
+        LossInputs(x.hidden, head, x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient)
     )
     out.loss.backward(retain_graph=True)
     once = x.hidden.grad.clone()
@@ -396,10 +410,11 @@ def test_sum_over_micro_batches_is_the_whole() -> None:
     whole, whole_grads = run(chunked_loss, x, DivergenceSpec(alpha=0.5), contrast=x.contrast)
     head, total = Head(x.weight, x.bias), 0.0
     for rows in (slice(0, 4), slice(4, 4), slice(4, 13)):
-        total = total + chunked_loss(
+        inputs = LossInputs(
             x.hidden[rows], head, x.teacher_hidden[rows], x.teacher, x.targets[rows],
             DivergenceSpec(alpha=0.5), x.coefficient[rows], contrast=x.contrast.rows(rows),
-        ).loss  # fmt: skip
+        )  # fmt: skip
+        total = total + chunked_loss(inputs).loss
     torch.testing.assert_close(total, whole.loss)
     for found, expected in zip(
         torch.autograd.grad(total * 1.7, (x.hidden, x.weight, x.bias)), whole_grads, strict=True

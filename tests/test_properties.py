@@ -21,6 +21,7 @@ from unisd import UniSDConfig
 from unisd.errors import UserError
 from unisd.losses.chunked import chunked_loss
 from unisd.losses.head import Head
+from unisd.losses.terms import LossInputs
 from unisd.methods.aggregation import step_coefficients
 from unisd.methods.agreement import agreement_sequence, agreement_token
 from unisd.methods.divergence import DivergenceSpec
@@ -184,7 +185,9 @@ def test_clipping(seed: int, alpha: float, cap: float, size: float) -> None:
     coefficient = torch.full((5,), 0.2, dtype=F64)
     head, tokens = Head(torch.eye(4, dtype=F64)), torch.zeros(5).long()
     out = chunked_loss(
-        hidden, head, teacher, head, tokens, DivergenceSpec(alpha=alpha), coefficient, token_clip=cap
+        LossInputs(
+            hidden, head, teacher, head, tokens, DivergenceSpec(alpha=alpha), coefficient, token_clip=cap
+        )
     )
     (gradient,) = torch.autograd.grad(out.loss, hidden)
     assert gradient.isfinite().all() and -1e-9 <= out.loss <= cap + 1e-9

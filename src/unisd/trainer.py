@@ -40,6 +40,7 @@ from unisd.kernels.attention import PACKED_FROM, disable_cudnn_sdpa, packs_well
 from unisd.losses.chunked import chunked_loss
 from unisd.losses.head import Head
 from unisd.losses.plain import plain_loss
+from unisd.losses.terms import LossInputs
 from unisd.memory import default_token_budget, smaller_until_it_fits
 from unisd.methods.registry import parse_weight
 from unisd.methods.scores import StepScores
@@ -501,7 +502,7 @@ class UniSDTrainer(FaultTolerantTrainer):
             contrast = Contrast(
                 None, inputs["negative_logp_N"], inputs["contrast_coefficient_N"], args.contrastive_margin
             )
-        terms = (
+        loss_inputs = LossInputs(
             student_NH,
             self.backbone.head(),
             inputs["teacher_NH"],
@@ -518,13 +519,15 @@ class UniSDTrainer(FaultTolerantTrainer):
             target = self.scorer.target_states(
                 inputs.get("target_states", {}), inputs.get("target_present_N", everywhere)
             )
-        reweigh = self.in_forward.reweigh(torch.tensor(inputs["part"]))
+        loss_inputs = replace(
+            loss_inputs, target=target, deferred=self.in_forward.reweigh(torch.tensor(inputs["part"]))
+        )
         # only the model's own forward has it so far; the scores were taken under it
         with self.accelerator.autocast():
             if args.loss_implementation == "plain":
-                output = plain_loss(*terms, target=target, reweigh=reweigh)
+                output = plain_loss(loss_inputs)
             else:
-                output = chunked_loss(*terms, args.loss_chunk_tokens, target=target, reweigh=reweigh)
+                output = chunked_loss(loss_inputs, args.loss_chunk_tokens)
         loss = output.loss
         self.finite.see(inputs["row_N"], output.divergence_N, output.student_logp_N)
         self.observer.after_loss(inputs, output, contrast)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unisd.kernels.cpu_linear import linear
 from unisd.losses import triton_kernels as fused
 from unisd.losses.head import Head
 from unisd.losses.terms import ChunkResult, LossInputs, token_terms
-from unisd.methods.divergence import DivergenceSpec, pick
+from unisd.methods.divergence import DivergenceSpec, at_least_float32, pick
 
 BLOCK_BYTES = 2 * 2**20
 """On a CPU the arithmetic between the products goes through a chunk in row blocks of this size,
@@ -56,12 +57,20 @@ def _projections(part: LossInputs, room: Tensor | None) -> tuple[Tensor, Tensor]
     )
     one, other = part.student_head, part.teacher_head
     if one.weight is other.weight and one.bias is other.bias and student_CH.dtype == teacher_CH.dtype:
-        both = one.project(torch.cat([student_CH, teacher_CH]), room)
+        both = project_into(one, torch.cat([student_CH, teacher_CH]), room)
         student_CV, teacher_CV = both[:tokens], both[tokens:]
     else:
         rest = None if room is None else room[tokens:]
-        student_CV, teacher_CV = one.project(student_CH, room), other.project(teacher_CH, rest)
+        student_CV = project_into(one, student_CH, room)
+        teacher_CV = project_into(other, teacher_CH, rest)
     return student_CV, teacher_CV.to(student_CV.dtype)
+
+
+def project_into(head: Head, hidden_CH: Tensor, room: Tensor | None) -> Tensor:
+    """As `Head.project`; `room`: see :func:`unisd.kernels.cpu_linear.linear`."""
+    if room is None:
+        return head.project(hidden_CH)
+    return at_least_float32(linear(hidden_CH.to(head.weight.dtype), head.weight, head.finite_bias, room))
 
 
 def row_blocks(x_CV: Tensor) -> list[slice]:

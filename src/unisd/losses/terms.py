@@ -79,7 +79,7 @@ class TargetStates:
 
 # From (D, l, H(p)) [N] of all tokens, without gradient, to a factor [N] of their coefficients:
 # weights that look at the student
-Reweigh = Callable[[Tensor, Tensor, Tensor], Tensor]
+DeferredFactor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +105,19 @@ class LossInputs:
 
     student_hidden_NH: Tensor
     student_head: Head
-    teacher_hidden_NH: Tensor
+    teacher_hidden_NH: Tensor  # H may differ from the student's
     teacher_head: Head
-    targets_N: Tensor
+    targets_N: Tensor  # the realised tokens
     spec: DivergenceSpec
+    # without gradient: mask, reliability weights and the normaliser of the whole optimizer step
     coefficient_N: Tensor
-    token_clip: float | None
-    contrast: Contrast | None
+    # cap on a token's D in nats; above it the gradient is zero
+    token_clip: float | None = None
+    contrast: Contrast | None = None
+    # takes the place of the teacher's distribution in D
     target: TargetStates | None = None
-    reweigh: Reweigh | None = None
+    # a further factor of each coefficient, from the values of this very pass
+    deferred: DeferredFactor | None = None
 
     def rows(self, rows: slice) -> LossInputs:
         return replace(
