@@ -58,6 +58,11 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule) or zero.is_cut(model)
 
 
+def all_ranks_must_join(model: Any) -> bool:
+    """Whether a pass of one rank needs all others, which hold parts of the weights."""
+    return is_sharded(model)
+
+
 def is_shard(tensor: Tensor) -> bool:
     """Whether a parameter is cut over the processes."""
     return zero.is_part(tensor) or isinstance(tensor, DTensor)
