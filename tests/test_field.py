@@ -361,7 +361,7 @@ def test_reweighing_in_the_pass_is_weighing_before_it(
     x, spec = problem(F64), DivergenceSpec(alpha=0.5)
     for leaf, flag in zip((x.hidden, x.weight, x.bias), trained, strict=True):
         leaf.requires_grad_(flag)
-    contrast = x.contrast if with_contrast else None
+    terms = (x.contrast,) if with_contrast else ()
 
     def factor(D: Tensor, logp: Tensor, entropy: Tensor) -> Tensor:
         return D.sqrt() - 0.1 * logp + entropy
@@ -370,9 +370,9 @@ def test_reweighing_in_the_pass_is_weighing_before_it(
     weighed = replace_coefficient(
         x, x.coefficient * factor(found.divergence_N, found.student_logp_N, found.student_entropy_N)
     )
-    expected, expected_grads = run(plain_loss, weighed, spec, contrast=contrast, token_clip=0.2)
+    expected, expected_grads = run(plain_loss, weighed, spec, terms=terms, token_clip=0.2)
     for function, more in ((plain_loss, {}), (chunked_loss, {"chunk_tokens": 5})):
-        out, grads = run(function, x, spec, contrast=contrast, token_clip=0.2, deferred=factor, **more)
+        out, grads = run(function, x, spec, terms=terms, token_clip=0.2, deferred=factor, **more)
         torch.testing.assert_close(out.loss, expected.loss)
         for a, b in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(a, b)
@@ -434,7 +434,7 @@ def test_a_row_that_is_shut_out_does_not_count(tmp_path: Any) -> None:
         built = trainer(tmp_path, max_completion_length=1, token_weights=[gate], **paid)
         assert ("student" in built.plan.needs) == bool(paid)
         batches, _ = built.get_batch_samples(iter(built.get_train_dataloader()), 4, torch.device("cpu"))
-        shares_N = torch.cat([batch["micro_batch"].coefficients["divergence"] for batch in batches])
+        shares_N = torch.cat([batch["micro_batch"].coefficient_N for batch in batches])
         torch.testing.assert_close(shares_N.sort().values, torch.tensor([0.0] * 4 + [0.25] * 4))
 
 

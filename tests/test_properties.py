@@ -25,8 +25,8 @@ from unisd.losses.terms import LossInputs
 from unisd.methods.aggregation import step_coefficients
 from unisd.methods.agreement import agreement_sequence, agreement_token
 from unisd.methods.divergence import DivergenceSpec
-from unisd.methods.scores import StepScores
-from unisd.methods.terms import Contrast, contrast_hinge, quantile_clip
+from unisd.methods.scores import StepScores, TermInputs
+from unisd.methods.terms import contrast, quantile_clip
 from unisd.scoring.requests import subsample_contexts
 from unisd.training.coefficients import most_uncertain
 
@@ -155,7 +155,8 @@ def test_contrast_hinge(seed: int, margin: float, size: float) -> None:
     g = torch.Generator().manual_seed(seed)
     logp, right, wrong = (-size * torch.rand(7, generator=g, dtype=F64) for _ in range(3))
     logp.requires_grad_()
-    hinge = contrast_hinge(logp, Contrast(right, wrong, torch.ones(7, dtype=F64), margin))
+    constant = torch.zeros(7, dtype=F64)
+    hinge = contrast(TermInputs(logp, right, constant, constant, wrong), margin=margin)
     (slope,) = torch.autograd.grad(hinge.sum(), logp)
     assert (
         hinge.isfinite().all()

@@ -63,7 +63,7 @@ def test_ratio_multiplies_the_divergence_and_not_the_normaliser(
     scores = StepScores(mask, torch.zeros(B, T).long(), student, student_logp=student, behaviour_logp=drawn)
     plan = Plan.of(args)
     found = loss_coefficients(args, plan, scores)
-    loss = float((found.by_part["divergence"] * D).sum())
+    loss = float((found.divergence_BT * D).sum())
 
     rows = []
     for i in range(B):
@@ -81,7 +81,7 @@ def test_ratio_multiplies_the_divergence_and_not_the_normaliser(
     assert loss == pytest.approx(expected, rel=1e-5)
     assert found.metrics["importance/max"] <= 1.5 + 1e-6
     without = loss_coefficients(args, plan, replace(scores, behaviour_logp=None))
-    assert float((without.by_part["divergence"] * D).sum()) != pytest.approx(expected, rel=1e-3)
+    assert float((without.divergence_BT * D).sum()) != pytest.approx(expected, rel=1e-3)
 
 
 def test_weights_do_not_wait_for_the_student_where_the_ratio_is_taken(tmp_path: Path) -> None:

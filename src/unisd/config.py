@@ -30,6 +30,7 @@ GROUPS = (
     "agreement",
     "contrast",
     "features",
+    "terms",
     "clipping",
     "scoring",
     "diagnostics",
@@ -264,6 +265,13 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
         "Layers to match (0 is the first block's output); unset: the head's input, after the final norm.",
     )
 
+    # -- further terms of the loss -----------------------------------------------------------------
+    terms: list[str] = option(
+        "terms",
+        "More terms of the loss by registered name; options as name:coefficient=value,key=value.",
+        [],
+    )
+
     # -- E. clipping -------------------------------------------------------------------------------
     token_clip: float | None = option(
         "clipping", "Largest divergence of one token in nats (after the vocabulary sum)."
@@ -483,6 +491,7 @@ class UniSDConfig(TrainingArguments):  # type: ignore[misc]
             "target": self.target is not None,
             "contrastive_weight": self.contrastive_weight > 0,
             "feature_weight": self.feature_weight > 0,
+            "terms": bool(self.terms),
             "token_clip_quantile": self.token_clip_quantile is not None,
             "entry_clip": self.entry_clip is not None,
         }

@@ -32,21 +32,16 @@ from unisd.files import METRICS
 from unisd.kernels.cpu_memory import training_memory
 from unisd.losses.chunked import chunked_loss
 from unisd.losses.plain import plain_loss
-from unisd.losses.terms import LossInputs
 from unisd.memory import smaller_until_it_fits
 from unisd.methods.scores import StepScores
-from unisd.methods.terms import Contrast, feature_distance, quantile_clip
 from unisd.models.load import eos_ids
 from unisd.monitoring.metrics import StepMetrics
 from unisd.monitoring.observer import Observer, Probes
 from unisd.rollout.engine import Completion, Engine, Sampling
-from unisd.rollout.replay import RepeatedSteps, RolloutStore
+from unisd.rollout.replay import RolloutStore
 from unisd.rollout.sources import CompletionSource
-from unisd.rollout.transformers_engine import TransformersEngine
-from unisd.rollout.vllm.build import build_engine
 from unisd.scoring.requests import Views
 from unisd.scoring.scorer import ScoreRequest, TeacherStates, teacher_head
-from unisd.teacher import Teacher
 from unisd.training.coefficients import (
     DeferredWeights,
     idle_agreement,
@@ -56,13 +51,14 @@ from unisd.training.coefficients import (
     with_rollout_logps,
 )
 from unisd.training.evaluating_trainer import EvaluatingTrainer
-from unisd.training.fault_tolerant_trainer import Stateful
 from unisd.training.plan import Plan, check_data_serves
 from unisd.training.setup import (
     Reading,
     RowNumbers,
+    build_engine,
     build_prompts,
     build_scorer,
+    build_teacher,
     by_file,
     collate_numbers,
     load_student,
@@ -167,34 +163,20 @@ class UniSDTrainer(EvaluatingTrainer):
         reading = Reading.of(self.backbone, args, self.pad_id)
         self.place_model()
         self.packed = reading.packed
-        self.teacher = Teacher(
-            self.model,
-            args.teacher_model_kind,
-            args.teacher_update_rate,
-            args.teacher_sync_steps,
-            args.teacher_restart_steps,
-        )
+        self.teacher = build_teacher(self.model, args)
         self.other_teachers = other_teachers(self.teacher, plan.sources, args.target_reference_steps)
         self.teachers = by_file(self.teacher, self.other_teachers)
-        self.stateful = [
-            Stateful(partial(self.save_teacher, teacher, file=file), partial(teacher.load, file=file))
-            for file, teacher in self.teachers.items()
-        ]
+        self.stateful = [self.stateful_teacher(*item) for item in self.teachers.items()]
         weights = (self.teacher, self.other_teachers)
         self.scorer = build_scorer(
             self.backbone, *weights, args, plan, reading, self.pad_id, self.accelerator.autocast
         )
 
     def _build_rollout(self, student: Any, engine: Engine | None) -> None:
-        args = self.args
-        if engine is None and args.use_vllm:
-            engine = build_engine(
-                args, student, self.accelerator, self.eos_ids, lambda: self.state.global_step
-            )
-        own = TransformersEngine(
-            student, self.eos_ids, self.pad_id, args.rollout_batch_size, tells_logps=self.plan.rollout_logps
+        args, ends = self.args, (self.eos_ids, self.pad_id)
+        self.engine = engine or build_engine(
+            args, self.plan, student, self.accelerator, *ends, lambda: self.state.global_step
         )
-        self.engine: Engine = engine or own
         self.sampling = Sampling(
             args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p
         )
@@ -203,30 +185,18 @@ class UniSDTrainer(EvaluatingTrainer):
         )
         self.store = RolloutStore(args.num_iterations)
         if args.num_iterations > 1:
-            save = partial(
-                self.store.save, is_writer=args.should_save, world_size=self.accelerator.num_processes
-            )
-            self.stateful.append(Stateful(save, self.store.load))
+            self.stateful.append(self.stateful_rollout(self.store))
 
     def _build_monitoring(self, probe_dataset: Any) -> None:
         args, tokenizer = self.args, self.processing_class
-        self.metrics = StepMetrics(
-            Path(args.output_dir) / METRICS, args.device, self.accelerator.num_processes
-        )
+        path = Path(args.output_dir) / METRICS
+        self.metrics = StepMetrics(path, args.device, self.accelerator.num_processes)
         # of the student's passes with gradient; the scorer counts its own
         self.tokens: Counter[str] = Counter()
         self._said_idle = False
-        probes = Probes(
-            args,
-            [] if probe_dataset is None else prepare_rows(probe_dataset, name="the probe set"),
-            self.model,
-            tokenizer,
-            self.prompts,
-            self.engine,
-            self.sampling,
-            self.scorer,
-            is_writer=self.is_world_process_zero(),
-        )
+        rows = [] if probe_dataset is None else prepare_rows(probe_dataset, name="the probe set")
+        looked_at = (self.model, tokenizer, self.prompts, self.engine, self.sampling, self.scorer)
+        probes = Probes(args, rows, *looked_at, is_writer=self.is_world_process_zero())
         self.observer = Observer(args, self.accelerator, self.metrics, tokenizer, self.grader, probes)
 
     # -- lines 1-3: everything that a step knows before its first gradient -------------------------
@@ -322,11 +292,7 @@ class UniSDTrainer(EvaluatingTrainer):
         return with_rollout_logps(scores, self.plan, self.store, numbers, completions), states
 
     def _weigh(
-        self,
-        requests: list[ScoreRequest],
-        scores: StepScores,
-        states: TeacherStates,
-        device: torch.device,
+        self, requests: list[ScoreRequest], scores: StepScores, states: TeacherStates, device: torch.device
     ) -> tuple[Step, StepScores]:
         """Line 3: weights, normalisers and clip, which are those of all ranks' rows.
 
@@ -337,26 +303,24 @@ class UniSDTrainer(EvaluatingTrainer):
             head = teacher_head(self.backbone, self.teacher)
             own, everywhere = gather_scores(self.accelerator, scores)
             found = loss_coefficients(args, self.plan, everywhere)
-            width = scores.mask.shape[1]
-            coefficients = {name: value_BT[own, :width] for name, value_BT in found.by_part.items()}
-            token_clip = args.token_clip
-            if args.token_clip_quantile is not None and everywhere.divergence is not None:
-                token_clip = quantile_clip(everywhere.divergence, everywhere.mask, args.token_clip_quantile)
             metrics.values |= found.metrics
             if not self._said_idle and (idle := idle_agreement(found.metrics, args)):
                 logger.warning("step %d: %s", self.state.global_step + 1, idle)
                 self._said_idle = True
             no_states = self.scorer.target_states({}, torch.zeros(0, dtype=torch.bool, device=device))
+        width = scores.mask.shape[1]
+        divergence_BT = found.divergence_BT[own, :width]
         step = Step(
             rows=requests,
             scores=scores,
             states=states,
             weights_BT=found.weights_BT[own],
-            coefficients=coefficients,
-            token_clip=token_clip,
+            coefficient_BT=divergence_BT,
+            terms=[(term, found.terms[term.name][own, :width]) for term in self.plan.terms],
+            token_clip=found.token_clip,
             teacher_head=head,
             target=no_states,
-            deferred=DeferredWeights.of(self.plan, scores, coefficients["divergence"]),
+            deferred=DeferredWeights.of(self.plan, scores, divergence_BT),
             layout=Layout(self.packed, self.pad_id, self.backbone.head_module.in_features, device),
         )
         return step, everywhere
@@ -401,60 +365,24 @@ class UniSDTrainer(EvaluatingTrainer):
         captured = self.backbone.forward(model, micro_batch.batch, args.feature_layers or ())
         assert captured.final is not None
         student_NH = micro_batch.at_loss_tokens(captured.final)
-        contrast = None
-        if "contrast" in micro_batch.coefficients and micro_batch.negative_logp_N is not None:
-            contrast = Contrast(
-                None,
-                micro_batch.negative_logp_N,
-                micro_batch.coefficients["contrast"],
-                args.contrastive_margin,
-            )
-        loss_inputs = LossInputs(
-            student_NH,
-            self.backbone.head(),
-            micro_batch.teacher_NH,
-            micro_batch.step.teacher_head,
-            micro_batch.targets_N,
-            args.divergence_spec,
-            micro_batch.coefficients["divergence"],
-            micro_batch.step.token_clip,
-            contrast,
-            micro_batch.target,
-            micro_batch.deferred,
-        )
+        loss_inputs = micro_batch.loss_inputs(student_NH, self.backbone.head(), args.divergence_spec)
         # only the model's own forward has it so far; the scores were taken under it
         with self.accelerator.autocast():
             if args.loss_implementation == "plain":
                 output = plain_loss(loss_inputs)
             else:
                 output = chunked_loss(loss_inputs, args.loss_chunk_tokens)
-        loss = output.loss
+        if micro_batch.hidden_terms:
+            pairs = micro_batch.hidden_pairs(student_NH, captured, args.feature_layers or ())
+            output = output.with_hidden_terms(micro_batch.hidden_terms, pairs)
         self.finite.see(micro_batch.row_N, output.divergence_N, output.student_logp_N)
         self.observer.after_loss(micro_batch, output)
-        if "features" in micro_batch.coefficients:
-            pairs = [(student_NH, micro_batch.teacher_NH)]
-            if args.feature_layers:
-                layers = {layer: micro_batch.at_loss_tokens(h) for layer, h in captured.layers.items()}
-                pairs = [(layers[i], micro_batch.teacher_layers_NH[i]) for i in args.feature_layers]
-            distance_N = torch.stack([feature_distance(student, teacher) for student, teacher in pairs])
-            distance_N = distance_N.mean(0)
-            loss = loss + (micro_batch.coefficients["features"] * distance_N).sum()
-            self.metrics.add(features=distance_N.detach().sum())
         # DDP averages gradients over ranks, but this loss is already a share of one global sum.
-        loss = loss * self.accelerator.num_processes
+        loss = output.loss * self.accelerator.num_processes
         self.metrics.add(loss=loss.detach())
         return (loss, None) if return_outputs else loss
 
     # -- around the steps --------------------------------------------------------------------------
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        args = self.args
-        if args.num_iterations == 1:
-            return super()._get_train_sampler(train_dataset)
-        per_step = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return RepeatedSteps(
-            len(self.rows), per_step, args.num_iterations, args.seed, lambda: int(self.state.epoch or 0)
-        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """See :class:`unisd.training.fault_tolerant_trainer.FaultTolerantTrainer`.

@@ -31,7 +31,7 @@ from unisd.losses import triton_kernels as fused
 from unisd.losses.closed_form import closed_form, log_probs_in_place, project_into, row_blocks
 from unisd.losses.head import Head
 from unisd.losses.plain import teacher_logp
-from unisd.losses.terms import ChunkResult, LossInputs, LossOutput, token_terms
+from unisd.losses.terms import ChunkResult, LossInputs, LossOutput, output, total
 from unisd.methods.divergence import divergence_of_logp, entropy, log_probs, pick
 
 CHUNK_BYTES = 112 * 2**20
@@ -61,15 +61,14 @@ def chunked_loss(inputs: LossInputs, chunk_tokens: int | None = None) -> LossOut
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked)
     most = chunk_tokens or default_chunk_tokens(head.weight.shape[0], hidden_NH.device)
     chunk = _chunk(len(hidden_NH), most)
-    if inputs.deferred is not None and (wanted[1] or wanted[2] or inputs.contrast is not None):
+    if inputs.deferred is not None and (wanted[1] or wanted[2] or inputs.terms):
         with torch.no_grad():
-            known = chunked_loss(replace(inputs, token_clip=None, contrast=None, deferred=None), chunk)
+            known = chunked_loss(replace(inputs, token_clip=None, terms=(), deferred=None), chunk)
         factor_N = inputs.deferred(known.divergence_N, known.student_logp_N, known.student_entropy_N)
         inputs = replace(inputs, coefficient_N=inputs.coefficient_N * factor_N, deferred=None)
     loss, *values = _ChunkedLoss.apply(*tracked, inputs, chunk, wanted)  # type: ignore[no-untyped-call]
     divergence_N, logp_N, entropy_N, teacher_logp_N = values
-    terms = token_terms(inputs, divergence_N, logp_N, teacher_logp_N)
-    return terms.output(loss, divergence_N, logp_N, entropy_N, teacher_logp_N)
+    return output(inputs, loss, (divergence_N, logp_N, entropy_N, teacher_logp_N))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -131,7 +130,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
         ctx.save_for_backward(grad_hidden_NH, grad_weight_VH, grad_bias_V)
         divergence_N, logp_N, entropy_N, teacher_logp_N = values_4N.unbind()
-        loss = token_terms(inputs, divergence_N, logp_N, teacher_logp_N).loss
+        loss = total(inputs, (divergence_N, logp_N, entropy_N, teacher_logp_N))
         ctx.mark_non_differentiable(divergence_N, logp_N, entropy_N, teacher_logp_N)
         return loss, divergence_N, logp_N, entropy_N, teacher_logp_N
 
@@ -160,9 +159,7 @@ def _scaled(inputs: LossInputs, full: torch.dtype) -> tuple[LossInputs, Tensor]:
     head, device = _autocast_head(inputs.student_head), inputs.student_hidden_NH.device
     unit = torch.ones((), dtype=full, device=device)
     if _is_half(head):
-        coefficients = [inputs.coefficient_N] + (
-            [] if inputs.contrast is None else [inputs.contrast.coefficient_N]
-        )
+        coefficients = [inputs.coefficient_N, *(term.coefficient_N for term in inputs.terms)]
         largest = torch.cat(
             [torch.zeros(1, dtype=full, device=device)] + [c.to(full).abs() for c in coefficients]
         ).amax()
@@ -207,8 +204,9 @@ def _by_autograd(part: LossInputs, want_gradient: bool) -> ChunkResult:
         own_CV, logq_CV = teacher_logp(part, logp_CV)
         divergence_C = divergence_of_logp(logp_CV, logq_CV, part.targets_N, spec)
         logp_C, teacher_logp_C = pick(logp_CV, part.targets_N), pick(own_CV, part.targets_N)
-        loss = token_terms(part, divergence_C, logp_C, teacher_logp_C).loss
-    values = (divergence_C.detach(), logp_C.detach(), entropy(logp_CV.detach()), teacher_logp_C)
+        entropy_C = entropy(logp_CV.detach())
+        loss = total(part, (divergence_C, logp_C, entropy_C, teacher_logp_C))
+    values = (divergence_C.detach(), logp_C.detach(), entropy_C, teacher_logp_C)
     return values, torch.autograd.grad(loss, projected_CV)[0] if want_gradient else None
 
 

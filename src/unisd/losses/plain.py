@@ -10,13 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unisd.losses.terms import LossInputs, LossOutput, token_terms
+from unisd.losses.terms import LossInputs, LossOutput, output, total
 from unisd.methods.divergence import divergence_of_logp, entropy, log_probs, pick
 
 
 def plain_loss(inputs: LossInputs) -> LossOutput:
-    """`sum_N coefficient * min(D, token_clip) + sum_N contrast.coefficient * h`, its gradient by
-    autograd.
+    """`sum_N coefficient * min(D, token_clip)` and the terms, its gradient by autograd.
 
     N = 0 gives exactly zero, still attached to the graph.
     """
@@ -29,8 +28,8 @@ def plain_loss(inputs: LossInputs) -> LossOutput:
     if inputs.deferred is not None:
         factor_N = inputs.deferred(divergence_N.detach(), logp_N.detach(), entropy_N)
         inputs = replace(inputs, coefficient_N=inputs.coefficient_N * factor_N)
-    terms = token_terms(inputs, divergence_N, logp_N, own_N)
-    return terms.output(terms.loss, divergence_N, logp_N, entropy_N, own_N)
+    values = (divergence_N, logp_N, entropy_N, own_N)
+    return output(inputs, total(inputs, values), values)
 
 
 @torch.no_grad()

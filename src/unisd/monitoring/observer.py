@@ -200,15 +200,16 @@ class Observer:
         if self.args.distillation_mode != "nll":
             add(teacher_logp=output.teacher_logp_N.sum())
         if self.counting is not None:
-            weighed_N = (micro_batch.coefficients["divergence"] * output.divergence_N).abs()
+            weighed_N = (micro_batch.coefficient_N * output.divergence_N).abs()
             answer_N = micro_batch.marks["answer"]
             add(style_loss=(weighed_N * micro_batch.marks["style"]).sum(), whole_loss=weighed_N.sum())
             add(answer_loss=(weighed_N * answer_N).sum(), answer_tokens=answer_N.sum())
-        if output.contrast_N is not None and output.contrast_active_N is not None:
-            # h is 0 where there is no negative. Selecting by mask would wait for the device.
-            coefficient_N = micro_batch.coefficients["contrast"]
-            add(contrast=output.contrast_N.sum(), contrast_tokens=(coefficient_N > 0).sum())
-            add(contrast_active=output.contrast_active_N.sum())
+        for name, term in output.terms.items():
+            # It is 0 where a row lacks it. Selecting by mask would wait for the device.
+            add(**{f"term/{name}": term.values_N.sum()})
+            add(**{f"term_tokens/{name}": (term.coefficient_N > 0).sum()})
+            if term.active_N is not None:
+                add(**{f"term_active/{name}": term.active_N.sum()})
         spans = self.samples.spans(micro_batch.part, micro_batch.step.scores.mask)
         self.samples.take(spans, output)
 

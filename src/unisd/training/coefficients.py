@@ -27,6 +27,7 @@ from unisd.methods.aggregation import (
 )
 from unisd.methods.registry import WeightFunction
 from unisd.methods.scores import StepScores, select
+from unisd.methods.terms import quantile_clip
 from unisd.rollout.engine import Completion
 from unisd.rollout.replay import RolloutStore, behaviour_logp, with_logps
 from unisd.training.plan import Plan
@@ -119,12 +120,12 @@ def reliability(plan: Plan, scores: StepScores) -> tuple[Tensor, Tensor, dict[st
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """What each token's divergence, contrast and feature term is multiplied by in the step's
-    loss.
-    """
+    """What each token's divergence, and each term, is multiplied by in the step's loss."""
 
-    by_part: dict[str, Tensor]  # [B,T]: divergence and, where active, contrast and features
+    divergence_BT: Tensor
+    terms: dict[str, Tensor]  # [B,T] by name
     weights_BT: Tensor  # the reliability weights in them
+    token_clip: float | None  # of the divergence, in nats
     metrics: dict[str, float]
 
 
@@ -151,14 +152,18 @@ def loss_coefficients(args: UniSDConfig, plan: Plan, scores: StepScores) -> Coef
         policies = (scores.student_logp, scores.behaviour_logp, scores.mask, args.importance_cap)
         divergence_BT = divergence_BT * importance_ratio(*policies)
         metrics |= importance_stats(*policies)
-    coefficients = {"divergence": torch.zeros(B, T) if args.feature_only else divergence_BT}
-    if args.contrastive_weight and scores.negative_present is not None:
-        unit_BT = term_coefficients(scores.mask, scores.negative_present, args.loss_aggregation)
-        coefficients["contrast"] = args.contrastive_weight * unit_BT
-    if args.feature_weight:
-        unit_BT = term_coefficients(scores.mask, torch.ones(B, dtype=torch.bool), args.loss_aggregation)
-        coefficients["features"] = args.feature_weight * unit_BT
-    return Coefficients(coefficients, token_BT * sequence_B[:, None], metrics)
+    if args.feature_only:
+        divergence_BT = torch.zeros(B, T)
+    terms: dict[str, Tensor] = {}
+    for term in plan.terms:
+        present_B = scores.negative_present if "negative" in term.needs else None
+        present_B = torch.ones(B, dtype=torch.bool) if present_B is None else present_B
+        unit_BT = term_coefficients(scores.mask, present_B, args.loss_aggregation)
+        terms[term.name] = term.coefficient * unit_BT
+    clip = args.token_clip
+    if args.token_clip_quantile is not None and scores.divergence is not None:
+        clip = quantile_clip(scores.divergence, scores.mask, args.token_clip_quantile)
+    return Coefficients(divergence_BT, terms, token_BT * sequence_B[:, None], clip, metrics)
 
 
 def weight_metrics(name: str, stats: Mapping[str, float]) -> dict[str, float]:

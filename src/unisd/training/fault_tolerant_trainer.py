@@ -28,6 +28,8 @@ from unisd.kernels.lora import fast_maps, fused_lora
 from unisd.memory import ROW_TOO_LARGE, is_out_of_memory, release_memory, smaller_until_it_fits
 from unisd.monitoring.alarms import Watch
 from unisd.monitoring.metrics import StepMetrics
+from unisd.rollout.replay import RepeatedSteps, RolloutStore
+from unisd.teacher import Teacher
 from unisd.training import checkpoints
 from unisd.training.guards import FiniteGuard, pieces_of
 from unisd.training.sharded_trainer import ShardedTrainer
@@ -153,6 +155,28 @@ class FaultTolerantTrainer(ShardedTrainer):
             ) from error
 
     # -- checkpoints -------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args = self.args
+        if args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        per_step = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return RepeatedSteps(
+            len(self.train_dataset),
+            per_step,
+            args.num_iterations,
+            args.seed,
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def stateful_teacher(self, file: str, teacher: Teacher) -> Stateful:
+        """A teacher, whose state a checkpoint holds in `file`."""
+        return Stateful(partial(self.save_teacher, teacher, file=file), partial(teacher.load, file=file))
+
+    def stateful_rollout(self, store: RolloutStore) -> Stateful:
+        """The rollout in progress, which later steps use again."""
+        ranks = self.accelerator.num_processes
+        return Stateful(partial(store.save, is_writer=self.args.should_save, world_size=ranks), store.load)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._run_folder or str(super()._get_output_dir(trial))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from unisd.config import UniSDConfig
 from unisd.data.rows import Row
 from unisd.errors import UserError
-from unisd.methods.registry import WeightFunction, parse_weight
+from unisd.methods.registry import Term, WeightFunction, parse_term, parse_weight
 from unisd.methods.targets import STUDENT, Target, parse_target
 from unisd.rollout.engine import Engine
 from unisd.rollout.vllm.common import logps_compare
@@ -24,6 +24,7 @@ class Plan:
     weights: tuple[WeightFunction, ...]
     deferred: tuple[WeightFunction, ...]  # of them those that wait for the student's training pass
     normalizer: str  # what the token weights are divided by
+    terms: tuple[Term, ...]  # of the loss, beside the divergence
     target: Target | None
     sources: tuple[str, ...]  # of the target: those that need a pass of their own
     # the answers are those of other weights, or of another engine, which the importance ratio
@@ -50,6 +51,7 @@ class Plan:
             weights=weights,
             deferred=deferred,
             normalizer=_normalizer(args, weights),
+            terms=loss_terms(args),
             target=target,
             sources=_scored_sources(args, target),
             off_policy=off_policy,
@@ -57,6 +59,22 @@ class Plan:
             needs=frozenset(),
         )
         return replace(plan, needs=needed_views(args, plan))
+
+
+def loss_terms(args: UniSDConfig) -> tuple[Term, ...]:
+    """The terms of the loss beside the divergence: those with options of their own, then the
+    others.
+    """
+    specs = list(args.terms)
+    if args.feature_weight:
+        specs.insert(0, f"features:coefficient={args.feature_weight}")
+    if args.contrastive_weight:
+        specs.insert(0, f"contrast:coefficient={args.contrastive_weight},margin={args.contrastive_margin}")
+    terms = tuple(map(parse_term, specs))
+    names = [term.name for term in terms]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"loss term {twice[0]!r} is given twice: leave one of them out.")
+    return terms
 
 
 def _normalizer(args: UniSDConfig, weights: Sequence[WeightFunction]) -> str:
@@ -125,7 +143,7 @@ def needed_views(args: UniSDConfig, plan: Plan) -> frozenset[str]:
     )
     if args.agreement_uncertain_share < 1:
         needs |= {"entropy"}
-    if args.contrastive_weight or NEGATIVE in plan.sources:
+    if NEGATIVE in plan.sources or any("negative" in term.needs for term in plan.terms):
         needs |= {"negative"}
     if args.token_clip_quantile is not None:
         needs |= {"divergence"}

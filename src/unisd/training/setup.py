@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
@@ -19,6 +20,9 @@ from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
 from unisd.models.load import load_model_and_tokenizer, with_adapter
+from unisd.rollout.engine import Engine
+from unisd.rollout.transformers_engine import TransformersEngine
+from unisd.rollout.vllm.build import build_engine as vllm_engine
 from unisd.scoring.prefix_sharing import can_share
 from unisd.scoring.scorer import Scorer
 from unisd.teacher import STATE_FILE, Teacher
@@ -110,6 +114,34 @@ class Reading:
             packed = False
         share_prompts = args.num_generations > 1 and backbone.can_continue(pad_id)
         return cls(packed, share_prompts, share_prefixes)
+
+
+def build_engine(
+    args: UniSDConfig,
+    plan: Plan,
+    student: Any,
+    accelerator: Accelerator,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    step: Callable[[], int],
+) -> Engine:
+    """The engine that the options name: vLLM, or transformers' `generate` on the student itself."""
+    if args.use_vllm:
+        return vllm_engine(args, student, accelerator, eos_ids, step)
+    return TransformersEngine(
+        student, eos_ids, pad_id, args.rollout_batch_size, tells_logps=plan.rollout_logps
+    )
+
+
+def build_teacher(model: nn.Module, args: UniSDConfig) -> Teacher:
+    """The teacher of a run, by its options."""
+    return Teacher(
+        model,
+        args.teacher_model_kind,
+        args.teacher_update_rate,
+        args.teacher_sync_steps,
+        args.teacher_restart_steps,
+    )
 
 
 def other_teachers(

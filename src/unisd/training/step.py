@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from unisd.backbone import Captured
 from unisd.batching import Batch, collate
 from unisd.losses.head import Head
-from unisd.losses.terms import DeferredFactor, TargetStates
+from unisd.losses.terms import LossInputs, LossTerm, TargetStates
+from unisd.methods.divergence import DivergenceSpec
+from unisd.methods.registry import Term
 from unisd.methods.scores import StepScores
 from unisd.scoring.scorer import ScoreRequest, TeacherStates
 from unisd.training.coefficients import DeferredWeights
@@ -69,9 +72,8 @@ class Step:
     scores: StepScores
     states: TeacherStates
     weights_BT: Tensor  # reliability, as far as it is known before the student's pass
-    # [B,T] by part of the loss: divergence and, where active, contrast and features; normalised
-    # over all ranks
-    coefficients: Mapping[str, Tensor]
+    coefficient_BT: Tensor  # of the divergence; normalised over all ranks
+    terms: Sequence[tuple[Term, Tensor]]  # with their coefficients [B,T]
     token_clip: float | None
     teacher_head: Head
     target: TargetStates | None  # its heads and schedule; the states are those of each micro-batch
@@ -101,9 +103,9 @@ class Step:
                 states_at_loss_tokens, at_loss_tokens, scores.mask.shape[1]
             )
             target = replace(target, states=values, present_N=present_N)
-        negative_logp_N = None
-        if "contrast" in self.coefficients and scores.negative_logp is not None:
-            negative_logp_N = at_loss_tokens(scores.negative_logp)
+        negative_N = None
+        if scores.negative_logp is not None and any("negative" in term.needs for term, _ in self.terms):
+            negative_N = at_loss_tokens(scores.negative_logp)
         return MicroBatch(
             step=self,
             part=list(part),
@@ -120,8 +122,11 @@ class Step:
                 layer: states_at_loss_tokens(of_rows) for layer, of_rows in self.states.layers.items()
             },
             target=target,
-            coefficients={name: at_loss_tokens(value) for name, value in self.coefficients.items()},
-            negative_logp_N=negative_logp_N,
+            coefficient_N=at_loss_tokens(self.coefficient_BT),
+            terms=tuple(
+                LossTerm(term, at_loss_tokens(value), negative_N if "negative" in term.needs else None)
+                for term, value in self.terms
+            ),
             marks={name: at_loss_tokens(value) for name, value in self.marks.items()},
         )
 
@@ -141,8 +146,8 @@ class MicroBatch:
     teacher_NH: Tensor
     teacher_layers_NH: Mapping[int, Tensor]
     target: TargetStates | None
-    coefficients: Mapping[str, Tensor]  # [N], as in the step
-    negative_logp_N: Tensor | None
+    coefficient_N: Tensor  # of the divergence
+    terms: tuple[LossTerm, ...]
     marks: Mapping[str, Tensor]  # [N], as in the step
 
     @property
@@ -156,11 +161,39 @@ class MicroBatch:
         """The states `[N,H]` of a forward pass over the batch that predict the loss tokens."""
         return hidden.flatten(0, 1)[self.positions_N]
 
-    @property
-    def deferred(self) -> DeferredFactor | None:
-        """What weights that wait for the student's pass multiply its coefficients by."""
+    def loss_inputs(self, student_NH: Tensor, head: Head, spec: DivergenceSpec) -> LossInputs:
+        """What the loss is made of, but for terms of hidden states."""
         deferred = self.step.deferred
-        return None if deferred is None else partial(deferred.factor, torch.tensor(self.part))
+        return LossInputs(
+            student_NH,
+            head,
+            self.teacher_NH,
+            self.step.teacher_head,
+            self.targets_N,
+            spec,
+            self.coefficient_N,
+            self.step.token_clip,
+            terms=tuple(term for term in self.terms if "hidden" not in term.term.needs),
+            target=self.target,
+            deferred=None if deferred is None else partial(deferred.factor, torch.tensor(self.part)),
+        )
+
+    @property
+    def hidden_terms(self) -> tuple[LossTerm, ...]:
+        """The terms that look at hidden states."""
+        return tuple(term for term in self.terms if "hidden" in term.term.needs)
+
+    def hidden_pairs(
+        self, student_NH: Tensor, captured: Captured, layers: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """States `[N,H]` of student and teacher: the head's input or, where there are any, those of
+        `layers`.
+        """
+        if not layers:
+            return [(student_NH, self.teacher_NH)]
+        return [
+            (self.at_loss_tokens(captured.layers[layer]), self.teacher_layers_NH[layer]) for layer in layers
+        ]
 
 
 def _loss_positions(batch: Batch, rows: Sequence[ScoreRequest]) -> list[int]:
