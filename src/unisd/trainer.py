@@ -123,7 +123,7 @@ class UniSDTrainer(EvaluatingTrainer):
             raise UserError("feature_layers cannot be read under gradient_checkpointing: unset one of them.")
         if not isinstance(eval_dataset, dict) and eval_dataset is not None:
             eval_dataset = prepare_rows(eval_dataset, name="the evaluation data")
-        self._look_into(student, args, processing_class)
+        self._inspect_model(student, args, processing_class)
         super().__init__(
             model=student,
             args=args,
@@ -148,7 +148,7 @@ class UniSDTrainer(EvaluatingTrainer):
 
     # -- set-up ------------------------------------------------------------------------------------
 
-    def _look_into(self, student: Any, args: UniSDConfig, tokenizer: Any) -> None:
+    def _inspect_model(self, student: Any, args: UniSDConfig, tokenizer: Any) -> None:
         self.backbone = Backbone(student)
         self.backbone.check_layers(args.feature_layers or ())
         self.backbone.freeze_the_rest()
