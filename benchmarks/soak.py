@@ -1,5 +1,6 @@
-"""A long run that must not grow: memory, open files and threads over many optimizer steps of the
-pocket model.
+"""Watch memory, open files and threads over many optimizer steps: they must not grow.
+
+The pocket model is trained by
 
     python benchmarks/soak.py --steps 2000
 

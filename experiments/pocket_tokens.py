@@ -37,8 +37,9 @@ WEIGHTS = {
 
 
 def scores(noise: float, seed: int) -> tuple[StepScores, Tensor]:
-    """Scores of every training row under the untouched base, and which rows [B] have a wrong
-    reference.
+    """Score every training row under the untouched base.
+
+    Returns also which rows [B] have a wrong reference.
     """
     with tempfile.TemporaryDirectory() as folder:
         # A weight besides agreement: only then are the teacher's own log-probabilities scored

@@ -13,8 +13,8 @@ plausible wrong reference (C), features (D: hidden states follow, too), and clip
 `UniSDTrainer` does the same in micro-batches of packed rows, without holding logits; tests compare
 the two. It knows more options: what this page does not name is as by default. Shapes: T tokens of
 an answer, V vocabulary, H hidden size, K contexts, B rows. `x_BT` is a list of B tensors `[T]`,
-each as long as its answer, so that the paper's mask m is 1 everywhere. p student, q teacher, l log-
-probability of the answer's own tokens. Values in nats.
+each as long as its answer, so that the paper's mask m is 1 everywhere. p student, q teacher,
+l log-probability of the answer's own tokens. Values in nats.
 """
 
 from __future__ import annotations

@@ -322,6 +322,7 @@ def test_full_disk(mistake: Any, monkeypatch: pytest.MonkeyPatch, error: Excepti
 # -- as a process ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "arguments", [["train", "--agrement", "token"], ["train", "--train_file", "/x.jsonl"], ["eval", "--x"]]
 )

@@ -338,12 +338,14 @@ def apart(a: Path, b: Path) -> float:
     return (distance / sum(float(value.square().sum()) for value in one.values())) ** 0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_ranks_change_nothing(runs: Path, kind: str, lora: bool) -> None:
     same_in_one_and_two(runs, kind, lora, pocket=False)
 
 
+@pytest.mark.long
 def test_everything_else_is_the_same_too(runs: Path) -> None:
     one, two = runs / "one" / "others", runs / "fsdp" / "others"
     same_lines(lines(one), lines(two))
@@ -394,6 +396,7 @@ def same_in_one_and_two(runs: Path, kind: str, lora: bool, pocket: bool) -> None
     assert apart(one / last / "teacher.safetensors", two / last / "teacher.safetensors") < 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lora", [False, True])
 def test_nobody_holds_a_whole_model_or_teacher(runs: Path, lora: bool) -> None:
     def held(kind: str) -> list[list[int]]:
@@ -406,6 +409,7 @@ def test_nobody_holds_a_whole_model_or_teacher(runs: Path, lora: bool) -> None:
     assert all(0.4 < part / all_of_it < 0.6 for part, all_of_it in zip(first, whole, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_one_process_resumes_what_two_have_saved_and_two_what_one_has(
@@ -420,6 +424,7 @@ def test_one_process_resumes_what_two_have_saved_and_two_what_one_has(
     assert apart(whole, whole.parents[1] / f"checkpoint-{steps - 1}" / name) > 3e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lora", [False, True])
 def test_checkpoint_in_shards_is_resumed_by_two_processes_and_by_one(
     runs: Path, tmp_path: Path, lora: bool
@@ -437,6 +442,7 @@ def test_checkpoint_in_shards_is_resumed_by_two_processes_and_by_one(
         assert apart(folder / name, other / name) < 1e-4
 
 
+@pytest.mark.long
 def test_what_a_sharded_run_saves_is_an_ordinary_model(runs: Path) -> None:
     last = f"checkpoint-{STEPS['fsdp']}"
     plain = [
@@ -456,6 +462,7 @@ def test_what_a_sharded_run_saves_is_an_ordinary_model(runs: Path) -> None:
         assert (one - start).abs().max() > 0.05
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_rows_that_fill_the_end_of_an_epoch_carry_no_loss(runs: Path, kind: str) -> None:
     one, two = runs / "one" / "ragged", runs / kind / "ragged"
@@ -471,6 +478,7 @@ def test_how_many_rows_fill() -> None:
     assert rows_to_fill(8, 2, 1, 2) == rows_to_fill(9, 2, 0, 1) == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_every_rank_loads_the_best_checkpoint_at_the_end(runs: Path, kind: str) -> None:
     assert sorted(path.name for path in (runs / kind / "best").glob("rank-*")) == ["rank-0", "rank-1"]
@@ -515,7 +523,7 @@ def test_zero_skips_a_step_without_a_finite_gradient(zero: Path) -> None:
 
 
 KINDS = [
-    "fsdp2",
+    pytest.param("fsdp2", marks=pytest.mark.long),
     pytest.param("ddp", marks=pytest.mark.real),
     pytest.param("zero3", marks=pytest.mark.deepspeed),
 ]

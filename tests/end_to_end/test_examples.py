@@ -34,6 +34,7 @@ def test_a_weight_from_outside_the_package(
     assert 0 < line["weight/sure_teacher/mean"] < 1
 
 
+@pytest.mark.long
 def test_every_mechanism_is_active_in_the_default_run(tmp_path: Path) -> None:
     assert main(["train", "--max_steps", "3", "--max_eval_rows", "4", "--output_dir", str(tmp_path)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

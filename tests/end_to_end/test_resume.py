@@ -51,6 +51,7 @@ def kill_at_step_five(folder: str, lora: bool) -> None:
     built.train()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lora", [False, True])
 def test_kill_and_resume_is_bit_identical(tmp_path: Path, lora: bool) -> None:
     whole = build(tmp_path / "whole", lora)

@@ -61,6 +61,7 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.long
 def test_pocket_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,6 +302,7 @@ def test_overwriting_removes_only_what_a_run_wrote(own: list[str], tmp_path: Pat
     assert read(folder)["schema_version"] == 1
 
 
+@pytest.mark.long
 def test_answers_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """How far a model has drifted is read off the answers that its accuracy was measured by, before
     and after.

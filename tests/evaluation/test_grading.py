@@ -98,6 +98,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, lines, message):
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.long
 @needs_data
 def test_gold_of_toolalpaca_and_gsm8k_grades_right_by_the_command(tmp_path):
     from unisd import tasks

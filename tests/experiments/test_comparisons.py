@@ -90,6 +90,7 @@ def test_cells_of_the_pocket_comparison_are_valid_runs(method: str) -> None:
     assert (options.reference_style == "own") == (method == compare.CONTROL)
 
 
+@pytest.mark.long
 def test_a_cell_of_the_pocket_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "OVERLAY", [*compare.OVERLAY[:1], "1", *compare.OVERLAY[2:]])
     for name in ("N_TEST", "N_HARD", "N_RETENTION", "N_DRIFT"):
@@ -107,6 +108,7 @@ def breaks(plan: int) -> store.Cell:
     raise SystemExit(plan)
 
 
+@pytest.mark.long
 def test_a_cell_runs_in_a_process_of_its_own() -> None:
     cells = [store.run_apart(whose, plan) for plan in (1, 2)]
     assert [cell["plan"] for cell in cells] == [1, 2]
@@ -128,6 +130,7 @@ def at_work(plan: tuple[int, str]) -> store.Cell:
     return {"number": number, "at_work": count, "threads": torch.get_num_threads()}
 
 
+@pytest.mark.long
 def test_cells_run_beside_each_other_and_wait_for_what_they_need(tmp_path: Path) -> None:
     (tmp_path / "marks").mkdir()
 
@@ -166,6 +169,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_a_killed_comparison_leaves_no_cell_at_work(tmp_path: Path) -> None:
     script, file, mark = tmp_path / "parent.py", tmp_path / "cells.jsonl", tmp_path / "mark"
     script.write_text(PARENT)
@@ -286,6 +290,7 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
     )
 
 
+@pytest.mark.long
 def test_evidence_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
     monkeypatch.setattr(evidence, "EVERY", 1)

@@ -64,7 +64,7 @@ Found = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]  # 
 
 def with_sgd(tmp_path: Path, steps: int, **options: Any) -> Any:
     plain = {"optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0, "max_steps": steps}
-    return trainer(tmp_path, rows=rows(), engine=Fixed(), **{**plain, **options})
+    return trainer(tmp_path, train_dataset=rows(), engine=Fixed(), **{**plain, **options})
 
 
 def by_trainer(built: Any) -> Found:

@@ -14,6 +14,7 @@ import pytest
 MEANT = "chunked or scores or contrast or half or frozen or extremes or bias"
 
 
+@pytest.mark.long
 def test_the_kernels_pass_the_tests_of_the_loss() -> None:
     pytest.importorskip("triton", reason="the kernels are Triton's: pip install 'unisd[dev]'")
     count = (

@@ -125,6 +125,7 @@ def test_second_step_of_a_rollout_has_the_written_out_loss(tmp_path: Path) -> No
     assert one["step_time/rollout"] > two["step_time/rollout"]
 
 
+@pytest.mark.long
 def test_stopping_inside_a_rollout_changes_nothing(tmp_path: Path) -> None:
     options = {
         "num_iterations": 3,

@@ -397,6 +397,7 @@ raise SystemExit(not runner.carry_out(spec, left, store, LocalExecutor(1)))
 """
 
 
+@pytest.mark.long
 def test_a_study_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """The runs are stand-ins here; `test_kills_change_nothing` has real ones."""
     carried_out(tmp_path / "calm", study(), FakeExecutor())

@@ -44,6 +44,7 @@ def simulate(
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("seeds", "run_sd", "problem_sd"), [(3, 0.02, 0.05), (2, 0.0, 0.0)])
 def test_intervals_cover_the_truth(
     seeds: int, run_sd: float, problem_sd: float, monkeypatch: pytest.MonkeyPatch

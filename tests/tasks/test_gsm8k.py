@@ -139,6 +139,7 @@ def test_a_task_from_another_package(monkeypatch):
     assert "mine" in tasks.names() and isinstance(tasks.get("mine"), tasks.Task)
 
 
+@pytest.mark.long
 @needs_data
 def test_the_real_file():
     task = GSM8KTask(str(DATA / "gsm8k" / "train.jsonl.gz"))

@@ -39,6 +39,7 @@ REAL = [
 ]
 
 
+@pytest.mark.long
 @needs_data
 @pytest.mark.parametrize(("name", "files", "options", "counts"), REAL)
 def test_counts_gold_is_right_and_the_wrong_reference_is_wrong(name, files, options, counts):
@@ -307,6 +308,7 @@ def test_contamination_finds_exact_and_near_copies():
     assert report.exact == [("a", "3")] and report.near == [("b", "long")] and report.test == 3
 
 
+@pytest.mark.long
 @needs_data
 @pytest.mark.parametrize(
     ("name", "files", "options"),

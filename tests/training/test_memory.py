@@ -92,6 +92,7 @@ def planned(name: str) -> dict[str, Any]:
     return {"rows": rows, "ratios": ratios}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_a_step_takes_what_was_predicted(checkpointing: bool) -> None:
     """Weights, optimizer, teacher and one UniSD* step of a small model with a large head, within

@@ -1,5 +1,6 @@
-"""transformers' SDPA attention without its waste: shared heads are read in place, and packed rows
-attend to themselves alone.
+"""Compute transformers' SDPA attention without its waste.
+
+Shared heads are read in place, and packed rows attend to themselves alone.
 
 transformers repeats the key/value heads of grouped-query attention where a mask is given, and it
 hands a packed row of N tokens to the kernel whole, which multiplies N x N of them to throw most
@@ -103,16 +104,18 @@ def _continued(
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype:
-    """What the kernel would compute in: autocast's precision, which custom operators are not cast
-    to by themselves.
+    """Return the precision that the kernel would compute in: autocast's.
+
+    Custom operators are not cast to it by themselves.
     """
     device = query.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def disable_cudnn_sdpa(device: torch.device) -> None:
-    """For the whole process: torch prefers cuDNN's attention on a Hopper, which plans anew for
-    every length of prompt and answer.
+    """Switch cuDNN's attention off for the whole process.
+
+    torch prefers it on a Hopper, where it plans anew for every length of prompt and answer.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -145,8 +148,9 @@ def packing_pays(device: torch.device, dtype: torch.dtype, tells_rows: bool, par
 def _flash_fits(
     module: nn.Module, query: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
 ) -> bool:
-    """Whether this layer attends backwards, at most within a window: what the kernel can be
-    told.
+    """Say whether this layer attends backwards, at most within a window.
+
+    That is what the kernel can be told.
     """
     chunked = getattr(getattr(module, "config", None), "attention_chunk_size", None)
     size = query.shape[-1]
@@ -171,8 +175,9 @@ def _flash(
     bounds: Tensor,
     window: int | None,
 ) -> Tensor:
-    """Attention `[1,N,heads,size]` of packed rows, each to its own past, `window` tokens of it
-    (itself included).
+    """Attend `[1,N,heads,size]` of packed rows, each to its own past.
+
+    `window` tokens of it (itself included).
     """
     longest = max(b - a for a, b in pairwise([*starts, query.shape[2]]))
     q_NhD, k_NgD, v_NgD = (x[0].transpose(0, 1).to(_flash_dtype(query)) for x in (query, key, value))

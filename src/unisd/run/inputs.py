@@ -12,7 +12,7 @@ from typing import Any
 
 from unisd import tasks
 from unisd.config import UniSDConfig
-from unisd.data.rows import Row, hold_out, load_file, parse_column_mapping, prepare_rows
+from unisd.data.rows import Row, hold_out, load_rows, prepare_rows
 from unisd.errors import UserError
 from unisd.run.options import RunOptions
 from unisd.tasks import sandbox
@@ -70,16 +70,15 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: 
     if options.task is not None:
         return _task_data(options, seed, training)
     if options.dataset_name is not None:
-        name, rows = options.dataset_name, _load_dataset(options)
+        name = options.dataset_name
+        rows = load_rows(_load_dataset(options), options.columns, name=name)
     else:
         assert options.train_file is not None
-        name, rows = options.train_file, load_file(options.train_file)
-    mapping = parse_column_mapping(options.columns)
-    rows = prepare_rows(rows, mapping, name)
+        name, rows = options.train_file, load_rows(options.train_file, options.columns)
     grade = _named_grader(options, rows, name)
     evaluation: list[Row] = []
     if options.eval_file is not None:
-        evaluation = prepare_rows(load_file(options.eval_file), mapping, options.eval_file)
+        evaluation = load_rows(options.eval_file, options.columns)
         _named_grader(options, evaluation, options.eval_file)
     elif whole:
         pass

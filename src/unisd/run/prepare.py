@@ -16,6 +16,7 @@ from unisd.console import show_progress
 from unisd.data import contexts, negatives
 from unisd.data.prompts import encode_prompt
 from unisd.data.rows import Row
+from unisd.errors import UserError
 from unisd.models.gguf import cache_dir
 from unisd.rollout.engine import seed_of
 from unisd.run.chat_server import ChatServer
@@ -97,6 +98,75 @@ def server_writer(server: ChatServer, seed: int, what: str) -> Callable[[list[st
     return write
 
 
+def build_contexts(
+    rows: Sequence[Row],
+    kind: str = "retrieval",
+    *,
+    num_contexts: int = 3,
+    seed: int = 0,
+    embedder: str = "tfidf",
+    model: Any = None,
+    tokenizer: Any = None,
+) -> list[Row]:
+    """Give rows the auxiliary contexts of agreement, as `unisd train --agreement_contexts` does.
+
+    Args:
+        rows: as `load_rows` returns them. Those that have `auxiliary_contexts` keep them.
+        kind: `retrieval` (the nearest other problems, solved), `random` (any others, solved),
+            `induction` (general instructions that the model writes) or `columns` (build none).
+        num_contexts: K, most contexts of a row; a row for which fewer are found gets those.
+        seed: of what is drawn.
+        embedder: for retrieval: `tfidf`, `model` (its mean hidden states) or the name of a
+            sentence-transformers model.
+        model, tokenizer: for induction and for the embedder `model`.
+
+    Returns:
+        The rows with `auxiliary_contexts`, lists of strings: never of the problem itself, of a
+        near-duplicate, or with the row's own reference in it. They are also kept in the cache.
+
+    Raises:
+        UserError: an unknown kind or embedder, a single row, or a model that is needed and missing.
+    """
+    if kind == "columns":
+        return list(rows)
+    if model is None and contexts.needs_model(kind, embedder):
+        raise UserError(f"{kind} contexts are made by a model: give model and tokenizer.")
+    settings = contexts.Settings(kind, num_contexts, seed, embedder)
+    return _with_contexts(rows, settings, lambda: (model, tokenizer))
+
+
+def _with_contexts(
+    rows: Sequence[Row],
+    settings: contexts.Settings,
+    load: Callable[[], tuple[Any, Any]],
+    server: ChatServer | None = None,
+) -> list[Row]:
+    """The rows with contexts; `server` writes them in the place of the model that `load` gives."""
+    embedder: contexts.Embedder | None = None
+    write = None
+    key = ""
+    if server is not None and settings.kind == "induction":
+        write = server_writer(server, settings.seed, "instructions")
+        key = f"{server.client.url} {server.model}"
+    elif contexts.needs_model(settings.kind, settings.embedder):
+        model, tokenizer = load()
+        embedder, write = (
+            ModelEmbedder(model, tokenizer),
+            writer(model, tokenizer, settings.seed, "instructions"),
+        )
+        key = model_key(model)
+    elif settings.kind == "retrieval" and settings.embedder != "tfidf":
+        embedder = contexts.SentenceTransformerEmbedder(settings.embedder)
+    return contexts.build(
+        rows,
+        settings,
+        embedder=embedder,
+        write=write,
+        model_key=key,
+        cache_dir=cache_dir() / "contexts",
+    )
+
+
 def prepare(
     data: RunData, options: RunOptions, config: UniSDConfig, load: Callable[[], tuple[Any, Any]]
 ) -> list[Row]:
@@ -124,29 +194,7 @@ def prepare(
         settings = contexts.Settings(
             options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder
         )
-        embedder: contexts.Embedder | None = None
-        write = None
-        key = ""
-        if server is not None and settings.kind == "induction":
-            write = server_writer(server, config.seed, "instructions")
-            key = f"{server.client.url} {server.model}"
-        elif settings.kind == "induction" or (settings.kind == "retrieval" and settings.embedder == "model"):
-            model, tokenizer = load()
-            embedder, write = (
-                ModelEmbedder(model, tokenizer),
-                writer(model, tokenizer, config.seed, "instructions"),
-            )
-            key = model_key(model)
-        elif settings.kind == "retrieval" and settings.embedder != "tfidf":
-            embedder = contexts.SentenceTransformerEmbedder(settings.embedder)
-        rows = contexts.build(
-            rows,
-            settings,
-            embedder=embedder,
-            write=write,
-            model_key=key,
-            cache_dir=cache_dir() / "contexts",
-        )
+        rows = _with_contexts(rows, settings, load, server)
     if options.negatives != "columns":
         write, key = None, ""
         if options.negatives == "model" and server is not None:
