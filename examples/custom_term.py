@@ -15,11 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from unisd import UniSDConfig, UniSDTrainer
-from unisd.methods.registry import parse_term, register_term
-from unisd.methods.scores import TermInputs
-from unisd.models.load import load_model_and_tokenizer
-from unisd.tasks import get
+from unisd import TermInputs, UniSDConfig, UniSDTrainer, get_task, load_model_and_tokenizer, register_term
 
 
 @register_term("squared")
@@ -30,14 +26,14 @@ def squared(inputs: TermInputs, cap: float = 9.0) -> torch.Tensor:
 
 def test_squared() -> None:
     l, right = torch.tensor([-1.0, -9.0], requires_grad=True), torch.tensor([-3.0, -1.0])  # noqa: E741
-    values = parse_term("squared:cap=16")(TermInputs(l, right, right, right))
+    values = squared(TermInputs(l, right, right, right), cap=16.0)
     assert values.tolist() == [4.0, 16.0]
     assert torch.autograd.grad(values.sum(), l)[0].tolist() == [4.0, 0.0]  # none above the cap
 
 
 def main(output_dir: str = "unisd-output/custom-term", max_steps: int = 5) -> UniSDTrainer:
     model, tokenizer, _ = load_model_and_tokenizer("pocket")
-    task = get("pocket")
+    task = get_task("pocket")
     args = UniSDConfig(
         output_dir=output_dir,
         max_steps=max_steps,
