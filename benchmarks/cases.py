@@ -29,6 +29,7 @@ from benchmarks.shapes import EOS, PAD, build, examples, lora, twin
 from benchmarks.steps import as_trained, cut, primed, step
 from unisd.losses.chunked import chunked_loss, default_chunk_tokens
 from unisd.losses.head import Head
+from unisd.losses.terms import LossInputs
 from unisd.memory import MIB
 from unisd.methods.divergence import DivergenceSpec
 from unisd.rollout.decoding import decode
@@ -74,9 +75,8 @@ def loss(o: Options) -> tuple[Rows, Ratios]:
     spec = DivergenceSpec(alpha=alpha)
 
     def ours_value(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        return chunked_loss(
-            hidden, Head(head), teacher_NH, Head(head_VH), targets_N, spec, weights_N, clip
-        ).loss
+        inputs = LossInputs(hidden, Head(head), teacher_NH, Head(head_VH), targets_N, spec, weights_N, clip)
+        return chunked_loss(inputs).loss
 
     def plain_value(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -55,7 +55,8 @@ def scores(noise: float, seed: int) -> tuple[StepScores, Tensor]:
                 row["negative_context"] = clean["privileged_context"]
         model, tokenizer, _ = load_model(options)
         trainer = UniSDTrainer(model, config, data.train, processing_class=tokenizer)
-        rows, _ = trainer._rollout([(number, 0) for number in range(len(data.train))])
+        numbers = [(number, 0) for number in range(len(data.train))]
+        rows = trainer._requests(numbers, trainer._rollout(numbers))
         trainer.scorer.needs |= {"teacher"}  # no weight looks at it; the choice of tokens below does
         found, _ = trainer.scorer.score(rows, config.device)
     return found, torch.tensor([bool(row["noisy"]) for row in data.train])

@@ -24,6 +24,7 @@ _PUBLIC = {
     "StepScores": "unisd.methods.scores",
     "TargetInputs": "unisd.methods.scores",
     "Task": "unisd.tasks.base",
+    "TermInputs": "unisd.methods.scores",
     "UniSDConfig": "unisd.config",
     "UniSDTrainer": "unisd.trainer",
     "UserError": "unisd.errors",
@@ -32,6 +33,7 @@ _PUBLIC = {
     "load_model_and_tokenizer": "unisd.models.load",
     "load_rows": "unisd.data.rows",
     "register_target": "unisd.methods.targets",
+    "register_term": "unisd.methods.registry",
     "register_weight": "unisd.methods.registry",
 }
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "StepScores",
     "TargetInputs",
     "Task",
+    "TermInputs",
     "UniSDConfig",
     "UniSDTrainer",
     "UserError",
@@ -53,6 +56,7 @@ __all__ = [
     "load_model_and_tokenizer",
     "load_rows",
     "register_target",
+    "register_term",
     "register_weight",
 ]
 
@@ -60,8 +64,8 @@ if TYPE_CHECKING:
     from unisd.config import UniSDConfig
     from unisd.data.rows import load_rows
     from unisd.errors import UserError
-    from unisd.methods.registry import register_weight
-    from unisd.methods.scores import StepScores, TargetInputs
+    from unisd.methods.registry import register_term, register_weight
+    from unisd.methods.scores import StepScores, TargetInputs, TermInputs
     from unisd.methods.targets import register_target
     from unisd.models.load import load_model_and_tokenizer
     from unisd.rollout.engine import Completion, Engine, Sampling

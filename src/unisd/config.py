@@ -191,6 +191,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
             "target": self.target is not None,
             "contrastive_weight": self.contrastive_weight > 0,
             "feature_weight": self.feature_weight > 0,
+            "terms": bool(self.terms),
             "token_clip_quantile": self.token_clip_quantile is not None,
             "entry_clip": self.entry_clip is not None,
         }

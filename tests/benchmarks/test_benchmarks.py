@@ -160,7 +160,7 @@ def test_growth_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         growth, "AXES", {"K": [0, 2], "completion": [4, 8], "vocabulary": [320, 640], "rows": [2, 4]}
     )
-    found, ratios = cases.growth(cases.Options(shape="tiny", layers=1, prompt=4, repetitions=1))
+    found, ratios = growth.growth(Options(shape="tiny", layers=1, prompt=4, repetitions=1))
     assert {(row["axis"], row["at"]) for row in found} == {
         (axis, at) for axis, values in growth.AXES.items() for at in values
     }

@@ -33,7 +33,7 @@ from unisd.run import launch
 from unisd.tasks import get
 from unisd.testing import trainer
 from unisd.training.checkpoints import last_complete_checkpoint, problem_of
-from unisd.training.micro_batch import rows_to_fill
+from unisd.training.step import rows_to_fill
 
 STEPS = {"one": 10, "ddp": 10, "fsdp": 4}
 """Of the runs on the tiny model; on the pocket (with `-m real`) all make 10."""
@@ -86,12 +86,12 @@ def train(folder: Path, kind: str, lora: bool, pocket: bool) -> None:
     sampled: dict[int, dict[int, list[int]]] = {}
     rollout = built._rollout
 
-    def recorded(numbers: Any, fill: int) -> Any:
-        rows, completions = rollout(numbers, fill)
+    def recorded(numbers: Any) -> Any:
+        completions = rollout(numbers)
         sampled[built.state.global_step] = {
             row: c.ids for (row, _), c in zip(numbers, completions, strict=True)
         }
-        return rows, completions
+        return completions
 
     built._rollout = recorded
     built.train()

@@ -55,5 +55,16 @@ def test_a_target_from_outside_the_package(tmp_path: Path) -> None:
     example = runpy.run_path(str(path))
     example["test_arithmetic"]()
     trainer = example["main"](str(tmp_path), max_steps=1)
-    assert trainer.sources == ["teacher/plain"]
+    assert trainer.plan.sources == ("teacher/plain",)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_a_term_from_outside_the_package(tmp_path: Path) -> None:
+    path = ROOT / "examples" / "custom_term.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+    example = runpy.run_path(str(path))
+    example["test_squared"]()
+    trainer = example["main"](str(tmp_path), max_steps=1)
+    assert [term.name for term in trainer.plan.terms] == ["squared"]
+    [line] = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert line["term/squared/mean"] > 0 and 0 < line["term/squared/active_share"] <= 1

@@ -368,8 +368,8 @@ def test_student_out_of_memory_gives_the_same_step_in_smaller_micro_batches(
 
     def limited(model: Any, inputs: Any, **kwargs: Any) -> Any:
         loss = compute_loss(model, inputs, **kwargs)
-        if len(inputs["part"]) > 1 and inputs["part"] != built._first_part:
-            failures.append(len(inputs["part"]))
+        if len(inputs["micro_batch"].part) > 1 and inputs["micro_batch"].part != built._first_part:
+            failures.append(len(inputs["micro_batch"].part))
             if where == "forward":
                 raise out_of_memory()
             # Some gradients of this micro-batch have arrived by then.
@@ -393,7 +393,7 @@ def test_student_out_of_memory_gives_the_same_step_in_smaller_micro_batches(
     def step(model: Any, inputs: Any, items: Any = None) -> Any:
         if built._first_part == "to be set":
             # the first micro-batch fits: its gradient is there when the second fails
-            built._first_part = inputs["part"]
+            built._first_part = inputs["micro_batch"].part
         return training_step(model, inputs, items)
 
     training_step = built.training_step

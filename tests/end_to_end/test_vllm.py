@@ -23,12 +23,12 @@ import pytest
 import torch
 
 from tests.helpers.serving import passing_on
-from unisd import trainer
 from unisd.cli.main import main
 from unisd.data.prompts import encode_prompt
 from unisd.models import load as models
 from unisd.rollout.engine import Sampling
 from unisd.rollout.vllm.server import COMPLETIONS, ServerEngine
+from unisd.training import setup
 
 pytestmark = pytest.mark.vllm
 
@@ -117,7 +117,7 @@ def train_and_compare(
     further moves of the weights.
     """
     seen: dict[str, Any] = {}
-    build = trainer.build_engine
+    build = setup.vllm_engine
 
     def watched(args: Any, model: Any, *rest: Any) -> Any:
         start = time.monotonic()
@@ -131,7 +131,7 @@ def train_and_compare(
         return engine
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(trainer, "build_engine", watched)
+        patched.setattr(setup, "vllm_engine", watched)
         assert main(["train", "--config", str(configuration), *flags, "--output_dir", str(folder)]) == 0
     found = lines(folder)
     assert [line["rollout/weights_version"] for line in found] == [0, 1, 2]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from unisd.losses.head import Head
+from unisd.losses.terms import LossInputs, LossTerm
 from unisd.methods.divergence import DivergenceSpec, log_probs
-from unisd.methods.terms import Contrast
+from unisd.methods.registry import parse_term
 
 F64 = torch.float64
 
@@ -42,21 +43,26 @@ def problem(
         student_l = student_l.gather(-1, value.targets[:, None])[:, 0]
     negatives = student_l - 0.4
     negatives[1::4] = math.nan
-    value.contrast = Contrast(
-        teacher_logp_N=student_l + torch.where(torch.arange(tokens) % 3 == 0, -0.3, 0.5),
-        negative_logp_N=negatives,
+    value.contrast = LossTerm(
+        parse_term("contrast:margin=0.5"),
         coefficient_N=torch.where(negatives.isnan(), 0.0, 0.013).to(dtype),
-        margin=0.5,
+        negative_logp_N=negatives,
     )
     return value
 
 
 def run(
-    loss_function: object, x: SimpleNamespace, spec: DivergenceSpec, scale: float = 1.7, **options: object
+    loss_function: object,
+    x: SimpleNamespace,
+    spec: DivergenceSpec,
+    scale: float = 1.7,
+    chunk_tokens: int | None = None,
+    **options: object,
 ) -> tuple:
     student = Head(x.weight, x.bias, **x.head)
-    out = loss_function(
+    inputs = LossInputs(
         x.hidden, student, x.teacher_hidden, x.teacher, x.targets, spec, x.coefficient, **options
-    )  # type: ignore[operator]
+    )
+    out = loss_function(*(inputs,) if chunk_tokens is None else (inputs, chunk_tokens))  # type: ignore[operator]
     leaves = [leaf for leaf in (x.hidden, x.weight, x.bias) if leaf is not None and leaf.requires_grad]
     return out, torch.autograd.grad(out.loss * scale, leaves)

@@ -21,11 +21,12 @@ from unisd import UniSDConfig
 from unisd.errors import UserError
 from unisd.losses.chunked import chunked_loss
 from unisd.losses.head import Head
+from unisd.losses.terms import LossInputs
 from unisd.methods.aggregation import step_coefficients
 from unisd.methods.agreement import agreement_sequence, agreement_token
 from unisd.methods.divergence import DivergenceSpec
-from unisd.methods.scores import StepScores
-from unisd.methods.terms import Contrast, contrast_hinge, quantile_clip
+from unisd.methods.scores import StepScores, TermInputs
+from unisd.methods.terms import contrast, quantile_clip
 from unisd.scoring.requests import subsample_contexts
 from unisd.testing import gradients, trainer
 from unisd.training.coefficients import most_uncertain
@@ -155,7 +156,8 @@ def test_contrast_hinge(seed: int, margin: float, size: float) -> None:
     g = torch.Generator().manual_seed(seed)
     logp, right, wrong = (-size * torch.rand(7, generator=g, dtype=F64) for _ in range(3))
     logp.requires_grad_()
-    hinge = contrast_hinge(logp, Contrast(right, wrong, torch.ones(7, dtype=F64), margin))
+    constant = torch.zeros(7, dtype=F64)
+    hinge = contrast(TermInputs(logp, right, constant, constant, wrong), margin=margin)
     (slope,) = torch.autograd.grad(hinge.sum(), logp)
     assert (
         hinge.isfinite().all()
@@ -185,7 +187,9 @@ def test_clipping(seed: int, alpha: float, cap: float, size: float) -> None:
     coefficient = torch.full((5,), 0.2, dtype=F64)
     head, tokens = Head(torch.eye(4, dtype=F64)), torch.zeros(5).long()
     out = chunked_loss(
-        hidden, head, teacher, head, tokens, DivergenceSpec(alpha=alpha), coefficient, token_clip=cap
+        LossInputs(
+            hidden, head, teacher, head, tokens, DivergenceSpec(alpha=alpha), coefficient, token_clip=cap
+        )
     )
     (gradient,) = torch.autograd.grad(out.loss, hidden)
     assert gradient.isfinite().all() and -1e-9 <= out.loss <= cap + 1e-9

@@ -26,6 +26,7 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from unisd.losses.chunked import chunked_loss
 from unisd.losses.head import Head
 from unisd.losses.plain import plain_loss
+from unisd.losses.terms import LossInputs
 from unisd.methods.aggregation import step_coefficients
 from unisd.methods.divergence import DivergenceSpec
 
@@ -51,7 +52,7 @@ def ours(
     function: object, x: SimpleNamespace, spec: DivergenceSpec, aggregation: str, **head: float
 ) -> tuple[Tensor, ...]:
     coefficient = step_coefficients(x.mask, torch.ones(B, T), torch.ones(B), aggregation, "weights")
-    out = function(  # type: ignore[operator]
+    inputs = LossInputs(
         x.hidden[x.mask],
         Head(x.weight, x.bias, **head),
         x.teacher_hidden[x.mask],
@@ -60,6 +61,7 @@ def ours(
         spec,
         coefficient[x.mask],
     )
+    out = function(inputs)  # type: ignore[operator]
     return out.loss, *torch.autograd.grad(out.loss, (x.hidden, x.weight, x.bias))
 
 
@@ -143,10 +145,11 @@ def test_chunked_kernel(function: object, alpha: float, head: dict) -> None:
     assert tokens.item() == x.mask.sum().item()
     assert_same(ours(function, x, spec, "token", **head), loss, x)
     with torch.no_grad():
-        out = function(  # type: ignore[operator]
+        inputs = LossInputs(
             x.hidden[x.mask], Head(x.weight, x.bias, **head), x.teacher_hidden[x.mask],
             Head(x.teacher_weight, **head), x.targets[x.mask], spec, torch.ones(int(x.mask.sum())),
         )  # fmt: skip
+        out = function(inputs)  # type: ignore[operator]
     torch.testing.assert_close(out.student_entropy_N.sum(), entropy_sum, rtol=1e-5, atol=1e-5)
 
 

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from tests.helpers.losses import problem, run
+from unisd.errors import UserError
 from unisd.losses import chunked as losses
+from unisd.losses import closed_form
 from unisd.losses.chunked import chunked_loss, default_chunk_tokens, token_logprobs, token_scores
 from unisd.losses.head import Head
 from unisd.losses.plain import plain_loss
-from unisd.losses.terms import LossOutput
+from unisd.losses.terms import LossInputs, LossOutput, LossTerm
 from unisd.methods.divergence import DivergenceSpec, divergence
+from unisd.methods.registry import Term, parse_term, register_term
+from unisd.methods.scores import TermInputs
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
 F64 = torch.float64
@@ -39,11 +43,15 @@ def assert_same(
     chunked, chunked_grads = run(chunked_loss, x, spec, chunk_tokens=chunk_tokens, **options)
     close = {"rtol": tolerance, "atol": tolerance}
     torch.testing.assert_close(chunked.loss, plain.loss, **close)
-    for name in ("divergence_N", "student_logp_N", "student_entropy_N", "contrast_N"):
+    for name in ("divergence_N", "student_logp_N", "student_entropy_N"):
         torch.testing.assert_close(getattr(chunked, name), getattr(plain, name), **close)
-        assert getattr(plain, name) is None or not getattr(chunked, name).requires_grad
-    for name in ("clipped_N", "contrast_active_N"):
-        torch.testing.assert_close(getattr(chunked, name), getattr(plain, name))
+        assert not getattr(chunked, name).requires_grad
+    torch.testing.assert_close(chunked.clipped_N, plain.clipped_N)
+    assert chunked.terms.keys() == plain.terms.keys()
+    for name, term in plain.terms.items():
+        torch.testing.assert_close(chunked.terms[name].values_N, term.values_N, **close)
+        torch.testing.assert_close(chunked.terms[name].active_N, term.active_N)
+        assert not chunked.terms[name].values_N.requires_grad
     for found, expected in zip(chunked_grads, plain_grads, strict=True):
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, **close)
@@ -65,7 +73,7 @@ HEADS = [{}, {"scale": 0.25}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 3.0}]
 def test_chunked_equals_plain(spec: DivergenceSpec, head: dict, dtype: torch.dtype, tolerance: float) -> None:
     x = problem(dtype, **head)
     clip = None if spec.mode == "sampled" else run(plain_loss, x, spec)[0].divergence_N.quantile(0.55).item()
-    assert_same(x, spec, tolerance, chunk_tokens=5, token_clip=clip, contrast=x.contrast)
+    assert_same(x, spec, tolerance, chunk_tokens=5, token_clip=clip, terms=(x.contrast,))
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 12, 13, 100, None])
@@ -73,7 +81,7 @@ def test_chunked_equals_plain(spec: DivergenceSpec, head: dict, dtype: torch.dty
 def test_any_chunk_size(chunk_tokens: int | None, with_contrast: bool) -> None:
     x = problem(F64)
     for spec in (DivergenceSpec(), SPECS[8]):
-        assert_same(x, spec, 1e-10, chunk_tokens, contrast=x.contrast if with_contrast else None)
+        assert_same(x, spec, 1e-10, chunk_tokens, terms=(x.contrast,) if with_contrast else ())
 
 
 @pytest.mark.parametrize(("tokens", "most", "sizes"), [
@@ -94,15 +102,15 @@ def test_one_head_is_read_once_for_student_and_teacher(
     x.teacher_hidden = torch.flip(x.hidden.detach(), [0])
     frozen = Head(x.weight.detach(), x.bias.detach())
     read: list[int] = []
-    matmul = Head.matmul
+    project = closed_form.project_into
     monkeypatch.setattr(
-        Head, "matmul", lambda self, h, room=None: read.append(len(h)) or matmul(self, h, room)
+        closed_form, "project_into", lambda head, h, room: read.append(len(h)) or project(head, h, room)
     )
-    arguments = (x.targets, DivergenceSpec(alpha=0.5), x.coefficient, None, x.contrast)
+    arguments = (x.targets, DivergenceSpec(alpha=0.5), x.coefficient, None, (x.contrast,))
 
     def loss_and_gradient(function: Callable[..., LossOutput], teacher: Head) -> tuple[Tensor, Tensor]:
         x.hidden.grad = None
-        loss = function(x.hidden, frozen, x.teacher_hidden, teacher, *arguments).loss
+        loss = function(LossInputs(x.hidden, frozen, x.teacher_hidden, teacher, *arguments)).loss
         loss.backward()
         return loss.detach(), x.hidden.grad
 
@@ -122,7 +130,7 @@ def test_row_blocks_within_a_chunk(alpha: float, head: dict, monkeypatch: pytest
     for entry_clip in (None, 0.02):
         spec = DivergenceSpec(alpha=alpha, temperature=0.7, entry_clip=entry_clip)
         assert_same(
-            x, spec, 1e-10, chunk_tokens=5, token_clip=0.6 if alpha == 0.5 else 2.0, contrast=x.contrast
+            x, spec, 1e-10, chunk_tokens=5, token_clip=0.6 if alpha == 0.5 else 2.0, terms=(x.contrast,)
         )
     expected = torch.distributions.Categorical(
         logits=Head(x.weight, x.bias, **head).logits(x.hidden).detach()
@@ -134,26 +142,38 @@ def test_row_blocks_within_a_chunk(alpha: float, head: dict, monkeypatch: pytest
 
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[8]], ids=lambda s: s.mode)
 def test_the_teachers_log_probability_comes_from_its_own_logits(spec: DivergenceSpec) -> None:
-    """A contrast without l+ is the contrast with the l+ that the teacher's head gives."""
+    """The contrast is that with the l+ that the teacher's head gives, by value and gradient."""
     x = problem(F64)
     logits = x.teacher.logits(x.teacher_hidden) / spec.temperature
     expected = torch.distributions.Categorical(logits=logits).log_prob(x.targets)
     for function in (plain_loss, chunked_loss):
-        left_open, gradient = run(function, x, spec, contrast=replace(x.contrast, teacher_logp_N=None))
-        given, gradient_given = run(function, x, spec, contrast=replace(x.contrast, teacher_logp_N=expected))
-        torch.testing.assert_close(left_open.teacher_logp_N, expected)
-        torch.testing.assert_close(left_open.loss, given.loss)
-        torch.testing.assert_close(gradient, gradient_given)
-        assert left_open.contrast_active_N.any()
+        found, gradient = run(function, x, spec, terms=(x.contrast,))
+        without, gradient_without = run(function, x, spec)
+        torch.testing.assert_close(found.teacher_logp_N, expected)
+        student = Head(x.weight, x.bias).logits(x.hidden) / spec.temperature
+        logp = student.log_softmax(-1).gather(-1, x.targets[:, None])[:, 0]
+        negative = x.contrast.negative_logp_N.nan_to_num()
+        hinge = torch.relu(0.5 + (logp - expected).abs() - (logp - negative).abs())
+        given = (x.contrast.coefficient_N * hinge).sum()
+        torch.testing.assert_close(found.loss, without.loss + given)
+        leaves = (x.hidden, x.weight, x.bias)
+        for both, one, other in zip(
+            gradient, gradient_without, torch.autograd.grad(1.7 * given, leaves), strict=True
+        ):
+            torch.testing.assert_close(both, one + other)
+        assert found.terms["contrast"].active_N.any()
 
 
 def test_the_cases_above_reach_every_branch() -> None:
     x = problem(F64)
     clip = run(plain_loss, x, DivergenceSpec(alpha=0.5))[0].divergence_N.quantile(0.55).item()
-    out, _ = run(plain_loss, x, DivergenceSpec(alpha=0.5), token_clip=clip, contrast=x.contrast)
-    for flags in (out.clipped_N, out.contrast_active_N):
+    out, _ = run(plain_loss, x, DivergenceSpec(alpha=0.5), token_clip=clip, terms=(x.contrast,))
+    for flags in (out.clipped_N, out.terms["contrast"].active_N):
         assert flags.any() and not flags.all()
-    assert torch.isfinite(out.loss) and (out.contrast_N[x.contrast.coefficient_N == 0] == 0).all()
+    assert (
+        torch.isfinite(out.loss)
+        and (out.terms["contrast"].values_N[x.contrast.coefficient_N == 0] == 0).all()
+    )
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -166,7 +186,7 @@ def test_chunked_gradient_by_finite_differences(alpha: float) -> None:
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         head = Head(weight, bias, **x.head)
-        return chunked_loss(
+        inputs = LossInputs(
             hidden,
             head,
             x.teacher_hidden,
@@ -174,9 +194,9 @@ def test_chunked_gradient_by_finite_differences(alpha: float) -> None:
             x.targets,
             spec,
             x.coefficient,
-            contrast=x.contrast,
-            chunk_tokens=3,
-        ).loss
+            terms=(x.contrast,),
+        )
+        return chunked_loss(inputs, chunk_tokens=3).loss
 
     assert torch.autograd.gradcheck(loss, (x.hidden, x.weight, x.bias), fast_mode=True)
 
@@ -208,7 +228,7 @@ def test_frozen_parts(trainable: tuple[bool, bool, bool]) -> None:
     x = problem(F64)
     for leaf, flag in zip((x.hidden, x.weight, x.bias), trainable, strict=True):
         leaf.requires_grad_(flag)
-    assert_same(x, DivergenceSpec(alpha=0.5), 1e-10, chunk_tokens=4, contrast=x.contrast)
+    assert_same(x, DivergenceSpec(alpha=0.5), 1e-10, chunk_tokens=4, terms=(x.contrast,))
 
 
 def test_no_bias_and_head_shared_with_the_teacher() -> None:
@@ -230,7 +250,15 @@ def test_tied_head_accumulates_both_gradients() -> None:
         embedding.grad = None
         hidden = torch.tanh(embedding[tokens])
         out = function(
-            hidden, Head(embedding), x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient
+            LossInputs(
+                hidden,
+                Head(embedding),
+                x.teacher_hidden,
+                x.teacher,
+                x.targets,
+                DivergenceSpec(),
+                x.coefficient,
+            )
         )
         out.loss.backward()
         gradients.append(embedding.grad)
@@ -245,7 +273,7 @@ def test_tied_head_accumulates_both_gradients() -> None:
 def test_no_tokens(spec: DivergenceSpec) -> None:
     x = problem(tokens=0)
     for function in (plain_loss, chunked_loss):
-        out, gradients = run(function, x, spec, contrast=x.contrast)
+        out, gradients = run(function, x, spec, terms=(x.contrast,))
         assert out.loss.item() == 0.0 and out.divergence_N.shape == (0,)
         assert all((gradient == 0).all() for gradient in gradients)
     assert token_logprobs(x.hidden, x.teacher, x.targets).shape == (0,)
@@ -326,18 +354,17 @@ def test_without_grad_only_values() -> None:
     with torch.no_grad():
         arguments = (x.hidden, Head(x.weight, x.bias), x.teacher_hidden, x.teacher, x.targets)
         for spec in (DivergenceSpec(), SPECS[8]):
-            out = chunked_loss(*arguments, spec, x.coefficient)
+            inputs = LossInputs(*arguments, spec, x.coefficient)
+            out = chunked_loss(inputs)
             assert not out.loss.requires_grad
-            torch.testing.assert_close(
-                out.divergence_N, plain_loss(*arguments, spec, x.coefficient).divergence_N
-            )
+            torch.testing.assert_close(out.divergence_N, plain_loss(inputs).divergence_N)
 
 
 def test_backward_twice_and_accumulated() -> None:
     x = problem(F64)
     head = Head(x.weight, x.bias)
     out = chunked_loss(
-        x.hidden, head, x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient
+        LossInputs(x.hidden, head, x.teacher_hidden, x.teacher, x.targets, DivergenceSpec(), x.coefficient)
     )
     out.loss.backward(retain_graph=True)
     once = x.hidden.grad.clone()
@@ -347,13 +374,14 @@ def test_backward_twice_and_accumulated() -> None:
 
 def test_sum_over_micro_batches_is_the_whole() -> None:
     x = problem(F64)
-    whole, whole_grads = run(chunked_loss, x, DivergenceSpec(alpha=0.5), contrast=x.contrast)
+    whole, whole_grads = run(chunked_loss, x, DivergenceSpec(alpha=0.5), terms=(x.contrast,))
     head, total = Head(x.weight, x.bias), 0.0
     for rows in (slice(0, 4), slice(4, 4), slice(4, 13)):
-        total = total + chunked_loss(
+        inputs = LossInputs(
             x.hidden[rows], head, x.teacher_hidden[rows], x.teacher, x.targets[rows],
-            DivergenceSpec(alpha=0.5), x.coefficient[rows], contrast=x.contrast.rows(rows),
-        ).loss  # fmt: skip
+            DivergenceSpec(alpha=0.5), x.coefficient[rows], terms=(x.contrast.rows(rows),),
+        )  # fmt: skip
+        total = total + chunked_loss(inputs).loss
     torch.testing.assert_close(total, whole.loss)
     for found, expected in zip(
         torch.autograd.grad(total * 1.7, (x.hidden, x.weight, x.bias)), whole_grads, strict=True
@@ -407,5 +435,66 @@ def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_contrast_slice_and_replace_keep_meaning() -> None:
     x = problem(F64)
-    assert x.contrast.rows(slice(2, 5)).margin == 0.5 and len(x.contrast.rows(slice(2, 5)).coefficient_N) == 3
+    part = x.contrast.rows(slice(2, 5))
+    assert part.term.options == {"margin": 0.5} and len(part.coefficient_N) == len(part.negative_logp_N) == 3
     assert replace(DivergenceSpec(), alpha=1.0).alpha == 1.0
+
+
+@register_term("pull")
+def pull(inputs: TermInputs, *, power: float = 2.0) -> Tensor:
+    """Looks at all values that need no further pass."""
+    return (
+        inputs.divergence
+        * inputs.student_entropy
+        * (inputs.student_logp - inputs.teacher_logp).abs() ** power
+    )
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[2], SPECS[8]], ids=lambda s: f"{s.mode}-{s.alpha}")
+def test_terms_stand_side_by_side(spec: DivergenceSpec) -> None:
+    """A term of one's own beside the contrast: both in the loss, and chunked as plain."""
+    x = problem(F64, softcap=4.0)
+    own = LossTerm(parse_term("pull:coefficient=0.5,power=1.5"), torch.full((13,), 0.02, dtype=F64))
+    assert own.term.coefficient == 0.5
+    assert_same(x, spec, 1e-10, chunk_tokens=4, terms=(x.contrast, own))
+    both, one, neither = (
+        run(chunked_loss, x, spec, terms=terms)[0].loss for terms in ((x.contrast, own), (own,), ())
+    )
+    alone = run(chunked_loss, x, spec, terms=(x.contrast,))[0].loss
+    assert one != neither
+    torch.testing.assert_close(both - alone, one - neither)
+
+
+def test_a_term_without_gradient_counts_in_the_loss_alone() -> None:
+    x = problem(F64)
+    constant = Term("constant", lambda inputs: torch.ones_like(inputs.student_logp), frozenset())
+    term = LossTerm(constant, x.coefficient)
+    for function in (plain_loss, chunked_loss):
+        without, gradient_without = run(function, x, DivergenceSpec())
+        found, gradient = run(function, x, DivergenceSpec(), terms=(term,))
+        torch.testing.assert_close(found.loss, without.loss + x.coefficient.sum())
+        torch.testing.assert_close(gradient, gradient_without)
+        assert not found.terms["constant"].active_N.any()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("contrast:coefficient=0", "coefficient must be a number above 0, got 0"),
+        ("contrast:coefficient=much", "coefficient must be a number above 0, got 'much'"),
+        ("contrast:margins=1", "loss term 'contrast' has no option 'margins'"),
+        ("contrasts", "unknown loss term 'contrasts'. Did you mean 'contrast'"),
+    ],
+)
+def test_wrong_terms_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_term(text)
+
+
+def test_what_a_term_may_need_and_must_return() -> None:
+    with pytest.raises(UserError, match="needs 'student', which is not offered"):
+        register_term("wrong", needs=frozenset({"student"}))
+    x = problem()
+    scalar = LossTerm(Term("scalar", lambda inputs: inputs.student_logp.sum(), frozenset()), x.coefficient)
+    with pytest.raises(UserError, match="loss term 'scalar' must return shape"):
+        run(chunked_loss, x, DivergenceSpec(), terms=(scalar,))

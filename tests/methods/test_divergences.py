@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unisd.errors import UserError
+from unisd.losses.terms import LossTerm
 from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence, divergence_bound
-from unisd.methods.terms import Contrast, contrast_hinge
+from unisd.methods.registry import parse_term
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
 F64 = torch.float64
@@ -244,16 +245,18 @@ def test_gradcheck(spec: DivergenceSpec) -> None:
 
 def test_hinge_and_where_it_has_a_gradient() -> None:
     l = torch.tensor([-2.0, -0.5, -4.0, -2.0], dtype=F64, requires_grad=True)  # noqa: E741
-    contrast = Contrast(
-        teacher_logp_N=torch.full((4,), -1.0, dtype=F64),
-        negative_logp_N=torch.tensor([-3.0, -3.0, -3.0, math.nan], dtype=F64),
+    term = LossTerm(
+        parse_term("contrast:margin=0.5"),
         coefficient_N=torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=F64),
-        margin=0.5,
+        negative_logp_N=torch.tensor([-3.0, -3.0, -3.0, math.nan], dtype=F64),
     )
-    hinge = contrast_hinge(l, contrast)
+    constant = torch.zeros(4, dtype=F64)
+    values = (constant, l, constant, torch.full((4,), -1.0, dtype=F64))
+    hinge = term.values(values)
     # 0.5 + |-2+1| - |-2+3|; 0.5 + .5 - 2.5 < 0; 0.5 + 3 - 1 (positive, but both distances move
     # together); no negative
     torch.testing.assert_close(hinge.detach(), torch.tensor([0.5, 0.0, 2.5, 0.0], dtype=F64))
     torch.testing.assert_close(
         torch.autograd.grad(hinge.sum(), l)[0], torch.tensor([-2.0, 0.0, 0.0, 0.0], dtype=F64)
     )
+    torch.testing.assert_close(term.slope(values), torch.tensor([-2.0, 0.0, 0.0, 0.0], dtype=F64))

@@ -34,7 +34,7 @@ from unisd.methods.scores import StepScores, TargetInputs
 from unisd.methods.targets import parse_target, register_target
 from unisd.methods.weights import confidence_gate, contrast_weight, dash, entropy_trust, position
 from unisd.testing import gradients, trainer
-from unisd.training.plan import needed_views
+from unisd.training.plan import Plan, needed_views
 
 F64 = torch.float64
 quick = settings(max_examples=30, deadline=None)
@@ -362,7 +362,7 @@ def test_reweighing_in_the_pass_is_weighing_before_it(
     x, spec = problem(F64), DivergenceSpec(alpha=0.5)
     for leaf, flag in zip((x.hidden, x.weight, x.bias), trained, strict=True):
         leaf.requires_grad_(flag)
-    contrast = x.contrast if with_contrast else None
+    terms = (x.contrast,) if with_contrast else ()
 
     def factor(D: Tensor, logp: Tensor, entropy: Tensor) -> Tensor:
         return D.sqrt() - 0.1 * logp + entropy
@@ -371,9 +371,9 @@ def test_reweighing_in_the_pass_is_weighing_before_it(
     weighed = replace_coefficient(
         x, x.coefficient * factor(found.divergence_N, found.student_logp_N, found.student_entropy_N)
     )
-    expected, expected_grads = run(plain_loss, weighed, spec, contrast=contrast, token_clip=0.2)
+    expected, expected_grads = run(plain_loss, weighed, spec, terms=terms, token_clip=0.2)
     for function, more in ((plain_loss, {}), (chunked_loss, {"chunk_tokens": 5})):
-        out, grads = run(function, x, spec, contrast=contrast, token_clip=0.2, reweigh=factor, **more)
+        out, grads = run(function, x, spec, terms=terms, token_clip=0.2, deferred=factor, **more)
         torch.testing.assert_close(out.loss, expected.loss)
         for a, b in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(a, b)
@@ -390,15 +390,17 @@ STUDENT_WEIGHTS = {"token_weights": ["dash", "confidence_gate:threshold=0.005"],
 def test_in_forward_weights_equal_a_pass_of_their_own(tmp_path: Any, normalizer: str) -> None:
     """The same step, scored by a student pass beforehand."""
     free = trainer(tmp_path, weight_normalizer=normalizer, **STUDENT_WEIGHTS)
-    assert [weight.name for weight in free.in_forward.weights] == ["dash"] and not free.needs & {
+    assert [weight.name for weight in free.plan.deferred] == ["dash"] and not free.plan.needs & {
         "student",
         "divergence",
     }
     paid = trainer(tmp_path, weight_normalizer=normalizer, **STUDENT_WEIGHTS)
-    paid.in_forward.weights, paid.scorer.needs = [], frozenset({"student", "divergence"})
+    paid.plan = replace(paid.plan, deferred=())
+    paid.scorer.needs = frozenset({"student", "divergence"})
     ours = gradients(free)
     assert_same(ours, gradients(paid))
-    logged = free.metrics.values | free.in_forward.metrics(free.accelerator)
+    free.observer.after_last_loss()
+    logged = free.metrics.values
     assert logged["weight/dash/mean"] == pytest.approx(paid.metrics.values["weight/dash/mean"], rel=1e-5)
     assert logged["weight/confidence_gate/min"] == 0.0 and logged["weight/dash/max"] > 1
     for options in (
@@ -416,7 +418,7 @@ def test_where_the_student_is_scored_beforehand(tmp_path: Any) -> None:
         {"loss_aggregation": "token", "weight_normalizer": "weights"},
     ):
         built = trainer(tmp_path, **STUDENT_WEIGHTS, **options)
-        assert built.in_forward.weights == [] and "divergence" in built.needs
+        assert built.plan.deferred == () and "divergence" in built.plan.needs
         gradients(built)
 
 
@@ -426,14 +428,14 @@ def test_a_row_that_is_shut_out_does_not_count(tmp_path: Any) -> None:
     """
     drawn = trainer(tmp_path, max_completion_length=1, token_weights=["confidence_gate"])._rollout(
         [(i, 0) for i in range(8)]
-    )[1]
+    )
     p = sorted(math.exp(logp) for completion in drawn for logp in completion.logps or ())
     gate = f"confidence_gate:threshold={(p[3] + p[4]) / 2}"
     for paid in ({}, {"min_p": 1e-9}):  # the rollout tells p only where it draws from all tokens
         built = trainer(tmp_path, max_completion_length=1, token_weights=[gate], **paid)
-        assert ("student" in built.needs) == bool(paid)
+        assert ("student" in built.plan.needs) == bool(paid)
         batches, _ = built.get_batch_samples(iter(built.get_train_dataloader()), 4, torch.device("cpu"))
-        shares_N = torch.cat([batch["divergence_coefficient_N"] for batch in batches])
+        shares_N = torch.cat([batch["micro_batch"].coefficient_N for batch in batches])
         torch.testing.assert_close(shares_N.sort().values, torch.tensor([0.0] * 4 + [0.25] * 4))
 
 
@@ -447,7 +449,7 @@ def test_contexts_that_repeat_the_reference_bear_the_teacher_out(tmp_path: Any) 
     built = trainer(
         tmp_path, train_dataset=rows, temperature=0.7, token_weights=["corroboration"], **templates
     )
-    assert "teacher" not in built.needs
+    assert "teacher" not in built.plan.needs
     gradients(built)
     assert built.metrics.values["weight/corroboration/min"] == pytest.approx(1.0, abs=1e-5)
 
@@ -456,11 +458,14 @@ def test_the_teachers_scores_are_there_for_weights_that_declare_them(tmp_path: A
     args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True)
     own = parse_weight("agreement_token")
     asking = replace(own, needs=own.needs | {"teacher"})
-    assert "teacher" not in needed_views(args, [own]) and "teacher" in needed_views(args, [own, asking])
+    plan = Plan.of(args)
+    assert "teacher" not in needed_views(args, replace(plan, weights=(own,)))
+    assert "teacher" in needed_views(args, replace(plan, weights=(own, asking)))
     for asked in (False, True):
         built = trainer(tmp_path, token_weights=["entropy_trust"])
         built.scorer.needs |= {"teacher"} if asked else set()
-        scores = built.scorer.score(built._rollout([(0, 0)])[0], "cpu")[0]
+        requests = built._requests([(0, 0)], built._rollout([(0, 0)]))
+        scores = built.scorer.score(requests, "cpu")[0]
         assert (scores.teacher_logp is not None) is asked
         assert not asked or bool((scores.teacher_logp[scores.mask] < 0).all())
 
@@ -544,7 +549,8 @@ def test_neutral_targets_change_nothing(tmp_path: Any) -> None:
     # differs.
     few = trainer(tmp_path, train_dataset=rows, target="contrast:a=3.0", token_clip_quantile=0.9999)
     none = trainer(tmp_path, train_dataset=rows, token_clip_quantile=0.9999)
-    D = [b.scorer.score(b._rollout([(i, 0) for i in range(8)])[0], "cpu")[0].divergence for b in (few, none)]
+    numbers = [(i, 0) for i in range(8)]
+    D = [b.scorer.score(b._requests(numbers, b._rollout(numbers)), "cpu")[0].divergence for b in (few, none)]
     torch.testing.assert_close(D[0][1:], D[1][1:])
 
 
@@ -620,7 +626,8 @@ def test_contrast_scores_are_those_of_the_whole_distributions(tmp_path: Any) -> 
         for i, row in enumerate(tiny.rows(8))
     ]
     built = trainer(tmp_path, train_dataset=rows, token_weights=["contrast_weight"], temperature=0.8)
-    scored, _ = built._rollout([(i, 0) for i in range(8)])
+    numbers = [(i, 0) for i in range(8)]
+    scored = built._requests(numbers, built._rollout(numbers))
     found, _ = built.scorer.score(scored, "cpu")
     assert found.negative_divergence is not None and found.negative_logp is not None
     assert (found.negative_divergence[0] == 0).all() and contrast_weight(found)[0].eq(1).all()

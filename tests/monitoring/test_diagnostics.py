@@ -203,7 +203,8 @@ def test_the_probe_has_each_set_of_weights_in_mixed_precision(tmp_path: Any) -> 
     """
     built = trainer(tmp_path, bf16=True)
     gradients(built, perturb=0.5)  # moves the student
-    rows = built._rollout([(0, 0), (1, 0)])[0]
+    numbers = [(0, 0), (1, 0)]
+    rows = built._requests(numbers, built._rollout(numbers))
 
     def student() -> list[torch.Tensor]:
         return [views["student"] for views in built.scorer.leak_probe(rows, "cpu", 8)]

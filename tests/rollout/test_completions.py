@@ -96,7 +96,9 @@ def test_empty_answers_of_the_initial_model_carry_no_loss(tmp_path: Any) -> None
 @pytest.mark.parametrize("masked", [True, False])
 def test_cut_answers_are_left_out_of_the_loss_when_asked(tmp_path: Any, masked: bool) -> None:
     built = trainer(tmp_path, mask_truncated_completions=masked)
-    rows, completions = built._rollout([(i, 0) for i in range(8)])
+    numbers = [(i, 0) for i in range(8)]
+    completions = built._rollout(numbers)
+    rows = built._requests(numbers, completions)
     assert any(completion.truncated for completion in completions)
     assert [any(row.loss_mask) for row in rows] == [
         not (masked and completion.truncated) for completion in completions

@@ -15,11 +15,11 @@ from tests.helpers.steps import STAR
 from unisd import StepScores, UniSDConfig, UserError
 from unisd import testing as tiny
 from unisd.methods.aggregation import importance_ratio, importance_stats
-from unisd.methods.registry import parse_weight
 from unisd.rollout.engine import Completion
 from unisd.rollout.replay import RepeatedSteps, RolloutStore, behaviour_logp
 from unisd.testing import trainer
 from unisd.training.coefficients import loss_coefficients
+from unisd.training.plan import Plan
 
 NAN = math.nan
 
@@ -55,12 +55,16 @@ def test_ratio_multiplies_the_divergence_and_not_the_normaliser(
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]]).bool()
     drawn[2] = NAN
     args = UniSDConfig(
-        output_dir=str(tmp_path), use_cpu=True, loss_aggregation=aggregation, importance_cap=1.5
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        loss_aggregation=aggregation,
+        importance_cap=1.5,
+        token_weights=[f"confidence_gate:threshold={gate}"],
     )
     scores = StepScores(mask, torch.zeros(B, T).long(), student, student_logp=student, behaviour_logp=drawn)
-    weights = [parse_weight(f"confidence_gate:threshold={gate}")]
-    coefficients, values = loss_coefficients(args, weights, scores)
-    loss = float((coefficients["divergence"] * D).sum())
+    plan = Plan.of(args)
+    found = loss_coefficients(args, plan, scores)
+    loss = float((found.divergence_BT * D).sum())
 
     rows = []
     for i in range(B):
@@ -76,16 +80,16 @@ def test_ratio_multiplies_the_divergence_and_not_the_normaliser(
     else:
         expected = sum(map(sum, rows)) / sum(map(len, rows))
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert values["importance/max"] <= 1.5 + 1e-6
-    without = loss_coefficients(args, weights, replace(scores, behaviour_logp=None))[0]["divergence"]
-    assert float((without * D).sum()) != pytest.approx(expected, rel=1e-3)
+    assert found.metrics["importance/max"] <= 1.5 + 1e-6
+    without = loss_coefficients(args, plan, replace(scores, behaviour_logp=None))
+    assert float((without.divergence_BT * D).sum()) != pytest.approx(expected, rel=1e-3)
 
 
 def test_weights_do_not_wait_for_the_student_where_the_ratio_is_taken(tmp_path: Path) -> None:
     """They would be divided by a sum that holds the ratio."""
     built = trainer(tmp_path, num_iterations=2, token_weights=["dash"], weight_normalizer="mean1")
-    assert built.in_forward.weights == [] and built.needs >= {"student", "divergence"}
-    assert trainer(tmp_path, num_iterations=2, token_weights=["dash"], importance_cap=None).in_forward.weights
+    assert built.plan.deferred == () and built.plan.needs >= {"student", "divergence"}
+    assert trainer(tmp_path, num_iterations=2, token_weights=["dash"], importance_cap=None).plan.deferred
 
 
 def test_second_step_of_a_rollout_has_the_written_out_loss(tmp_path: Path) -> None:

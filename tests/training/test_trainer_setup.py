@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, TrainingArguments
 
-import unisd.trainer
+import unisd.training.setup
 from unisd import UniSDConfig, UniSDTrainer, UserError, recipes
 from unisd import testing as tiny
 from unisd.data.prompts import encode_completion
@@ -60,7 +60,7 @@ def test_a_model_by_name_is_trained_in_float32(
         asked.append(dtype)
         return tiny.model(dtype=torch.bfloat16), tiny.tokenizer(), None
 
-    monkeypatch.setattr(unisd.trainer, "load_model_and_tokenizer", load)
+    monkeypatch.setattr(unisd.training.setup, "load_model_and_tokenizer", load)
     args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True)
     with caplog.at_level(logging.WARNING):
         UniSDTrainer("some/model", args, tiny.rows(2))

@@ -32,6 +32,7 @@ ABOUT = {
     "agreement": "A. weights from agreement over auxiliary contexts",
     "contrast": "C. towards the reference, away from a wrong one (Eq. 4-5)",
     "features": "D. matching hidden states (Eq. 6)",
+    "terms": "further terms of the loss, by registered name",
     "clipping": "E. bounded divergence",
     "scoring": "the pass without gradient",
     "diagnostics": "is the run healthy? words of doubt, leaks, collapse",

@@ -27,6 +27,7 @@ from unisd.evaluation.grading import wilson
 from unisd.evaluation.likelihood import reference_nll
 from unisd.kernels.attention import takes_packed
 from unisd.losses.chunked import chunked_loss, token_logprobs
+from unisd.losses.terms import LossInputs
 from unisd.methods.divergence import DivergenceSpec
 from unisd.models.load import eos_ids
 from unisd.rollout.engine import Completion, Sampling
@@ -158,7 +159,9 @@ class Probe:
             for teacher_TH, student_TH, completion in zip(teacher, student, completions, strict=True):
                 target_T = torch.tensor(completion.ids, device=student_TH.device)
                 zero_T = torch.zeros(len(target_T), device=student_TH.device)
-                output = chunked_loss(student_TH, head, teacher_TH, head, target_T, DivergenceSpec(), zero_T)
+                output = chunked_loss(
+                    LossInputs(student_TH, head, teacher_TH, head, target_T, DivergenceSpec(), zero_T)
+                )
                 total += float(output.divergence_N.sum())
                 count += len(target_T)
         return total / max(count, 1)

@@ -14,12 +14,15 @@ import ctypes
 import math
 import mmap
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from unisd.distributed.sharding import is_sharded
+from unisd.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of `mallopt`
 KEEP_THRESHOLDS = 2**31 - 1, 2**31 - 1
@@ -62,6 +65,22 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
     finally:
         _map_from(*USUAL)
         give_back()
+
+
+@contextmanager
+def training_memory(
+    model: Any, device: torch.device, checkpointed: Callable[[], nn.ModuleList] | None
+) -> Iterator[None]:
+    """How memory is used while `model` is trained: freed memory is kept, and outputs of
+    checkpointed blocks lie apart.
+
+    checkpointed: finds these blocks; None: activations are not recomputed.
+    """
+    with keep_freed_memory(device), ExitStack() as stack:
+        if checkpointed is not None and device.type == "cpu" and not is_sharded(model):
+            with suppress(UserError):  # blocks that are not found
+                stack.enter_context(outputs_in_own_blocks(checkpointed()))
+        yield
 
 
 def give_back() -> None:

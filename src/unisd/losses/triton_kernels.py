@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unisd.losses.head import Head
-from unisd.losses.terms import ChunkResult, LossInputs, token_terms
+from unisd.losses.terms import ChunkResult, LossInputs, slopes
 
 logger = logging.getLogger(__name__)
 AVAILABLE = importlib.util.find_spec("triton") is not None
@@ -235,26 +235,14 @@ def closed_form(part: LossInputs, want_gradient: bool) -> ChunkResult:
     values = (divergence_C, logp_C, entropy_C, teacher_logp_C)
     if not want_gradient:
         return values, None
-    terms = token_terms(part, divergence_C, logp_C, teacher_logp_C)
+    of_divergence_C, of_logp_C = slopes(part, values)
     inner = head.scale / spec.temperature  # from the softmax's argument back to the projection
-    slope_C = terms.slope_divergence_N.float() * inner
-    hinge_C = None if terms.slope_logp_N is None else terms.slope_logp_N.float() * inner
-    back_C = slope_C * slopes_C if hinge_C is None else slope_C * slopes_C + hinge_C
+    slope_C = of_divergence_C.float() * inner
+    l_slope_C = None if of_logp_C is None else of_logp_C.float() * inner
+    back_C = slope_C * slopes_C if l_slope_C is None else slope_C * slopes_C + l_slope_C
     _gradient_kernel[(C,)](
-        zp_CV,
-        zq_CV,
-        lsep_C,
-        lseq_C,
-        part.targets_N,
-        slope_C,
-        back_C,
-        slope_C if hinge_C is None else hinge_C,
-        V,
-        *factors,
-        *capped,
-        kind,
-        hinge_C is not None,
-        BLOCK,
-        num_warps=8,
-    )
+        zp_CV, zq_CV, lsep_C, lseq_C, part.targets_N, slope_C, back_C,
+        slope_C if l_slope_C is None else l_slope_C, V,
+        *factors, *capped, kind, l_slope_C is not None, BLOCK, num_warps=8,
+    )  # fmt: skip
     return values, zp_CV

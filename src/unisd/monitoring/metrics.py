@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,16 +100,11 @@ class StepMetrics:
         if "weight_distance" in sums:  # the same on every rank
             values["teacher/weight_distance"] = sums["weight_distance"] / self.world_size
         values["clip/share"] = sums["clipped"] / tokens
-        if "contrast" in sums:
-            of_contrast = max(sums["contrast_tokens"], 1)
-            values["contrastive/loss"] = sums["contrast"] / of_contrast
-            values["contrastive/active_share"] = sums["contrast_active"] / of_contrast
+        values |= _of_terms(sums)
         if "style_loss" in sums:
             values["words/style_loss_share"] = sums["style_loss"] / (sums["whole_loss"] or 1.0)
             values["leak/answer_loss_share"] = sums["answer_loss"] / (sums["whole_loss"] or 1.0)
             values["leak/answer_token_share"] = sums["answer_tokens"] / tokens
-        if "features" in sums:
-            values["features/distance"] = sums["features"] / tokens
         # a sync is within rollout
         values["step_time"] = sum(values.get(f"step_time/{phase}", 0.0) for phase in self.phases)
         if is_writer:
@@ -140,6 +135,25 @@ class StepMetrics:
         And a line that a kill cut short.
         """
         return keep_until(self.path, step)
+
+
+TERM_METRICS = {
+    "contrast": ("contrastive/loss", "contrastive/active_share"),
+    "features": ("features/distance", ""),
+}
+"""The names of a term's mean and share of tokens with a gradient, where they are not `term/...`."""
+
+
+def _of_terms(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means of the loss's terms over the tokens that have them."""
+    values: dict[str, float] = {}
+    for name in (key.removeprefix("term/") for key in sums if key.startswith("term/")):
+        tokens = max(sums[f"term_tokens/{name}"], 1)
+        of_mean, of_share = TERM_METRICS.get(name, (f"term/{name}/mean", f"term/{name}/active_share"))
+        values[of_mean] = sums[f"term/{name}"] / tokens
+        if f"term_active/{name}" in sums:
+            values[of_share] = sums[f"term_active/{name}"] / tokens
+    return values
 
 
 def mean(values: list[float]) -> float:

@@ -132,10 +132,8 @@ class SampleRecorder:
             record["entropy"] = spread(output.student_entropy_N)
             record["divergence"] = spread(output.divergence_N)
             record["clipped"] = spread(output.clipped_N)
-            negative = record["negative_logp"] is not None and output.contrast_N is not None
-            record["contrast"] = (
-                spread(output.contrast_N) if negative and output.contrast_N is not None else None
-            )
+            contrast = output.terms.get("contrast") if record["negative_logp"] is not None else None
+            record["contrast"] = None if contrast is None else spread(contrast.values_N)
 
     def write(self) -> None:
         """Append the step's records."""

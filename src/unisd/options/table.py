@@ -19,6 +19,7 @@ GROUPS = (
     "agreement",
     "contrast",
     "features",
+    "terms",
     "clipping",
     "scoring",
     "diagnostics",
@@ -360,6 +361,13 @@ class UniSDOptions:
     feature_layers: list[int] | None = option(
         "features",
         "Layers to match (0 is the first block's output); unset: the head's input, after the final norm.",
+    )
+
+    # -- further terms of the loss -----------------------------------------------------------------
+    terms: list[str] = option(
+        "terms",
+        "More terms of the loss by registered name; options as name:coefficient=value,key=value.",
+        [],
     )
 
     # -- E. clipping -------------------------------------------------------------------------------

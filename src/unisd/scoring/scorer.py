@@ -27,7 +27,7 @@ from unisd.distributed.sharding import in_step
 from unisd.kernels.lora import inference
 from unisd.losses.chunked import chunked_loss, token_logprobs, token_scores
 from unisd.losses.head import Head
-from unisd.losses.terms import LossOutput, TargetStates
+from unisd.losses.terms import LossInputs, LossOutput, TargetStates
 from unisd.methods.divergence import DivergenceSpec, log_probs
 from unisd.methods.scores import StepScores
 from unisd.methods.targets import Target
@@ -596,5 +596,7 @@ def _compare(
     """Divergence, log-probability and entropy per token, without gradient."""
     nothing_T = torch.zeros(len(target_T), device=student_TH.device)
     return chunked_loss(
-        student_TH, student_head, teacher_TH, teacher_head, target_T, spec, nothing_T, target=target
+        LossInputs(
+            student_TH, student_head, teacher_TH, teacher_head, target_T, spec, nothing_T, target=target
+        )
     )
