@@ -229,12 +229,10 @@ class Probe:
         for layout in LAYOUTS:
             teacher[layout]["divergence"] = self.divergence(states[layout], states["student"], own)
         if self.grade is None:
-            nll, tokens = reference_nll(self.model, self.tokenizer, list(rows))
-            student["nll"] = nll / max(tokens, 1)
+            student["nll"] = self._nll(None)
             for layout, prompts in teacher_prompts.items():
                 # Copying, not knowledge: reported under that name and never used for advice.
-                nll, tokens = reference_nll(self.model, self.tokenizer, list(rows), prompt_ids=prompts)
-                teacher[layout]["copying_nll"] = nll / max(tokens, 1)
+                teacher[layout]["copying_nll"] = self._nll(prompts)
         best = max(LAYOUTS, key=lambda layout: self._merit(teacher[layout]))
         report: dict[str, Any] = {
             "n": len(rows),
@@ -248,6 +246,11 @@ class Probe:
         }
         report["advice"] = advice(report)
         return report
+
+    def _nll(self, prompts: Sequence[list[int]] | None) -> float:
+        """Of the references, in nats per token; None: under the rows' own prompts."""
+        nll, tokens = reference_nll(self.model, self.tokenizer, list(self.rows), prompt_ids=prompts)
+        return nll / max(tokens, 1)
 
     def _merit(self, figures: dict[str, Any]) -> float:
         if "accuracy" in figures:
