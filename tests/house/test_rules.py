@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from setuptools import find_namespace_packages
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 while not (ROOT / "pyproject.toml").is_file():  # wherever the tests lie in the repository
     ROOT = ROOT.parent
 SOURCE = ROOT / "src"

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 from datasets import Dataset, DatasetDict
 
 from unisd import UniSDConfig, UserError, build_contexts, load_rows
+from unisd import testing as tiny
 from unisd.run.inputs import RunData, load_data
 from unisd.run.options import RunOptions
 from unisd.run.prepare import prepare
