@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ def sources(folder: Path) -> Iterator[tuple[str, str]]:
         yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
 
 
+parsed = cache(ast.parse)  # every rule reads the same files
+
+
 def check_each(rule: Callable[[str, str], list[str]], *folders: Path) -> None:
     found = [line for folder in folders for path, text in sources(folder) for line in rule(path, text)]
     assert not found, "\n" + "\n".join(found)
@@ -90,7 +94,7 @@ def without_pragma(line: str) -> str:
 
 
 def functions(path: str, text: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield f"{path}:{node.name}", node
 
@@ -106,7 +110,7 @@ def asks_for_hardware(path: str, text: str) -> list[str]:
     if path.startswith(MAY_ASK_FOR_HARDWARE):
         return []
     found = []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         asked = None
         if isinstance(node, ast.Attribute):
             owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
@@ -121,7 +125,7 @@ def asks_for_hardware(path: str, text: str) -> list[str]:
 
 def imported(text: str) -> Iterator[tuple[int, str]]:
     """Every absolute import, also one within a function: its line and the module's name."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
