@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unisd.distributed import sharding
+from unisd.distributed import shard_checkpoints, sharding
 from unisd.errors import UserError
 
 STATE_FILE = "teacher.safetensors"
@@ -170,9 +170,9 @@ class Teacher:
         metadata = {"kind": self.kind, "fingerprint": "" if moving else self._fingerprint()}
         tensors = self._laid_out() if moving else {}
         if in_shards and tensors:
-            sharding.save_shards(tensors, Path(folder) / Path(file).stem)
+            shard_checkpoints.save_shards(tensors, Path(folder) / Path(file).stem)
             tensors = {}
-        tensors = sharding.whole_on_writer(tensors, is_writer)
+        tensors = shard_checkpoints.whole_on_writer(tensors, is_writer)
         if is_writer:
             save_file(tensors, str(Path(folder) / file), metadata=metadata)
 
@@ -206,7 +206,7 @@ class Teacher:
             return
         shards = path.with_suffix("")
         if shards.is_dir():
-            sharding.load_shards(self._laid_out(), shards)
+            shard_checkpoints.load_shards(self._laid_out(), shards)
             return
         if names != set(self.state):
             raise UserError(

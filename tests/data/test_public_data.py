@@ -41,8 +41,7 @@ def test_contexts_are_those_of_the_command(
 ) -> None:
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
     rows = load_rows(THEIRS, COLUMNS)
-    options = RunOptions(agreement_contexts=kind)
-    options.explicit = frozenset({"agreement_contexts"})
+    options = RunOptions(agreement_contexts=kind, explicit=frozenset({"agreement_contexts"}))
     config = UniSDConfig(output_dir=str(tmp_path), use_cpu=True, seed=5, num_auxiliary_contexts=2)
     by_command = prepare(RunData("rows", rows, []), options, config, lambda: (None, None))
     built = build_contexts(rows, kind, num_contexts=2, seed=5)

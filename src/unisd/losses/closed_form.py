@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unisd.kernels.cpu_linear import linear
+from unisd.kernels.devices import shares_host
 from unisd.losses import triton_kernels as fused
 from unisd.losses.head import Head
 from unisd.losses.terms import ChunkResult, LossInputs, TokenValues, slopes
@@ -77,7 +78,7 @@ def project_into(head: Head, hidden_CH: Tensor, room: Tensor | None) -> Tensor:
 def row_blocks(x_CV: Tensor) -> list[slice]:
     """Rows of a chunk that are worked on together: all, or on a CPU as many as the cache holds."""
     tokens, vocabulary = x_CV.shape
-    size = tokens if x_CV.device.type != "cpu" else BLOCK_BYTES // (vocabulary * x_CV.element_size())
+    size = tokens if not shares_host(x_CV.device) else BLOCK_BYTES // (vocabulary * x_CV.element_size())
     size = max(size, 1)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 

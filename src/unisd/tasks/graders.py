@@ -165,7 +165,8 @@ _CHOICE_PATTERNS = tuple(
     for pattern in (
         r"\\boxed\s{0,3}\{\s{0,3}(?:\\text\s{0,2}\{\s{0,2})?\(?([A-J])(?![A-Za-z0-9])",
         r"#{3,6}\s{0,3}" + _LETTER,
-        r"(?:[Aa]nswer|ANSWER|[Oo]ption|[Cc]hoice)(?:\s{1,3}(?:is|would\s{1,3}be|was|IS))?\s{0,3}(?:is)?\s{0,3}[:=]?\s{0,3}"
+        r"(?:[Aa]nswer|ANSWER|[Oo]ption|[Cc]hoice)(?:\s{1,3}(?:is|would\s{1,3}be|was|IS))?"
+        r"\s{0,3}(?:is)?\s{0,3}[:=]?\s{0,3}"
         r"(?:\*\*)?\s{0,3}(?:(?:the\s{1,3})?(?:[Oo]ption|[Cc]hoice|letter)\s{1,3})?" + _LETTER,
     )
 )

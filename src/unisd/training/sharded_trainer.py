@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from unisd.distributed import sharding
+from unisd.distributed import shard_checkpoints, sharding
 from unisd.models.load import without_adapter
 from unisd.teacher import Teacher
 
@@ -75,7 +75,7 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         tensors: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         if hasattr(self.model, "peft_config"):
             tensors = {name: value for name, value in tensors.items() if value.requires_grad}
-        state = sharding.whole_on_writer(tensors, self.args.should_save)
+        state = shard_checkpoints.whole_on_writer(tensors, self.args.should_save)
         if self.args.should_save:
             self._save(str(folder), state_dict=state)
         if self.args.push_to_hub and not _internal_call:
@@ -92,12 +92,12 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
             return
         folder = Path(output_dir)
         if self._in_shards:
-            optimizer = sharding.optimizer_state(self.model, self.optimizer)
-            sharding.save_shards(
-                {"model": sharding.weights(self.model), "optimizer": optimizer}, folder / SHARDS
+            optimizer = shard_checkpoints.optimizer_state(self.model, self.optimizer)
+            shard_checkpoints.save_shards(
+                {"model": shard_checkpoints.weights(self.model), "optimizer": optimizer}, folder / SHARDS
             )
         else:
-            state = sharding.whole_optimizer_state(self.optimizer, self.args.should_save)
+            state = shard_checkpoints.whole_optimizer_state(self.optimizer, self.args.should_save)
             if self.args.should_save:
                 torch.save(state, folder / OPTIMIZER_NAME)
         if self.args.should_save:
@@ -108,9 +108,9 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         if (folder / SHARDS).is_dir():
-            sharding.load_shards({"model": sharding.weights(self.model)}, folder / SHARDS)
+            shard_checkpoints.load_shards({"model": shard_checkpoints.weights(self.model)}, folder / SHARDS)
         elif self.is_fsdp_enabled:
-            sharding.load_model(self.model, folder)
+            shard_checkpoints.load_model(self.model, folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -126,8 +126,8 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         if (folder / SHARDS).is_dir():
-            sharding.load_optimizer_shards(self.model, self.optimizer, folder / SHARDS)
+            shard_checkpoints.load_optimizer_shards(self.model, self.optimizer, folder / SHARDS)
         else:
             state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
-            sharding.load_optimizer_state(self.optimizer, state)
+            shard_checkpoints.load_optimizer_state(self.optimizer, state)
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
