@@ -54,9 +54,11 @@ from unisd.rollout.sources import CompletionSource
 from unisd.rollout.transformers_engine import TransformersEngine
 from unisd.rollout.vllm.build import build_engine
 from unisd.rollout.vllm.common import logps_compare
+from unisd.scoring.findings import TeacherStates
+from unisd.scoring.passes import Passes, PassLayout
 from unisd.scoring.prefix_sharing import can_share
-from unisd.scoring.requests import Views
-from unisd.scoring.scorer import Scorer, ScoreRequest, TeacherStates, teacher_head
+from unisd.scoring.requests import RequestBuilder, ScoreRequest
+from unisd.scoring.scorer import Scorer, teacher_head
 from unisd.teacher import STATE_FILE, Teacher
 from unisd.training.coefficients import (
     InForward,
@@ -186,7 +188,7 @@ class UniSDTrainer(FaultTolerantTrainer):
         self.backbone.check_layers(args.feature_layers or ())
         self.backbone.freeze_the_rest()
         context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        self.views = Views(args, self.prompts, self.needs, self.sources, context)
+        self.views = RequestBuilder(args, self.prompts, self.needs, self.sources, context)
         self.eos_ids = eos_ids(student, processing_class)
         self.pad_id = (
             processing_class.pad_token_id if processing_class.pad_token_id is not None else self.eos_ids[0]
@@ -227,22 +229,23 @@ class UniSDTrainer(FaultTolerantTrainer):
         )
         self.other_teachers = self._other_teachers()
         self.packed = packed
-        self.scorer = Scorer(
-            self.backbone,
-            self.teacher,
-            args.divergence_spec,
-            needs=self.needs,
-            packed=packed,
-            token_budget=args.token_budget or default_token_budget(args.device),
-            pad_id=self.pad_id,
-            layers=args.feature_layers or (),
-            autocast=self.accelerator.autocast,
+        layout = PassLayout(
+            packed,
+            self.pad_id,
+            args.token_budget or default_token_budget(args.device),
+            layers=tuple(args.feature_layers or ()),
             share_prompts=share_prompts,
             share_prefixes=share_prefixes,
-            choose_rows=self._most_uncertain if args.agreement_uncertain_share < 1 else None,
+            merge_once=not args.gradient_checkpointing,  # which is there where memory is scarce
+        )
+        self.scorer = Scorer(
+            Passes(self.backbone, layout, self.accelerator.autocast),
+            {"teacher": self.teacher, **self.other_teachers},
+            args.divergence_spec,
+            needs=self.needs,
             target=self.target,
             sources=self.sources,
-            others=self.other_teachers,
+            choose_rows=self._most_uncertain if args.agreement_uncertain_share < 1 else None,
         )
         if engine is None and args.use_vllm:
             engine = build_engine(
@@ -298,7 +301,7 @@ class UniSDTrainer(FaultTolerantTrainer):
         initial model already.
         """
         others: dict[str, Teacher] = {}
-        named = {source.partition("/")[0] for source in self.sources}
+        named = {source.weights for source in self.sources}
         if "base" in named:
             others["base"] = self.teacher if self.teacher.kind == "base" else Teacher(self.model, "base")
         if "step" in named:
@@ -449,9 +452,10 @@ class UniSDTrainer(FaultTolerantTrainer):
         """All views; where memory runs out, in smaller forward passes, which changes nothing in the
         scores.
         """
+        passes = self.scorer.passes
 
         def within(budget: int) -> tuple[StepScores, TeacherStates]:
-            self.scorer.token_budget = budget
+            passes.layout = replace(passes.layout, token_budget=budget)
             return self.scorer.score(rows, device)
 
         together = "token_budget" if sharding.is_sharded(self.model) else None
@@ -459,9 +463,8 @@ class UniSDTrainer(FaultTolerantTrainer):
             "scoring a single row does not fit into memory: lower max_completion_length, or shorten the rows."
         )
         self._uncertain_B = None
-        self.scorer.merge_once = not self.args.gradient_checkpointing  # which is there where memory is scarce
         return smaller_until_it_fits(
-            within, self.scorer.token_budget, least=64, remedy=remedy, together=together
+            within, passes.layout.token_budget, least=64, remedy=remedy, together=together
         )[0]
 
     def _most_uncertain(self, entropy_B: Tensor) -> Tensor:

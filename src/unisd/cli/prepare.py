@@ -19,7 +19,7 @@ from unisd.files import write_text
 from unisd.run.inputs import load_data, load_model
 from unisd.run.options import RunOptions
 from unisd.run.prepare import prepare
-from unisd.scoring.requests import Views
+from unisd.scoring.requests import RequestBuilder
 
 # ---------------------------------------------------------------- the command
 
@@ -66,7 +66,7 @@ def prepare_command(arguments: Sequence[str]) -> int:
         config.auxiliary_prompt_template,
     )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = Views(config, prompts, (), (), context).teacher_room
+    limit = RequestBuilder(config, prompts, (), (), context).teacher_room
     rows = prepare(data, options, config, load)
     _show(rows, prompts, config, limit, options.model_name_or_path)
     if own.output:

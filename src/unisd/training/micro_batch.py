@@ -11,7 +11,8 @@ from torch import Tensor
 
 from unisd.batching import Batch, collate
 from unisd.methods.scores import StepScores
-from unisd.scoring.scorer import ScoreRequest, TeacherStates
+from unisd.scoring.findings import TeacherStates
+from unisd.scoring.requests import ScoreRequest
 
 
 def rows_to_fill(rows: int, batch: int, rank: int, ranks: int) -> int:

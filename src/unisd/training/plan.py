@@ -10,8 +10,7 @@ from unisd.config import UniSDConfig
 from unisd.data.rows import Row
 from unisd.errors import UserError
 from unisd.methods.registry import WeightFunction
-from unisd.methods.targets import STUDENT, Target
-from unisd.scoring.scorer import NEGATIVE
+from unisd.methods.targets import NEGATIVE, STUDENT, Source, Target
 
 STUDENT_NEEDS = frozenset({"student", "divergence"})
 
@@ -59,14 +58,15 @@ def in_forward_weights(
     return [weight for weight in weights if weight.in_forward]
 
 
-def scored_sources(args: UniSDConfig, target: Target | None) -> list[str]:
-    """The target's sources that need a pass: neither the student's own distribution nor the primary
+def scored_sources(args: UniSDConfig, target: Target | None) -> list[Source]:
+    """The target's sources that need a pass: neither the student's own distribution nor the
     teacher's.
     """
     if target is None:
         return []
-    sources = [name for name in target.sources if name not in (STUDENT, f"teacher/{args.teacher_context}")]
-    if any(name.startswith("step/") for name in sources) and args.target_reference_steps is None:
+    known = (STUDENT, Source("teacher", args.teacher_context))
+    sources = [source for source in target.sources if source not in known]
+    if any(source.weights == "step" for source in sources) and args.target_reference_steps is None:
         raise UserError(
             f"target {target.name!r} looks at earlier weights of the student: set target_reference_steps."
         )
@@ -77,7 +77,7 @@ def needed_views(
     args: UniSDConfig,
     weights: Sequence[WeightFunction],
     in_forward: Sequence[WeightFunction] = (),
-    sources: Sequence[str] = (),
+    sources: Sequence[Source] = (),
     drawn: frozenset[str] = frozenset(),
     off_policy: bool = False,
 ) -> frozenset[str]:
