@@ -31,7 +31,7 @@ from unisd.methods.aggregation import step_coefficients
 from unisd.methods.divergence import DivergenceSpec, divergence
 from unisd.methods.registry import parse_weight
 from unisd.methods.scores import StepScores, TargetInputs
-from unisd.methods.targets import STUDENT, parse_target, register_target
+from unisd.methods.targets import NEGATIVE, STUDENT, Target, parse_target, register_target
 from unisd.methods.weights import confidence_gate, contrast_weight, dash, entropy_trust, position
 from unisd.training.plan import needed_views
 
@@ -633,3 +633,17 @@ def test_contrast_scores_are_those_of_the_whole_distributions(tmp_path: Any) -> 
         torch.testing.assert_close(found.negative_divergence[i, :length].double(), kl, rtol=1e-3, atol=1e-5)
         expected = logp[1].gather(1, torch.tensor(row.completion)[:, None])[:, 0]
         torch.testing.assert_close(found.negative_logp[i, :length].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_realised_source_under_a_wrong_reference_is_there_for_weights_too(tmp_path: Any) -> None:
+    """`contrast_weight` compares whole distributions; the target's l- is what that finds."""
+    built = trainer(
+        tmp_path, token_weights=["contrast_weight"], distillation_mode="sampled", distillation_alpha=1.0
+    )
+    built.scorer.target = Target(
+        "away", lambda inputs: inputs.teacher_logp, lambda _: ("teacher/negative",), True
+    )
+    built.scorer.sources = built.scorer.target.sources
+    scores, states = built.scorer.score(built._rollout([(0, 0), (1, 0)])[0], "cpu")
+    assert scores.negative_logp is not None and (scores.negative_logp[scores.mask] < 0).all()
+    assert torch.equal(states.source_logp[NEGATIVE], scores.negative_logp)

@@ -6,10 +6,11 @@ A *target* is one pure function `(TargetInputs, **options) -> log q'`, registere
 It runs inside the loss, chunk by chunk, and carries no gradient. It declares its *sources*, further
 distributions over the same tokens; only those are scored, each at the cost of one forward pass:
 
-    weights/context     weights: teacher (the run's own), base (initial model), step (the student of
-    some steps ago), student
-                        context: full, half, hints, answer, unconditioned, plain (see
-                        :mod:`unisd.data.privilege`), negative
+    weights/context
+    weights: teacher (the run's own), base (initial model), step (the student of some steps ago),
+        student
+    context: full, half, hints, answer, unconditioned, plain (see :mod:`unisd.data.privilege`),
+        negative
 
 `student/plain` is the student's own distribution and costs nothing. All are taken at the
 distillation temperature.

@@ -46,7 +46,7 @@ class Scorer:
         passes: makes the forward passes.
         weights: who scores, in this order: `teacher`, then those that the target's sources name
             beside it (base, step).
-        spec: divergence (its temperature applies to all views but the auxiliary ones).
+        spec: the divergence, and the temperature of all readings that are tempered.
         needs: what the active reliability weights and clips look at, of `methods.scores.NEEDS`.
         target: what takes the place of the teacher's distribution; None: nothing does.
         sources: of the target's sources those that need a pass of their own.
@@ -81,7 +81,7 @@ class Scorer:
         return TargetStates(self.target, states, self._heads(), present_N, self.progress)
 
     def _heads(self) -> dict[Source, Head]:
-        """Of the target's sources."""
+        """Take the heads of the target's sources."""
         return {
             source: teacher_head(self.passes.backbone, self.weights[source.weights])
             for source in self.sources
@@ -101,8 +101,9 @@ class Scorer:
         """
         self._heads()  # of a sharded model they are gathered now, while all ranks are here
         views = scored_views(self.needs, self.sources, self._realised)
-        asks_student = bool(self.needs & STUDENT.needs)
-        found = Findings(requests, views, self.needs | (STUDENT.needs if asks_student else frozenset()))
+        asks_student = bool(self.needs & STUDENT.needs)  # then both of its scores are there
+        needs = self.needs | STUDENT.needs if asks_student else self.needs
+        found = Findings(requests, views, needs)
         if self.spec.mode == "nll":  # no teacher: the shapes stay, nothing is scored
             views.remove(TEACHER)
         budgeted = AUXILIARY in views and self.choose_rows is not None
@@ -113,7 +114,7 @@ class Scorer:
             with self.passes.under(weights, merge_once=self.passes.layout.merge_once):
                 head = self.passes.backbone.head()
                 self._read(jobs, found, head, device)
-                if name == TEACHER.weights:
+                if name == "teacher":
                     if budgeted:
                         self._read_uncertain(found, head, device)
                     self._contrast(found, head)
@@ -164,22 +165,26 @@ class Scorer:
         found.scores["auxiliary_present"] &= chosen_B
 
     def _contrast(self, found: Findings, head: Head) -> None:
-        """KL(q||q-) and l- at the distillation temperature, of the rows with a wrong reference."""
+        """Compare the teacher under the right and the wrong reference, where that is needed:
+        KL(q||q-) and l-, at the distillation temperature.
+        """
         fields = WRONG_REFERENCE.compared
         assert fields is not None
-        if fields.divergence in found.scores and (group := list(found.states[WRONG_REFERENCE.name].values())):
+        group = list(found.states.get(WRONG_REFERENCE.name, {}).values())
+        if group and fields.divergence in found.scores:
             spec = DivergenceSpec(alpha=0.0, temperature=self.spec.temperature)
             teacher = self._teacher_final(found, group[0].final_TH.device)
             self._compare(group, found, fields, teacher, (head, head), spec)
 
     def _teacher_final(self, found: Findings, device: torch.device | str) -> list[Tensor]:
+        """The teacher's final hidden states `[T_i,H]` of all rows."""
         size = self.passes.backbone.head_module.in_features
         # Empty answers have no states: theirs are made, in the type of all others.
         dtype = next((states.final_TH.dtype for states in found.states[TEACHER.name].values()), None)
         return found.final(TEACHER, size, device, dtype)
 
     def _teacher_states(self, found: Findings, device: torch.device | str) -> TeacherStates:
-        """What the loss compares the student with."""
+        """Gather what the loss compares the student with."""
         final, kept = self._teacher_final(found, device), found.states[TEACHER.name]
         layers = {
             layer: [kept[i].layers_TH[layer] if i in kept else final[i] for i in range(len(final))]
@@ -197,7 +202,7 @@ class Scorer:
         return states
 
     def _read_student(self, found: Findings, states: TeacherStates, device: torch.device | str) -> None:
-        """One student pass without gradient: its log-probabilities and the divergence before any
+        """Read the student without gradient: its log-probabilities, and the divergence before any
         update.
         """
         assert STUDENT.compared is not None
