@@ -2,7 +2,7 @@
 mathematics needs, nothing else.
 
 Tokens are packed (no padding), on a CPU what views begin with is read once, as ours reads it; only
-the completion's positions are projected, the student's and the primary teacher's once; no softmax,
+the completion's positions are projected, the student's and the teacher's once; no softmax,
 divergence, weight or other arithmetic is done. What it computes is no loss: it is a time and a
 memory to come close to.
 """
