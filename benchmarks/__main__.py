@@ -1,4 +1,6 @@
-"""`python -m benchmarks {loss,score,step,generate,main,memory,growth} --json F`, and `python -m
+"""Measure, or turn results into tables.
+
+`python -m benchmarks {loss,score,step,generate,main,memory,growth} --json F`, and `python -m
 benchmarks table F... --output T`.
 """
 
@@ -12,10 +14,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import CASES, Options
+from benchmarks.cases import CASES
 from benchmarks.measure import machine, versions
+from benchmarks.options import Options
 from benchmarks.shapes import SHAPES
 from benchmarks.table import table
+from experiments.pages import update
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +51,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         )
         for key in ("tokens", "prompt", "completion", "batch", "accumulation"):
             one.add_argument(f"--{key}", type=int, default=getattr(default, key))
-    render = commands.add_parser("table", help="results as Markdown")
+    render = commands.add_parser("table", help="results as Markdown, between the markers of a page")
     render.add_argument("files", type=Path, nargs="+")
     render.add_argument("--output", type=Path, required=True)
     return parser.parse_args(argv)
@@ -58,9 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.command == "table":
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
-            table([json.loads(path.read_text(encoding="utf-8")) for path in args.files]), encoding="utf-8"
-        )
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in args.files]
+        update(args.output, "Speed and memory", table(results))
         return 0
     given = {key: value for key, value in vars(args).items() if key not in ("command", "json")}
     options = Options(

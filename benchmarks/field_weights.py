@@ -1,7 +1,9 @@
-"""What each token weight adds to an optimizer step at the shape of a 0.5B model, as a share of the
-step.
+"""Measures what each token weight adds to an optimizer step of a 0.5B model.
 
-    python -m benchmarks.field_weights [--shape qwen2.5-0.5b] [--completion 16] [--repetitions 4] [--threads 2]
+As a share of the step.
+
+    python -m benchmarks.field_weights [--shape qwen2.5-0.5b] [--completion 16] [--repetitions 4]
+        [--threads 2]
 
 Whole steps of the trainer under LoRA with an EMA teacher, without generation (which would only make
 the shares smaller): the reference step and the same step with one weight, in turn, so that a busy
@@ -20,10 +22,10 @@ from typing import Any
 import torch
 
 from benchmarks import ours
-from benchmarks.cases import primed
 from benchmarks.measure import interleave
 from benchmarks.settings import Star
 from benchmarks.shapes import SHAPES, build, examples, twin
+from benchmarks.steps import primed
 from unisd.console import markdown_table
 
 CONTRAST: dict[str, Any] = {"contrastive_weight": 0.01, "contrastive_margin": 0.1}

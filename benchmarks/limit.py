@@ -1,5 +1,4 @@
-"""The bare limit of a UniSD* step: the forward and backward passes and projections that the
-mathematics needs, nothing else.
+"""The bare limit of a UniSD* step: the passes and projections that the mathematics needs, no more.
 
 Tokens are packed (no padding), on a CPU what views begin with is read once, as ours reads it; only
 the completion's positions are projected, the student's and the teacher's once; no softmax,
@@ -10,7 +9,6 @@ memory to come close to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,9 +24,7 @@ from unisd.scoring.prefix_sharing import collate_shared, shared_batches
 
 
 def states(decoder: Any, jobs: list[tuple[list[int], list[int]]], device: Any, share: bool = False) -> Tensor:
-    """Final hidden states `[N,H]` that predict the completions of (prompt, completion) pairs, in
-    one pass.
-    """
+    """Return the states `[N,H]` that predict completions of (prompt, completion)s, in one pass."""
     sequences = [p + c for p, c in jobs]
     if share:
         laid = collate_shared(sequences, [len(p) - 1 for p, _ in jobs], device)
@@ -47,18 +43,13 @@ def project(hidden: Tensor, head: Tensor, tokens: int) -> None:
 
 
 def score(model: Any, rows: list[Example], chunk_tokens: int) -> None:
-    """The passes without gradient: K + 2 views of all rows."""
+    """Take the passes without gradient: K + 2 views of all rows."""
     base = model.get_base_model()
     base.set_attn_implementation(PACKED_SDPA)
     decoder, head = base.get_decoder(), base.get_output_embeddings().weight
-    views = [
-        (prompt, row.completion) for row in rows for prompt in (row.teacher, row.negative, *row.auxiliary)
-    ]
-    sequences, budget, share = (
-        [p + c for p, c in views],
-        default_token_budget(model.device),
-        model.device.type == "cpu",
-    )
+    views = [(prompt, r.completion) for r in rows for prompt in (r.teacher, r.negative, *r.auxiliary)]
+    sequences, budget = [p + c for p, c in views], default_token_budget(model.device)
+    share = model.device.type == "cpu"
     if share:
         batches = shared_batches(sequences, [len(p) - 1 for p, _ in views], budget)
     else:
@@ -69,10 +60,7 @@ def score(model: Any, rows: list[Example], chunk_tokens: int) -> None:
 
 
 def star_step(
-    model: Any,
-    teacher: Callable[[], AbstractContextManager[Any]],
-    batches: list[list[Example]],
-    chunk_tokens: int,
+    model: Any, teacher: Callable[[], Any], batches: list[list[Example]], chunk_tokens: int
 ) -> float:
     """Same contract as the plain one; returns 0."""
     base = model.get_base_model()

@@ -93,8 +93,9 @@ def interleave(
     seconds: float,
     warm_up: bool = True,
 ) -> dict[str, Samples]:
-    """Measure all functions in turn, `repetitions` times, or fewer where another round would exceed
-    `seconds` (at least once).
+    """Measure all functions in turn, `repetitions` times.
+
+    Fewer where another round would exceed `seconds` (at least once).
     """
     if warm_up:
         for function in functions.values():
@@ -128,8 +129,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def peak_tflop_per_s(device: torch.device) -> float | None:
-    """Dense bfloat16 products a second by the maker's data sheet, for the share of it that is used
-    (MFU); None: not known.
+    """Return dense bfloat16 products a second by the maker's data sheet; None: not known.
+
+    For the share of it that is used (MFU).
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAKS.items() if part in name), None)

@@ -1,5 +1,6 @@
-"""This project in the harness: the trainer itself, fed with given completions instead of generating
-them.
+"""Run this project in the harness: the trainer itself, fed with given completions.
+
+It generates none.
 """
 
 from __future__ import annotations

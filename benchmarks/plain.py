@@ -1,12 +1,10 @@
-"""UniSD* as published code writes it: every view padded, full logits, all hidden states, teacher
-switches per micro-batch.
+"""Compute UniSD* as published code does: padded, full logits, teacher switches per micro-batch.
 
-Only the completion's positions are projected (`logits_to_keep`). Loss and gradient are the
-library's (tested). Shapes: B rows of a micro-batch, T longest completion, V vocabulary.
+All hidden states are kept, only completions are projected (`logits_to_keep`). Loss and gradient are
+the library's (tested). B rows of a micro-batch, T longest completion, V vocabulary.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,9 +24,8 @@ def kl_or_jsd(student_logits: Tensor, teacher_logits: Tensor, alpha: float) -> T
     log_a, log_b = (torch.tensor(x, device=log_p.device).log() for x in (1 - alpha, alpha))
     log_m = torch.logaddexp(log_p + log_a, log_q + log_b)
     to_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
-    return alpha * to_teacher + (1 - alpha) * F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(
-        -1
-    )
+    to_student = F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
+    return alpha * to_teacher + (1 - alpha) * to_student
 
 
 def padded(rows: list[list[int]], side: str, device: Any) -> tuple[Tensor, Tensor]:
@@ -38,17 +35,12 @@ def padded(rows: list[list[int]], side: str, device: Any) -> tuple[Tensor, Tenso
 
 
 def view(model: Any, prompts: list[list[int]], rows: list[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits `[B,T,V]` and final hidden states that predict the completions; their ids and mask
-    `[B,T]`.
-    """
-    (ids, mask), (tokens, own) = (
-        padded(prompts, "left", model.device),
-        padded([r.completion for r in rows], "right", model.device),
-    )
+    """Return logits `[B,T,V]` and states that predict the completions, their ids and mask."""
+    ids, mask = padded(prompts, "left", model.device)
+    tokens, own = padded([r.completion for r in rows], "right", model.device)
     keep, ids, mask = tokens.shape[1] + 1, torch.cat([ids, tokens], 1), torch.cat([mask, own], 1)
-    out = model(
-        input_ids=ids, attention_mask=mask, logits_to_keep=keep, output_hidden_states=True, use_cache=False
-    )
+    wanted = {"logits_to_keep": keep, "output_hidden_states": True, "use_cache": False}
+    out = model(input_ids=ids, attention_mask=mask, **wanted)
     return out.logits[:, :-1].float(), out.hidden_states[-1][:, -keep:-1], tokens, own.bool()
 
 
@@ -56,12 +48,8 @@ def realised(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.log_softmax(logits, -1).gather(-1, tokens[..., None])[..., 0]
 
 
-def star_step(
-    model: Any, teacher: Callable[[], AbstractContextManager[Any]], batches: list[list[Example]], s: Star
-) -> float:
-    """Scores, weights, losses and backward of all micro-batches; the gradients are left on the
-    parameters.
-    """
+def star_step(model: Any, teacher: Callable[[], Any], batches: list[list[Example]], s: Star) -> float:
+    """Score, weigh, and go backward through all micro-batches; gradients stay on the parameters."""
     spreads, masks = [], []
     with torch.no_grad(), teacher():
         for rows in batches:

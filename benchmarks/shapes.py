@@ -1,5 +1,6 @@
-"""Models of the measured shapes (random weights), a tokenizer whose words are its ids, and the rows
-of a step.
+"""Build models of the measured shapes (random weights), a tokenizer and the rows of a step.
+
+The words of the tokenizer are its ids.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ SHAPES = {
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
-    """A random model of a shape, in evaluation mode; `layers` cuts its depth, `name:8000` gives
-    another vocabulary.
+    """Build a random model of a shape, in evaluation mode.
+
+    `layers` cuts its depth, `name:8000` gives another vocabulary.
     """
     name, _, vocabulary = name.partition(":")
     shape = SHAPES[name]
@@ -80,8 +82,9 @@ def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | Non
 
 
 def twin(model: Any) -> Any:
-    """Another module tree over the same weights: each implementation may put its own adapters on
-    it.
+    """Build another module tree over the same weights.
+
+    Each implementation may put its own adapters on it.
     """
     shared = {id(tensor): tensor for tensor in model.parameters()}
     return copy.deepcopy(model, memo=shared)
@@ -107,8 +110,9 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a step: token ids of the prompt under each view, and of the completion that all of
-    them score.
+    """Holds one row of a step.
+
+    Token ids of the prompt under each view, and of the completion that all of them score.
     """
 
     student: list[int]
@@ -142,8 +146,9 @@ def examples(
     contexts: int = CONTEXTS,
     seed: int = 0,
 ) -> list[Example]:
-    """Rows with lengths uniform in the given ranges; every context (reference, wrong reference,
-    auxiliary) has `reference` tokens.
+    """Draw rows with lengths uniform in the given ranges.
+
+    Every context (reference, wrong reference, auxiliary) has `reference` tokens.
     """
     draw = random.Random(seed)
 

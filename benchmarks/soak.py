@@ -1,5 +1,6 @@
-"""A long run that must not grow: memory, open files and threads over many optimizer steps of the
-pocket model.
+"""Watch memory, open files and threads over many optimizer steps: they must not grow.
+
+The pocket model is trained by
 
     python benchmarks/soak.py --steps 2000
 
@@ -19,9 +20,9 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback
 
-from unisd.cli.parsing import parse
 from unisd.console import make_console, quiet_libraries
 from unisd.run.inputs import load_data
+from unisd.run.resolve import parse
 from unisd.run.train import set_up
 
 

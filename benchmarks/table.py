@@ -1,4 +1,4 @@
-"""Results as one Markdown page."""
+"""Turn results into Markdown: one block per result."""
 
 from __future__ import annotations
 
@@ -6,18 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from unisd.console import markdown_table
-
-HEAD = """# Speed and memory
-
-Each block is one run of one command: all implementations in one process on the same tensors, in turn, medians over the rounds.
-Extra memory is the peak above what the process held before the call. Ratios are of medians inside that run; below 1 is ours ahead
-(for `time_vs_limit`, how far the bare passes are away; they pack, attend and multiply as ours does, but read the head for student
-and teacher apart). `plain` and `limit` are `benchmarks/plain.py` and `benchmarks/limit.py`.
-
-On a CPU ours manages the allocator while it trains (`unisd.kernels.cpu_memory`), and ours and the limit multiply float32 in oneDNN
-(`unisd.kernels.cpu_linear`); the others run under the usual rules of both, which on x86 means MKL. All compute in float32 throughout.
-"""
-
 
 Row = dict[str, Any]
 # title, the key that calls for it, how a row fills it
@@ -36,8 +24,8 @@ COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The page of several results, in the order given."""
-    return "\n".join([HEAD, *(_block(result) for result in results)])
+    """Write the blocks of several results, in the order given."""
+    return "\n".join(_block(result) for result in results)
 
 
 def _block(result: dict[str, Any]) -> str:

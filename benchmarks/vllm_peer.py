@@ -1,5 +1,6 @@
-"""vLLM in the harness: the trainer's own colocated engine, asked for the same prompts and
-lengths.
+"""Run vLLM in the harness: the trainer's own colocated engine.
+
+It is asked for the same prompts and lengths.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from unisd import UniSDConfig
 def writer(
     model: Any, prompts: Sequence[Sequence[int]], lengths: Sequence[int]
 ) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Two functions: one writes `lengths[i]` tokens after each prompt, greedily, with their
-    log-probabilities as in a run, and returns how many; the other takes over the model's weights
-    anew, as in each step of a run, and returns the seconds.
+    """Return two functions, one that writes and one that syncs.
+
+    One writes `lengths[i]` tokens after each prompt, greedily, with their log-probabilities as in a
+    run, and returns how many; the other takes over the model's weights anew, as in each step of a
+    run, and returns the seconds.
     """
     from vllm import SamplingParams
 

@@ -19,9 +19,7 @@ import argparse
 
 import torch
 
-from unisd import StepScores, UniSDConfig, UniSDTrainer, register_weight
-from unisd.models.load import load_model_and_tokenizer
-from unisd.tasks import get
+from unisd import StepScores, UniSDConfig, UniSDTrainer, get_task, load_model_and_tokenizer, register_weight
 
 
 @register_weight("sure_teacher", level="token", needs=frozenset({"entropy"}), normalizer="weights")
@@ -40,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model, tokenizer, _ = load_model_and_tokenizer("pocket")
-    task = get("pocket")
+    task = get_task("pocket")
     args = UniSDConfig(
         output_dir=options.output_dir,
         max_steps=options.max_steps,

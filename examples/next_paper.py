@@ -1,12 +1,13 @@
-"""The next paper in an afternoon: a target of your own, its test, and a run, in one file outside
-the package.
+"""The next paper in an afternoon: a target of your own, its test and a run, in one file.
+
+The file lies outside of the package.
 
 Say a paper mixes the teacher with the same teacher on the plain prompt, q' = (1 - a) q + a b. That
 is one function. It declares the second distribution it needs, and the trainer scores it: one more
 forward pass, and no other change.
 
-    python examples/next_paper.py                                      # a few steps on the pocket model
-    python -m pytest examples/next_paper.py                            # its test
+    python examples/next_paper.py               # a few steps on the pocket model
+    python -m pytest examples/next_paper.py     # its test
 
 In a package, an entry point under `unisd.targets` makes it known to the command: `unisd
 train --target arithmetic:a=0.2`.
@@ -18,10 +19,7 @@ import math
 
 import torch
 
-from unisd import TargetInputs, UniSDConfig, UniSDTrainer, register_target
-from unisd.methods.targets import parse_target
-from unisd.models.load import load_model_and_tokenizer
-from unisd.tasks import get
+from unisd import TargetInputs, UniSDConfig, UniSDTrainer, get_task, load_model_and_tokenizer, register_target
 
 
 @register_target("arithmetic", sources=("teacher/plain",))
@@ -33,13 +31,13 @@ def arithmetic(inputs: TargetInputs, a: float = 0.2) -> torch.Tensor:
 
 def test_arithmetic() -> None:
     q, b = (torch.randn(4, 7, dtype=torch.float64).log_softmax(-1) for _ in range(2))
-    found = parse_target("arithmetic:a=0.3")(TargetInputs(q, q, {"teacher/plain": b}))
+    found = arithmetic(TargetInputs(q, q, {"teacher/plain": b}), a=0.3)
     torch.testing.assert_close(found.exp(), 0.7 * q.exp() + 0.3 * b.exp())
 
 
 def main(output_dir: str = "unisd-output/next-paper", max_steps: int = 5) -> UniSDTrainer:
     model, tokenizer, _ = load_model_and_tokenizer("pocket")
-    task = get("pocket")
+    task = get_task("pocket")
     args = UniSDConfig(
         output_dir=output_dir,
         max_steps=max_steps,

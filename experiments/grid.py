@@ -1,5 +1,6 @@
-"""Finished cells of a comparison: one JSON object a line, appended as each ends, so that a
-comparison goes on where it was stopped.
+"""Carry out the cells of a comparison: one JSON object a line, appended as each ends.
+
+So a comparison goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ def run_apart(run: Callable[[Any], Cell], plan: Any, threads: int | None = None)
 
 
 def _end_with_parent() -> None:
-    """A restarted comparison runs unfinished cells again: one that is still at work must not go on
+    """End this process when its parent ends.
+
+    A restarted comparison runs unfinished cells again: one that is still at work must not go on
     beside it. What forked this process is a server, so no signal tells of the parent's death.
     """
     parent = multiprocessing.parent_process()

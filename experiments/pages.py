@@ -1,6 +1,4 @@
-"""Markdown that commands write: tables, and pages whose tables are replaced while what a person
-wrote around them stays.
-"""
+"""Write Markdown pages whose tables are replaced while what a person wrote stays."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ START, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 def between_markers(text: str, start: str, end: str, content: str) -> str:
-    """`text` with what stands between two marker lines replaced; what a person wrote around them
-    stays.
+    """Replace what stands between two marker lines of `text`.
+
+    What a person wrote around them stays.
 
     Raises:
         UserError: the markers are not there.
@@ -26,8 +25,9 @@ def between_markers(text: str, start: str, end: str, content: str) -> str:
 
 
 def update(file: Path, title: str, content: str) -> None:
-    """Put `content` between the markers of a page; a page that is not there gets a title and
-    markers.
+    """Put `content` between the markers of a page.
+
+    A page that is not there gets a title and markers.
     """
     text = file.read_text(encoding="utf-8") if file.exists() else f"# {title}\n\n{START}\n{END}\n"
     file.write_text(between_markers(text, START, END, content), encoding="utf-8")

@@ -13,7 +13,9 @@ again.
 | `healthy` | nothing | none |
 | `collapse` | a live teacher and a rate too high | `collapse` |
 | `leak` | the teacher sees the final answer only | `blind teacher` |
-| `doubt-lost` | the base doubts aloud, its references do not (:mod:`experiments.pocket_base.hedging`) | `suppressed doubt` |
+| `doubt-lost` | the base doubts aloud, its references do not | `suppressed doubt` |
+
+The base that doubts is :mod:`experiments.pocket_base.hedging`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,11 @@ from transformers import PrinterCallback
 
 from experiments.grid import Cell, add_jobs, carry_out
 from experiments.pages import update
-from unisd.cli.parsing import parse
 from unisd.console import markdown_table
 from unisd.files import METRICS, read_lines
 from unisd.monitoring import alarms
 from unisd.run.inputs import load_data, load_model
+from unisd.run.resolve import parse
 from unisd.trainer import UniSDTrainer
 
 COMMON = [
@@ -65,8 +67,9 @@ EVERY = 5  # steps whose middle is kept of each watched metric
 
 @dataclass(frozen=True)
 class Provocation:
-    """Flags of `unisd train`, the alarm that must be raised (None: no alarm at all), and how many
-    seeds.
+    """Holds flags of `unisd train`, the alarm that must be raised, and how many seeds.
+
+    The alarm None means: no alarm at all.
     """
 
     flags: tuple[str, ...]
@@ -92,9 +95,7 @@ class Plan:
 
 
 def hedging_base(folder: Path) -> Path:
-    """The base that doubts aloud, trained (or trained on) where it is not there yet: some
-    minutes.
-    """
+    """Train the base that doubts aloud (or train it on) where it is not there yet: some minutes."""
     from experiments.pocket_base.pretrain import pretrain
 
     pretrain(folder, resume=True, compile=False, variant="hedging")
@@ -109,7 +110,7 @@ def run_cell(plan: Plan, base: Path, steps: int | None = None) -> Cell:
         flags = [*COMMON, *provocation.flags, *limit, "--seed", str(plan.seed), "--output_dir", folder]
         options, config = parse(flags)  # with the embedded model's overlay, which suits both bases
         if provocation.hedging:
-            options.model_name_or_path = str(hedging_base(base))
+            options = replace(options, model_name_or_path=str(hedging_base(base)))
         data = load_data(options, config.seed)
         model, tokenizer, _ = load_model(options)
         trainer = UniSDTrainer(
@@ -159,8 +160,9 @@ def watched(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
 
 
 def shared_pull(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Cosine of the teacher's pull under the right and under a wrong reference, over the run: as it
-    is told, and told all.
+    """Compare the teacher's pull under the right and under a wrong reference, over the run.
+
+    By its cosine: as the teacher is told, and told all.
     """
     found = {}
     for told, names in (("as in the run", alarms.PULLS), ("all", alarms.TOLD_ALL)):
@@ -175,8 +177,9 @@ def starts(lines: list[dict[str, Any]]) -> range:
 
 
 def lost_at(cell: Cell, part: str) -> int | None:
-    """The first evaluation at which the accuracy on a part, `task` or `retention`, is less than
-    `LOST` of what it was.
+    """Find the first evaluation at which an accuracy is less than `LOST` of what it was.
+
+    The accuracy is that on a part, `task` or `retention`.
     """
     first = cell["curve"][0]
     return next((int(point["step"]) for point in cell["curve"] if point[part] < LOST * first[part]), None)
@@ -188,8 +191,10 @@ def told_at(cell: Cell, alarm: str | None) -> int | None:
 
 
 def passed(cell: Cell) -> bool:
-    """Whether no alarm came where none should; else whether the cell's own came, and each loss was
-    told no later than it was measured.
+    """Say whether a cell did what it should.
+
+    That is: no alarm came where none should; else the cell's own came, and each loss was told no
+    later than it was measured.
     """
     own = PROVOCATIONS[cell["name"]].alarm
     if own is None:

@@ -1,5 +1,6 @@
-"""Every method on the pocket task, compared: `python -m experiments.pocket_methods [--folder
-docs/results]`.
+"""Compare every method on the pocket task.
+
+`python -m experiments.pocket_methods [--folder docs/results]`.
 
 One cell is one method, one state of the references (`clean`, or 30 % of them wrong) and one seed;
 it is trained in a process of its own and becomes one line of `pocket.jsonl`. Cells that are there
@@ -42,12 +43,12 @@ from transformers import PrinterCallback
 
 from experiments.grid import Cell, add_jobs, carry_out
 from unisd import recipes
-from unisd.cli.parsing import parse
 from unisd.evaluation.accuracy import accuracy
 from unisd.evaluation.likelihood import gold_ppl
 from unisd.evaluation.retention import retention
 from unisd.pocket.task import PocketTask
 from unisd.run.inputs import RunData, load_data, load_model
+from unisd.run.resolve import parse
 from unisd.trainer import UniSDTrainer
 
 # The comparison's overlay: short enough that all cells end within an evening on two cores.
@@ -165,8 +166,9 @@ def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
 
 
 def chosen_rate(cells: list[Cell], method: str) -> float | None:
-    """The pilot rate with the most points gained on the task plus points kept of old skills; None:
-    pilots are missing.
+    """Choose the pilot rate with the most points gained on the task plus points kept of old skills.
+
+    None: pilots are missing.
     """
     pilots = {cell["learning_rate"]: cell for cell in cells if cell["pilot"] and cell["method"] == method}
     if set(pilots) != set(rates(method)):

@@ -1,5 +1,6 @@
-"""The page of the pocket comparison, from its lines: `python -m experiments.pocket_page [--folder
-docs/results]`.
+"""Write the page of the pocket comparison from its lines.
+
+`python -m experiments.pocket_page [--folder docs/results]`.
 
 Writes `pocket.md` and, for the recipes of later papers, `field.md` between their markers (what a
 person wrote around them stays), and a figure for each. Both pages are of the same cells, with the
@@ -38,8 +39,9 @@ BESIDE_FIELD = ("opsd", "sdft", "unisd-star", compare.REFERENCE)
 
 
 def marks(cells: list[Cell], name: str, kind: str = "known") -> Marks:
-    """`[seeds, problems]` of 0 and 1: right in any wording (`known`), or also in the task's form
-    (`correct`).
+    """Return `[seeds, problems]` of 0 and 1.
+
+    Right in any wording (`known`), or also in the task's form (`correct`).
     """
     return np.array([[int(mark) for mark in cell[f"{name}_{kind}"]] for cell in cells], dtype=float)
 
@@ -183,8 +185,9 @@ FAR = 40.0  # points of old skills
 
 
 def draw(cells: list[Cell], file: Path) -> None:
-    """Task accuracy gained against old skills lost, one mark per method; filled: right references,
-    hollow: 30 % wrong.
+    """Draw task accuracy gained against old skills lost, one mark per method.
+
+    Filled: right references, hollow: 30 % wrong.
     """
     import matplotlib
 
@@ -236,8 +239,9 @@ def draw(cells: list[Cell], file: Path) -> None:
 
 
 def write(folder: Path, cells: list[Cell]) -> None:
-    """Put the tables into `pocket.md` and, once it has cells of its own, `field.md`; and draw
-    `pocket.svg` and `field.svg`.
+    """Put the tables into `pocket.md` and, once it has cells of its own, `field.md`.
+
+    And draw `pocket.svg` and `field.svg`.
     """
     for name, title in (
         ("pocket", "Methods on the pocket task"),

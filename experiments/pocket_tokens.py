@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from unisd.cli.parsing import parse
 from unisd.console import markdown_table
 from unisd.methods.registry import parse_weight
 from unisd.methods.scores import StepScores
 from unisd.pocket.task import PocketTask
 from unisd.run.inputs import load_data, load_model
+from unisd.run.resolve import parse
 from unisd.trainer import UniSDTrainer
 
 APART = 1.0  # nats between l+ and l- from which a token carries the fact
@@ -37,8 +37,9 @@ WEIGHTS = {
 
 
 def scores(noise: float, seed: int) -> tuple[StepScores, Tensor]:
-    """Scores of every training row under the untouched base, and which rows [B] have a wrong
-    reference.
+    """Score every training row under the untouched base.
+
+    Returns also which rows [B] have a wrong reference.
     """
     with tempfile.TemporaryDirectory() as folder:
         # A weight besides agreement: only then are the teacher's own log-probabilities scored
@@ -54,7 +55,8 @@ def scores(noise: float, seed: int) -> tuple[StepScores, Tensor]:
                 row["negative_context"] = clean["privileged_context"]
         model, tokenizer, _ = load_model(options)
         trainer = UniSDTrainer(model, config, data.train, processing_class=tokenizer)
-        rows, _ = trainer._rollout([(number, 0) for number in range(len(data.train))])
+        numbers = [(number, 0) for number in range(len(data.train))]
+        rows = trainer._requests(numbers, trainer._rollout(numbers))
         trainer.scorer.needs |= {"teacher"}  # no weight looks at it; the choice of tokens below does
         found, _ = trainer.scorer.score(rows, config.device)
     return found, torch.tensor([bool(row["noisy"]) for row in data.train])

@@ -30,7 +30,6 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from experiments.grid import Cell, add_jobs, append, carry_out, read
-from unisd.cli.parsing import parse
 from unisd.data.prompts import encode_completion, encode_prompt
 from unisd.data.rows import Row
 from unisd.evaluation.accuracy import accuracy, generate_greedy
@@ -42,6 +41,7 @@ from unisd.models.load import eos_ids
 from unisd.monitoring.cost import peak_memory
 from unisd.recipes import load as load_recipe
 from unisd.run.inputs import adapter_config, load_data, load_model
+from unisd.run.resolve import parse
 from unisd.tasks import get
 from unisd.tasks.base import Task
 from unisd.trainer import UniSDTrainer
@@ -64,8 +64,8 @@ TASK_FLAGS = {
 SHARED_FLAGS = [
     "--dtype", "float32", "--use_peft", "--lora_r", "32", "--lora_alpha", "64",
     "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2",
-    "--num_train_epochs", "1000", "--max_completion_length", "40", "--save_strategy", "steps", "--save_steps", str(EVERY),
-    "--save_total_limit", "1",
+    "--num_train_epochs", "1000", "--max_completion_length", "40",
+    "--save_strategy", "steps", "--save_steps", str(EVERY), "--save_total_limit", "1",
 ]  # fmt: skip
 FORWARD, JSD = 0.0, 0.5
 # Pilots of a task: (divergence, rate).
@@ -119,8 +119,9 @@ def arguments(plan: Plan) -> list[str]:
 
 
 class Examiner:
-    """Measures a model on fixed rows: form and knowledge of the task, general knowledge, drift from
-    its own first answers.
+    """Measures a model on fixed rows.
+
+    Form and knowledge of the task, general knowledge, drift from its own first answers.
     """
 
     def __init__(self, plan: Plan, task: Task, tokenizer: Any, base: Any) -> None:
@@ -153,8 +154,9 @@ class Examiner:
         return list(found["grades"])
 
     def _prefers_the_right_one(self, model: Any) -> list[bool]:
-        """Whether the right candidate has the highest likelihood per token: knowledge without
-        form.
+        """Say whether the right candidate has the highest likelihood per token.
+
+        This is knowledge without form.
         """
         prompts: list[list[int]] = []
         texts: list[list[int]] = []
@@ -183,8 +185,9 @@ def _marks(values: Any) -> str:
 
 
 class Curve(TrainerCallback):  # type: ignore[misc]
-    """Evaluates now and then; each point is on disk before its checkpoint, so that a resumed run
-    repeats none.
+    """Evaluates now and then.
+
+    Each point is on disk before its checkpoint, so that a resumed run repeats none.
     """
 
     def __init__(self, file: Path, examine: Examiner, model: Any, steps: int, every: int) -> None:
@@ -248,9 +251,7 @@ def device_name(device: torch.device) -> str:
 
 
 def score(cell: Cell) -> float:
-    """What a pilot is judged by: share right on the task plus share right of general knowledge,
-    after its last step.
-    """
+    """Judge a pilot by the share right on the task plus that of general knowledge, at its end."""
     point = cell["curve"][-1]
     return share(point["task_correct"]) + share(point["general_correct"])
 
@@ -267,8 +268,9 @@ def is_of(cell: Cell, task: str, setting: Setting) -> bool:
 
 
 def best_pilot(cells: list[Cell], task: str, method: str) -> tuple[float, float] | None:
-    """Divergence and rate of a method's best pilot (where it has none: plain self-distillation's);
-    None while pilots are missing.
+    """Return divergence and rate of a method's best pilot; None while pilots are missing.
+
+    Where it has none, plain self-distillation's.
     """
     method = method if method in PILOTS else "sdft"
     found = [cell for cell in cells if cell["pilot"] and cell["task"] == task and cell["method"] == method]
@@ -281,8 +283,9 @@ def best_pilot(cells: list[Cell], task: str, method: str) -> tuple[float, float]
 def plans(
     cells: list[Cell], task: str, model: str, steps: int, rows: int, data_files: tuple[str, ...]
 ) -> Iterator[Plan]:
-    """Cells that may be run now, in order: the untouched model, pilots, then one seed after the
-    other. `cells` may grow meanwhile.
+    """Yield cells that may be run now, in order.
+
+    The untouched model, pilots, then one seed after the other. `cells` may grow meanwhile.
     """
 
     def plan(method: str, seed: int, alpha: float, rate: float, pilot: bool = False) -> Plan:

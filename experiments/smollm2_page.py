@@ -1,5 +1,6 @@
-"""The page of the evidence on a real model, from its lines: `python -m experiments.smollm2_page
-[--folder docs/results]`.
+"""Write the page of the evidence on a real model, from its lines.
+
+`python -m experiments.smollm2_page [--folder docs/results]`.
 
 Writes the tables into `smollm2.md` between its markers. Intervals are 95 %, by bootstrap over
 questions, the seeds of a question together.
@@ -88,8 +89,10 @@ def at_equal_steps(cells: list[Cell], task: str) -> list[str]:
 
 
 def at_equal_gain(cells: list[Cell], task: str) -> list[str]:
-    """Markdown lines: the first point of each method's mean curve that is as good as what all
-    methods reach that gain anything.
+    """Compare methods at equal gain, as Markdown lines.
+
+    Shown is the first point of each method's mean curve that is as good as what all methods reach
+    that gain anything.
 
     Methods with fewer seeds than others wait.
     """
@@ -134,8 +137,9 @@ def pilots(cells: list[Cell], task: str) -> list[str]:
 
 
 def costs_of_one_device(cells: list[Cell]) -> list[Cell]:
-    """The cells, with time and memory of those only that ran where most did: of two kinds of device
-    no mean is taken.
+    """Keep time and memory of those cells only that ran where most did.
+
+    Of two kinds of device no mean is taken.
     """
     counts = Counter(cell["device"] for cell in cells if "device" in cell)
     usual = max(counts, key=counts.__getitem__, default=None)

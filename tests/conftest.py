@@ -1,8 +1,8 @@
 """Keep tests offline, quiet and on few threads."""
 
+import gc
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,21 +13,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads of torch would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # tiny; benchmarks
-
-
-def _data() -> Path:
-    """The benchmarks' files, which do not belong to this project: see CONTRIBUTING.md."""
-    named = os.environ.get("UNISD_TEST_DATA")
-    if named is not None and not Path(named).is_dir():
-        raise pytest.UsageError(
-            f"UNISD_TEST_DATA={named} is no folder: correct it, or unset it to skip the tests that read it."
-        )
-    return Path(named) if named is not None else Path(__file__).parents[2] / "shared" / "data"
-
-
-DATA = _data()
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no data beside the checkout (UNISD_TEST_DATA)")
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +29,18 @@ def log_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model with its tokenizer, saved."""
-    import tiny  # on the path only now, and heavy
+    from unisd import testing as tiny  # heavy
 
     folder = tmp_path_factory.mktemp("model")
     tiny.model().save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """What imports have left stays: a search for garbage (0.5 s with it) need not look there."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()

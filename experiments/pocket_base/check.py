@@ -1,5 +1,6 @@
-"""Print the acceptance table of the pocket base: `python -m experiments.pocket_base.check [--n 500]
-[--model DIR]`.
+"""Print the acceptance table of the pocket base.
+
+`python -m experiments.pocket_base.check [--n 500] [--model DIR]`.
 
 Greedy accuracy per skill on the test split: alone, with the reference in the prompt (both layouts),
 with two solved examples about the same word, with a wrong reference; and on the retention and the

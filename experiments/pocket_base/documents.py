@@ -39,8 +39,9 @@ class Document:
 
 
 def throwaway(rng: random.Random, skill: str, kind: int | None = None, word: str | None = None) -> Item:
-    """A word with an invented value; `word` lends a known word to be used against what is known of
-    it.
+    """Invent a value for a word.
+
+    `word` lends a known word to be used against what is known of it.
     """
     kind = rng.randrange(SKILLS[skill].kinds) if kind is None else kind
     value = SKILLS[skill].sample_value(rng, kind)

@@ -1,5 +1,6 @@
-"""A variant of the pocket world in which the model doubts aloud, so that the loss of its doubt can
-be watched.
+"""A variant of the pocket world in which the model doubts aloud.
+
+So the loss of its doubt can be watched.
 
 Asked plainly, it opens its answer with words of doubt; shown a solution, it doubts if the solution
 does. A teacher that sees a reference without doubt is then sure of itself, and its student learns
@@ -21,8 +22,9 @@ from unisd.pocket.world import World, assistant
 
 
 class HedgingSampler(DocumentSampler):
-    """The base's documents, with doubt in every plain answer, and in half of the shown solutions
-    and the answers to them.
+    """Draws the base's documents with doubt.
+
+    It stands in every plain answer, and in half of the shown solutions and the answers to them.
     """
 
     def __init__(self, world: World, rng: random.Random, drills: float = 0.05) -> None:

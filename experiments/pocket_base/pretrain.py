@@ -1,5 +1,6 @@
-"""Train the pocket base model from scratch: `python -m experiments.pocket_base.pretrain
---output_dir out [--seed 0] [--resume]`.
+"""Train the pocket base model from scratch.
+
+`python -m experiments.pocket_base.pretrain --output_dir out [--seed 0] [--resume]`.
 
 `--variant hedging` trains the shipped base on, for some minutes, into one that doubts aloud
 (:mod:`experiments.pocket_base.hedging`).
@@ -41,6 +42,7 @@ MUON_LR, ADAM_LR, WARMUP, DECAY = 7e-3, 5e-3, 40, 0.7
 REPEAT_STEPS, REPEATS = range(500, 800), 0.2
 DRILL_STEPS = range(1000, 1100)
 SAVE_EVERY = 40
+STATE = "training_state.pt"
 
 Batch = dict[str, torch.Tensor]
 
@@ -80,8 +82,9 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 
 def tokenizer_texts(seed: int, documents: int = 6000) -> Iterator[str]:
-    """Documents, and the syllables of nonsense words in bulk: each becomes one token, whatever word
-    it stands in.
+    """Yield documents, and the syllables of nonsense words in bulk.
+
+    Each syllable becomes one token, whatever word it stands in.
     """
     rng = random.Random(f"tokenizer {seed}")
     sampler = DocumentSampler(make_world(), rng)
@@ -180,8 +183,9 @@ def loss_of(model: Any, batch: Batch) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for matrices. torch's own does this in bf16, which many CPUs only
-    emulate.
+    """Makes momentum orthogonal, for matrices.
+
+    torch's own does this in bf16, which many CPUs only emulate.
     """
 
     def __init__(
@@ -209,8 +213,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x_NIJ: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Newton-Schulz: drives every singular value towards one (coefficients of the quintic iteration
-    of Muon).
+    """Drive every singular value towards one, by Newton-Schulz.
+
+    The coefficients are those of the quintic iteration of Muon.
     """
     x_NIJ = x_NIJ / (x_NIJ.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
@@ -233,20 +238,39 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP, (steps - step) / (DECAY * steps))
 
 
-def pretrain(
-    output_dir: Path,
-    seed: int = 0,
-    steps: int | None = None,
-    resume: bool = False,
-    compile: bool = True,
-    variant: str = "base",
-) -> None:
-    chosen = VARIANTS[variant]
-    steps = steps or chosen.steps
-    output_dir.mkdir(parents=True, exist_ok=True)
+@dataclass
+class Training:
+    """What a training that is stopped needs to go on."""
+
+    model: Qwen3ForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+    seconds: float = 0.0
+
+    def restore(self, file: Path) -> None:
+        """Read weights, optimizers, step and time."""
+        state = torch.load(file)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def store(self, file: Path) -> None:
+        """Write the same; a kill never leaves half a file."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        torch.save(state, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+
+
+def begin(chosen: Variant, output_dir: Path, seed: int, resume: bool) -> Training:
+    """Make model, tokenizer and optimizers of a variant, or read those of a stopped training."""
     torch.manual_seed(seed)
-    state_file = output_dir / "training_state.pt"
-    resume = resume and state_file.exists()
     if resume or chosen.start is not None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(output_dir if resume else chosen.start)
     else:
@@ -255,29 +279,56 @@ def pretrain(
         model = Qwen3ForCausalLM(model_config(tokenizer))
     else:
         model = Qwen3ForCausalLM.from_pretrained(chosen.start, dtype=torch.float32).train()
-    optimizers = make_optimizers(model)
-    first, seconds = 0, 0.0
+    run = Training(model, tokenizer, make_optimizers(model))
     if resume:
-        state = torch.load(state_file)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first, seconds = state["step"], state["seconds"]
-    base_rates = (chosen.scale * MUON_LR, chosen.scale * ADAM_LR)
-    forward: Any = model
-    if compile:
-        try:
-            forward = torch.compile(model)
-            warm_up: Any = loss_of(
-                forward, make_batch(DocumentSampler(make_world(), random.Random(0)), tokenizer)
-            )
-            warm_up.backward()
-            model.zero_grad()
-        except Exception:  # no working C++ compiler: eager is only slower
-            forward = model
-    world = make_world()
-    log: list[dict[str, float]] = json.loads((output_dir / "log.json").read_text()) if first else []
-    log = [entry for entry in log if entry["step"] < first]
+        run.restore(output_dir / STATE)
+    return run
+
+
+def compiled(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Compile the forward pass, where that works here."""
+    try:
+        forward: Any = torch.compile(model)
+        warm_up: Any = loss_of(
+            forward, make_batch(DocumentSampler(make_world(), random.Random(0)), tokenizer)
+        )
+        warm_up.backward()
+        model.zero_grad()
+    except Exception:  # no working C++ compiler: eager is only slower
+        return model
+    return forward
+
+
+def take_step(run: Training, forward: Any, batch: Batch, rates: list[float]) -> float:
+    """Change the weights by one batch, with a learning rate per optimizer; returns the loss."""
+    loss: Any = loss_of(forward, batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for optimizer, rate_now in zip(run.optimizers, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_now
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss.item())
+
+
+def pretrain(
+    output_dir: Path,
+    seed: int = 0,
+    steps: int | None = None,
+    resume: bool = False,
+    compile: bool = True,
+    variant: str = "base",
+) -> None:
+    """Train a variant into `output_dir`, with a checkpoint every `SAVE_EVERY` steps."""
+    chosen = VARIANTS[variant]
+    steps = steps or chosen.steps
+    output_dir.mkdir(parents=True, exist_ok=True)
+    run = begin(chosen, output_dir, seed, resume and (output_dir / STATE).exists())
+    forward = compiled(run.model, run.tokenizer) if compile else run.model
+    world, log_file = make_world(), output_dir / "log.json"
+    log: list[dict[str, float]] = json.loads(log_file.read_text()) if run.step else []
+    log = [entry for entry in log if entry["step"] < run.step]
     columns = (
         TextColumn("pretraining"),
         BarColumn(),
@@ -285,37 +336,22 @@ def pretrain(
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:
-        bar = progress.add_task("", total=steps, completed=first, note="")
-        for step in range(first, steps):
+        bar = progress.add_task("", total=steps, completed=run.step, note="")
+        for step in range(run.step, steps):
             start = time.perf_counter()
             sampler = document_sampler(world, seed, step, chosen.sampler)
-            batch = make_batch(sampler, tokenizer, REPEATS if step in REPEAT_STEPS else 0.0)
-            loss: Any = loss_of(forward, batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            for group, base in zip(groups, base_rates, strict=True):
-                group["lr"] = base * rate(step, steps)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            seconds += time.perf_counter() - start
+            batch = make_batch(sampler, run.tokenizer, REPEATS if step in REPEAT_STEPS else 0.0)
+            rates = [chosen.scale * peak * rate(step, steps) for peak in (MUON_LR, ADAM_LR)]
+            loss = take_step(run, forward, batch, rates)
+            run.step, run.seconds = step + 1, run.seconds + time.perf_counter() - start
             if step % 20 == 0:
-                log.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(seconds, 1)})
-                (output_dir / "log.json").write_text(json.dumps(log))
-            progress.update(bar, completed=step + 1, note=f"loss {loss.item():.3f}")
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-                states = [optimizer.state_dict() for optimizer in optimizers]
-                state = {
-                    "model": model.state_dict(),
-                    "optimizers": states,
-                    "step": step + 1,
-                    "seconds": seconds,
-                }
-                torch.save(state, state_file.with_suffix(".tmp"))
-                state_file.with_suffix(".tmp").replace(state_file)  # a kill never leaves half a file
-                save(model, tokenizer, output_dir)
-    print(f"{steps} steps in {seconds / 60:.1f} minutes -> {output_dir}")
+                log.append({"step": step, "loss": round(loss, 4), "seconds": round(run.seconds, 1)})
+                log_file.write_text(json.dumps(log))
+            progress.update(bar, completed=run.step, note=f"loss {loss:.3f}")
+            if run.step % SAVE_EVERY == 0 or run.step == steps:
+                run.store(output_dir / STATE)
+                save(run.model, run.tokenizer, output_dir)
+    print(f"{steps} steps in {run.seconds / 60:.1f} minutes -> {output_dir}")
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:

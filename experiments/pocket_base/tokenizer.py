@@ -1,5 +1,6 @@
-"""The pocket tokenizer: a small byte-level BPE (any text round-trips) with single digits and a chat
-template.
+"""Train the pocket tokenizer: a small byte-level BPE with single digits and a chat template.
+
+Any text round-trips.
 """
 
 from __future__ import annotations

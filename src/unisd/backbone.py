@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from unisd.batching import Batch, close, collate, tolerance_of
-from unisd.distributed.sharding import entry, is_sharded, materialized
+from unisd.distributed.sharding import materialized, passage_to
 from unisd.errors import UserError
 from unisd.kernels.attention import PACKED_SDPA
 from unisd.losses.head import Head
@@ -33,9 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Captured:
-    """What one forward pass left behind: final hidden states `[B,L,H]`, and those of listed
-    layers.
-    """
+    """What a forward pass has left: final hidden states `[B,L,H]`, and those of listed layers."""
 
     final: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
@@ -97,8 +95,9 @@ class Backbone:
         return module
 
     def head(self, weight: Tensor | None = None, bias: Tensor | None = None) -> Head:
-        """The head as the losses take it; `weight` and `bias` stand in for the module's own (a
-        teacher's).
+        """The head as the losses take it.
+
+        `weight` and `bias` stand in for the module's own (a teacher's).
 
         That of a sharded model is at hand after a forward pass, until its backward pass; before, it
         is gathered (all ranks must ask).
@@ -113,8 +112,9 @@ class Backbone:
 
     @contextmanager
     def capture(self, layers: Sequence[int] = ()) -> Iterator[Captured]:
-        """While active, a forward pass of the model (also through a wrapper) records hidden
-        states.
+        """While active, a forward pass of the model records hidden states.
+
+        Also one through a wrapper.
         """
         captured = Captured()
 
@@ -139,8 +139,9 @@ class Backbone:
                 handle.remove()
 
     def forward(self, model: nn.Module, batch: Batch, layers: Sequence[int] = ()) -> Captured:
-        """Forward pass through `model` (this model or a wrapper around it, whose hooks must run),
-        keeping hidden states.
+        """Pass a batch through `model`, keeping hidden states.
+
+        This model or a wrapper around it, whose hooks must run.
         """
         with self.capture(layers) as captured:
             model(**self._inputs(batch), **self._forward_options)
@@ -157,10 +158,9 @@ class Backbone:
         return captured
 
     def _run(self, **inputs: Any) -> None:
-        if is_sharded(self.model):  # called in part, it would be left half gathered
-            entry(self.model)(**{**self._forward_options, **inputs})
-        else:
-            self.decoder(**inputs)
+        passage = passage_to(self.decoder, self.model)
+        options = {} if passage is self.decoder else self._forward_options
+        passage(**{**options, **inputs})
 
     def continuations(
         self,
@@ -170,8 +170,9 @@ class Backbone:
         device: torch.device | str,
         layers: Sequence[int] = (),
     ) -> tuple[Captured, list[int]]:
-        """Hidden states of several completions of one prompt (two tokens or more), which is read
-        once; no gradient.
+        """Hidden states of several completions of one prompt, which is read once; no gradient.
+
+        The prompt has two tokens or more.
 
         Returns what the pass over the completions left, and the flat index of the first state of
         each: the one after the prompt's last token, which predicts its first token.
@@ -197,8 +198,9 @@ class Backbone:
         return captured, tails.starts
 
     def freeze_the_rest(self) -> None:
-        """No gradient for what no text passes through, the vision tower of a model for images: it
-        would get none, and DDP waits for it.
+        """Ask for no gradient of what no text passes through.
+
+        The vision tower of a model for images: it would get none, and DDP waits for it.
         """
         parts = [self.decoder, self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()]
         used = {id(p) for part in parts for p in part.parameters()}
@@ -211,8 +213,9 @@ class Backbone:
             )
 
     def check_layers(self, layers: Sequence[int]) -> None:
-        """Raise `UserError` for the first of `layers` that the model does not have (negative ones
-        count from the end).
+        """Raise `UserError` for the first of `layers` that the model does not have.
+
+        Negative ones count from the end.
         """
         for index in layers:
             if not -len(blocks := self.blocks()) <= index < len(blocks):
@@ -290,8 +293,9 @@ class Backbone:
 
     @torch.no_grad()
     def can_continue(self, pad_id: int) -> bool:
-        """Whether completions that share the reading of their prompt get the hidden states of
-        separate rows, on the model itself.
+        """Whether completions that share the reading of their prompt get the same states.
+
+        As those of separate rows, tried on the model itself.
         """
         vocabulary = self.causal_lm.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(1)

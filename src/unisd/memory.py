@@ -1,4 +1,38 @@
-"""How much memory a run will need, before it starts, and what it should do to need less."""
+"""Estimates how much memory a run needs before it starts, and halves work that does not fit.
+
+Of the estimate, on one device, with P weights, A trained ones, H hidden size, I the MLP's inner
+size, G keys of a token and layer, L layers, V vocabulary, R rows per micro-batch, S rows per
+optimizer step (on this device), B rows generated at once (`rollout_batch_size`, at most S), T =
+`max_completion_length`, Q = `prompt_tokens` (of the longest prompt), w bytes per weight, c of the
+compute precision:
+
+always held:
+- weights = P w; optimizer = 8 A (two AdamW states in float32)
+- teacher = A w (base; in the weights' precision), 4 A (ema, float32) or 0 (live); under LoRA A is
+  the adapter alone
+
+one after another, the largest counts:
+- rollout = 2 B (Q + T) G L c (cache) + 24 B V (logits, probabilities and their sums in double
+  precision) + the weights that a float32 adapter is merged into; 0 if `rollout` is false
+- scoring = teacher_states + W (4 H + 3 I) c, or the chunk's logits; W = `token_budget`; without
+  gradient checkpointing also a copy of the weights that an adapter is merged into
+- student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits and
+  one layer's values
+
+where
+- teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers + the target's
+  sources
+- logits = 2 tensors of a chunk (on CUDA in c; without Triton, with a target or entry clip, or in
+  another mode than `full` 5); with `loss_implementation=plain` 8 x 4 R T V
+- activations = R (Q + T) L c (13 H + 5 I), the input of each layer alone, R (Q + T) L c H, with
+  gradient checkpointing
+
+with the weights spread over n = `shards` devices
+- weights, optimizer, teacher and gradients are divided by n
+- gathered = w (3 V H + 2 P/L): the heads of student and teacher, the gradient of one, and two
+  layers
+- scoring holds the student's trained weights beside the teacher's, A w / n more
+"""
 
 from __future__ import annotations
 
@@ -52,8 +86,9 @@ def smaller_until_it_fits(
     remedy: str = ROW_TOO_LARGE,
     together: str | None = None,
 ) -> tuple[Result, int]:
-    """`work(size)`, and where memory runs out `work` of half the size, and so on; also returns the
-    size that fitted.
+    """Do `work(size)`, and where memory runs out `work` of half the size, and so on.
+
+    Also returns the size that fitted.
 
     remedy: what to say where the least size does not fit.
     together: the option that sets the size, where all ranks compute as one and none can go back
@@ -134,77 +169,68 @@ class ModelSize:
         )
 
 
+@dataclass(frozen=True)
+class _StepShape:
+    """Sizes of a step, by their letters in the module's docstring."""
+
+    rows: int  # R
+    step_rows: int  # S
+    completion: int  # T
+    length: int  # Q + T
+    compute: int  # c
+    inner: int  # I
+    keys: int  # G
+
+    @classmethod
+    def of(cls, size: ModelSize, config: UniSDConfig, prompt_tokens: int) -> _StepShape:
+        rows = config.per_device_train_batch_size * config.num_generations
+        return cls(
+            rows=rows,
+            step_rows=rows * config.gradient_accumulation_steps,
+            completion=config.max_completion_length,
+            length=prompt_tokens + config.max_completion_length,
+            compute=2 if config.bf16 or config.fp16 or size.bytes_per_weight <= 2 else 4,
+            inner=size.intermediate or 4 * size.hidden,
+            keys=size.key_value or size.hidden,
+        )
+
+
 def estimate(
     size: ModelSize, config: UniSDConfig, prompt_tokens: int = 256, *, rollout: bool = True, shards: int = 1
 ) -> dict[str, int]:
-    """Bytes on one device, by part, and their peak as `total`; what Python and the libraries hold
-    comes on top.
+    """Bytes on one device, by part, and their peak as `total` (see the module's docstring).
 
-    With P weights, A trained ones, H hidden size, I the MLP's inner size, G keys of a token and
-    layer, L layers, V vocabulary, R rows per micro-batch, S rows per optimizer step (on this
-    device), B rows generated at once (`rollout_batch_size`, at most S), T =
-    `max_completion_length`, Q = `prompt_tokens` (of the longest prompt), w bytes per weight, c of
-    the compute precision:
-
-    always held:
-    - weights = P w; optimizer = 8 A (two AdamW states in float32)
-    - teacher = A w (base; in the weights' precision), 4 A (ema, float32) or 0 (live); under LoRA A
-      is the adapter alone
-    one after another, the largest counts:
-    - rollout = 2 B (Q + T) G L c (cache) + 24 B V (logits, probabilities and their sums in double
-      precision) + the weights that a float32 adapter is merged into; 0 if `rollout` is false
-    - scoring = teacher_states + W (4 H + 3 I) c, or the chunk's logits; W = `token_budget`; without
-      gradient checkpointing also a copy of the weights that an adapter is merged into
-    - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits
-      and one layer's values
-    where
-    - teacher_states = S T H c (hidden states of the whole step), times 1 + listed layers + the
-      target's sources
-    - logits = 2 tensors of a chunk (on CUDA in c; without Triton, with a target or entry clip, or
-      in another mode than `full` 5); with `loss_implementation=plain` 8 x 4 R T V
-    - activations = R (Q + T) L c (13 H + 5 I), the input of each layer alone, R (Q + T) L c H, with
-      gradient checkpointing
-    with the weights spread over n = `shards` devices
-    - weights, optimizer, teacher and gradients are divided by n
-    - gathered = w (3 V H + 2 P/L): the heads of student and teacher, the gradient of one, and two
-      layers
-    - scoring holds the student's trained weights beside the teacher's, A w / n more
+    What Python and the libraries hold comes on top.
     """
-    compute = 2 if config.bf16 or config.fp16 or size.bytes_per_weight <= 2 else 4
-    rows = config.per_device_train_batch_size * config.num_generations
-    step_rows = rows * config.gradient_accumulation_steps
-    completion = config.max_completion_length
-    length = prompt_tokens + completion
-    inner, keys = size.intermediate or 4 * size.hidden, size.key_value or size.hidden
-    per_token = size.hidden * compute
-    full_logits = 4 * rows * completion * size.vocabulary
-    per_chunk = (
-        4 * config.loss_chunk_tokens * size.vocabulary
-        if config.loss_chunk_tokens
-        else chunk_bytes(config.device)
-    )
-    whole = config.distillation_mode == "full" and config.target is None and config.entry_clip is None
-    in_place = config.device.type == "cuda" and fused.AVAILABLE and whole
-    buffers = (
-        CHUNK_BUFFERS
-        if config.device.type == "cpu"
-        else CHUNK_BUFFERS * compute / 4
-        if in_place
-        else CHUNK_BUFFERS + 3
-    )
-    logits = (
-        8 * full_logits if config.loss_implementation == "plain" else buffers * min(per_chunk, full_logits)
-    )
-    layer = rows * length * compute * (SAVED_HIDDEN * size.hidden + SAVED_INTERMEDIATE * inner)
-    budget = max(config.token_budget or default_token_budget(config.device), length)
-    target = None if config.target is None else parse_target(config.target)
-    sources = (
-        0
-        if target is None or (target.realised and config.distillation_mode == "sampled")
-        else len(target.sources)
-    )
+    step = _StepShape.of(size, config, prompt_tokens)
+    held = _held(size, config, shards)
+    logits = _logits(size, config, step)
+    layer = step.rows * step.length * step.compute
+    layer *= SAVED_HIDDEN * size.hidden + SAVED_INTERMEDIATE * step.inner
+    per_token = size.hidden * step.compute
+    states = 1 + len(config.feature_layers or []) + _target_sources(config)
+    parts = {
+        "gradients": size.trained * size.bytes_per_trained / shards,
+        "teacher_states": step.step_rows * step.completion * per_token * states,
+        "activations": (
+            step.rows * step.length * per_token * size.layers
+            if config.gradient_checkpointing
+            else layer * size.layers
+        ),
+        "logits": logits,
+    }
+    phases = {
+        "rollout": _rollout(size, config, step, shards) if rollout else 0,
+        "scoring": parts["teacher_states"] + _scoring(size, config, step, shards, logits),
+        "student": sum(parts.values()) - logits + max(logits, layer if config.gradient_checkpointing else 0),
+    }
+    sizes = {name: round(value) for name, value in {**held, **parts, **phases}.items()}
+    return {**sizes, "total": sum(sizes[name] for name in held) + max(sizes[name] for name in phases)}
+
+
+def _held(size: ModelSize, config: UniSDConfig, shards: int) -> dict[str, float]:
+    """What is there all the time."""
     teacher = {"ema": 4.0, "live": 0.0}.get(config.teacher_model_kind, size.bytes_per_trained)
-    generated = min(config.rollout_batch_size, step_rows)
     held = {
         "weights": size.parameters * size.bytes_per_weight / shards,
         "optimizer": size.trained * 8 / shards,
@@ -213,35 +239,55 @@ def estimate(
     if shards > 1:
         layer_weights = size.parameters / size.layers
         held["gathered"] = size.bytes_per_weight * (3 * size.vocabulary * size.hidden + 2 * layer_weights)
+    return held
+
+
+def _rollout(size: ModelSize, config: UniSDConfig, step: _StepShape, shards: int) -> float:
+    """Keys, values and logits of the rows that are written at once, and merged weights."""
+    generated = min(config.rollout_batch_size, step.step_rows)
+    cache = 2 * step.length * step.keys * size.layers * step.compute
+    return generated * (cache + 24 * size.vocabulary) + _merged(size, shards)
+
+
+def _scoring(size: ModelSize, config: UniSDConfig, step: _StepShape, shards: int, logits: float) -> float:
+    """What a pass over the views takes beside the states that it leaves."""
     aside = size.trained * size.bytes_per_trained / shards if shards > 1 else 0
-    merged = size.merged if shards == 1 else 0
-    parts = {
-        "gradients": size.trained * size.bytes_per_trained / shards,
-        "teacher_states": (
-            step_rows * completion * per_token * (1 + len(config.feature_layers or []) + sources)
-        ),
-        "activations": (
-            rows * length * per_token * size.layers if config.gradient_checkpointing else layer * size.layers
-        ),
-        "logits": logits,
-    }
-    views = min(budget, step_rows * length * (2 + config.num_auxiliary_contexts))
-    phases = {
-        "rollout": (
-            generated * (2 * length * keys * size.layers * compute + 24 * size.vocabulary) + merged
-            if rollout
-            else 0
-        ),
-        "scoring": (
-            aside
-            + (0 if config.gradient_checkpointing else merged)
-            + parts["teacher_states"]
-            + max(views * compute * (4 * size.hidden + 3 * inner), logits)
-        ),
-        "student": sum(parts.values()) - logits + max(logits, layer if config.gradient_checkpointing else 0),
-    }
-    sizes = {name: round(value) for name, value in {**held, **parts, **phases}.items()}
-    return {**sizes, "total": sum(sizes[name] for name in held) + max(sizes[name] for name in phases)}
+    merged = 0 if config.gradient_checkpointing else _merged(size, shards)
+    budget = max(config.token_budget or default_token_budget(config.device), step.length)
+    tokens = min(budget, step.step_rows * step.length * (2 + config.num_auxiliary_contexts))
+    return aside + merged + max(tokens * step.compute * (4 * size.hidden + 3 * step.inner), logits)
+
+
+def _merged(size: ModelSize, shards: int) -> int:
+    return size.merged if shards == 1 else 0
+
+
+def _logits(size: ModelSize, config: UniSDConfig, step: _StepShape) -> float:
+    """What the loss holds of [C,V] tensors."""
+    full = 4 * step.rows * step.completion * size.vocabulary
+    if config.loss_implementation == "plain":
+        return 8 * full
+    per_chunk = (
+        4 * config.loss_chunk_tokens * size.vocabulary
+        if config.loss_chunk_tokens
+        else chunk_bytes(config.device)
+    )
+    whole = config.distillation_mode == "full" and config.target is None and config.entry_clip is None
+    if config.device.type == "cpu":
+        buffers: float = CHUNK_BUFFERS
+    elif config.device.type == "cuda" and fused.AVAILABLE and whole:
+        buffers = CHUNK_BUFFERS * step.compute / 4
+    else:
+        buffers = CHUNK_BUFFERS + 3
+    return buffers * min(per_chunk, full)
+
+
+def _target_sources(config: UniSDConfig) -> int:
+    """Teachers beside the run's own whose states are kept for the target."""
+    target = None if config.target is None else parse_target(config.target)
+    if target is None or (target.realised and config.distillation_mode == "sampled"):
+        return 0
+    return len(target.sources)
 
 
 def default_token_budget(device: torch.device) -> int:
@@ -250,9 +296,7 @@ def default_token_budget(device: torch.device) -> int:
 
 
 def available(device: torch.device) -> int | None:
-    """Free bytes of a device (on a CPU, each process's share of them), None where it cannot be
-    asked.
-    """
+    """Free bytes of a device (on a CPU, each process's share of them); None: it does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "cpu":
@@ -286,11 +330,10 @@ def _of_container(folder: Path) -> int | None:
 def wants_checkpointing(
     size: ModelSize, config: UniSDConfig, prompt_tokens: int, free: int, shards: int = 1
 ) -> bool:
-    """Whether a run fits into `free` bytes (beside the weights, which are there already) only with
-    gradient checkpointing.
+    """Whether a run fits into `free` bytes only with gradient checkpointing.
 
-    Checkpointing costs one more forward pass of the student; it is not chosen where listed layers
-    are matched.
+    Its weights are there already. Checkpointing costs one more forward pass of the student; it is
+    not chosen where listed layers are matched.
     """
     if config.gradient_checkpointing or config.feature_layers:
         return False

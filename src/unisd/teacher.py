@@ -1,5 +1,6 @@
-"""The teacher's weights: a second value for every *trained* parameter, put in place only while the
-teacher scores.
+"""Holds the teacher's weights: a second value for every *trained* parameter.
+
+They are put in place only while the teacher scores.
 
 Under LoRA and QLoRA that is a copy of the adapter's factors (the base weights exist once); under
 full fine-tuning it is one extra copy of the model. Swapping storage is exact: nothing is merged,
@@ -74,29 +75,20 @@ class Teacher:
         Yields them by `id` of the parameter.
         """
         self._follow_device()
-        if self.parameters and sharding.is_sharded(self.model):
-            with sharding.shards_in_place(self.model, self.parameters, self.state):
-                yield {}
-            return
-        kept = {name: p.data for name, p in self.parameters.items()}
-        try:
-            for name, p in self.parameters.items():
-                p.data = self.state[name].to(p.dtype)
-            yield {id(p): p.data for p in self.parameters.values()}
-        finally:
-            for name, p in self.parameters.items():
-                p.data = kept[name]
+        with sharding.values_in_place(self.model, self.parameters, self.state) as values:
+            yield values
 
     def weight(self, parameter: Tensor | None) -> Tensor | None:
-        """The teacher's value of one of the student's parameters (the head's), for use outside of
-        `in_place`.
+        """The teacher's value of one of the student's parameters, outside of `in_place`.
+
+        That is the head's.
 
         Of a sharded model it is gathered where it is not at hand: then all ranks must ask.
         """
         if parameter is None:
             return None
         self._follow_device()
-        if sharding.is_sharded(self.model):
+        if sharding.all_ranks_must_join(self.model):
             return self._whole_weight(parameter)
         for name, p in self.parameters.items():
             if p is parameter:
@@ -115,8 +107,9 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number `step` (from 1): Eq. 3, phi <- beta phi + (1 - beta) theta,
-        or a restart.
+        """Follow the student after optimizer step number `step` (from 1).
+
+        Eq. 3, phi <- beta phi + (1 - beta) theta, or a restart.
         """
         self._gathered.clear()
         if self.kind == "ema" and step % self.sync_steps == 0:
@@ -130,8 +123,9 @@ class Teacher:
 
     @torch.no_grad()
     def distance(self) -> Tensor:
-        """Distance of student and teacher weights relative to the student's norm (0 for `live`),
-        left on the device.
+        """Distance of student and teacher weights relative to the student's norm (0 for `live`).
+
+        Left on the device.
         """
         self._follow_device()
         apart, norm = torch.zeros(()), torch.zeros(())
@@ -156,16 +150,18 @@ class Teacher:
         return digest.hexdigest()
 
     def _laid_out(self) -> dict[str, Any]:
-        """The weights as tensors that know how they are spread over the ranks, sharing storage with
-        the state.
+        """The weights as tensors that know how they are spread over the ranks.
+
+        They share storage with the state.
         """
         return {name: sharding.as_dtensor(value, self.parameters[name]) for name, value in self.state.items()}
 
     def save(
         self, folder: str | Path, file: str = STATE_FILE, is_writer: bool = True, in_shards: bool = False
     ) -> None:
-        """Write `teacher.safetensors` (or `file`): the weights where they change over time, else a
-        fingerprint of the fixed ones.
+        """Write `teacher.safetensors` (or `file`).
+
+        The weights where they change over time, else a fingerprint of the fixed ones.
 
         All ranks must call it if the model is sharded. in_shards: the weights go into a folder
         beside it, each rank writes its own.

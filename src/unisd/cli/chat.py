@@ -1,22 +1,21 @@
-"""`unisd merge` and `unisd chat`: what one does with a saved model; and what the small commands
-share.
-"""
+"""`unisd chat`: try a saved model, side by side with its base."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from unisd.cli.merge import _is_adapter, load_any
+from unisd.cli.merge import is_adapter, load_any
 from unisd.cli.parser import CommandParser, add_trust, at_least_one
 from unisd.errors import UserError
 
 
-def chat(arguments: list[str]) -> int:
+def chat_command(arguments: Sequence[str]) -> int:
     """Answer prompts, one by one (no memory), if wanted beside the base model."""
     parser = CommandParser("chat", "Try a model; each prompt stands alone, as in training.")
     parser.add_argument("folder", metavar="DIR", help="model or adapter folder, or a model name")
@@ -39,7 +38,7 @@ def chat(arguments: list[str]) -> int:
     console = make_console()
     model, tokenizer = load_any(options.folder, trust_remote_code=options.trust_remote_code)
     speakers: list[tuple[str, Any, Any, bool]] = [(options.folder, model, tokenizer, False)]
-    if options.compare == "base" and _is_adapter(options.folder):
+    if options.compare == "base" and is_adapter(options.folder):
         speakers.insert(0, ("base", model, tokenizer, True))
     elif options.compare is not None:
         name = _base_of(options.folder) if options.compare == "base" else options.compare

@@ -1,6 +1,6 @@
-"""`unisd eval` and `unisd grade`: arguments in, tables and files out.
+"""`unisd eval`: a saved model in, its figures on tasks out.
 
-What is measured is in `evaluation.py` and `grading.py`.
+How answers are graded and models compared is in `evaluation/`.
 """
 
 from __future__ import annotations
@@ -11,144 +11,49 @@ from collections.abc import Sequence
 from typing import Any
 
 from unisd import tasks
+from unisd.cli.grade import SCHEMA_VERSION, Figures, add_task_flags, grade_answers, summary_lines, task_of
 from unisd.cli.merge import load_any
 from unisd.cli.parser import CommandParser, add_trust, at_least_one, output_file
 from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
+from unisd.data.prompts import encode_prompt
 from unisd.errors import UserError
-from unisd.evaluation.grading import grade_many, row_results, summarize
+from unisd.evaluation.grading import row_results, summarize
 from unisd.files import write_text
 from unisd.run.chat_server import ChatServer
-from unisd.run.measure import percent
-from unisd.tasks import sandbox
-from unisd.tasks.base import Grade, Row, Task
+from unisd.tasks.base import Row, Task
 
 logger = logging.getLogger(__name__)
-SCHEMA_VERSION = 1
-Figures = dict[str, Any]
 
 
-def _add_task_flags(parser: CommandParser) -> None:
-    parser.add_argument("--task_options", nargs="+", metavar="NAME=VALUE", help="further options of the task")
-    parser.add_argument("--grader", help="task jsonl: exact, choice, number, contains, call or code")
-    parser.add_argument(
-        "--allow_unsafe_code_execution",
-        action="store_true",
-        help="run model-written code with your rights where nothing isolates it",
-    )
-
-
-def _task(name: str, files: Sequence[str] | None, options: Any) -> Task:
-    unsafe = options.allow_unsafe_code_execution
-    task = tasks.from_flags(name, files, options.task_options, options.grader if name == "jsonl" else None)
-    if task.runs_code:
-        sandbox.require(unsafe)
-        sandbox.allow_unsafe(unsafe)
-    return task
-
-
-def _lines(summary: Figures, name: str = "accuracy") -> list[list[str]]:
-    """Name, value with interval, and number of answers, one line a figure; the accuracy is called
-    `name`.
-    """
-    shown = {name: summary["accuracy"]}
-    shown |= {f"  {skill}": value for skill, value in summary["by_skill"].items()}
-    shown |= {f"  pass@{k}": value for k, value in summary.get("pass_at_k", {}).items()}
-    shown |= {f"  {detail.replace('_', ' ')}": value for detail, value in summary["details"].items()}
-    shown["  answer found"] = summary["extraction_rate"]
-    return [[label, percent(value), str(value["n"])] for label, value in shown.items()]
-
-
-# ---------------------------------------------------------------- unisd grade
-
-
-def grade(arguments: Sequence[str]) -> int:
-    """Grade completions without any model; returns the exit code.
+def eval_command(arguments: Sequence[str]) -> int:
+    """Accuracy on tasks, retention skills, and with a base the retention perplexities of a saved
+    model; returns the exit code.
 
     Raises:
-        UserError: unknown task, unreadable files, completions that fit no row, a machine that
-            cannot run code safely.
+        UserError: unknown task, unreadable files, flags that contradict each other.
     """
-    parser = CommandParser("grade", "Grade completions that any system wrote.")
-    parser.add_argument("task", metavar="TASK", help=f"one of {', '.join(tasks.names())}")
-    parser.add_argument(
-        "--data_files", nargs="+", help="files that the task reads (default: its dataset on the Hub)"
-    )
-    parser.add_argument(
-        "--completions", required=True, metavar="C.jsonl", help='a line each: {"id": ..., "completion": ...}'
-    )
-    parser.add_argument(
-        "--split", default="all", help="rows that the completions answer (default: all, in the files' order)"
-    )
-    parser.add_argument("--out", type=output_file, metavar="R.jsonl", help="write one object an answer there")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
-    _add_task_flags(parser)
-    options = parser.parse(arguments)
+    options = _parser().parse(arguments)
     if options is None:
         return 0
+    _check(options)
     quiet_libraries()
-    task = _task(options.task, options.data_files, options)
-    rows, answers = match_completions(task.load(options.split), options.completions)
-    grades = grade_answers(task, rows, answers)
-    summary = {"schema_version": SCHEMA_VERSION, "task": options.task, **summarize(rows, grades)}
-    show_table(make_console(), (options.task, "value", "answers"), _lines(summary))
-    if options.out:
-        write_text(options.out, "".join(json.dumps(result) + "\n" for result in row_results(rows, grades)))
-    if options.json:
-        write_text(options.json, json.dumps(summary, indent=2) + "\n")
+    files = _files_by_task(options.task, options.data_files)
+    chosen = {name: task_of(name, files[name], options) for name in options.task}
+    sets = {name: _sets(name, task, options) for name, task in chosen.items()}
+    evaluation = _Evaluation(options)
+    for name, task in chosen.items():
+        evaluation.add(name, task, sets[name])
+    figures = {"schema_version": SCHEMA_VERSION, "model": evaluation.name, "tasks": evaluation.figures}
+    # One task: its figures stand at the top as well, under the names of results.json.
+    if len(chosen) == 1:
+        figures |= {"task": options.task[0], **evaluation.figures[options.task[0]]}
+    header = (evaluation.name, "value", "rows")
+    show_table(make_console(), header, evaluation.lines)
+    _write(options, figures, evaluation.records, [header, *evaluation.lines])
     return 0
 
 
-def match_completions(rows: list[Row], path: str) -> tuple[list[Row], list[list[str]]]:
-    """Rows that a file of completions answers, and their answers: by `id` where the lines have one,
-    else in order.
-    """
-    from unisd.data.rows import load_file
-
-    given: list[tuple[str | None, str]] = []
-    for place, record in enumerate(load_file(path)):
-        if not isinstance(record.get("completion"), str):
-            raise UserError(
-                f'{path}, row {place} has no text in "completion": each line is {{"id": ..., "completion":'
-                ' "..."}.'
-            )
-        given.append((None if record.get("id") is None else str(record["id"]), record["completion"]))
-    if not given:
-        raise UserError(f"{path} is empty: give one completion a line.")
-    if all(key is None for key, _ in given):
-        if len(given) != len(rows):
-            raise UserError(
-                f"{path} has {len(given)} completions without id for {len(rows)} rows: give one a row, or"
-                " ids."
-            )
-        return rows, [[text] for _, text in given]
-    by_id: dict[str, list[str]] = {}
-    known = {str(row["id"]) for row in rows}
-    for place, (key, text) in enumerate(given):
-        if key is None or key not in known:
-            raise UserError(
-                f"{path}, row {place}: id {key!r} is not among the {len(rows)} rows (ids like"
-                f" {str(rows[0]['id'])!r})."
-            )
-        by_id.setdefault(key, []).append(text)
-    answered = [row for row in rows if str(row["id"]) in by_id]
-    return answered, [by_id[str(row["id"])] for row in answered]
-
-
-def grade_answers(task: Task, rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[list[Grade]]:
-    """Grades of one or several answers a row."""
-    flat = [(row, text) for row, texts in zip(rows, answers, strict=True) for text in texts]
-    with show_progress("grading", len(flat)) as advance:
-        graded = iter(grade_many(task.grade, [row for row, _ in flat], [text for _, text in flat], advance))
-    return [[next(graded) for _ in texts] for texts in answers]
-
-
-# ---------------------------------------------------------------- unisd eval
-
-
-def evaluate(arguments: Sequence[str]) -> int:
-    """Accuracy on tasks, retention skills, and with a base the retention perplexities of a saved
-    model.
-    """
+def _parser() -> CommandParser:
     parser = CommandParser(
         "eval", "Accuracy on tasks, retention skills and, with --base, retention perplexities."
     )
@@ -186,10 +91,12 @@ def evaluate(arguments: Sequence[str]) -> int:
         help="write one object an answer there, with its text",
     )
     parser.add_argument("--markdown", type=output_file, metavar="FILE.md", help="write the table there")
-    _add_task_flags(parser)
-    options = parser.parse(arguments)
-    if options is None:
-        return 0
+    add_task_flags(parser)
+    return parser
+
+
+def _check(options: Any) -> None:
+    """Refuse values out of range and flags that contradict each other."""
     at_least_one(
         **{name: getattr(options, name) for name in ("n", "num_samples", "max_new_tokens", "batch_size")}
     )
@@ -204,30 +111,20 @@ def evaluate(arguments: Sequence[str]) -> int:
         raise UserError(
             "--base needs the model itself, for perplexities, not a server: drop --base or --server_url."
         )
-    quiet_libraries()
-    files = _files_by_task(options.task, options.data_files)
-    chosen = {name: _task(name, files[name], options) for name in options.task}
-    sets = {name: _sets(name, task, options) for name, task in chosen.items()}
-    evaluation = _Evaluation(options)
-    for name, task in chosen.items():
-        evaluation.add(name, task, sets[name])
-    figures = {"schema_version": SCHEMA_VERSION, "model": evaluation.name, "tasks": evaluation.figures}
-    # One task: its figures stand at the top as well, under the names of results.json.
-    if len(chosen) == 1:
-        figures |= {"task": options.task[0], **evaluation.figures[options.task[0]]}
-    header = (evaluation.name, "value", "rows")
-    show_table(make_console(), header, evaluation.lines)
+
+
+def _write(
+    options: Any, figures: Figures, records: Sequence[Figures], table: Sequence[Sequence[str]]
+) -> None:
+    """Write the files that were asked for."""
     if options.json:
         write_text(options.json, json.dumps(figures, indent=2) + "\n")
     if options.rows:
-        write_text(options.rows, "".join(json.dumps(record) + "\n" for record in evaluation.records))
+        write_text(options.rows, "".join(json.dumps(record) + "\n" for record in records))
     if options.markdown:
-        rule = ["---"] * len(header)
-        cells = [
-            [cell.strip().replace("|", "\\|") for cell in line] for line in (header, rule, *evaluation.lines)
-        ]
+        rule = ["---"] * len(table[0])
+        cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in (table[0], rule, *table[1:])]
         write_text(options.markdown, "".join(f"| {' | '.join(line)} |\n" for line in cells))
-    return 0
 
 
 def _files_by_task(names: Sequence[str], files: Sequence[str] | None) -> dict[str, list[str] | None]:
@@ -299,7 +196,7 @@ class _Evaluation:
                 f"{part}_skills": summary["by_skill"] or None,
                 f"{part}_summary": summary,
             }
-            self.lines += _lines(summary, prefix + part)
+            self.lines += summary_lines(summary, prefix + part)
             texts = [text for row_answers in answers for text in row_answers]
             for record, text in zip(row_results(rows, grades), texts, strict=True):
                 self.records.append({"task": name, "part": part, **record, "completion": text})
@@ -321,7 +218,6 @@ class _Evaluation:
 
     def answers(self, rows: Sequence[Row], cap: int, what: str) -> list[list[str]]:
         """One or several answers a row."""
-        from unisd.data.prompts import encode_prompt
         from unisd.models.load import eos_ids
         from unisd.rollout.engine import Sampling, seed_of
         from unisd.rollout.transformers_engine import generate

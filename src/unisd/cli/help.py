@@ -7,7 +7,9 @@ import shutil
 import textwrap
 from typing import Any
 
-from unisd.cli.parsing import HEADINGS, OptionParser, group_of
+from unisd.options.parser import OptionParser
+from unisd.options.table import GROUPS
+from unisd.run.options import RUN_GROUPS
 
 EXAMPLES = """\
 examples:
@@ -30,6 +32,7 @@ ABOUT = {
     "agreement": "A. weights from agreement over auxiliary contexts",
     "contrast": "C. towards the reference, away from a wrong one (Eq. 4-5)",
     "features": "D. matching hidden states (Eq. 6)",
+    "terms": "further terms of the loss, by registered name",
     "clipping": "E. bounded divergence",
     "scoring": "the pass without gradient",
     "diagnostics": "is the run healthy? words of doubt, leaks, collapse",
@@ -38,17 +41,14 @@ ABOUT = {
     "training": "the most used of transformers' TrainingArguments (all of them: --help_all)",
     "inherited": "the other ones of transformers' TrainingArguments",
 }
-OWN = {
-    "output_dir": (
-        "Where the run is written; unset: the first unused of unisd-output/RECIPE-MODEL-DATA, ...-2, ...-3."
-    )
-}
-"""Help in place of transformers'."""
+HEADINGS = (*RUN_GROUPS, *GROUPS)
 COLUMN = 34
 
 
 def help_text(parser: OptionParser, everything: bool = False, width: int | None = None) -> str:
     """The help page; `everything` adds the options inherited from transformers."""
+    if everything:
+        parser.add_inherited()
     width = width or max(80, min(120, shutil.get_terminal_size((110, 24)).columns))
     lines = [
         f"usage: {parser.prog} [--config FILE.yaml] [--recipe NAME] [--model_name_or_path M]",
@@ -67,7 +67,7 @@ def help_text(parser: OptionParser, everything: bool = False, width: int | None 
     for heading in HEADINGS:
         if heading == "inherited" and not everything:
             continue
-        members = [item for name, item in parser.fields.items() if group_of(name, item) == heading]
+        members = [item for item in parser.fields.values() if group_of(item) == heading]
         lines.append(f"{heading}: {ABOUT[heading]}")
         for item in members:
             lines += _entry(item, width)
@@ -75,6 +75,11 @@ def help_text(parser: OptionParser, everything: bool = False, width: int | None 
             lines += _columns("--config FILE.yaml", "Options from a YAML file, by the names below.", width)
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def group_of(item: dataclasses.Field[Any]) -> str:
+    """The heading under which help shows an option; the last for what transformers declares."""
+    return str(item.metadata.get("group", HEADINGS[-1]))
 
 
 def _entry(item: dataclasses.Field[Any], width: int) -> list[str]:
@@ -89,7 +94,7 @@ def _entry(item: dataclasses.Field[Any], width: int) -> list[str]:
     )
     return _columns(
         f"--{item.name} [{shown}]",
-        " ".join(OWN.get(item.name, str(item.metadata.get("help", ""))).split()),
+        " ".join(str(item.metadata.get("help", "")).split()),
         width,
     )
 

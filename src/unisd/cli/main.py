@@ -1,6 +1,6 @@
 """`unisd`: parse, call, print.
 
-Heavy imports happen inside the commands, so that `unisd --help` answers at once.
+Heavy imports happen inside the commands, so that help and the check of flags answer at once.
 """
 
 from __future__ import annotations
@@ -8,27 +8,74 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
 
 from unisd import __version__
 from unisd.errors import UserError
+from unisd.options.option import nearest
 
-OVERVIEW = """\
-unisd: adapt a causal language model to your task by self-distillation (UniSD, arXiv 2605.06597).
 
-  unisd train            run a complete adaptation of the embedded pocket model (about 3 minutes on 2 cores)
-  unisd train --help     every option, grouped by mechanism
-  unisd probe            before training: is the teacher worth learning from?
-  unisd prepare          build and inspect auxiliary contexts and wrong references
-  unisd eval             accuracy on tasks, retention and perplexities of a saved model
-  unisd grade TASK       grade completions that any system wrote
-  unisd study            which mechanisms matter for a task: a design of runs, effects with intervals
-  unisd report DIR       a run or a study as one HTML page
-  unisd recipes [NAME]   published methods as files
-  unisd merge DIR        an adapter into a full model
-  unisd chat DIR         try a model, side by side with its base
-  unisd --version
-"""
+class Command(NamedTuple):
+    """A command: the function that carries it out, and its line in the overview."""
+
+    usage: str
+    help: str
+    module: str
+    function: str
+
+
+COMMANDS = {
+    "train": Command(
+        "",
+        "run a complete adaptation of the embedded pocket model (about 3 minutes on 2 cores)",
+        "unisd.cli.train",
+        "train_command",
+    ),
+    "probe": Command(
+        "", "before training: is the teacher worth learning from?", "unisd.cli.probe", "probe_command"
+    ),
+    "prepare": Command(
+        "",
+        "build and inspect auxiliary contexts and wrong references",
+        "unisd.cli.prepare",
+        "prepare_command",
+    ),
+    "eval": Command(
+        "",
+        "accuracy on tasks, retention and perplexities of a saved model",
+        "unisd.cli.evaluate",
+        "eval_command",
+    ),
+    "grade": Command("TASK", "grade completions that any system wrote", "unisd.cli.grade", "grade_command"),
+    "study": Command(
+        "",
+        "which mechanisms matter for a task: a design of runs, effects with intervals",
+        "unisd.cli.study",
+        "study_command",
+    ),
+    "report": Command("DIR", "a run or a study as one HTML page", "unisd.cli.report", "report_command"),
+    "recipes": Command("[NAME]", "published methods as files", "unisd.cli.recipes", "recipes_command"),
+    "merge": Command("DIR", "an adapter into a full model", "unisd.cli.merge", "merge_command"),
+    "chat": Command("DIR", "try a model, side by side with its base", "unisd.cli.chat", "chat_command"),
+}
+
+
+def overview() -> str:
+    """What there is, a line a command."""
+    lines = [(f"{name} {command.usage}".rstrip(), command.help) for name, command in COMMANDS.items()]
+    lines.insert(1, ("train --help", "every option, grouped by mechanism"))
+    return "\n".join(
+        [
+            "unisd: adapt a causal language model to your task by self-distillation (UniSD, arXiv"
+            " 2605.06597).",
+            "",
+            *(f"  unisd {left:<16} {right}" for left, right in lines),
+            "  unisd --version",
+            "",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,132 +111,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(OVERVIEW, end="")
+        print(overview(), end="")
         return 0
     if arguments[0] in ("--version", "-V"):
         print(f"unisd {__version__}")
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        import difflib
-
-        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(COMMANDS)}."
+        close = nearest(name, COMMANDS)
+        hint = f"did you mean {close!r}?" if close else f"there are: {', '.join(COMMANDS)}."
         raise UserError(f"unknown command {name!r}: {hint}")
     if os.name != "posix":
         raise UserError("unisd runs on POSIX systems only: on Windows, use WSL.")
-    return COMMANDS[name](rest)
+    command = COMMANDS[name]
+    return int(getattr(import_module(command.module), command.function)(rest))
 
-
-def _train(arguments: list[str]) -> int:
-    from unisd.cli.help import help_text
-    from unisd.cli.parsing import parse, train_parser
-    from unisd.console import quiet_libraries
-    from unisd.run import launch
-    from unisd.run import train as run
-
-    if {"-h", "--help", "--help_all", "--help-all"} & set(arguments):
-        print(
-            help_text(train_parser(), everything=bool({"--help_all", "--help-all"} & set(arguments))), end=""
-        )
-        return 0
-    quiet_libraries()
-    options, config = parse(arguments)
-    if options.accelerate_config is not None and not options.dry_run and not launch.is_launched():
-        return launch.launch(options, str(config.output_dir))
-    if options.dry_run:
-        from unisd.cli.train import dry_run
-
-        dry_run(options, config)
-        return 0
-    ended = run.train(options, config) is not None
-    launch.leave()
-    return 0 if ended else 130
-
-
-def _probe(arguments: list[str]) -> int:
-    from unisd.cli import probe as probing
-    from unisd.console import quiet_libraries
-
-    quiet_libraries()
-    return probing.probe_command(arguments)
-
-
-def _prepare(arguments: list[str]) -> int:
-    from unisd.cli import prepare as preparing
-
-    return preparing.prepare_command(arguments)
-
-
-def _study(arguments: list[str]) -> int:
-    from unisd.cli import study as command
-
-    return command.study_command(arguments)
-
-
-def _report(arguments: list[str]) -> int:
-    from unisd.cli import report as command
-
-    return command.report_command(arguments)
-
-
-def _recipes(arguments: list[str]) -> int:
-    from unisd import recipes
-
-    if {"-h", "--help"} & set(arguments) or len(arguments) > 1:
-        print(
-            "usage: unisd recipes [NAME]\n\nWithout a name the list, with one its file and what all recipes"
-            " share."
-        )
-        return 0 if len(arguments) <= 1 else 2
-    if not arguments:
-        width = max(map(len, recipes.names()))
-        for name in recipes.names():
-            print(f"{name.ljust(width)}  {recipes.load(name).description}")
-        return 0
-    recipe = recipes.load(arguments[0])
-    for file in (recipe.file, recipes.FOLDER / "_published.yaml", recipes.FOLDER / "_pocket.yaml"):
-        print(f"# -- {file}")
-        print(file.read_text(encoding="utf-8"))
-    return 0
-
-
-def _evaluate(arguments: list[str]) -> int:
-    from unisd.cli import evaluate as evaluating
-
-    return evaluating.evaluate(arguments)
-
-
-def _grade(arguments: list[str]) -> int:
-    from unisd.cli import evaluate as evaluating
-
-    return evaluating.grade(arguments)
-
-
-def _merge(arguments: list[str]) -> int:
-    from unisd.cli import merge as commands
-
-    return commands.merge(arguments)
-
-
-def _chat(arguments: list[str]) -> int:
-    from unisd.cli import chat as commands
-
-    return commands.chat(arguments)
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "probe": _probe,
-    "prepare": _prepare,
-    "eval": _evaluate,
-    "grade": _grade,
-    "study": _study,
-    "report": _report,
-    "recipes": _recipes,
-    "merge": _merge,
-    "chat": _chat,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from unisd.errors import UserError
 from unisd.files import check_writable
 
 
-def _is_adapter(folder: str | Path) -> bool:
+def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
@@ -27,7 +28,7 @@ def load_any(name: str, dtype: str = "auto", trust_remote_code: bool = False) ->
     return model.to(device or "cpu").eval(), tokenizer
 
 
-def merge(arguments: list[str]) -> int:
+def merge_command(arguments: Sequence[str]) -> int:
     """Make a full model of an adapter and its base."""
     parser = CommandParser(
         "merge", "Merge a LoRA adapter into its base model, in float32, and save the full model."
@@ -44,7 +45,7 @@ def merge(arguments: list[str]) -> int:
     folder = Path(options.folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one that `unisd train --use_peft` wrote.")
-    if not _is_adapter(folder):
+    if not is_adapter(folder):
         full = (
             " It is a full model already: nothing needs merging."
             if (folder / "config.json").is_file()

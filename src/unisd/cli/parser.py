@@ -10,13 +10,14 @@ from typing import Any
 
 from unisd.errors import UserError
 from unisd.files import why_unwritable
+from unisd.options.option import nearest
 
 
 class CommandParser(argparse.ArgumentParser):
     """argparse, with mistakes as `UserError`.
 
     Args:
-        shared: options of `unisd train` that the command takes too (`parsing.shared_options`).
+        shared: options of `unisd train` that the command takes too (`resolve.shared_options`).
     """
 
     def __init__(self, command: str, description: str, shared: argparse.ArgumentParser | None = None) -> None:
@@ -29,11 +30,24 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help).")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace | None:
-        """None after `--help`."""
+        """The values of all arguments; None after `--help`.
+
+        Raises:
+            UserError: unknown flag, with the nearest one; value of the wrong type.
+        """
         try:
-            return self.parse_args(list(arguments))
+            found, unknown = self.parse_known_args(list(arguments))
         except SystemExit:
             return None
+        flag = next((word.partition("=")[0] for word in unknown if word.startswith("--")), None)
+        if flag is not None:
+            known = [known.removeprefix("--") for known in self._option_string_actions]
+            close = nearest(flag.removeprefix("--").replace("-", "_"), known)
+            hint = f"did you mean --{close}?" if close else f"{self.prog} --help lists them all."
+            raise UserError(f"unknown flag {flag}: {hint}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
 
 
 def at_least_one(**values: int | None) -> None:

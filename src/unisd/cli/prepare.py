@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unisd.cli.parser import CommandParser, output_file
-from unisd.cli.parsing import resolve_shared, shared_options
-from unisd.config import UniSDConfig
 from unisd.console import make_console, quiet_libraries, show_table
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.data.text import prompt_text
 from unisd.errors import UserError
 from unisd.files import write_text
-from unisd.run.inputs import load_data, load_model
 from unisd.run.options import RunOptions
-from unisd.run.prepare import prepare
-from unisd.scoring.requests import RequestBuilder
+from unisd.run.resolve import resolve_shared, shared_options
 
-# ---------------------------------------------------------------- the command
+if TYPE_CHECKING:  # heavy: imported where the work begins, so that help and mistakes answer at once
+    from unisd.config import UniSDConfig
 
-SHARED = (
-    "model_name_or_path", "dtype", "trust_remote_code", "task", "data_files", "task_options", "noise", "train_file", "dataset_name",
-    "dataset_config", "dataset_train_split", "columns", "grader", "max_train_rows", "agreement_contexts", "embedder", "negatives",
-    "writer_url", "writer_model",
-    "num_auxiliary_contexts", "teacher_prompt_layout", "teacher_prompt_template", "auxiliary_prompt_template",
-    "max_teacher_prompt_length", "max_completion_length", "allow_unsafe_code_execution", "seed",
-)  # fmt: skip
 DESCRIPTION = (
     "Build auxiliary contexts and wrong references for the rows of a task or a file, look at them, and write"
     " rows that `unisd train --train_file` takes."
@@ -38,17 +29,27 @@ DESCRIPTION = (
 
 def prepare_command(arguments: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    parser = CommandParser("prepare", DESCRIPTION, shared_options(SHARED))
+    parser = CommandParser("prepare", DESCRIPTION, shared_options("prepare"))
     parser.add_argument("--output", type=output_file, metavar="FILE.jsonl", help="write the rows there")
     own = parser.parse(arguments)
     if own is None:
         return 0
     quiet_libraries()
-    options, config = resolve_shared(own, SHARED, "unisd prepare")
+    options, config = resolve_shared(own, "prepare")
     if "agreement_contexts" not in options.explicit:
         # here nothing is built unasked, whatever the default recipe says
-        options.agreement_contexts = "columns"
+        options = replace(options, agreement_contexts="columns")
     _refuse_input(own.output, options)
+    _prepare(options, config, own.output)
+    return 0
+
+
+def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> None:
+    """Build, show and write the rows."""
+    from unisd.run.inputs import load_data, load_model
+    from unisd.run.prepare import prepare
+    from unisd.scoring.requests import RequestBuilder
+
     data = load_data(options, config.seed, whole=True)
     loaded: list[tuple[Any, Any]] = []
 
@@ -69,10 +70,9 @@ def prepare_command(arguments: Sequence[str]) -> int:
     limit = RequestBuilder(config, prompts, (), (), context).teacher_room
     rows = prepare(data, options, config, load)
     _show(rows, prompts, config, limit, options.model_name_or_path)
-    if own.output:
-        write_text(own.output, "".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{len(rows)} rows written to {own.output}")
-    return 0
+    if output:
+        write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{len(rows)} rows written to {output}")
 
 
 def _refuse_input(output: str | Path | None, options: RunOptions) -> None:

@@ -1,28 +1,30 @@
-"""`unisd probe`: arguments in, table and advice out. What is measured is in `probe.py`."""
+"""`unisd probe`: arguments in, table and advice out.
+
+What is measured is in `evaluation/teacher_probe.py`.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from unisd import memory
 from unisd.cli.parser import CommandParser, at_least_one, output_file
-from unisd.cli.parsing import resolve_shared, shared_options
-from unisd.config import UniSDConfig
-from unisd.console import make_console, number, show_table
+from unisd.console import make_console, number, quiet_libraries, show_table
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.errors import UserError
-from unisd.evaluation.teacher_probe import COMPARED_TOKENS, LAYOUTS, Probe
 from unisd.files import write_text
-from unisd.run.inputs import load_data, load_model
-from unisd.run.measure import percent
 from unisd.run.options import RunOptions
+from unisd.run.resolve import resolve_shared, shared_options
+
+if TYPE_CHECKING:  # heavy: imported where the work begins, so that help and mistakes answer at once
+    from unisd.config import UniSDConfig
 
 SCHEMA_VERSION = 1
 STEP_ROWS = 16
@@ -30,13 +32,6 @@ DESCRIPTION = (
     "Before training: is the teacher worth learning from? Measures the model's answers without and with the"
     " reference (in each layout, right and wrong) and with auxiliary contexts, and ends in plain words."
 )
-# The options of `unisd train` that a probe takes too.
-SHARED = (
-    "model_name_or_path", "dtype", "trust_remote_code", "task", "data_files", "task_options", "noise", "train_file",
-    "dataset_name", "dataset_config",
-    "dataset_train_split", "columns", "grader", "teacher_prompt_template", "auxiliary_prompt_template", "num_auxiliary_contexts",
-    "allow_unsafe_code_execution", "seed",
-)  # fmt: skip
 
 
 def probe_command(arguments: Sequence[str]) -> int:
@@ -45,7 +40,7 @@ def probe_command(arguments: Sequence[str]) -> int:
     Raises:
         UserError: as `unisd train` for model and data; rows too long for the model.
     """
-    parser = CommandParser("probe", DESCRIPTION, shared_options(SHARED))
+    parser = CommandParser("probe", DESCRIPTION, shared_options("probe"))
     parser.add_argument("--n", type=int, default=64, help="rows to probe (default: 64)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="cap on each answer (default: 256)")
     parser.add_argument("--batch_size", type=int, default=64, help="rows generated at once (default: 64)")
@@ -54,8 +49,9 @@ def probe_command(arguments: Sequence[str]) -> int:
     if own is None:
         return 0
     at_least_one(n=own.n, max_new_tokens=own.max_new_tokens, batch_size=own.batch_size)
-    options, config = resolve_shared(own, SHARED, "unisd probe")
-    options.max_train_rows = own.n if options.task is not None else None
+    quiet_libraries()
+    options, config = resolve_shared(own, "probe")
+    options = replace(options, max_train_rows=own.n if options.task is not None else None)
     report = probe(options, config, own.n, own.max_new_tokens, own.batch_size)
     if own.json:
         write_text(own.json, json.dumps(report, indent=2) + "\n")
@@ -66,6 +62,9 @@ def probe(
     options: RunOptions, config: UniSDConfig, n: int, max_new_tokens: int, batch_size: int
 ) -> dict[str, Any]:
     """Measure, print and return the report."""
+    from unisd.evaluation.teacher_probe import Limits, Probe
+    from unisd.run.inputs import load_data, load_model
+
     console = make_console()
     data = load_data(options, config.seed)
     rows = [*data.train, *data.evaluation][:n] if len(data.train) < n else data.train[:n]
@@ -86,9 +85,7 @@ def probe(
             rows,
             data.grader,
             prompts,
-            max_new_tokens=max_new_tokens,
-            contexts=config.num_auxiliary_contexts,
-            batch_size=batch_size,
+            limits=Limits(max_new_tokens, config.num_auxiliary_contexts, batch_size),
             on_phase=on_phase,
             on_rows=on_rows,
         ).run()
@@ -128,6 +125,8 @@ def _predicted(
     A step writes 16 answers, scores them under K + 2 views, and takes a student pass with gradient,
     which costs about three passes without.
     """
+    from unisd import memory
+
     answer = report["student"]["mean_length"]
     prompt_lengths = [len(prompts.teacher(row)) for row in rows]
     passage = sum(prompt_lengths) / len(rows) + answer
@@ -140,6 +139,9 @@ def _predicted(
 
 
 def _print(console: Console, report: dict[str, Any]) -> None:
+    from unisd.evaluation.teacher_probe import LAYOUTS
+    from unisd.run.measure import percent
+
     lines = []
 
     def add(name: str, figures: dict[str, Any] | None, divergence: float | None = None) -> None:
@@ -166,6 +168,15 @@ def _print(console: Console, report: dict[str, Any]) -> None:
     add("auxiliary contexts", report["auxiliary"], report["auxiliary"] and report["auxiliary"]["spread"])
     header = ("", "accuracy", "nats/token", "reference NLL", "tokens", "truncated", "rows")
     show_table(console, header, lines, f"{report['model']} on {report['task']}")
+    for note in (*_notes(report), "", report["advice"]):
+        console.print(note, markup=False, highlight=False)
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What the figures mean, and what they leave out."""
+    from unisd import memory
+    from unisd.evaluation.teacher_probe import COMPARED_TOKENS
+
     notes = [
         "nats/token: KL from teacher to student on the student's own answers (wrong reference: from the right"
         " one; auxiliary: spread)."
@@ -186,17 +197,20 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         f"A UniSD* step of {predicted['rows_per_step']} rows would take about {predicted['s_per_step']:.0f} s"
         f" here, and training with all weights about {memory.readable(predicted['memory_bytes'])}."
     )
-    for note in (*notes, "", report["advice"]):
-        console.print(note, markup=False, highlight=False)
+    return notes
 
 
 @contextmanager
 def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
     """A bar per part on a terminal; nothing elsewhere."""
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
         disable=not console.is_terminal,
-    )  # fmt: skip
+    )
     current: list[TaskID] = []
 
     def on_phase(name: str, count: int) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,6 +13,9 @@ from unisd.cli.parser import CommandParser
 from unisd.errors import UserError
 from unisd.study import design
 from unisd.study.store import FAILED, RUNS, Store
+
+if TYPE_CHECKING:
+    from unisd.study.runner import Resolve
 
 STUDY_FILE = "study.yaml"
 DEFAULT_FOLDER = "unisd-study"
@@ -139,28 +142,31 @@ def _typed(flags: Sequence[str]) -> dict[str, Any]:
     """Flags of `unisd train` as a configuration file would hold them."""
     if not flags:
         return {}
-    from unisd.cli.parsing import UNSET, train_parser
+    from unisd.options.parser import UNSET
+    from unisd.run.resolve import train_parser
 
     found = train_parser("unisd study").given(flags)
     return {name: None if value is UNSET else value for name, value in found.items()}
 
 
+def _resolver() -> Callable[[design.Options, str], tuple[Any, Any]]:
+    """What makes of a run's options the `RunOptions` and the `UniSDConfig` of `unisd train`."""
+    from unisd.run.resolve import resolve, train_parser
+
+    parser = train_parser("unisd study")
+    return lambda options, where: resolve(parser, parser.from_dict(options, where))
+
+
 def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -> int:
     from unisd.console import quiet_libraries
-    from unisd.study import executor as executors
     from unisd.study import runner
 
     study = _study_of(options, of_runs)
     runs = design.runs_of(study)
     quiet_libraries()
-    runner.check_runs(runs, study)
-    cells = {run.cell.name: run.cell for run in runs}
-    print(f"{len(runs)} runs: {len(cells)} cells x {len(study.tasks)} tasks x {len(study.seeds)} seeds")
-    print(f"cells: {', '.join(cells)}")
-    print(
-        "model:"
-        f" {', '.join(dict.fromkeys(str(run.options.get('model_name_or_path', 'pocket')) for run in runs))}"
-    )
+    resolve = _resolver()
+    runner.check_runs(runs, study, resolve)
+    _introduce(study, runs)
     if options.dry_run:
         for run in runs:
             print(run.id)
@@ -169,32 +175,13 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
     name = Path(options.config).stem if options.config else "study"
     folder = Path(options.output_dir or Path(DEFAULT_FOLDER) / name)
     store = Store(folder)
-    executor = None
     try:
         _remember(folder, study)
-        known = store.runs()
-        if options.retry_failed:
-            for run in runs:
-                if run.id in known and known[run.id]["status"] == FAILED:
-                    store.note(run.id, "anew")
-                    del known[run.id]
-        left = [run for run in runs if run.id not in known]
-        executor = executors.make(options.executor, options.jobs, options.ray_address)
-        if left:
-            seconds, source = runner.seconds_of_a_run(study, left, store, executor)
-            minutes = seconds * -(-len(left) // executor.slots) / 60
-            print(
-                f"{len(left)} to run, {executor.slots} at once: about {minutes:.0f} minutes ({seconds:.0f} s"
-                f" a run, from {source})",
-                flush=True,
-            )
-        complete = runner.carry_out(study, left, store, executor, lambda line: print(line, flush=True))
+        complete = _run_left(options, study, runs, store, resolve)
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with:\n  unisd study {shlex.join(arguments)}", flush=True)
         return 130
     finally:
-        if executor is not None:
-            executor.close()
         store.close()
     if not complete:
         print(
@@ -210,6 +197,44 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
         )
     code = _analyse(folder, options.margin)
     return code or int(failed > 0)
+
+
+def _introduce(study: design.Study, runs: Sequence[design.Run]) -> None:
+    """Say what will run."""
+    cells = {run.cell.name: run.cell for run in runs}
+    models = dict.fromkeys(str(run.options.get("model_name_or_path", "pocket")) for run in runs)
+    print(f"{len(runs)} runs: {len(cells)} cells x {len(study.tasks)} tasks x {len(study.seeds)} seeds")
+    print(f"cells: {', '.join(cells)}")
+    print(f"model: {', '.join(models)}")
+
+
+def _run_left(
+    options: Any, study: design.Study, runs: Sequence[design.Run], store: Store, resolve: Resolve
+) -> bool:
+    """Run what the store does not hold yet; returns whether the budget was enough."""
+    from unisd.study import executor as executors
+    from unisd.study import runner
+
+    known = store.runs()
+    if options.retry_failed:
+        for run in runs:
+            if run.id in known and known[run.id]["status"] == FAILED:
+                store.note(run.id, "anew")
+                del known[run.id]
+    left = [run for run in runs if run.id not in known]
+    executor = executors.make(options.executor, options.jobs, options.ray_address)
+    try:
+        if left:
+            seconds, source = runner.seconds_of_a_run(study, left, store, executor, resolve)
+            minutes = seconds * -(-len(left) // executor.slots) / 60
+            print(
+                f"{len(left)} to run, {executor.slots} at once: about {minutes:.0f} minutes ({seconds:.0f} s"
+                f" a run, from {source})",
+                flush=True,
+            )
+        return runner.carry_out(study, left, store, executor, lambda line: print(line, flush=True))
+    finally:
+        executor.close()
 
 
 def _remember(folder: Path, study: design.Study) -> None:

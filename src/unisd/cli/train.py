@@ -1,20 +1,48 @@
-"""`unisd train --dry_run`."""
+"""`unisd train`: options in, a run or a dry run out."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from unisd import memory
-from unisd.cli.parsing import HEADINGS, group_of, train_parser
-from unisd.config import UniSDConfig
-from unisd.console import make_console, show_table
-from unisd.run import outputs
-from unisd.run.inputs import load_data
-from unisd.run.launch import shards_of
+from unisd.cli.help import HEADINGS, group_of, help_text
+from unisd.console import make_console, quiet_libraries, show_table
 from unisd.run.options import RunOptions
-from unisd.run.train import _introduce, longest_prompt, set_up
+from unisd.run.resolve import given_by, resolve, train_parser
+
+if TYPE_CHECKING:  # heavy: imported where the work begins, so that help and mistakes answer at once
+    from unisd.config import UniSDConfig
+
+HELP, HELP_ALL = {"-h", "--help"}, {"--help_all", "--help-all"}
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    """Train, or with --dry_run tell what would be; returns the exit code.
+
+    Raises:
+        UserError: as `run.train.train`.
+    """
+    parser = train_parser()
+    if (HELP | HELP_ALL) & set(arguments):
+        print(help_text(parser, everything=bool(HELP_ALL & set(arguments))), end="")
+        return 0
+    given = given_by(parser, arguments)  # misspelt names are told before anything heavy is imported
+    quiet_libraries()
+    options, config = resolve(parser, given, arguments)
+    from unisd.run import launch
+    from unisd.run.train import train
+
+    if options.accelerate_config is not None and not options.dry_run and not launch.is_launched():
+        return launch.launch(options, str(config.output_dir))
+    if options.dry_run:
+        dry_run(options, config)
+        return 0
+    ended = train(options, config) is not None
+    launch.leave()
+    return 0 if ended else 130
 
 
 def dry_run(options: RunOptions, config: UniSDConfig) -> None:
@@ -25,14 +53,21 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
     Raises:
         UserError: as `train`.
     """
+    from unisd import memory
+    from unisd.run import outputs
+    from unisd.run.inputs import load_data
+    from unisd.run.launch import shards_of
+    from unisd.run.train import _introduce, longest_prompt, set_up
+
     console, shards = make_console(), shards_of(options)
     data = load_data(options, config.seed)
     folder, _ = outputs.choose_output_dir(options, config, data.name, reserve=False)
-    push, config.push_to_hub = config.push_to_hub, False
     with tempfile.TemporaryDirectory() as nowhere:  # the Trainer makes its folder at construction
-        config.output_dir = nowhere
-        setting = set_up(options, config, data, console)
-        config.output_dir, config.push_to_hub = str(folder), push
+        dry = config.changed("dry run: nothing is written", output_dir=nowhere, push_to_hub=False)
+        setting = set_up(options, dry, data, console)
+        config = setting.config.changed(
+            "what a run would have", output_dir=str(folder), push_to_hub=config.push_to_hub
+        )
         _show_options(console, options, config)
         _introduce(console, options, config, setting)
     sizes = memory.estimate(
@@ -47,12 +82,14 @@ def _show_options(console: Console, options: RunOptions, config: UniSDConfig) ->
     """All options but those that only transformers knows, with a star where they are not the
     default.
     """
+    from unisd.run import outputs
+
     values = outputs.resolved(options, config)
     lines = []
     fields = train_parser().fields
     for heading in HEADINGS[:-1]:
         for name, item in fields.items():
-            if group_of(name, item) == heading:
+            if group_of(item) == heading:
                 changed = "*" if values[name] != item.default and values[name] not in (None, [], ()) else ""
                 lines.append([name, heading, str(values[name]).replace("\n", "\\n"), changed])
     show_table(console, ("option", "group", "value", "set"), lines)

@@ -1,0 +1,1 @@
+"""From rows to token ids: the column contract, prompts, contexts, wrong references."""

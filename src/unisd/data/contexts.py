@@ -1,15 +1,15 @@
-"""Auxiliary contexts for agreement: solved examples of *other* training problems, or instructions
-that the model wrote from some.
+"""Build auxiliary contexts for agreement: solved examples of *other* problems, or instructions.
 
 | kind | contexts of a row |
 |---|---|
 | `random` | K other problems with their solutions, drawn by (seed, row) |
-| `retrieval` | the K nearest other problems by cosine similarity of their embeddings, with their solutions |
-| `induction` | K general instructions, each written by the model from a few solved problems; checked and retried |
+| `retrieval` | the K nearest other problems with their solutions, by cosine of embeddings |
+| `induction` | K general instructions, each written by the model from a few solved problems |
 
-Never the row itself, nor a near-duplicate of it (same words, or word triples that overlap by 0.8;
-rows with a `duplicate_key`: the same key), nor a text that holds the row's own reference. What is
-built is kept on disk under a key that covers data, kind, settings and model.
+Inductions are checked, and tried again. Never the row itself, nor a near-duplicate of it (same
+words, or word triples that overlap by 0.8; rows with a `duplicate_key`: the same key), nor a text
+that holds the row's own reference. What is built is kept on disk under a key that covers data,
+kind, settings and model.
 """
 
 from __future__ import annotations
@@ -52,9 +52,15 @@ class Settings:
     embedder: str = "tfidf"
 
 
+def needs_model(kind: str, embedder: str) -> bool:
+    """Whether the student's own model writes or embeds for contexts of this kind."""
+    return kind == "induction" or (kind == "retrieval" and embedder == "model")
+
+
 class Embedder(Protocol):
-    """Texts to vectors; rows of `[N,D]` need not be normalised. `name` goes into the cache's
-    key.
+    """Turns texts into vectors; rows of `[N,D]` need not be normalised.
+
+    `name` goes into the cache's key.
     """
 
     name: str

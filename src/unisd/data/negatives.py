@@ -3,10 +3,11 @@
 | kind | the wrong reference is |
 |---|---|
 | `corrupt` | the right one with its last number, option letter or yes/no changed |
-| `model` | written by the model when asked for a plausible wrong answer, in the task's words where it has any |
+| `model` | written by the model when asked for a plausible wrong answer |
 
-With a grader each is proved wrong before it is used; one that turns out right is tried again, and a
-row for which none is found goes without (it is reported, never dropped).
+A task may word that request. With a grader each is proved wrong before it is used; one that turns
+out right is tried again, and a row for which none is found goes without (it is reported, never
+dropped).
 """
 
 from __future__ import annotations
@@ -155,8 +156,9 @@ def _other_number(old: str, rng: random.Random) -> str:
 
 
 def _every(text: str, old: str, new: str) -> str:
-    """Each mention of the last answer on the last two lines that name it: the result and the step
-    that gives it.
+    """Find each mention of the last answer on the last two lines that name it.
+
+    These are the result and the step that gives it.
     """
     mentions = [match for match in _NUMBER.finditer(text) if match[0] == old][-2:]
     for match in reversed(mentions):

@@ -4,10 +4,13 @@
 |---|---|
 | `full` | the problem and the reference |
 | `half` | the problem and the first half of the reference (by words) |
-| `hints` | the problem and the row's `hints`; without such a column: the reference without its last sentence, results of equations hidden |
-| `answer` | the problem and the final answer: the row's `answer`, or what follows "Answer:", "####" or \\boxed in the reference |
+| `hints` | the problem and the row's `hints` (*) |
+| `answer` | the problem and the final answer (**) |
 | `unconditioned` | the reference without the problem |
 | `plain` | the problem, as the student does |
+
+(*) Without such a column: the reference without its last sentence, results of equations hidden.
+(**) The row's `answer`, or what follows "Answer:", "####" or \\boxed in the reference.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ _MARKED = re.compile(r"(?:[Aa]nswer\s*(?:is|:)|####)\s*(\S[^\n]*)")
 
 
 def reference_at(row: dict[str, Any], level: str) -> str | None:
-    """The part of the row's reference that the level shows; None where there is no such part
-    (`plain` shows none).
+    """Return the part of the row's reference that the level shows.
+
+    None where there is no such part (`plain` shows none).
     """
     reference = str(row.get("privileged_context") or "")
     if not reference.strip() or level == "plain":
@@ -40,8 +44,9 @@ def reference_at(row: dict[str, Any], level: str) -> str | None:
 
 
 def wrong_twin(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The row as if its `negative_context` were the reference, so that :func:`reference_at` shows a
-    wrong one.
+    """Return the row as if its `negative_context` were the reference.
+
+    So :func:`reference_at` shows a wrong one.
 
     None where there is none, or it is the reference itself (noise). Its final answer is the row's
     `negative_answer`, or what that reference names.
@@ -59,16 +64,18 @@ def first_half(text: str) -> str:
 
 
 def hints(reference: str) -> str | None:
-    """The steps without their results: no last sentence (it holds the answer), `?` for numbers
-    after an equals sign.
+    """Return the steps without their results.
+
+    There is no last sentence (it holds the answer), and `?` for numbers after an equals sign.
     """
     sentences = [part for part in _SENTENCE.split(reference.strip()) if part]
     return "\n".join(_RESULT.sub(r"\1?", sentence) for sentence in sentences[:-1]) or None
 
 
 def final_answer(reference: str) -> str | None:
-    """The last marked answer, or the last line where nothing is marked and it is short (at most 8
-    words).
+    """Return the last marked answer.
+
+    Where nothing is marked, the last line if it is short (at most 8 words).
     """
     start = reference.rfind("\\boxed{")
     if start >= 0:

@@ -1,5 +1,4 @@
-"""From a row to token ids: the student's prompt, and what the teacher is shown beside it (method:
-"Teacher prompt").
+"""Turn a row into token ids: the student's prompt, and what the teacher is shown beside it.
 
 A row's `prompt` is a string (one user turn) or a list of chat messages that ends in a user turn.
 Every view goes through the chat template exactly once. A tokenizer without a chat template takes
@@ -32,8 +31,9 @@ PLAIN_AUXILIARY_TEMPLATE = "{context}\n\n{prompt}"
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt up to where the answer begins (chat template with generation prefix,
-    applied once).
+    """Encode a prompt up to where the answer begins.
+
+    The chat template is applied once, with its generation prefix.
 
     Raises:
         UserError: if `prompt` is messages and the tokenizer has no chat template.
@@ -87,8 +87,9 @@ def _on_last_turn(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
 
 
 def fill(template: str, **values: str) -> str:
-    """Fill placeholders in one pass: prompts may hold braces, and one value may contain another's
-    placeholder.
+    """Fill placeholders in one pass.
+
+    Prompts may hold braces, and one value may contain another's placeholder.
     """
     pieces = [template]
     for name, value in values.items():
@@ -152,9 +153,7 @@ class PromptBuilder:
         return _on_last_turn(prompt, lambda text: fill(template, prompt=text, privileged_context=reference))
 
     def with_context(self, prompt: Prompt, context: str) -> Prompt:
-        """An auxiliary view: a solved example of another problem (or an instruction) before the
-        problem.
-        """
+        """Put a solved example of another problem (or an instruction) before the problem."""
         template = self.auxiliary_template or (
             AUXILIARY_TEMPLATE if self.is_chat else PLAIN_AUXILIARY_TEMPLATE
         )
@@ -210,8 +209,9 @@ class PromptBuilder:
         ]
 
     def check_generation_prefix(self, row: dict[str, Any]) -> None:
-        """Warn if student and teacher prompts do not end alike: the answers would start from
-        different states.
+        """Warn if student and teacher prompts do not end alike.
+
+        Their answers would start from different states.
         """
         if not self.is_chat:
             return

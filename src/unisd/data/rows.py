@@ -2,15 +2,17 @@
 
 | column | meaning |
 |---|---|
-| `prompt` | the problem: a string, or chat messages; an assistant turn that ends them is split off as the completion (required) |
-| `privileged_context` | the reference solution, for the teacher only; default: `completion` (required, unless `teacher_prompt` is there) |
+| `prompt` | the problem: a string, or chat messages (required) |
+| `privileged_context` | the reference solution, for the teacher only; default: `completion` |
 | `teacher_prompt` | a whole teacher prompt, instead of the template |
-| `completion` | the reference as an answer, a string or one assistant message; default: `privileged_context` |
-| `auxiliary_contexts` | list of solved examples of *other* problems, or instructions (for agreement) |
+| `completion` | the reference as an answer: a string or one assistant message |
+| `auxiliary_contexts` | solved examples of *other* problems, or instructions (for agreement) |
 | `negative_context` | a plausible wrong reference (for contrast) |
 | `id` | the row's name in reports |
 
-Other columns are kept: a grader may need them.
+An assistant turn that ends the messages of `prompt` is split off as the completion. A completion
+defaults to `privileged_context`, which is required unless `teacher_prompt` is there. Other columns
+are kept: a grader may need them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,7 @@ FOREIGN = {
 
 
 def parse_column_mapping(text: str | None) -> dict[str, str]:
-    """`"prompt=question,privileged_context=answer"` -> `{"prompt": "question", ...}` (ours to
-    theirs).
-    """
+    """Parse `"prompt=question,privileged_context=answer"` into a dict, ours to theirs."""
     if not text:
         return {}
     mapping = {}
@@ -68,6 +68,40 @@ def parse_column_mapping(text: str | None) -> dict[str, str]:
             )
         mapping[ours] = theirs
     return mapping
+
+
+def load_rows(
+    source: str | Path | Iterable[Row],
+    columns: str | Mapping[str, str] | None = None,
+    *,
+    needs_reference: bool = True,
+    name: str | None = None,
+) -> list[Row]:
+    """Read and check your own rows, as `unisd train --train_file FILE --columns COLUMNS` does.
+
+    Args:
+        source: a file (.jsonl, .json, both also .gz; .csv, .parquet), or the rows themselves: a
+            `datasets.Dataset` or any iterable of dicts.
+        columns: our column names to yours, as a dict or as `"prompt=question,completion=answer"`.
+        needs_reference: refuse rows without a reference (`privileged_context`, `completion` or
+            `teacher_prompt`).
+        name: what to call the rows in errors; default: the file.
+
+    Returns:
+        One plain dict a row, with `prompt`, `privileged_context`, `completion`, `id`, and all other
+        columns as they are.
+
+    Raises:
+        UserError: an unreadable or empty file, a missing column (with candidates), or the first
+            row that breaks the contract, by its number.
+    """
+    if isinstance(source, Mapping):
+        raise UserError(f"the dataset has splits: give one of them ({', '.join(map(str, source))}).")
+    rows = load_file(source) if isinstance(source, (str, Path)) else source
+    if name is None:
+        name = str(source) if isinstance(source, (str, Path)) else "the dataset"
+    mapping = parse_column_mapping(columns) if isinstance(columns, str) else dict(columns or {})
+    return prepare_rows(rows, mapping, name, needs_reference)
 
 
 def prepare_rows(
@@ -117,8 +151,10 @@ def _rename(row: Row, mapping: dict[str, str]) -> None:
 
 
 def _as_text(row: Row, where: str) -> None:
-    """Forms that mean the same: a number for its text, one assistant message for its content, and a
-    conversation for its prompt and the answer that ends it.
+    """Reduce forms that mean the same to one.
+
+    A number becomes its text, one assistant message its content, and a conversation its prompt and
+    the answer that ends it.
     """
     for column in ("privileged_context", "completion", "negative_context"):
         if type(row.get(column)) in (int, float):
@@ -286,8 +322,9 @@ def _parse_jsonl(text: str, path: Path) -> list[Row]:
 
 
 def hold_out(rows: Sequence[Row], share: float = 0.1, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Split into (train, evaluation) by a seeded shuffle; at least one row each where there are two
-    or more.
+    """Split into (train, evaluation) by a seeded shuffle.
+
+    Each gets at least one row where there are two or more.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)

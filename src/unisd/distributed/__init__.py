@@ -1,0 +1,1 @@
+"""Where a run computes, never what: FSDP2, ZeRO, collectives."""

@@ -30,8 +30,9 @@ def on_any_rank(flag: bool, world_size: int) -> bool:
 
 
 def on_all_ranks(accelerator: Accelerator, rollout: Callable[[], Result]) -> Result:
-    """What `rollout` returns; where it raises `UserError` on one rank, `RolloutError` on all, so
-    that none waits for the others.
+    """Return what `rollout` returns; where one rank raises `UserError`, all raise `RolloutError`.
+
+    So none waits for the others.
     """
     found: list[Result] = []
     failure: str | None = None

@@ -1,12 +1,13 @@
-"""Weights spread over processes by FSDP2 (or ZeRO-3): the few places where a sharded model is not
-like a whole one.
+"""Spread weights over processes by FSDP2 (or ZeRO-3).
+
+Here are the few places where a sharded model is not like a whole one.
 
 accelerate shards the model (`fully_shard`: every block, the embeddings, final norm and head), and
 every forward pass through it gathers one part after the other. What this library adds:
 
 - *Sharded at construction*, before the teacher is built: student, teacher and optimizer only ever
   hold their own shards.
-- *The teacher* is a second value of every local shard (:func:`shards_in_place` copies it in and the
+- *The teacher* is a second value of every local shard (:func:`values_in_place` copies it in and the
   student's back), its updates are local, and no rank ever holds a whole teacher. The price beside
   the teacher: while it scores, a copy of the student's trained shards.
 - *The head* is the one weight that the losses read outside of a forward pass. The student's is
@@ -58,14 +59,25 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule) or zero.is_cut(model)
 
 
+def all_ranks_must_join(model: Any) -> bool:
+    """Whether a pass of one rank needs all others, which hold parts of the weights."""
+    return is_sharded(model)
+
+
+def number_of_shards(model: Any) -> int:
+    """In how many parts the weights lie, each of them on a rank."""
+    return dist.get_world_size() if is_sharded(model) else 1
+
+
 def is_shard(tensor: Tensor) -> bool:
     """Whether a parameter is cut over the processes."""
     return zero.is_part(tensor) or isinstance(tensor, DTensor)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor (sharing its storage), detached; a plain tensor is
-    its own part.
+    """Return this process's part of a sharded tensor (sharing its storage), detached.
+
+    A plain tensor is its own part.
     """
     if zero.is_part(tensor):
         return tensor.ds_tensor.detach()  # type: ignore[attr-defined, no-any-return]
@@ -79,8 +91,9 @@ def owned(part: Tensor, like: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor | zero.Part) -> Tensor:
-    """All of a sharded tensor, detached (a collective: all ranks must call); a plain tensor is
-    whole.
+    """Return all of a sharded tensor, detached (a collective: all ranks must call).
+
+    A plain tensor is whole.
     """
     if isinstance(tensor, zero.Part):
         return zero.full_tensor(*tensor)
@@ -91,8 +104,9 @@ def full_tensor(tensor: Tensor | zero.Part) -> Tensor:
 
 
 def as_dtensor(part: Tensor, like: Tensor) -> Tensor | zero.Part:
-    """The sharded tensor of which every rank holds a `part` (sharing its storage), cut as `like`
-    is.
+    """Make the sharded tensor of which every rank holds a `part`, cut as `like` is.
+
+    It shares the storage of `part`.
     """
     if zero.is_part(like):
         return zero.Part(part, like)
@@ -104,8 +118,9 @@ def as_dtensor(part: Tensor, like: Tensor) -> Tensor | zero.Part:
 
 
 def materialized(weight: Tensor) -> Tensor:
-    """A weight that is read outside of a forward pass: as it is where one has gathered it, else
-    whole and without gradient.
+    """Return a weight that is read outside of a forward pass.
+
+    As it is where one has gathered it, else whole and without gradient.
 
     Raises:
         RuntimeError: a gradient is wanted, but the forward pass before has not left the weight
@@ -121,8 +136,9 @@ def materialized(weight: Tensor) -> Tensor:
 
 
 def part_like(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor that every rank has, cut as `like` is; without
-    communication.
+    """Return this process's part of a whole tensor that every rank has, cut as `like` is.
+
+    Without communication.
     """
     if zero.is_part(like):
         return zero.part_of(value, like)
@@ -133,8 +149,9 @@ def part_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_over_ranks(value: Tensor, model: nn.Module) -> Tensor:
-    """The sum of a quantity that each rank has of its own shards; of an unsharded model it is the
-    value itself.
+    """Sum a quantity that each rank has of its own shards.
+
+    Of an unsharded model it is the value itself.
     """
     if is_sharded(model):
         dist.all_reduce(value)
@@ -142,8 +159,9 @@ def sum_over_ranks(value: Tensor, model: nn.Module) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what forward passes have gathered: the next one must see what has been written into
-    the shards.
+    """Give back what forward passes have gathered.
+
+    The next one must see what has been written into the shards.
     """
     if zero.is_cut(model):
         zero.give_back(model)
@@ -153,19 +171,30 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def shards_in_place(
+def values_in_place(
     model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """While active, the model computes with other values of its shards.
+) -> Iterator[dict[int, Tensor]]:
+    """While active, the model computes with other values of its parameters.
 
-    They are copied in and out: nothing is rounded.
+    Yields them by `id` of the parameter; of a sharded model, which has them in its shards alone,
+    none. Shards are copied in and out: nothing is rounded.
     """
-    kept = {name: local_shard(p).clone() for name, p in parameters.items()}
+    if parameters and is_sharded(model):
+        kept = {name: local_shard(p).clone() for name, p in parameters.items()}
+        try:
+            _write(model, parameters, values)
+            yield {}
+        finally:
+            _write(model, parameters, kept)
+        return
+    kept = {name: p.data for name, p in parameters.items()}
     try:
-        _write(model, parameters, values)
-        yield
+        for name, p in parameters.items():
+            p.data = values[name].to(p.dtype)
+        yield {id(p): p.data for p in parameters.values()}
     finally:
-        _write(model, parameters, kept)
+        for name, p in parameters.items():
+            p.data = kept[name]
 
 
 def _write(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -182,8 +211,9 @@ def _write(model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[s
 
 
 def _anyone_works(mine: bool, device: torch.device) -> bool:
-    """Whether any rank is about to make a forward pass; each of them, and each rank that waits,
-    takes part once.
+    """Say whether any rank is about to make a forward pass.
+
+    Each of them, and each rank that waits, takes part once.
     """
     working = torch.tensor([int(mine)], device=device)
     dist.all_reduce(working)
@@ -191,13 +221,23 @@ def _anyone_works(mine: bool, device: torch.device) -> bool:
 
 
 def entry(model: Any) -> Any:
-    """What every forward pass without gradient goes through, so that it is the same passage on all
-    ranks.
+    """Return what every forward pass without gradient goes through.
+
+    So it is the same passage on all ranks.
 
     With FSDP2 that is the model itself. ZeRO-3 talks to the other ranks where a pass enters the
     outermost module, which generating with an adapter does not: so none does.
     """
     return without_adapter(model) if zero.is_cut(model) else model
+
+
+def passage_to(part: Any, model: Any) -> Any:
+    """What a forward pass without gradient goes through to reach a `part` of the model.
+
+    That is the part itself, but of a sharded model all of it: called in part, it would be left half
+    gathered.
+    """
+    return entry(model) if is_sharded(model) else part
 
 
 def _dummy_pass(model: Any) -> None:
@@ -210,8 +250,9 @@ def _dummy_pass(model: Any) -> None:
 
 @contextmanager
 def in_step(model: Any) -> Iterator[None]:
-    """All ranks make the same number of forward passes inside, however many each of them needs
-    (also none).
+    """Make all ranks take the same number of forward passes inside.
+
+    However many each of them needs (also none).
 
     All ranks must enter and leave; no other collective may happen inside. A rank that raises ends
     the run: the others wait for it until they are stopped.
@@ -243,8 +284,9 @@ def _announce(device: torch.device) -> None:
 
 
 def set_up(trainer: Any) -> None:
-    """When the accelerator exists: switch FSDP on also on a CPU (accelerate knows it on
-    accelerators only, torch's runs on gloo too).
+    """Switch FSDP on also on a CPU, when the accelerator exists.
+
+    accelerate knows it on accelerators only, torch's runs on gloo too.
 
     Raises:
         UserError: a way of spreading weights that is not supported.
@@ -345,8 +387,9 @@ def shard(trainer: Any) -> None:
 
 
 def whole_on_writer(tensors: Mapping[str, Tensor | zero.Part], is_writer: bool) -> dict[str, Tensor]:
-    """Whole tensors, gathered one by one into the writer's main memory; empty on other ranks (a
-    collective).
+    """Gather whole tensors one by one into the writer's main memory (a collective).
+
+    Empty on other ranks.
 
     What is one tensor under two names (tied weights) stays one.
     """
@@ -362,8 +405,9 @@ def whole_on_writer(tensors: Mapping[str, Tensor | zero.Part], is_writer: bool) 
 
 
 def weights(model: Any) -> dict[str, Tensor]:
-    """What a checkpoint keeps of the model, sharing storage with it: the adapter, or all
-    weights.
+    """Return what a checkpoint keeps of the model, sharing storage with it.
+
+    The adapter, or all weights.
     """
     reshard(model)
     found: dict[str, Tensor] = (
@@ -379,8 +423,9 @@ def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def save_shards(state: Mapping[str, Any], folder: Path) -> None:
-    """Each rank writes its own parts of a (nested) dictionary of tensors into a distributed
-    checkpoint of torch.
+    """Write each rank's own parts of a dictionary into a distributed checkpoint of torch.
+
+    The dictionary holds tensors and may be nested.
     """
     save(dict(state), checkpoint_id=folder)
 
@@ -401,8 +446,9 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
 
 @torch.no_grad()
 def load_model(model: Any, folder: Path) -> None:
-    """Each rank takes its own parts of the weights, or of the adapter, that an unsharded run or
-    :func:`whole_on_writer` has left.
+    """Take over each rank's own parts of the weights, or of the adapter.
+
+    An unsharded run or :func:`whole_on_writer` has left them.
 
     Raises:
         UserError: there are none, or those of another model.
@@ -442,8 +488,9 @@ def load_optimizer_shards(model: nn.Module, optimizer: Any, folder: Path) -> Non
 
 
 def load_optimizer_state(optimizer: Any, content: Mapping[str, Any]) -> None:
-    """Take over what an optimizer without sharding has saved: its parameters have the same
-    order.
+    """Take over what an optimizer without sharding has saved.
+
+    Its parameters have the same order.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}

@@ -62,16 +62,18 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def without_filling(part: Tensor, like: Tensor) -> Tensor:
-    """What of a part is no filling: the parts of all ranks are of one size, and what fills the last
-    is left as memory was.
+    """Return what of a part is no filling.
+
+    The parts of all ranks are of one size, and what fills the last is left as memory was.
     """
     cut: Any = like
     return part[: max(0, cut.ds_numel - dist.get_rank() * part.numel())]
 
 
 def forget_passes(model: Any) -> None:
-    """DeepSpeed learns the order of modules from a step, and would take the passes of a rollout for
-    a part of it.
+    """Make DeepSpeed forget the passes of a rollout.
+
+    It learns the order of modules from a step, and would take them for a part of it.
     """
     coordinator = model.zero_offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
@@ -179,8 +181,9 @@ def cut(trainer: Any) -> None:
 
 
 def keep_whole(model: Any, engine: Any) -> None:
-    """The head is read outside of a forward pass, by the losses: it stays whole on every process,
-    and its gradient is still cut.
+    """Keep the head whole on every process; its gradient is still cut.
+
+    The losses read it outside of a forward pass.
     """
     model.zero_offload = offload = engine.optimizer.parameter_offload
     for parameter in without_adapter(model).get_output_embeddings().parameters():

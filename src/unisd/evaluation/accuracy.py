@@ -1,11 +1,6 @@
-"""What a model can do and what it has forgotten: greedy accuracy, fit to references, retention
-against a base model.
+"""Measures what a model can do: greedy accuracy, on rows that several processes may share.
 
-Perplexities are corpus-level: exp of minus the total log-probability over the total number of
-tokens. Logits exist for a few tokens at a time only, whatever the vocabulary. Nothing here changes
-a model: training mode, generation config and adapters are as before afterwards.
-
-Shapes: T tokens of a completion, H hidden size, V vocabulary, C tokens of a chunk.
+The model is as before afterwards: training mode, generation config and adapters.
 """
 
 from __future__ import annotations
@@ -21,7 +16,7 @@ from unisd.console import show_progress
 from unisd.evaluation.grading import grade_many, wilson
 from unisd.evaluation.likelihood import Ids, _ids
 from unisd.models.load import eos_ids
-from unisd.rollout.decoding import decode
+from unisd.rollout.decoding import decode, default_batch_size
 from unisd.tasks.base import Grade, Row
 
 Interval = dict[str, float]
@@ -31,8 +26,9 @@ Interval = dict[str, float]
 
 
 def _in_shares(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
-    """`work(items)`, one result for each; processes that train as one do a share each, and all get
-    all (all must call).
+    """Do `work(items)`, one result for each, a share on each rank; all get all results.
+
+    All ranks of a training must call.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks == 1:
@@ -62,7 +58,7 @@ def generate_greedy(
         batch_size: prompts at a time; None: 48 on a CPU, 256 on an accelerator.
         progress: a bar on stderr; None: only where stderr is a terminal, after a few seconds.
     """
-    at_once = batch_size or (48 if model.device.type == "cpu" else 256)
+    at_once = batch_size or default_batch_size(model.device)
     ends = eos_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
 

@@ -1,6 +1,4 @@
-"""Grades of many completions, whoever wrote them, and what they say together: shares with 95 %
-intervals. No model is needed.
-"""
+"""Grades many completions and sums up: shares with 95 % intervals; no model is needed."""
 
 from __future__ import annotations
 
@@ -24,8 +22,9 @@ def grade_many(
     completions: Sequence[str],
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[Grade]:
-    """The grade of each completion, in their order; as many at once as there are cores (a program
-    runs in a process of its own).
+    """Grade each completion, in their order; as many at once as there are cores.
+
+    A program runs in a process of its own.
     """
 
     def one(pair: tuple[Row, str]) -> Grade:
@@ -38,8 +37,9 @@ def grade_many(
 
 
 def wilson(correct: int, n: int, z: float = 1.959963984540054) -> Interval:
-    """A share with its 95 % Wilson interval: `{"value", "low", "high", "n"}`; NaN, 0 and 1 for n =
-    0.
+    """A share with its 95 % Wilson interval: `{"value", "low", "high", "n"}`.
+
+    NaN, 0 and 1 for n = 0.
     """
     if n == 0:
         return {"value": math.nan, "low": 0.0, "high": 1.0, "n": 0}
@@ -65,8 +65,9 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that one of `k` samples drawn from `n` without putting back is right: the unbiased
-    estimate (Chen et al., 2021).
+    """Estimate the chance that one of `k` samples is right (Chen et al., 2021).
+
+    The samples are drawn from `n` without putting back; the estimate is unbiased.
     """
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
@@ -108,8 +109,9 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
 
 
 def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
-    """One object an answer: `id`, `correct`, `score`, `extracted`, `reason` (and the grader's
-    details).
+    """One object an answer: `id`, `correct`, `score`, `extracted`, `reason`, details.
+
+    The details are the grader's.
     """
     return [
         {

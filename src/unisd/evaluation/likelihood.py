@@ -1,4 +1,11 @@
-"""Log-probabilities of given completions, and the perplexities that follow."""
+"""Computes log-probabilities of given completions, and the perplexities that follow.
+
+Perplexities are corpus-level: exp of minus the total log-probability over the total number of
+tokens. Logits exist for a few tokens at a time only, whatever the vocabulary. The model is as
+before afterwards.
+
+Shapes: N rows, T tokens of a completion, H hidden size, V vocabulary, C tokens of a chunk.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +40,9 @@ def _ids(tokenizer: Any, prompt: Ids | str | list[dict[str, Any]]) -> list[int]:
 
 
 class _States:
-    """Completion states of one model: hidden states and its head, or for an unknown head the logits
-    themselves.
+    """Computes completion states of one model: hidden states and its head.
+
+    For an unknown head the logits themselves.
     """
 
     def __init__(self, model: Any) -> None:
@@ -49,8 +57,9 @@ class _States:
             self.backbone = None
 
     def of(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Tensor]:
-        """`[T,H]` (or logits `[T,V]`) of each row, at the positions that predict its completion;
-        right-padded batch.
+        """`[T,H]` (or logits `[T,V]`) of each row, at the positions that predict its completion.
+
+        The batch is right-padded.
         """
         from unisd.batching import collate
 
@@ -93,8 +102,9 @@ def _check_pairs(prompts: Sequence[Ids], completions: Sequence[Ids]) -> None:
 
 
 def _batches(prompts: Sequence[Ids], completions: Sequence[Ids], budget: int) -> Iterator[list[int]]:
-    """Rows of similar length, longest first, at most `budget` tokens with padding (a longer row
-    stands alone).
+    """Rows of similar length, longest first, at most `budget` tokens with padding.
+
+    A longer row stands alone.
     """
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     batch: list[int] = []
@@ -110,8 +120,9 @@ def _batches(prompts: Sequence[Ids], completions: Sequence[Ids], budget: int) ->
 def sequence_logprobs(
     model: Any, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], *, token_budget: int = TOKEN_BUDGET
 ) -> tuple[Tensor, Tensor]:
-    """Total log-probability (float64 [N], nats) of each completion given its prompt, and its number
-    of tokens (int64 [N]).
+    """Total log-probability of each completion given its prompt, and its number of tokens.
+
+    float64 [N], in nats, and int64 [N].
 
     Memory: hidden states of `token_budget` tokens and `CHUNK_ENTRIES` logits.
     """
@@ -140,8 +151,9 @@ def corpus_ppl(logp_N: Tensor, count_N: Tensor) -> float:
 def reference_nll(
     model: Any, tokenizer: Any, rows: Sequence[Row], *, prompt_ids: Sequence[Ids] | None = None
 ) -> tuple[float, int]:
-    """Total negative log-probability (nats) and tokens of the rows' references, with their end
-    token, given the prompts.
+    """Total negative log-probability and tokens of the rows' references, given the prompts.
+
+    In nats, with their end token.
 
     The reference is `completion`, else `privileged_context`; rows with neither are left out.
     """
@@ -158,8 +170,9 @@ def reference_nll(
 
 
 def gold_ppl(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float | None:
-    """Corpus perplexity of the references given the plain prompts; None where no row has a
-    reference.
+    """Corpus perplexity of the references given the plain prompts.
+
+    None where no row has a reference.
     """
     nll, tokens = reference_nll(model, tokenizer, rows)
     return math.exp(min(nll / tokens, 700.0)) if tokens else None

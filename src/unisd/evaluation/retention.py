@@ -1,4 +1,7 @@
-"""How far an adapted model has moved from its base."""
+"""Measures how far an adapted model has moved from its base.
+
+Shapes: N rows, T tokens of a completion, H hidden size, V vocabulary, C tokens of a chunk.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ from unisd.tasks.base import Row
 
 
 def jsd(logp_CV: Tensor, logq_CV: Tensor) -> Tensor:
-    """Jensen-Shannon divergence [C] of two distributions given as log-probabilities, in nats;
-    exactly 0 for equal ones.
+    """Jensen-Shannon divergence [C] of two distributions given as log-probabilities, in nats.
+
+    Exactly 0 for equal ones.
     """
     p_CV, q_CV = logp_CV.exp(), logq_CV.exp()
     middle_CV = ((p_CV + q_CV) / 2).clamp_min(torch.finfo(p_CV.dtype).tiny)
@@ -35,50 +39,66 @@ def retention(
     tokenizer: Any,
     rows: Sequence[Row],
     *,
-    prompt_ids: Sequence[Ids] | None = None,
     max_new_tokens: int = 256,
     batch_size: int | None = None,
     token_budget: int = TOKEN_BUDGET,
     progress: bool | None = None,
-    answers: tuple[Sequence[Ids], Sequence[Ids]] | None = None,
 ) -> dict[str, Any]:
-    """How far an adapted model has moved from its base, on both models' own greedy answers.
+    """Measure how far an adapted model has moved from its base, on both models' greedy answers.
 
     Args:
         model: the adapted model.
         base: the model it comes from; None: `model` is a peft model and its base is itself without
             the adapter.
-        answers: the adapted model's and the base's, where they are known; None: they are written.
 
-    Returns:
-        `forward`: the adapted model's answers; `reverse`: the base's answers. Each holds `ppl` (of
-            the answers under the
-        *other* model: PPL_ret), `own_ppl` (under the model that wrote them), `delta` (paired
-        difference of their log-probabilities per token, own minus other, nats: `value`, `low`,
-        `high` of a 95 % interval over rows), `jsd` (of the two models, mean over tokens, full
-        vocabulary, nats), `tokens`. And `n` rows.
-
-    Raises:
-        UserError: no base, and no adapter to take off.
+    Returns, raises: see `retention_along`.
     """
-    if base is None and not hasattr(model, "disable_adapter"):
-        raise UserError(
-            "retention needs the base model: give --base, or a model with an adapter that can be taken off"
-        )
-    prompts = [_ids(tokenizer, row["prompt"]) for row in rows] if prompt_ids is None else list(prompt_ids)
+    _check_base(model, base)
+    prompts = [_ids(tokenizer, row["prompt"]) for row in rows]
 
     def written(which: Any, description: str) -> list[list[int]]:
         return generate_greedy(which, tokenizer, prompts, max_new_tokens, batch_size, progress, description)
 
-    if answers is None:
-        adapted_answers = written(model, "answers of the adapted model")
-        with _as_base(model, base) as bare:
-            answers = adapted_answers, written(bare, "answers of the base model")
+    of_model = written(model, "answers of the adapted model")
+    with _as_base(model, base) as bare:
+        of_base = written(bare, "answers of the base model")
+    return retention_along(model, base, tokenizer, rows, (of_model, of_base), token_budget)
+
+
+def retention_along(
+    model: Any,
+    base: Any | None,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    answers: tuple[Sequence[Ids], Sequence[Ids]],
+    token_budget: int = TOKEN_BUDGET,
+) -> dict[str, Any]:
+    """The same on answers to the rows that the adapted model and its base have written before.
+
+    Returns:
+        `forward`: the adapted model's answers; `reverse`: the base's answers; `n`: rows. Each of
+        the two holds `ppl` (of the answers under the *other* model: PPL_ret), `own_ppl` (under the
+        model that wrote them), `delta` (paired difference of their log-probabilities per token, own
+        minus other, nats: `value`, `low`, `high` of a 95 % interval over rows), `jsd` (of the two
+        models, mean over tokens, full vocabulary, nats), `tokens`.
+
+    Raises:
+        UserError: no base, and no adapter to take off.
+    """
+    _check_base(model, base)
+    prompts = [_ids(tokenizer, row["prompt"]) for row in rows]
     return {
         "forward": _along(model, base, prompts, answers[0], token_budget, written_by_base=False),
         "reverse": _along(model, base, prompts, answers[1], token_budget, written_by_base=True),
         "n": len(prompts),
     }
+
+
+def _check_base(model: Any, base: Any | None) -> None:
+    if base is None and not hasattr(model, "disable_adapter"):
+        raise UserError(
+            "retention needs the base model: give --base, or a model with an adapter that can be taken off"
+        )
 
 
 @contextmanager
@@ -130,8 +150,9 @@ def _along(
 
 
 def paired_delta(difference_N: Tensor, count_N: Tensor, z: float = 1.959963984540054) -> Interval:
-    """Total difference per token with a 95 % interval, rows as clusters (normal approximation of a
-    ratio).
+    """Total difference per token with a 95 % interval, rows as clusters.
+
+    By the normal approximation of a ratio.
     """
     tokens, n = int(count_N.sum()), len(count_N)
     if not tokens:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,9 @@ from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.evaluation.grading import wilson
 from unisd.evaluation.likelihood import reference_nll
+from unisd.kernels.attention import takes_packed
 from unisd.losses.chunked import chunked_loss, token_logprobs
+from unisd.losses.terms import LossInputs
 from unisd.methods.divergence import DivergenceSpec
 from unisd.models.load import eos_ids
 from unisd.rollout.engine import Completion, Sampling
@@ -43,6 +45,15 @@ NOTABLE = 0.05  # nats per token below which a teacher says what the student say
 Asked = tuple[Sequence[Row], Sequence[list[int]]]  # rows, and the prompts that are put to the model for them
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How much a probe asks for."""
+
+    max_new_tokens: int = 256  # of each completion
+    contexts: int = 3  # most auxiliary contexts per row
+    batch_size: int = 64
+
+
 class Probe:
     """Measures one model on rows.
 
@@ -51,8 +62,6 @@ class Probe:
         rows: as in :mod:`unisd.data`.
         grade: `(row, completion) -> bool`, or None where there is no grader.
         prompts: builds the prompts (its layout is varied here).
-        max_new_tokens: cap on each completion.
-        contexts: most auxiliary contexts per row.
         on_phase: called with a name and the number of rows before each part, and `on_rows(count)`
             as rows finish.
     """
@@ -65,20 +74,18 @@ class Probe:
         grade: Callable[[Row, str], bool] | None,
         prompts: PromptBuilder,
         *,
-        max_new_tokens: int = 256,
-        contexts: int = 3,
-        batch_size: int = 64,
+        limits: Limits = Limits(),
         on_phase: Callable[[str, int], None] = lambda name, count: None,
         on_rows: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.model, self.tokenizer, self.rows, self.grade = model, tokenizer, list(rows), grade
         self.builders = {layout: replace(prompts, layout=layout) for layout in LAYOUTS}
-        self.max_new_tokens, self.contexts, self.batch_size = max_new_tokens, contexts, batch_size
+        self.limits = limits
         self.on_phase, self.on_rows = on_phase, on_rows
         self.eos_ids = eos_ids(model, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.backbone = Backbone(model)
-        self.packed = self.backbone.check(self.pad_id) and model.device.type != "cpu"
+        self.packed = self.backbone.check(self.pad_id) and takes_packed(model.device)
 
     # -- what it says ------------------------------------------------------------------------------
 
@@ -96,10 +103,10 @@ class Probe:
             generate(
                 self.model,
                 prompts,
-                Sampling(self.max_new_tokens),
+                Sampling(self.limits.max_new_tokens),
                 eos_ids=self.eos_ids,
                 pad_id=self.pad_id,
-                batch_size=self.batch_size,
+                batch_size=self.limits.batch_size,
                 on_rows=self.on_rows,
             )
         )
@@ -126,9 +133,7 @@ class Probe:
     # -- how far its distributions lie from the student's ------------------------------------------
 
     def states(self, prompts: Sequence[list[int]], completions: Sequence[Completion]) -> list[Tensor]:
-        """Final hidden states `[T_i,H]` under each prompt, at the positions that predict the
-        completion.
-        """
+        """Final hidden states `[T_i,H]` under each prompt, that predict the completion."""
         jobs = [
             Job("teacher", i, prompt, completion.ids)
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
@@ -151,18 +156,21 @@ class Probe:
             for teacher_TH, student_TH, completion in zip(teacher, student, completions, strict=True):
                 target_T = torch.tensor(completion.ids, device=student_TH.device)
                 zero_T = torch.zeros(len(target_T), device=student_TH.device)
-                output = chunked_loss(student_TH, head, teacher_TH, head, target_T, DivergenceSpec(), zero_T)
+                output = chunked_loss(
+                    LossInputs(student_TH, head, teacher_TH, head, target_T, DivergenceSpec(), zero_T)
+                )
                 total += float(output.divergence_N.sum())
                 count += len(target_T)
         return total / max(count, 1)
 
     def spread(self, rows: Sequence[Row], completions: Sequence[Completion]) -> float | None:
-        """Mean over tokens of the range of log-probabilities over the auxiliary contexts, in nats;
+        """Mean range of a token's log-probabilities over the auxiliary contexts, in nats.
+
         None without two contexts.
         """
         ranges = []
         for row, completion in zip(rows, completions, strict=True):
-            contexts = self.builders["append"].auxiliary(row, self.contexts)
+            contexts = self.builders["append"].auxiliary(row, self.limits.contexts)
             if len(contexts) < 2 or not completion.ids:
                 continue
             target_T = torch.tensor(completion.ids, device=self.model.device)
@@ -177,8 +185,9 @@ class Probe:
     # -- the report --------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """All figures (accuracies with 95 % intervals, divergences in nats per token) and the
-        advice in plain words.
+        """Measure all figures, and put the advice into plain words.
+
+        Accuracies with 95 % intervals, divergences in nats per token.
         """
         rows = self.rows
         student_prompts = [self.builders["append"].student(row) for row in rows]
@@ -192,7 +201,7 @@ class Probe:
             if sides:
                 # One context per row, taken in turn: the accuracy of the typical context at the
                 # price of one generation.
-                views = [self.builders["append"].auxiliary(rows[i], self.contexts) for i in sides]
+                views = [self.builders["append"].auxiliary(rows[i], self.limits.contexts) for i in sides]
                 asked["auxiliary"] = (
                     [rows[i] for i in sides],
                     [view[n % len(view)] for n, view in enumerate(views)],
@@ -217,12 +226,10 @@ class Probe:
         for layout in LAYOUTS:
             teacher[layout]["divergence"] = self.divergence(states[layout], states["student"], own)
         if self.grade is None:
-            nll, tokens = reference_nll(self.model, self.tokenizer, list(rows))
-            student["nll"] = nll / max(tokens, 1)
+            student["nll"] = self._nll(None)
             for layout, prompts in teacher_prompts.items():
                 # Copying, not knowledge: reported under that name and never used for advice.
-                nll, tokens = reference_nll(self.model, self.tokenizer, list(rows), prompt_ids=prompts)
-                teacher[layout]["copying_nll"] = nll / max(tokens, 1)
+                teacher[layout]["copying_nll"] = self._nll(prompts)
         best = max(LAYOUTS, key=lambda layout: self._merit(teacher[layout]))
         report: dict[str, Any] = {
             "n": len(rows),
@@ -236,6 +243,11 @@ class Probe:
         }
         report["advice"] = advice(report)
         return report
+
+    def _nll(self, prompts: Sequence[list[int]] | None) -> float:
+        """Of the references, in nats per token; None: under the rows' own prompts."""
+        nll, tokens = reference_nll(self.model, self.tokenizer, list(self.rows), prompt_ids=prompts)
+        return nll / max(tokens, 1)
 
     def _merit(self, figures: dict[str, Any]) -> float:
         if "accuracy" in figures:
@@ -253,8 +265,9 @@ class Probe:
     def _wrong_reference(
         self, layout: str, right: Sequence[Tensor], own: Sequence[Completion]
     ) -> dict[str, Any] | None:
-        """`own`: the student's answers of the compared rows, `right`: the teacher's states along
-        them.
+        """Measure the teacher under a wrong reference, where rows have one.
+
+        `own`: the student's answers of the compared rows, `right`: the teacher's states along them.
         """
         chosen = self._side_rows("negative_context")
         if not chosen:
@@ -273,8 +286,9 @@ class Probe:
     def _auxiliary(
         self, chosen: list[int], figures: dict[str, Any], own: Sequence[Completion]
     ) -> dict[str, Any] | None:
-        """`figures` of the answers under a context of the `chosen` rows, and how far the contexts
-        lie apart.
+        """Measure how far the contexts of the `chosen` rows lie apart.
+
+        `figures`: of the answers under one of them.
         """
         if not chosen:
             return None
@@ -285,70 +299,77 @@ class Probe:
 
 
 def advice(report: dict[str, Any]) -> str:
-    """The figures in plain words: layout, headroom, whether agreement has anything to work with, or
-    that this cannot help.
-    """
-    layout, student, teacher = report["layout"], report["student"], report["teacher"][report["layout"]]
-    wrong, auxiliary = report["wrong_reference"], report["auxiliary"]
-    lines = []
-    if "accuracy" in student:
-        gain = teacher["accuracy"]["value"] - student["accuracy"]["value"]
-        if gain < HEADROOM:
-            lines.append(
-                "Self-distillation cannot help here: with the reference in its prompt the model is right in"
-                f" {teacher['accuracy']['value']:.0%}, without it in {student['accuracy']['value']:.0%}. Try"
-                " another prompt, better references or a larger model."
-            )
-        else:
-            lines.append(
-                f"Use teacher_prompt_layout={layout}: the teacher is right in"
-                f" {teacher['accuracy']['value']:.0%}, the student in {student['accuracy']['value']:.0%}: a"
-                f" headroom of {gain * 100:.0f} points."
-            )
-            if teacher["accuracy"]["low"] <= student["accuracy"]["high"]:
-                lines.append(f"With {report['n']} rows the difference is not certain: probe more rows (--n).")
-    else:
-        moved = wrong["divergence_from_right"] if wrong else None
-        if teacher["divergence"] < NOTABLE:
-            lines.append(
-                f"The reference hardly changes what the model says ({teacher['divergence']:.3f} nats per"
-                " token): self-distillation has little to teach here."
-            )
-        elif moved is not None and moved < NOTABLE:
-            lines.append(
-                f"The teacher moves ({teacher['divergence']:.2f} nats per token), but hardly cares whether"
-                f" its reference is right or wrong ({moved:.3f}): self-distillation would teach style, not"
-                " content."
-            )
-        else:
-            lines.append(
-                f"Use teacher_prompt_layout={layout}: the reference moves the teacher by"
-                f" {teacher['divergence']:.2f} nats per token"
-                + (f", a wrong one by {moved:.2f} from there." if moved is not None else ".")
-                + " Without a grader nothing says whether it moves in the right direction: name one with"
-                " --grader."
-            )
-    if wrong and "accuracy" in wrong and "accuracy" in teacher:
-        fall = teacher["accuracy"]["value"] - wrong["accuracy"]["value"]
-        lines.append(
-            f"A wrong reference costs the teacher {fall * 100:.0f} points: the quality of your references "
-            + ("matters." if fall > 0.1 else "matters little.")
-        )
+    """Say the figures in plain words: layout, headroom, whether agreement can weigh anything."""
+    judge = _by_accuracy if "accuracy" in report["student"] else _by_divergence
+    lines = [*judge(report), *_of_wrong_reference(report), _of_contexts(report)]
+    truncated = report["student"]["truncated"]
+    if truncated > 0.1 * report["n"]:
+        lines.append(f"{truncated} of {report['n']} answers ran into the limit: raise max_completion_length.")
+    return " ".join(lines)
+
+
+def _by_accuracy(report: dict[str, Any]) -> list[str]:
+    """Whether the teacher is right more often than the student."""
+    student, teacher = report["student"]["accuracy"], report["teacher"][report["layout"]]["accuracy"]
+    gain = teacher["value"] - student["value"]
+    if gain < HEADROOM:
+        return [
+            "Self-distillation cannot help here: with the reference in its prompt the model is right in"
+            f" {teacher['value']:.0%}, without it in {student['value']:.0%}. Try another prompt, better"
+            " references or a larger model."
+        ]
+    lines = [
+        f"Use teacher_prompt_layout={report['layout']}: the teacher is right in {teacher['value']:.0%}, the"
+        f" student in {student['value']:.0%}: a headroom of {gain * 100:.0f} points."
+    ]
+    if teacher["low"] <= student["high"]:
+        lines.append(f"With {report['n']} rows the difference is not certain: probe more rows (--n).")
+    return lines
+
+
+def _by_divergence(report: dict[str, Any]) -> list[str]:
+    """Whether the reference moves the teacher, and a wrong one elsewhere."""
+    moves, wrong = report["teacher"][report["layout"]]["divergence"], report["wrong_reference"]
+    apart = wrong["divergence_from_right"] if wrong else None
+    if moves < NOTABLE:
+        return [
+            f"The reference hardly changes what the model says ({moves:.3f} nats per token):"
+            " self-distillation has little to teach here."
+        ]
+    if apart is not None and apart < NOTABLE:
+        return [
+            f"The teacher moves ({moves:.2f} nats per token), but hardly cares whether its reference is"
+            f" right or wrong ({apart:.3f}): self-distillation would teach style, not content."
+        ]
+    return [
+        f"Use teacher_prompt_layout={report['layout']}: the reference moves the teacher by {moves:.2f} nats"
+        " per token"
+        + (f", a wrong one by {apart:.2f} from there." if apart is not None else ".")
+        + " Without a grader nothing says whether it moves in the right direction: name one with --grader."
+    ]
+
+
+def _of_wrong_reference(report: dict[str, Any]) -> list[str]:
+    wrong, teacher = report["wrong_reference"], report["teacher"][report["layout"]]
+    if not wrong or "accuracy" not in wrong or "accuracy" not in teacher:
+        return []
+    fall = teacher["accuracy"]["value"] - wrong["accuracy"]["value"]
+    return [
+        f"A wrong reference costs the teacher {fall * 100:.0f} points: the quality of your references "
+        + ("matters." if fall > 0.1 else "matters little.")
+    ]
+
+
+def _of_contexts(report: dict[str, Any]) -> str:
+    auxiliary = report["auxiliary"]
     if auxiliary is None:
-        lines.append(
+        return (
             "There are no auxiliary contexts: agreement cannot run on these rows as they are;"
             " --agreement_contexts retrieval builds them."
         )
-    elif auxiliary["spread"] is None or auxiliary["spread"] < NOTABLE:
-        lines.append("The auxiliary contexts hardly disagree: agreement has nothing to work with.")
-    else:
-        lines.append(
-            f"The auxiliary contexts disagree by {auxiliary['spread']:.2f} nats per token: agreement has"
-            " something to weigh."
-        )
-    if student["truncated"] > 0.1 * report["n"]:
-        lines.append(
-            f"{student['truncated']} of {report['n']} answers ran into the limit: raise"
-            " max_completion_length."
-        )
-    return " ".join(lines)
+    if auxiliary["spread"] is None or auxiliary["spread"] < NOTABLE:
+        return "The auxiliary contexts hardly disagree: agreement has nothing to work with."
+    return (
+        f"The auxiliary contexts disagree by {auxiliary['spread']:.2f} nats per token: agreement has"
+        " something to weigh."
+    )

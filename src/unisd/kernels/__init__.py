@@ -1,0 +1,1 @@
+"""Faster attention, linear maps and memory; they change time and memory only."""

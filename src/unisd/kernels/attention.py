@@ -1,5 +1,6 @@
-"""transformers' SDPA attention without its waste: shared heads are read in place, and packed rows
-attend to themselves alone.
+"""Compute transformers' SDPA attention without its waste.
+
+Shared heads are read in place, and packed rows attend to themselves alone.
 
 transformers repeats the key/value heads of grouped-query attention where a mask is given, and it
 hands a packed row of N tokens to the kernel whole, which multiplies N x N of them to throw most
@@ -108,16 +109,18 @@ def _continued(
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype:
-    """What the kernel would compute in: autocast's precision, which custom operators are not cast
-    to by themselves.
+    """Return the precision that the kernel would compute in: autocast's.
+
+    Custom operators are not cast to it by themselves.
     """
     device = query.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def disable_cudnn_sdpa(device: torch.device) -> None:
-    """For the whole process: torch prefers cuDNN's attention on a Hopper, which plans anew for
-    every length of prompt and answer.
+    """Switch cuDNN's attention off for the whole process.
+
+    torch prefers it on a Hopper, where it plans anew for every length of prompt and answer.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -138,11 +141,26 @@ def packs_well(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and _has_flash(device)
 
 
+def takes_packed(device: torch.device) -> bool:
+    """Whether a few thousand packed tokens cost less than padding, with products between rows."""
+    return device.type != "cpu"
+
+
+def packing_pays(device: torch.device, dtype: torch.dtype, tells_rows: bool, parameters: int) -> bool:
+    """Whether packed rows are read faster than padded ones.
+
+    tells_rows: attention is told where rows begin, so that a CPU takes them one by one.
+    """
+    one_by_one = device.type == "cpu" and tells_rows and parameters >= PACKED_FROM
+    return one_by_one or packs_well(device, dtype)
+
+
 def _flash_fits(
     module: nn.Module, query: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
 ) -> bool:
-    """Whether this layer attends backwards, at most within a window: what the kernel can be
-    told.
+    """Say whether this layer attends backwards, at most within a window.
+
+    That is what the kernel can be told.
     """
     chunked = getattr(getattr(module, "config", None), "attention_chunk_size", None)
     size = query.shape[-1]
@@ -167,8 +185,9 @@ def _flash(
     bounds: Tensor,
     window: int | None,
 ) -> Tensor:
-    """Attention `[1,N,heads,size]` of packed rows, each to its own past, `window` tokens of it
-    (itself included).
+    """Attend `[1,N,heads,size]` of packed rows, each to its own past.
+
+    `window` tokens of it (itself included).
     """
     longest = max(b - a for a, b in pairwise([*starts, query.shape[2]]))
     q_NhD, k_NgD, v_NgD = (x[0].transpose(0, 1).to(_flash_dtype(query)) for x in (query, key, value))

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROW_MULTIPLE, SMALL_ROW_MULTIPLE = 64, 8
-"""oneDNN compiles a kernel for each shape and keeps up to 1,024 of them, at 1.6 ms and 0.6 MB: it
-is given multiples of `ROW_MULTIPLE` rows (and of tokens to sum over), or of `SMALL_ROW_MULTIPLE` up to `ROW_MULTIPLE`, or fewer
-than that.
+"""oneDNN compiles a kernel for each shape and keeps up to 1,024 of them, at 1.6 ms and 0.6 MB.
+
+It is given multiples of `ROW_MULTIPLE` rows (and of tokens to sum over), or of
+`SMALL_ROW_MULTIPLE` up to `ROW_MULTIPLE`, or fewer than that.
 """
 MIN_PRODUCT_ENTRIES = 2**21
 """Multiplications from which oneDNN is the faster one; below, its overhead of some microseconds
@@ -155,8 +156,9 @@ class _Saved(torch.autograd.Function):
 
 
 def add_matmul_tn(total_OI: Tensor, y_NO: Tensor, x_NI: Tensor) -> None:
-    """`total += y.T @ x`; on a CPU block by block: a product of few rows with a large total is only
-    as fast as memory.
+    """Add the product: `total += y.T @ x`; on a CPU block by block.
+
+    A product of few rows with a large total is only as fast as memory.
     """
     if total_OI.device.type != "cpu":
         total_OI.addmm_(y_NO.T, x_NI)

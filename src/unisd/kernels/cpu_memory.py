@@ -1,5 +1,4 @@
-"""Freed memory of a process on a CPU is kept for the next activations, where glibc is its
-allocator.
+"""Keep freed memory of a process on a CPU for the next activations, where glibc allocates it.
 
 Blocks that are mapped anew cost a page fault for every 4 KiB, a sixth of the time of a pass; blocks
 of the heap cost nothing when they are used again. But what stays in the heap while its neighbours
@@ -15,12 +14,15 @@ import ctypes
 import math
 import mmap
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from unisd.distributed.sharding import is_sharded
+from unisd.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of `mallopt`
 KEEP_THRESHOLDS = 2**31 - 1, 2**31 - 1
@@ -65,6 +67,22 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
         give_back()
 
 
+@contextmanager
+def training_memory(
+    model: Any, device: torch.device, checkpointed: Callable[[], nn.ModuleList] | None
+) -> Iterator[None]:
+    """How memory is used while `model` is trained: freed memory is kept, and outputs of
+    checkpointed blocks lie apart.
+
+    checkpointed: finds these blocks; None: activations are not recomputed.
+    """
+    with keep_freed_memory(device), ExitStack() as stack:
+        if checkpointed is not None and device.type == "cpu" and not is_sharded(model):
+            with suppress(UserError):  # blocks that are not found
+                stack.enter_context(outputs_in_own_blocks(checkpointed()))
+        yield
+
+
 def give_back() -> None:
     """Hand what is free in the heap back to the system, where the allocator can.
 
@@ -75,8 +93,9 @@ def give_back() -> None:
 
 
 def own_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An empty tensor on the CPU in a mapping of its own: the heap would put it between others
-    wherever there is room.
+    """Make an empty tensor on the CPU in a mapping of its own.
+
+    The heap would put it between others wherever there is room.
 
     Raises:
         MemoryError: there is none.
@@ -91,8 +110,9 @@ def own_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def passing_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A block of its own, for something short; a large one takes the place of what is free in the
-    heap.
+    """Make a block of its own, for something short.
+
+    A large one takes the place of what is free in the heap.
 
     Raises:
         MemoryError: there is none.
@@ -104,9 +124,11 @@ def passing_block(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def outputs_in_own_blocks(layers: nn.ModuleList) -> Iterator[None]:
-    """While active, what checkpointed `layers` hand on, the input of the next one, lies in blocks
-    of its own where a gradient will come. Before every eighth what is free in the heap goes back:
-    of the room that one layer has left, a part does not fit the blocks of the next.
+    """Give what checkpointed `layers` hand on blocks of its own, while active.
+
+    It is the input of the next layer, where a gradient will come. Before every eighth what is free
+    in the heap goes back: of the room that one layer has left, a part does not fit the blocks of
+    the next.
     """
 
     def make_room(_module: nn.Module, _args: Any) -> None:

@@ -1,5 +1,6 @@
-"""Linear maps as :mod:`unisd.kernels.cpu_linear` computes them, and LoRA layers without their cost,
-in float32 and on whole weights; torch and peft compute all others.
+"""Compute LoRA layers without their cost, in float32 and on whole weights.
+
+Linear maps are those of :mod:`unisd.kernels.cpu_linear`; torch and peft compute all others.
 
 Where no gradient is asked for, one product with W + s B A takes the place of three (`merged_lora`).
 In 16 bits the sum would be rounded to the precision of W, which an adapter of the first steps lies
@@ -24,8 +25,9 @@ from unisd.kernels.cpu_linear import Computed, linear, matmul_nt, matmul_tn, pla
 
 @contextmanager
 def merged_lora(model: nn.Module, *, keep: bool) -> Iterator[None]:
-    """While active, plain LoRA layers of `model` compute with their merged weight; no parameter is
-    touched.
+    """Compute plain LoRA layers of `model` with their merged weight, while active.
+
+    No parameter is touched.
 
     Args:
         model: in evaluation mode, without gradient; PEFT-wrapped or not.
@@ -39,8 +41,9 @@ def merged_lora(model: nn.Module, *, keep: bool) -> Iterator[None]:
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
-    """While active, forward and backward passes of plain LoRA layers on frozen weights make no
-    tensor but the result.
+    """Make no tensor but the result in passes of plain LoRA layers on frozen weights, while active.
+
+    Forward and backward passes alike.
     """
     with _computing(mergeable(model), lambda layer: partial(_fused, layer)):
         yield
@@ -48,9 +51,7 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fast_maps(model: nn.Module) -> Iterator[None]:
-    """While active, whole float32 linear maps of a model on a CPU are those of
-    :mod:`unisd.kernels.cpu_linear`.
-    """
+    """Use :mod:`unisd.kernels.cpu_linear` for whole float32 linear maps on a CPU, while active."""
     maps = [
         module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)
     ]
@@ -82,8 +83,9 @@ def _computing(layers: Sequence[Any], forward: Callable[[Any], Callable[..., Ten
 
 @contextmanager
 def inference(*models: nn.Module, keep: bool = False) -> Iterator[None]:
-    """Evaluation mode without gradient, fast linear maps, adapters merged (`keep`: as in
-    `merged_lora`); all is put back.
+    """Set evaluation mode without gradient, fast linear maps, adapters merged; all is put back.
+
+    `keep`: as in `merged_lora`.
     """
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
@@ -100,8 +102,9 @@ def inference(*models: nn.Module, keep: bool = False) -> Iterator[None]:
 
 
 def mergeable(model: nn.Module) -> list[Any]:
-    """The layers that `merged_lora` merges: LoRA without bias or variant (DoRA, ...) on whole
-    float32 linear maps.
+    """List the layers that `merged_lora` merges.
+
+    They are LoRA without bias or variant (DoRA, ...) on whole float32 linear maps.
     """
     return [module for module in model.modules() if _can_merge(module)]
 
@@ -182,8 +185,9 @@ def _product(
     scaling: float,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + b + s (m x) A^T B^T for x `[...,I]`, frozen W `[O,I]`, A `[r,I]`, B `[O,r]`,
-    dropout's mask m `[...,I]` or none.
+    """Compute x W^T + b + s (m x) A^T B^T.
+
+    x `[...,I]`, frozen W `[O,I]`, A `[r,I]`, B `[O,r]`, dropout's mask m `[...,I]` or none.
     """
     inner_Nr, placed = _SavedLoRA.apply(x, weight_OI, A_rI, B_Or, scaling, kept)  # type: ignore[no-untyped-call]
 

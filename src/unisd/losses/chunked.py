@@ -28,12 +28,11 @@ from torch import Tensor
 from unisd.kernels import cpu_memory as heap
 from unisd.kernels.cpu_linear import ROW_MULTIPLE, add_matmul_tn, matmul_nt
 from unisd.losses import triton_kernels as fused
-from unisd.losses.closed_form import closed_form, log_probs_in_place, row_blocks
+from unisd.losses.closed_form import closed_form, log_probs_in_place, project_into, row_blocks
 from unisd.losses.head import Head
-from unisd.losses.plain import _teacher_logp
-from unisd.losses.terms import ChunkResult, LossInputs, LossOutput, Reweigh, TargetStates, token_terms
-from unisd.methods.divergence import DivergenceSpec, divergence_of_logp, entropy, log_probs, pick
-from unisd.methods.terms import Contrast
+from unisd.losses.plain import teacher_logp
+from unisd.losses.terms import ChunkResult, LossInputs, LossOutput, output, total
+from unisd.methods.divergence import divergence_of_logp, entropy, log_probs, pick
 
 CHUNK_BYTES = 112 * 2**20
 """Most bytes of one [C,V] float32 tensor on a CPU; a chunk holds two of them, of the student and of
@@ -45,21 +44,7 @@ does the arithmetic, else four or five in float32.
 """
 
 
-def chunked_loss(
-    student_hidden_NH: Tensor,
-    student_head: Head,
-    teacher_hidden_NH: Tensor,
-    teacher_head: Head,
-    targets_N: Tensor,
-    spec: DivergenceSpec,
-    coefficient_N: Tensor,
-    token_clip: float | None = None,
-    contrast: Contrast | None = None,
-    chunk_tokens: int | None = None,
-    *,
-    target: TargetStates | None = None,
-    reweigh: Reweigh | None = None,
-) -> LossOutput:
+def chunked_loss(inputs: LossInputs, chunk_tokens: int | None = None) -> LossOutput:
     """:func:`plain_loss` without any `[N,V]` tensor: same loss, same gradients (also of a trainable
     head).
 
@@ -67,30 +52,23 @@ def chunked_loss(
     not differentiable again. Under `torch.no_grad` only values are computed. `chunk_tokens`
     defaults to :func:`default_chunk_tokens`.
 
-    With `reweigh` and a frozen head the coefficients are multiplied in at the end, so that it costs
-    nothing. A head that is trained sums over tokens, and must know them before: a first sweep
-    without gradient finds the values.
+    With `inputs.deferred` and a frozen head the coefficients are multiplied in at the end, so that
+    it costs nothing. A head that is trained sums over tokens, and must know them before: a first
+    sweep without gradient finds the values.
     """
-    tracked = (student_hidden_NH, student_head.weight, student_head.bias)
+    hidden_NH, head = inputs.student_hidden_NH, inputs.student_head
+    tracked = (hidden_NH, head.weight, head.bias)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked)
-    most = chunk_tokens or default_chunk_tokens(student_head.weight.shape[0], student_hidden_NH.device)
-    chunk = _chunk(len(student_hidden_NH), most)
-    if reweigh is not None and (wanted[1] or wanted[2] or contrast is not None):
+    most = chunk_tokens or default_chunk_tokens(head.weight.shape[0], hidden_NH.device)
+    chunk = _chunk(len(hidden_NH), most)
+    if inputs.deferred is not None and (wanted[1] or wanted[2] or inputs.terms):
         with torch.no_grad():
-            known = chunked_loss(
-                student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N,
-                chunk_tokens=chunk, target=target,
-            )  # fmt: skip
-        factor_N = reweigh(known.divergence_N, known.student_logp_N, known.student_entropy_N)
-        coefficient_N, reweigh = coefficient_N * factor_N, None
-    inputs = LossInputs(
-        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
-        target, reweigh,
-    )  # fmt: skip
+            known = chunked_loss(replace(inputs, token_clip=None, terms=(), deferred=None), chunk)
+        factor_N = inputs.deferred(known.divergence_N, known.student_logp_N, known.student_entropy_N)
+        inputs = replace(inputs, coefficient_N=inputs.coefficient_N * factor_N, deferred=None)
     loss, *values = _ChunkedLoss.apply(*tracked, inputs, chunk, wanted)  # type: ignore[no-untyped-call]
     divergence_N, logp_N, entropy_N, teacher_logp_N = values
-    terms = token_terms(inputs, divergence_N, logp_N, teacher_logp_N)
-    return terms.output(loss, divergence_N, logp_N, entropy_N, teacher_logp_N)
+    return output(inputs, loss, (divergence_N, logp_N, entropy_N, teacher_logp_N))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -119,35 +97,9 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight_VH = gradient_of(weight_VH, wanted[1], full)
         grad_bias_V = gradient_of(bias_V, wanted[2], full)
         values_4N = torch.empty(4, tokens, dtype=full, device=device)
-
-        head = _autocast_head(inputs.student_head)
-        unit = torch.ones((), dtype=full, device=device)
-        is_half = head.weight.dtype in (torch.float16, torch.bfloat16)
-        if is_half:
-            # Coefficients are about 1 / (tokens of the step). Divided by the largest, the gradient
-            # in the logits is of order one and survives float16 in front of the matrix products,
-            # which are multiplied back in full precision.
-            coefficients = [inputs.coefficient_N] + (
-                [] if inputs.contrast is None else [inputs.contrast.coefficient_N]
-            )
-            largest = torch.cat(
-                [torch.zeros(1, dtype=full, device=device)] + [c.to(full).abs() for c in coefficients]
-            ).amax()
-            unit = torch.where(largest > 0, largest, unit)
-        scaled = replace(
-            inputs.divided_by(unit), student_head=head, teacher_head=_autocast_head(inputs.teacher_head)
-        )
-        if inputs.target is not None:
-            scaled = replace(scaled, target=inputs.target.with_heads(_autocast_head))
-        # every token's gradient for itself; multiplied by its coefficient below
-        if inputs.reweigh is not None:
-            unit, scaled = (
-                torch.ones_like(unit),
-                replace(scaled, coefficient_N=torch.ones(tokens, dtype=full, device=device)),
-            )
-        room = None
-        if device.type == "cpu" and head.weight.dtype == torch.float32 and scaled.spec.mode == "full":
-            room = heap.passing_block((2 * min(chunk, tokens), len(head.weight)), torch.float32)
+        scaled, unit = _scaled(inputs, full)
+        head = scaled.student_head
+        room = _room_for_products(scaled, min(chunk, tokens))
         with torch.autocast(device.type, enabled=False):
             for start in range(0, tokens, chunk):
                 rows = slice(start, start + chunk)
@@ -168,21 +120,17 @@ class _ChunkedLoss(torch.autograd.Function):
                         matmul_nt(grad_CV.to(head.weight.dtype), head.weight.T).to(full) * unit
                     )
                 del grad_CV  # before the next chunk's tensors, not after
-            divergence_N, logp_N, entropy_N, teacher_logp_N = values_4N.unbind()
-            if inputs.reweigh is not None:
-                coefficient_N = inputs.coefficient_N * inputs.reweigh(divergence_N, logp_N, entropy_N)
-                inputs = replace(inputs, coefficient_N=coefficient_N)
-                if grad_hidden_NH is not None:
-                    grad_hidden_NH *= coefficient_N[:, None]
+            inputs = _with_deferred(inputs, values_4N, grad_hidden_NH)
+        if grad_weight_VH is not None:
+            if _is_half(head):  # a pass over the whole head
+                grad_weight_VH.mul_(unit)
+            grad_weight_VH = grad_weight_VH.to(_kept_dtype(weight_VH))
+        if grad_bias_V is not None and bias_V is not None:
+            grad_bias_V = grad_bias_V.mul_(unit).to(_kept_dtype(bias_V))
         ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
-        if is_half and grad_weight_VH is not None:  # a pass over the whole head
-            grad_weight_VH.mul_(unit)
-        ctx.save_for_backward(
-            grad_hidden_NH,
-            None if grad_weight_VH is None else grad_weight_VH.to(_kept_dtype(weight_VH)),
-            None if grad_bias_V is None or bias_V is None else grad_bias_V.mul_(unit).to(_kept_dtype(bias_V)),
-        )
-        loss = token_terms(inputs, divergence_N, logp_N, teacher_logp_N).loss
+        ctx.save_for_backward(grad_hidden_NH, grad_weight_VH, grad_bias_V)
+        divergence_N, logp_N, entropy_N, teacher_logp_N = values_4N.unbind()
+        loss = total(inputs, (divergence_N, logp_N, entropy_N, teacher_logp_N))
         ctx.mark_non_differentiable(divergence_N, logp_N, entropy_N, teacher_logp_N)
         return loss, divergence_N, logp_N, entropy_N, teacher_logp_N
 
@@ -200,17 +148,65 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
+def _scaled(inputs: LossInputs, full: torch.dtype) -> tuple[LossInputs, Tensor]:
+    """What the chunks are computed from, and the unit that their gradients in the hidden states are
+    in.
+
+    The heads are in autocast's dtype. In half precision coefficients are about 1 / (tokens of the
+    step). Divided by the largest, the gradient in the logits is of order one and survives float16
+    in front of the matrix products, which are multiplied back in full precision.
+    """
+    head, device = _autocast_head(inputs.student_head), inputs.student_hidden_NH.device
+    unit = torch.ones((), dtype=full, device=device)
+    if _is_half(head):
+        coefficients = [inputs.coefficient_N, *(term.coefficient_N for term in inputs.terms)]
+        largest = torch.cat(
+            [torch.zeros(1, dtype=full, device=device)] + [c.to(full).abs() for c in coefficients]
+        ).amax()
+        unit = torch.where(largest > 0, largest, unit)
+    scaled = replace(
+        inputs.divided_by(unit), student_head=head, teacher_head=_autocast_head(inputs.teacher_head)
+    )
+    if inputs.target is not None:
+        scaled = replace(scaled, target=inputs.target.with_heads(_autocast_head))
+    if inputs.deferred is not None:  # every token's gradient for itself; multiplied at the end
+        ones_N = torch.ones(len(inputs.coefficient_N), dtype=full, device=device)
+        return replace(scaled, coefficient_N=ones_N), torch.ones_like(unit)
+    return scaled, unit
+
+
+def _room_for_products(scaled: LossInputs, rows: int) -> Tensor | None:
+    """On a CPU a block for the logits of a chunk of both sides, used for all chunks."""
+    weight_VH = scaled.student_head.weight
+    if weight_VH.device.type != "cpu" or weight_VH.dtype != torch.float32 or scaled.spec.mode != "full":
+        return None
+    return heap.passing_block((2 * rows, len(weight_VH)), torch.float32)
+
+
+def _with_deferred(inputs: LossInputs, values_4N: Tensor, grad_hidden_NH: Tensor | None) -> LossInputs:
+    """The inputs with the coefficients that deferred weights find from the values; multiplies the
+    gradient by them.
+    """
+    if inputs.deferred is None:
+        return inputs
+    coefficient_N = inputs.coefficient_N * inputs.deferred(values_4N[0], values_4N[1], values_4N[2])
+    if grad_hidden_NH is not None:
+        grad_hidden_NH *= coefficient_N[:, None]
+    return replace(inputs, coefficient_N=coefficient_N)
+
+
 def _by_autograd(part: LossInputs, want_gradient: bool) -> ChunkResult:
     """Any mode, by autograd over one chunk's logits."""
     spec = part.spec
     projected_CV = part.student_head.project(part.student_hidden_NH).requires_grad_(want_gradient)
     with torch.set_grad_enabled(want_gradient):
         logp_CV = log_probs(part.student_head.shape_logits(projected_CV), spec.temperature)
-        own_CV, logq_CV = _teacher_logp(part, logp_CV)
+        own_CV, logq_CV = teacher_logp(part, logp_CV)
         divergence_C = divergence_of_logp(logp_CV, logq_CV, part.targets_N, spec)
         logp_C, teacher_logp_C = pick(logp_CV, part.targets_N), pick(own_CV, part.targets_N)
-        loss = token_terms(part, divergence_C, logp_C, teacher_logp_C).loss
-    values = (divergence_C.detach(), logp_C.detach(), entropy(logp_CV.detach()), teacher_logp_C)
+        entropy_C = entropy(logp_CV.detach())
+        loss = total(part, (divergence_C, logp_C, entropy_C, teacher_logp_C))
+    values = (divergence_C.detach(), logp_C.detach(), entropy_C, teacher_logp_C)
     return values, torch.autograd.grad(loss, projected_CV)[0] if want_gradient else None
 
 
@@ -241,6 +237,10 @@ def _chunk(tokens: int, most: int) -> int:
         return fast
     tokens = max(tokens, 1)
     return math.ceil(tokens / math.ceil(tokens / most))
+
+
+def _is_half(head: Head) -> bool:
+    return head.weight.dtype in (torch.float16, torch.bfloat16)
 
 
 def _autocast_head(head: Head) -> Head:
@@ -294,7 +294,7 @@ def _scores(
                     head.matmul(hidden_NH[rows]), head, targets_N[rows], temperature
                 )
                 continue
-            projected_CV = head.project(hidden_NH[rows], room)
+            projected_CV = project_into(head, hidden_NH[rows], room)
             blocks = row_blocks(projected_CV)
             scratch_RV = torch.empty_like(projected_CV[blocks[0]]) if want_entropy else projected_CV
             for block in blocks:

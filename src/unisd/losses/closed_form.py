@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unisd.kernels.cpu_linear import linear
 from unisd.losses import triton_kernels as fused
 from unisd.losses.head import Head
-from unisd.losses.terms import ChunkResult, LossInputs, token_terms
-from unisd.methods.divergence import DivergenceSpec, pick
+from unisd.losses.terms import ChunkResult, LossInputs, TokenValues, slopes
+from unisd.methods.divergence import DivergenceSpec, at_least_float32, pick
 
 BLOCK_BYTES = 2 * 2**20
 """On a CPU the arithmetic between the products goes through a chunk in row blocks of this size,
@@ -44,7 +45,8 @@ def closed_form(part: LossInputs, want_gradient: bool, room: Tensor | None = Non
         )
         for rows in blocks
     ]
-    return tuple(map(torch.cat, zip(*collected, strict=True))), student_CV if want_gradient else None
+    divergence_C, logp_C, entropy_C, teacher_logp_C = map(torch.cat, zip(*collected, strict=True))
+    return (divergence_C, logp_C, entropy_C, teacher_logp_C), student_CV if want_gradient else None
 
 
 def _projections(part: LossInputs, room: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -56,12 +58,20 @@ def _projections(part: LossInputs, room: Tensor | None) -> tuple[Tensor, Tensor]
     )
     one, other = part.student_head, part.teacher_head
     if one.weight is other.weight and one.bias is other.bias and student_CH.dtype == teacher_CH.dtype:
-        both = one.project(torch.cat([student_CH, teacher_CH]), room)
+        both = project_into(one, torch.cat([student_CH, teacher_CH]), room)
         student_CV, teacher_CV = both[:tokens], both[tokens:]
     else:
         rest = None if room is None else room[tokens:]
-        student_CV, teacher_CV = one.project(student_CH, room), other.project(teacher_CH, rest)
+        student_CV = project_into(one, student_CH, room)
+        teacher_CV = project_into(other, teacher_CH, rest)
     return student_CV, teacher_CV.to(student_CV.dtype)
+
+
+def project_into(head: Head, hidden_CH: Tensor, room: Tensor | None) -> Tensor:
+    """As `Head.project`; `room`: see :func:`unisd.kernels.cpu_linear.linear`."""
+    if room is None:
+        return head.project(hidden_CH)
+    return at_least_float32(linear(hidden_CH.to(head.weight.dtype), head.weight, head.finite_bias, room))
 
 
 def row_blocks(x_CV: Tensor) -> list[slice]:
@@ -74,7 +84,7 @@ def row_blocks(x_CV: Tensor) -> list[slice]:
 
 def _closed_form_of(
     part: LossInputs, student_CV: Tensor, teacher_CV: Tensor, scratch: Tensor, want_gradient: bool
-) -> tuple[Tensor, ...]:
+) -> TokenValues:
     """With s_v the summands of D and r_v = ds_v/dp_v (0 where clipped), dD/dz = p (r - <p, r>).
 
     Returns (D, l, H(p), l+).
@@ -97,11 +107,11 @@ def _closed_form_of(
     if not want_gradient:
         return values
 
-    terms = token_terms(part, divergence_C, logp_C, teacher_logp_C)
+    slope_C, l_slope_C = slopes(part, values)
     inner = head.scale / spec.temperature  # from the softmax's argument back to the projection
-    slope_C1 = terms.slope_divergence_N[:, None] * inner
+    slope_C1 = slope_C[:, None] * inner
     p_slope_C1 = slope_C1 * pr_C1
-    l_slope_C1 = None if terms.slope_logp_N is None else terms.slope_logp_N[:, None] * inner
+    l_slope_C1 = None if l_slope_C is None else l_slope_C[:, None] * inner
     if l_slope_C1 is not None:  # dl/dz = onehot - p
         p_slope_C1 = p_slope_C1 + l_slope_C1
     grad_CV = torch.mul(pr_CV, slope_C1, out=student_CV).addcmul_(p_CV, p_slope_C1, value=-1.0)
@@ -138,7 +148,8 @@ def _sums_and_slopes(
     elif alpha == 1.0:  # s = p log(p/q), p ds/dp = s + p
         summand_CV = torch.sub(logp_CV, logq_CV, out=logq_CV).mul_(p_CV)
         pr_CV = torch.add(summand_CV, p_CV, out=logp_CV)
-    else:  # s = alpha q log(q/M) + (1-alpha) p log(p/M), p ds/dp = (1-alpha) p log(p/M). M = 0 only where p = q = 0.
+    else:  # s = alpha q log(q/M) + (1-alpha) p log(p/M), p ds/dp = (1-alpha) p log(p/M)
+        # M = 0 only where p = q = 0.
         q_CV = torch.exp(logq_CV, out=scratch[0])
         mixture_CV = torch.mul(p_CV, 1.0 - alpha, out=scratch[1]).add_(q_CV, alpha=alpha)
         logm_CV = mixture_CV.clamp_(min=torch.finfo(p_CV.dtype).tiny).log_()

@@ -26,19 +26,21 @@ class Head:
         """
         return self.shape_logits(self.project(hidden_NH))
 
-    def project(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:
-        """The linear part [N,V] in float32 or more, before scale and softcap; `room`: see
-        :func:`unisd.kernels.cpu_linear.linear`.
-        """
-        return at_least_float32(self.matmul(hidden_NH, room))
+    def project(self, hidden_NH: Tensor) -> Tensor:
+        """The linear part [N,V] in float32 or more, before scale and softcap."""
+        return at_least_float32(self.matmul(hidden_NH))
 
-    def matmul(self, hidden_NH: Tensor, room: Tensor | None = None) -> Tensor:
+    def matmul(self, hidden_NH: Tensor) -> Tensor:
         """The same in the weight's precision."""
-        bias_V = self.bias
-        if bias_V is not None:
-            lowest = max(LOWEST_LOGIT, torch.finfo(self.weight.dtype).min)
-            bias_V = bias_V.to(self.weight.dtype).clamp(min=lowest)
-        return linear(hidden_NH.to(self.weight.dtype), self.weight, bias_V, room)
+        return linear(hidden_NH.to(self.weight.dtype), self.weight, self.finite_bias)
+
+    @property
+    def finite_bias(self) -> Tensor | None:
+        """The bias [V] in the weight's precision, -inf raised to a number (0 * -inf is NaN)."""
+        if self.bias is None:
+            return None
+        lowest = max(LOWEST_LOGIT, torch.finfo(self.weight.dtype).min)
+        return self.bias.to(self.weight.dtype).clamp(min=lowest)
 
     def shape_logits(self, logits_NV: Tensor) -> Tensor:
         """Scale and softcap of the projected hidden states."""

@@ -10,52 +10,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unisd.losses.head import Head
-from unisd.losses.terms import LossInputs, LossOutput, Reweigh, TargetStates, token_terms
-from unisd.methods.divergence import DivergenceSpec, divergence_of_logp, entropy, log_probs, pick
-from unisd.methods.terms import Contrast
+from unisd.losses.terms import LossInputs, LossOutput, output, total
+from unisd.methods.divergence import divergence_of_logp, entropy, log_probs, pick
 
 
-def plain_loss(
-    student_hidden_NH: Tensor,
-    student_head: Head,
-    teacher_hidden_NH: Tensor,
-    teacher_head: Head,
-    targets_N: Tensor,
-    spec: DivergenceSpec,
-    coefficient_N: Tensor,
-    token_clip: float | None = None,
-    contrast: Contrast | None = None,
-    *,
-    target: TargetStates | None = None,
-    reweigh: Reweigh | None = None,
-) -> LossOutput:
-    """`sum_N coefficient * min(D, token_clip) + sum_N contrast.coefficient * h`, its gradient by
-    autograd.
+def plain_loss(inputs: LossInputs) -> LossOutput:
+    """`sum_N coefficient * min(D, token_clip)` and the terms, its gradient by autograd.
 
-    targets_N: the realised tokens. coefficient_N: constants, no gradient (see the module).
-    token_clip: cap on a token's D in nats; above it the gradient is zero. target: takes the place
-    of the teacher's distribution in D. reweigh: gives a further factor of each coefficient, from
-    the values of this very pass. N = 0 gives exactly zero, still attached to the graph.
+    N = 0 gives exactly zero, still attached to the graph.
     """
-    inputs = LossInputs(
-        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, targets_N, spec, coefficient_N, token_clip, contrast,
-        target,
-    )  # fmt: skip
-    student_logp_NV = log_probs(student_head.logits(student_hidden_NH), spec.temperature)
-    own_NV, teacher_logp_NV = _teacher_logp(inputs, student_logp_NV)
+    targets_N, spec = inputs.targets_N, inputs.spec
+    student_logp_NV = log_probs(inputs.student_head.logits(inputs.student_hidden_NH), spec.temperature)
+    own_NV, teacher_logp_NV = teacher_logp(inputs, student_logp_NV)
     own_N = pick(own_NV, targets_N)
     divergence_N = divergence_of_logp(student_logp_NV, teacher_logp_NV, targets_N, spec)
     logp_N, entropy_N = pick(student_logp_NV, targets_N), entropy(student_logp_NV.detach())
-    if reweigh is not None:
-        factor_N = reweigh(divergence_N.detach(), logp_N.detach(), entropy_N)
+    if inputs.deferred is not None:
+        factor_N = inputs.deferred(divergence_N.detach(), logp_N.detach(), entropy_N)
         inputs = replace(inputs, coefficient_N=inputs.coefficient_N * factor_N)
-    terms = token_terms(inputs, divergence_N, logp_N, own_N)
-    return terms.output(terms.loss, divergence_N, logp_N, entropy_N, own_N)
+    values = (divergence_N, logp_N, entropy_N, own_N)
+    return output(inputs, total(inputs, values), values)
 
 
 @torch.no_grad()
-def _teacher_logp(part: LossInputs, student_logp_CV: Tensor) -> tuple[Tensor, Tensor]:
+def teacher_logp(part: LossInputs, student_logp_CV: Tensor) -> tuple[Tensor, Tensor]:
     """The teacher's own log-probabilities, and the target's where there is one; the student's where
     no teacher is asked.
     """

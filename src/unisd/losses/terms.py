@@ -7,7 +7,7 @@ Shapes: N loss tokens of a micro-batch or C tokens of a chunk, V vocabulary, H h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from unisd.losses.head import Head
 from unisd.methods.divergence import DivergenceSpec, log_probs, pick
-from unisd.methods.scores import TargetInputs
+from unisd.methods.registry import Term
+from unisd.methods.scores import TargetInputs, TermInputs
 from unisd.methods.targets import STUDENT, Source, Target
-from unisd.methods.terms import Contrast, contrast_hinge
 
 # ---------------------------------------------------------------------------------- inside the loss
 
@@ -79,7 +79,55 @@ class TargetStates:
 
 # From (D, l, H(p)) [N] of all tokens, without gradient, to a factor [N] of their coefficients:
 # weights that look at the student
-Reweigh = Callable[[Tensor, Tensor, Tensor], Tensor]
+DeferredFactor = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+TokenValues = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(D, l, H(p), l+), each [N], at the distillation temperature."""
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerm:
+    """A term of the loss and what it needs of N tokens beside the loss's own values."""
+
+    term: Term
+    coefficient_N: Tensor  # the term's own times the normaliser; 0 where the row lacks the term
+    negative_logp_N: Tensor | None = None  # l-; any value where the coefficient is 0
+
+    def rows(self, rows: slice) -> LossTerm:
+        """The same for a slice of the tokens."""
+        negative_N = None if self.negative_logp_N is None else self.negative_logp_N[rows]
+        return replace(self, coefficient_N=self.coefficient_N[rows], negative_logp_N=negative_N)
+
+    def values(self, values: TokenValues, hidden: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+        """The term [N]; 0 where the row lacks it."""
+        divergence_N, logp_N, entropy_N, teacher_logp_N = values
+        present_N = self.coefficient_N != 0
+        negative_N = None
+        if self.negative_logp_N is not None:  # an absent one may be NaN
+            negative_N = torch.where(present_N, self.negative_logp_N, 0.0)
+        constant = (teacher_logp_N.detach(), entropy_N.detach(), divergence_N.detach())
+        return torch.where(present_N, self.term(TermInputs(logp_N, *constant, negative_N, hidden)), 0.0)
+
+    def slope(self, values: TokenValues) -> Tensor:
+        """d loss / d l [N]."""
+        divergence_N, logp_N, entropy_N, teacher_logp_N = values
+        with torch.enable_grad():
+            leaf_N = logp_N.detach().requires_grad_()
+            value_N = self.values((divergence_N, leaf_N, entropy_N, teacher_logp_N))
+            if not value_N.requires_grad:
+                return torch.zeros_like(logp_N)
+            (slope_N,) = torch.autograd.grad((self.coefficient_N * value_N).sum(), leaf_N)
+        return slope_N
+
+
+@dataclass(frozen=True, eq=False)
+class TermOutput:
+    """What a term was at N tokens, without gradient."""
+
+    values_N: Tensor
+    coefficient_N: Tensor
+    active_N: Tensor | None  # bool: it has a gradient in l; None of a term of hidden states
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +142,19 @@ class LossOutput:
     student_entropy_N: Tensor  # H(p)
     teacher_logp_N: Tensor  # l+
     clipped_N: Tensor  # bool: D exceeds the token clip, gradient zero
-    # bool: the hinge has a gradient (l between l- and l+); None without contrast
-    contrast_active_N: Tensor | None
-    contrast_N: Tensor | None  # h
+    terms: Mapping[str, TermOutput]  # by name
+
+    def with_hidden_terms(
+        self, terms: Sequence[LossTerm], hidden: Sequence[tuple[Tensor, Tensor]]
+    ) -> LossOutput:
+        """Add terms that look at pairs of hidden states `[N,H]` of student and teacher."""
+        values = (self.divergence_N, self.student_logp_N, self.student_entropy_N, self.teacher_logp_N)
+        loss, found = self.loss, dict(self.terms)
+        for term in terms:
+            values_N = term.values(values, hidden)
+            loss = loss + (term.coefficient_N * values_N).sum()
+            found[term.term.name] = TermOutput(values_N.detach(), term.coefficient_N, None)
+        return replace(self, loss=loss, terms=found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +163,20 @@ class LossInputs:
 
     student_hidden_NH: Tensor
     student_head: Head
-    teacher_hidden_NH: Tensor
+    teacher_hidden_NH: Tensor  # H may differ from the student's
     teacher_head: Head
-    targets_N: Tensor
+    targets_N: Tensor  # the realised tokens
     spec: DivergenceSpec
+    # without gradient: mask, reliability weights and the normaliser of the whole optimizer step
     coefficient_N: Tensor
-    token_clip: float | None
-    contrast: Contrast | None
+    # cap on a token's D in nats; above it the gradient is zero
+    token_clip: float | None = None
+    # those whose gradient flows through l
+    terms: tuple[LossTerm, ...] = ()
+    # takes the place of the teacher's distribution in D
     target: TargetStates | None = None
-    reweigh: Reweigh | None = None
+    # a further factor of each coefficient, from the values of this very pass
+    deferred: DeferredFactor | None = None
 
     def rows(self, rows: slice) -> LossInputs:
         return replace(
@@ -122,59 +185,53 @@ class LossInputs:
             teacher_hidden_NH=self.teacher_hidden_NH[rows],
             targets_N=self.targets_N[rows],
             coefficient_N=self.coefficient_N[rows],
-            contrast=None if self.contrast is None else self.contrast.rows(rows),
+            terms=tuple(term.rows(rows) for term in self.terms),
             target=None if self.target is None else self.target.rows(rows),
         )
 
     def divided_by(self, unit: Tensor) -> LossInputs:
-        contrast = self.contrast
-        if contrast is not None:
-            contrast = replace(contrast, coefficient_N=contrast.coefficient_N / unit)
-        return replace(self, coefficient_N=self.coefficient_N / unit, contrast=contrast)
+        terms = tuple(replace(term, coefficient_N=term.coefficient_N / unit) for term in self.terms)
+        return replace(self, coefficient_N=self.coefficient_N / unit, terms=terms)
 
 
-@dataclass(frozen=True, eq=False)
-class TokenTerms:
-    """What follows from D and l of each token, the same for the plain and the chunked form."""
-
-    loss: Tensor
-    clipped_N: Tensor
-    hinge_N: Tensor | None
-    slope_divergence_N: Tensor  # d loss / d D
-    slope_logp_N: Tensor | None  # d loss / d l, from the contrast
-
-    def output(
-        self, loss: Tensor, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor, teacher_logp_N: Tensor
-    ) -> LossOutput:
-        active_N = None if self.slope_logp_N is None else self.slope_logp_N != 0
-        hinge_N = None if self.hinge_N is None else self.hinge_N.detach()
-        values = (divergence_N.detach(), logp_N.detach(), entropy_N.detach(), teacher_logp_N)
-        return LossOutput(loss, *values, self.clipped_N, active_N, hinge_N)
+# ----------------------------- what follows from D and l of each token, for plain and chunked form
 
 
-def token_terms(
-    inputs: LossInputs, divergence_N: Tensor, logp_N: Tensor, teacher_logp_N: Tensor
-) -> TokenTerms:
-    """`sum_N coefficient * min(D, token_clip) + sum_N contrast.coefficient * h`, and its slopes."""
-    cap = math.inf if inputs.token_clip is None else inputs.token_clip
-    clipped_N = divergence_N.detach() > cap
-    loss = (inputs.coefficient_N * divergence_N.clamp(max=cap)).sum()
+def total(inputs: LossInputs, values: TokenValues) -> Tensor:
+    """`sum_N coefficient * min(D, token_clip)` and the same sum of each term."""
+    loss = (inputs.coefficient_N * values[0].clamp(max=_cap(inputs))).sum()
+    for term in inputs.terms:
+        loss = loss + (term.coefficient_N * term.values(values)).sum()
+    return loss
+
+
+def slopes(inputs: LossInputs, values: TokenValues) -> tuple[Tensor, Tensor | None]:
+    """d loss / d D [N] and, from the terms, d loss / d l [N]."""
+    divergence_N, logp_N = values[0], values[1]
+    clipped_N = divergence_N.detach() > _cap(inputs)
     slope_divergence_N = torch.where(clipped_N, 0.0, inputs.coefficient_N).to(divergence_N.dtype)
-    contrast = inputs.contrast
-    if contrast is None:
-        return TokenTerms(loss, clipped_N, None, slope_divergence_N, None)
-    contrast = contrast.against(teacher_logp_N)
-    assert contrast.teacher_logp_N is not None
-    hinge_N = contrast_hinge(logp_N, contrast)
-    loss = loss + (contrast.coefficient_N * hinge_N).sum()
-    l_N = logp_N.detach()
-    direction_N = (l_N - contrast.teacher_logp_N).sign() - (l_N - contrast.negative_logp_N).sign()
-    slope_logp_N = torch.where(hinge_N.detach() > 0, contrast.coefficient_N * direction_N, 0.0).to(
-        logp_N.dtype
-    )
-    return TokenTerms(loss, clipped_N, hinge_N, slope_divergence_N, slope_logp_N)
+    slopes_N = [term.slope(values).to(logp_N.dtype) for term in inputs.terms]
+    return slope_divergence_N, sum(slopes_N[1:], slopes_N[0]) if slopes_N else None
+
+
+def output(inputs: LossInputs, loss: Tensor, values: TokenValues) -> LossOutput:
+    """What a loss function returns."""
+    detached = tuple(value.detach() for value in values)
+    divergence_N, logp_N, entropy_N, teacher_logp_N = detached
+    known = (divergence_N, logp_N, entropy_N, teacher_logp_N)
+    terms = {
+        term.term.name: TermOutput(
+            term.values(known).detach(), term.coefficient_N, term.slope(known).to(logp_N.dtype) != 0
+        )
+        for term in inputs.terms
+    }
+    return LossOutput(loss, *known, divergence_N > _cap(inputs), terms)
+
+
+def _cap(inputs: LossInputs) -> float:
+    return math.inf if inputs.token_clip is None else inputs.token_clip
 
 
 # A chunk's (D, l, H(p), l+), each [C], and the gradient [C,V] of its loss in the student's
 # projected hidden states
-ChunkResult = tuple[tuple[Tensor, ...], Tensor | None]
+ChunkResult = tuple[TokenValues, Tensor | None]

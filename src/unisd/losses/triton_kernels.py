@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unisd.losses.head import Head
-from unisd.losses.terms import ChunkResult, LossInputs, token_terms
+from unisd.losses.terms import ChunkResult, LossInputs, slopes
 
 logger = logging.getLogger(__name__)
 AVAILABLE = importlib.util.find_spec("triton") is not None
@@ -120,10 +120,26 @@ if AVAILABLE:
 
     @triton.jit
     def _gradient_kernel(
-        zp_ptr, zq_ptr, lsep_ptr, lseq_ptr, target_ptr, slope_ptr, back_ptr, hinge_ptr,
-        V, factor_p, cap_p, factor_q, cap_q, alpha,
-        CAPPED_P: tl.constexpr, CAPPED_Q: tl.constexpr, KIND: tl.constexpr, HINGE: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        zp_ptr,
+        zq_ptr,
+        lsep_ptr,
+        lseq_ptr,
+        target_ptr,
+        slope_ptr,
+        back_ptr,
+        hinge_ptr,
+        V,
+        factor_p,
+        cap_p,
+        factor_q,
+        cap_q,
+        alpha,
+        CAPPED_P: tl.constexpr,
+        CAPPED_Q: tl.constexpr,
+        KIND: tl.constexpr,
+        HINGE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """slope * (p ds/dp) - back * p + hinge * onehot, through the softcap, in the place of the
         student's projection.
         """
@@ -219,13 +235,14 @@ def closed_form(part: LossInputs, want_gradient: bool) -> ChunkResult:
     values = (divergence_C, logp_C, entropy_C, teacher_logp_C)
     if not want_gradient:
         return values, None
-    terms = token_terms(part, divergence_C, logp_C, teacher_logp_C)
+    of_divergence_C, of_logp_C = slopes(part, values)
     inner = head.scale / spec.temperature  # from the softmax's argument back to the projection
-    slope_C = terms.slope_divergence_N.float() * inner
-    hinge_C = None if terms.slope_logp_N is None else terms.slope_logp_N.float() * inner
-    back_C = slope_C * slopes_C if hinge_C is None else slope_C * slopes_C + hinge_C
+    slope_C = of_divergence_C.float() * inner
+    l_slope_C = None if of_logp_C is None else of_logp_C.float() * inner
+    back_C = slope_C * slopes_C if l_slope_C is None else slope_C * slopes_C + l_slope_C
     _gradient_kernel[(C,)](
-        zp_CV, zq_CV, lsep_C, lseq_C, part.targets_N, slope_C, back_C, slope_C if hinge_C is None else hinge_C, V,
-        *factors, *capped, kind, hinge_C is not None, BLOCK, num_warps=8,
+        zp_CV, zq_CV, lsep_C, lseq_C, part.targets_N, slope_C, back_C,
+        slope_C if l_slope_C is None else l_slope_C, V,
+        *factors, *capped, kind, l_slope_C is not None, BLOCK, num_warps=8,
     )  # fmt: skip
     return values, zp_CV

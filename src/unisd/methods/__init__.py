@@ -3,6 +3,6 @@
 Importing this package registers the published ones.
 """
 
-from unisd.methods import agreement, targets, weights
+from unisd.methods import agreement, targets, terms, weights
 
-__all__ = ["agreement", "targets", "weights"]
+__all__ = ["agreement", "targets", "terms", "weights"]

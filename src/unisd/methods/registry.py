@@ -1,9 +1,9 @@
 """Functions known by name: from here, or from other packages by entry point; their options bound
 from text.
 
-What is registered (token weights, targets) is a frozen object with the fields `name`, `function`
-and `options`. A *reliability weight* is one function `(StepScores, **options) -> weights`; it
-declares what it needs of the scoring phase, and only that is computed.
+What is registered (token weights, targets, loss terms) is a frozen object with the fields `name`,
+`function` and `options`. A *reliability weight* is one function `(StepScores, **options) ->
+weights`; it declares what it needs of the scoring phase, and only that is computed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,26 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from unisd.errors import UserError
-from unisd.methods.scores import NEEDS, NORMALIZERS, StepScores
+from unisd.methods.scores import NEEDS, NORMALIZERS, StepScores, TermInputs
 
 logger = logging.getLogger(__name__)
 
-Plugin = TypeVar("Plugin")
+
+class Named(Protocol):
+    """What a registry holds."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def function(self) -> Callable[..., Tensor]: ...
+
+
+Plugin = TypeVar("Plugin", bound=Named)
 
 
 def find(kind: str, name: str, registry: Mapping[str, Plugin], group: str) -> Plugin:
@@ -58,6 +68,15 @@ def find(kind: str, name: str, registry: Mapping[str, Plugin], group: str) -> Pl
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise UserError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def enter(kind: str, plugin: Plugin, registry: dict[str, Plugin]) -> None:
+    """Make a plug-in known by its name; raise `UserError` if another module has taken it."""
+    known: Any = registry.get(plugin.name)
+    # a reload replaces its own
+    if known is not None and known.function.__module__ != plugin.function.__module__:
+        raise UserError(f"{kind} {plugin.name!r} is already registered by {known.function.__module__}.")
+    registry[plugin.name] = plugin
 
 
 def bound_options(
@@ -176,13 +195,8 @@ def register_weight(
         )
 
     def register(function: Weight) -> Weight:
-        known = _REGISTRY.get(name)
-        # a reload replaces its own
-        if known is not None and known.function.__module__ != function.__module__:
-            raise UserError(f"token weight {name!r} is already registered by {known.function.__module__}.")
-        _REGISTRY[name] = WeightFunction(
-            name, function, level, frozenset(needs), normalizer, in_forward=in_forward
-        )
+        weight = WeightFunction(name, function, level, frozenset(needs), normalizer, in_forward=in_forward)
+        enter(KIND, weight, _REGISTRY)
         return function
 
     return register
@@ -197,3 +211,75 @@ def parse_weight(text: str) -> WeightFunction:
     """`name` or `name:option=value,option=value`; values are Python literals, or else strings."""
     name, options = parse(KIND, text)
     return get_weight(name).with_options(**options)
+
+
+# -------------------------------------------------------------------------------------- loss terms
+
+TERM_KIND = "loss term"
+TERM_GROUP = "unisd.terms"
+TERM_NEEDS = frozenset({"negative", "hidden"})
+
+
+@dataclass(frozen=True)
+class Term:
+    """A registered term of the loss, its options and its coefficient; call it with values of
+    tokens.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    needs: frozenset[str]  # subset of TERM_NEEDS
+    options: Mapping[str, Any] = field(default_factory=dict)
+    coefficient: float = 1.0
+
+    def __call__(self, inputs: TermInputs) -> Tensor:
+        values = self.function(inputs, **self.options)
+        if values.shape != inputs.student_logp.shape:
+            raise UserError(
+                f"loss term {self.name!r} must return shape {tuple(inputs.student_logp.shape)}, but returned"
+                f" {tuple(values.shape)}."
+            )
+        return values
+
+    def with_options(self, coefficient: Any = 1.0, **options: Any) -> Term:
+        """The same with options bound; unknown ones, and a coefficient that is no weight, are
+        refused here.
+        """
+        if not isinstance(coefficient, int | float) or not coefficient > 0:
+            raise UserError(
+                f"loss term {self.name!r}: coefficient must be a number above 0, got {coefficient!r}."
+            )
+        bound = bound_options(TERM_KIND, self.name, self.function, {**self.options, **options})
+        return replace(self, options=bound, coefficient=float(coefficient))
+
+
+_TERMS: dict[str, Term] = {}
+
+
+def register_term(name: str, *, needs: frozenset[str] = frozenset()) -> Callable[[Weight], Weight]:
+    """Decorator: make a function `(inputs, **options) -> Tensor` known as the loss term `name`.
+
+    It is added to the loss: `coefficient` times the mean of its values over the rows that have what
+    it needs. It is called for some of the step's tokens at a time, and looks at each token alone.
+
+    needs: `negative`, the scores under a wrong reference (one more forward pass); `hidden`, states
+    of student and teacher, which the gradient then flows through.
+    """
+    if unknown := sorted(frozenset(needs) - TERM_NEEDS):
+        raise UserError(
+            f"loss term {name!r} needs {unknown[0]!r}, which is not offered: {sorted(TERM_NEEDS)}."
+        )
+
+    def register(function: Weight) -> Weight:
+        enter(TERM_KIND, Term(name, function, frozenset(needs)), _TERMS)
+        return function
+
+    return register
+
+
+def parse_term(text: str) -> Term:
+    """`name:coefficient=...,option=value`, as for token weights; the coefficient is 1 unless
+    given.
+    """
+    name, options = parse(TERM_KIND, text)
+    return find(TERM_KIND, name, _TERMS, TERM_GROUP).with_options(**options)

@@ -28,6 +28,25 @@ class TargetInputs:
     progress: float = 0.0  # share of the run's optimizer steps that are done, for schedules
 
 
+@dataclass(frozen=True, eq=False)
+class TermInputs:
+    """Everything a loss term may look at: values `[N]` of loss tokens, at the distillation
+    temperature.
+
+    Gradients flow through `student_logp`; of a term that needs `hidden`, through the student's
+    states alone. Everything else is constant.
+    """
+
+    student_logp: Tensor  # l
+    teacher_logp: Tensor  # l+
+    student_entropy: Tensor  # H(p)
+    divergence: Tensor  # D, after the entry clip
+    negative_logp: Tensor | None = None  # l-; 0 where the row has no wrong reference (negative)
+    # student's and teacher's states [N,H]: the head's input, or those of each of `feature_layers`
+    # (hidden)
+    hidden: Sequence[tuple[Tensor, Tensor]] = ()
+
+
 def _described(dims: str, what: str, need: str | None = None) -> dict[str, str | None]:
     return {"dims": dims, "what": what, "need": need}
 

@@ -1,53 +1,44 @@
 """C. contrast (Eq. 4-5), D. features (Eq. 6) and E. clipping: what stands beside the divergence in
 the loss.
+
+A *term* of the loss is one pure function `(TermInputs, **options) -> values [N]`, registered by
+name with :func:`unisd.methods.registry.register_term`, or by another package under the entry point
+group `unisd.terms`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Contrast:
-    """What the token-level contrast (Eq. 4-5) needs besides the student's l, at the distillation
-    temperature.
-    """
-
-    # l+; None: taken from the teacher's own logits, which the divergence projects anyway
-    teacher_logp_N: Tensor | None
-    negative_logp_N: Tensor  # l-; any value where the coefficient is 0
-    coefficient_N: Tensor  # lambda and the normaliser; 0 where the row has no negative
-    margin: float
-
-    def rows(self, rows: slice) -> Contrast:
-        """The same for a slice of the tokens."""
-        teacher_logp_N = None if self.teacher_logp_N is None else self.teacher_logp_N[rows]
-        return Contrast(teacher_logp_N, self.negative_logp_N[rows], self.coefficient_N[rows], self.margin)
-
-    def against(self, teacher_logp_N: Tensor) -> Contrast:
-        """The same with l+ filled in, where it was left open."""
-        return self if self.teacher_logp_N is not None else replace(self, teacher_logp_N=teacher_logp_N)
+from unisd.methods.registry import register_term
+from unisd.methods.scores import TermInputs
 
 
-def contrast_hinge(student_logp_N: Tensor, contrast: Contrast) -> Tensor:
-    """h = relu(margin + |l - l+| - |l - l-|) (Eq. 4-5), 0 where the row has no negative.
+@register_term("contrast", needs=frozenset({"negative"}))
+def contrast(inputs: TermInputs, *, margin: float = 0.5) -> Tensor:
+    """h = relu(margin + |l - l+| - |l - l-|) (Eq. 4-5): towards the reference, away from a wrong
+    one.
 
     Its gradient is zero unless l lies strictly between l- and l+ (elsewhere the two distances move
     together).
     """
-    assert contrast.teacher_logp_N is not None
-    present_N = contrast.coefficient_N != 0
-    negative_N = torch.where(present_N, contrast.negative_logp_N, 0.0)  # an absent negative may be NaN
-    distance_N = (student_logp_N - contrast.teacher_logp_N).abs() - (student_logp_N - negative_N).abs()
-    return torch.where(present_N, torch.relu(contrast.margin + distance_N), 0.0)
+    assert inputs.negative_logp is not None
+    right, wrong = inputs.student_logp - inputs.teacher_logp, inputs.student_logp - inputs.negative_logp
+    return torch.relu(margin + (right.abs() - wrong.abs()))
 
 
-# ----------------------------------------------------------------------------------- clipping (E)
-# and features (D)
+@register_term("features", needs=frozenset({"hidden"}))
+def features(inputs: TermInputs) -> Tensor:
+    """Squared distance of student and teacher features (Eq. 6), the mean over layers and hidden
+    size.
+    """
+    return torch.stack([feature_distance(student, teacher) for student, teacher in inputs.hidden]).mean(0)
+
+
+# ---------------------------------------------------------------------------------- clipping (E)
 
 
 def quantile_clip(divergence: Tensor, mask: Tensor, q: float) -> float | None:

@@ -1,7 +1,7 @@
 """Published token weights that need no further forward pass (for `contrast_weight`: none but the
 negative view's).
 
-Each is one pure function of :class:`unisd.methods.StepScores`; evidence and costs are in
+Each is one pure function of :class:`unisd.methods.scores.StepScores`; evidence and costs are in
 `docs/field.md`. Those with `in_forward` look at the student, whose scores come out of the training
 pass itself: they are called once per micro-batch, with its rows only.
 

@@ -138,8 +138,9 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _begins_with_bos(file: Path) -> bool:
-    """Whether the file says that every text begins with BOS, which transformers' conversion of the
-    tokenizer forgets.
+    """Say whether the file wants every text to begin with BOS.
+
+    transformers' conversion of the tokenizer forgets it.
     """
     from gguf import GGUFReader
 

@@ -57,8 +57,9 @@ class ModelInfo:
 
 
 def resolve(name_or_path: str) -> str:
-    """The local folder of a model, or the hub id unchanged; converts GGUF files into the local
-    cache.
+    """Find the local folder of a model; a hub id is returned unchanged.
+
+    GGUF files are converted into the local cache.
 
     Raises `UserError`: not a model folder, no such path, GGUF without the package `gguf`, SmolLM2
     not installed.
@@ -97,8 +98,9 @@ def without_adapter(model: Any) -> Any:
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """All token ids that end an answer: of the generation config, the config and the tokenizer;
-    sorted.
+    """List all token ids that end an answer, sorted.
+
+    They are those of the generation config, the config and the tokenizer.
     """
     found: set[int] = set()
     configs = (
@@ -114,8 +116,9 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def native_bf16() -> bool:
-    """Whether the accelerator, or the CPU where there is none, computes in bf16 itself rather than
-    by emulation.
+    """Say whether bf16 is computed by the hardware itself rather than by emulation.
+
+    The hardware is the accelerator, or the CPU where there is none.
     """
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
@@ -159,8 +162,9 @@ def _load(what: str, name: str, path: str, build: Any) -> Any:
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, always with a pad token (one that exists already: embeddings are
-    not resized).
+    """Load the tokenizer of a model, always with a pad token.
+
+    It is one that exists already: embeddings are not resized.
     """
     from transformers import AutoTokenizer
 
@@ -244,8 +248,9 @@ def load_model_and_tokenizer(
 
 
 def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, ModelInfo]:
-    """A peft adapter on the base that it names; the tokenizer saved beside the adapter wins over
-    the base's.
+    """Load a peft adapter on the base that it names.
+
+    The tokenizer saved beside the adapter wins over the base's.
     """
     import dataclasses
 
@@ -280,8 +285,9 @@ def _four_bits(compute: torch.dtype) -> Any:
 
 
 def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing: bool) -> Any:
-    """The model with a new adapter, whose factors are drawn with `seed`; a quantised one is
-    prepared for training first.
+    """Add a new adapter to the model; its factors are drawn with `seed`.
+
+    A quantised model is prepared for training first.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
@@ -307,8 +313,9 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
 
 
 def _within_decoder(model: Any, peft_config: Any) -> Any:
-    """The configuration without targets outside of the text decoder: `all-linear` would adapt a
-    vision tower too.
+    """Leave targets outside of the text decoder out of the configuration.
+
+    `all-linear` would adapt a vision tower too.
     """
     decoder = model.get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")

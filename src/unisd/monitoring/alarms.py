@@ -1,5 +1,6 @@
-"""From the metrics of the steps to alarms: what has gone wrong since the first steps, in plain
-words, with the remedy.
+"""Raises alarms: what has gone wrong since the first steps, in plain words, with the remedy.
+
+From the metrics of the steps.
 
 The one place that judges a run's health. A rule compares the first `window` steps with the last
 ones: medians, and of what is rare the sums of counts, with a test whether chance would do as much;
@@ -134,9 +135,11 @@ def at_most(found: int, of: int, share: float) -> float:
 
 
 def collapse(first: Values, last: Values) -> str | None:
-    """Repetition that doubles while the divergence falls, or that grows far; answers that grow
-    while the divergence falls; or entropy that doubles while the divergence does not grow: the
-    first sign, where student and teacher go astray together.
+    """Find the first signs of collapse.
+
+    Repetition that doubles while the divergence falls, or that grows far; answers that grow while
+    the divergence falls; or entropy that doubles while the divergence does not grow: the first
+    sign, where student and teacher go astray together.
     """
     divergence, divergence_now = first["teacher/divergence"], last["teacher/divergence"]
     repeated, repeated_now = first["collapse/repeated_share"], last["collapse/repeated_share"]
@@ -188,8 +191,9 @@ def pull_cosine(both: float, right: float, wrong: float) -> float:
 
 
 def blind_teacher(first: Values, last: Values) -> str | None:
-    """A teacher that is told less than all: how much of its pull is the same under a wrong
-    reference, and of one that is told all?
+    """Measure how much of a teacher's pull is the same under a wrong reference.
+
+    Of a teacher that is told less than all, and of one that is told all.
 
     Over all answers that the run has probed. A teacher that is told all is its own measure, and
     never blind.
@@ -207,8 +211,9 @@ def blind_teacher(first: Values, last: Values) -> str | None:
 
 
 def gone_blind(first: Values, last: Values) -> str | None:
-    """A teacher that no longer reads its reference: its pull has become the same under a wrong
-    one.
+    """Find a teacher that no longer reads its reference.
+
+    Its pull has become the same under a wrong one.
     """
     if min(first["leak/pull_answers"], last["leak/pull_answers"]) < PROBED_IN_WINDOW:
         return None
@@ -260,8 +265,9 @@ WATCHED = frozenset(metric.removeprefix("run/") for _, metrics, _ in RULES for m
 
 
 def find(first: Values, last: Values) -> dict[str, str]:
-    """What has gone wrong between the first and the last steps: name of the alarm -> plain words
-    with the remedy.
+    """Find what has gone wrong between the first and the last steps.
+
+    By the name of the alarm: plain words with the remedy.
     """
     known = first.keys() & last.keys()
     found = {name: rule(first, last) for name, metrics, rule in RULES if known.issuperset(metrics)}
@@ -301,8 +307,9 @@ def silence(steps: int, window: int, counted: bool, probed: bool) -> str:
 
 
 class Watch:
-    """Takes in the metrics of one optimizer step after the other, and raises alarms: once each, and
-    again only after it had gone.
+    """Takes in the metrics of one optimizer step after the other, and raises alarms.
+
+    Each is raised once, and again only after it had gone.
 
     Args:
         window: steps at the start, and at the end, that are compared. A metric that only some steps
@@ -319,8 +326,9 @@ class Watch:
         self._present: set[str] = set()
 
     def update(self, step: int, values: Mapping[str, float | None]) -> list[Alarm]:
-        """The alarms that are new with optimizer step number `step`; they are also added to
-        `alarms`.
+        """Return the alarms that are new with optimizer step number `step`.
+
+        They are also added to `alarms`.
         """
         self._steps += 1
         for metric, value in _finite(values).items():

@@ -1,5 +1,4 @@
-"""What a run costs: tokens by use, time by phase, memory, estimated floating-point operations and
-energy; by mechanism too.
+"""Accounts for a run: tokens by use, time by phase, memory, floating-point operations, energy.
 
 Floating-point operations are estimated as 2 per weight and token of a forward pass, 2 more for the
 gradient of the activations and 2 per *trained* weight for its own gradient (attention's own
@@ -55,13 +54,12 @@ def account(
             subtract).
         energy: as `energy_of` returns it.
     """
-    trained, completion = counts.get("trained", 0), counts.get("completion", 0)
+    trained = counts.get("trained", 0)
     views = {
         name.removeprefix("scored_"): count for name, count in counts.items() if name.startswith("scored_")
     }
     scored = sum(views.values())
-    weights = size.parameters - (0 if head_only_embedding else size.vocabulary * size.hidden)
-    forward = 2 * weights
+    forward = 2 * (size.parameters - (0 if head_only_embedding else size.vocabulary * size.hidden))
     flops = {
         "rollout": forward * (counts.get("generated", 0) + counts.get("prefilled", 0)),
         "score": forward * scored,
@@ -69,25 +67,6 @@ def account(
     }
     total = sum(flops.values())
     seconds = sum(phases.get(name, 0.0) for name in ("rollout", "score", "student", "update"))
-    score_s = phases.get("score", 0.0)
-    mechanisms: dict[str, dict[str, float]] = {}
-    by_mechanism: Counter[str] = Counter()
-    for view in views.keys() - {PRIMARY}:
-        by_mechanism[MECHANISM_OF_VIEW.get(view, "target")] += views[view]
-    for mechanism, tokens in sorted(by_mechanism.items()):
-        mechanisms[mechanism] = {
-            "tokens_scored": tokens,
-            "flops": forward * tokens,
-            "share_of_flops": forward * tokens / max(total, 1),
-            "seconds_estimated": tokens / scored * score_s,
-        }
-    if phases.get("update"):
-        mechanisms["ema"] = {
-            "tokens_scored": 0,
-            "flops": 0,
-            "share_of_flops": 0.0,
-            "seconds_estimated": phases["update"],
-        }
     hours = seconds / 3600 * devices
     kwh = energy.get("kwh")
     return {
@@ -97,7 +76,7 @@ def account(
             "scored": scored,
             "scored_by_view": views,
             "trained": trained,
-            "completion": completion,
+            "completion": counts.get("completion", 0),
         },
         "train_s": seconds,
         "devices": devices,
@@ -110,15 +89,49 @@ def account(
             **energy,
             "kwh_per_million_tokens": kwh / (trained / 1e6) if kwh is not None and trained else None,
         },
-        "by_mechanism": mechanisms,
+        "by_mechanism": _by_mechanism(views, forward, total, phases),
     }
+
+
+def _by_mechanism(
+    views: dict[str, int], forward: int, total: int, phases: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """What each mechanism adds to the scoring of the teacher, and the teacher's update.
+
+    Args:
+        views: tokens scored by view.
+        forward: operations of a token's forward pass.
+        total: operations of the training.
+    """
+    scored = sum(views.values())
+    tokens_of: Counter[str] = Counter()
+    for view in views.keys() - {PRIMARY}:
+        tokens_of[MECHANISM_OF_VIEW.get(view, "target")] += views[view]
+    found: dict[str, dict[str, float]] = {
+        mechanism: {
+            "tokens_scored": tokens,
+            "flops": forward * tokens,
+            "share_of_flops": forward * tokens / max(total, 1),
+            "seconds_estimated": tokens / scored * phases.get("score", 0.0),
+        }
+        for mechanism, tokens in sorted(tokens_of.items())
+    }
+    if phases.get("update"):
+        found["ema"] = {
+            "tokens_scored": 0,
+            "flops": 0,
+            "share_of_flops": 0.0,
+            "seconds_estimated": phases["update"],
+        }
+    return found
 
 
 def energy_of(
     seconds: float, devices: int, tdp_w: float | None, measured_kwh: float | None = None
 ) -> dict[str, Any]:
-    """Energy of the training phases in kWh and how it was found: `{"kwh", "method", "tdp_w"}`;
-    unknown without a TDP.
+    """Estimate the energy of the training phases, unless it was measured; needs a TDP.
+
+    Returns `{"kwh", "method", "tdp_w"}`.
     """
     if measured_kwh is not None:
         return {"kwh": measured_kwh, "method": "codecarbon", "tdp_w": tdp_w}

@@ -1,12 +1,11 @@
-"""Is the run healthy?
+"""Measures what critics of self-distillation ask to be watched; the loss tells little of it.
 
-What critics of self-distillation ask to be watched, beside the loss, which tells little.
-
-| criticism | logged under | alarm |
-|---|---|---|
-| suppressed uncertainty (arXiv 2603.24472, 2607.05184) | `words/*` per 1,000 tokens, `words/style_loss_share` | doubt vanishes |
-| leak of the reference (arXiv 2607.02502, 2607.02234) | `leak/*` | the gold answer is stated ever earlier |
-| collapse and forgetting (arXiv 2607.01763) | `collapse/*`, `retained/nll` | repetition, growth; the probe set is lost |
+- Suppressed uncertainty (arXiv 2603.24472, 2607.05184): `words/*` per 1,000 tokens,
+  `words/style_loss_share`; the alarm is that doubt vanishes.
+- Leak of the reference (arXiv 2607.02502, 2607.02234): `leak/*`; the alarm is that the gold answer
+  is stated ever earlier.
+- Collapse and forgetting (arXiv 2607.01763): `collapse/*`, `retained/nll`; the alarms are
+  repetition, growth, and that the probe set is lost.
 
 All but the leak probe and the probe set is counted on the step's own answers, without a forward
 pass. :mod:`unisd.monitoring.alarms` judges the numbers. The word lists are files in `words/`, two
@@ -78,8 +77,9 @@ def repeated_share(ids: Sequence[int], n: int = NGRAM) -> float:
 
 
 def first_place(text: str, answer: str) -> float | None:
-    """Where the answer is first stated, as a share of the text's words before it; None where it is
-    not.
+    """Where the answer is first stated: the share of the text's words before it.
+
+    None where it is not.
 
     A letter is an answer only where it is marked as one: "A magnet" states nothing.
     """
@@ -93,8 +93,9 @@ def first_place(text: str, answer: str) -> float | None:
 
 
 def answer_tokens(tokenizer: Any, ids: Sequence[int]) -> list[bool]:
-    """Which tokens of an answer are its final answer (see
-    :func:`unisd.data.privilege.final_answer`): the last place it is stated.
+    """Which tokens of an answer are its final answer: the last place it is stated.
+
+    See :func:`unisd.data.privilege.final_answer`.
     """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     final = final_answer(text)
@@ -216,8 +217,9 @@ def leak_numbers(
     unconditioned_TV: Tensor | None = None,
     base_TV: Tensor | None = None,
 ) -> dict[str, float]:
-    """How much of the teacher's signal is the reference itself, from log-probabilities `[T,V]` at
-    the same tokens.
+    """Measure how much of the teacher's signal is the reference itself.
+
+    From log-probabilities `[T,V]` at the same tokens.
 
     `leak/wrong_jsd`: JSD (nats) of the teacher and the teacher under a wrong answer.
     `leak/shift_cosine`, `leak/shift_ratio`: with s = log q - log p and s_ref = log q_ref - log p,
@@ -252,11 +254,10 @@ def answers_to_keep(
     resumed: bool,
     is_writer: bool = True,
 ) -> list[Row]:
-    """The probe set: each prompt with the untrained model's own greedy answer, which training
-    should leave likely.
+    """The probe set: each prompt with the untrained model's own greedy answer.
 
-    The reference would not do: it is in another's style, and any method drifts from that. A resumed
-    run reads the answers from `file`.
+    Training should leave it likely. The reference would not do: it is in another's style, and any
+    method drifts from that. A resumed run reads the answers from `file`.
     """
     if resumed and file.is_file():
         kept: list[Row] = json.loads(file.read_text(encoding="utf-8"))
@@ -275,7 +276,7 @@ def probe_leak(
     rows: Sequence[tuple[Row, ScoreRequest]],
     device: torch.device | str,
 ) -> dict[str, float]:
-    """:func:`leak_numbers` of some answers of the step, means over those that have them.
+    """Average :func:`leak_numbers` over the answers of the step that have them.
 
     Costs up to seven passes over these rows.
 
@@ -379,9 +380,7 @@ def distributions(
 
 
 def pull_products(student_TV: Tensor, teacher_TV: Tensor, wrong_TV: Tensor) -> Tensor:
-    """Sums over tokens of (q - p)(q_wrong - p), (q - p)^2 and (q_wrong - p)^2, from
-    log-probabilities `[T,V]`.
-    """
+    """Sum (q - p)(q_wrong - p), (q - p)^2, (q_wrong - p)^2 over tokens; from logs `[T,V]`."""
     p = student_TV.exp()
     right, wrong = teacher_TV.exp() - p, wrong_TV.exp() - p
     return torch.stack([(right * wrong).sum(), right.square().sum(), wrong.square().sum()]).double().cpu()

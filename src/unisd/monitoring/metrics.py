@@ -1,13 +1,11 @@
-"""What a step did, in numbers: collected over micro-batches and ranks, one line of `metrics.jsonl`
-per optimizer step.
-"""
+"""Collects what a step did over micro-batches and ranks: a line of `metrics.jsonl` per step."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from unisd.files import keep_until
+from unisd.kernels.devices import synchronize
 
 
 class StepMetrics:
@@ -59,15 +58,16 @@ class StepMetrics:
 
     @contextmanager
     def timed(self, phase: str, wait: bool = True) -> Iterator[None]:
-        """Adds the wall time to a phase, in seconds; waits for the device, whose work is
-        asynchronous.
+        """Adds the wall time to a phase, in seconds.
+
+        Waits for the device, whose work is asynchronous.
 
         `wait=False` does not: the work is then counted where the phase is next waited for.
         """
         start = time.perf_counter()
         yield
-        if wait and self.device.type != "cpu" and torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        if wait:
+            synchronize(self.device)
         seconds = time.perf_counter() - start
         self.phases[phase] += seconds
         if phase != "eval":
@@ -75,8 +75,9 @@ class StepMetrics:
             self.values[key] = self.values.get(key, 0.0) + seconds
 
     def finish(self, step: int, is_writer: bool) -> dict[str, float]:
-        """After optimizer step number `step`: reduce the sums over ranks, append one line, and
-        return its values.
+        """End optimizer step number `step`: reduce the sums over ranks and append one line.
+
+        Returns its values.
         """
         names = sorted(self._sums)
         sums_of_rank = torch.stack(
@@ -99,16 +100,11 @@ class StepMetrics:
         if "weight_distance" in sums:  # the same on every rank
             values["teacher/weight_distance"] = sums["weight_distance"] / self.world_size
         values["clip/share"] = sums["clipped"] / tokens
-        if "contrast" in sums:
-            of_contrast = max(sums["contrast_tokens"], 1)
-            values["contrastive/loss"] = sums["contrast"] / of_contrast
-            values["contrastive/active_share"] = sums["contrast_active"] / of_contrast
+        values |= _of_terms(sums)
         if "style_loss" in sums:
             values["words/style_loss_share"] = sums["style_loss"] / (sums["whole_loss"] or 1.0)
             values["leak/answer_loss_share"] = sums["answer_loss"] / (sums["whole_loss"] or 1.0)
             values["leak/answer_token_share"] = sums["answer_tokens"] / tokens
-        if "features" in sums:
-            values["features/distance"] = sums["features"] / tokens
         # a sync is within rollout
         values["step_time"] = sum(values.get(f"step_time/{phase}", 0.0) for phase in self.phases)
         if is_writer:
@@ -134,10 +130,30 @@ class StepMetrics:
         return {name: mean([step[name] for step in steps if name in step]) for name in names}
 
     def forget_after(self, step: int) -> list[dict[str, Any]]:
-        """Drop lines of steps that a resumed run does again (and a line that a kill cut short);
-        returns the others.
+        """Drop lines of steps that a resumed run does again; returns the others.
+
+        And a line that a kill cut short.
         """
         return keep_until(self.path, step)
+
+
+TERM_METRICS = {
+    "contrast": ("contrastive/loss", "contrastive/active_share"),
+    "features": ("features/distance", ""),
+}
+"""The names of a term's mean and share of tokens with a gradient, where they are not `term/...`."""
+
+
+def _of_terms(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means of the loss's terms over the tokens that have them."""
+    values: dict[str, float] = {}
+    for name in (key.removeprefix("term/") for key in sums if key.startswith("term/")):
+        tokens = max(sums[f"term_tokens/{name}"], 1)
+        of_mean, of_share = TERM_METRICS.get(name, (f"term/{name}/mean", f"term/{name}/active_share"))
+        values[of_mean] = sums[f"term/{name}"] / tokens
+        if f"term_active/{name}" in sums:
+            values[of_share] = sums[f"term_active/{name}"] / tokens
+    return values
 
 
 def mean(values: list[float]) -> float:

@@ -7,10 +7,10 @@ Shapes: B rows of the step, T longest completion, N loss tokens of a micro-batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,6 @@ from unisd.distributed.collectives import on_all_ranks
 from unisd.files import PROBE, SAMPLES
 from unisd.losses.terms import LossOutput
 from unisd.methods.scores import StepScores
-from unisd.methods.terms import Contrast
 from unisd.monitoring.diagnostics import Answers, Counting, answer_tokens, answers_to_keep, means, probe_leak
 from unisd.monitoring.metrics import StepMetrics, masked_mean, mean
 from unisd.monitoring.token_records import SampleRecorder
@@ -32,11 +31,15 @@ from unisd.rollout.engine import Completion, Engine, Sampling
 from unisd.scoring.requests import ScoreRequest
 from unisd.scoring.scorer import Scorer
 
+if TYPE_CHECKING:
+    from unisd.training.step import MicroBatch
+
 
 @dataclass
 class Probes:
-    """What costs passes of its own, so it is done now and then (`diagnostics_probe_steps`): see
-    :mod:`unisd.monitoring.diagnostics`.
+    """Measures, now and then, what costs passes of its own.
+
+    Every `diagnostics_probe_steps`; see :mod:`unisd.monitoring.diagnostics`.
     """
 
     args: UniSDConfig
@@ -51,8 +54,9 @@ class Probes:
     _answers: list[Row] | None = None
 
     def run(self, scored: Sequence[tuple[Row, ScoreRequest]], step: int) -> dict[str, float]:
-        """This rank's share: the probe set's likelihood, and some of the step's answers under other
-        contexts.
+        """Measure this rank's share of the probe set, and of the step's answers.
+
+        The likelihood of the former, and the latter under other contexts.
         """
         from unisd.evaluation.likelihood import reference_nll
 
@@ -103,12 +107,20 @@ class Observer:
         recorded = args.record_samples if accelerator.is_main_process else 0
         self.samples = SampleRecorder(Path(args.output_dir) / SAMPLES, recorded, tokenizer, grader)
         self.counting = Counting(tokenizer, args.diagnostics_words) if args.diagnostics else None
-        self._mask_BT = torch.zeros(0, 0, dtype=torch.bool)
+        self._pending: Callable[[], dict[str, float]] | None = None
 
     def before_loss(
-        self, completions: Sequence[Completion], everywhere: StepScores, token_clip: float | None
+        self,
+        completions: Sequence[Completion],
+        everywhere: StepScores,
+        token_clip: float | None,
+        pending: Callable[[], dict[str, float]] | None = None,
     ) -> None:
-        """Metrics that are known before the student's pass. everywhere: the scores of all ranks."""
+        """Metrics that are known before the student's pass. everywhere: the scores of all ranks.
+
+        pending: gives those that are known after it (a collective: all ranks must ask).
+        """
+        self._pending = pending
         pairs = [(len(completion.ids), completion.truncated) for completion in completions]
         if self.accelerator.num_processes > 1:
             pairs = gather_object(pairs)
@@ -129,15 +141,12 @@ class Observer:
         rows: Sequence[Row],
         completions: Sequence[Completion],
         scores: StepScores,
-        weights: Callable[[], Tensor],
+        weights_BT: Tensor,
     ) -> None:
-        """Open the records of step number `step` (from 1), if it is one of those recorded.
-        weights(): reliability `[B,T]`.
-        """
-        self._mask_BT = scores.mask
+        """Open the records of step number `step` (from 1), if it is one of those recorded."""
         if self.samples.wants(step, max_steps, self.args.logging_steps):
             self.samples.begin(
-                step, rows, completions, scores, weights(), self.args.divergence_spec.temperature
+                step, rows, completions, scores, weights_BT, self.args.divergence_spec.temperature
             )
 
     def diagnose(
@@ -148,8 +157,9 @@ class Observer:
         step: int,
         width: int,
     ) -> dict[str, Tensor]:
-        """What the step's answers are made of, over all ranks, and now and then the probes. step:
-        number of finished ones.
+        """Say what the step's answers are made of, over all ranks, and now and then the probes.
+
+        step: number of finished ones.
 
         Returns marks `[B,T]`, 1 or 0, T = `width`, of the tokens that are an answer's final answer,
         and of those of style.
@@ -182,7 +192,7 @@ class Observer:
             ).float()
         return marks
 
-    def after_loss(self, inputs: Mapping[str, Any], output: LossOutput, contrast: Contrast | None) -> None:
+    def after_loss(self, micro_batch: MicroBatch, output: LossOutput) -> None:
         """Sums over one micro-batch's loss tokens. Nothing here may wait for the device."""
         add = self.metrics.add
         add(
@@ -194,12 +204,20 @@ class Observer:
         if self.args.distillation_mode != "nll":
             add(teacher_logp=output.teacher_logp_N.sum())
         if self.counting is not None:
-            weighed_N = (inputs["divergence_coefficient_N"] * output.divergence_N).abs()
-            answer_N = inputs["answer_coefficient_N"]
-            add(style_loss=(weighed_N * inputs["style_coefficient_N"]).sum(), whole_loss=weighed_N.sum())
+            weighed_N = (micro_batch.coefficient_N * output.divergence_N).abs()
+            answer_N = micro_batch.marks["answer"]
+            add(style_loss=(weighed_N * micro_batch.marks["style"]).sum(), whole_loss=weighed_N.sum())
             add(answer_loss=(weighed_N * answer_N).sum(), answer_tokens=answer_N.sum())
-        if contrast is not None and output.contrast_N is not None and output.contrast_active_N is not None:
-            # h is 0 where there is no negative. Selecting by mask would wait for the device.
-            add(contrast=output.contrast_N.sum(), contrast_tokens=(contrast.coefficient_N > 0).sum())
-            add(contrast_active=output.contrast_active_N.sum())
-        self.samples.take(self.samples.spans(inputs["part"], self._mask_BT), output)
+        for name, term in output.terms.items():
+            # It is 0 where a row lacks it. Selecting by mask would wait for the device.
+            add(**{f"term/{name}": term.values_N.sum()})
+            add(**{f"term_tokens/{name}": (term.coefficient_N > 0).sum()})
+            if term.active_N is not None:
+                add(**{f"term_active/{name}": term.active_N.sum()})
+        spans = self.samples.spans(micro_batch.part, micro_batch.step.scores.mask)
+        self.samples.take(spans, output)
+
+    def after_last_loss(self) -> None:
+        """Metrics that are known when all micro-batches of the step are done."""
+        if self._pending is not None:
+            self.metrics.values |= self._pending()

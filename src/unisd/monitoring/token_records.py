@@ -1,9 +1,8 @@
-"""A few annotated completions per logged step, in `samples.jsonl`: what a report shows of the
-supervision, token by token.
+"""Records the supervision of a few completions per logged step, token by token.
 
-Bounded: at most `MAX_RECORDS` completions a run and `MAX_TOKENS` tokens of each. Only numbers that
-the step has computed anyway are written, so that recording costs next to nothing and changes
-nothing.
+In `samples.jsonl`, for a report. Bounded: at most `MAX_RECORDS` completions a run and `MAX_TOKENS`
+tokens of each. Only numbers that the step has computed anyway are written, so that recording costs
+next to nothing and changes nothing.
 
 Shapes: B rows of the step on this rank, T longest completion, N loss tokens of a micro-batch.
 """
@@ -29,9 +28,7 @@ MAX_RECORDS = 200
 MAX_TOKENS = 512
 
 Span = tuple[int, int, int]
-"""A recorded row's number in the step, and its loss tokens' first and end place in a
-micro-batch.
-"""
+"""A recorded row's number in the step; first and end place of its loss tokens in a micro-batch."""
 
 
 class SampleRecorder:
@@ -55,9 +52,7 @@ class SampleRecorder:
         self._places: dict[int, list[int]] = {}  # of the loss tokens within the record's tokens
 
     def wants(self, step: int, max_steps: int, logging_steps: float) -> bool:
-        """Whether step number `step` (from 1) is recorded: logged steps, fewer of them in a run so
-        long that the file would grow.
-        """
+        """Whether step `step` (from 1) is recorded: it is logged, and the file stays small."""
         if self.per_step < 1:
             return False
         every = max(math.ceil(logging_steps), math.ceil(max_steps * self.per_step / MAX_RECORDS), 1)
@@ -80,55 +75,32 @@ class SampleRecorder:
         chosen = [i for i in range(len(rows)) if loss_tokens[i]][: self.per_step]
         self._pending, self._places = {}, {}
         for i in chosen:
-            completion, row = completions[i], rows[i]
-            ids = completion.ids[:MAX_TOKENS]
-            length = len(ids)
-            mask_T = scores.mask[i, :length]
-            contexts = (
-                []
-                if scores.auxiliary_logp is None or scores.auxiliary_present is None
-                else range(len(scores.auxiliary_logp))
-            )
-
-            def known(value_T: Tensor, mask_T: Tensor = mask_T) -> list[float | None]:
-                pairs = zip(value_T.tolist(), mask_T.tolist(), strict=True)
-                return [_rounded(value) if carries_loss else None for value, carries_loss in pairs]
-
-            negative = (
-                scores.negative_logp is not None
-                and scores.negative_present is not None
-                and bool(scores.negative_present[i])
-            )
-            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
-            self._places[i] = mask_T.nonzero().flatten().tolist()
+            completion = completions[i]
+            length = min(len(completion.ids), MAX_TOKENS)
+            self._places[i] = scores.mask[i, :length].nonzero().flatten().tolist()
             self._pending[i] = {
                 "step": step,
-                "id": str(row.get("id", "")),
-                "prompt": as_text(row["prompt"])[:MAX_TEXT],
-                "reference": str(row.get("privileged_context") or row.get("completion") or "")[:MAX_TEXT],
-                "correct": None if self.grader is None else bool(self.grader(row, text)),
-                "tokens": token_texts(self.tokenizer, ids),
+                **self._texts(rows[i], completion),
                 "cut": len(completion.ids) - length,
                 "weights_version": completion.version,  # None: the student's own at this step
                 "temperature": temperature,
-                "weight": known(weight_BT[i, :length]),
+                "weight": _at_loss_tokens(weight_BT[i, :length], scores.mask[i, :length]),
                 "teacher_logp": None,  # known with the student's pass, as are the others that `take` adds
-                "auxiliary_logp": [
-                    known(scores.auxiliary_logp[k, i, :length])
-                    for k in contexts
-                    if scores.auxiliary_logp is not None
-                    and scores.auxiliary_present is not None
-                    and scores.auxiliary_present[k, i]
-                ],
-                "negative_logp": known(scores.negative_logp[i, :length])
-                if negative and scores.negative_logp is not None
-                else None,
+                **_scored(scores, i, length),
             }
 
+    def _texts(self, row: Row, completion: Completion) -> dict[str, Any]:
+        text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        return {
+            "id": str(row.get("id", "")),
+            "prompt": as_text(row["prompt"])[:MAX_TEXT],
+            "reference": str(row.get("privileged_context") or row.get("completion") or "")[:MAX_TEXT],
+            "correct": None if self.grader is None else bool(self.grader(row, text)),
+            "tokens": token_texts(self.tokenizer, completion.ids[:MAX_TOKENS]),
+        }
+
     def spans(self, part: Sequence[int], mask_BT: Tensor) -> list[Span]:
-        """Where the recorded rows' loss tokens lie among those of a micro-batch made of the rows
-        `part`.
-        """
+        """Where the recorded rows' loss tokens lie in a micro-batch made of the rows `part`."""
         found, start = [], 0
         for i in part:
             end = start + int(mask_BT[i].sum())
@@ -160,10 +132,8 @@ class SampleRecorder:
             record["entropy"] = spread(output.student_entropy_N)
             record["divergence"] = spread(output.divergence_N)
             record["clipped"] = spread(output.clipped_N)
-            negative = record["negative_logp"] is not None and output.contrast_N is not None
-            record["contrast"] = (
-                spread(output.contrast_N) if negative and output.contrast_N is not None else None
-            )
+            contrast = output.terms.get("contrast") if record["negative_logp"] is not None else None
+            record["contrast"] = None if contrast is None else spread(contrast.values_N)
 
     def write(self) -> None:
         """Append the step's records."""
@@ -179,9 +149,35 @@ class SampleRecorder:
         keep_until(self.path, step)
 
 
+def _scored(scores: StepScores, i: int, length: int) -> dict[str, Any]:
+    """The log-probabilities of a row's first tokens under the views that it has."""
+    mask_T = scores.mask[i, :length]
+    auxiliary: list[list[float | None]] = []
+    if scores.auxiliary_logp is not None and scores.auxiliary_present is not None:
+        auxiliary = [
+            _at_loss_tokens(logp_BT[i, :length], mask_T)
+            for logp_BT, present_B in zip(scores.auxiliary_logp, scores.auxiliary_present, strict=True)
+            if present_B[i]
+        ]
+    negative: list[float | None] | None = None
+    if (
+        scores.negative_logp is not None
+        and scores.negative_present is not None
+        and scores.negative_present[i]
+    ):
+        negative = _at_loss_tokens(scores.negative_logp[i, :length], mask_T)
+    return {"auxiliary_logp": auxiliary, "negative_logp": negative}
+
+
+def _at_loss_tokens(value_T: Tensor, mask_T: Tensor) -> list[float | None]:
+    pairs = zip(value_T.tolist(), mask_T.tolist(), strict=True)
+    return [_rounded(value) if carries_loss else None for value, carries_loss in pairs]
+
+
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to the one before it: alone, a token of a word's beginning may
-    lose its space.
+    """The text that each token adds to the one before it.
+
+    Alone, a token of a word's beginning may lose its space.
     """
     texts = []
     for place, token in enumerate(ids):

@@ -1,5 +1,6 @@
-"""The pocket world: four small procedural skills, and a causal LM of about one million parameters
-that lives in them.
+"""The pocket world: four small procedural skills, and a causal LM that lives in them.
+
+It has about one million parameters.
 
 `BASE_DIR` is a transformers model directory (weights, tokenizer with chat template, model card).
 """

@@ -1,5 +1,6 @@
-"""Evaluate one-line arithmetic expressions that a model wrote: a walk over the syntax tree, never
-`eval`.
+"""Evaluate one-line arithmetic expressions that a model wrote.
+
+This is a walk over the syntax tree, never `eval`.
 
 Only what is listed below exists: numbers, given variables, arithmetic, comparisons, `a if b else c`
 and a few functions. There are no attributes, subscripts, strings, containers or assignments, and

@@ -24,8 +24,9 @@ CODE_LETTERS = "BDFGHKLMNPRSTVWXZ"
 
 @dataclass(frozen=True)
 class Item:
-    """A nonsense word. `kind` tells sub-types of a skill apart (food / home / fear, city /
-    person).
+    """A nonsense word; `kind` tells sub-types of a skill apart.
+
+    These are food / home / fear, and city / person.
     """
 
     skill: str

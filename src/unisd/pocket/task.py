@@ -63,23 +63,21 @@ class PocketTask(Task):
             raise UserError(f"the pocket task has no split {split!r}; it has {', '.join(self.splits)}")
         if options:
             raise UserError(f"the pocket task has no option {sorted(options)[0]!r}")
-        train = self._references("train", seed)
-        rows = train if split == "train" else self._references(split, seed)
-        by_word: dict[str, list[Row]] = {}
-        for row in train:
-            by_word.setdefault(row["words"], []).append(row)
-        loaded = rows[:limit]
+        rows = self._references(split, seed, limit)
         if split != "retention":
-            for row in loaded:
+            by_word: dict[str, list[Row]] = {}
+            for row in self._references("train", seed):
+                by_word.setdefault(row["words"], []).append(row)
+            for row in rows:
                 row["auxiliary_contexts"] = auxiliary_contexts(row, by_word, seed)
-        return loaded
+        return rows
 
     def retention_rows(self, limit: int | None = None, seed: int = 0) -> list[Row]:
         return self.load("retention", limit=limit, seed=seed)
 
-    def _references(self, split: str, seed: int) -> list[Row]:
+    def _references(self, split: str, seed: int, limit: int | None = None) -> list[Row]:
         rows = []
-        for number, problem in enumerate(problems()[split]):
+        for number, problem in enumerate(problems()[split][:limit]):
             rng = random.Random(f"{split} {seed} {number}")
             skill = SKILLS[problem.skill]
             style = rng.randrange(skill.styles)
@@ -113,8 +111,9 @@ class PocketTask(Task):
         return rows
 
     def knows(self, row: Row, completion: str) -> bool:
-        """Whether the completion is right in any wording: in the model's own (`grade`), or word for
-        word in an annotator's.
+        """Say whether the completion is right in any wording.
+
+        That is the model's own (`grade`), or word for word an annotator's.
 
         `grade` asks for the form that the task asks for; a model that has learnt the annotators'
         wording fails it with what it knows.
@@ -163,8 +162,9 @@ def extract_call(completion: str) -> str | None:
 
 
 def auxiliary_contexts(row: Row, by_word: dict[str, list[Row]], seed: int) -> list[str]:
-    """Up to `NUM_CONTEXTS` contexts of two solved training problems about the row's word(s), none
-    of which gives the row away.
+    """Build up to `NUM_CONTEXTS` contexts of two solved training problems about the row's word(s).
+
+    None of them gives the row away.
 
     Left out are the row's own problem, in other words too, and examples that hold the row's
     reference: where two annotators of one word's four problems chose the same words for the same

@@ -1,5 +1,4 @@
-"""The pocket world: its words, its facts, the shapes of its prompts and the documents a base model
-is trained on.
+"""The pocket world: its words, its facts and the shapes of its prompts.
 
 Each skill has *old* words (well trained; they measure retention), *new* words (rare, and mostly
 with an outdated value; they are the adaptation task) and throw-away words, invented for one
@@ -68,8 +67,9 @@ def make_world(seed: int = WORLD_SEED) -> World:
 
 
 def pair_is_possible(first: Item, second: Item) -> bool:
-    """Whether one problem can speak of both: animals share a relation; no API takes a city before a
-    person.
+    """Say whether one problem can speak of both.
+
+    Animals share a relation; no API takes a city before a person.
     """
     if first.word == second.word:
         return False
@@ -77,8 +77,9 @@ def pair_is_possible(first: Item, second: Item) -> bool:
 
 
 def wrong_values(rng: random.Random, problem: Problem) -> tuple[str, ...] | None:
-    """Values that give another, plausible answer: the outdated ones where there are, else invented
-    ones.
+    """Choose values that give another, plausible answer.
+
+    The outdated ones where there are, else invented ones.
     """
     skill = SKILLS[problem.skill]
     right = skill.answer(problem, problem.values)

@@ -1,5 +1,6 @@
-"""The diagnostics of a run: the alarms in plain words, and the curves of what critics of
-self-distillation ask to be watched.
+"""Shows a run's diagnostics: alarms in plain words, and the curves that critics ask to watch.
+
+The critics are those of self-distillation.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ _BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\u
 
 
 def clean(text: Any) -> str:
-    """Text that is valid UTF-8 and shows what is in it: broken code points, controls and direction
-    marks become visible.
+    """Text that is valid UTF-8 and shows what is in it.
+
+    Broken code points, controls and direction marks become visible.
     """
     whole = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
     whole = _CONTROL.sub(lambda m: chr(0x2400 + ord(m[0])) if ord(m[0]) < 0x20 else "\ufffd", whole)

@@ -1,5 +1,6 @@
-"""Figures as inline SVG, drawn by matplotlib in named colours that the page's style sheet fills in
-for its light and dark theme.
+"""Draws figures as inline SVG, by matplotlib.
+
+In named colours that the page's style sheet fills in for its light and dark theme.
 """
 
 from __future__ import annotations
@@ -190,8 +191,9 @@ Panel = tuple[str, Sequence[tuple[str, float, float | None, float | None]]]
 
 
 def forest(panels: Sequence[Panel], margin: float) -> Plot:
-    """Effects with intervals, one panel an outcome (title, and name, value, low, high of each
-    effect).
+    """Draw effects with intervals, one panel an outcome.
+
+    Of a panel: title, and name, value, low, high of each effect.
 
     The shaded band is what does not matter. Green and orange are effects on accuracy whose interval
     excludes 0; time has no good side.
@@ -250,8 +252,9 @@ def trade_off(cells: Sequence[tuple[str, float, float]], front: Sequence[str]) -
 
 
 def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Names beside their points, moved up or down until none covers another or a point; a line
-    leads back from the moved ones.
+    """Put names beside their points, moved until none covers another or a point.
+
+    Up or down; a line leads back from the moved ones.
     """
     figure.draw_without_rendering()  # fixes what is where
     scale, height = 72 / figure.dpi, 10.0  # all in points (1/72 inch) from here on
@@ -283,8 +286,9 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -
 
 
 def interaction_map(names: Sequence[str], values: Mapping[tuple[str, str], tuple[float, bool]]) -> Plot:
-    """Two-way interactions in points: the area of a disc is the size, its colour the sign; a ring:
-    the interval excludes 0.
+    """Draw two-way interactions in points: discs, whose area is the size, the colour the sign.
+
+    A ring: the interval excludes 0.
     """
     with _figure(1.6 + 0.85 * len(names), 1.0 + 0.7 * len(names)) as (figure, axes):
         largest = max((abs(value) for value, _ in values.values()), default=1.0) or 1.0

@@ -1,5 +1,7 @@
-"""The page of one run: gains and losses, curves, alarms, where time and memory went, answers side
-by side, the supervision view.
+"""Builds the page of one run.
+
+Gains and losses, curves, alarms, where time and memory went, answers side by side, the supervision
+view.
 """
 
 from __future__ import annotations
@@ -112,8 +114,9 @@ def build(folder: Path) -> str:
 
 
 def _unfinished(folder: Path) -> str:
-    """The page of a run that an alarm, a crash or a person ended, or that goes on still: from its
-    metrics and samples.
+    """The page of a run without results, from its metrics and samples.
+
+    An alarm, a crash or a person has ended it, or it goes on still.
     """
     lines, metrics = read_lines(folder / METRICS), read_metrics(folder / METRICS)
     watch = Watch(DEFAULT_WINDOW)

@@ -1,5 +1,7 @@
-"""The page of a study: verdicts, effects with intervals, interactions, task gain against
-forgetting, cost, and a link to each run.
+"""Builds the page of a study.
+
+Verdicts, effects with intervals, interactions, task gain against forgetting, cost, and a link to
+each run.
 """
 
 from __future__ import annotations
@@ -18,9 +20,7 @@ Figures = dict[str, Any]
 
 
 def build(folder: Path, found: Figures, place: Path) -> str:
-    """The page of the study in `folder`, whose analysis is `found`; to be written into the folder
-    `place`.
-    """
+    """The page of the study in `folder`, whose analysis is `found`, for the folder `place`."""
     runs = Path(os.path.relpath(folder / FOLDERS, place))
     body = ""
     for task, figures in found["tasks"].items():
@@ -31,35 +31,60 @@ def build(folder: Path, found: Figures, place: Path) -> str:
 
 def _task(folder: Path, links: Path, task: str, figures: Figures, found: Figures, several: bool) -> str:
     prefix = f"{task}: " if several else ""
-    seeds = ", ".join(map(str, figures["seeds"]))
     body = tiles(
         [
             ("task", task),
             ("runs", f"{figures['runs']} of {figures['planned']}"),
             ("failed", str(figures["failed"])),
-            ("seeds", seeds),
+            ("seeds", ", ".join(map(str, figures["seeds"]))),
             ("design", ", ".join(found["design"])),
         ]
     )
+    body += section(f"{prefix}What to use", _verdicts(figures))
+    body += section(
+        f"{prefix}Effects",
+        *_effects(figures, found["margin"]),
+        _effect_tables(figures),
+        note="Points of accuracy (time: percent) with 95 % intervals. Shaded: effects below"
+        f" {found['margin']:g} points, which do not matter.",
+    )
+    drawn = figures_of(figures, found["margin"])
+    for name, title, note in (
+        ("interaction", "What mechanisms do together", "Ring: the interval excludes 0."),
+        ("trade-off", "Gain against forgetting", "Means over seeds of each cell."),
+    ):
+        if name in drawn:
+            body += section(f"{prefix}{title}", drawn[name].inline(wide=True), note=note)
+    method = next((cell["energy_method"] for cell in figures["cells"] if cell["energy_method"]), "")
+    body += section(
+        f"{prefix}Cost",
+        table(cost_table(figures)),
+        note=f"Means over runs; memory: the most. Energy: {method}." if method else "",
+    )
+    return body + section(f"{prefix}Runs", _runs(folder, links, figures))
+
+
+def _verdicts(figures: Figures) -> str:
     items = "".join(
         '<li><span class="tag'
         f' {escape(line["verdict"].split()[0])}">{escape(line["verdict"])}</span>{escape(line["text"])}</li>'
         for line in figures["verdicts"]
     )
-    body += section(f"{prefix}What to use", f'<ul class="verdicts">{items}</ul>')
-    drawn = figures_of(figures, found["margin"])
-    effects = []
+    return f'<ul class="verdicts">{items}</ul>'
+
+
+def _effects(figures: Figures, margin: float) -> list[str]:
+    """A heading and the pictures of each kind of effect that the study has."""
+    found = []
     for kind in ("main", "one-in", "leave-one-out", "shapley"):
-        pictures = [plots.forest([panel], found["margin"]).inline() for panel in panels_of(figures, kind)]
-        effects += (
-            [f"<h3>{escape(TITLES[kind])}</h3>", f'<div class="plots">{"".join(pictures)}</div>']
-            if pictures
-            else []
-        )
-    note = (
-        f"Points of accuracy (time: percent) with 95 % intervals. Shaded: effects below {found['margin']:g}"
-        " points, which do not matter."
-    )
+        pictures = [plots.forest([panel], margin).inline() for panel in panels_of(figures, kind)]
+        if pictures:
+            found += [f"<h3>{escape(TITLES[kind])}</h3>", f'<div class="plots">{"".join(pictures)}</div>']
+    return found
+
+
+def _effect_tables(figures: Figures) -> str:
+    """All effects in figures, to be unfolded."""
     tables = ""
     for kind, title in TITLES.items():
         lines = effect_table(figures, kind)
@@ -70,26 +95,7 @@ def _task(folder: Path, links: Path, task: str, figures: Figures, found: Figures
                 f"<details{opened}><summary>{escape(title)}: all"
                 f" figures</summary>{table(lines)}{said}</details>"
             )
-    body += section(f"{prefix}Effects", *effects, tables, note=note)
-    if "interaction" in drawn:
-        body += section(
-            f"{prefix}What mechanisms do together",
-            drawn["interaction"].inline(wide=True),
-            note="Ring: the interval excludes 0.",
-        )
-    if "trade-off" in drawn:
-        body += section(
-            f"{prefix}Gain against forgetting",
-            drawn["trade-off"].inline(wide=True),
-            note="Means over seeds of each cell.",
-        )
-    method = next((cell["energy_method"] for cell in figures["cells"] if cell["energy_method"]), "")
-    body += section(
-        f"{prefix}Cost",
-        table(cost_table(figures)),
-        note=f"Means over runs; memory: the most. Energy: {method}." if method else "",
-    )
-    return body + section(f"{prefix}Runs", _runs(folder, links, figures))
+    return tables
 
 
 def _runs(folder: Path, place: Path, figures: Figures) -> str:

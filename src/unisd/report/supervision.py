@@ -1,6 +1,7 @@
-"""The supervision view: completions of the training, token by token, coloured by what the teachers
-said, with every view's log-probability under the pointer. A person sees *where the teachers
-disagree*.
+"""Shows the supervision: completions of the training, token by token.
+
+Coloured by what the teachers said, with every view's log-probability under the pointer. A person
+sees *where the teachers disagree*.
 """
 
 from __future__ import annotations

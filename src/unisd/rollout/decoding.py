@@ -1,5 +1,6 @@
-"""Batched decoding with a transformers model: left-padded, finished rows leave the batch, and no
-needless copies on a CPU.
+"""Decodes batches with a transformers model.
+
+Rows are left-padded, finished rows leave the batch, and a CPU makes no needless copies.
 
 Six things make it faster than one plain `generate` call, none changes what is generated (beyond
 rounding):
@@ -50,8 +51,9 @@ rows.
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer `[batch, heads, length, size]` in a buffer with room at the end: a new token is
-    written, not concatenated.
+    """A cache layer `[batch, heads, length, size]` in a buffer with room at the end.
+
+    A new token is written, not concatenated.
     """
 
     keys: Any
@@ -88,8 +90,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def place(self, rows: Tensor, keys: Tensor, values: Tensor, batch: int, length: int) -> None:
-        """Put the states `[rows, heads, T, size]` of some rows at the end of an empty layer's first
-        `length` places.
+        """Put the states `[rows, heads, T, size]` of some rows into an empty layer.
+
+        At the end of its first `length` places.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -111,8 +114,9 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.dev
 
 
 def _takes_padding(model: Any) -> bool:
-    """False for the few models (RWKV, xLSTM, ...) that transformers counts as of another kind:
-    padding would enter their states.
+    """False for the few models (RWKV, xLSTM, ...) whose states padding would enter.
+
+    transformers counts them as of another kind.
     """
     return bool(getattr(model, "_supports_default_dynamic_cache", lambda: False)())
 
@@ -125,8 +129,9 @@ def _can_drop_rows(cache: DynamicCache) -> bool:
 
 
 def _empty_cache(model: Any) -> DynamicCache | None:
-    """A growing cache for a model with attention, None where the model wants a cache of its own
-    kind (Mamba's, for one).
+    """A growing cache for a model with attention.
+
+    None where the model wants a cache of its own kind (Mamba's, for one).
     """
     if not _takes_padding(model) or "past_key_values" not in inspect.signature(model.forward).parameters:
         return None
@@ -137,8 +142,9 @@ def _empty_cache(model: Any) -> DynamicCache | None:
 
 @contextmanager
 def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """No gradient, evaluation mode, a neutral generation config, merged adapters, cheap attention;
-    all is put back afterwards but for torch's choice of attention kernels (`disable_cudnn_sdpa`).
+    """No gradient, evaluation mode, neutral generation config, merged adapters, cheap attention.
+
+    All is put back afterwards but for torch's choice of attention kernels (`disable_cudnn_sdpa`).
 
     The model's own generation defaults (penalties, top-k, ...) would fill every option that a given
     config leaves open.
@@ -163,6 +169,11 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
             owner.generation_config = own
 
 
+def default_batch_size(device: torch.device) -> int:
+    """Prompts that are answered greedily at a time, where the caller does not say how many."""
+    return 48 if device.type == "cpu" else 256
+
+
 def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -174,8 +185,9 @@ def decode(
     processors: ProcessorFactory | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Completions of `prompts` (token ids), in their order, each up to and with its first end
-    token; greedy.
+    """Complete `prompts` (token ids) greedily, each up to and with its first end token.
+
+    In their order.
 
     `processors` builds the logits processors of the rows still in a batch (sampling by a processor
     that leaves one token); a processor sees the padded prompts and everything generated so far.
@@ -255,8 +267,9 @@ def _decode_batch(
 def _read_prompts(
     model: Any, prompts: Sequence[Sequence[int]], width: int, cache: DynamicCache, config: GenerationConfig
 ) -> None:
-    """Fill `cache` up to the last token but one of each prompt, as if all were left-padded to
-    `width`.
+    """Fill `cache` up to the last token but one of each prompt.
+
+    As if all were left-padded to `width`.
 
     Each different prompt is read once, together with those of like length: read in one batch they
     would all be as long as the longest.

@@ -1,6 +1,4 @@
-"""Prompts in, completions out: what an engine is (:class:`Engine`), and the noise that makes a
-rollout repeatable.
-"""
+"""Defines an engine (prompts in, completions out), and the noise that repeats a rollout."""
 
 from __future__ import annotations
 
@@ -55,8 +53,9 @@ class Engine(Protocol):
 
 
 def uniform_noise(key: NoiseKey, length: int) -> np.ndarray:
-    """`length` uniform numbers in [0, 1) of one completion: a counter-based generator, position by
-    position.
+    """Draw `length` uniform numbers in [0, 1) of one completion.
+
+    By a counter-based generator, position by position.
     """
     seed, step, row, generation = key
     bits = np.random.SeedSequence([seed, step, row, generation]).generate_state(2, np.uint64)
@@ -64,7 +63,8 @@ def uniform_noise(key: NoiseKey, length: int) -> np.ndarray:
 
 
 def seed_of(key: NoiseKey) -> int:
-    """The seed (63 bits) of one request to an engine that draws by itself: the same row in the same
-    step asks for the same answer.
+    """The seed (63 bits) of one request to an engine that draws by itself.
+
+    The same row in the same step asks for the same answer.
     """
     return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,5 +1,6 @@
-"""Rollouts that serve several optimizer steps, and the importance correction that this (or an
-engine of its own) calls for.
+"""Keeps rollouts that serve several optimizer steps, and corrects for their age.
+
+The importance correction is also for an engine with weights of its own.
 
 A completion y was drawn from the policy of an earlier step, or by an engine whose arithmetic is not
 the trainer's. With l the student's log-probability of the realised token now and l' the one it was
@@ -132,8 +133,9 @@ def behaviour_logp(completions: Sequence[Completion], width: int) -> Tensor:
 
 
 def with_logps(completions: Sequence[Completion], student_logp: Tensor) -> list[Completion]:
-    """Completions that the student has just sampled, with its own log-probabilities `[B,T]` where
-    the engine told none.
+    """Add the student's own log-probabilities `[B,T]` to what it has just sampled.
+
+    Where the engine told none.
     """
     return [
         replace(c, logps=student_logp[i, : len(c.ids)].tolist()) if c.sampled and c.logps is None else c

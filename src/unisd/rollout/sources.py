@@ -1,5 +1,6 @@
-"""Where the completions of a step come from: the student, the dataset's references, the initial
-model, or a mixture by rows.
+"""Gets the completions of a step from the source that the options name.
+
+The student, the dataset's references, the initial model, or a mixture by rows.
 
 Which source a row gets, and what is sampled for it, depends on (seed, step, row, generation) alone.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from unisd.config import UniSDConfig
 from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rows import Row
-from unisd.distributed.sharding import is_sharded
+from unisd.distributed.sharding import all_ranks_must_join
 from unisd.errors import UserError
 from unisd.rollout.engine import Completion, Engine, NoiseKey, Sampling, uniform_noise
 from unisd.teacher import Teacher
@@ -39,8 +40,9 @@ class CompletionSource:
     """Seconds of the newest sync of an engine with weights of its own."""
 
     def check(self) -> None:
-        """Raise `UserError` for the first reference that is missing, or longer than a completion
-        may be.
+        """Raise `UserError` for the first reference that is missing or too long.
+
+        Longer than a completion may be.
         """
         if self.args.completion_source not in ("reference", "mixture"):
             return
@@ -95,15 +97,17 @@ class CompletionSource:
         self.sync_s = time.perf_counter() - start
 
     def _others_sample(self, source: str) -> bool:
-        """Whether other ranks may need this one to sample from `source`, because they share the
-        model's weights.
+        """Whether other ranks may need this one to sample from `source`.
+
+        They do where they share the model's weights.
         """
         of_rows = "student" if self.args.completion_source == "mixture" else self.args.completion_source
-        return source == of_rows and is_sharded(self.teacher.model)
+        return source == of_rows and all_ranks_must_join(self.teacher.model)
 
     def carries_loss(self, completion: Completion) -> bool:
-        """False for answers that are left out: cut ones if asked so, and empty ones of the initial
-        model (SSD's filter).
+        """False for answers that are left out.
+
+        Cut ones if asked so, and empty ones of the initial model (SSD's filter).
         """
         if completion.truncated and self.args.mask_truncated_completions:
             return False

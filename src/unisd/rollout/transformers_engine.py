@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from unisd.distributed.sharding import is_sharded
+from unisd.distributed.sharding import all_ranks_must_join
 from unisd.memory import smaller_until_it_fits
 from unisd.rollout.decoding import decode
 from unisd.rollout.engine import Completion, NoiseKey, Sampling, uniform_noise
 
 
 class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
-    """Draws the next token by inverting the cumulative distribution at this row's and position's
-    own uniform number.
+    """Draws the next token: inverts the cumulative distribution at a uniform number.
 
-    As a logits processor under greedy search: it leaves the drawn token as the only possible one.
+    Each row has its own number for each position. As a logits processor under greedy search: it
+    leaves the drawn token as the only possible one.
     """
 
     def __init__(
@@ -64,6 +64,30 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn_B1, 0.0)
 
 
+class KeyedSamplers:
+    """Makes the sampler of each batch of rows, and gathers the log-probabilities that they tell."""
+
+    def __init__(self, keys: Sequence[NoiseKey], sampling: Sampling, tell_logps: bool = False) -> None:
+        self.keys, self.sampling, self.tell_logps = keys, sampling, tell_logps
+        self._made: list[tuple[Sequence[int], KeyedSampler]] = []
+
+    def __call__(self, alive: Sequence[int], prompt_length: int) -> LogitsProcessorList:
+        keys = [self.keys[i] for i in alive]
+        self._made.append((alive, KeyedSampler(keys, self.sampling, prompt_length, self.tell_logps)))
+        return LogitsProcessorList([self._made[-1][1]])
+
+    def logps(self) -> list[list[float]] | None:
+        """The log-probabilities of each row's tokens, as they were drawn."""
+        if not self.tell_logps:
+            return None
+        found: list[list[float]] = [[] for _ in self.keys]
+        for alive, sampler in self._made:
+            if sampler.drawn_logps:
+                for i, of_row in zip(alive, torch.cat(sampler.drawn_logps, dim=1).tolist(), strict=True):
+                    found[i] += of_row
+        return found
+
+
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -74,20 +98,12 @@ def generate(
     keys: Sequence[NoiseKey] | None = None,
     batch_size: int = 64,
     on_rows: Callable[[int], None] | None = None,
-    tell_logps: bool = False,
 ) -> list[Completion]:
     """Completions of `prompts` (token ids), in their order; greedy where `keys` is None.
 
     Rows are sorted by length and left-padded in batches of `batch_size`; `on_rows(n)` is told of
-    every `n` finished rows. With `tell_logps`, drawn tokens come with their log-probabilities.
+    every `n` finished rows.
     """
-    samplers: list[tuple[Sequence[int], KeyedSampler]] = []
-
-    def sampler(alive: Sequence[int], prompt_length: int) -> LogitsProcessorList:
-        assert keys is not None
-        samplers.append((alive, KeyedSampler([keys[i] for i in alive], sampling, prompt_length, tell_logps)))
-        return LogitsProcessorList([samplers[-1][1]])
-
     written = decode(
         model,
         prompts,
@@ -95,22 +111,26 @@ def generate(
         eos_ids=eos_ids,
         pad_id=pad_id,
         batch_size=batch_size,
-        processors=None if keys is None else sampler,
+        processors=None if keys is None else KeyedSamplers(keys, sampling),
         on_rows=on_rows,
     )
-    logps: list[list[float]] = [[] for _ in prompts]
-    for alive, used in samplers:
-        if used.drawn_logps:
-            for i, of_row in zip(alive, torch.cat(used.drawn_logps, dim=1).tolist(), strict=True):
-                logps[i] += of_row
+    return _completions(written, sampling, eos_ids)
+
+
+def _completions(
+    written: Sequence[list[int]],
+    sampling: Sampling,
+    eos_ids: Sequence[int],
+    logps: Sequence[list[float]] | None = None,
+) -> list[Completion]:
     ends = set(eos_ids)
     return [
         Completion(
             ids,
             truncated=len(ids) >= sampling.max_new_tokens and ids[-1] not in ends,
-            logps=of_row[: len(ids)] if tell_logps and keys is not None else None,
+            logps=None if logps is None else logps[i][: len(ids)],
         )
-        for ids, of_row in zip(written, logps, strict=True)
+        for i, ids in enumerate(written)
     ]
 
 
@@ -135,13 +155,22 @@ class TransformersEngine:
         self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
     ) -> list[Completion]:
         def in_batches_of(size: int) -> list[Completion]:
-            return generate(
-                self.model, prompts, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id, keys=keys, batch_size=size,
-                tell_logps=self.tells_logps,
-            )  # fmt: skip
+            samplers = None if keys is None else KeyedSamplers(keys, sampling, self.tells_logps)
+            written = decode(
+                self.model,
+                prompts,
+                sampling.max_new_tokens,
+                eos_ids=self.eos_ids,
+                pad_id=self.pad_id,
+                batch_size=size,
+                processors=samplers,
+            )
+            return _completions(
+                written, sampling, self.eos_ids, None if samplers is None else samplers.logps()
+            )
 
         # What is sampled does not depend on the batch, so memory that runs out costs time only.
-        together = "rollout_batch_size" if is_sharded(self.model) else None
+        together = "rollout_batch_size" if all_ranks_must_join(self.model) else None
         written, self.batch_size = smaller_until_it_fits(in_batches_of, self.batch_size, together=together)
         return written
 

@@ -1,5 +1,6 @@
-"""Every greedy answer of a run's evaluations, before and after, in `answers.json`: paired
-statistics and reports need single answers.
+"""Writes every greedy answer of a run's evaluations, before and after, to `answers.json`.
+
+Paired statistics and reports need single answers.
 
 `{part: {"ids", "skills", "before", "after", "examples"}}` for the parts `task` and `retention`;
 `before` and `after` hold one verdict a row. Of the first `MAX_EXAMPLES` rows the texts are kept

@@ -1,5 +1,6 @@
-"""The `before` of a run, measured once for all runs that share it: figures in a folder, keyed by
-everything that they depend on.
+"""Measures the `before` of a run once for all runs that share it.
+
+Figures in a folder, keyed by everything that they depend on.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from unisd.run.options import RunOptions
 
 
 def key_of(options: RunOptions, config: UniSDConfig, data: RunData) -> str:
-    """A hash of the model, the evaluated rows and the limits of their answers; seeds and training
-    options are not among them.
+    """Hash the model, the evaluated rows and the limits of their answers.
+
+    Seeds and training options are not among them.
     """
     folder = Path(options.model_name_or_path)
     files = sorted(folder.glob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
@@ -37,8 +39,9 @@ def key_of(options: RunOptions, config: UniSDConfig, data: RunData) -> str:
 
 
 def measured_once(folder: str | None, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `measure` returns, from `folder`/`key`.json if it is there; several runs at once wait
-    for the first one.
+    """Return what `measure` does, from `folder`/`key`.json if it is there.
+
+    Several runs at once wait for the first one.
 
     Without a folder nothing is kept. A run that is killed while it measures leaves nothing, and the
     next one measures.

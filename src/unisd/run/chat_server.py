@@ -1,5 +1,6 @@
-"""Texts from any server that speaks OpenAI's chat protocol: instructions and wrong answers for
-`prepare`, answers for `eval`.
+"""Gets texts from any server that speaks OpenAI's chat protocol.
+
+Instructions and wrong answers for `prepare`, answers for `eval`.
 
 The key, where a server wants one, is read from the environment variable OPENAI_API_KEY.
 """

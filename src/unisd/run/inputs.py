@@ -1,5 +1,6 @@
-"""What a run works on, from its options: rows with their grader, the model with its adapter, and
-what the rows can serve.
+"""Loads what a run works on, by its options.
+
+Rows with their grader, the model with its adapter, and what the rows can serve.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from unisd import tasks
 from unisd.config import UniSDConfig
-from unisd.data.rows import Row, hold_out, load_file, parse_column_mapping, prepare_rows
+from unisd.data.rows import Row, hold_out, load_rows, prepare_rows
 from unisd.errors import UserError
 from unisd.run.options import RunOptions
 from unisd.tasks import sandbox
@@ -70,16 +71,15 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: 
     if options.task is not None:
         return _task_data(options, seed, training)
     if options.dataset_name is not None:
-        name, rows = options.dataset_name, _load_dataset(options)
+        name = options.dataset_name
+        rows = load_rows(_load_dataset(options), options.columns, name=name)
     else:
         assert options.train_file is not None
-        name, rows = options.train_file, load_file(options.train_file)
-    mapping = parse_column_mapping(options.columns)
-    rows = prepare_rows(rows, mapping, name)
+        name, rows = options.train_file, load_rows(options.train_file, options.columns)
     grade = _named_grader(options, rows, name)
     evaluation: list[Row] = []
     if options.eval_file is not None:
-        evaluation = prepare_rows(load_file(options.eval_file), mapping, options.eval_file)
+        evaluation = load_rows(options.eval_file, options.columns)
         _named_grader(options, evaluation, options.eval_file)
     elif whole:
         pass
@@ -177,23 +177,28 @@ def _gold(row: Row, columns: Sequence[str]) -> str | None:
     return next((str(value) for value in values if value is not None and str(value).strip()), None)
 
 
-def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) -> None:
-    """Switch off what a recipe asks for and the rows cannot serve.
+def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) -> UniSDConfig:
+    """The config without what a recipe asks for and the rows cannot serve.
 
     What the user asked for stays, and the trainer refuses it.
     """
     asked = options.explicit
     contexts = any(len(row.get("auxiliary_contexts") or []) >= 2 for row in rows)
     negatives = any(row.get("negative_context") for row in rows)
+    off: dict[str, Any] = {}
     dropped = []
     if config.agreement != "none" and "agreement" not in asked and not contexts:
-        config.agreement = "none"
+        off["agreement"] = "none"
         dropped.append("agreement (needs a column auxiliary_contexts, or --agreement_contexts retrieval)")
     if config.contrastive_weight and "contrastive_weight" not in asked and not negatives:
-        config.contrastive_weight = 0.0
+        off["contrastive_weight"] = 0.0
         dropped.append("contrast (needs a column negative_context, or --negatives corrupt)")
-    if dropped and config.process_index == 0:
-        logger.warning("recipe %s runs without %s.", options.recipe, " and without ".join(dropped))
+    if not off:
+        return config
+    why = f"recipe {options.recipe} runs without {' and without '.join(dropped)}."
+    if config.process_index == 0:
+        logger.warning("%s", why)
+    return config.changed(why, **off)
 
 
 def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, str]:

@@ -1,5 +1,6 @@
-"""`unisd train --accelerate_config ddp`: the same command in several processes, started by
-accelerate (on a CPU by torchrun).
+"""Starts the same command in several processes: `unisd train --accelerate_config ddp`.
+
+By accelerate, on a CPU by torchrun.
 """
 
 from __future__ import annotations
@@ -133,8 +134,9 @@ def shards_of(options: RunOptions) -> int:
 
 
 def environment(name: str, on_cpu: bool) -> dict[str, str]:
-    """What the processes need beside this one's environment: on a CPU, what accelerate's launcher
-    would set for FSDP or DeepSpeed.
+    """What the processes need beside this one's environment.
+
+    On a CPU, what accelerate's launcher would set for FSDP or DeepSpeed.
 
     Raises:
         UserError: as `config_file`.

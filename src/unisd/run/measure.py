@@ -11,7 +11,7 @@ from unisd.console import number
 from unisd.data.rows import Row
 from unisd.evaluation.accuracy import accuracy
 from unisd.evaluation.likelihood import gold_ppl
-from unisd.evaluation.retention import retention
+from unisd.evaluation.retention import retention, retention_along
 from unisd.run import answers
 from unisd.run.inputs import GradeFunction, RunData
 
@@ -21,8 +21,9 @@ Figures = dict[str, Any]
 def graded(
     model: Any, tokenizer: Any, rows: Sequence[Row], grade: GradeFunction | None, cap: int, batch_size: int
 ) -> tuple[Figures | None, Figures | None, Figures | None]:
-    """Greedy accuracy, by skill where rows name one, and the answers; None where there is nothing
-    to grade.
+    """Greedy accuracy, by skill where rows name one, and the answers.
+
+    None where there is nothing to grade.
     """
     if grade is None or not rows:
         return None, None, None
@@ -31,8 +32,9 @@ def graded(
 
 
 def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> tuple[Figures, Figures]:
-    """One state of the model: the `before` or `after` of `results.json` (skills without a grader
-    are null), and its answers.
+    """Measure one state of the model: the `before` or `after` of `results.json`, and answers.
+
+    Skills without a grader are null.
     """
     cap, batch = config.eval_max_new_tokens or config.max_completion_length, config.rollout_batch_size
     task, skills, task_answers = graded(model, tokenizer, data.evaluation, data.grade, cap, batch)
@@ -68,17 +70,18 @@ def drift(
     batch_size: int,
     known: tuple[Figures | None, Figures | None] = (None, None),
 ) -> Figures:
-    """How far the model has moved from its base: `retention_ppl` both ways, and details
-    (`evaluation.retention`).
+    """Measure how far the model has moved from its base.
+
+    `retention_ppl` both ways, and details (`evaluation.retention`).
 
     known: what `graded` says of the model's and the base's answers to these very rows; where it is
     missing they are written anew.
     """
     after, before = ((side or {}).get("token_ids") for side in known)
-    answers = None if after is None or before is None else (after, before)
-    found = retention(
-        model, base, tokenizer, rows, max_new_tokens=cap, batch_size=batch_size, answers=answers
-    )
+    if after is None or before is None:
+        found = retention(model, base, tokenizer, rows, max_new_tokens=cap, batch_size=batch_size)
+    else:
+        found = retention_along(model, base, tokenizer, rows, (after, before))
     ways = ("forward", "reverse")
     return {
         "retention_ppl": {way: _finite(found[way]["ppl"]) for way in ways},

@@ -1,20 +1,21 @@
 """Everything a run is told beside `UniSDConfig`: which recipe, model and data.
 
-The parser of both is in `parsing.py`.
+`resolve.py` makes both from recipe, task, file and flags.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from unisd.config import option
+from unisd.errors import UserError
+from unisd.options.option import check_declared, option
 from unisd.recipes import DEFAULT
 
-# Headings of `unisd train --help`, in this order; the other groups are those of `config.GROUPS`.
+# Headings of `unisd train --help`, in this order; the others are `options.table.GROUPS`.
 RUN_GROUPS = ("run", "model", "adapter", "data")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunOptions:
     """What `unisd train` runs; flat, as on the command line.
 
@@ -47,7 +48,7 @@ class RunOptions:
         " an accelerate file of yours.",
     )
     num_processes: int | None = option(
-        "run", "accelerate_config: processes; unset: one for each accelerator."
+        "run", "accelerate_config: processes; unset: one for each accelerator.", low=1
     )
 
     # -- model -------------------------------------------------------------------------------------
@@ -55,79 +56,149 @@ class RunOptions:
         "model",
         "A folder, hub id or .gguf file; or `pocket` (embedded, 1M parameters) or `smollm2-135m`.",
         "pocket",
+        shared=("probe", "prepare"),
     )
     dtype: str = option(
         "model",
         "float32, bfloat16 or float16; auto: float32, under an adapter bfloat16 where it is native. Products"
         " on one GPU are in bfloat16 (from 50M parameters) unless dtype, bf16 or fp16 is given.",
         "auto",
+        shared=("probe", "prepare"),
     )
-    trust_remote_code: bool = option("model", "Run code that comes with the model.", False)
+    trust_remote_code: bool = option(
+        "model", "Run code that comes with the model.", False, shared=("probe", "prepare")
+    )
     load_in_4bit: bool = option(
         "model", "QLoRA: 4-bit base weights (needs bitsandbytes and use_peft).", False
     )
 
     # -- adapter -----------------------------------------------------------------------------------
     use_peft: bool = option("adapter", "Train a LoRA adapter instead of all weights.", False)
-    lora_r: int = option("adapter", "Rank of the adapter.", 64)
-    lora_alpha: int = option("adapter", "Scale of the adapter (divided by the rank).", 128)
+    lora_r: int = option("adapter", "Rank of the adapter.", 64, low=1)
+    lora_alpha: int = option("adapter", "Scale of the adapter (divided by the rank).", 128, low=1)
     lora_dropout: float = option("adapter", "Dropout before the adapter.", 0.05)
     lora_target_modules: list[str] = option("adapter", "Modules to adapt, or all-linear.", ["all-linear"])
 
     # -- data --------------------------------------------------------------------------------------
-    task: str | None = option("data", "Built-in or installed task; unset and no other data given: pocket.")
-    data_files: list[str] | None = option("data", "Files that the task reads (tasks that come without data).")
-    task_options: list[str] | None = option("data", "Further options of the task, as name=value.")
-    allow_unsafe_code_execution: bool = option(
-        "data", "Run model-written code with your own rights where the machine cannot isolate it.", False
+    task: str | None = option(
+        "data",
+        "Built-in or installed task; unset and no other data given: pocket.",
+        shared=("probe", "prepare"),
     )
-    noise: float | None = option("data", "Pocket task: share of wrong training references.")
+    data_files: list[str] | None = option(
+        "data", "Files that the task reads (tasks that come without data).", shared=("probe", "prepare")
+    )
+    task_options: list[str] | None = option(
+        "data", "Further options of the task, as name=value.", shared=("probe", "prepare")
+    )
+    allow_unsafe_code_execution: bool = option(
+        "data",
+        "Run model-written code with your own rights where the machine cannot isolate it.",
+        False,
+        shared=("probe", "prepare"),
+    )
+    noise: float | None = option(
+        "data", "Pocket task: share of wrong training references.", shared=("probe", "prepare")
+    )
     reference_style: str | None = option(
         "data", "Pocket task: annotators, hedged (in words of doubt), or own (the model's wording)."
     )
     train_file: str | None = option(
-        "data", "Your rows: .jsonl, .json, .csv or .parquet with prompt and privileged_context."
+        "data",
+        "Your rows: .jsonl, .json, .csv or .parquet with prompt and privileged_context.",
+        shared=("probe", "prepare"),
     )
     eval_file: str | None = option(
         "data", "Rows to report on; unset: a seeded 10 % of the training rows, held out."
     )
     dataset_name: str | None = option(
-        "data", "Your rows from a folder of data files, one that save_to_disk wrote, or a hub id."
+        "data",
+        "Your rows from a folder of data files, one that save_to_disk wrote, or a hub id.",
+        shared=("probe", "prepare"),
     )
-    dataset_config: str | None = option("data", "Configuration of dataset_name.")
+    dataset_config: str | None = option("data", "Configuration of dataset_name.", shared=("probe", "prepare"))
     dataset_train_split: str = option(
-        "data", "Split of dataset_name to train on (where it has splits).", "train"
+        "data",
+        "Split of dataset_name to train on (where it has splits).",
+        "train",
+        shared=("probe", "prepare"),
     )
     agreement_contexts: str = option(
         "data",
         "Auxiliary contexts for rows that have none: columns (build none), random, retrieval or induction.",
         "columns",
+        choices=("columns", "random", "retrieval", "induction"),
+        shared=("prepare",),
     )
     embedder: str = option(
-        "data", "retrieval: tfidf, model (its own hidden states) or a sentence-transformers model.", "tfidf"
+        "data",
+        "retrieval: tfidf, model (its own hidden states) or a sentence-transformers model.",
+        "tfidf",
+        shared=("prepare",),
     )
     negatives: str = option(
-        "data", "Wrong references for rows that have none: columns (build none), corrupt or model.", "columns"
+        "data",
+        "Wrong references for rows that have none: columns (build none), corrupt or model.",
+        "columns",
+        choices=("columns", "corrupt", "model"),
+        shared=("prepare",),
     )
     writer_url: str | None = option(
         "data",
         "induction, negatives=model: an OpenAI-compatible server whose model writes them; unset: the model"
         " itself.",
+        shared=("prepare",),
     )
     writer_model: str | None = option(
-        "data", "writer_url: the model's name there; unset: the first that it serves."
+        "data", "writer_url: the model's name there; unset: the first that it serves.", shared=("prepare",)
     )
-    columns: str | None = option("data", "Names of your columns: prompt=question,privileged_context=answer.")
+    columns: str | None = option(
+        "data",
+        "Names of your columns: prompt=question,privileged_context=answer.",
+        shared=("probe", "prepare"),
+    )
     grader: str | None = option(
         "data",
         "Grades answers to your rows, so that accuracy is reported: exact, contains, choice, number or call"
         " compare with a column answer (else the completion); code runs a column tests.",
+        shared=("probe", "prepare"),
     )
-    max_train_rows: int | None = option("data", "Train on the first so many rows only.")
-    max_eval_rows: int = option("data", "Most rows of each evaluation (task, retention).", 400)
+    max_train_rows: int | None = option(
+        "data", "Train on the first so many rows only.", low=1, shared=("prepare",)
+    )
+    max_eval_rows: int = option("data", "Most rows of each evaluation (task, retention).", 400, low=1)
 
     # -- not on the command line -------------------------------------------------------------------
-    explicit: frozenset[str] = field(default=frozenset(), init=False)
+    explicit: frozenset[str] = frozenset()
     """Names that the user gave in the config file or as flags."""
-    command: tuple[str, ...] = field(default=(), init=False)
+    command: tuple[str, ...] = ()
     """The arguments as given, for telling how to resume."""
+
+    def check(self) -> None:
+        """Raise `UserError` for the first option that is out of range or contradicts another."""
+        self._check_source()
+        check_declared(self, outside="{name}={value} must be {low} or more.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout={self.lora_dropout} must be 0 or more and below 1.")
+        if self.num_processes is not None and self.accelerate_config is None:
+            raise UserError(
+                "num_processes belongs to accelerate_config: unset it, or give --accelerate_config ddp."
+            )
+        if self.load_in_4bit and not self.use_peft:
+            raise UserError("load_in_4bit needs use_peft: 4-bit weights cannot be trained themselves.")
+
+    def _check_source(self) -> None:
+        """Check that there is one source of rows, and no option of another kind of source."""
+        sources = [name for name in ("task", "train_file", "dataset_name") if getattr(self, name) is not None]
+        if len(sources) > 1:
+            raise UserError(f"{' and '.join(sources)} exclude each other: give one source of training rows.")
+        if self.task is None:
+            for name in ("noise", "reference_style", "data_files", "task_options"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{name} belongs to a task: unset it, or give --task.")
+        else:
+            for name in ("columns", "grader", "eval_file", "dataset_config"):
+                if getattr(self, name) is not None and (name, self.task) != ("grader", "jsonl"):
+                    raise UserError(
+                        f"{name} belongs to your own rows: unset it, or give --train_file instead of a task."
+                    )

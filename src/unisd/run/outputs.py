@@ -1,6 +1,4 @@
-"""The output folder of a run: choosing it without losing anything, `results.json`, the model
-card.
-"""
+"""Chooses the output folder of a run without losing anything, and writes its model card."""
 
 from __future__ import annotations
 
@@ -31,11 +29,11 @@ RESUME = "--resume_from_checkpoint"
 def choose_output_dir(
     options: RunOptions, config: UniSDConfig, data_name: str, reserve: bool = True
 ) -> tuple[Path, str | bool | None]:
-    """The output folder, and the checkpoint to resume from (True: its newest whole one, None: start
-    anew).
+    """Choose the output folder, and the checkpoint to resume from.
 
-    A named folder without any checkpoint is started anew also when it was to be resumed: a
-    scheduler gives the same command again, however far the run had come.
+    True is its newest whole checkpoint, None starts anew. A named folder without any checkpoint is
+    started anew also when it was to be resumed: a scheduler gives the same command again, however
+    far the run had come.
 
     Without `output_dir`, a run gets the first unused of `unisd-output/<recipe>-<model>-<data>`,
     `...-2`, `...-3`.
@@ -59,42 +57,49 @@ def choose_output_dir(
         folder = Path(str(config.output_dir))
         if not resume and not options.overwrite_output_dir:
             _refuse_used(folder)
+    elif newest:
+        folder = _newest_interrupted(_candidates(options, data_name))
+    elif resume:
+        folder = Path(resume).parent
     else:
+        check_writable(Path(DEFAULT_ROOT))
         candidates = _candidates(options, data_name)
-        if newest:
-            interrupted = [
-                path
-                for path in candidates
-                if last_complete_checkpoint(path) and not (path / RESULTS).exists()
-            ]
-            if not interrupted:
-                raise UserError(
-                    f"no interrupted run in {candidates[0].parent}: name its folder with --output_dir."
-                )
-            folder = interrupted[-1]
-        elif resume:
-            folder = Path(resume).parent
-        else:
-            check_writable(Path(DEFAULT_ROOT))
-            folder = next(path for path in candidates if (_made(path) if reserve else not path.exists()))
+        folder = next(path for path in candidates if (_made(path) if reserve else not path.exists()))
     check_writable(folder)
-    if not newest:
-        return folder, resume or None
+    if newest:
+        return folder, _has_checkpoint(folder) or None
+    return folder, resume or None
+
+
+def _newest_interrupted(candidates: list[Path]) -> Path:
+    found = [path for path in candidates if last_complete_checkpoint(path) and not (path / RESULTS).exists()]
+    if not found:
+        raise UserError(f"no interrupted run in {candidates[0].parent}: name its folder with --output_dir.")
+    return found[-1]
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    """Whether the run in a folder can be resumed from its newest checkpoint, or has to start anew.
+
+    Raises:
+        UserError: there is no run, or only checkpoints that are not complete.
+    """
     if not any(folder.glob("checkpoint-*")):
         if (folder / RESULTS).exists() or not (folder / METRICS).exists():
             _refuse_used(folder)
         logger.warning("%s holds no checkpoint to resume from: the run starts from its first step.", folder)
-        return folder, None
+        return False
     if last_complete_checkpoint(folder) is None:
         raise UserError(
             f"{folder} holds no complete checkpoint to resume from: start without --resume_from_checkpoint."
         )
-    return folder, True
+    return True
 
 
 def resume_command(options: RunOptions, folder: str | Path) -> str:
-    """What goes on with a run from its newest checkpoint: the command as it was given, with that in
-    place of an older one.
+    """The command that goes on with a run from its newest checkpoint.
+
+    As it was given, with that checkpoint in place of an older one.
     """
     words = list(options.command)
     for place in reversed(range(len(words))):
@@ -142,8 +147,9 @@ def _made(folder: Path) -> bool:
 
 
 def clear_earlier_run(folder: Path) -> None:
-    """Remove what a run writes, and nothing else: a checkpoint of the old run must not be resumed
-    by the new one.
+    """Remove what a run writes, and nothing else.
+
+    A checkpoint of the old run must not be resumed by the new one.
     """
     for path in (folder / RESULTS, folder / METRICS, folder / SAMPLES, folder / ANSWERS, folder / PROBE):
         path.unlink(missing_ok=True)

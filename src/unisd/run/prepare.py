@@ -1,6 +1,4 @@
-"""`unisd prepare`, and the same before a training run: contexts and wrong references built for rows
-that lack them.
-"""
+"""Builds contexts and wrong references for rows that lack them, before a training run."""
 
 from __future__ import annotations
 
@@ -16,6 +14,7 @@ from unisd.console import show_progress
 from unisd.data import contexts, negatives
 from unisd.data.prompts import encode_prompt
 from unisd.data.rows import Row
+from unisd.errors import UserError
 from unisd.models.gguf import cache_dir
 from unisd.rollout.engine import seed_of
 from unisd.run.chat_server import ChatServer
@@ -97,14 +96,86 @@ def server_writer(server: ChatServer, seed: int, what: str) -> Callable[[list[st
     return write
 
 
+def build_contexts(
+    rows: Sequence[Row],
+    kind: str = "retrieval",
+    *,
+    num_contexts: int = 3,
+    seed: int = 0,
+    embedder: str = "tfidf",
+    model: Any = None,
+    tokenizer: Any = None,
+) -> list[Row]:
+    """Give rows the auxiliary contexts of agreement, as `unisd train --agreement_contexts` does.
+
+    Args:
+        rows: as `load_rows` returns them. Those that have `auxiliary_contexts` keep them.
+        kind: `retrieval` (the nearest other problems, solved), `random` (any others, solved),
+            `induction` (general instructions that the model writes) or `columns` (build none).
+        num_contexts: K, most contexts of a row; a row for which fewer are found gets those.
+        seed: of what is drawn.
+        embedder: for retrieval: `tfidf`, `model` (its mean hidden states) or the name of a
+            sentence-transformers model.
+        model, tokenizer: for induction and for the embedder `model`.
+
+    Returns:
+        The rows with `auxiliary_contexts`, lists of strings: never of the problem itself, of a
+        near-duplicate, or with the row's own reference in it. They are also kept in the cache.
+
+    Raises:
+        UserError: an unknown kind or embedder, a single row, or a model that is needed and missing.
+    """
+    if kind == "columns":
+        return list(rows)
+    if model is None and contexts.needs_model(kind, embedder):
+        raise UserError(f"{kind} contexts are made by a model: give model and tokenizer.")
+    settings = contexts.Settings(kind, num_contexts, seed, embedder)
+    return _with_contexts(rows, settings, lambda: (model, tokenizer))
+
+
+def _with_contexts(
+    rows: Sequence[Row],
+    settings: contexts.Settings,
+    load: Callable[[], tuple[Any, Any]],
+    server: ChatServer | None = None,
+) -> list[Row]:
+    """The rows with contexts; `server` writes them in the place of the model that `load` gives."""
+    embedder: contexts.Embedder | None = None
+    write = None
+    key = ""
+    if server is not None and settings.kind == "induction":
+        write = server_writer(server, settings.seed, "instructions")
+        key = f"{server.client.url} {server.model}"
+    elif contexts.needs_model(settings.kind, settings.embedder):
+        model, tokenizer = load()
+        embedder, write = (
+            ModelEmbedder(model, tokenizer),
+            writer(model, tokenizer, settings.seed, "instructions"),
+        )
+        key = model_key(model)
+    elif settings.kind == "retrieval" and settings.embedder != "tfidf":
+        embedder = contexts.SentenceTransformerEmbedder(settings.embedder)
+    return contexts.build(
+        rows,
+        settings,
+        embedder=embedder,
+        write=write,
+        model_key=key,
+        cache_dir=cache_dir() / "contexts",
+    )
+
+
 def prepare(
     data: RunData, options: RunOptions, config: UniSDConfig, load: Callable[[], tuple[Any, Any]]
 ) -> list[Row]:
-    """The training rows with the contexts and wrong references that the options ask for.
+    """Build the contexts and wrong references that the options ask for.
 
     Args:
         load: gives model and tokenizer; called where something is to be written or embedded by the
             model.
+
+    Returns:
+        The training rows with them.
 
     Raises:
         UserError: see `contexts.build` and `negatives.build`.
@@ -112,69 +183,23 @@ def prepare(
     rows = data.train
     written = options.agreement_contexts == "induction" or options.negatives == "model"
     server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
-    # What the recipe says is for its agreement, and for rows that bring no contexts at all; a
-    # single row has no others.
-    unasked = (
-        config.agreement != "none"
-        and len(rows) > 1
-        and not any(row.get("auxiliary_contexts") for row in rows)
-    )
-    wanted = "agreement_contexts" in options.explicit or unasked
-    if options.agreement_contexts != "columns" and wanted:
+    with_contexts = options.agreement_contexts != "columns" and _wants_contexts(rows, options, config)
+    if with_contexts:
         settings = contexts.Settings(
             options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder
         )
-        embedder: contexts.Embedder | None = None
-        write = None
-        key = ""
-        if server is not None and settings.kind == "induction":
-            write = server_writer(server, config.seed, "instructions")
-            key = f"{server.client.url} {server.model}"
-        elif settings.kind == "induction" or (settings.kind == "retrieval" and settings.embedder == "model"):
-            model, tokenizer = load()
-            embedder, write = (
-                ModelEmbedder(model, tokenizer),
-                writer(model, tokenizer, config.seed, "instructions"),
-            )
-            key = model_key(model)
-        elif settings.kind == "retrieval" and settings.embedder != "tfidf":
-            embedder = contexts.SentenceTransformerEmbedder(settings.embedder)
-        rows = contexts.build(
-            rows,
-            settings,
-            embedder=embedder,
-            write=write,
-            model_key=key,
-            cache_dir=cache_dir() / "contexts",
-        )
+        rows = _with_contexts(rows, settings, load, server)
     if options.negatives != "columns":
-        write, key = None, ""
-        if options.negatives == "model" and server is not None:
-            write = server_writer(server, config.seed, "wrong answers")
-            key = f"{server.client.url} {server.model}"
-        elif options.negatives == "model":
-            model, tokenizer = load()
-            write = writer(model, tokenizer, config.seed, "wrong answers")
-            key = model_key(model)
-        rows = negatives.build(
-            rows,
-            options.negatives,
-            seed=config.seed,
-            grade=data.grader,
-            write=write,
-            template=data.task.negative_prompt_template if data.task is not None else None,
-            model_key=f"{key} {data.name} {options.grader} {options.task_options}",
-            cache_dir=cache_dir() / "contexts",
-        )
+        rows = _with_negatives(rows, data, options, config, load, server)
     short = sum(len(row.get("auxiliary_contexts") or []) < config.num_auxiliary_contexts for row in rows)
-    without = sum(not row.get("negative_context") for row in rows)
-    if options.agreement_contexts != "columns" and wanted and short:
+    if with_contexts and short:
         logger.warning(
             "%d of %d rows have fewer than %d auxiliary contexts.",
             short,
             len(rows),
             config.num_auxiliary_contexts,
         )
+    without = sum(not row.get("negative_context") for row in rows)
     if options.negatives != "columns" and without:
         logger.warning(
             "%d of %d rows have no wrong reference: they train without the contrast term.", without, len(rows)
@@ -182,9 +207,53 @@ def prepare(
     return rows
 
 
+def _wants_contexts(rows: Sequence[Row], options: RunOptions, config: UniSDConfig) -> bool:
+    """Whether the user asks for contexts, or the recipe's agreement needs them.
+
+    What the recipe says is for rows that bring no contexts at all; a single row has no others.
+    """
+    return "agreement_contexts" in options.explicit or (
+        config.agreement != "none"
+        and len(rows) > 1
+        and not any(row.get("auxiliary_contexts") for row in rows)
+    )
+
+
+def _with_negatives(
+    rows: list[Row],
+    data: RunData,
+    options: RunOptions,
+    config: UniSDConfig,
+    load: Callable[[], tuple[Any, Any]],
+    server: ChatServer | None,
+) -> list[Row]:
+    write, key = None, ""
+    if options.negatives == "model" and server is not None:
+        write, key = server_writer(server, config.seed, "wrong answers"), _name_of(server)
+    elif options.negatives == "model":
+        model, tokenizer = load()
+        write, key = writer(model, tokenizer, config.seed, "wrong answers"), model_key(model)
+    return negatives.build(
+        rows,
+        options.negatives,
+        seed=config.seed,
+        grade=data.grader,
+        write=write,
+        template=data.task.negative_prompt_template if data.task is not None else None,
+        model_key=f"{key} {data.name} {options.grader} {options.task_options}",
+        cache_dir=cache_dir() / "contexts",
+    )
+
+
+def _name_of(server: ChatServer) -> str:
+    """Under which its texts are kept, as `model_key` of a model."""
+    return f"{server.client.url} {server.model}"
+
+
 def model_key(model: Any) -> str:
-    """Name and revision of a model, and a sample of its weights: a folder's content may change
-    under its name.
+    """Name and revision of a model, and a hash of some of its weights.
+
+    A folder's content may change under its name.
     """
     import hashlib
 

@@ -15,13 +15,15 @@ from transformers import PrinterCallback, ProgressCallback
 
 from unisd import memory
 from unisd.config import UniSDConfig
-from unisd.console import ProgressDisplay, make_console, show_example, show_table
+from unisd.console import make_console, show_example, show_table
 from unisd.distributed.collectives import on_any_rank
-from unisd.distributed.sharding import is_sharded
+from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
 from unisd.files import ANSWERS
-from unisd.models.load import AUTO_BF16_FROM, native_bf16
+from unisd.kernels.devices import gains_from_bf16
+from unisd.models.load import AUTO_BF16_FROM
 from unisd.monitoring.cost import Energy, cost_of
+from unisd.monitoring.progress import ProgressDisplay
 from unisd.run import baseline as shared
 from unisd.run import outputs
 from unisd.run.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
@@ -35,9 +37,7 @@ from unisd.training.guards import Interruption
 logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 48
-"""Most tokens of the answer in the example before a run: written for nothing but to be looked
-at.
-"""
+"""Most tokens of the example's answer before a run, which is written to be looked at."""
 Results = dict[str, Any]
 
 
@@ -46,6 +46,8 @@ class Setting:
     """A run that is ready to train."""
 
     data: RunData
+    config: UniSDConfig
+    """As resolved for this model and these rows; the trainer's own."""
     trainer: UniSDTrainer
     tokenizer: Any
     progress: ProgressDisplay
@@ -57,14 +59,14 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
     if config.push_to_hub and config.process_index == 0:
         logger.warning("push_to_hub uploads samples.jsonl and answers.json too, with texts of your rows.")
     model, tokenizer, _ = load_model(options)
-    _compute_in_bf16(model, options, config)
+    config = _in_bf16(model, options, config)
     if config.process_index == 0:
         data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
     if config.world_size > 1:  # what a model writes must be the same on all ranks
         rows = [data.train]
         broadcast_object_list(rows)
         data.train = rows[0]
-    fit_mechanisms(config, options, data.train)
+    config = fit_mechanisms(config, options, data.train)
     progress, interruption = ProgressDisplay(console), Interruption()
     trainer = UniSDTrainer(
         model=model,
@@ -77,43 +79,48 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         grader=data.grader,
         probe_dataset=data.retention[: config.diagnostics_probe_rows] or None,
     )
-    _save_memory(trainer, options, config)
+    config = trainer.args = _within_memory(trainer, options, config)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    return Setting(data, trainer, tokenizer, progress, interruption)
+    return Setting(data, config, trainer, tokenizer, progress, interruption)
 
 
-def _compute_in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> None:
-    """On one accelerator that can, the products of all but small models are computed in bfloat16,
-    unless the user has said otherwise; where there are several, the launcher's configuration says.
+def _in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> UniSDConfig:
+    """Multiply in bfloat16 on an accelerator that can, but for small models.
+
+    Not where the user says otherwise, or the launcher's configuration for several accelerators.
     """
     said = (
         {"bf16", "fp16", "dtype"} & options.explicit
         or config.mixed_precision != "no"
         or config.world_size > 1
     )
-    if not said and config.device.type != "cpu" and native_bf16() and model.num_parameters() > AUTO_BF16_FROM:
-        config.bf16, config.mixed_precision = True, "bf16"
+    if not said and gains_from_bf16(config.device) and model.num_parameters() > AUTO_BF16_FROM:
+        why = "products of all but small models are computed in bfloat16 on one accelerator that can"
+        return config.changed(why, bf16=True, mixed_precision="bf16")
+    return config
 
 
-def _save_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> None:
-    """Switch gradient checkpointing on where the step would not fit without it, unless the user has
-    said which.
+def _within_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConfig) -> UniSDConfig:
+    """Switch gradient checkpointing on where the step would not fit without it.
 
-    On all ranks, if on one of them: they take their steps together.
+    Not where the user has said which. On all ranks, if on one of them: they take their steps
+    together.
     """
     if "gradient_checkpointing" in options.explicit:
-        return
+        return config
     free = memory.available(config.device)
     size = memory.ModelSize.of(trainer.model)
-    shards = config.world_size if is_sharded(trainer.model) else 1
+    shards = number_of_shards(trainer.model)
     wanted = free is not None and memory.wants_checkpointing(
         size, config, longest_prompt(trainer), free, shards
     )
-    if on_any_rank(wanted, config.world_size):
-        config.gradient_checkpointing = True
-        room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
-        logger.warning("gradient checkpointing is on: the step would not fit %s without it.", room)
+    if not on_any_rank(wanted, config.world_size):
+        return config
+    room = "on every device" if free is None or not wanted else f"into {memory.readable(free)}"
+    why = f"gradient checkpointing is on: the step would not fit {room} without it."
+    logger.warning("%s", why)
+    return config.changed(why, gradient_checkpointing=True)
 
 
 def longest_prompt(trainer: UniSDTrainer) -> int:
@@ -131,13 +138,8 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     started = time.perf_counter()
     console = make_console()
     data = load_data(options, config.seed)
-    chosen: list[Any] = [None]
-    if config.process_index == 0:
-        chosen = [outputs.choose_output_dir(options, config, data.name)]
-    if config.world_size > 1:  # a free folder would be taken as soon as one rank has made it
-        broadcast_object_list(chosen)
-    folder, checkpoint = chosen[0]
-    config.output_dir, config.resume_from_checkpoint = str(folder), checkpoint
+    config, checkpoint = _agree_on_folder(options, config, data.name)
+    folder = Path(str(config.output_dir))
     try:
         setting = set_up(options, config, data, console)
     except UserError:
@@ -145,71 +147,107 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             with suppress(OSError):  # not empty: a run to go on with
                 folder.rmdir()
         raise
-    trainer = setting.trainer
-    if trainer.is_world_process_zero():
-        if checkpoint is None and options.overwrite_output_dir:
-            outputs.clear_earlier_run(folder)
-        _introduce(console, options, config, setting)
-    elif is_sharded(trainer.model):  # the example is written by all ranks
-        _introduce(Console(quiet=True), options, config, setting)
+    trainer, config = setting.trainer, setting.config
+    is_writer = trainer.is_world_process_zero()
+    if is_writer and checkpoint is None and options.overwrite_output_dir:
+        outputs.clear_earlier_run(folder)
+    if is_writer or all_ranks_must_join(trainer.model):  # in writing the example
+        _introduce(console if is_writer else Console(quiet=True), options, config, setting)
     phases = {"load": time.perf_counter() - started}
 
     clock = time.perf_counter()
-    key = shared.key_of(options, config, data)
-    state = ("figures", "answers")
-    before = shared.measured_once(
-        # ranks measure together: none can wait for a file
-        options.before_cache if config.world_size == 1 else None,
-        key,
-        lambda: dict(zip(state, _measured(setting, config), strict=True)),
-    )
+    before = _measured_before(setting, options, config)
     phases["eval"] = time.perf_counter() - clock
-    try:
-        with setting.interruption.listening(), Energy() as energy:
-            trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        setting.interruption.asked = True
-    finally:
-        setting.progress.close()
-    if setting.interruption.asked:
-        if trainer.is_world_process_zero():
+    energy = _trained(setting, checkpoint)
+    if energy is None:
+        if is_writer:
             _say_how_to_resume(options, folder)
         return None
 
-    _save_model(setting, config, folder)  # a run that is stopped while it measures has done its work
+    _save_model(setting, folder)  # a run that is stopped while it measures has done its work
     clock = time.perf_counter()
     after, answers = _measured(setting, config)
     with trainer.accelerator.autocast():
         after |= _drift(setting, options, config, answers, before["answers"])
     after["n_task"], after["n_retention"] = len(data.evaluation), len(data.retention)
     phases["eval"] += time.perf_counter() - clock + trainer.metrics.phases["eval"]
-    phases = {**trainer.metrics.phases, **phases}
     results = {
-        "schema_version": outputs.SCHEMA_VERSION,
-        "recipe": options.recipe,
-        "model": options.model_name_or_path,
-        "task": data.name,
-        "seed": config.seed,
-        "steps": trainer.state.global_step,
+        **_described(setting, options, config),
         "wall_s": time.perf_counter() - started,
-        "phases_s": phases,
+        "phases_s": {**trainer.metrics.phases, **phases},
         "before": before["figures"],
         "after": after,
-        "cost": cost_of(trainer, config, phases, options.device_tdp, energy.kwh),
-        "alarms": [asdict(alarm) for alarm in trainer.health.alarms] if config.alarms != "off" else None,
-        "config": outputs.resolved(options, config),
     }
-    if trainer.is_world_process_zero():  # before results.json, which completes a run
+    results |= _accounted(setting, options, config, results["phases_s"], energy)
+    if is_writer:  # before results.json, which completes a run
         outputs.write_json(folder / ANSWERS, pair_answers(data, before["answers"], answers))
     _finish(setting, options, config, folder, results)
-    if trainer.is_world_process_zero():
+    if is_writer:
         _report(console, results, folder, options)
     return results
 
 
+def _agree_on_folder(
+    options: RunOptions, config: UniSDConfig, data_name: str
+) -> tuple[UniSDConfig, str | bool | None]:
+    """Choose folder and checkpoint, the same on all ranks: in a new config, and the latter."""
+    chosen: list[Any] = [None]
+    if config.process_index == 0:
+        chosen = [outputs.choose_output_dir(options, config, data_name)]
+    if config.world_size > 1:  # a free folder would be taken as soon as one rank has made it
+        broadcast_object_list(chosen)
+    folder, checkpoint = chosen[0]
+    why = "the folder of this run"
+    return config.changed(why, output_dir=str(folder), resume_from_checkpoint=checkpoint), checkpoint
+
+
+def _trained(setting: Setting, checkpoint: str | bool | None) -> Energy | None:
+    """Train; returns the energy that it took, or None if Ctrl-C or SIGTERM stopped it."""
+    try:
+        with setting.interruption.listening(), Energy() as energy:
+            setting.trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        return None
+    finally:
+        setting.progress.close()
+    return None if setting.interruption.asked else energy
+
+
+def _described(setting: Setting, options: RunOptions, config: UniSDConfig) -> Results:
+    return {
+        "schema_version": outputs.SCHEMA_VERSION,
+        "recipe": options.recipe,
+        "model": options.model_name_or_path,
+        "task": setting.data.name,
+        "seed": config.seed,
+        "steps": setting.trainer.state.global_step,
+    }
+
+
+def _accounted(
+    setting: Setting, options: RunOptions, config: UniSDConfig, phases: dict[str, float], energy: Energy
+) -> Results:
+    alarms = setting.trainer.health.alarms if config.alarms != "off" else None
+    return {
+        "cost": cost_of(setting.trainer, config, phases, options.device_tdp, energy.kwh),
+        "alarms": None if alarms is None else [asdict(alarm) for alarm in alarms],
+        "config": outputs.resolved(options, config),
+    }
+
+
+def _measured_before(setting: Setting, options: RunOptions, config: UniSDConfig) -> Results:
+    """`figures` and `answers` of the untrained model, which several runs may share."""
+    key = shared.key_of(options, config, setting.data)
+    # Ranks measure together: none can wait for a file.
+    cache = options.before_cache if config.world_size == 1 else None
+    names = ("figures", "answers")
+    return shared.measured_once(cache, key, lambda: dict(zip(names, _measured(setting, config), strict=True)))
+
+
 def _measured(setting: Setting, config: UniSDConfig) -> tuple[Results, Results]:
-    """One state of the model, in the precision that it is trained in: before training no wrapper
-    sees to that.
+    """Figures and answers of the model as it is, in the precision that it is trained in.
+
+    Before training no wrapper sees to that.
     """
     with setting.trainer.accelerator.autocast():
         return measure(setting.trainer.model, setting.tokenizer, setting.data, config)
@@ -218,13 +256,14 @@ def _measured(setting: Setting, config: UniSDConfig) -> tuple[Results, Results]:
 def _drift(
     setting: Setting, options: RunOptions, config: UniSDConfig, after: Results, before: Results
 ) -> Results:
-    """Distance from the initial model on the retention rows, or where the task has none, on the
-    evaluation rows.
+    """Measure how far the model is from the initial one on the retention rows.
 
-    Not of a sharded model without an adapter: `unisd eval --base` measures it afterwards.
+    Where the task has none, on the evaluation rows. Not of a sharded model without an adapter:
+    `unisd eval --base` measures it afterwards.
     """
     model, rows = setting.trainer.model, setting.data.retention or setting.data.evaluation
-    if is_sharded(model) and not options.use_peft:  # no process has room for a whole initial model
+    # Where processes share a model, none has room for a whole initial one beside it.
+    if all_ranks_must_join(model) and not options.use_peft:
         return {"retention_ppl": None, "retention_detail": None}
     base = None if options.use_peft else load_model(options)[0].to(model.device)
     cap = config.eval_max_new_tokens or config.max_completion_length
@@ -234,12 +273,13 @@ def _drift(
     )
 
 
-def _save_model(setting: Setting, config: UniSDConfig, folder: Path) -> None:
+def _save_model(setting: Setting, folder: Path) -> None:
     # Pushed once, at the end, with our card: the Trainer would push each save and write a card of
     # its own.
-    push, config.push_to_hub = config.push_to_hub, False
-    setting.trainer.save_model(str(folder))
-    config.push_to_hub = push
+    trainer, config = setting.trainer, setting.config
+    trainer.args = config.changed("pushed once, at the end", push_to_hub=False)
+    trainer.save_model(str(folder))
+    trainer.args = config
     if setting.trainer.is_world_process_zero():
         setting.tokenizer.save_pretrained(str(folder))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from unisd.backbone import Backbone
 from unisd.losses.chunked import chunked_loss, token_logprobs, token_scores
 from unisd.losses.head import Head
-from unisd.losses.terms import TargetStates
+from unisd.losses.terms import LossInputs, TargetStates
 from unisd.methods.divergence import DivergenceSpec
 from unisd.methods.scores import StepScores
 from unisd.methods.targets import Source, Target
@@ -233,7 +233,7 @@ class Scorer:
         target_N = _targets(group)
         nothing_N = torch.zeros(len(target_N), device=hidden_NH.device)
         compared = chunked_loss(
-            hidden_NH, heads[0], of_teacher_NH, heads[1], target_N, spec, nothing_N, target=target
+            LossInputs(hidden_NH, heads[0], of_teacher_NH, heads[1], target_N, spec, nothing_N, target=target)
         )
         lengths = [len(states.final_TH) for states in group]
         logps, divergences = (

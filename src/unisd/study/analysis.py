@@ -1,5 +1,6 @@
-"""From a study's store to its figures: outcomes of every run, effects of every factor with 95 %
-intervals, verdicts.
+"""Analyses a study's store: outcomes of runs, effects of factors, verdicts.
+
+Effects have 95 % intervals.
 
 Accuracies are in points (percent of problems); times, operations and perplexities are compared as
 ratios, in percent.
@@ -26,8 +27,9 @@ Figures = dict[str, Any]
 
 
 def analyse(study: Study, store: Store, margin: float = 1.0) -> Figures | None:
-    """Everything that the reports show, as `analysis.json` holds it; None while no run has
-    finished.
+    """Compute all that the reports show, as `analysis.json` holds it.
+
+    None while no run has finished.
 
     Args:
         margin: smallest effect that matters, in points.
@@ -68,8 +70,9 @@ def analyse(study: Study, store: Store, margin: float = 1.0) -> Figures | None:
 
 
 def of_study(study: Study, records: dict[str, Record]) -> dict[str, Record]:
-    """The records of runs that the study, as it now is, is made of: an id holds every option and
-    the seed.
+    """Choose the records of runs that the study, as it now is, is made of.
+
+    An id holds every option and the seed.
     """
     ids = {run.id for run in runs_of(study)}
     return {run_id: record for run_id, record in records.items() if run_id in ids}
@@ -194,8 +197,9 @@ def _p(line: Figures | None) -> float | None:
 def _fit(
     outcome: str, cells: Sequence[Cell], seeds: Sequence[int], table: dict[tuple[str, int], Record]
 ) -> tuple[Fit | None, str]:
-    """The runs' values of an outcome `[C,S]` (accuracies with their single answers), and a note on
-    what is missing.
+    """The runs' values of an outcome `[C,S]`, and a note on what is missing.
+
+    Accuracies come with their single answers.
     """
     runs_CS = np.full((len(cells), len(seeds)), np.nan)
     for c, cell in enumerate(cells):
@@ -248,8 +252,9 @@ def _answers(
 
 
 def _cell(cell: Cell, study: Study, table: dict[tuple[str, int], Record]) -> Figures:
-    """A cell's means over its runs: accuracies, gain, forgetting, cost; with the runs that they
-    come from.
+    """A cell's means over its runs: accuracies, gain, forgetting, cost.
+
+    With the runs that they come from.
     """
     records = [table[cell.name, seed] for seed in study.seeds if (cell.name, seed) in table]
     costs = [record["results"]["cost"] for record in records if not record["resumed"]]
@@ -289,8 +294,9 @@ def _cell(cell: Cell, study: Study, table: dict[tuple[str, int], Record]) -> Fig
 
 
 def pareto(cells: Sequence[Figures]) -> list[str]:
-    """Names of the cells that no other cell beats in both gain and retention (equal in one and
-    better in the other counts).
+    """Names of the cells that no other cell beats in both gain and retention.
+
+    Equal in one and better in the other counts.
     """
     known = [cell for cell in cells if cell["gain"] is not None and cell["retention_change"] is not None]
 

@@ -1,5 +1,6 @@
-"""From a design to what can be asked of it: every effect is a contrast, one weight per cell, that a
-design either allows or not.
+"""Finds what a design can be asked: every effect is a contrast, one weight per cell.
+
+A design either allows it or not.
 
 An effect of a factor's level against its baseline is the mean difference over all *matched pairs*
 of cells, which differ in nothing else. Of a full factorial that is the main effect as usual; of
@@ -107,8 +108,9 @@ def _main(
 
 
 def _interactions(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[Any, int]) -> list[Effect]:
-    """What two levels do together beyond what each does alone, over all quadruples of cells that
-    differ in nothing else.
+    """What two levels do together beyond what each does alone.
+
+    Over all quadruples of cells that differ in nothing else.
     """
     found = []
     for one, two in itertools.combinations(factors, 2):
@@ -139,8 +141,9 @@ def _interactions(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[
 def _coefficient(
     cells: Sequence[Cell], factors: Sequence[Factor], order: int, wanted: tuple[tuple[str, str], ...]
 ) -> Weights | None:
-    """Least-squares weights of a term in the model of all terms up to `order`; None if the design
-    cannot tell it from others.
+    """Least-squares weights of a term in the model of all terms up to `order`.
+
+    None if the design cannot tell it from others.
 
     Columns are centred, so that a main effect is the mean over the other factors' levels (as with
     matched pairs).
@@ -168,8 +171,9 @@ def _coefficient(
 
 
 def _shapley(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[Any, int]) -> list[Effect]:
-    """Each two-level factor's share of the difference between all and none, averaged over all
-    orders of switching them on.
+    """Each two-level factor's share of the difference between all and none.
+
+    Averaged over all orders of switching them on.
     """
     if (
         any(len(factor.levels) != 2 for factor in factors)

@@ -1,5 +1,6 @@
-"""Which runs a study is made of: factors with levels, designs over them, tasks and seeds; all from
-one YAML file.
+"""Reads which runs a study is made of from one YAML file.
+
+Factors with levels, designs over them, tasks and seeds.
 
 A *cell* gives every factor a level; a *run* is a cell with a task and a seed. The first level of a
 factor is its baseline, and the cell of all baselines is the reference.
@@ -168,8 +169,9 @@ def _kind(kind: Any) -> str:
 
 
 def _factor(name: str, levels: Any, where: str) -> Factor:
-    """`[a, b]` are values of the option called `name`; `{label: {option: value}}` are named sets of
-    options.
+    """Read a factor: values of an option, or named sets of options.
+
+    `[a, b]` are values of the option called `name`; the sets are `{label: {option: value}}`.
     """
     if isinstance(levels, list):
         found = {_label(value): {name: value} for value in levels}
@@ -279,8 +281,9 @@ def _fraction(factors: Sequence[Factor], resolution: int) -> list[Levels]:
 
 
 def cell_name(levels: Levels, factors: Sequence[Factor]) -> str:
-    """`reference`, `all`, `+agreement` (alone), `-agreement` (all others), or the levels off the
-    baseline, joined by `+`.
+    """`reference`, `all`, `+agreement` (alone), `-agreement` (all others), or levels.
+
+    Those off the baseline, joined by `+`.
     """
     changed = [factor for factor in factors if levels[factor.name] != factor.baseline]
 

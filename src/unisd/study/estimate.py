@@ -95,8 +95,9 @@ class Fit:
             self._fit: Any = sm.OLS(runs_CS[cell_N, seed_N], self._X).fit() if len(cell_N) else None
 
     def contrast(self, weights_C: Values) -> Estimate | None:
-        """The effect `sum_C weights * mean`; None where a cell that it needs has no run, or the
-        runs cannot tell it from a seed's.
+        """The effect `sum_C weights * mean`; None where it cannot be estimated.
+
+        A cell that it needs has no run, or the runs cannot tell it from a seed's.
         """
         C, S = self.runs_CS.shape
         used = weights_C != 0
@@ -146,7 +147,9 @@ class Fit:
 
 
 def _interval(value: float, parts: list[tuple[float, float]], note: str, problems: int) -> Estimate:
-    """`parts`: V_runs first; V_problems - V_rest counts only where it is positive, as a variance
+    """The interval of an effect from the parts of its variance.
+
+    `parts`: V_runs first; V_problems - V_rest counts only where it is positive, as a variance
     component must be.
     """
     first, others = parts[0], parts[1:]
@@ -168,8 +171,9 @@ def _interval(value: float, parts: list[tuple[float, float]], note: str, problem
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values adjusted for all questions asked at once (Holm): the chance of any false finding
-    among them stays below 5 %.
+    """Adjust p-values for all questions asked at once (Holm).
+
+    The chance of any false finding among them stays below 5 %.
     """
     from statsmodels.stats.multitest import multipletests
 

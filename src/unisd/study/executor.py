@@ -69,8 +69,9 @@ def devices() -> int:
 
 
 class LocalExecutor:
-    """Processes of this machine: one a GPU, or on a CPU one a core; they share the cores evenly,
-    and end with this process.
+    """Runs processes on this machine: one a GPU, or on a CPU one a core.
+
+    They share the cores evenly, and end with this process.
 
     Args:
         slots: runs at once; None: as many as there are GPUs, else cores.

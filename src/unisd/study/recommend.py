@@ -80,8 +80,9 @@ def verdict(
 
 
 def _warnings(note: str) -> list[str]:
-    """The parts of a note that limit what follows, without those that say how an estimate is
-    made.
+    """The parts of a note that limit what follows.
+
+    Without those that say how an estimate is made.
     """
     return [
         part for part in note.split("; ") if part and not part.startswith(("mean of", "linear model with"))
@@ -143,8 +144,9 @@ def _most(estimate: Estimate, side: int) -> float:
 
 
 def recommended(study: Study, found: Figures, task: str) -> Figures:
-    """Options for `unisd train --config`: the study's base with every mechanism off that was not
-    kept, every option at its best level.
+    """Write options for `unisd train --config`.
+
+    The study's base with every mechanism off that was not kept, every option at its best level.
     """
     options = {**study.base, **study.tasks.get(task, {})}
     verdicts = {line["name"]: line["verdict"] for line in found["tasks"][task]["verdicts"]}
@@ -232,8 +234,9 @@ def effect_table(figures: Figures, kind: str) -> list[list[str]]:
 
 
 def notes_of(figures: Figures, kind: str) -> list[str]:
-    """What limits a table's effects on accuracies: each warning once, with the effects that it is
-    about where it is not about all.
+    """What limits a table's effects on accuracies, each warning once.
+
+    With the effects that it is about where it is not about all.
     """
     chosen = [
         line for line in figures["effects"] if line["kind"] == kind and line["outcome"] in OUTCOMES_JUDGED
@@ -256,8 +259,8 @@ def number(value: float | None, form: str = ".1f", by: float = 1.0) -> str:
 def cost_table(figures: Figures) -> list[list[str]]:
     """One cell a line: what it reached and what it cost, means over its runs (memory: the most)."""
     header = [
-        "cell", "runs", "task %", "gain", "retention change", "train s", "tokens generated", "tokens scored", "M tokens / device-hour",
-        "GFLOP", "peak MiB", "kWh / M tokens",
+        "cell", "runs", "task %", "gain", "retention change", "train s", "tokens generated",
+        "tokens scored", "M tokens / device-hour", "GFLOP", "peak MiB", "kWh / M tokens",
     ]  # fmt: skip
     return [header] + [
         [

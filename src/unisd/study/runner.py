@@ -1,6 +1,4 @@
-"""Carries a study out: every run that the store lacks, as a process of its own, in a folder of its
-own.
-"""
+"""Carries a study out: each run that the store lacks is a process with a folder of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,26 @@ CALIBRATION_STEPS, CALIBRATION_ROWS = 2, 16
 STOPPED = "(alarms=stop)"  # in the last words of a run that an alarm ended
 WEIGHTS = ("*.safetensors", "*.bin", "checkpoint-*")
 
+Resolve = Callable[[Options, str], tuple[Any, Any]]
+"""From a run's options, and what errors call them, to the `RunOptions` and the `UniSDConfig` of
+`unisd train`.
+"""
 
-def check_runs(runs: Sequence[Run], study: Study) -> None:
+
+def check_runs(runs: Sequence[Run], study: Study, resolve: Resolve) -> None:
     """Resolve the options of every cell as `unisd train` will, before anything runs.
 
     Raises:
         UserError: options that `unisd train` refuses, or a mechanism that is off in the recipe and
             cannot be studied.
     """
-    from unisd.cli.parsing import resolve, train_parser
-
-    parser = train_parser("unisd study")
     seen: set[str] = set()
     for run in runs:
         text = json.dumps({**run.options, "seed": 0}, sort_keys=True, default=str)
         if text not in seen:
             seen.add(text)
             try:
-                resolve(parser, parser.from_dict(run.options, f"cell {run.cell.name}"))
+                resolve(run.options, f"cell {run.cell.name}")
             except UserError as error:
                 raise UserError(f"cell {run.cell.name}: {error}") from None
     by_levels = {tuple(run.cell.levels.items()): run for run in runs}
@@ -50,9 +51,8 @@ def check_runs(runs: Sequence[Run], study: Study) -> None:
             (run for run in by_levels.values() if run.cell.levels[factor.name] != factor.baseline), None
         )
         if factor.is_mechanism and example is not None:
-            _, with_it = resolve(parser, parser.from_dict(example.options, "on"))
-            off = {**example.options, **factor.levels[factor.baseline]}
-            _, without = resolve(parser, parser.from_dict(off, "off"))
+            _, with_it = resolve(example.options, "on")
+            _, without = resolve({**example.options, **factor.levels[factor.baseline]}, "off")
             if all(
                 getattr(with_it, name) == getattr(without, name) for name in factor.levels[factor.baseline]
             ):
@@ -63,8 +63,9 @@ def check_runs(runs: Sequence[Run], study: Study) -> None:
 
 
 def command_of(run: Run, store: Store) -> tuple[str, ...]:
-    """Write the run's configuration file and return the command that trains it; an interrupted run
-    goes on from its checkpoint.
+    """Write the run's configuration file, and return the command that trains it.
+
+    An interrupted run goes on from its checkpoint.
     """
     folder = store.run_folder(run.id)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,67 +99,81 @@ def carry_out(
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
 ) -> bool:
-    """Run these runs, none of which is in the store; True when all are in it, False when the budget
-    ended first.
+    """Run these runs, none of which is in the store; False when the budget ended before all were.
 
     A failed run is tried `study.retries` more times, then recorded as failed. May be stopped at any
     moment, also by `kill -9`: what had finished is never run again.
     """
-    waiting = list(runs)
-    started, begun = clock(), {run.id: 0.0 for run in runs}
-    by_id = {run.id: run for run in runs}
+    attempts = _Attempts(study, len(runs), store, executor, say, clock)
+    waiting, started = list(runs), clock()
     budget = None if study.budget_minutes is None else 60 * study.budget_minutes
-    done, running = 0, 0
-
-    def record(run: Run, status: str, **details: Any) -> None:
-        nonlocal done
-        done += 1
-        attempts = store.failures(run.id) + (status == DONE)
-        finished = store.finish(run, status, attempts=attempts, **details)
-        if status == DONE and not study.keep_models:
-            remove_weights(store.run_folder(run.id))
-        say(f"{done}/{len(runs)}  {_told(finished)}")
-
-    def submit(run: Run) -> None:
-        begun[run.id] = clock()
-        store.note(run.id, "started")
-        executor.submit(
-            Job(run.id, command_of(run, store), store.run_folder(run.id).parent / f"{run.id}.log")
-        )
-
-    while waiting or running:
-        while waiting and running < executor.slots and (budget is None or clock() - started < budget):
-            run = waiting.pop(0)
-            if is_complete(store.run_folder(run.id)):  # killed between its end and its record
-                record(run, DONE)
-                continue
-            submit(run)
-            running += 1
-        if not running:
+    while waiting or attempts.running:
+        while (
+            waiting
+            and len(attempts.running) < executor.slots
+            and (budget is None or clock() - started < budget)
+        ):
+            attempts.start(waiting.pop(0))
+        if not attempts.running:
             break
-        finished = executor.wait()
-        run = by_id[finished.name]
-        running -= 1
-        if finished.returncode == 0 and is_complete(store.run_folder(run.id)):
-            record(run, DONE)
-            continue
-        reason = _last_words(store.run_folder(run.id).parent / f"{run.id}.log")
-        store.note(
-            run.id, "failed", returncode=finished.returncode, seconds=clock() - begun[run.id], reason=reason
-        )
-        # What an alarm has stopped goes wrong again: it is seeded.
-        if store.failures(run.id) <= study.retries and STOPPED not in reason:
-            say(f"failed, once more: {run.id} ({reason})")
-            waiting.insert(0, run)
-        else:
-            record(run, FAILED, reason=reason, returncode=finished.returncode)
+        if (again := attempts.wait()) is not None:
+            waiting.insert(0, again)
     return not waiting
 
 
+@dataclass
+class _Attempts:
+    """Starts runs, waits for them, and records in the store how each ended."""
+
+    study: Study
+    total: int
+    store: Store
+    executor: Executor
+    say: Callable[[str], None]
+    clock: Callable[[], float]
+    done: int = 0
+    running: dict[str, tuple[Run, float]] = field(default_factory=dict)
+    """By name, each with the time at which it began."""
+
+    def start(self, run: Run) -> None:
+        if is_complete(self.store.run_folder(run.id)):  # killed between its end and its record
+            self._record(run, DONE)
+            return
+        self.running[run.id] = run, self.clock()
+        self.store.note(run.id, "started")
+        self.executor.submit(Job(run.id, command_of(run, self.store), self._log(run)))
+
+    def wait(self) -> Run | None:
+        """Wait until a run has ended; returns it if it failed and is to be tried again."""
+        finished = self.executor.wait()
+        run, begun = self.running.pop(finished.name)
+        if finished.returncode == 0 and is_complete(self.store.run_folder(run.id)):
+            self._record(run, DONE)
+            return None
+        reason = _last_words(self._log(run))
+        seconds = self.clock() - begun
+        self.store.note(run.id, "failed", returncode=finished.returncode, seconds=seconds, reason=reason)
+        # What an alarm has stopped goes wrong again: it is seeded.
+        if self.store.failures(run.id) <= self.study.retries and STOPPED not in reason:
+            self.say(f"failed, once more: {run.id} ({reason})")
+            return run
+        self._record(run, FAILED, reason=reason, returncode=finished.returncode)
+        return None
+
+    def _record(self, run: Run, status: str, **details: Any) -> None:
+        self.done += 1
+        attempts = self.store.failures(run.id) + (status == DONE)
+        finished = self.store.finish(run, status, attempts=attempts, **details)
+        if status == DONE and not self.study.keep_models:
+            remove_weights(self.store.run_folder(run.id))
+        self.say(f"{self.done}/{self.total}  {_told(finished)}")
+
+    def _log(self, run: Run) -> Path:
+        return self.store.run_folder(run.id).parent / f"{run.id}.log"
+
+
 def remove_weights(folder: Path) -> None:
-    """Delete the model of a finished run: a study keeps its results, and may be asked to keep its
-    models.
-    """
+    """Delete the model of a finished run, unless a study is asked to keep its models."""
     import shutil
 
     for pattern in WEIGHTS:
@@ -189,10 +204,11 @@ def _last_words(log: Path) -> str:
 
 
 def seconds_of_a_run(
-    study: Study, runs: Sequence[Run], store: Store, executor: Executor
+    study: Study, runs: Sequence[Run], store: Store, executor: Executor, resolve: Resolve
 ) -> tuple[float, str]:
-    """Expected seconds of a run, and where the figure comes from: the study's file, finished runs,
-    or a calibration.
+    """Estimate the seconds of a run, and name the source of the figure.
+
+    That is the study's file, the runs that have finished, or a calibration run.
     """
     if study.run_s is not None:
         return float(study.run_s), "run_s of the study file"
@@ -201,7 +217,7 @@ def seconds_of_a_run(
         return sum(done) / len(done), f"the mean of {len(done)} finished runs"
     run = max(runs, key=lambda run: _distance(run.cell, study))
     return (
-        _calibrate(run, store, executor),
+        _calibrate(run, store, executor, resolve),
         f"{CALIBRATION_STEPS} steps of {run.cell.name}, the costliest cell",
     )
 
@@ -210,15 +226,11 @@ def _distance(cell: Cell, study: Study) -> int:
     return sum(cell.levels[factor.name] != factor.baseline for factor in study.factors)
 
 
-def _calibrate(run: Run, store: Store, executor: Executor) -> float:
-    """Time a very short run of the costliest cell, and stretch it: load + evaluation by rows +
-    training by steps.
-    """
-    from unisd.cli.parsing import resolve, train_parser
+def _calibrate(run: Run, store: Store, executor: Executor, resolve: Resolve) -> float:
+    """Time a very short run, and stretch it: load + evaluation by rows + training by steps."""
     from unisd.run.inputs import load_data
 
-    parser = train_parser()
-    options, config = resolve(parser, parser.from_dict(run.options, "calibration"))
+    options, config = resolve(run.options, "calibration")
     short: Options = {
         **run.options,
         "max_steps": CALIBRATION_STEPS,

@@ -1,5 +1,6 @@
-"""What a study has found so far: `runs.jsonl`, one line per finished run, and `attempts.jsonl`, one
-per start and failure.
+"""Stores what a study has found: `runs.jsonl` and `attempts.jsonl`.
+
+One line per finished run, and one per start and failure.
 
 Both are append-only, whole lines are on the disk before anything relies on them, and a line that a
 kill cut short is dropped. pandas and DuckDB read them as they are: `pd.read_json("runs.jsonl",
@@ -82,8 +83,9 @@ class Store:
 
 
 def found_in(folder: Path) -> Record:
-    """The results of a run's folder, with single answers and the figures that one looks for
-    first.
+    """The results of a run's folder, with its single answers.
+
+    And the figures that one looks for first.
     """
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     answers = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Tasks by name: `tasks.get("gsm8k")`.
+"""Tasks by name: `get_task("gsm8k")`.
 
 Importing this package is light; a task's module is imported when it is asked for. A package outside
 this one adds a task by the entry point group `unisd.tasks`:
@@ -21,7 +21,7 @@ import yaml
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row, Task
 
-__all__ = ["Grade", "Row", "Task", "get", "names"]
+__all__ = ["Grade", "Row", "Task", "get", "get_task", "names"]
 
 ENTRY_POINT_GROUP = "unisd.tasks"
 
@@ -49,8 +49,8 @@ def names() -> list[str]:
     return sorted({*_BUILT_IN, *_external()})
 
 
-def get(name: str, **options: Any) -> Task:
-    """The task called `name`, built with `options`; a built-in name wins over an entry point.
+def get_task(name: str, **options: Any) -> Task:
+    """Build the task called `name` with its own `options`; a built-in one wins over an entry point.
 
     Raises `UserError` for an unknown name (with the nearest known ones) or options the task does
     not know.
@@ -68,6 +68,9 @@ def get(name: str, **options: Any) -> Task:
     return _build(name, factory, options)
 
 
+get = get_task  # `tasks.get(...)` where the package itself is imported
+
+
 def from_flags(
     name: str,
     data_files: Sequence[str] | None = None,
@@ -79,7 +82,7 @@ def from_flags(
 
     `task_options` are `name=value` texts, values as in YAML; others that are None don't count.
 
-    Raises `UserError` as `get`.
+    Raises `UserError` as `get_task`.
     """
     given = {key: value for key, value in others.items() if value is not None}
     for part in task_options or []:
@@ -96,7 +99,7 @@ def from_flags(
         given["data_files"] = list(data_files)
     if grader is not None:
         given["grader"] = grader
-    return get(name, **given)
+    return get_task(name, **given)
 
 
 def _build(name: str, factory: Any, options: dict[str, Any]) -> Task:

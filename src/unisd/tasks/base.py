@@ -44,8 +44,9 @@ class Grade:
 
 
 class Task:
-    """Base class of tasks: override `load` and `grade`; `retention_rows` where the task has skills
-    it must not damage.
+    """The base class of tasks: override `load` and `grade`.
+
+    Override `retention_rows` too where the task has skills that it must not damage.
 
     The attributes are defaults of the class; an instance may set its own in `__init__`.
     """
@@ -72,8 +73,9 @@ class Task:
     """True where grading runs what a model wrote."""
 
     def prepare_training(self) -> None:
-        """Called before rows are loaded for training: the place to hold rows out where there is no
-        split for it.
+        """Prepare for training, before its rows are loaded.
+
+        The place to hold rows out where there is no split for it.
         """
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
@@ -84,9 +86,7 @@ class Task:
         raise NotImplementedError
 
     def grade(self, row: Row, completion: str) -> Grade:
-        """The verdict on `completion` as an answer to `row`. Never raises, whatever the
-        completion.
-        """
+        """Judge `completion` as an answer to `row`; never raises, whatever the completion."""
         raise NotImplementedError
 
     def retention_rows(self, limit: int | None = None, seed: int = 0) -> list[Row]:

@@ -1,5 +1,6 @@
-"""What published benchmarks have in common: rows from the Hub or from local files, splits that
-never meet, solved examples.
+"""Hold what published benchmarks have in common: splits that never meet, solved examples.
+
+Rows come from the Hub or from local files.
 
 Local files: a row belongs to the split that its field `split` names, else to the one that its
 file's name begins or ends with (`train`, `validation` or `dev`, `test`); of what is left, a tenth,
@@ -74,8 +75,10 @@ class Benchmark(Task):
         yield raw
 
     def problem(self, raw: Raw, where: str) -> Problem:
-        """A checked record as this task's own dict; must have `key` (text that makes it the same
-        problem), and `id` (str) where the dataset has one, else the row's number is taken.
+        """Turn a checked record into this task's own dict.
+
+        It must have `key` (text that makes it the same problem), and `id` (str) where the dataset
+        has one, else the row's number is taken.
 
         Raises `UserError` for a record that is no such problem; where a field holds something else,
         any error will do.
@@ -93,8 +96,9 @@ class Benchmark(Task):
     # -- loading -----------------------------------------------------------------------------------
 
     def prepare_training(self) -> None:
-        """Where the files hold no training rows, hold a tenth of all rows out and train on the
-        rest.
+        """Hold a tenth of all rows out where the files hold no training rows.
+
+        Training takes the rest.
         """
         if self.data_files is not None and not self._by_hash and not self._problems()["train"]:
             self._by_hash = True
@@ -105,8 +109,9 @@ class Benchmark(Task):
             )
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:
-        """Rows of `split` in an order shuffled by `seed` (`all`: in the files' order); `data_files`
-        may also be given here.
+        """Load the rows of `split` in an order shuffled by `seed` (`all`: in the files' order).
+
+        `data_files` may also be given here.
 
         Auxiliary contexts and the wrong reference of a row depend on `seed` and the row alone,
         never on `limit`.
@@ -146,8 +151,9 @@ class Benchmark(Task):
         return {"id": problem["id"], **row, "auxiliary_contexts": [self.solved(other) for other in others]}
 
     def _may_be_shown(self, other: Problem, problem: Problem, row: Row) -> bool:
-        """Whether a solved problem may stand in a row's context: no near-duplicate, and without the
-        row's reference.
+        """Say whether a solved problem may stand in a row's context.
+
+        It may be no near-duplicate, and must not hold the row's reference.
         """
         mine, theirs = (shingles(words(str(key["key"]))) for key in (problem, other))
         return jaccard(mine, theirs) < NEAR_DUPLICATE_THRESHOLD and not contains(

@@ -1,5 +1,6 @@
-"""CoS-E v1.11 over CommonsenseQA (Rajani et al., 2019; BSD-3-Clause): everyday questions with five
-options and a crowd's explanation.
+"""CoS-E v1.11 over CommonsenseQA: everyday questions with five options and an explanation.
+
+By Rajani et al., 2019 (BSD-3-Clause); the explanations are a crowd's.
 
 From the Hub (`Salesforce/cos_e`, v1.11) or files with its fields. CommonsenseQA's own files
 (`question.stem`, `answerKey`) work too, without explanations. The Hub's validation rows are the

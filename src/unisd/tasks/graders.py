@@ -6,8 +6,8 @@
 | `contains` | gold occurs in the completion, folded likewise, as whole words |
 | `choice` | the option letter that the completion settles on is gold's |
 | `number` | the number that the completion settles on equals gold's |
-| `call` | the tool calls of the completion are gold's (JSON or ReAct form, see :mod:`unisd.tasks.tool_calls`) |
-| `code` | the completion's program passes gold, which holds tests (run in :mod:`unisd.tasks.sandbox`) |
+| `call` | the completion's tool calls are gold's (forms: :mod:`unisd.tasks.tool_calls`) |
+| `code` | the completion's program passes gold's tests, in :mod:`unisd.tasks.sandbox` |
 
 No grader raises, whatever the completion, and each takes time linear in its length. An answer is
 looked for in what a model writes last: the last 20,000 characters (`contains`: 200,000) are enough
@@ -65,7 +65,10 @@ def contains(completion: str, gold: str) -> Grade:
 
 # Digits with optional thousands separators; each character can be read in one way only, so matching
 # is linear.
-_NUMBER = r"[-+\u2212\u2013]?\s{0,2}[$\u20ac\u00a3\u00a5]?\s{0,2}[-\u2212]?(?:\d[\d,_]{0,400}(?:\.\d{0,400})?|\.\d{1,400})"
+_NUMBER = (
+    r"[-+\u2212\u2013]?\s{0,2}[$\u20ac\u00a3\u00a5]?\s{0,2}[-\u2212]?"
+    r"(?:\d[\d,_]{0,400}(?:\.\d{0,400})?|\.\d{1,400})"
+)
 _PLAIN_NUMBER = re.compile(_NUMBER + r"(?:\s{0,2}/\s{0,2}\d{1,100})?(?:[eE][-+]?\d{1,3}(?!\w))?")
 _HASHES = re.compile(r"#{3,6}\s{0,5}")
 _BOXED = re.compile(r"\\boxed\s{0,3}\{([^{}]{0,200})")
@@ -100,17 +103,19 @@ def _first_number(text: str) -> str | None:
 
 
 def _number_span(text: str, start: int) -> re.Match[str] | None:
-    """The first number on the line that starts at `start`, within what a unit or a currency may
-    take up before it.
+    """Find the first number on the line that starts at `start`.
+
+    It must lie within what a unit or a currency may take up before it.
     """
     end = text.find("\n", start)
     return _PLAIN_NUMBER.search(text, start, min(len(text) if end < 0 else end, start + 120))
 
 
 def extract_number(completion: str) -> str | None:
-    """The number that a completion settles on, as written: after the last `####`, else in the last
-    `\\boxed{}`, else after the last "the answer is" / "answer:", else the last number of the text.
-    None where there is none.
+    """Extract the number that a completion settles on, as written; None where there is none.
+
+    It is looked for after the last `####`, else in the last `\boxed{}`, else after the last "the
+    answer is" / "answer:", else it is the last number of the text.
     """
     text = _text(completion)[-TAIL:]
     for pattern in (_HASHES, _BOXED, _SAID):
@@ -134,8 +139,9 @@ def extract_number(completion: str) -> str | None:
 
 
 def number(completion: str, gold: str) -> Grade:
-    """Numerically equal, to 1e-6 relative; commas, currency, units, percent signs and a full stop
-    don't matter.
+    """Compare numbers, to 1e-6 relative.
+
+    Commas, currency, units, percent signs and a full stop don't matter.
     """
     found = extract_number(completion)
     wanted = extract_number(gold)
@@ -169,8 +175,9 @@ _MARKED = re.compile(r"[(\[]([A-J])[)\]]")
 
 
 def extract_choice(completion: str) -> str | None:
-    """The option letter (A-J) that a completion settles on, upper case; None where it settles on
-    none.
+    """Extract the option letter (A-J) that a completion settles on, upper case.
+
+    None where it settles on none.
 
     In this order: `\\boxed{B}`, `#### B`, "answer is (B)" / "Answer: B" / "option B" (the last of
     each); a line that is a letter alone (the last one); a line that begins "B." or "B)" (the only
@@ -212,8 +219,9 @@ def extract_choice(completion: str) -> str | None:
 
 
 def choice(completion: str, gold: str) -> Grade:
-    """The letters agree. Gold is a letter, or text that `extract_choice` understands ("Answer:
-    B").
+    """Compare letters.
+
+    Gold is a letter, or text that `extract_choice` understands ("Answer: B").
     """
     gold = _text(gold).strip()
     wanted = gold.upper() if len(gold) == 1 and gold.isalpha() else extract_choice(gold)
@@ -227,9 +235,10 @@ _CODE_STARTS = ("def ", "class ", "import ", "from ", "@", "async def ")
 
 
 def extract_code(completion: str) -> str | None:
-    """The program that a completion holds: its longest fenced block with a definition, else its
-    longest fenced block, else what follows the first line that begins like a program. None where
-    there is none.
+    """Extract the program that a completion holds; None where there is none.
+
+    It is the longest fenced block with a definition, else the longest fenced block, else what
+    follows the first line that begins like a program.
     """
     text = _text(completion)[-TAIL:].replace("\r\n", "\n")
     blocks = []

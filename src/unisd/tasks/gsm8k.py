@@ -1,5 +1,6 @@
-"""GSM8K: grade-school word problems (Cobbe et al., 2021; MIT licence), from local files or from the
-Hub.
+"""GSM8K: grade-school word problems, from local files or from the Hub.
+
+By Cobbe et al., 2021 (MIT licence).
 
 Local files have no official split, so a tenth of the problems, chosen by a hash of the question, is
 held out: `test` (and `validation`, the same rows) never meets `train`, whichever file or order the
@@ -63,8 +64,7 @@ class GSM8KTask(Benchmark):
 
 
 def wrong_reference(reference: str, rng: random.Random) -> str:
-    """The reference with a wrong result: the final answer is changed, and so is that number in the
-    last step.
+    """Change the final answer of the reference, and so that number in the last step.
 
     The earlier steps stay right, which is what a slip in the last step looks like.
     """

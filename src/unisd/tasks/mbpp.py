@@ -1,5 +1,6 @@
-"""MBPP (Austin et al., 2021; CC BY 4.0): short Python functions with three assertions each; full
-(974) or sanitized (427).
+"""MBPP: short Python functions with three assertions each; full (974) or sanitized (427).
+
+By Austin et al., 2021 (CC BY 4.0).
 
 From the Hub (`google-research-datasets/mbpp`) or the original files. Splits by task_id: prompt
 1-10, test 11-510, validation 511-600, train 601-974, in both versions.

@@ -1,5 +1,6 @@
-"""Multiple choice: options in an order shuffled row by row, a reference that ends in "Answer:
-<letter>", graded by the letter.
+"""Multiple choice: options in an order shuffled row by row, graded by the letter.
+
+A reference ends in "Answer: <letter>".
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ SHORT = 'Reply with "Answer: <letter>" alone.'
 
 
 class MultipleChoice(Benchmark):
-    """Problems with `question`, `options` (texts), `answer` (index), `rationale` (text or ""),
-    `key`, `id`.
+    """Asks problems with `question`, `options` (texts), `answer` (index), `rationale`, `key`, `id`.
+
+    The rationale is a text or "".
 
     Args:
         short: references without their rationale, for answers of a few tokens.
@@ -54,8 +56,9 @@ class MultipleChoice(Benchmark):
         return f"{problem['question']}\n\nOptions:\n{listed}\n\n{SHORT if self.short else REASONED}"
 
     def reference(self, problem: Problem, index: int) -> str:
-        """A solution that settles on option `index`; for a wrong one the rationale speaks for
-        it.
+        """Write a solution that settles on option `index`.
+
+        For a wrong one the rationale speaks for it.
         """
         options, right = self.choices(problem)
         rationale = "" if self.short else problem["rationale"]

@@ -1,5 +1,6 @@
-"""New facts: two dozen invented facts about a company that does not exist, in plain English
-(`new_facts.json`, Apache-2.0).
+"""New facts: two dozen invented facts about a company that does not exist, in plain English.
+
+They are in `new_facts.json` (Apache-2.0).
 
 No model can know them before, and every model can say them after. `train` asks for each fact in
 three wordings, `validation` in another and `test` in two more, so that a test question has never

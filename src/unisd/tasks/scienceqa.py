@@ -1,5 +1,6 @@
-"""ScienceQA (Lu et al., 2022; CC BY-NC-SA 4.0), text-only: school science and language questions
-with 2 to 5 options.
+"""ScienceQA, text only: school science and language questions with 2 to 5 options.
+
+By Lu et al., 2022 (CC BY-NC-SA 4.0).
 
 Rows with an image are left out. From the Hub (`derek-thomas/ScienceQA`) or files with the original
 fields; a file without `lecture` and `solution` works too (its references are the answer alone).

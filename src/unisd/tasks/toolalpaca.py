@@ -109,9 +109,7 @@ class ToolAlpacaTask(Benchmark):
         return f"Problem: {problem['instruction'].strip()}\nSolution:\n{render(problem['steps'])}"
 
     def grade(self, row: Row, completion: str) -> Grade:
-        """Exact match of all steps; `details` hold the shares of right names and right
-        arguments.
-        """
+        """Match all steps exactly; `details` hold the shares of right names and right arguments."""
         return grade_calls(extract_calls(completion), [ToolStep(*step) for step in row["gold"]])
 
     def _prompt(self, problem: Problem) -> str:

@@ -1,5 +1,4 @@
-"""From the scores of a whole optimizer step to what its loss is made of: coefficients and
-micro-batches.
+"""From the scores of a whole optimizer step to the coefficients that its loss is made of.
 
 Normalisers, weights and quantiles belong to the *step* (all micro-batches, all ranks), so that
 cutting it differently changes nothing.
@@ -28,7 +27,10 @@ from unisd.methods.aggregation import (
 )
 from unisd.methods.registry import WeightFunction
 from unisd.methods.scores import StepScores, select
-from unisd.training.plan import in_forward_weights, normalizer_of
+from unisd.methods.terms import quantile_clip
+from unisd.rollout.engine import Completion
+from unisd.rollout.replay import RolloutStore, behaviour_logp, with_logps
+from unisd.training.plan import Plan
 
 AGREEMENT = ("agreement_token", "agreement_sequence")
 
@@ -51,6 +53,38 @@ def most_uncertain(entropy_B: Tensor, share: float, accelerator: Accelerator) ->
     return chosen[first : first + len(entropy_B)]
 
 
+def once(choose: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function, asked once: later calls give what the first one gave."""
+    chosen: list[Tensor] = []
+
+    def first(values: Tensor) -> Tensor:
+        if not chosen:
+            chosen.append(choose(values))
+        return chosen[0]
+
+    return first
+
+
+def with_rollout_logps(
+    scores: StepScores,
+    plan: Plan,
+    store: RolloutStore,
+    numbers: Sequence[tuple[int, int]],
+    completions: Sequence[Completion],
+) -> StepScores:
+    """The scores with what the importance ratio and some weights know of the rollout: the
+    log-probabilities that its tokens were sampled with.
+    """
+    width = scores.mask.shape[1]
+    if plan.off_policy and scores.student_logp is not None:
+        completions = with_logps(completions, scores.student_logp)
+        store.keep(numbers, completions, store.step)
+        scores = replace(scores, behaviour_logp=behaviour_logp(completions, width))
+    if plan.rollout_logps and scores.student_logp is None:
+        scores = replace(scores, student_logp=behaviour_logp(completions, width))
+    return scores
+
+
 def idle_agreement(metrics: dict[str, float], args: UniSDConfig) -> str | None:
     """What to tell the user if all agreement weights of a step are within 1 % of 1: forward passes
     that buy nothing.
@@ -63,18 +97,16 @@ def idle_agreement(metrics: dict[str, float], args: UniSDConfig) -> str | None:
     )
 
 
-def reliability(
-    weights: Sequence[WeightFunction], scores: StepScores, in_forward: Sequence[WeightFunction] = ()
-) -> tuple[Tensor, Tensor, dict[str, float]]:
+def reliability(plan: Plan, scores: StepScores) -> tuple[Tensor, Tensor, dict[str, float]]:
     """The product of all weights by level, `[B,T]` and `[B]`, and their metrics.
 
-    Those `in_forward` are left to :class:`InForward`.
+    Deferred ones are left to :class:`DeferredWeights`.
     """
     B, T = scores.mask.shape
     token_BT, sequence_B = torch.ones(B, T), torch.ones(B)
     metrics: dict[str, float] = {}
-    for weight in weights:
-        if weight in in_forward:
+    for weight in plan.weights:
+        if weight in plan.deferred:
             continue
         value = weight(scores)
         if weight.level == "sequence":
@@ -86,30 +118,31 @@ def reliability(
     return token_BT, sequence_B, metrics
 
 
-def loss_coefficients(
-    args: UniSDConfig,
-    weights: Sequence[WeightFunction],
-    scores: StepScores,
-    in_forward: Sequence[WeightFunction] = (),
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What each token's divergence, contrast and feature term is multiplied by in the step's loss
-    (method: "Aggregation").
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """What each token's divergence, and each term, is multiplied by in the step's loss."""
 
-    Weights that are `in_forward` are left to :class:`InForward`.
+    divergence_BT: Tensor
+    terms: dict[str, Tensor]  # [B,T] by name
+    weights_BT: Tensor  # the reliability weights in them
+    token_clip: float | None  # of the divergence, in nats
+    metrics: dict[str, float]
 
-    Returns:
-        `[B,T]` each under "divergence" and, where active, "contrast" and "features"; and the
-        weights' metrics.
+
+def loss_coefficients(args: UniSDConfig, plan: Plan, scores: StepScores) -> Coefficients:
+    """From the scores of all ranks to the coefficients of the loss (method: "Aggregation").
+
+    Deferred weights are left to :class:`DeferredWeights`.
     """
     B, T = scores.mask.shape
-    token_BT, sequence_B, metrics = reliability(weights, scores, in_forward)
+    token_BT, sequence_B, metrics = reliability(plan, scores)
     if scores.auxiliary_present is not None:
         metrics["agreement/contexts"] = float(scores.auxiliary_present.sum()) / max(B, 1)
         metrics["agreement/scored_rows"] = (
             float((scores.auxiliary_present.sum(0) > 0).float().mean()) if B else 0.0
         )
     divergence_BT = step_coefficients(
-        scores.mask, token_BT, sequence_B, args.loss_aggregation, normalizer_of(args, weights)
+        scores.mask, token_BT, sequence_B, args.loss_aggregation, plan.normalizer
     )
     if (
         args.importance_cap is not None
@@ -119,14 +152,18 @@ def loss_coefficients(
         policies = (scores.student_logp, scores.behaviour_logp, scores.mask, args.importance_cap)
         divergence_BT = divergence_BT * importance_ratio(*policies)
         metrics |= importance_stats(*policies)
-    coefficients = {"divergence": torch.zeros(B, T) if args.feature_only else divergence_BT}
-    if args.contrastive_weight and scores.negative_present is not None:
-        unit_BT = term_coefficients(scores.mask, scores.negative_present, args.loss_aggregation)
-        coefficients["contrast"] = args.contrastive_weight * unit_BT
-    if args.feature_weight:
-        unit_BT = term_coefficients(scores.mask, torch.ones(B, dtype=torch.bool), args.loss_aggregation)
-        coefficients["features"] = args.feature_weight * unit_BT
-    return coefficients, metrics
+    if args.feature_only:
+        divergence_BT = torch.zeros(B, T)
+    terms: dict[str, Tensor] = {}
+    for term in plan.terms:
+        present_B = scores.negative_present if "negative" in term.needs else None
+        present_B = torch.ones(B, dtype=torch.bool) if present_B is None else present_B
+        unit_BT = term_coefficients(scores.mask, present_B, args.loss_aggregation)
+        terms[term.name] = term.coefficient * unit_BT
+    clip = args.token_clip
+    if args.token_clip_quantile is not None and scores.divergence is not None:
+        clip = quantile_clip(scores.divergence, scores.mask, args.token_clip_quantile)
+    return Coefficients(divergence_BT, terms, token_BT * sequence_B[:, None], clip, metrics)
 
 
 def weight_metrics(name: str, stats: Mapping[str, float]) -> dict[str, float]:
@@ -134,10 +171,10 @@ def weight_metrics(name: str, stats: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{key}": float(number) for key, number in stats.items()}
 
 
-@dataclass
-class Reweigh:
-    """Weights that look at the student, for one micro-batch: called by the loss with what its own
-    pass found (`losses.Reweigh`).
+@dataclass(frozen=True, eq=False)
+class DeferredWeights:
+    """The weights of a step that wait for the student's training pass: a further factor of the
+    coefficients of each micro-batch, from what its own pass found.
 
     With the normalizers `weights` and `mean1` the divisor is a row's own sum: the factors keep the
     sum of each row's coefficients, which the step fixed before. A row without any weight left has
@@ -145,76 +182,50 @@ class Reweigh:
     """
 
     weights: Sequence[WeightFunction]
-    scores: StepScores  # of the micro-batch's rows
-    coefficients_BT: Tensor
+    scores: StepScores  # of this rank's rows
+    coefficients_BT: Tensor  # of the divergence, without these weights
     normalizer: str
-    keep: Callable[[str, Tensor], None]  # a weight's name and its values, for the log
+    # by weight [B,T], for the log; rows that are done again take the place of what they left
+    found: dict[str, Tensor]
 
-    def __call__(self, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor) -> Tensor:
-        mask_BT = self.scores.mask
+    @classmethod
+    def of(cls, plan: Plan, scores: StepScores, coefficients_BT: Tensor) -> DeferredWeights | None:
+        """None where no weight waits."""
+        if not plan.deferred:
+            return None
+        found = {weight.name: torch.zeros(scores.mask.shape) for weight in plan.deferred}
+        return cls(plan.deferred, scores, coefficients_BT, plan.normalizer, found)
+
+    def factor(self, rows: Tensor, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor) -> Tensor:
+        """The factor [N] of the micro-batch made of `rows`, as `losses.terms.LossInputs.deferred`
+        gives it.
+        """
+        scores, coefficients_BT = select(self.scores, rows), self.coefficients_BT[rows]
+        mask_BT = scores.mask
         student_BT, divergence_BT = torch.zeros(2, *mask_BT.shape, dtype=divergence_N.dtype)
         student_BT[mask_BT], divergence_BT[mask_BT] = logp_N.detach().cpu(), divergence_N.detach().cpu()
-        scores = replace(self.scores, student_logp=student_BT, divergence=divergence_BT)
+        scores = replace(scores, student_logp=student_BT, divergence=divergence_BT)
         factor_BT = torch.ones(mask_BT.shape, dtype=divergence_N.dtype)
         for weight in self.weights:
             value_BT = weight(scores)
-            self.keep(weight.name, value_BT)
+            self.found[weight.name][rows] = value_BT.float()
             factor_BT = factor_BT * value_BT
         if self.normalizer != "tokens":
-            before_B1 = torch.where(mask_BT, self.coefficients_BT, 0.0).sum(-1, keepdim=True)
-            after_B1 = torch.where(mask_BT, self.coefficients_BT * factor_BT, 0.0).sum(-1, keepdim=True)
+            before_B1 = torch.where(mask_BT, coefficients_BT, 0.0).sum(-1, keepdim=True)
+            after_B1 = torch.where(mask_BT, coefficients_BT * factor_BT, 0.0).sum(-1, keepdim=True)
             factor_BT = factor_BT * torch.where(
                 after_B1 == 0, 0.0, before_B1 / torch.where(after_B1 == 0, 1.0, after_B1)
             )
         return factor_BT[mask_BT].to(divergence_N)
 
-
-class InForward:
-    """The weights of a run that wait for the student's pass: makes each micro-batch's `Reweigh`,
-    and keeps what it found for the log.
-    """
-
-    def __init__(
-        self,
-        args: UniSDConfig,
-        weights: Sequence[WeightFunction],
-        drawn: frozenset[str] = frozenset(),
-        off_policy: bool = False,
-    ) -> None:
-        self.weights = in_forward_weights(args, weights, drawn, off_policy)
-        self._normalizer = normalizer_of(args, weights)
-        self._step: tuple[StepScores, Tensor] | None = None
-        # by weight [B,T]; rows that are done again take the place of what they left
-        self._found: dict[str, Tensor] = {}
-
-    def begin(self, scores: StepScores, coefficients_BT: Tensor) -> None:
-        """A new optimizer step: this rank's scores and the coefficients of the divergence without
-        these weights.
-        """
-        self._step = scores, coefficients_BT
-        self._found = {weight.name: torch.zeros(scores.mask.shape) for weight in self.weights}
-
-    def reweigh(self, rows: Tensor) -> Reweigh | None:
-        """For the micro-batch of these rows; None where no weight waits."""
-        if not self.weights:
-            return None
-        assert self._step is not None
-        scores, coefficients_BT = self._step
-
-        def keep(name: str, value_BT: Tensor) -> None:
-            self._found[name][rows] = value_BT.float()
-
-        return Reweigh(self.weights, select(scores, rows), coefficients_BT[rows], self._normalizer, keep)
-
     def metrics(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean and range of each weight over the step's loss tokens, on all ranks."""
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for weight in self.weights:
-            assert self._step is not None
-            values_N = self._found[weight.name][self._step[0].mask]
+            values_N = self.found[weight.name][self.scores.mask]
             if accelerator.num_processes > 1:
                 values_N = torch.cat(gather_object([values_N]))
-            found |= weight_metrics(
+            metrics |= weight_metrics(
                 weight.name, weight_stats(values_N[None], torch.ones(1, len(values_N), dtype=torch.bool))
             )
-        return found
+        return metrics

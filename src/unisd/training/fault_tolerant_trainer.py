@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,27 +28,37 @@ from unisd.kernels.lora import fast_maps, fused_lora
 from unisd.memory import ROW_TOO_LARGE, is_out_of_memory, release_memory, smaller_until_it_fits
 from unisd.monitoring.alarms import Watch
 from unisd.monitoring.metrics import StepMetrics
-from unisd.rollout.replay import RolloutStore
+from unisd.rollout.replay import RepeatedSteps, RolloutStore
 from unisd.teacher import Teacher
 from unisd.training import checkpoints
 from unisd.training.guards import FiniteGuard, pieces_of
 from unisd.training.sharded_trainer import ShardedTrainer
+from unisd.training.step import MicroBatch, Step
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Stateful:
+    """What a checkpoint holds beside model and optimizer: how it is written into a folder, and
+    read.
+
+    All ranks call both.
+    """
+
+    save: Callable[[str], None]
+    load: Callable[[str], None]
+
+
 class FaultTolerantTrainer(ShardedTrainer):
-    """The base of :class:`unisd.UniSDTrainer`, which sets `metrics`, `teacher` and, in each step,
-    `micro_batch_of`.
+    """The base of :class:`unisd.UniSDTrainer`, which sets what it is to save beside model and
+    optimizer.
     """
 
     metrics: StepMetrics
-    teacher: Teacher
-    store: RolloutStore
-    micro_batch_of: Callable[[Sequence[int]], dict[str, Any]]
-    """Lays out rows of this step, by their numbers in it, as the `inputs` of `compute_loss`."""
+    stateful: list[Stateful]
 
     def __init__(self, args: UniSDConfig, **kwargs: Any) -> None:
         super().__init__(args=args, **kwargs)
@@ -57,10 +68,6 @@ class FaultTolerantTrainer(ShardedTrainer):
         self._run_folder: str | None = None  # where the Trainer puts checkpoints while one is being built
         self._done: list[list[int]] = []  # parts of this step that are in the gradient
         self._most_rows: int | None = None  # per micro-batch, since memory ran out
-
-    def load_teachers(self, checkpoint: str | Path) -> None:
-        """Take over the state of the teacher (and whatever stands beside it) from a checkpoint."""
-        self.teacher.load(checkpoint)
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -78,9 +85,11 @@ class FaultTolerantTrainer(ShardedTrainer):
         micro-batches.
         """
         with self.metrics.timed("student", wait=self.accelerator.sync_gradients):
-            part: list[int] = inputs["part"]
+            micro_batch: MicroBatch = inputs["micro_batch"]
+            step, part = micro_batch.step, micro_batch.part
+            del micro_batch
             try:
-                loss = self._in_pieces(model, [part], inputs, num_items_in_batch)
+                loss = self._in_pieces(model, step, [part], num_items_in_batch, inputs)
                 self._done.append(part)
                 return loss
             except (RuntimeError, MemoryError) as error:
@@ -92,7 +101,7 @@ class FaultTolerantTrainer(ShardedTrainer):
             del inputs
             done = [*self._done, part]
             largest = min(self._most_rows or len(part), len(part))
-            retry = partial(self._again, model, done, num_items_in_batch)
+            retry = partial(self._again, model, step, done, num_items_in_batch)
             loss, self._most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
             self._done.append(part)
             logger.warning(
@@ -102,9 +111,14 @@ class FaultTolerantTrainer(ShardedTrainer):
             return loss
 
     def _in_pieces(
-        self, model: nn.Module, parts: list[list[int]], inputs: dict[str, Any] | None, items: Any
+        self,
+        model: nn.Module,
+        step: Step,
+        parts: list[list[int]],
+        items: Any,
+        inputs: dict[str, Any] | None = None,
     ) -> Tensor:
-        """Adds the gradient of `parts`; returns the loss of the last one.
+        """Add the gradient of `parts` of the step; returns the loss of the last one.
 
         `inputs` are those of a single part, if at hand.
         """
@@ -113,17 +127,21 @@ class FaultTolerantTrainer(ShardedTrainer):
             loss = torch.zeros((), device=self.args.device)
             pieces = pieces_of(part, self._most_rows or max(len(part), 1)) or [part]
             for piece in pieces:
-                laid_out = inputs if inputs is not None and piece == part else self.micro_batch_of(piece)
+                at_hand = inputs is not None and piece == part
                 with fast_maps(self.model), fused_lora(self.model):
-                    loss += super().training_step(model, laid_out, items)
+                    loss += super().training_step(
+                        model, inputs if at_hand else step.micro_batch(piece).inputs, items
+                    )
         return loss
 
-    def _again(self, model: nn.Module, parts: list[list[int]], items: Any, most_rows: int) -> Tensor:
+    def _again(
+        self, model: nn.Module, step: Step, parts: list[list[int]], items: Any, most_rows: int
+    ) -> Tensor:
         release_memory()
         model.zero_grad()
         self.metrics.rewind()
         self._most_rows = most_rows
-        return self._in_pieces(model, parts, None, items)
+        return self._in_pieces(model, step, parts, items)
 
     def _check_can_be_smaller(self, rows: int, error: BaseException) -> None:
         if self._most_rows == 1 or rows == 1:
@@ -138,8 +156,39 @@ class FaultTolerantTrainer(ShardedTrainer):
 
     # -- checkpoints -------------------------------------------------------------------------------
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args = self.args
+        if args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        per_step = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return RepeatedSteps(
+            len(self.train_dataset),
+            per_step,
+            args.num_iterations,
+            args.seed,
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def stateful_teacher(self, file: str, teacher: Teacher) -> Stateful:
+        """A teacher, whose state a checkpoint holds in `file`."""
+        return Stateful(partial(self.save_teacher, teacher, file=file), partial(teacher.load, file=file))
+
+    def stateful_rollout(self, store: RolloutStore) -> Stateful:
+        """The rollout in progress, which later steps use again."""
+        ranks = self.accelerator.num_processes
+        return Stateful(partial(store.save, is_writer=self.args.should_save, world_size=ranks), store.load)
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._run_folder or str(super()._get_output_dir(trial))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; a checkpoint also gets the state of all that is `stateful` (before
+        `trainer_state.json`, which completes it).
+        """
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None:
+            for part in self.stateful:
+                part.save(output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers, but built aside and put in its place when it is whole
@@ -200,8 +249,8 @@ class FaultTolerantTrainer(ShardedTrainer):
         if checkpoint is not None:
             stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
             zero.require_resumable(checkpoint, stage, self.accelerator.num_processes)
-            self.load_teachers(checkpoint)
-            self.store.load(checkpoint)
+            for part in self.stateful:
+                part.load(checkpoint)
             if self.args.should_save:
                 step = json.loads((Path(checkpoint) / checkpoints.STATE).read_text(encoding="utf-8"))[
                     "global_step"

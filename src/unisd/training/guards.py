@@ -46,6 +46,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        """Take both signals while active; the callback must be the trainer's, too."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

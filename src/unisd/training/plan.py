@@ -1,21 +1,82 @@
-"""What a run must score, from its options: views, sources, weights that can wait for the student's
-own pass.
-"""
+"""What a run scores and weighs, from its options: one frozen `Plan`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from unisd.config import UniSDConfig
 from unisd.data.rows import Row
 from unisd.errors import UserError
-from unisd.methods.registry import WeightFunction
-from unisd.methods.targets import NEGATIVE, STUDENT, Source, Target
+from unisd.methods.registry import Term, WeightFunction, parse_term, parse_weight
+from unisd.methods.targets import NEGATIVE, STUDENT, Source, Target, parse_target
+from unisd.rollout.engine import Engine
+from unisd.rollout.vllm.common import logps_compare
 
 STUDENT_NEEDS = frozenset({"student", "divergence"})
 
 
-def normalizer_of(args: UniSDConfig, weights: Sequence[WeightFunction]) -> str:
+@dataclass(frozen=True)
+class Plan:
+    """What a run scores and weighs: follows from its options and the engine that samples."""
+
+    weights: tuple[WeightFunction, ...]
+    deferred: tuple[WeightFunction, ...]  # of them those that wait for the student's training pass
+    normalizer: str  # what the token weights are divided by
+    terms: tuple[Term, ...]  # of the loss, beside the divergence
+    target: Target | None
+    sources: tuple[Source, ...]  # of the target: those that need a pass of their own
+    # the answers are those of other weights, or of another engine, which the importance ratio
+    # corrects
+    off_policy: bool
+    rollout_logps: bool  # the rollout tells the student's log-probabilities to the weights
+    needs: frozenset[str]  # what the mechanisms look at; nothing else is scored
+
+    @classmethod
+    def of(cls, args: UniSDConfig, engine: Engine | None = None) -> Plan:
+        """engine: what the caller gives; None: the one that the options name."""
+        weights = tuple(parse_weight(spec) for spec in args.reliability_weights)
+        target = None if args.target is None else parse_target(args.target)
+        other_engine = engine is not None or args.use_vllm
+        compares = (
+            logps_compare(args)
+            if args.use_vllm and engine is None
+            else getattr(engine, "returns_logps", False)
+        )
+        off_policy = (args.num_iterations > 1 or compares) and args.importance_cap is not None
+        rollout_logps = not other_engine and _rollout_tells(args, weights)
+        deferred = _deferred(args, weights, rollout_logps, off_policy)
+        plan = cls(
+            weights=weights,
+            deferred=deferred,
+            normalizer=_normalizer(args, weights),
+            terms=loss_terms(args),
+            target=target,
+            sources=_scored_sources(args, target),
+            off_policy=off_policy,
+            rollout_logps=rollout_logps,
+            needs=frozenset(),
+        )
+        return replace(plan, needs=needed_views(args, plan))
+
+
+def loss_terms(args: UniSDConfig) -> tuple[Term, ...]:
+    """The terms of the loss beside the divergence: those with options of their own, then the
+    others.
+    """
+    specs = list(args.terms)
+    if args.feature_weight:
+        specs.insert(0, f"features:coefficient={args.feature_weight}")
+    if args.contrastive_weight:
+        specs.insert(0, f"contrast:coefficient={args.contrastive_weight},margin={args.contrastive_margin}")
+    terms = tuple(map(parse_term, specs))
+    names = [term.name for term in terms]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"loss term {twice[0]!r} is given twice: leave one of them out.")
+    return terms
+
+
+def _normalizer(args: UniSDConfig, weights: Sequence[WeightFunction]) -> str:
     """What the token weights are divided by: the user's choice, or as published for the last of
     them.
     """
@@ -23,9 +84,9 @@ def normalizer_of(args: UniSDConfig, weights: Sequence[WeightFunction]) -> str:
     return args.weight_normalizer or (published[-1] if published else "weights")
 
 
-def drawn_scores(args: UniSDConfig, weights: Sequence[WeightFunction]) -> frozenset[str]:
-    """What the student's own rollout tells the weights of it: l, where tokens were drawn from the
-    very distribution of the loss.
+def _rollout_tells(args: UniSDConfig, weights: Sequence[WeightFunction]) -> bool:
+    """Whether the student's own rollout tells the weights all that they ask of it: l, where tokens
+    are sampled from the very distribution of the loss.
     """
     wanted = any("student" in weight.needs and not weight.in_forward for weight in weights)
     whole = (
@@ -35,15 +96,12 @@ def drawn_scores(args: UniSDConfig, weights: Sequence[WeightFunction]) -> frozen
         and args.temperature == args.divergence_spec.temperature
     )
     fresh = args.completion_source == "student" and args.num_iterations == 1
-    return frozenset({"student"} if wanted and whole and fresh else ())
+    return wanted and whole and fresh
 
 
-def in_forward_weights(
-    args: UniSDConfig,
-    weights: Sequence[WeightFunction],
-    drawn: frozenset[str] = frozenset(),
-    off_policy: bool = False,
-) -> list[WeightFunction]:
+def _deferred(
+    args: UniSDConfig, weights: Sequence[WeightFunction], rollout_logps: bool, off_policy: bool
+) -> tuple[WeightFunction, ...]:
     """The weights that wait for the student's training pass, and so cost none of their own.
 
     Not where the student is scored beforehand anyway (for another weight, a clip quantile or the
@@ -51,21 +109,22 @@ def in_forward_weights(
     weights of the step, which must be known before the first gradient (`loss_aggregation=token`
     with normalizer `weights`).
     """
-    scored = any((w.needs - drawn) & STUDENT_NEEDS and not w.in_forward for w in weights)
+    told = frozenset({"student"} if rollout_logps else ())
+    scored = any((w.needs - told) & STUDENT_NEEDS and not w.in_forward for w in weights)
     scored = scored or off_policy or args.token_clip_quantile is not None
-    if scored or (args.loss_aggregation == "token" and normalizer_of(args, weights) == "weights"):
-        return []
-    return [weight for weight in weights if weight.in_forward]
+    if scored or (args.loss_aggregation == "token" and _normalizer(args, weights) == "weights"):
+        return ()
+    return tuple(weight for weight in weights if weight.in_forward)
 
 
-def scored_sources(args: UniSDConfig, target: Target | None) -> list[Source]:
+def _scored_sources(args: UniSDConfig, target: Target | None) -> tuple[Source, ...]:
     """The target's sources that need a pass: neither the student's own distribution nor the
     teacher's.
     """
     if target is None:
-        return []
+        return ()
     known = (STUDENT, Source("teacher", args.teacher_context))
-    sources = [source for source in target.sources if source not in known]
+    sources = tuple(source for source in target.sources if source not in known)
     if any(source.weights == "step" for source in sources) and args.target_reference_steps is None:
         raise UserError(
             f"target {target.name!r} looks at earlier weights of the student: set target_reference_steps."
@@ -73,33 +132,21 @@ def scored_sources(args: UniSDConfig, target: Target | None) -> list[Source]:
     return sources
 
 
-def needed_views(
-    args: UniSDConfig,
-    weights: Sequence[WeightFunction],
-    in_forward: Sequence[WeightFunction] = (),
-    sources: Sequence[Source] = (),
-    drawn: frozenset[str] = frozenset(),
-    off_policy: bool = False,
-) -> frozenset[str]:
-    """What this run's mechanisms look at; nothing else is scored.
-
-    The student's part of `in_forward` weights comes for free.
-
-    drawn: what the rollout tells (:func:`drawn_scores`). off_policy: the answers are those of other
-    weights, or another engine's, and the importance ratio corrects for that.
-    """
+def needed_views(args: UniSDConfig, plan: Plan) -> frozenset[str]:
+    """What the mechanisms look at; the student's part of deferred weights comes for free."""
+    told = frozenset({"student"} if plan.rollout_logps else ())
     needs = frozenset(
         need
-        for weight in weights
-        for need in weight.needs - (STUDENT_NEEDS if weight in in_forward else drawn)
+        for weight in plan.weights
+        for need in weight.needs - (STUDENT_NEEDS if weight in plan.deferred else told)
     )
     if args.agreement_uncertain_share < 1:
         needs |= {"entropy"}
-    if args.contrastive_weight or NEGATIVE in sources:
+    if NEGATIVE in plan.sources or any("negative" in term.needs for term in plan.terms):
         needs |= {"negative"}
     if args.token_clip_quantile is not None:
         needs |= {"divergence"}
-    if off_policy:
+    if plan.off_policy:
         needs |= {"student"}
     return needs
 

@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from unisd.distributed import sharding
+from unisd.models.load import without_adapter
 from unisd.teacher import Teacher
 
 SHARDS = "shards"
@@ -46,6 +47,16 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         unsharded run).
         """
         return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def place_model(self) -> None:
+        """Spread the model over the ranks where they hold a part each, before the teacher takes its
+        copy.
+        """
+        if self.cuts_weights:
+            sharding.shard(self)
+        elif self.is_deepspeed_enabled and not getattr(without_adapter(self.model), "is_quantized", False):
+            # transformers leaves that to the engine, which is built for training only.
+            self._move_model_to_device(self.model, self.args.device)
 
     # -- saving: all ranks must call ---------------------------------------------------------------
 

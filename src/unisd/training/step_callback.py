@@ -49,12 +49,12 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.metrics.values["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
         if not self.skipping:
             with self.trainer.metrics.timed("update"):
-                for teacher in (self.trainer.teacher, *self.trainer.own_other_teachers().values()):
+                for teacher in self.trainer.teachers.values():
                     teacher.update(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        trainer.metrics.values |= trainer.in_forward.metrics(trainer.accelerator)
+        trainer.observer.after_last_loss()
         if trainer.teacher.kind != "live":
             trainer.metrics.add(weight_distance=trainer.teacher.distance())
         values = trainer.metrics.finish(state.global_step, trainer.is_world_process_zero())

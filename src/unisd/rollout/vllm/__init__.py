@@ -1,5 +1,6 @@
-"""Rollouts by vLLM: an engine in this process (`vllm_mode=colocate`) or a server
-(`vllm_mode=server`).
+"""Generates rollouts by vLLM, in this process or on a server.
+
+`vllm_mode=colocate` and `vllm_mode=server`.
 
 Token ids go in and come out: text is never tokenised again. Each completion carries the
 log-probabilities that its tokens were drawn with and the optimizer step of the weights that drew

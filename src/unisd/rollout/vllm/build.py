@@ -23,8 +23,9 @@ def build_engine(
     eos_ids: Sequence[int],
     finished_steps: Callable[[], int],
 ) -> Engine:
-    """The engine that `args` asks for, ready to generate with the student's present weights after a
-    `sync`.
+    """Build the engine that `args` asks for.
+
+    It is ready to generate with the student's present weights after a `sync`.
 
     Args:
         model: the student, unwrapped; its trained weights are read at each `sync`.

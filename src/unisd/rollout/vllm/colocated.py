@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.http_client import BadAnswer
+from unisd.kernels.devices import shares_host
 from unisd.memory import available
 from unisd.rollout.engine import Completion, NoiseKey, Sampling
 from unisd.rollout.vllm import common
@@ -54,10 +55,10 @@ class ColocatedEngine(common.VllmEngine):
         self._folder = tempfile.TemporaryDirectory(prefix="unisd-vllm-")
         self._adapter: Any = None  # the LoRARequest of the newest sync
         self._syncs = 0
-        self._on_cpu = accelerator.device.type == "cpu"
-        if args.vllm_enable_sleep_mode and self._on_cpu:
+        self._on_host = shares_host(accelerator.device)
+        if args.vllm_enable_sleep_mode and self._on_host:
             logger.warning("vllm_enable_sleep_mode does nothing on a CPU.")
-        self._can_sleep = args.vllm_enable_sleep_mode and not self._on_cpu
+        self._can_sleep = args.vllm_enable_sleep_mode and not self._on_host
         self._asleep = False
         self.llm = self._start(args, accelerator)
         if not self._with_adapter:
@@ -68,7 +69,7 @@ class ColocatedEngine(common.VllmEngine):
             os.environ.setdefault(name, value)
         # in this process, where it reads the student's weights
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if self._on_cpu:
+        if self._on_host:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the threads are the trainer's
         options: dict[str, Any] = {
             "model": self._model_folder(),
@@ -80,11 +81,11 @@ class ColocatedEngine(common.VllmEngine):
             "max_model_len": args.vllm_max_model_length,
             "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
             "enable_sleep_mode": self._can_sleep,
-            "enforce_eager": self._on_cpu,  # compiling for a CPU takes minutes and a C++ compiler
+            "enforce_eager": self._on_host,  # compiling for a CPU takes minutes and a C++ compiler
             "seed": args.seed,
             "use_tqdm_on_load": False,
         }
-        if self._on_cpu and (free := available(accelerator.device)) is not None:
+        if self._on_host and (free := available(accelerator.device)) is not None:
             options["kv_cache_memory_bytes"] = int(args.vllm_gpu_memory_utilization * free)
         if accelerator.num_processes > 1:
             # joins the group that is there, alone
@@ -112,8 +113,9 @@ class ColocatedEngine(common.VllmEngine):
                 ) from error
 
     def _model_folder(self) -> str:
-        """The folder or hub id that the model came from; one that was built in memory is written
-        out.
+        """The folder or hub id that the model came from.
+
+        One that was built in memory is written out.
         """
         name = str(self.bare.config._name_or_path or "")
         if name:
@@ -195,8 +197,9 @@ class ColocatedEngine(common.VllmEngine):
             self._asleep = False
 
     def sleep(self) -> None:
-        """Give the memory of weights and cache back, if `vllm_enable_sleep_mode`, until the next
-        `sync`.
+        """Give the memory of weights and cache back until the next `sync`.
+
+        If `vllm_enable_sleep_mode`.
         """
         if self._can_sleep and not self._asleep:
             self.llm.sleep(level=1)
@@ -205,8 +208,9 @@ class ColocatedEngine(common.VllmEngine):
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """An engine that starts seeds the global random numbers and takes over the setting of threads:
-    both are put back.
+    """Put global random numbers and the setting of threads back.
+
+    An engine that starts seeds the former and takes over the latter.
     """
     python, numpy, threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     count = torch.get_num_threads()

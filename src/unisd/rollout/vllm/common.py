@@ -1,6 +1,4 @@
-"""What both engines share: how a request is made, what makes an answer a good one, and what is
-taken from the student.
-"""
+"""What both engines share: requests, checks of answers, what is taken from the student."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM is built for
 
 
 class VllmEngine:
-    """What an engine knows of the student, and its check of each answer; see `build_engine` for the
-    arguments.
+    """Knows the student, and checks each answer; see `build_engine` for the arguments.
 
     Attributes:
         weights_version: optimizer step of the weights of the last `sync`; None before the first.
@@ -73,8 +70,9 @@ class VllmEngine:
 
 
 def sampling_fields(sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """One request's options by the names that vLLM gives them, in process and over HTTP; greedy
-    where `key` is None.
+    """One request's options by the names that vLLM gives them, in process and over HTTP.
+
+    Greedy where `key` is None.
 
     All end tokens count, as in `generate`, so the engine's own idea of them is switched off.
     """
@@ -96,8 +94,9 @@ def sampling_fields(sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[
 
 
 def logps_compare(args: UniSDConfig) -> bool:
-    """Whether an engine's log-probabilities are of the distribution that the trainer scores: at its
-    temperature, over all tokens.
+    """Whether an engine's log-probabilities are of the distribution that the trainer scores.
+
+    That is at its temperature, over all tokens.
 
     vLLM tells those of the truncated distribution where tokens are cut off (top_p, top_k, min_p):
     larger ones, by the mass cut off.
@@ -177,8 +176,9 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 
 def full_weights(model: Any) -> dict[str, Tensor]:
-    """All weights by their names in a checkpoint, shared with the model (nothing is copied); a tied
-    head is there once.
+    """All weights by their names in a checkpoint, shared with the model.
+
+    Nothing is copied; a tied head is there once.
     """
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     from transformers.core_model_loading import revert_weight_conversion

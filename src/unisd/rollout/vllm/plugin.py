@@ -1,5 +1,6 @@
-"""What vLLM loads by the entry point `vllm.general_plugins`: the name of our weight-transfer
-backend, and nothing heavy.
+"""Announces our weight-transfer backend to vLLM; imports nothing heavy.
+
+vLLM loads it by the entry point `vllm.general_plugins`.
 """
 
 from __future__ import annotations

@@ -37,8 +37,9 @@ class Restarted(Exception):
 
 
 class ServerEngine(common.VllmEngine):
-    """Generates on a vLLM server with weights that it is given at each `sync`; see `build_engine`
-    for the arguments.
+    """Generates on a vLLM server with weights that it is given at each `sync`.
+
+    See `build_engine` for the arguments.
 
     Args:
         folder: where weights are put for the server to read: on a disk that both see under the same
@@ -108,8 +109,9 @@ class ServerEngine(common.VllmEngine):
         refusal: str = "refuses a request",
         **options: Any,
     ) -> Any:
-        """As `Client.ask`, with errors that end the run and lose no step; `refusal` says what a 4xx
-        means.
+        """Ask as `Client.ask`, with errors that end the run and lose no step.
+
+        `refusal` says what a 4xx means.
         """
         try:
             return self.client.ask(path, body, **options)
@@ -148,8 +150,9 @@ class ServerEngine(common.VllmEngine):
         self._ask("/init_weight_transfer_engine", {"init_info": {}}, retry=False, refusal=refusal)
 
     def _check_logprobs_mode(self, base: str) -> None:
-        """Log-probabilities must be those drawn with: a token's must change with the
-        temperature.
+        """Check that log-probabilities are those drawn with.
+
+        A token's must change with the temperature.
         """
         likely = []
         for temperature in (1.0, 0.5):
@@ -231,8 +234,10 @@ class ServerEngine(common.VllmEngine):
             file.unlink(missing_ok=True)  # a whole model: written anew for a server that was started anew
 
     def _check_version(self) -> None:
-        """All weights live in the server alone: one that was started anew, or another run's, must
-        not go unnoticed.
+        """Check that the server holds this run's weights.
+
+        All weights live in the server alone: one that was started anew, or another run's, must not
+        go unnoticed.
         """
         if self._with_adapter or not self._tag:
             return  # an adapter's name is asked for with every request

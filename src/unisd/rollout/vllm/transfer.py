@@ -1,5 +1,4 @@
-"""The engine's side of a sync of all weights: a backend for vLLM's weight-transfer interface that
-works on any device.
+"""Receives all weights in vLLM's processes, by its weight-transfer interface, on any device.
 
 The backends that vLLM brings move tensors between GPUs. This one takes them where they lie: in this
 process' memory (colocated), or in a safetensors file that trainer and server both reach. It is
@@ -21,6 +20,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from unisd.kernels.devices import shares_host
 
 
 @dataclass
@@ -61,10 +62,10 @@ class UnisdTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore
             )
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu":
-            # Here a head is multiplied from a packed copy; one that is tied to the embeddings gets
-            # no weights of its own, and is not packed again by the reload (log-probabilities were
-            # 0.5 nats off).
+        if shares_host(self.device):
+            # On a CPU a head is multiplied from a packed copy; one that is tied to the embeddings
+            # gets no weights of its own, and is not packed again by the reload (log-probabilities
+            # were 0.5 nats off).
             for module in self.model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)

@@ -1,6 +1,6 @@
 """Running code that a model wrote, where it can hurt nothing and forge nothing.
 
-    from unisd import sandbox
+    from unisd.tasks import sandbox
     sandbox.run_program("def double(x): return 2 * x", "assert double(2) == 4").passed  # True
 
 Two processes, each in its own sandbox (bubblewrap: no network, no files but the interpreter's, a
@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from unisd.errors import UserError
 from unisd.tasks.sandbox import syscalls
 
-__all__ = ["Verdict", "check", "run", "run_many"]
+__all__ = ["Verdict", "check_isolation", "run_many", "run_program"]
 
 MAX_PROCESSES = 8  # and threads, of the code
 MAX_FILE_BYTES = 16 * 2**20
@@ -125,8 +125,9 @@ def run_many(
     workers: int | None = None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[Verdict]:
-    """`run` for many (code, tests), at most `workers` at once (default: one per core); `on_done(1)`
-    after each.
+    """Do `run_program` for many (code, tests); `on_done(1)` is called after each.
+
+    At most `workers` run at once (default: one per core).
     """
     safe = require(allow_unsafe)
 
@@ -201,8 +202,9 @@ class _Pipe(NamedTuple):
 
 
 class _Pipes:
-    """Pipes of which each end is closed once, whatever happens: other threads open files
-    meanwhile.
+    """Holds pipes of which each end is closed once, whatever happens.
+
+    Other threads open files meanwhile.
     """
 
     def __init__(self) -> None:
@@ -311,9 +313,7 @@ def _isolation() -> tuple[str, ...]:
 
 
 def _read(fd: int, deadline: float) -> bytes | None:
-    """All that is written until the other end closes; None where that is later than the
-    deadline.
-    """
+    """Read all that is written until the other end closes; None if that is after the deadline."""
     parts: list[bytes] = []
     while (left := deadline - time.monotonic()) > 0 and select.select([fd], [], [], left)[0]:
         part = os.read(fd, 1 << 16)
@@ -324,8 +324,9 @@ def _read(fd: int, deadline: float) -> bytes | None:
 
 
 def _parsed(text: bytes) -> tuple[str, str]:
-    """Reason and detail of a verdict; the detail, which quotes the code, without what a terminal or
-    a file would choke on.
+    """Return reason and detail of a verdict.
+
+    The detail quotes the code; what a terminal or a file would choke on is taken out.
     """
     try:
         reason, detail = json.loads(text)
@@ -345,8 +346,9 @@ def _complaint(process: subprocess.Popen[bytes] | None) -> str:
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
-    """The signal that ended the program, where it ends within a moment. bubblewrap reports it as
-    128 + signal.
+    """Return the signal that ended the program, where it ends within a moment.
+
+    bubblewrap reports it as 128 + signal.
     """
     try:
         code = process.wait(0.5)

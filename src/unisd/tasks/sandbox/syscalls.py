@@ -41,8 +41,9 @@ ALLOW, DENY, MISSING = 0x7FFF0000, 0x00050001, 0x00050026  # fail with EPERM, wi
 
 
 def forbidden() -> bytes:
-    """The filter's program for this machine; empty on architectures whose numbers are not known
-    here.
+    """Return the filter's program for this machine.
+
+    Empty on architectures whose numbers are not known here.
     """
     if platform.machine() not in ARCHITECTURES:
         return b""

@@ -1,5 +1,6 @@
-"""What runs inside the sandbox: standard library only, so that it starts fast and needs no other
-file.
+"""What runs inside the sandbox; standard library only.
+
+So it starts fast and needs no other file.
 
 `worker` runs the code that a model wrote and knows nothing of the tests. `judge` runs the tests in
 another sandbox and sees the code's functions only as remote calls that return plain data. The code

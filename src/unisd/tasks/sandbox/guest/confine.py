@@ -1,5 +1,6 @@
-"""The last locks, put on from inside: limits of resources, and another user where the sandbox was
-made by root.
+"""Put on the last locks from inside: limits of resources, and another user.
+
+The user is another one where the sandbox was made by root.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any
 
 
 def confine(limits: dict[str, Any]) -> None:
-    """Let go of the standard streams, and lower this process's limits for good (CPU seconds, bytes,
-    processes, user).
+    """Let go of the standard streams, and lower this process's limits for good.
+
+    The limits are CPU seconds, bytes, processes and the user.
     """
     nothing = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):

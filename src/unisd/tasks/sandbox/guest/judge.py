@@ -171,8 +171,9 @@ def _take_over(mine: Any, theirs: Any) -> None:
 
 
 def bound_in(tree: ast.AST) -> set[str]:
-    """Names that the code defines, assigns or takes as arguments, at any depth; imports are left
-    out.
+    """List the names that the code defines, assigns or takes as arguments, at any depth.
+
+    Imports are left out.
     """
     bound = set()
     for part in ast.walk(tree):
@@ -215,8 +216,9 @@ def imports_of(code: str) -> tuple[list[str], set[str]]:
 
 
 def modules_of(tests: ast.AST) -> dict[str, Any]:
-    """Standard modules that the tests use as such (`math.isclose`), whether or not anyone imported
-    them.
+    """List the standard modules that the tests use as such (`math.isclose`).
+
+    It does not matter whether anyone imported them.
     """
     found: dict[str, Any] = {}
     for node in ast.walk(tests):

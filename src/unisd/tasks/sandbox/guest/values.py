@@ -25,8 +25,9 @@ class ChannelClosed(Exception):
 
 
 class Channel:
-    """Messages over two file descriptors, of the process that made it: a fork of the program must
-    not answer beside it.
+    """Exchanges messages over two file descriptors of the process that made it.
+
+    A fork of the program must not answer beside it.
     """
 
     def __init__(self, read_fd: int, write_fd: int) -> None:

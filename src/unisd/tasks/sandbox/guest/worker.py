@@ -29,8 +29,9 @@ class Worker:
         return self.held[data[1]] if data[0] == "h" else JudgeFunction(self, data[1])
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The reply to one request: a value (and what became of the arguments), or an exception's
-        name and text.
+        """Reply to one request: a value (and what became of the arguments), or an exception.
+
+        Of an exception the name and the text go over.
         """
         try:
             arguments = load(message.get("args", ["l", []]), self.find)

@@ -1,0 +1,23 @@
+"""Answers what a device is good for, and waits for it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def shares_host(device: torch.device) -> bool:
+    """Whether it computes with this process's threads, in this process's memory."""
+    return device.type == "cpu"
+
+
+def gains_from_bf16(device: torch.device) -> bool:
+    """Whether it is an accelerator that multiplies in bfloat16 itself."""
+    from unisd.models.load import native_bf16  # not for vLLM's processes, which ask other questions
+
+    return device.type != "cpu" and native_bf16()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of an accelerator, which works asynchronously."""
+    if device.type != "cpu" and torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -1,0 +1,82 @@
+"""Progress of the training with live metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+PLAIN_LINES = 20
+"""Progress lines of a run whose output is not a terminal."""
+
+
+def _metrics_text(logs: dict[str, float], steps_per_second: float) -> str:
+    parts = [f"loss {logs['loss']:.4f}"] if "loss" in logs else []
+    if "teacher/divergence" in logs:
+        parts.append(f"divergence {logs['teacher/divergence']:.4f}")
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.1e}")
+    return "  ".join([*parts, f"{steps_per_second:.2f} steps/s"])
+
+
+class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
+    """Progress of the training with its latest metrics: a bar on a terminal, else about 20 plain
+    lines.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+        self.bar: Any = None
+        self.logs: dict[str, float] = {}
+        self.started, self.first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first = time.perf_counter(), state.global_step
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        metrics = TextColumn("{task.fields[metrics]}")
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), metrics, TimeRemainingColumn())
+        self.progress = Progress(*columns, console=self.console)
+        self.bar = self.progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step, metrics=""
+        )
+        self.progress.start()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self.logs = dict(logs)
+            self._show(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=state.global_step)
+
+    def _show(self, state: Any) -> None:
+        done, seconds = state.global_step - self.first, time.perf_counter() - self.started
+        text = _metrics_text(self.logs, done / seconds if seconds else 0.0)
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=state.global_step, metrics=text)
+        elif state.is_world_process_zero and not self.console.is_terminal:
+            stride = max(1, -(-state.max_steps // PLAIN_LINES))
+            if (
+                state.global_step == 1
+                or state.global_step % stride == 0
+                or state.global_step == state.max_steps
+            ):
+                left = (state.max_steps - state.global_step) * seconds / max(done, 1)
+                print(f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Also after an interruption: a live bar must give the terminal back."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,450 @@
+"""Every option of how a run trains, grouped by mechanism.
+
+Flat names, TRL's where TRL has one. What `unisd train` runs is in `run/options.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unisd.data.privilege import LEVELS
+from unisd.options.option import option
+
+GROUPS = (
+    "rollout",
+    "vllm",
+    "teacher",
+    "divergence",
+    "agreement",
+    "contrast",
+    "features",
+    "terms",
+    "clipping",
+    "scoring",
+    "diagnostics",
+    "evaluation",
+    "safety",
+    "training",
+    "inherited",
+)
+"""Headings of help, in this order. The last two belong to transformers: its most used options, and
+those that a run seldom sets.
+"""
+
+
+@dataclass
+class UniSDOptions:
+    """The options that `UniSDConfig` adds to `TrainingArguments`, and those whose default it
+    changes or whose meaning help explains.
+    """
+
+    # -- transformers' options, in its order: the most used, and what has another default here -----
+    output_dir: str = option(  # None only until construction
+        "training",
+        "Where the run is written; unset: the first unused of unisd-output/RECIPE-MODEL-DATA, ...-2, ...-3.",
+    )
+    per_device_train_batch_size: int = option("training", "Rows per micro-batch and device.", 4, low=1)
+    num_train_epochs: float = option("training", "Passes over the training rows.", 1.0)
+    max_steps: int = option(
+        "training", "Optimizer steps of the run, in place of num_train_epochs; -1: unset.", -1
+    )
+    learning_rate: float = option("training", "Peak learning rate.", 2e-5)
+    lr_scheduler_type: str = option("training", "Learning-rate schedule.", "cosine")
+    warmup_steps: float = option("training", "Warm-up: steps, or a share of all steps if below 1.", 0.1)
+    gradient_accumulation_steps: int = option("training", "Micro-batches per optimizer step.", 4, low=1)
+    bf16: bool = option("training", "Mixed precision: matrix products in bfloat16.", False)
+    gradient_checkpointing: bool = option(
+        "training",
+        "Recompute activations to save memory; unset: switched on where a step would not fit without it.",
+        False,
+    )
+    logging_steps: float = option("training", "Log every so many optimizer steps.", 1)
+    logging_nan_inf_filter: bool = option(
+        "inherited", "Hide nan and inf in the log; would wait for the device at every micro-batch.", False
+    )
+    report_to: str | list[str] | None = option(
+        "training",
+        "Tracker that gets the metrics: tensorboard, wandb, ...; all (that are installed) or none.",
+        "none",
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] = option(
+        "training", "When to evaluate during training: no, steps (every eval_steps) or epoch.", "no"
+    )
+    eval_steps: float | None = option(
+        "training", "eval_strategy=steps: evaluate every so many steps; unset: every save_steps."
+    )
+    save_strategy: Literal["no", "steps", "epoch", "best"] = option(
+        "training",
+        "When to save a checkpoint: no, steps (every save_steps), epoch or best (so far).",
+        "steps",
+    )
+    save_steps: float = option(
+        "training", "save_strategy=steps: every so many steps, or a share of all steps if below 1.", 500
+    )
+    save_total_limit: int | None = option(
+        "training", "Checkpoints kept, the newest and the best; unset: all."
+    )
+    push_to_hub: bool = option(
+        "training",
+        "Upload the output folder at the end, with samples.jsonl and answers.json: texts of your rows are in"
+        " them.",
+        False,
+    )
+    hub_model_id: str | None = option("training", "push_to_hub: the repository; unset: named as output_dir.")
+    seed: int = option(
+        "training",
+        "Seed of everything that is drawn at random.",
+        42,
+        low=0,
+        high=2**32 - 1,
+        shared=("probe", "prepare"),
+    )
+    remove_unused_columns: bool = option("inherited", "Columns are kept: the grader may need them.", False)
+    ddp_find_unused_parameters: bool | None = option(
+        "inherited", "DDP: all trained weights are used in every step.", False
+    )
+    resume_from_checkpoint: str | None = option(
+        "training", "Go on from this checkpoint-N folder; alone: from the newest whole one of the run."
+    )
+
+    # -- rollout: the student answers the prompt ---------------------------------------------------
+    temperature: float = option(
+        "rollout",
+        "Temperature of the student's samples; the divergence divides all logits by it too.",
+        0.7,
+        low=0,
+        high=100,
+    )
+    top_p: float = option(
+        "rollout",
+        "Nucleus: sample from the smallest set of tokens that holds this probability.",
+        1.0,
+        low=1e-06,
+        high=1,
+    )
+    top_k: int = option("rollout", "Sample from the k most likely tokens only; 0 means all.", 0, low=0)
+    min_p: float = option(
+        "rollout",
+        "Sample only tokens at least this share as likely as the most likely one.",
+        0.0,
+        low=0,
+        high=1,
+    )
+    max_prompt_length: int | None = option(
+        "rollout",
+        "Longest student prompt in tokens; unset: what the model's context leaves. Longer rows are errors.",
+        low=1,
+    )
+    max_completion_length: int = option(
+        "rollout", "Most tokens that the student may write per answer.", 256, low=1, shared=("prepare",)
+    )
+    num_generations: int = option("rollout", "Answers sampled per prompt.", 1, low=1)
+    rollout_batch_size: int = option("rollout", "Rows generated at once, sorted by length.", 64, low=1)
+    completion_source: str = option(
+        "rollout",
+        "Who writes the answers trained on: student; reference (the dataset's, off-policy); initial (the"
+        " untrained model, once a row); mixture (student with probability on_policy_share, else reference).",
+        "student",
+        choices=("student", "reference", "initial", "mixture"),
+    )
+    on_policy_share: float = option(
+        "rollout", "mixture: share of rows that the student answers (lambda of GKD).", 0.5, low=0, high=1
+    )
+    num_iterations: int = option(
+        "rollout", "Optimizer steps that each rollout serves; above 1 they are corrected.", 1, low=1
+    )
+    importance_cap: float | None = option(
+        "rollout",
+        "Largest importance ratio of a token, for reused answers and engines whose log-probabilities differ;"
+        " none: no correction.",
+        2.0,
+        low=1,
+    )
+    num_loss_tokens_to_skip: int = option(
+        "rollout", "First tokens of each answer that carry no loss.", 0, low=0
+    )
+    mask_truncated_completions: bool = option(
+        "rollout", "Leave answers that ran into max_completion_length out of the loss.", False
+    )
+
+    # -- vllm: another engine for the rollouts -----------------------------------------------------
+    use_vllm: bool = option(
+        "vllm", "Sample the student's answers with vLLM instead of transformers' generate.", False
+    )
+    vllm_mode: str = option(
+        "vllm",
+        "colocate: in this process, on its device; server: a `vllm serve` that runs already.",
+        "colocate",
+        choices=("colocate", "server"),
+    )
+    vllm_gpu_memory_utilization: float = option(
+        "vllm",
+        "colocate: share of the device's memory for vLLM (on a CPU: of the free memory, for its cache).",
+        0.3,
+        low=0.01,
+        high=1,
+    )
+    vllm_max_model_length: int | None = option(
+        "vllm", "colocate: longest prompt with its answer, in tokens; unset: the model's own context.", low=2
+    )
+    vllm_enable_sleep_mode: bool = option(
+        "vllm", "colocate: give vLLM's memory back between rollouts (no effect on a CPU).", False
+    )
+    vllm_server_base_url: str | None = option(
+        "vllm", "server: its address, such as http://host:8000; wins over host and port."
+    )
+    vllm_server_host: str = option("vllm", "server: its host.", "127.0.0.1")
+    vllm_server_port: int = option("vllm", "server: its port.", 8000, low=1, high=65535)
+    vllm_server_timeout: float = option(
+        "vllm",
+        "server: seconds that one answer may take; a server that fails for so long, and three times at least,"
+        " counts as gone.",
+        240.0,
+        low=0.1,
+    )
+
+    # -- teacher: the same model under the reference (and other weights) ---------------------------
+    teacher_model_kind: str = option(
+        "teacher",
+        "Weights of the teacher: base (initial model), live (current student), ema (Eq. 3), or restart (a"
+        " fixed copy of the student, taken anew every teacher_restart_steps).",
+        "base",
+        choices=("base", "live", "ema", "restart"),
+    )
+    teacher_update_rate: float = option(
+        "teacher",
+        "EMA: weight of the student in each update, 1 - beta of Eq. 3 (0.01-0.05 is usual).",
+        0.02,
+        low=0,
+        high=1,
+    )
+    teacher_sync_steps: int = option(
+        "teacher", "EMA: update the teacher every so many optimizer steps.", 1, low=1
+    )
+    teacher_restart_steps: int | None = option(
+        "teacher", "restart: copy the student into the teacher every so many optimizer steps.", low=1
+    )
+    teacher_context: str = option(
+        "teacher",
+        "How much of the reference the teacher sees: full, half, hints (steps without results), answer (the"
+        " final answer only), unconditioned (the reference without the problem) or plain (nothing).",
+        "full",
+        choices=LEVELS,
+    )
+    target: str | None = option(
+        "teacher",
+        "What the student is moved towards instead of the teacher's distribution, by registered name"
+        " (view_consensus, contrast, geometric, pmi); options as name:key=value,key=value.",
+    )
+    target_reference_steps: int | None = option(
+        "teacher", "A target's source step/...: copy the student every so many optimizer steps.", low=1
+    )
+    teacher_prompt_layout: str = option(
+        "teacher",
+        "append: reference after the problem in one user turn; turn: reference as the assistant's answer,"
+        " then the problem again. `unisd probe` measures which one suits a model and task.",
+        "append",
+        choices=("append", "turn"),
+        shared=("prepare",),
+    )
+    teacher_prompt_template: str | None = option(
+        "teacher",
+        "Free template of the append layout with {prompt} and {privileged_context}; unset: built in.",
+        shared=("probe", "prepare"),
+    )
+    auxiliary_prompt_template: str | None = option(
+        "teacher",
+        "Template of auxiliary views with {context} and {prompt}; unset: built in.",
+        shared=("probe", "prepare"),
+    )
+    max_teacher_prompt_length: int | None = option(
+        "teacher",
+        "Longest teacher prompt in tokens; unset: what the model's context leaves. Longer rows are errors.",
+        low=1,
+        shared=("prepare",),
+    )
+
+    # -- divergence (Eq. 7-8) ----------------------------------------------------------------------
+    distillation_alpha: float = option(
+        "divergence",
+        "0: forward KL(teacher||student); 1: reverse KL; between: generalised Jensen-Shannon.",
+        0.0,
+    )
+    distillation_mode: str = option(
+        "divergence",
+        "full vocabulary, topk (a support of distillation_topk tokens), sampled (realised token); or nll: no"
+        " teacher (SFT).",
+        "full",
+        choices=("full", "topk", "sampled", "nll"),
+    )
+    distillation_topk: int = option("divergence", "topk: size of the support.", 100, low=1)
+    distillation_topk_support: str = option(
+        "divergence",
+        "topk: whose most likely tokens: teacher or student.",
+        "teacher",
+        choices=("teacher", "student"),
+    )
+    distillation_add_tail: bool = option("divergence", "topk: one more bucket for all other tokens.", True)
+    loss_aggregation: str = option(
+        "divergence",
+        "sequence: mean per answer, then over answers; token: mean over all tokens of the step.",
+        "sequence",
+        choices=("sequence", "token"),
+    )
+    loss_implementation: str = option(
+        "divergence",
+        "chunked (never holds logits, gradient in the forward pass) or plain (the oracle).",
+        "chunked",
+        choices=("chunked", "plain"),
+    )
+    loss_chunk_tokens: int | None = option(
+        "divergence", "Tokens projected to the vocabulary at once; unset: by memory.", low=1
+    )
+
+    # -- A. agreement and other reliability weights ------------------------------------------------
+    agreement: str = option(
+        "agreement",
+        "Weigh by the model's agreement with itself over auxiliary contexts: none, token or sequence.",
+        "none",
+        choices=("none", "token", "sequence"),
+    )
+    num_auxiliary_contexts: int = option(
+        "agreement", "Most auxiliary contexts used per row (K).", 3, low=0, shared=("probe", "prepare")
+    )
+    agreement_gamma: float = option(
+        "agreement", "Strength: the weight is 1 / (1 + gamma * scaled disagreement).", 0.01, low=0
+    )
+    agreement_stat: str = option(
+        "agreement", "Disagreement of the K log-probabilities: var or range.", "var", choices=("var", "range")
+    )
+    agreement_quantile: float = option(
+        "agreement", "token: quantile of disagreement that becomes the unit.", 0.95, low=0, high=1
+    )
+    agreement_cap: float = option("agreement", "token: largest scaled disagreement.", 10.0, low=1e-06)
+    agreement_budget_contexts: int | None = option(
+        "agreement",
+        "Budget: score so many of a row's contexts only, drawn anew in every step (unset: all).",
+        low=2,
+    )
+    agreement_uncertain_share: float = option(
+        "agreement",
+        "Budget: score contexts only for this share of a step's rows, those of largest teacher entropy.",
+        1.0,
+        low=0,
+        high=1,
+    )
+    token_weights: list[str] = option(
+        "agreement",
+        "More reliability weights by registered name, multiplied in order; options as"
+        " name:key=value,key=value.",
+        [],
+    )
+    weight_normalizer: str | None = option(
+        "agreement",
+        "Divide by the sum of weights (weights) or by the token count (tokens; mean1: after scaling each"
+        " answer's weights to mean 1); unset: as published for the last of the weights.",
+        choices=(None, "weights", "tokens", "mean1"),
+    )
+
+    # -- C. contrast (Eq. 4-5) ---------------------------------------------------------------------
+    contrastive_weight: float = option(
+        "contrast", "Weight of the hinge towards the reference, away from a wrong one.", 0.0, low=0
+    )
+    contrastive_margin: float = option("contrast", "Margin of the hinge in nats.", 0.5, low=0)
+
+    # -- D. feature matching (Eq. 6) ---------------------------------------------------------------
+    feature_weight: float = option(
+        "features", "Weight of the squared distance of hidden states (mean over hidden size).", 0.0, low=0
+    )
+    feature_only: bool = option("features", "Match features alone, without the divergence.", False)
+    feature_layers: list[int] | None = option(
+        "features",
+        "Layers to match (0 is the first block's output); unset: the head's input, after the final norm.",
+    )
+
+    # -- further terms of the loss -----------------------------------------------------------------
+    terms: list[str] = option(
+        "terms",
+        "More terms of the loss by registered name; options as name:coefficient=value,key=value.",
+        [],
+    )
+
+    # -- E. clipping -------------------------------------------------------------------------------
+    token_clip: float | None = option(
+        "clipping",
+        "Largest divergence of one token in nats (after the vocabulary sum).",
+        low=1e-09,
+        excludes="token_clip_quantile",
+    )
+    token_clip_quantile: float | None = option(
+        "clipping",
+        "The same, as a quantile of the step's divergences (costs one student pass without gradient).",
+        low=1e-06,
+        high=0.99999,
+    )
+    entry_clip: float | None = option(
+        "clipping",
+        "Largest summand of one vocabulary entry (OPSD: 0.05). Can make a token's loss negative.",
+        low=1e-09,
+    )
+
+    # -- scoring -----------------------------------------------------------------------------------
+    packing: str = option(
+        "scoring",
+        "auto: packed rows where that is exact and faster (CUDA in 16 bits; on a CPU from 50M parameters),"
+        " else padded; or packed, padded.",
+        "auto",
+        choices=("auto", "packed", "padded"),
+    )
+    token_budget: int | None = option(
+        "scoring", "Tokens per forward pass without gradient; unset: 2048 on a CPU, 8192 elsewhere.", low=1
+    )
+
+    # -- diagnostics -------------------------------------------------------------------------------
+    diagnostics: bool = option(
+        "diagnostics", "Count what the answers are made of: words of doubt, leaks, repetition.", True
+    )
+    diagnostics_words: str = option(
+        "diagnostics", "Words of doubt: a language (en, de), or a file with one a line.", "en"
+    )
+    alarms: str = option(
+        "diagnostics",
+        "When the last steps compare badly with the first (collapse, lost doubt, leak, forgetting, ...):"
+        " warn, stop (with a checkpoint) or off.",
+        "warn",
+        choices=("warn", "stop", "off"),
+    )
+    alarm_window: int = option(
+        "diagnostics", "Steps at the start, and at the end, that alarms compare.", 5, low=1
+    )
+    diagnostics_probe_steps: int | None = option(
+        "diagnostics",
+        "Every so many steps: the teacher under a wrong answer and without the question, and the likelihood"
+        " of the probe set.",
+        low=1,
+    )
+    diagnostics_probe_rows: int = option("diagnostics", "Rows of each probe.", 8, low=1)
+
+    # -- evaluation --------------------------------------------------------------------------------
+    eval_max_new_tokens: int | None = option(
+        "evaluation", "Most tokens per greedy answer in evaluations; unset: max_completion_length.", low=1
+    )
+
+    record_samples: int = option(
+        "evaluation",
+        "Answers of each logged step written to samples.jsonl with every token's divergence, weight and"
+        " log-probabilities; 0: none.",
+        2,
+        low=0,
+        high=100,
+    )
+
+    # -- safety: what keeps a long run from losing work --------------------------------------------
+    max_skipped_steps: int = option(
+        "safety",
+        "A step whose loss or gradient is not finite is skipped; so many in a row stop the run, with the rows"
+        " named.",
+        5,
+        low=1,
+    )

@@ -1,0 +1,68 @@
+"""A trainer that measures: `evaluate` on held-out rows, and a log line that holds the step's
+metrics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from unisd.data.prompts import PromptBuilder
+from unisd.data.rows import Row, prepare_rows
+from unisd.errors import UserError
+from unisd.evaluation.held_out import held_out
+from unisd.rollout.engine import Completion, Engine, Sampling
+from unisd.training.fault_tolerant_trainer import FaultTolerantTrainer
+
+
+class EvaluatingTrainer(FaultTolerantTrainer):
+    """The base of :class:`unisd.UniSDTrainer`, which sets who answers, how, and who grades."""
+
+    prompts: PromptBuilder
+    engine: Engine
+    sampling: Sampling
+    grader: Callable[[Row, str], bool] | None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mechanisms' metrics (means over the steps since the last line) to the Trainer's
+        own log line.
+        """
+        if "loss" in logs:
+            logs |= self.metrics.take_means()
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """`eval_loss` (nats per token of the reference, given the plain prompt) and, with a grader,
+        greedy `eval_accuracy`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [
+                self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, rows in dataset.items()
+            ]
+            return {key: value for part in parts for key, value in part.items()}
+        if dataset is None:
+            raise UserError("evaluate needs rows: give eval_dataset.")
+        start = time.perf_counter()
+        rows = prepare_rows(dataset, name="the evaluation data")
+        found = held_out(
+            rows, self.model, self.processing_class, self.accelerator, self._answers, self.grader
+        )
+        self.engine.sleep()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.metrics.phases["eval"] += metrics[f"{metric_key_prefix}_runtime"]
+        self.log(dict(metrics))
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _answers(self, rows: Sequence[Row]) -> list[Completion]:
+        """Greedy answers, for an evaluation."""
+        limit = self.args.eval_max_new_tokens or self.args.max_completion_length
+        prompts = [self.prompts.student(row) for row in rows]
+        return self.engine.generate(prompts, None, replace(self.sampling, max_new_tokens=limit))

@@ -1,0 +1,164 @@
+"""What a trainer is built of: the student, how its rows are read, and its teachers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer
+
+from unisd.backbone import Backbone
+from unisd.config import UniSDConfig
+from unisd.data.prompts import PromptBuilder
+from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
+from unisd.kernels.devices import shares_host
+from unisd.memory import default_token_budget
+from unisd.methods.targets import Source
+from unisd.models.load import load_model_and_tokenizer, with_adapter
+from unisd.rollout.engine import Engine
+from unisd.rollout.transformers_engine import TransformersEngine
+from unisd.rollout.vllm.build import build_engine as vllm_engine
+from unisd.scoring.passes import PassLayout
+from unisd.scoring.prefix_sharing import can_share
+from unisd.teacher import STATE_FILE, Teacher
+from unisd.training.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+class RowNumbers(Dataset[int]):
+    """The dataset as the data loader sees it: row numbers.
+
+    The rows themselves stay in the trainer.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def collate_numbers(numbers: list[int]) -> dict[str, Tensor]:
+    """A batch of the data loader."""
+    return {"row": torch.tensor(numbers)}
+
+
+def load_student(
+    model: str | nn.Module, args: UniSDConfig, tokenizer: Any, peft_config: Any
+) -> tuple[Any, Any]:
+    """The model to train, with an adapter if asked, and its tokenizer."""
+    student: Any = model
+    if isinstance(model, str):
+        # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
+        student, own_tokenizer, _ = load_model_and_tokenizer(
+            model, dtype="float32" if peft_config is None else "auto"
+        )
+        tokenizer = tokenizer or own_tokenizer
+    disable_cudnn_sdpa(args.device)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
+    if peft_config is not None:
+        student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
+    if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters()):
+        logger.warning(
+            "Trained weights of 16 bits lose updates of 1e-5: load the model in float32 (bf16=True"
+            " computes in bf16)."
+        )
+    return student, tokenizer
+
+
+def build_prompts(args: UniSDConfig, tokenizer: Any) -> PromptBuilder:
+    """The prompts of student and teachers, by the run's options."""
+    prompts = PromptBuilder(
+        tokenizer,
+        args.teacher_prompt_layout,
+        args.teacher_prompt_template,
+        args.auxiliary_prompt_template,
+        args.teacher_context,
+    )
+    if not prompts.is_chat:
+        logger.warning("The tokenizer has no chat template: prompts are taken as plain text.")
+    return prompts
+
+
+def pass_layout(backbone: Backbone, args: UniSDConfig, pad_id: int) -> PassLayout:
+    """How the model reads rows: what is exact for it, and pays on its device.
+
+    Checked on the model itself, while every rank has a whole one. Raises `UserError` for a head
+    that cannot be reproduced, and a packing that is not exact.
+    """
+    packed = backbone.check(pad_id, args.packing)
+    # The model may lie elsewhere still.
+    share_prefixes = packed and shares_host(args.device) and can_share(backbone)
+    named = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    dtype = named or backbone.head_module.weight.dtype
+    pays = packing_pays(args.device, dtype, backbone.tells_rows, backbone.model.num_parameters())
+    if args.packing == "auto" and not pays:
+        packed = False
+    return PassLayout(
+        packed,
+        pad_id,
+        args.token_budget or default_token_budget(args.device),
+        layers=tuple(args.feature_layers or ()),
+        share_prompts=args.num_generations > 1 and backbone.can_continue(pad_id),
+        share_prefixes=share_prefixes,
+        merge_once=not args.gradient_checkpointing,  # which is there where memory is scarce
+    )
+
+
+def build_engine(
+    args: UniSDConfig,
+    plan: Plan,
+    student: Any,
+    accelerator: Accelerator,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    step: Callable[[], int],
+) -> Engine:
+    """The engine that the options name: vLLM, or transformers' `generate` on the student itself."""
+    if args.use_vllm:
+        return vllm_engine(args, student, accelerator, eos_ids, step)
+    return TransformersEngine(
+        student, eos_ids, pad_id, args.rollout_batch_size, tells_logps=plan.rollout_logps
+    )
+
+
+def build_teacher(model: nn.Module, args: UniSDConfig) -> Teacher:
+    """The teacher of a run, by its options."""
+    return Teacher(
+        model,
+        args.teacher_model_kind,
+        args.teacher_update_rate,
+        args.teacher_sync_steps,
+        args.teacher_restart_steps,
+    )
+
+
+def other_teachers(
+    teacher: Teacher, sources: Sequence[Source], reference_steps: int | None
+) -> dict[str, Teacher]:
+    """Weights that the target's sources name beside the teacher's; a fixed teacher is the initial
+    model already.
+    """
+    others: dict[str, Teacher] = {}
+    named = {source.weights for source in sources}
+    if "base" in named:
+        others["base"] = teacher if teacher.kind == "base" else Teacher(teacher.model, "base")
+    if "step" in named:
+        others["step"] = Teacher(teacher.model, "restart", restart_steps=reference_steps)
+    return others
+
+
+def by_file(teacher: Teacher, others: Mapping[str, Teacher]) -> dict[str, Teacher]:
+    """The teachers that have weights of their own, by the file that holds them in a checkpoint."""
+    own = {f"teacher-{name}.safetensors": other for name, other in others.items() if other is not teacher}
+    return {STATE_FILE: teacher} | own

@@ -1,0 +1,1 @@
+"""Tests by package: `tests/methods` holds those of `unisd.methods`, and so on."""

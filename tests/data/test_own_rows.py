@@ -1,0 +1,232 @@
+"""The user's own rows: what a column may hold, what graders compare with, and what `unisd prepare`
+writes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unisd import tasks
+from unisd import testing as tiny
+from unisd.cli.main import main
+from unisd.data.rows import load_file, prepare_rows
+from unisd.errors import UserError
+from unisd.models.load import with_adapter
+from unisd.run.inputs import load_data
+from unisd.run.options import RunOptions
+
+ADD = "def add(a, b):\n    return a + b"
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def data_of(path: Path, *rows: dict[str, Any], **options: Any) -> Any:
+    file = write(
+        path / "rows.jsonl",
+        [{"prompt": f"p{i}", "privileged_context": "r", **row} for i, row in enumerate(rows * 2)],
+    )
+    return load_data(RunOptions(train_file=file, **options))
+
+
+def test_code_is_graded_by_tests(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"row 0 of .* --grader code needs a column tests"):
+        data_of(tmp_path, {"completion": ADD}, grader="code", allow_unsafe_code_execution=True)
+    data = data_of(
+        tmp_path,
+        {"completion": ADD, "tests": "assert add(1, 2) == 3"},
+        grader="code",
+        allow_unsafe_code_execution=True,
+    )
+    row = data.train[0]
+    assert data.grader(row, ADD) and not data.grader(row, "def add(a, b):\n    return 0")
+
+
+def test_code_needs_a_sandbox_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(unsafe: bool) -> None:
+        raise UserError("no sandbox")
+
+    monkeypatch.setattr("unisd.tasks.sandbox.require", refuse)
+    with pytest.raises(UserError, match="no sandbox"):
+        data_of(tmp_path, {"tests": "assert True"}, grader="code")
+
+
+def test_an_answer_column_is_what_graders_compare_with(tmp_path: Path) -> None:
+    data = data_of(tmp_path, {"completion": "It is 4, or 5.", "answer": 4}, grader="exact")
+    assert data.grader(data.train[0], "4") and not data.grader(data.train[0], "It is 4, or 5.")
+    data = data_of(tmp_path, {"completion": "4"}, grader="exact")
+    assert data.grader(data.train[0], "4")
+    with pytest.raises(UserError, match=r"row 0 of .* needs a column answer, or a reference"):
+        data_of(tmp_path, {"privileged_context": None, "teacher_prompt": "t"}, grader="exact")
+
+
+def test_forms_of_a_completion() -> None:
+    row = {"prompt": "p", "privileged_context": "r"}
+    message = {"role": "assistant", "content": "a"}
+    assert prepare_rows([{**row, "completion": [message]}])[0]["completion"] == "a"
+    for wrong in ("", " ", [], [message, message], [{"role": "user", "content": "a"}], {"a": 1}):
+        with pytest.raises(UserError, match="row 0 of the dataset: completion is"):
+            prepare_rows([{**row, "completion": wrong}])
+
+
+def test_numbers_are_text() -> None:
+    row = prepare_rows([{"prompt": "p", "privileged_context": 4, "negative_context": 4.5, "completion": 4}])[
+        0
+    ]
+    assert (row["privileged_context"], row["negative_context"], row["completion"]) == ("4", "4.5", "4")
+
+
+def test_conversations_are_split_before_the_answer() -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = prepare_rows([{"messages": turns}], {"prompt": "messages"})[0]
+    assert (row["prompt"], row["completion"], row["privileged_context"]) == (turns[:1], "a", "a")
+    assert (
+        prepare_rows(
+            [{"messages": turns, "hint": "h"}], {"prompt": "messages", "privileged_context": "hint"}
+        )[0]["privileged_context"]
+        == "h"
+    )
+
+
+def test_one_column_under_two_names() -> None:
+    row = prepare_rows(
+        [{"prompt": "p", "answer": "a"}], {"privileged_context": "answer", "completion": "answer"}
+    )[0]
+    assert row == {"prompt": "p", "privileged_context": "a", "completion": "a", "id": "0"}
+    same = {"privileged_context": "privileged_context", "completion": "privileged_context"}
+    assert prepare_rows([{"prompt": "p", "privileged_context": "a"}], same)[0]["completion"] == "a"
+
+
+def test_references_to_train_on_are_there(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"p{i}", "teacher_prompt": "t"} for i in range(4)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    command = [
+        "train",
+        "--model_name_or_path",
+        str(model_dir),
+        "--train_file",
+        file,
+        "--recipe",
+        "sft",
+        "--dry_run",
+    ]
+    command += ["--max_completion_length", "8"]
+    assert main(command) == 2
+    assert "has no completion, which completion_source=reference trains on" in capsys.readouterr().err
+
+
+def test_prepare_writes_every_row(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(
+        tmp_path / "rows.jsonl",
+        [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}."} for i in range(20)],
+    )
+    command = [
+        "prepare",
+        "--model_name_or_path",
+        str(model_dir),
+        "--train_file",
+        file,
+        "--negatives",
+        "corrupt",
+    ]
+    command += ["--max_completion_length", "8", "--output"]
+    assert main([*command, str(tmp_path / "out.jsonl")]) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
+    assert main([*command, str(tmp_path / "." / "rows.jsonl")]) == 2
+    assert "the file that the rows are read from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("latin.csv", "prompt,answer\nä,b\n".encode("latin-1")),
+        ("empty.csv", b""),
+        ("broken.parquet", b"PAR1 and no more"),
+    ],
+)
+def test_tables_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} cannot be read: ."):
+        load_file(tmp_path / name)
+
+
+def test_unknown_modules_of_an_adapter() -> None:
+    from peft import LoraConfig
+
+    with pytest.raises(UserError, match=r"lora_target_modules: .*q_porj.* Its linear modules: .*q_proj"):
+        with_adapter(tiny.model(), LoraConfig(target_modules=["q_porj"], task_type="CAUSAL_LM"), 0, False)
+
+
+def answers_to(tmp_path: Path, model_dir: Path, *more: str) -> list[str]:
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"{i}?", "answer": str(i)} for i in range(6)])
+    flags = [
+        "--model_name_or_path",
+        str(model_dir),
+        "--task",
+        "jsonl",
+        "--data_files",
+        rows,
+        "--max_new_tokens",
+        "2",
+    ]
+    return ["eval", *flags, *more]
+
+
+def test_eval_answers_all_of_the_users_rows(
+    model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "f.json"
+    assert main(answers_to(tmp_path, model_dir, "--json", str(figures))) == 0
+    assert json.loads(figures.read_text())["task_accuracy"]["n"] == 6
+    capfd.readouterr()
+    assert main(answers_to(tmp_path, model_dir, "--json", str(figures), "--n", "4")) == 0
+    assert "jsonl: 4 of 6 rows (split all)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_size", "0"], "--batch_size 0: at least 1 is needed"),
+        (["--max_new_tokens", "-3"], "--max_new_tokens -3: at least 1 is needed"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--base", "pocket"], "--base pocket has another vocabulary"),
+    ],
+)
+def test_mistakes_of_an_evaluation(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(answers_to(tmp_path, model_dir, *flags)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_malformed_messages_are_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"prompt": [{"x": 1}], "answer": "a"}])
+    with pytest.raises(
+        UserError, match=r"jsonl: .*row 0: prompt holds .* messages with role and content are needed"
+    ):
+        tasks.get("jsonl", data_files=file).load("all")
+
+
+def test_each_speaker_reads_with_its_own_tokenizer(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr(
+        "unisd.cli.chat.load_any", lambda name, **_: (f"model of {name}", f"tokenizer of {name}")
+    )
+    monkeypatch.setattr(
+        "unisd.cli.chat._answer", lambda model, tokenizer, *_: used.append((model, tokenizer)) or ""
+    )
+    assert main(["chat", str(model_dir), "--compare", "other", "--prompt", "x"]) == 0
+    assert used == [(f"model of {name}", f"tokenizer of {name}") for name in ("other", model_dir)]

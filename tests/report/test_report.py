@@ -1,0 +1,469 @@
+"""The pages of a run and a study: what they show, that hostile text stays text, and (marked `real`)
+how they behave in Chromium.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import yaml
+
+from tests.helpers.studies import FakeExecutor, carried_out, study
+from unisd.cli.main import main
+from unisd.report import plots
+from unisd.report.html import clean, data_block, escape, page, table
+from unisd.report.supervision import MAX_SHOWN, shades, spread, supervision
+from unisd.study.store import Store
+
+HOSTILE = (
+    "</script></pre><script>window.hacked=1</script><img src=x"
+    " onerror='window.hacked=1'>\u202eevil\ud800\x00\x1b[31m ]]>"
+)
+LONG = HOSTILE + "<b>" * 33_000  # 100 kB
+
+
+def record(step: int = 1, tokens: int = 6, text: str = " word") -> dict[str, Any]:
+    values = [None, *(0.1 * t for t in range(1, tokens))]
+    return {
+        "step": step,
+        "id": "row-1",
+        "prompt": "a prompt",
+        "reference": "a reference",
+        "correct": True,
+        "tokens": [text] * tokens,
+        "cut": 0,
+        "temperature": 1.0,
+        "weight": [None, *[1.0] * (tokens - 2), 0.25],
+        "teacher_logp": [None, *[-0.5] * (tokens - 1)],
+        "student_logp": [None, *[-1.5] * (tokens - 1)],
+        "auxiliary_logp": [[None, *[-1.0] * (tokens - 1)], [None, *[-3.0] * (tokens - 1)]],
+        "negative_logp": [None, *[-4.0] * (tokens - 1)],
+        "entropy": values,
+        "divergence": values,
+        "clipped": [None, *[False] * (tokens - 2), True],
+        "contrast": [None, *[0.1] * (tokens - 2), 2.1],
+    }
+
+
+def a_run(folder: Path, text: str = "an answer", records: list[dict[str, Any]] | None = None) -> Path:
+    """The files of a run, with `text` as its answers and tokens."""
+    folder.mkdir(parents=True)
+    share = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 4}
+    figures = {
+        "task_accuracy": share,
+        "skills": {text[:50]: share},
+        "retention_accuracy": share,
+        "retention_skills": None,
+        "gold_ppl": 2.0,
+    }
+    after = {
+        **figures,
+        "retention_ppl": {"forward": 1.01, "reverse": 1.02},
+        "task_accuracy": {**share, "value": 0.5},
+    }
+    cost = {
+        "tokens": {"generated": 10, "scored": 20, "trained": 30, "scored_by_view": {"primary": 20}},
+        "million_tokens_per_device_hour": 1.5,
+        "peak_memory_of": "the whole process",
+        "peak_memory_bytes": 1 << 30,
+        "flops_estimated": {"total": 3e12},
+        "energy": {"kwh": None, "kwh_per_million_tokens": None, "method": "unknown: it needs device_tdp"},
+        "by_mechanism": {
+            "agreement": {"tokens_scored": 10, "flops": 5, "share_of_flops": 0.25, "seconds_estimated": 2.5}
+        },
+    }
+    results = {
+        "recipe": "unisd-star",
+        "model": "pocket",
+        "task": text[:50],
+        "seed": 1,
+        "steps": 3,
+        "wall_s": 12.0,
+    }
+    results |= {
+        "phases_s": {"rollout": 1.0, "score": 2.0, "student": 3.0},
+        "before": figures,
+        "after": after,
+        "cost": cost,
+    }
+    results |= {"config": {"note": text}, "alarms": [{"name": "collapse", "step": 2, "text": text[:300]}]}
+    (folder / "results.json").write_text(json.dumps(results))
+    side = {"text": text, "correct": False, "reason": ""}
+    example = {
+        "id": text[:20],
+        "prompt": text,
+        "reference": text,
+        "before": side,
+        "after": {**side, "correct": True},
+    }
+    part = {"ids": ["1"], "skills": [None], "before": [False], "after": [True], "examples": [example]}
+    (folder / "answers.json").write_text(json.dumps({"task": part, "retention": part}))
+    values = {"agreement/mean": 0.9, "clip/share": 0.01, "student/entropy": 0.3, "words/all": 2.0}
+    lines = [{"step": s, "loss": 1.0 / s, **values} for s in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = [record(text=text[:300])] if records is None else records
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
+    return folder
+
+
+class Tags(HTMLParser):
+    """Elements, their attributes, and the text outside of script and style."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._inside: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "style"):
+            self._inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._inside:
+            self.text += data
+
+
+def built(folder: Path) -> tuple[str, Tags]:
+    assert main(["report", str(folder), "--no_run_pages"]) == 0
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    return text, Tags(text)
+
+
+def test_a_run_page_shows_what_the_run_wrote(tmp_path: Path) -> None:
+    text, tags = built(a_run(tmp_path / "run"))
+    for shown in (
+        "25.0 % [10.0, 50.0]",
+        "+25.0",
+        "1,024 MiB",
+        "an answer",
+        "agreement",
+        "25.0 %",
+        "unknown: it needs device_tdp",
+    ):
+        assert shown in tags.text, shown
+    assert sum(tag == "svg" for tag, _ in tags.found) >= 5
+    assert len(re.findall(r'class="t[ "]', text)) == 6
+    assert len({attrs["id"] for _, attrs in tags.found if "id" in attrs}) == sum(
+        "id" in attrs for _, attrs in tags.found
+    )
+
+
+def with_diagnostics(folder: Path, alarms: Any, **metrics: float) -> Path:
+    """A run of ten steps whose probes ran in every fifth, with `alarms` in its results."""
+    results = json.loads((a_run(folder) / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "alarms": alarms}))
+    lines: list[dict[str, Any]] = []
+    for step in range(1, 11):
+        probe = {"leak/wrong_jsd": 0.1 * step, "retained/nll": 0.2} if step % 5 == 1 else {}
+        lines.append(
+            {"step": step, "loss": 1.0, "words/all": 9.0 - step / 2, "words/wait": 3.0, **probe, **metrics}
+        )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def diagnostics_of(folder: Path) -> str:
+    text, _ = built(folder)
+    return text.partition("<h2>Diagnostics</h2>")[2].partition("</section>")[0]
+
+
+def test_a_run_page_shows_diagnostics_and_alarms(tmp_path: Path) -> None:
+    alarms = [{"name": "collapse", "step": 7, "text": "repetition rose & rose: lower the rate."}]
+    shown = diagnostics_of(with_diagnostics(tmp_path / "run", alarms))
+    assert "step 7, <b>collapse</b>: repetition rose &amp; rose: lower the rate." in shown
+    for title, points in (
+        ("Words of doubt", 10),
+        ("Teacher under a wrong reference", 2),
+        ("Word of doubt: wait", 10),
+    ):
+        assert re.search(rf'aria-label="[^"]*{title} over {points} steps"', shown), title
+    assert "Repeated 4-grams" not in shown  # nothing was repeated, and nothing logged
+    assert shown.count("stroke-dasharray") == shown.count("<figure")  # the step of the alarm, in each
+
+
+def test_a_run_page_says_when_nothing_was_wrong_or_watched(tmp_path: Path) -> None:
+    well = with_diagnostics(tmp_path / "well", [])
+    assert "<p>No alarm was raised.</p>" in diagnostics_of(well)
+    (well / "metrics.jsonl").write_text('{"step": 10, "words/all": 1.0}\n')  # without probes
+    assert "No alarm was raised. Nobody looked for forgetting" in diagnostics_of(well)
+    (well / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
+    assert "Nobody looked for words of doubt" in diagnostics_of(well)
+    (well / "metrics.jsonl").write_text('{"step": 9, "words/all": 1.0}\n')
+    assert "No alarm could be raised: 9 steps are fewer than the 5 first and 5 last" in diagnostics_of(well)
+    assert "alarm" not in diagnostics_of(with_diagnostics(tmp_path / "off", None))
+    old = with_diagnostics(tmp_path / "old", None)
+    (old / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert diagnostics_of(old) == ""
+
+
+def test_a_run_that_did_not_finish_has_a_page_with_its_alarms(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run")
+    (folder / "results.json").unlink()
+    lines = [
+        {"step": step, "step_time": 1.0, "completions/mean_length": 100.0 if step < 6 else 5.0}
+        for step in range(1, 13)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, tags = built(folder)
+    assert "unfinished" in tags.text and "short answers: answers shrank from 100 to 5 tokens" in tags.text
+    assert 'id="supervision"' in text
+
+
+def test_every_weight_has_its_curve_and_those_not_recorded_no_mode(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run", records=[{**record(), "weight": [1.0] * len(record()["tokens"])}])
+    lines = [
+        {"step": step, "weight/dash/mean": 1.4, "weight/dash/min": 0.2, "weight/dash/max": 2.0}
+        for step in (1, 2)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, tags = built(folder)
+    assert "Reliability weight dash over 2 steps" in text and 'value="weight"' not in text
+    assert '"weight":null' in text and "agreement weight" not in tags.text.lower()
+
+
+def test_alarms_and_words_of_a_run_page_are_bounded_and_escaped(tmp_path: Path) -> None:
+    alarms = [{"name": HOSTILE, "step": step, "text": HOSTILE} for step in range(1000)]
+    words = {f"words/{HOSTILE}{n}": 5.0 for n in range(30)}
+    shown = diagnostics_of(with_diagnostics(tmp_path / "run", alarms, **words))
+    assert "<script>window" not in shown and "<img" not in shown and "and 950 more" in shown
+    assert shown.count("<li>") == 51 and shown.count(escape(HOSTILE)) >= 100
+    alone = with_diagnostics(tmp_path / "alone", [], **{"words/wait": 0.0, f"words/{HOSTILE[9:]}": 5.0})
+    assert (
+        "Word of doubt: " in (shown := diagnostics_of(alone))
+        and "<script>window" not in shown
+        and "\x00" not in shown
+    )
+
+
+def test_nothing_is_fetched_and_every_colour_follows_the_theme(tmp_path: Path) -> None:
+    text, tags = built(a_run(tmp_path / "run"))
+    for _, attrs in tags.found:
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            assert (attrs.get(name) or "#").startswith(("#", "data:")), attrs
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert not set(plots.COLOURS.values()) & set(re.findall(r"#[0-9a-f]{6}", text)), (
+        "a stand-in colour was left"
+    )
+    assert "var(--c1)" in text
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    text, tags = built(a_run(tmp_path / "run", LONG))
+    assert [tag for tag, _ in tags.found if tag in ("img", "b")].count("img") == 0
+    assert sum(tag == "script" for tag, _ in tags.found) == 2, "the data and ours"
+    assert not any(name.startswith("on") for _, attrs in tags.found for name in attrs)
+    assert "<script>window.hacked" in tags.text and "\u27e8U+202E\u27e9evil?\u2400\u241b[31m" in tags.text
+    assert len(text.encode()) < 6e6
+
+
+def test_clean_and_escape() -> None:
+    assert clean("a\r\nb\tc\x00") == "a\nb\tc\u2400"
+    assert escape('<a href="x">\'&') == "&lt;a href=&quot;x&quot;&gt;&#x27;&amp;"
+    assert clean("x" * 300_000).endswith("(100000 more characters)")
+    block = data_block("d", {"x": "</script><!--&"})
+    assert block.count("<") == 2 and json.loads(block[block.index(">") + 1 : block.rindex("<")]) == {
+        "x": "</script><!--&"
+    }
+    assert "<td>&lt;b&gt;</td>" in table([["a"], ["<b>"]])
+    assert "default-src 'none'" in page("t", "")
+
+
+def test_shades_say_where_the_teachers_disagree() -> None:
+    shade = shades(record())
+    assert shade["contexts"] == [None, 2.0, 2.0, 2.0, 2.0, 2.0]
+    assert shade["weight"] == [None, 0.0, 0.0, 0.0, 0.0, 0.75]
+    assert shade["contrast"] == [None, 0.0, 0.0, 0.0, 0.0, 2.0]
+    plain = {
+        **record(),
+        "auxiliary_logp": [],
+        "negative_logp": None,
+        "contrast": None,
+        "weight": [None, *[1.0] * 5],
+    }
+    assert 'value="divergence" checked' in supervision([plain]) and 'value="contexts"' not in supervision(
+        [plain]
+    )
+    assert supervision([]) == ""
+
+
+def test_a_long_training_is_shown_from_first_to_last() -> None:
+    chosen = spread([record(step) for step in range(1, 201)])
+    assert len(chosen) == MAX_SHOWN and (chosen[0]["step"], chosen[-1]["step"]) == (1, 200)
+    assert spread([{"step": 1}]) == [], "a record that was cut short"
+
+
+def a_study(folder: Path) -> Path:
+    spec = study()
+    carried_out(folder, spec, FakeExecutor())
+    (folder / "study.yaml").write_text(yaml.safe_dump(spec.source))
+    return folder
+
+
+def test_a_study_page_shows_effects_and_links_its_runs(tmp_path: Path) -> None:
+    folder = a_study(tmp_path / "study")
+    first = next(iter(Store(folder, writes=False).runs()))
+    built(folder / "runs" / first)
+    assert main(["report", str(folder), "--no_run_pages", "--figures", str(tmp_path / "figures")]) == 0
+    tags = Tags((folder / "report.html").read_text())
+    links = [attrs["href"] for tag, attrs in tags.found if tag == "a"]
+    assert len(links) == 8 and all((folder / str(link)).is_file() for link in links)
+    assert (
+        links.count(f"runs/{first}/report.html") == 1
+        and links[1] == f"runs/{str(links[1]).split('/')[1]}/results.json"
+    )
+    assert "ema: task +" in tags.text and "Pareto front" in tags.text and "Shapley" in tags.text
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {
+        "main.svg",
+        "one-in.svg",
+        "leave-one-out.svg",
+        "shapley.svg",
+        "interaction.svg",
+        "trade-off.svg",
+        "analysis.md",
+    }
+    assert "#010203" not in (tmp_path / "figures" / "main.svg").read_text()
+
+
+def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "nothing")]) == 2 and "is no folder" in capsys.readouterr().err
+    assert (
+        main(["report", str(tmp_path)]) == 2
+        and "neither results.json, metrics.jsonl nor" in capsys.readouterr().err
+    )
+    (tmp_path / "results.json").write_text("{")
+    assert main(["report", str(tmp_path)]) == 2 and "cannot be read" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+class Browser:
+    """Debian's Chromium; fails on a console error or any request."""
+
+    def __init__(self, browser: Any, theme: str, width: int) -> None:
+        self.page = browser.new_context(
+            color_scheme=theme, viewport={"width": width, "height": 900}
+        ).new_page()
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on(
+            "console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None
+        )
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.on("request", lambda r: self.requests.append(r.url))
+
+    def open(self, path: Path, within_s: float = 2.0) -> Any:
+        for left in (2, 1, 0):  # the machine may be busy with something else
+            begun = time.monotonic()
+            self.page.goto(path.as_uri(), wait_until="load")
+            if time.monotonic() - begun < within_s:
+                break
+            assert left, "three times too slow"
+        assert not self.errors
+        assert {url for url in self.requests if not url.startswith("data:")} == {path.as_uri()}
+        return self.page
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Any:
+    api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium")
+    assert path is not None, "apt-get install chromium"
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_open_in_chromium(chromium: Any, tmp_path: Path, theme: str, width: int) -> None:
+    for folder in (a_run(tmp_path / "run"), a_study(tmp_path / "study")):
+        built(folder)
+        shown = Browser(chromium, theme, width).open(folder / "report.html")
+        wide, seen = shown.evaluate(
+            "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        )
+        assert wide <= seen, "nothing sticks out on a phone"
+        paper, ink = shown.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        )
+        dark = [sum(map(int, re.findall(r"\d+", colour))) < 300 for colour in (paper, ink)]
+        assert dark == ([False, True] if theme == "light" else [True, False])
+        # In the pictures too: text of a plot against its paper.
+        label = shown.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
+        assert (sum(map(int, re.findall(r"\d+", label))) < 330) == (theme == "light")
+        pixels = shown.screenshot(full_page=True, path=tmp_path / f"{folder.name}.png")
+        assert len(pixels) > 20_000
+
+
+@pytest.mark.real
+def test_a_token_tells_what_every_view_said(chromium: Any, tmp_path: Path) -> None:
+    built(a_run(tmp_path / "run"))
+    shown = Browser(chromium, "light", 1280).open(tmp_path / "run" / "report.html")
+    token, tip = shown.locator(".t").nth(5), shown.locator("#tip")
+    assert not tip.is_visible()
+    token.hover()
+    tip.wait_for(state="visible", timeout=5000)
+    said = tip.inner_text()
+    for line in (
+        "student\t-1.500",
+        "teacher (reference)\t-0.500",
+        "context 1\t-1.000",
+        "context 2\t-3.000",
+        "wrong reference\t-4.000",
+    ):
+        assert line in said, said
+    assert "(clipped)" in said and "0.250" in said
+
+    def colour(nth: int) -> str:
+        return str(shown.locator(".t").nth(nth).evaluate("e => getComputedStyle(e).backgroundColor"))
+
+    by_divergence = colour(5)
+    shown.locator("input[value=weight]").check()
+    assert colour(5) != by_divergence and colour(2) != colour(5)
+    shown.keyboard.press("Escape")
+    assert not tip.is_visible()
+
+
+@pytest.mark.real
+def test_a_hostile_answer_is_shown_as_text(chromium: Any, tmp_path: Path) -> None:
+    built(a_run(tmp_path / "run", LONG))
+    browser = Browser(chromium, "light", 1280)
+    shown = browser.open(tmp_path / "run" / "report.html", within_s=10.0)  # 100 kB in nine places
+    shown.locator(".t").nth(2).hover()
+    assert shown.evaluate("window.hacked") is None
+    assert "<script>window.hacked=1</script>" in shown.locator(".pair pre").first.inner_text()
+    assert "<script>" in shown.locator("#tip").inner_text() and not browser.errors
+
+
+def test_names_of_points_at_one_place_do_not_cover_each_other() -> None:
+    names = [f"+cell{n}" for n in range(8)]
+    svg = plots.trade_off(
+        [(name, 21.8 + 0.05 * (n // 4), -1.8) for n, name in enumerate(names)], names[:1]
+    ).svg
+    places = [re.search(rf'rotate\(-0 ([\d.]+) ([\d.]+)\)">{re.escape(name)}<', svg) for name in names]
+    found = [(float(place[1]), float(place[2])) for place in places if place is not None]
+    assert len(found) == len(names)
+    for (x, y), (other_x, other_y) in itertools.combinations(found, 2):
+        assert abs(x - other_x) >= 4 * len(names[0]) or abs(y - other_y) >= 8

@@ -1,0 +1,121 @@
+"""What a trainer makes of its model, its rows and its machine before the first step."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, TrainingArguments
+
+import unisd.training.setup
+from unisd import UniSDConfig, UniSDTrainer, UserError, recipes
+from unisd import testing as tiny
+from unisd.data.prompts import encode_completion
+from unisd.testing import gradients, trainer
+
+
+def with_a_vision_tower() -> Any:
+    """What `AutoModelForCausalLM` makes of the smaller Gemma-3 checkpoints."""
+    text = Gemma3TextConfig(**tiny.SIZES, head_dim=8, sliding_window=8, query_pre_attn_scalar=8)
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    tokens = {
+        "mm_tokens_per_image": 4,
+        "image_token_index": 261,
+        "boi_token_index": 259,
+        "eoi_token_index": 260,
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        Gemma3Config(text_config=text.to_dict(), vision_config=vision, **tokens)
+    )
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_only_what_text_passes_through_is_trained(tmp_path: Any, lora: bool) -> None:
+    """DDP waits for the gradient of every trained parameter."""
+    adapter = (
+        {"peft_config": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")} if lora else {}
+    )
+    built = trainer(tmp_path, model=with_a_vision_tower(), **adapter)
+    trained = {name for name, p in built.model.named_parameters() if p.requires_grad}
+    assert trained and not any("vision" in name or "projector" in name for name in trained)
+    assert trained == set(gradients(built)[1])
+    assert lora == any("q_proj.lora_A" in name for name in trained)
+    assert not any("vision" in name and "lora" in name for name, _ in built.model.named_parameters())
+
+
+def test_a_model_by_name_is_trained_in_float32(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    asked = []
+
+    def load(name: str, dtype: str = "auto") -> Any:
+        asked.append(dtype)
+        return tiny.model(dtype=torch.bfloat16), tiny.tokenizer(), None
+
+    monkeypatch.setattr(unisd.training.setup, "load_model_and_tokenizer", load)
+    args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True)
+    with caplog.at_level(logging.WARNING):
+        UniSDTrainer("some/model", args, tiny.rows(2))
+        assert asked == ["float32"] and caplog.text.count("Trained weights of 16 bits") == 1
+        UniSDTrainer(
+            "some/model", args, tiny.rows(2), peft_config=LoraConfig(r=2, target_modules="all-linear")
+        )
+    assert asked == ["float32", "auto"] and caplog.text.count("Trained weights of 16 bits") == 1
+
+
+def test_several_devices_without_a_launcher(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    setup = TrainingArguments.__post_init__
+
+    def on_four(self: Any) -> None:
+        setup(self)
+        self._n_gpu = 4
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_four)
+    with caplog.at_level(logging.WARNING):
+        args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
+    assert args.n_gpu == 1 and args.train_batch_size == 2 and "--accelerate_config ddp" in caplog.text
+
+
+@pytest.mark.parametrize("layer", [2, -3, 99])
+def test_layers_that_are_not_there(tmp_path: Any, layer: int) -> None:
+    with pytest.raises(UserError, match=f"feature_layers={layer}: the model has layers 0 to 1"):
+        trainer(tmp_path, feature_weight=0.1, feature_layers=[layer])
+
+
+def test_references_end_as_the_model_ends_them() -> None:
+    """The template closes a turn with another token than the tokenizer's EOS, as Gemma's and
+    Phi-3's do.
+    """
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.eos_token = "<s>"
+    end, eos = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id
+    assert encode_completion(tokenizer, "a", [eos, end])[1:] == [end]
+    assert encode_completion(tokenizer, "a", [eos])[1:] == encode_completion(tokenizer, "a")[1:] == [eos]
+    assert encode_completion(tokenizer, "a", [eos, 5])[1:] == [eos]  # closes with a token that ends nothing
+
+
+def test_the_answer_is_the_reference_by_default(tmp_path: Any) -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["privileged_context"]} for row in tiny.rows(8)]
+    built = trainer(tmp_path, train_dataset=rows)
+    assert [row["privileged_context"] for row in built.rows] == [row["completion"] for row in rows]
+    with pytest.raises(UserError, match="no column 'privileged_context'"):
+        trainer(tmp_path, train_dataset=[{"prompt": row["prompt"]} for row in rows])
+
+
+def test_prompts_alone_do_for_the_models_own_answers(tmp_path: Any) -> None:
+    rows = [{"prompt": row["prompt"]} for row in tiny.rows(8)]
+    trainer(
+        tmp_path,
+        train_dataset=rows,
+        **recipes.load("ssd").options | {"max_completion_length": 8, "max_steps": 1},
+    ).train()
