@@ -1,7 +1,7 @@
 """The bare limit of a UniSD* step: the passes and projections that the mathematics needs, no more.
 
 Tokens are packed (no padding), on a CPU what views begin with is read once, as ours reads it; only
-the completion's positions are projected, the student's and the primary teacher's once; no softmax,
+the completion's positions are projected, the student's and the teacher's once; no softmax,
 divergence, weight or other arithmetic is done. What it computes is no loss: it is a time and a
 memory to come close to.
 """

@@ -18,7 +18,7 @@ from benchmarks.settings import Star
 from benchmarks.shapes import AUXILIARY_TEMPLATE, TEACHER_TEMPLATE, Example, lora, tokenizer
 from unisd import UniSDConfig, UniSDTrainer
 from unisd.rollout.engine import Completion, NoiseKey, Sampling
-from unisd.scoring.scorer import ScoreRequest
+from unisd.scoring.requests import ScoreRequest
 
 
 class GivenCompletions:

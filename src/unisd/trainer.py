@@ -40,8 +40,10 @@ from unisd.monitoring.observer import Observer, Probes
 from unisd.rollout.engine import Completion, Engine, Sampling
 from unisd.rollout.replay import RolloutStore
 from unisd.rollout.sources import CompletionSource
-from unisd.scoring.requests import Views
-from unisd.scoring.scorer import ScoreRequest, TeacherStates, teacher_head
+from unisd.scoring.findings import TeacherStates
+from unisd.scoring.passes import Passes
+from unisd.scoring.requests import RequestBuilder, ScoreRequest
+from unisd.scoring.scorer import Scorer, teacher_head
 from unisd.training.coefficients import (
     DeferredWeights,
     idle_agreement,
@@ -53,16 +55,15 @@ from unisd.training.coefficients import (
 from unisd.training.evaluating_trainer import EvaluatingTrainer
 from unisd.training.plan import Plan, check_data_serves
 from unisd.training.setup import (
-    Reading,
     RowNumbers,
     build_engine,
     build_prompts,
-    build_scorer,
     build_teacher,
     by_file,
     collate_numbers,
     load_student,
     other_teachers,
+    pass_layout,
 )
 from unisd.training.step import Layout, MicroBatch, Step, group_by_length, rows_that_fill
 from unisd.training.step_callback import StepCallback
@@ -153,23 +154,27 @@ class UniSDTrainer(EvaluatingTrainer):
         self.backbone.check_layers(args.feature_layers or ())
         self.backbone.freeze_the_rest()
         context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        self.views = Views(args, self.prompts, self.plan.needs, self.plan.sources, context)
+        self.views = RequestBuilder(args, self.prompts, self.plan.needs, self.plan.sources, context)
         self.eos_ids = eos_ids(student, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
 
     def _build_scorer(self) -> None:
         args, plan = self.args, self.plan
         # While every rank has a whole model, and before the teacher takes its copy.
-        reading = Reading.of(self.backbone, args, self.pad_id)
+        layout = pass_layout(self.backbone, args, self.pad_id)
         self.place_model()
-        self.packed = reading.packed
+        self.packed = layout.packed
         self.teacher = build_teacher(self.model, args)
         self.other_teachers = other_teachers(self.teacher, plan.sources, args.target_reference_steps)
         self.teachers = by_file(self.teacher, self.other_teachers)
         self.stateful = [self.stateful_teacher(*item) for item in self.teachers.items()]
-        weights = (self.teacher, self.other_teachers)
-        self.scorer = build_scorer(
-            self.backbone, *weights, args, plan, reading, self.pad_id, self.accelerator.autocast
+        self.scorer = Scorer(
+            Passes(self.backbone, layout, self.accelerator.autocast),
+            {"teacher": self.teacher, **self.other_teachers},
+            args.divergence_spec,
+            needs=plan.needs,
+            target=plan.target,
+            sources=plan.sources,
         )
 
     def _build_rollout(self, student: Any, engine: Engine | None) -> None:
@@ -269,14 +274,13 @@ class UniSDTrainer(EvaluatingTrainer):
         """Line 2: all views; where memory runs out, in smaller forward passes, which changes
         nothing in the scores.
         """
-        args, scorer = self.args, self.scorer
+        args, scorer, passes = self.args, self.scorer, self.scorer.passes
 
         def within(budget: int) -> tuple[StepScores, TeacherStates]:
-            scorer.token_budget = budget
+            passes.layout = replace(passes.layout, token_budget=budget)
             return scorer.score(requests, device)
 
         scorer.progress = self.state.global_step / max(self.state.max_steps, 1)
-        scorer.merge_once = not args.gradient_checkpointing  # which is there where memory is scarce
         # All ranks choose together, once: scoring again for want of memory is one rank's affair.
         share, accelerator = args.agreement_uncertain_share, self.accelerator
         choose = once(lambda entropy_B: most_uncertain(entropy_B, share, accelerator))
@@ -287,7 +291,7 @@ class UniSDTrainer(EvaluatingTrainer):
         )
         with self.metrics.timed("score"):
             (scores, states), _ = smaller_until_it_fits(
-                within, scorer.token_budget, least=64, remedy=remedy, together=together
+                within, passes.layout.token_budget, least=64, remedy=remedy, together=together
             )
         return with_rollout_logps(scores, self.plan, self.store, numbers, completions), states
 

@@ -55,7 +55,7 @@ def test_a_target_from_outside_the_package(tmp_path: Path) -> None:
     example = runpy.run_path(str(path))
     example["test_arithmetic"]()
     trainer = example["main"](str(tmp_path), max_steps=1)
-    assert trainer.plan.sources == ("teacher/plain",)
+    assert list(map(str, trainer.plan.sources)) == ["teacher/plain"]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
 
 

@@ -457,7 +457,7 @@ def test_scoring_and_rollout_out_of_memory_change_nothing(
         tmp_path / "small", max_steps=1, save_strategy="no", rollout_batch_size=4, token_budget=1024, **STAR
     )
     from unisd.rollout import transformers_engine as rollout
-    from unisd.scoring import scorer as scoring
+    from unisd.scoring import passes as scoring
 
     decode, shared_batches = rollout.decode, scoring.shared_batches
     asked: dict[str, list[int]] = {"rollout": [], "scoring": []}

@@ -4,6 +4,7 @@ they must equal.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,31 +66,32 @@ def naive_sdft(built: UniSDTrainer, alpha: float) -> tuple[float, dict[str, torc
 def test_generations_that_share_the_reading_of_their_prompt(
     tmp_path: Any, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unisd.scoring.scorer.SHARED_FROM", 2)
+    monkeypatch.setattr("unisd.scoring.passes.SHARED_FROM", 2)
     options = {"num_generations": 4, "gradient_accumulation_steps": 2, **STAR}
     shared, separate = (trainer(tmp_path / name, family, **options) for name in ("a", "b"))
     assert shared.backbone.can_continue(shared.pad_id)
     for built in (shared, separate):
-        built.scorer.share_prefixes = False
-        built.scorer.share_prompts = built is shared
-    passes: list[int] = []
+        passes = built.scorer.passes
+        passes.layout = replace(passes.layout, share_prefixes=False, share_prompts=built is shared)
+    counts: list[int] = []
     continuations = shared.backbone.continuations
     shared.backbone.continuations = lambda prompt, *rest: (
-        passes.append(len(rest[0])) or continuations(prompt, *rest)
+        counts.append(len(rest[0])) or continuations(prompt, *rest)
     )  # type: ignore
     assert_same(gradients(shared), gradients(separate), 1e-4)
-    # 4 rows under primary, negative, 3 auxiliary and student views
-    assert set(passes) == {4} and len(passes) == 4 * 6
+    # 4 rows under teacher, negative, 3 auxiliary and student views
+    assert set(counts) == {4} and len(counts) == 4 * 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_views_that_share_what_they_begin_with(tmp_path: Any, family: str) -> None:
     shared, separate = (trainer(tmp_path / name, family, **STAR) for name in ("a", "b"))
     # Gemma's layers look back through a window.
-    assert shared.scorer.share_prefixes == (family != "gemma3")
-    separate.scorer.share_prefixes = False
+    assert shared.scorer.passes.layout.share_prefixes == (family != "gemma3")
+    layout = separate.scorer.passes.layout
+    separate.scorer.passes.layout = replace(layout, share_prefixes=False)
     assert_same(gradients(shared), gradients(separate), 1e-4)
-    read, whole = (sum(built.scorer.tokens.values()) for built in (shared, separate))
+    read, whole = (sum(built.scorer.passes.tokens.values()) for built in (shared, separate))
     assert read < 0.9 * whole if family != "gemma3" else read == whole
 
 

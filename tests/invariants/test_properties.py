@@ -238,15 +238,15 @@ def test_budget_of_rows_takes_the_most_uncertain(entropy: list[float], share: fl
 def test_budget_scores_fewer_views_and_says_so(tmp_path: Any) -> None:
     built = trainer(tmp_path, agreement_budget_contexts=2, agreement_uncertain_share=0.5, **TOKEN)
     asked: list[str] = []
-    original = built.scorer._hidden_states
+    original = built.scorer.passes.hidden_states
 
-    def watched(jobs: Any, rows: Any, device: Any) -> Any:
+    def watched(jobs: Any, device: Any) -> Any:
         asked.extend(job.view for job in jobs)
-        return original(jobs, rows, device)
+        return original(jobs, device)
 
-    built.scorer._hidden_states = watched  # type: ignore[method-assign]
+    built.scorer.passes.hidden_states = watched  # type: ignore[method-assign]
     gradients(built)
-    assert (asked.count("primary"), asked.count("auxiliary")) == (8, 8)  # 4 of 8 rows, 2 of 3 contexts each
+    assert (asked.count("teacher"), asked.count("auxiliary")) == (8, 8)  # 4 of 8 rows, 2 of 3 contexts each
     assert (
         built.metrics.values["agreement/contexts"] == 1.0
         and built.metrics.values["agreement/scored_rows"] == 0.5

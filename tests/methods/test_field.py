@@ -31,7 +31,7 @@ from unisd.methods.aggregation import step_coefficients
 from unisd.methods.divergence import DivergenceSpec, divergence
 from unisd.methods.registry import parse_weight
 from unisd.methods.scores import StepScores, TargetInputs
-from unisd.methods.targets import parse_target, register_target
+from unisd.methods.targets import NEGATIVE, STUDENT, Target, parse_target, register_target
 from unisd.methods.weights import confidence_gate, contrast_weight, dash, entropy_trust, position
 from unisd.testing import gradients, trainer
 from unisd.training.plan import Plan, needed_views
@@ -183,7 +183,7 @@ def test_view_consensus(seed: int, K: int, size: float) -> None:
     student, teacher, *views = random_logp(seed, K + 2, size=size)
     target = parse_target("view_consensus:views=" + "+".join(["full", "half", "answer", "hints"][:K]))
     assert len(target.sources) == K
-    sources = dict(zip(target.sources, views, strict=True))
+    sources = dict(zip(map(str, target.sources), views, strict=True))
     A, expected = consensus_oracle([v.numpy() for v in views], student.numpy())
     realised = target(
         TargetInputs(student[:, 0], teacher[:, 0], {name: v[:, 0] for name, v in sources.items()})
@@ -205,7 +205,8 @@ def test_contrast_geometric_and_pmi(seed: int, a: float, size: float) -> None:
 
     def found(text: str, *values: Tensor, progress: float = 0.0) -> np.ndarray:
         target = parse_target(text)
-        result = target(TargetInputs(p, q, dict(zip(target.sources, values, strict=True)), progress))
+        sources = dict(zip(map(str, target.sources), values, strict=True))
+        result = target(TargetInputs(p, q, sources, progress))
         assert result.isfinite().all()
         return result.exp().numpy()
 
@@ -245,7 +246,7 @@ def states_of(text: str, x: Any, seed: int = 1) -> TargetStates:
     """Sources as hidden states of the teacher's width; every fourth token lacks one."""
     g = torch.Generator().manual_seed(seed)
     target, count = parse_target(text), len(x.targets)
-    names = [name for name in target.sources if name != "student/plain"]
+    names = [source for source in target.sources if source != STUDENT]
     states = {name: torch.randn(count, 24, generator=g, dtype=F64) for name in names}
     return TargetStates(target, states, dict.fromkeys(names, x.teacher), torch.arange(count) % 4 != 0)
 
@@ -261,12 +262,12 @@ def test_a_target_is_a_constant_other_teacher(text: str, spec: DivergenceSpec) -
     q = (x.teacher.logits(x.teacher_hidden) / spec.temperature).log_softmax(-1)
     p = (Head(x.weight, x.bias).logits(x.hidden) / spec.temperature).log_softmax(-1).detach()
     sources = {
-        name: (
-            (x.teacher.logits(states.states[name]) / spec.temperature).log_softmax(-1)
-            if name in states.states
+        str(source): (
+            (x.teacher.logits(states.states[source]) / spec.temperature).log_softmax(-1)
+            if source in states.states
             else p
         )
-        for name in states.target.sources
+        for source in states.target.sources
     }
     if spec.mode == "sampled" and states.target.realised:
         at = x.targets[:, None]
@@ -475,13 +476,13 @@ def passes(built: Any) -> tuple[Counter[str], Any]:
     gradients.
     """
     seen: Counter[str] = Counter()
-    original = built.scorer._hidden_states
+    original = built.scorer.passes.hidden_states
 
-    def watched(jobs: Any, rows: Any, device: Any) -> Any:
+    def watched(jobs: Any, device: Any) -> Any:
         seen.update(job.view for job in jobs)
-        return original(jobs, rows, device)
+        return original(jobs, device)
 
-    built.scorer._hidden_states = watched
+    built.scorer.passes.hidden_states = watched
     found = gradients(built)
     return seen, found
 
@@ -490,11 +491,11 @@ def passes(built: Any) -> tuple[Counter[str], Any]:
     "weight", ["dash", "position", "confidence_gate", "entropy_trust", "contrast_weight"]
 )
 def test_weights_add_no_pass(tmp_path: Any, weight: str) -> None:
-    """8 rows: the primary teacher, and for `contrast_weight` the negative view that it is about;
+    """8 rows: the teacher, and for `contrast_weight` the negative view that it is about;
     nothing else.
     """
     negative = {"negative": 8} if weight == "contrast_weight" else {}
-    assert passes(trainer(tmp_path, token_weights=[weight]))[0] == {"primary": 8, **negative}
+    assert passes(trainer(tmp_path, token_weights=[weight]))[0] == {"teacher": 8, **negative}
 
 
 @pytest.mark.parametrize(
@@ -525,7 +526,7 @@ def test_targets_score_what_they_declare(
 ) -> None:
     """And the whole step is the same chunked, plain, and in other micro-batches."""
     seen, ours = passes(trainer(tmp_path, **options))
-    assert seen == {"primary": 8, **expected}
+    assert seen == {"teacher": 8, **expected}
     cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     assert_same(ours, gradients(trainer(tmp_path, loss_implementation="plain", **cut, **options)))
     plain = {
@@ -642,3 +643,18 @@ def test_contrast_scores_are_those_of_the_whole_distributions(tmp_path: Any) -> 
         torch.testing.assert_close(found.negative_divergence[i, :length].double(), kl, rtol=1e-3, atol=1e-5)
         expected = logp[1].gather(1, torch.tensor(row.completion)[:, None])[:, 0]
         torch.testing.assert_close(found.negative_logp[i, :length].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_realised_source_under_a_wrong_reference_is_there_for_weights_too(tmp_path: Any) -> None:
+    """`contrast_weight` compares whole distributions; the target's l- is what that finds."""
+    built = trainer(
+        tmp_path, token_weights=["contrast_weight"], distillation_mode="sampled", distillation_alpha=1.0
+    )
+    built.scorer.target = Target(
+        "away", lambda inputs: inputs.teacher_logp, lambda _: ("teacher/negative",), True
+    )
+    built.scorer.sources = built.scorer.target.sources
+    numbers = [(0, 0), (1, 0)]
+    scores, states = built.scorer.score(built._requests(numbers, built._rollout(numbers)), "cpu")
+    assert scores.negative_logp is not None and (scores.negative_logp[scores.mask] < 0).all()
+    assert torch.equal(states.source_logp[NEGATIVE], scores.negative_logp)

@@ -19,9 +19,11 @@ from unisd.monitoring.diagnostics import (
     Counting,
     answer_tokens,
     answers_to_keep,
+    distributions,
     first_place,
     leak_numbers,
     load_words,
+    probe_contexts,
     pull_products,
     repeated_share,
 )
@@ -204,13 +206,14 @@ def test_the_probe_has_each_set_of_weights_in_mixed_precision(tmp_path: Any) -> 
     built = trainer(tmp_path, bf16=True)
     gradients(built, perturb=0.5)  # moves the student
     numbers = [(0, 0), (1, 0)]
-    rows = built._requests(numbers, built._rollout(numbers))
+    requests = built._requests(numbers, built._rollout(numbers))
+    contexts = [probe_contexts(built.prompts, built.rows[request.number], request) for request in requests]
 
     def student() -> list[torch.Tensor]:
-        return [views["student"] for views in built.scorer.leak_probe(rows, "cpu", 8)]
+        return [views["student"] for views in distributions(built.scorer, requests, contexts, "cpu", 8)]
 
     found = student()
-    built.scorer._autocast = lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    built.scorer.passes.autocast = lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
     for ours, without_cache in zip(found, student(), strict=True):
         assert torch.equal(ours, without_cache)
 

@@ -131,7 +131,7 @@ def test_token_texts_join_to_the_text() -> None:
 
 def test_tokens_are_counted_by_use(tmp_path: Path) -> None:
     trainer = trained(tmp_path, token_clip=None, token_clip_quantile=0.9, record_samples=0)
-    trained_on, scored = trainer.tokens, trainer.scorer.tokens
+    trained_on, scored = trainer.tokens, trainer.scorer.passes.tokens
     generated = trainer.completions.generated
     assert trained_on["completion"] == generated > 0
     assert trained_on["trained"] == scored["student"] == generated + trainer.completions.prefilled
@@ -143,13 +143,13 @@ def test_tokens_are_counted_by_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "views"),
     [
-        ({}, {"primary", "auxiliary", "negative"}),
-        ({"agreement_uncertain_share": 0.25}, {"primary", "auxiliary", "negative"}),
+        ({}, {"teacher", "auxiliary", "negative"}),
+        ({"agreement_uncertain_share": 0.25}, {"teacher", "auxiliary", "negative"}),
         (
             {"agreement": "none", "target": "geometric:source=teacher/plain"},
-            {"primary", "teacher/plain", "negative"},
+            {"teacher", "teacher/plain", "negative"},
         ),
-        ({"num_generations": 4, "agreement": "none", "max_steps": 1}, {"primary", "negative"}),
+        ({"num_generations": 4, "agreement": "none", "max_steps": 1}, {"teacher", "negative"}),
     ],
     ids=["star", "budget", "target", "prompts read once"],
 )
@@ -173,13 +173,13 @@ def test_tokens_scored_are_those_of_the_passes(
 
     trainer.backbone.hidden_states, trainer.backbone.continuations = sequences, continuations
     trainer.train()
-    assert sum(trainer.scorer.tokens.values()) == sum(read) and set(trainer.scorer.tokens) == views
+    tokens = trainer.scorer.passes.tokens
+    assert sum(tokens.values()) == sum(read) and set(tokens) == views
     cost = cost_of(trainer, args, trainer.metrics.phases, None, None)
-    assert cost["tokens"]["scored"] == sum(read) and cost["tokens"]["scored_by_view"] == dict(
-        trainer.scorer.tokens
-    )
+    in_files = {"primary" if view == "teacher" else view: count for view, count in tokens.items()}
+    assert cost["tokens"]["scored"] == sum(read) and cost["tokens"]["scored_by_view"] == in_files
     extra = {"auxiliary": "agreement", "negative": "contrast", "teacher/plain": "target"}
-    assert set(cost["by_mechanism"]) == {extra[view] for view in views - {"primary"}} | {"ema"}
+    assert set(cost["by_mechanism"]) == {extra[view] for view in views - {"teacher"}} | {"ema"}
 
 
 def test_before_is_measured_once(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
     """Build, show and write the rows."""
     from unisd.run.inputs import load_data, load_model
     from unisd.run.prepare import prepare
-    from unisd.scoring.requests import Views
+    from unisd.scoring.requests import RequestBuilder
 
     data = load_data(options, config.seed, whole=True)
     loaded: list[tuple[Any, Any]] = []
@@ -67,7 +67,7 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
         config.auxiliary_prompt_template,
     )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = Views(config, prompts, (), (), context).teacher_room
+    limit = RequestBuilder(config, prompts, (), (), context).teacher_room
     rows = prepare(data, options, config, load)
     _show(rows, prompts, config, limit, options.model_name_or_path)
     if output:

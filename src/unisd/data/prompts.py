@@ -117,7 +117,7 @@ class PromptBuilder:
             answer, problem again).
         teacher_template: with `{prompt}` and `{privileged_context}`; None: built in.
         auxiliary_template: with `{context}` and `{prompt}`; None: built in.
-        level: how much of the reference the primary teacher sees (:mod:`unisd.data.privilege`).
+        level: how much of the reference the teacher sees (:mod:`unisd.data.privilege`).
 
     Raises:
         UserError: if a template lacks a placeholder.
@@ -163,7 +163,7 @@ class PromptBuilder:
         return encode_prompt(self.tokenizer, row["prompt"])
 
     def teacher(self, row: dict[str, Any]) -> list[int]:
-        """Ids of the primary teacher's prompt at the builder's level.
+        """Ids of the teacher's prompt at the builder's level.
 
         Raises:
             UserError: the row has nothing at this level (the trainer refuses such rows by number).

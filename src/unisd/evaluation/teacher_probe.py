@@ -32,8 +32,7 @@ from unisd.methods.divergence import DivergenceSpec
 from unisd.models.load import eos_ids
 from unisd.rollout.engine import Completion, Sampling
 from unisd.rollout.transformers_engine import generate
-from unisd.scoring.scorer import Scorer, ScoreRequest
-from unisd.teacher import Teacher
+from unisd.scoring.passes import Job, Passes, PassLayout
 
 LAYOUTS = ("append", "turn")
 HEADROOM = 0.05  # least gain in accuracy that is worth a run
@@ -135,20 +134,18 @@ class Probe:
 
     def states(self, prompts: Sequence[list[int]], completions: Sequence[Completion]) -> list[Tensor]:
         """Final hidden states `[T_i,H]` under each prompt, that predict the completion."""
-        rows = [
-            ScoreRequest(c.ids, [True] * len(c.ids), p, p) for p, c in zip(prompts, completions, strict=True)
+        jobs = [
+            Job("teacher", i, prompt, completion.ids)
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
-        scorer = Scorer(
-            self.backbone,
-            Teacher(self.model, "live"),
-            DivergenceSpec(),
-            needs=frozenset(),
-            packed=self.packed,
-            token_budget=2048,
-            pad_id=self.pad_id,
-        )
-        _, states = scorer.score(rows, self.model.device)
-        return states.final
+        passes = Passes(self.backbone, PassLayout(self.packed, self.pad_id, token_budget=2048))
+        size, device = self.backbone.head_module.in_features, self.model.device
+        found = [torch.zeros(0, size, device=device) for _ in jobs]  # of empty completions
+        with passes.under():
+            for group in passes.hidden_states(jobs, device):
+                for states in group:
+                    found[states.job.row] = states.final_TH
+        return found
 
     def divergence(
         self, teacher: Sequence[Tensor], student: Sequence[Tensor], completions: Sequence[Completion]

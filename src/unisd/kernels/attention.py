@@ -32,6 +32,11 @@ model's padding costs less than that.
 """
 
 
+def continues_rows(device: torch.device) -> bool:
+    """Whether `packed_sdpa` takes `row_contexts` there."""
+    return device.type == "cpu"
+
+
 def packed_sdpa(
     module: nn.Module,
     query: Tensor,

@@ -17,7 +17,7 @@ from unisd.losses.head import Head
 from unisd.methods.divergence import DivergenceSpec, log_probs, pick
 from unisd.methods.registry import Term
 from unisd.methods.scores import TargetInputs, TermInputs
-from unisd.methods.targets import STUDENT, Target
+from unisd.methods.targets import STUDENT, Source, Target
 
 # ---------------------------------------------------------------------------------- inside the loss
 
@@ -29,8 +29,8 @@ class TargetStates:
     """
 
     target: Target
-    states: Mapping[str, Tensor]
-    heads: Mapping[str, Head]
+    states: Mapping[Source, Tensor]
+    heads: Mapping[Source, Head]
     present_N: Tensor  # bool; where a row lacks a source, the target is the teacher's own distribution
     progress: float = 0.0
 
@@ -57,23 +57,23 @@ class TargetStates:
         if realised:
             student, teacher = pick(student, targets_N), pick(teacher, targets_N)
         sources: dict[str, Tensor] = {}
-        for name in self.target.sources:
-            if name == STUDENT:
-                sources[name] = student
-            elif name in self.states:
-                sources[name] = self._source(name, targets_N, spec, realised)
-            else:  # the primary teacher itself
-                sources[name] = teacher
+        for source in self.target.sources:
+            if source == STUDENT:
+                sources[str(source)] = student
+            elif source in self.states:
+                sources[str(source)] = self._source(source, targets_N, spec, realised)
+            else:  # the teacher itself
+                sources[str(source)] = teacher
         changed = self.target(TargetInputs(student, teacher, sources, self.progress)).to(teacher.dtype)
         present = self.present_N if realised else self.present_N[:, None]
         changed = torch.where(present, changed, teacher)
         return teacher_logp_NV.scatter(-1, targets_N[:, None], changed[:, None]) if realised else changed
 
-    def _source(self, name: str, targets_N: Tensor, spec: DivergenceSpec, realised: bool) -> Tensor:
-        value = self.states[name]
+    def _source(self, source: Source, targets_N: Tensor, spec: DivergenceSpec, realised: bool) -> Tensor:
+        value = self.states[source]
         if value.dim() == 1:
             return value
-        logp_NV = log_probs(self.heads[name].logits(value), spec.temperature)
+        logp_NV = log_probs(self.heads[source].logits(value), spec.temperature)
         return pick(logp_NV, targets_N) if realised else logp_NV
 
 

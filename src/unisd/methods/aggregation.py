@@ -1,19 +1,13 @@
-"""Reliability weights, normalisers and clips of UniSD (arXiv 2605.06597): pure functions of
-tensors.
+"""Aggregation: the coefficients with which the tokens' terms add up to the loss of a step.
 
-A *reliability weight* is one function `(StepScores, **options) -> weights`, registered by name with
-:func:`register_weight`, or by another package under the entry point group `unisd.token_weights`.
-It declares what it needs of the scoring phase, and only that is computed. All scores cover the
-whole optimizer step (all micro-batches, all ranks) and carry no gradient, so weights, quantiles and
-normalisers do not depend on how the step is cut.
+All inputs cover the whole optimizer step (all micro-batches, all ranks) and carry no gradient, so
+that weights and normalisers do not depend on how the step is cut.
 
-Shapes: B rows of the step, T completion length, K auxiliary contexts, N loss tokens, H hidden size.
-Values in nats.
+Shapes: B rows of the step, T completion length. Values in nats.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 
 import torch
@@ -37,7 +31,7 @@ def importance_ratio(student_logp: Tensor, behaviour_logp: Tensor, mask: Tensor,
 def importance_stats(
     student_logp: Tensor, behaviour_logp: Tensor, mask: Tensor, cap: float
 ) -> dict[str, float]:
-    """mean and greatest ratio, share of capped tokens, and mean of l' - l (how far the policies are
+    """Mean and greatest ratio, share of capped tokens, and mean of l' - l (how far the policies are
     apart), at sampled tokens.
     """
     sampled = mask & ~behaviour_logp.isnan()
@@ -51,13 +45,6 @@ def importance_stats(
         "importance/capped_share": float((-apart > math.log(cap)).float().mean()),
         "importance/gap": float(apart.mean()),
     }
-
-
-logger = logging.getLogger(__name__)
-
-
-# --------------------------------------------------------------------------------------------------
-# aggregation
 
 
 def step_coefficients(
@@ -115,8 +102,8 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def weight_stats(weights: Tensor, mask: Tensor) -> dict[str, float]:
-    """min, max, mean and effective range (99th - 1st percentile) of weights [B,T] or [B] over loss
-    tokens or live rows.
+    """Minimum, maximum, mean and effective range (99th - 1st percentile) of weights [B,T] or [B]
+    over loss tokens or live rows.
 
     `below_1pct` is 1.0 where that range is under 1 % of the mean: such weights change nothing, and
     their forward passes are paid for nothing. Empty when the step has no loss tokens.

@@ -1,7 +1,7 @@
-"""A.
+"""Agreement (mechanism A; arXiv 2605.06597, Eq. 1-2): tokens count on which the model agrees with
+itself under several contexts.
 
-Agreement (arXiv 2605.06597, Eq. 1-2): trust tokens on which the model agrees with itself under
-several contexts.
+Shapes: B rows of the step, T completion length, K auxiliary contexts. Values in nats.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ logger = logging.getLogger(__name__)
 SCALE_FLOOR = 1e-6  # nats^2 (var) or nats (range): contexts that agree to rounding
 MIN_TOKEN_WEIGHT = 0.01
 MIN_SEQUENCE_WEIGHT = 1e-6
-
-
-# -------------------------------------------------------------------------------------------------
-# agreement (A)
 
 
 @register_weight("agreement_token", level="token", needs=frozenset({"auxiliary"}), normalizer="weights")

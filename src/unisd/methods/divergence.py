@@ -48,24 +48,21 @@ def entropy(logp_NV: Tensor) -> Tensor:
 class DivergenceSpec:
     """Which divergence D of student p from teacher q is taken (Eq. 7-8).
 
-    alpha: 0 is the forward KL(q||p), 1 the reverse KL(p||q); between, with M = (1-alpha) p + alpha
-    q,
-        `alpha KL(q||M) + (1-alpha) KL(p||M)`. As published this is *not* continuous at its ends:
-        value and gradient vanish like alpha and 1-alpha, so that 0.001 is no forward KL but almost
-        no training at all. Values within 0.01 of an end are refused.
+    alpha: 0 is the forward KL(q||p), 1 the reverse KL(p||q); between, with
+        M = (1-alpha) p + alpha q, `alpha KL(q||M) + (1-alpha) KL(p||M)`. As published this is *not*
+        continuous at its ends: value and gradient vanish like alpha and 1-alpha, so that 0.001 is
+        no forward KL but almost no training at all. Values within 0.01 of an end are refused.
     mode: `full` vocabulary; `topk` entries of one side; `sampled`, the realised token only (reverse
-    KL as a score
-        function: value l - l+, gradient sg(l - l+) * grad l); `nll`, no teacher at all: D = -l
-        (SFT, SSD).
+        KL as a score function: value l - l+, gradient sg(l - l+) * grad l); `nll`, no teacher at
+        all: D = -l (SFT, SSD).
     topk, add_tail, topk_support: size of the support, whether one bucket holds the mass outside it
-    (else both sides are
-        renormalised on the support), and whose largest entries make the support (`teacher` or
-        `student`).
+        (else both sides are renormalised on the support), and whose largest entries make the
+        support (`teacher` or `student`).
     entry_clip: cap on every vocabulary entry's summand of D, in nats (OPSD: 0.05). It is one-sided:
-    D can become
-        negative, and a clipped entry's logit gets gradient `p_v * (sum of the unclipped q)`, which
-        pushes the teacher's favourite token slightly *down* where the two disagree most. The cap on
-        a token's whole sum is another object, the losses' `token_clip`.
+        D can become negative, and a clipped entry's logit gets gradient
+        `p_v * (sum of the unclipped q)`, which pushes the teacher's favourite token slightly *down*
+        where the two disagree most. The cap on a token's whole sum is another object, the losses'
+        `token_clip`.
     temperature: divides both sides' logits.
     """
 

@@ -2,7 +2,8 @@
 from text.
 
 What is registered (token weights, targets, loss terms) is a frozen object with the fields `name`,
-`function` and `options`.
+`function` and `options`. A *reliability weight* is one function `(StepScores, **options) ->
+weights`; it declares what it needs of the scoring phase, and only that is computed.
 """
 
 from __future__ import annotations

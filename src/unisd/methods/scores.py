@@ -1,45 +1,19 @@
 """What a method may look at: `StepScores` for a token weight, `TargetInputs` for a target.
 
-The one thing an author has to learn.
+The one thing an author has to learn. A new statistic of the scoring phase is a field of
+`StepScores` and the view that fills it, in :mod:`unisd.scoring.views`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def select(scores: StepScores, rows: Tensor) -> StepScores:
-    """The scores of some rows."""
-    chosen: dict[str, Tensor] = {}
-    for item in fields(StepScores):
-        value = getattr(scores, item.name)
-        if value is not None:
-            chosen[item.name] = value[:, rows] if item.name.startswith("auxiliary") else value[rows]
-    return replace(scores, **chosen)
-
-
-def concatenate(parts: Sequence[StepScores]) -> StepScores:
-    """Stack rows; completions and contexts are padded to the longest and to the most."""
-    T = max(part.mask.shape[1] for part in parts)
-    K = max((len(part.auxiliary_logp) for part in parts if part.auxiliary_logp is not None), default=0)
-
-    def stacked(name: str) -> Tensor | None:
-        values: list[Tensor | None] = [getattr(part, name) for part in parts]
-        padded = []
-        for value in values:
-            if value is None:
-                return None
-            grow = [0, T - value.shape[-1]] if not name.endswith("_present") else [0, 0]
-            if name.startswith("auxiliary"):
-                grow += [0] * 2 * (value.dim() - 2) + [0, K - len(value)]
-            padded.append(torch.nn.functional.pad(value, grow))
-        return torch.cat(padded, dim=1 if name.startswith("auxiliary") else 0)
-
-    return StepScores(**{item.name: stacked(item.name) for item in fields(StepScores)})  # type: ignore[arg-type]
+NORMALIZERS = ("weights", "tokens", "mean1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +47,13 @@ class TermInputs:
     hidden: Sequence[tuple[Tensor, Tensor]] = ()
 
 
-NEEDS = frozenset(
-    {"teacher", "auxiliary", "untempered", "negative", "contrast", "student", "entropy", "divergence"}
-)
-NORMALIZERS = ("weights", "tokens", "mean1")
+def _described(dims: str, what: str, need: str | None = None) -> dict[str, str | None]:
+    return {"dims": dims, "what": what, "need": need}
+
+
+def _scored(dims: str, need: str | None, what: str) -> Any:
+    """Declare a field that is filled only where its need is declared."""
+    return field(default=None, metadata=_described(dims, what, need))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,23 +61,58 @@ class StepScores:
     """Everything a reliability weight may look at: one optimizer step, all ranks, no gradient.
 
     Values at positions outside `mask`, and of contexts that are not present, are arbitrary (even
-    NaN): select before you sum. A field is None unless a registered function in use declares the
-    need in brackets.
+    NaN): select before you sum. A field of :func:`_scored` is None unless a registered function in
+    use declares its need, the word behind its dimensions: K auxiliary contexts, B rows, T
+    completion length. Log-probabilities l are those of the realised tokens.
     """
 
-    mask: Tensor  # [B,T] bool, tokens that carry loss
-    tokens: Tensor  # [B,T] realised token ids
-    teacher_logp: Tensor | None = None  # [B,T] l+, primary teacher, distillation temperature (teacher)
-    auxiliary_logp: Tensor | None = None  # [K,B,T] l^k at temperature 1 (auxiliary)
-    auxiliary_present: Tensor | None = None  # [K,B] bool: a row may have fewer than K contexts (auxiliary)
-    negative_logp: Tensor | None = None  # [B,T] l- (negative)
-    negative_present: Tensor | None = None  # [B] bool (negative)
-    negative_divergence: Tensor | None = None  # [B,T] KL(q||q-), at the distillation temperature (contrast)
-    # [B,T] l, from a student pass without gradient or the rollout itself (student)
-    student_logp: Tensor | None = None
-    teacher_entropy: Tensor | None = None  # [B,T] H(q) (entropy)
-    divergence: Tensor | None = None  # [B,T] D (divergence)
-    # [B,T] l' with which the token was drawn, NaN if nobody drew it (importance)
-    behaviour_logp: Tensor | None = None
-    # [B,T] l+ at temperature 1, as the auxiliary scores are (untempered)
-    untempered_logp: Tensor | None = None
+    mask: Tensor = field(metadata=_described("BT", "bool: tokens that carry loss"))
+    tokens: Tensor = field(metadata=_described("BT", "realised token ids"))
+    teacher_logp: Tensor | None = _scored("BT", "teacher", "l+, at the distillation temperature")
+    auxiliary_logp: Tensor | None = _scored("KBT", "auxiliary", "l^k, at temperature 1")
+    auxiliary_present: Tensor | None = _scored("KB", "auxiliary", "bool: a row may have fewer contexts")
+    negative_logp: Tensor | None = _scored("BT", "negative", "l- of the teacher under a wrong reference")
+    negative_present: Tensor | None = _scored("B", "negative", "bool: the row has a wrong reference")
+    negative_divergence: Tensor | None = _scored("BT", "contrast", "KL(q||q-), at l-'s temperature")
+    student_logp: Tensor | None = _scored("BT", "student", "l, by a student pass or the rollout itself")
+    teacher_entropy: Tensor | None = _scored("BT", "entropy", "H(q)")
+    divergence: Tensor | None = _scored("BT", "divergence", "D of student and teacher")
+    # None unless the importance ratio is taken
+    behaviour_logp: Tensor | None = _scored(
+        "BT", None, "l' at which the token was drawn, NaN if nobody drew it"
+    )
+    untempered_logp: Tensor | None = _scored("BT", "untempered", "l+, at temperature 1 as l^k is")
+
+
+DIMS: Mapping[str, str] = {item.name: item.metadata["dims"] for item in fields(StepScores)}
+NEED_OF: Mapping[str, str | None] = {item.name: item.metadata["need"] for item in fields(StepScores)}
+NEEDS = frozenset(need for need in NEED_OF.values() if need is not None)
+
+
+def select(scores: StepScores, rows: Tensor) -> StepScores:
+    """Take the scores of some rows."""
+    found = {name: value for name, value in vars(scores).items() if value is not None}
+    return replace(
+        scores,
+        **{name: value[(slice(None),) * DIMS[name].index("B") + (rows,)] for name, value in found.items()},
+    )
+
+
+def concatenate(parts: Sequence[StepScores]) -> StepScores:
+    """Stack rows; completions and contexts are padded to the longest and to the most."""
+
+    def stacked(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        if any(value is None for value in values):
+            return None
+        rows = DIMS[name].index("B")
+        most = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+        padded = []
+        for value in values:
+            missing = [0 if d == rows else most[d] - value.shape[d] for d in range(value.dim())]
+            # `pad` counts from the last dimension, before and after
+            grow = [count for d in reversed(missing) for count in (0, d)]
+            padded.append(torch.nn.functional.pad(value, grow))
+        return torch.cat(padded, dim=rows)
+
+    return StepScores(**{name: stacked(name) for name in DIMS})  # type: ignore[arg-type]

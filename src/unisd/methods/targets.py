@@ -6,10 +6,11 @@ A *target* is one pure function `(TargetInputs, **options) -> log q'`, registere
 It runs inside the loss, chunk by chunk, and carries no gradient. It declares its *sources*, further
 distributions over the same tokens; only those are scored, each at the cost of one forward pass:
 
-    weights/context     weights: teacher (the run's own), base (initial model), step (the student of
-    some steps ago), student
-                        context: full, half, hints, answer, unconditioned, plain (see
-                        :mod:`unisd.data.privilege`), negative
+    weights/context
+    weights: teacher (the run's own), base (initial model), step (the student of some steps ago),
+        student
+    context: full, half, hints, answer, unconditioned, plain (see :mod:`unisd.data.privilege`),
+        negative
 
 `student/plain` is the student's own distribution and costs nothing. All are taken at the
 distillation temperature.
@@ -37,8 +38,34 @@ KIND = "target"
 ENTRY_POINT_GROUP = "unisd.targets"
 WEIGHTS = ("teacher", "base", "step", "student")
 CONTEXTS = (*LEVELS, "negative")
-STUDENT = "student/plain"
 LOWEST_LOGP = -1e4  # stands in for anything less likely where log-probabilities are subtracted
+
+
+@dataclass(frozen=True)
+class Source:
+    """Names a distribution: whose weights read the answer, and in which context."""
+
+    weights: str
+    context: str
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """Read `weights/context`; raise `UserError` for one that nobody offers."""
+        weights, _, context = text.partition("/")
+        source = cls(weights, context)
+        if weights not in WEIGHTS or context not in CONTEXTS or (weights == "student" and source != STUDENT):
+            raise UserError(
+                f"unknown source {text!r}: use weights/context with weights {', '.join(WEIGHTS)} and context"
+                f" {', '.join(CONTEXTS)} (of the student: plain only)."
+            )
+        return source
+
+    def __str__(self) -> str:
+        return f"{self.weights}/{self.context}"
+
+
+STUDENT = Source("student", "plain")
+NEGATIVE = Source("teacher", "negative")
 
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -58,8 +85,8 @@ class Target:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        return tuple(self.declared(all_options(self.function, self.options)))
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(map(Source.parse, self.declared(all_options(self.function, self.options))))
 
     def __call__(self, inputs: TargetInputs) -> Tensor:
         target: Tensor = self.function(inputs, **self.options)
@@ -77,19 +104,10 @@ class Target:
         bound = replace(
             self, options=bound_options(KIND, self.name, self.function, {**self.options, **options})
         )
-        for source in bound.sources:
-            weights, slash, context = source.partition("/")
-            known = (
-                slash
-                and weights in WEIGHTS
-                and context in CONTEXTS
-                and (weights != "student" or source == STUDENT)
-            )
-            if not known:
-                raise UserError(
-                    f"target {self.name!r}: unknown source {source!r}: use weights/context with weights"
-                    f" {', '.join(WEIGHTS)} and context {', '.join(CONTEXTS)} (of the student: plain only)."
-                )
+        try:
+            _ = bound.sources
+        except UserError as error:
+            raise UserError(f"target {self.name!r}: {error}") from None
         return bound
 
 

@@ -21,9 +21,11 @@ from accelerate.utils import gather_object
 from unisd.config import UniSDConfig
 from unisd.memory import ModelSize
 from unisd.models.load import without_adapter
+from unisd.scoring.views import TEACHER
 
 LOAD, OVERHEAD = 0.7, 1.2
 FORMULA = "hours x devices x TDP/1000 x 0.7 x 1.2"
+PRIMARY = "primary"  # what the files of a run call the teacher's own view
 MECHANISM_OF_VIEW = {"auxiliary": "agreement", "negative": "contrast", "student": "clip"}
 """Which mechanism asks for a view; the other ones but `primary` are sources of the target
 (`teacher/plain`, `base/full`, ...).
@@ -103,7 +105,7 @@ def _by_mechanism(
     """
     scored = sum(views.values())
     tokens_of: Counter[str] = Counter()
-    for view in views.keys() - {"primary"}:
+    for view in views.keys() - {PRIMARY}:
         tokens_of[MECHANISM_OF_VIEW.get(view, "target")] += views[view]
     found: dict[str, dict[str, float]] = {
         mechanism: {
@@ -188,9 +190,11 @@ def cost_of(
     trainer: Any, config: UniSDConfig, phases: dict[str, float], tdp_w: float | None, kwh: float | None
 ) -> dict[str, Any]:
     """The cost of a finished training, summed over ranks."""
-    counts = trainer.tokens + Counter(
-        {f"scored_{view}": count for view, count in trainer.scorer.tokens.items()}
-    )
+    scored = {
+        PRIMARY if view == TEACHER.name else view: count
+        for view, count in trainer.scorer.passes.tokens.items()
+    }
+    counts = trainer.tokens + Counter({f"scored_{view}": count for view, count in scored.items()})
     counts["generated"], counts["prefilled"] = trainer.completions.generated, trainer.completions.prefilled
     if config.world_size > 1:
         counts = sum(gather_object([counts]), Counter())

@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,20 @@ from unisd.data.privilege import MARK, final_answer, reference_at, wrong_twin
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.errors import UserError
+from unisd.methods.divergence import log_probs
 from unisd.methods.targets import jensen_shannon
 from unisd.monitoring.alarms import NGRAM, pull_cosine
 from unisd.rollout.engine import Completion
-from unisd.scoring.scorer import Scorer, ScoreRequest
+from unisd.scoring.passes import Job
+from unisd.scoring.requests import ScoreRequest
+from unisd.scoring.scorer import Scorer, teacher_head
 
 FOLDER = Path(__file__).parent / "words"
 PROBE_TOKENS = 32  # of a row, evenly spaced
+PROBED = ("student", "teacher", "negative", "unconditioned", "full", "full_wrong", "base")
+"""The distributions that are probed: the student's own, the teacher's, and the teacher's weights in
+other contexts (`base`: in the student's).
+"""
 
 
 def load_words(kind: str, name: str) -> dict[str, str]:
@@ -284,15 +291,13 @@ def probe_leak(
     who are told all. Of a few answers both are noisy; the sums that they are made of are
     `leak/pull_*`, for those who add up.
     """
-    probed = [_under_other_teachers(prompts, row, scored) for row, scored in rows]
+    requests = [request for _, request in rows]
+    contexts = [probe_contexts(prompts, row, request) for row, request in rows]
     found: list[dict[str, float]] = []
     pulls = {told: torch.zeros(3, dtype=torch.float64) for told in ("", "full_")}
     answers = 0
-    for views in scorer.leak_probe(probed, device, PROBE_TOKENS):
-        p, q, wrong_q, reference_q, base, full, full_wrong = (
-            views.get(name)
-            for name in ("student", "primary", "negative", "unconditioned", "base", "full", "full_wrong")
-        )
+    for views in distributions(scorer, requests, contexts, device):
+        p, q, wrong_q, reference_q, full, full_wrong, base = map(views.get, PROBED)
         if p is None or q is None:  # an empty answer
             continue
         found.append(leak_numbers(p, q, wrong_q, reference_q, base))
@@ -315,18 +320,63 @@ def probe_leak(
     return values
 
 
-def _under_other_teachers(prompts: PromptBuilder, row: Row, scored: ScoreRequest) -> ScoreRequest:
-    """Add the prompts of teachers that are told of a wrong reference, or of no question."""
+def probe_contexts(prompts: PromptBuilder, row: Row, request: ScoreRequest) -> dict[str, list[int]]:
+    """The prompts of an answer's probe, by `PROBED`, without those that the row cannot serve."""
     level = prompts.level
     wrong = None if level == "plain" else wrong_twin(row)
-    sources = {"unconditioned": prompts.at_level(row, level, question=False)}
+    contexts = {
+        "student": request.student,
+        "teacher": request.teacher,
+        "negative": None if wrong is None else prompts.at_level(wrong, level),
+        "unconditioned": prompts.at_level(row, level, question=False),
+        "base": request.student,
+    }
     if wrong is not None and level != "full":
-        sources |= {"full": prompts.at_level(row, "full"), "full_wrong": prompts.at_level(wrong, "full")}
-    return replace(
-        scored,
-        negative=None if wrong is None else prompts.at_level(wrong, level),
-        sources={name: ids for name, ids in sources.items() if ids is not None},
-    )
+        contexts |= {"full": prompts.at_level(row, "full"), "full_wrong": prompts.at_level(wrong, "full")}
+    return {name: ids for name, ids in contexts.items() if ids is not None}
+
+
+def distributions(
+    scorer: Scorer,
+    requests: Sequence[ScoreRequest],
+    contexts: Sequence[dict[str, list[int]]],
+    device: torch.device | str,
+    most_tokens: int = PROBE_TOKENS,
+) -> Iterator[dict[str, Tensor]]:
+    """Row by row the log-probabilities `[t,V]` of its answer's tokens in each context.
+
+    At most `most_tokens` evenly spaced tokens of each answer; `base` with a fixed teacher only.
+    These passes serve nothing else. One row's distributions are held at a time.
+    """
+    passes, teacher = scorer.passes, scorer.weights["teacher"]
+    hidden: list[dict[str, Tensor]] = [{} for _ in requests]
+
+    def read(*names: str) -> None:
+        jobs = [
+            Job(name, i, contexts[i][name], request.completion)
+            for name in names
+            for i, request in enumerate(requests)
+            if name in contexts[i]
+        ]
+        for group in passes.hidden_states(jobs, device, Counter()):
+            for states in group:
+                length = len(states.final_TH)
+                places = torch.linspace(0, length - 1, min(length, most_tokens), device=device)
+                hidden[states.job.row][states.job.view] = states.final_TH[places.round().long()]
+
+    with passes.under(teacher):
+        read(*(name for name in PROBED if name != "student" and (name != "base" or teacher.kind == "base")))
+    with passes.under():
+        read("student")
+        heads = {"student": passes.backbone.head()}
+        other = teacher_head(passes.backbone, teacher)
+    for states_of_row in hidden:
+        with torch.no_grad(), passes.autocast():
+            found = {
+                name: log_probs(heads.get(name, other).logits(states), scorer.spec.temperature)
+                for name, states in states_of_row.items()
+            }
+        yield found
 
 
 def pull_products(student_TV: Tensor, teacher_TV: Tensor, wrong_TV: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ from unisd.monitoring.diagnostics import Answers, Counting, answer_tokens, answe
 from unisd.monitoring.metrics import StepMetrics, masked_mean, mean
 from unisd.monitoring.token_records import SampleRecorder
 from unisd.rollout.engine import Completion, Engine, Sampling
-from unisd.scoring.scorer import Scorer, ScoreRequest
+from unisd.scoring.requests import ScoreRequest
+from unisd.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
     from unisd.training.step import MicroBatch

@@ -16,6 +16,7 @@ import torch
 
 from unisd.backbone import Backbone
 from unisd.batching import Batch, close, tolerance_of
+from unisd.kernels.attention import continues_rows
 
 MIN_SHARED_TOKENS = 16
 """Tokens of a beginning that becomes a row of its own: below, its attention costs more than it
@@ -74,7 +75,9 @@ def shared_batches(
 def collate_shared(
     sequences: Sequence[Sequence[int]], shareable: Sequence[int], device: torch.device | str
 ) -> SharedBatch:
-    """One row of all sequences, beginnings of `MIN_SHARED_TOKENS` tokens or more that several share once."""
+    """Lay all sequences out in one row, with beginnings of `MIN_SHARED_TOKENS` tokens or more that
+    several share once.
+    """
     order, alike = _order(sequences, shareable)
     ids: list[int] = []
     positions: list[int] = []
@@ -120,8 +123,8 @@ def collate_shared(
 
 @torch.no_grad()
 def can_share(backbone: Backbone) -> bool:
-    """Whether the model reads a shared beginning as it reads separate rows: on a CPU, where all of
-    its layers attend to all of the past, and checked on the model itself.
+    """Whether the model reads a shared beginning as it reads separate rows: where attention can
+    continue rows and all layers attend to all of the past, and checked on the model itself.
     """
     model = backbone.causal_lm
     config = model.config.get_text_config()
@@ -129,7 +132,7 @@ def can_share(backbone: Backbone) -> bool:
         ["full_attention"] if not getattr(config, "sliding_window", None) else []
     )
     device = backbone.head_module.weight.device
-    if device.type != "cpu" or not backbone.tells_rows or set(kinds) != {"full_attention"}:
+    if not continues_rows(device) or not backbone.tells_rows or set(kinds) != {"full_attention"}:
         return False
     generator = torch.Generator().manual_seed(2)
     trunk, branch, *ends = (

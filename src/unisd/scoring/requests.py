@@ -1,19 +1,35 @@
-"""The prompts under which a step's completions are scored: one `ScoreRequest` per completion, within
-the limits of length.
+"""The prompts under which a step's completions are scored: one `ScoreRequest` per completion,
+within the limits of length.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 from unisd.config import UniSDConfig
 from unisd.data.privilege import reference_at
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.errors import UserError
+from unisd.methods.targets import NEGATIVE, Source
 from unisd.rollout.engine import Completion
-from unisd.scoring.scorer import NEGATIVE, ScoreRequest
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """One completion and the prompts it is scored under."""
+
+    completion: list[int]
+    loss_mask: list[bool]
+    student: list[int]
+    teacher: list[int]
+    negative: list[int] | None = None
+    auxiliary: list[list[int]] = field(default_factory=list)
+    number: int = -1  # of the row in the dataset, for messages
+    # the prompts of the target's further sources; those that the row lacks are left out
+    sources: dict[Source, list[int]] = field(default_factory=dict)
 
 
 def subsample_contexts(
@@ -36,12 +52,12 @@ def subsample_contexts(
 _UNLIMITED = 1 << 60
 
 
-class Views:
-    """Lays out the views that a run needs of each completion.
+class RequestBuilder:
+    """Builds the prompts under which a run scores each completion.
 
     Args:
-        needs: names of the views and statistics that the active functions declare.
-        sources: names of the target's logit sources.
+        needs: what the active functions declare, of `NEEDS`.
+        sources: of the target those that need a pass of their own.
         context: tokens that the model can read, or None.
 
     Raises:
@@ -53,7 +69,7 @@ class Views:
         args: UniSDConfig,
         prompts: PromptBuilder,
         needs: Collection[str],
-        sources: Collection[str],
+        sources: Collection[Source],
         context: int | None,
     ) -> None:
         self.args = args
@@ -111,8 +127,8 @@ class Views:
     def of(
         self, row: Row, number: int, completion: Completion, carries_loss: bool, step: int
     ) -> tuple[ScoreRequest, int]:
-        """The views of one completion of row `number`, and how many were left out because they are
-        too long.
+        """Build the request of one completion of row `number`; also returns how many prompts were
+        left out because they are too long.
         """
         args = self.args
         views = self.prompts.auxiliary(row, args.num_auxiliary_contexts) if "auxiliary" in self.needs else []
@@ -123,7 +139,7 @@ class Views:
         )
         if negative is not None and len(negative) > self.teacher_room:
             negative, overlong = None, overlong + 1
-        scoring_row = ScoreRequest(
+        request = ScoreRequest(
             number=number,
             completion=completion.ids,
             loss_mask=[
@@ -135,27 +151,27 @@ class Views:
             auxiliary=subsample_contexts(fitting, args.agreement_budget_contexts, args.seed, step, number),
             sources=self._sources(row),
         )
-        return scoring_row, overlong
+        return request, overlong
 
     def _teacher(self, row: Row) -> list[int]:
-        """The primary teacher's prompt; the student's where the row has no reference and needs
-        none.
-        """
+        """The teacher's prompt; the student's where the row has no reference and needs none."""
         if self.args.uses_reference:
             return self.prompts.teacher(row)
         return self.prompts.at_level(row, self.args.teacher_context) or self.prompts.student(row)
 
-    def _sources(self, row: Row) -> dict[str, list[int]]:
+    def _sources(self, row: Row) -> dict[Source, list[int]]:
         """The prompts of the target's sources, without those that the row cannot serve or that are
         too long.
         """
         prompts = {
-            name: self.prompts.at_level(row, name.partition("/")[2])
-            for name in self.sources
-            if name != NEGATIVE
+            source: self.prompts.at_level(row, source.context)
+            for source in self.sources
+            if source != NEGATIVE
         }
         return {
-            name: ids for name, ids in prompts.items() if ids is not None and len(ids) <= self.teacher_room
+            source: ids
+            for source, ids in prompts.items()
+            if ids is not None and len(ids) <= self.teacher_room
         }
 
 

@@ -9,10 +9,9 @@ from unisd.config import UniSDConfig
 from unisd.data.rows import Row
 from unisd.errors import UserError
 from unisd.methods.registry import Term, WeightFunction, parse_term, parse_weight
-from unisd.methods.targets import STUDENT, Target, parse_target
+from unisd.methods.targets import NEGATIVE, STUDENT, Source, Target, parse_target
 from unisd.rollout.engine import Engine
 from unisd.rollout.vllm.common import logps_compare
-from unisd.scoring.scorer import NEGATIVE
 
 STUDENT_NEEDS = frozenset({"student", "divergence"})
 
@@ -26,7 +25,7 @@ class Plan:
     normalizer: str  # what the token weights are divided by
     terms: tuple[Term, ...]  # of the loss, beside the divergence
     target: Target | None
-    sources: tuple[str, ...]  # of the target: those that need a pass of their own
+    sources: tuple[Source, ...]  # of the target: those that need a pass of their own
     # the answers are those of other weights, or of another engine, which the importance ratio
     # corrects
     off_policy: bool
@@ -118,15 +117,15 @@ def _deferred(
     return tuple(weight for weight in weights if weight.in_forward)
 
 
-def _scored_sources(args: UniSDConfig, target: Target | None) -> tuple[str, ...]:
-    """The target's sources that need a pass: neither the student's own distribution nor the primary
+def _scored_sources(args: UniSDConfig, target: Target | None) -> tuple[Source, ...]:
+    """The target's sources that need a pass: neither the student's own distribution nor the
     teacher's.
     """
     if target is None:
         return ()
-    known = (STUDENT, f"teacher/{args.teacher_context}")
-    sources = tuple(name for name in target.sources if name not in known)
-    if any(name.startswith("step/") for name in sources) and args.target_reference_steps is None:
+    known = (STUDENT, Source("teacher", args.teacher_context))
+    sources = tuple(source for source in target.sources if source not in known)
+    if any(source.weights == "step" for source in sources) and args.target_reference_steps is None:
         raise UserError(
             f"target {target.name!r} looks at earlier weights of the student: set target_reference_steps."
         )

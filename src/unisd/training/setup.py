@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from unisd.data.prompts import PromptBuilder
 from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
+from unisd.methods.targets import Source
 from unisd.models.load import load_model_and_tokenizer, with_adapter
 from unisd.rollout.engine import Engine
 from unisd.rollout.transformers_engine import TransformersEngine
 from unisd.rollout.vllm.build import build_engine as vllm_engine
+from unisd.scoring.passes import PassLayout
 from unisd.scoring.prefix_sharing import can_share
-from unisd.scoring.scorer import Scorer
 from unisd.teacher import STATE_FILE, Teacher
 from unisd.training.plan import Plan
 
@@ -90,30 +90,29 @@ def build_prompts(args: UniSDConfig, tokenizer: Any) -> PromptBuilder:
     return prompts
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How the model reads rows: what is exact for it, and pays on its device."""
+def pass_layout(backbone: Backbone, args: UniSDConfig, pad_id: int) -> PassLayout:
+    """How the model reads rows: what is exact for it, and pays on its device.
 
-    packed: bool
-    share_prompts: bool
-    share_prefixes: bool
-
-    @classmethod
-    def of(cls, backbone: Backbone, args: UniSDConfig, pad_id: int) -> Reading:
-        """Checked on the model itself, while every rank has a whole one.
-
-        Raises `UserError` for a head that cannot be reproduced, and a packing that is not exact.
-        """
-        packed = backbone.check(pad_id, args.packing)
-        # The model may lie elsewhere still.
-        share_prefixes = packed and shares_host(args.device) and can_share(backbone)
-        named = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        dtype = named or backbone.head_module.weight.dtype
-        pays = packing_pays(args.device, dtype, backbone.tells_rows, backbone.model.num_parameters())
-        if args.packing == "auto" and not pays:
-            packed = False
-        share_prompts = args.num_generations > 1 and backbone.can_continue(pad_id)
-        return cls(packed, share_prompts, share_prefixes)
+    Checked on the model itself, while every rank has a whole one. Raises `UserError` for a head
+    that cannot be reproduced, and a packing that is not exact.
+    """
+    packed = backbone.check(pad_id, args.packing)
+    # The model may lie elsewhere still.
+    share_prefixes = packed and shares_host(args.device) and can_share(backbone)
+    named = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    dtype = named or backbone.head_module.weight.dtype
+    pays = packing_pays(args.device, dtype, backbone.tells_rows, backbone.model.num_parameters())
+    if args.packing == "auto" and not pays:
+        packed = False
+    return PassLayout(
+        packed,
+        pad_id,
+        args.token_budget or default_token_budget(args.device),
+        layers=tuple(args.feature_layers or ()),
+        share_prompts=args.num_generations > 1 and backbone.can_continue(pad_id),
+        share_prefixes=share_prefixes,
+        merge_once=not args.gradient_checkpointing,  # which is there where memory is scarce
+    )
 
 
 def build_engine(
@@ -145,13 +144,13 @@ def build_teacher(model: nn.Module, args: UniSDConfig) -> Teacher:
 
 
 def other_teachers(
-    teacher: Teacher, sources: Sequence[str], reference_steps: int | None
+    teacher: Teacher, sources: Sequence[Source], reference_steps: int | None
 ) -> dict[str, Teacher]:
     """Weights that the target's sources name beside the teacher's; a fixed teacher is the initial
     model already.
     """
     others: dict[str, Teacher] = {}
-    named = {source.partition("/")[0] for source in sources}
+    named = {source.weights for source in sources}
     if "base" in named:
         others["base"] = teacher if teacher.kind == "base" else Teacher(teacher.model, "base")
     if "step" in named:
@@ -163,32 +162,3 @@ def by_file(teacher: Teacher, others: Mapping[str, Teacher]) -> dict[str, Teache
     """The teachers that have weights of their own, by the file that holds them in a checkpoint."""
     own = {f"teacher-{name}.safetensors": other for name, other in others.items() if other is not teacher}
     return {STATE_FILE: teacher} | own
-
-
-def build_scorer(
-    backbone: Backbone,
-    teacher: Teacher,
-    others: Mapping[str, Teacher],
-    args: UniSDConfig,
-    plan: Plan,
-    reading: Reading,
-    pad_id: int,
-    autocast: Any,
-) -> Scorer:
-    """The scorer of a run, by its options."""
-    return Scorer(
-        backbone,
-        teacher,
-        args.divergence_spec,
-        needs=plan.needs,
-        packed=reading.packed,
-        token_budget=args.token_budget or default_token_budget(args.device),
-        pad_id=pad_id,
-        layers=args.feature_layers or (),
-        autocast=autocast,
-        share_prompts=reading.share_prompts,
-        share_prefixes=reading.share_prefixes,
-        target=plan.target,
-        sources=plan.sources,
-        others=others,
-    )

@@ -25,7 +25,8 @@ from unisd.losses.terms import LossInputs, LossTerm, TargetStates
 from unisd.methods.divergence import DivergenceSpec
 from unisd.methods.registry import Term
 from unisd.methods.scores import StepScores
-from unisd.scoring.scorer import ScoreRequest, TeacherStates
+from unisd.scoring.findings import TeacherStates
+from unisd.scoring.requests import ScoreRequest
 from unisd.training.coefficients import DeferredWeights
 
 
