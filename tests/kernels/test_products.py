@@ -52,6 +52,7 @@ def test_products_are_those_of_float64(outputs: int, inputs: int, rows: int, tra
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @with_onednn
+@pytest.mark.long
 def test_few_shapes_reach_onednn(outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, real = set(), products._onednn
 

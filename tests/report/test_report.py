@@ -199,6 +199,7 @@ def test_a_run_page_shows_diagnostics_and_alarms(tmp_path: Path) -> None:
     assert shown.count("stroke-dasharray") == shown.count("<figure")  # the step of the alarm, in each
 
 
+@pytest.mark.long
 def test_a_run_page_says_when_nothing_was_wrong_or_watched(tmp_path: Path) -> None:
     well = with_diagnostics(tmp_path / "well", [])
     assert "<p>No alarm was raised.</p>" in diagnostics_of(well)
@@ -317,6 +318,7 @@ def a_study(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_study_page_shows_effects_and_links_its_runs(tmp_path: Path) -> None:
     folder = a_study(tmp_path / "study")
     first = next(iter(Store(folder, writes=False).runs()))

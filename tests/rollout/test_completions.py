@@ -130,6 +130,7 @@ def test_a_reference_over_the_limit_is_named(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.long
 def test_each_recipe_trains_for_three_steps(tmp_path: Any, name: str) -> None:
     recipe = recipes.load(name)
     # flags of `unisd train`: some are no field of the configuration

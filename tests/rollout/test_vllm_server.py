@@ -342,6 +342,7 @@ def test_weights_follow_the_student_and_their_version_is_recorded(server: StandI
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
+@pytest.mark.long
 def test_a_server_gone_in_mid_run_loses_no_step(tmp_path: Path, num_iterations: int) -> None:
     options = {**STAR, "temperature": 0.7, "num_iterations": num_iterations}
     with serving() as healthy:

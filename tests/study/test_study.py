@@ -268,6 +268,7 @@ def test_the_study_file_is_kept_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "study.yaml").read_text() == written
 
 
+@pytest.mark.long
 def test_a_page_elsewhere_links_to_the_runs_and_names_what_failed(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folder, hopeless = tmp_path / "study", runs_of(study())[2].id

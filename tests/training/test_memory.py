@@ -195,6 +195,7 @@ with heap.keep_freed_memory(torch.device("cpu")):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+@pytest.mark.long
 def test_freed_memory_is_used_again_and_what_stays_lies_apart() -> None:
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     mapped, kept, *places, beside, instead = map(int, run.stdout.split())
