@@ -1,6 +1,6 @@
-"""UniSD's Algorithm 1 on top of `transformers.Trainer`, through a base that does not lose work
-(:mod:`unisd.training.fault_tolerant_trainer`).
+"""Carry out UniSD's Algorithm 1 on top of `transformers.Trainer`.
 
+Between the two stands a base that loses no work (:mod:`unisd.training.fault_tolerant_trainer`).
 `get_batch_samples` hands over all micro-batches of an optimizer step, so lines 1-3 (rollout,
 scores, weights) run there once for the whole step and leave one frozen `Step`; `compute_loss` is
 line 4 (one student forward per micro-batch), and a callback is line 5 (teacher update).
@@ -209,9 +209,7 @@ class UniSDTrainer(EvaluatingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Rollout, scores and weights of a whole optimizer step; returns its micro-batches ready
-        for the student.
-        """
+        """Do lines 1-3 for a whole optimizer step; return its micro-batches for the student."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -271,9 +269,7 @@ class UniSDTrainer(EvaluatingTrainer):
         completions: Sequence[Completion],
         device: torch.device,
     ) -> tuple[StepScores, TeacherStates]:
-        """Line 2: all views; where memory runs out, in smaller forward passes, which changes
-        nothing in the scores.
-        """
+        """Line 2: all views; where memory runs out, in smaller passes, with the same scores."""
         args, scorer, passes = self.args, self.scorer, self.scorer.passes
 
         def within(budget: int) -> tuple[StepScores, TeacherStates]:
@@ -361,9 +357,7 @@ class UniSDTrainer(EvaluatingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Loss of one micro-batch, already normalised over the whole optimizer step and all
-        ranks.
-        """
+        """Do line 4: the loss of a micro-batch, normalised over the whole step and all ranks."""
         args, micro_batch = self.args, inputs["micro_batch"]
         assert isinstance(micro_batch, MicroBatch)
         captured = self.backbone.forward(model, micro_batch.batch, args.feature_layers or ())

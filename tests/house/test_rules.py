@@ -28,7 +28,7 @@ PACKAGE = SOURCE / "unisd"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 FILE_LINES, FUNCTION_LINES, LINE_CHARACTERS, PARAMETERS = 500, 60, 110, 8
-SMALLER_FILES = {"unisd/trainer.py": 400}
+SMALLER_FILES = {"unisd/trainer.py": 399}
 NOT_COUNTED = {"self", "cls", "ctx"}
 MAY_HAVE_MORE_PARAMETERS = {
     "unisd/losses/triton_kernels.py:_moments_kernel": "a Triton kernel takes scalars and pointers only",
@@ -248,7 +248,7 @@ def test_what_is_too_large_is_found(text: str, complaint: str) -> None:
 def test_what_is_small_enough_is_left_alone() -> None:
     text = "class A:\n    def f(self, a, b, c, d, e, f, g, h, *args, **kwargs):\n" + "        pass\n" * 59
     assert too_large("x.py", text) == []
-    assert too_large("unisd/trainer.py", "pass\n" * 401) == ["unisd/trainer.py: 401 lines, over 400"]
+    assert too_large("unisd/trainer.py", "pass\n" * 400) == ["unisd/trainer.py: 400 lines, over 399"]
 
 
 @pytest.mark.parametrize(
