@@ -29,7 +29,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     default = Options()
     for name, case in CASES.items():
         one = commands.add_parser(name, help=(case.__doc__ or "").splitlines()[0])
-        one.add_argument("--json", type=Path, required=True, help="where the result goes")
+        one.add_argument("--json", type=Path, help="where the result goes; unset: it is only shown")
         one.add_argument("--shape", choices=sorted(SHAPES), default=default.shape)
         one.add_argument("--layers", type=int, help="cut the model's depth")
         one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -86,8 +86,9 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
         "ratios": ratios,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         at = f" {row['axis']}={row['at']}" if "axis" in row else ""
         print(f"{row['impl'] + at:<28} {row['time_s']:10.3f} s {row['extra_memory_mb']:10.1f} MB")

@@ -11,7 +11,7 @@ plausible wrong reference (C), features (D: hidden states follow, too), and clip
         step(model, teacher, optimizer, batch, UniSDConfig(agreement="token", feature_weight=0.01))
 
 `UniSDTrainer` does the same in micro-batches of packed rows, without holding logits; tests compare
-the two. It knows more options: what this page does not name is as by default. Shapes: T tokens of
+the two. It knows more options: those not named here have their default values. Shapes: T tokens of
 an answer, V vocabulary, H hidden size, K contexts, B rows. `x_BT` is a list of B tensors `[T]`,
 each as long as its answer, so that the paper's mask m is 1 everywhere. p student, q teacher,
 l log-probability of the answer's own tokens. Values in nats.
@@ -55,6 +55,7 @@ def step(model: Any, teacher: dict[str, Tensor], optimizer: Any, batch: Sequence
     with torch.no_grad():
         q_B = [view(model, row.reference, row.answer, tau, teacher) for row in rows]
         n_B = [view(model, row.negative, row.answer, tau, teacher) if row.negative else None for row in rows]
+        # contexts at temperature 1: their log-probs are compared with each other only
         l_BKT = [[view(model, c, row.answer, 1.0, teacher).l_T for c in row.contexts] for row in rows]
     # 3. A token, or a row, counts by how far the contexts agree on it.
     token_BT, row_B = agreement(l_BKT, [torch.ones_like(q.l_T) for q in q_B], o)
@@ -107,6 +108,7 @@ def agreement(l_BKT: Sequence[list[Tensor]], token_BT: list[Tensor], o: Any) -> 
     several = {i: torch.stack(l_KT) for i, l_KT in enumerate(l_BKT) if len(l_KT) > 1}
     if o.agreement == "sequence":
         for i, l_KT in several.items():
+            # over K means the variance is biased, over a token's K values unbiased (as published)
             row_B[i] = (-gamma * l_KT.mean(1).var(correction=0)).exp().clamp(min=1e-6)
     if o.agreement == "token" and several:
         scale = torch.cat([l_KT.var(0) for l_KT in several.values()]).quantile(o.agreement_quantile)

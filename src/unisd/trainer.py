@@ -65,7 +65,7 @@ from unisd.training.setup import (
     other_teachers,
     pass_layout,
 )
-from unisd.training.step import Layout, MicroBatch, Step, group_by_length, rows_that_fill
+from unisd.training.step import Layout, MicroBatch, Step, group_by_length, padding_rows
 from unisd.training.step_callback import StepCallback
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class UniSDTrainer(EvaluatingTrainer):
         self._build_monitoring(probe_dataset)
         self.add_callback(StepCallback(self))
         if self.rows:
-            self.views.check(self.rows)
+            self.request_builder.check(self.rows)
             self.completions.check()
             if args.uses_reference:
                 self.prompts.check_generation_prefix(self.rows[0])
@@ -154,7 +154,7 @@ class UniSDTrainer(EvaluatingTrainer):
         self.backbone.check_layers(args.feature_layers or ())
         self.backbone.freeze_the_rest()
         context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        self.views = RequestBuilder(args, self.prompts, self.plan.needs, self.plan.sources, context)
+        self.request_builder = RequestBuilder(args, self.prompts, self.plan.needs, self.plan.sources, context)
         self.eos_ids = eos_ids(student, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
 
@@ -216,7 +216,7 @@ class UniSDTrainer(EvaluatingTrainer):
         G = self.args.num_generations
         numbers = [(int(row), g) for batch in batches for row in batch["row"] for g in range(G)]
         completions = self._rollout(numbers)
-        requests = self._requests(numbers, completions, fill=G * rows_that_fill(self, len(self.rows)))
+        requests = self._requests(numbers, completions, fill=G * padding_rows(self, len(self.rows)))
         scores, states = self._score(requests, numbers, completions, device)
         step, everywhere = self._weigh(requests, scores, states, device)
         step = self._observe(step, everywhere, numbers, completions)
@@ -253,7 +253,7 @@ class UniSDTrainer(EvaluatingTrainer):
         requests = []
         for place, ((number, _), completion) in enumerate(zip(numbers, completions, strict=True)):
             carries_loss = place < len(numbers) - fill and self.completions.carries_loss(completion)
-            request, overlong = self.views.of(
+            request, overlong = self.request_builder.of(
                 self.rows[number], number, completion, carries_loss, self.state.global_step
             )
             requests.append(request)
@@ -273,14 +273,15 @@ class UniSDTrainer(EvaluatingTrainer):
         args, scorer, passes = self.args, self.scorer, self.scorer.passes
 
         def within(budget: int) -> tuple[StepScores, TeacherStates]:
-            passes.layout = replace(passes.layout, token_budget=budget)
-            return scorer.score(requests, device)
+            # A smaller budget stays. Checkpointing, perhaps switched on since, means scarce memory.
+            once_each = not args.gradient_checkpointing
+            passes.layout = replace(passes.layout, token_budget=budget, merge_once=once_each)
+            return scorer.score(requests, device, progress=progress, choose_rows=choose_rows)
 
-        scorer.progress = self.state.global_step / max(self.state.max_steps, 1)
-        # All ranks choose together, once: scoring again for want of memory is one rank's affair.
+        # A collective, which a retry of one rank alone must not repeat: it uses the first answer.
         share, accelerator = args.agreement_uncertain_share, self.accelerator
         choose = once(lambda entropy_B: most_uncertain(entropy_B, share, accelerator))
-        scorer.choose_rows = choose if share < 1 else None
+        choose_rows, progress = choose if share < 1 else None, self._progress()
         together = "token_budget" if all_ranks_must_join(self.model) else None
         remedy = (
             "scoring a single row does not fit into memory: lower max_completion_length, or shorten the rows."
@@ -290,6 +291,10 @@ class UniSDTrainer(EvaluatingTrainer):
                 within, passes.layout.token_budget, least=64, remedy=remedy, together=together
             )
         return with_rollout_logps(scores, self.plan, self.store, numbers, completions), states
+
+    def _progress(self) -> float:
+        """The share of the run's optimizer steps that are done."""
+        return float(self.state.global_step / max(self.state.max_steps, 1))
 
     def _weigh(
         self, requests: list[ScoreRequest], scores: StepScores, states: TeacherStates, device: torch.device
@@ -307,7 +312,7 @@ class UniSDTrainer(EvaluatingTrainer):
             if not self._said_idle and (idle := idle_agreement(found.metrics, args)):
                 logger.warning("step %d: %s", self.state.global_step + 1, idle)
                 self._said_idle = True
-            no_states = self.scorer.target_states({}, torch.zeros(0, dtype=torch.bool, device=device))
+            target = self.scorer.target_without_states(self._progress(), device)
         width = scores.mask.shape[1]
         divergence_BT = found.divergence_BT[own, :width]
         step = Step(
@@ -319,7 +324,7 @@ class UniSDTrainer(EvaluatingTrainer):
             terms=[(term, found.terms[term.name][own, :width]) for term in self.plan.terms],
             token_clip=found.token_clip,
             teacher_head=head,
-            target=no_states,
+            target=target,
             deferred=DeferredWeights.of(self.plan, scores, divergence_BT),
             layout=Layout(self.packed, self.pad_id, self.backbone.head_module.in_features, device),
         )
@@ -364,7 +369,7 @@ class UniSDTrainer(EvaluatingTrainer):
         assert captured.final is not None
         student_NH = micro_batch.at_loss_tokens(captured.final)
         loss_inputs = micro_batch.loss_inputs(student_NH, self.backbone.head(), args.divergence_spec)
-        # only the model's own forward has it so far; the scores were taken under it
+        # accelerate autocasts the model's forward alone; the loss computes as the scores were taken
         with self.accelerator.autocast():
             if args.loss_implementation == "plain":
                 output = plain_loss(loss_inputs)

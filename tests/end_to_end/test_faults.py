@@ -58,10 +58,10 @@ def test_sigterm_saves_and_the_resumed_run_ends_alike(tmp_path: Path, capsys: An
     broken.add_callback(interruption)
     score = broken.scorer.score
 
-    def terminated(*args: Any) -> Any:
+    def terminated(*args: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # launcher and scheduler both send one
-        return score(*args)
+        return score(*args, **named)
 
     broken.scorer.score = terminated
     before = signal.getsignal(signal.SIGTERM)
@@ -225,8 +225,8 @@ def poison(built: Any, bad_row: int) -> None:
     """The teacher's states of one row of the dataset are NaN."""
     score = built.scorer.score
 
-    def poisoned(rows: Any, device: Any) -> Any:
-        scores, states = score(rows, device)
+    def poisoned(rows: Any, device: Any, **named: Any) -> Any:
+        scores, states = score(rows, device, **named)
         for i, row in enumerate(rows):
             if row.number == bad_row:
                 states.final[i] = torch.full_like(states.final[i], float("nan"))
@@ -514,8 +514,8 @@ def test_ranks_choose_uncertain_rows_once_however_often_one_scores(
         chosen.append(built.state.global_step)
         return most_uncertain(*args)
 
-    def limited(*args: Any) -> Any:
-        found = score(*args)
+    def limited(*args: Any, **named: Any) -> Any:
+        found = score(*args, **named)
         if not failed:
             failed.append(None)
             raise out_of_memory()
@@ -537,6 +537,35 @@ def test_an_engine_that_fails_in_an_evaluation_fails_on_all_ranks(tmp_path: Path
     built.engine.generate = gone
     with pytest.raises(RolloutError, match="no server"):
         built.evaluate(tiny.rows(2))
+
+
+def test_an_evaluation_asks_the_student_as_it_is_now(tmp_path: Path) -> None:
+    """An engine with weights of its own (vLLM) has those of its last rollout until it is synced."""
+    built = build(tmp_path, max_steps=1)
+    built.grader = lambda row, text: True
+    calls: list[str] = []
+    answer = built.engine.generate
+    built.engine.sync = lambda: calls.append("sync")
+    built.engine.generate = lambda *given: calls.append("generate") or answer(*given)
+    built.evaluate(tiny.rows(2))
+    assert calls == ["sync", "generate"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_scores_merge_adapters_only_without_checkpointing(tmp_path: Path, checkpointing: bool) -> None:
+    """Also where a run has switched it on after set-up, because memory is scarce."""
+    built = build(tmp_path, max_steps=1)
+    built.args = built.args.changed("memory is scarce", gradient_checkpointing=checkpointing)
+    merged: list[bool] = []
+    score = built.scorer.score
+
+    def watched(*given: Any, **named: Any) -> Any:
+        merged.append(built.scorer.passes.layout.merge_once)
+        return score(*given, **named)
+
+    built.scorer.score = watched
+    built.train()
+    assert merged == [not checkpointing]
 
 
 def test_other_errors_are_not_taken_for_missing_memory() -> None:

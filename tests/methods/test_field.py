@@ -34,7 +34,7 @@ from unisd.methods.scores import StepScores, TargetInputs
 from unisd.methods.targets import NEGATIVE, STUDENT, Target, parse_target, register_target
 from unisd.methods.weights import confidence_gate, contrast_weight, dash, entropy_trust, position
 from unisd.testing import gradients, trainer
-from unisd.training.plan import Plan, needed_views
+from unisd.training.plan import Plan, needed_scores
 
 F64 = torch.float64
 quick = settings(max_examples=30, deadline=None)
@@ -460,8 +460,8 @@ def test_the_teachers_scores_are_there_for_weights_that_declare_them(tmp_path: A
     own = parse_weight("agreement_token")
     asking = replace(own, needs=own.needs | {"teacher"})
     plan = Plan.of(args)
-    assert "teacher" not in needed_views(args, replace(plan, weights=(own,)))
-    assert "teacher" in needed_views(args, replace(plan, weights=(own, asking)))
+    assert "teacher" not in needed_scores(args, replace(plan, weights=(own,)))
+    assert "teacher" in needed_scores(args, replace(plan, weights=(own, asking)))
     for asked in (False, True):
         built = trainer(tmp_path, token_weights=["entropy_trust"])
         built.scorer.needs |= {"teacher"} if asked else set()

@@ -65,6 +65,12 @@ def test_every_command_names_the_nearest_option(command: str, capsys: pytest.Cap
     assert f"{wrong}" in said and f"did you mean {right!r}?" in said.replace(f"{right}?", f"{right!r}?")
 
 
+@pytest.mark.parametrize(("wrong", "right"), [("--budget_minuts", "--budget_minutes"), ("--job", "--jobs")])
+def test_a_study_names_its_own_flags_too(wrong: str, right: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", wrong, "3"]) == 2
+    assert f"unknown flag {wrong}: did you mean {right}?" in capsys.readouterr().err
+
+
 def test_options_of_transformers_are_known_without_it() -> None:
     fields = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
     assert fields <= inherited_names()

@@ -98,8 +98,8 @@ def test_second_step_of_a_rollout_has_the_written_out_loss(tmp_path: Path) -> No
     )
     score, seen = built.scorer.score, []
 
-    def watched(rows: Any, device: Any) -> Any:
-        scores, states = score(rows, device)
+    def watched(rows: Any, device: Any, **named: Any) -> Any:
+        scores, states = score(rows, device, **named)
         seen.append((rows, scores))
         return scores, states
 

@@ -145,7 +145,9 @@ def _typed(flags: Sequence[str]) -> dict[str, Any]:
     from unisd.options.parser import UNSET
     from unisd.run.resolve import train_parser
 
-    found = train_parser("unisd study").given(flags)
+    parser = train_parser("unisd study")
+    parser.also = {flag.removeprefix("--") for flag in study_parser()._option_string_actions}
+    found = parser.given(flags)
     return {name: None if value is UNSET else value for name, value in found.items()}
 
 

@@ -14,7 +14,7 @@ from unisd.distributed.collectives import on_all_ranks
 from unisd.distributed.sharding import all_ranks_must_join
 from unisd.evaluation.grading import grade_many
 from unisd.evaluation.likelihood import reference_nll
-from unisd.rollout.engine import Completion
+from unisd.rollout.engine import Completion, Engine
 
 
 def held_out(
@@ -22,17 +22,20 @@ def held_out(
     model: Any,
     tokenizer: Any,
     accelerator: Accelerator,
+    engine: Engine,
     answer: Callable[[Sequence[Row]], list[Completion]],
     grader: Callable[[Row, str], bool] | None,
 ) -> dict[str, float]:
-    """Measure `loss` (nats per token of the reference, given the plain prompt) and, with a grader,
-    `accuracy` of what `answer` writes.
+    """Measure `loss` (nats per token of the reference, given the plain prompt).
+
+    With a grader also `accuracy` of what `answer` writes, by `engine` with the model's weights.
     """
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     joins = bool(mine) or all_ranks_must_join(model)
     nll, tokens = reference_nll(model, tokenizer, mine) if joins else (0.0, 0)
     correct = 0
     if grader is not None:
+        engine.sync()  # on all ranks, those without rows too
         completions = on_all_ranks(accelerator, lambda: answer(mine) if joins else [])
         texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
         correct = sum(map(bool, grade_many(grader, mine, texts)))

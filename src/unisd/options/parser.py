@@ -55,6 +55,7 @@ class OptionParser(argparse.ArgumentParser):
         super().__init__(prog=prog, add_help=False, allow_abbrev=False)
         self.fields: dict[str, dataclasses.Field[Any]] = {}
         self._inherits = only is None
+        self.also: set[str] = set()  # names of other flags of the command, for hints
         for kind in kinds:
             hints = get_type_hints(kind)
             for item in declared(kind):
@@ -152,8 +153,8 @@ class OptionParser(argparse.ArgumentParser):
         known = {*self.fields, *(inherited_names() if self._inherits else ())}
         if prefix:
             known.add("config")  # a file does not name another
-        close = nearest(name, known)
-        return f"did you mean {prefix}{close}?" if close else f"{self.prog} --help_all lists them all."
+        close = nearest(name, known | self.also)
+        return f"did you mean {prefix}{close}?" if close else "unisd train --help_all lists them all."
 
 
 def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:

@@ -1,9 +1,9 @@
-"""The phase without gradient: every view of a whole optimizer step, in one sweep (Algorithm 1, line
-2).
+"""Score a whole optimizer step without gradient, all views in one sweep (Algorithm 1, line 2).
 
-All views of all rows are read under one switch of the teacher's weights; which ones, the table in
-:mod:`unisd.scoring.views` says. Kept are the teacher's hidden states (not logits: at 7B they are 42
-times smaller) and one number per token for every other view.
+Which views there are, :mod:`unisd.scoring.views` says. They are read grouped by whose weights they
+need: one switch for each set of weights. Kept are the hidden states of the teacher and of any view
+whose whole distribution is compared (not logits: at 7B states are 42 times smaller), and of the
+others one number or two per token.
 
 Shapes: B rows of the step on this rank, T longest completion, T_i one completion, K auxiliary
 contexts, N tokens of a forward pass, H hidden size.
@@ -12,6 +12,7 @@ contexts, N tokens of a forward pass, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,8 +51,6 @@ class Scorer:
         needs: what the active reliability weights and clips look at, of `methods.scores.NEEDS`.
         target: what takes the place of the teacher's distribution; None: nothing does.
         sources: of the target's sources those that need a pass of their own.
-        choose_rows: agreement's budget: `[B]` mean teacher entropies -> `[B]` bool, the rows whose
-            auxiliary views are scored; None: all. The others count as rows without contexts.
     """
 
     def __init__(
@@ -63,7 +62,6 @@ class Scorer:
         needs: frozenset[str],
         target: Target | None = None,
         sources: Sequence[Source] = (),
-        choose_rows: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.passes = passes
         self.weights = dict(weights)
@@ -71,17 +69,22 @@ class Scorer:
         self.needs = needs
         self.target = target
         self.sources = tuple(sources)
-        self.choose_rows = choose_rows
-        self.progress = 0.0  # of the run, for targets with a schedule
 
-    def target_states(self, states: Mapping[Source, Tensor], present_N: Tensor) -> TargetStates | None:
-        """The target as the losses take it, with the heads of its sources."""
+    def target_without_states(self, progress: float, device: torch.device | str) -> TargetStates | None:
+        """The target as the losses take it, with its sources' heads; None: there is no target.
+
+        The states of its sources and the tokens that have them all are filled in by each pass.
+
+        Args:
+            progress: share of the run's optimizer steps that are done, for targets with a schedule.
+        """
         if self.target is None:
             return None
-        return TargetStates(self.target, states, self._heads(), present_N, self.progress)
+        nothing_N = torch.zeros(0, dtype=torch.bool, device=device)
+        return TargetStates(self.target, {}, self._source_heads(), nothing_N, progress)
 
-    def _heads(self) -> dict[Source, Head]:
-        """Take the heads of the target's sources."""
+    def _source_heads(self) -> dict[Source, Head]:
+        """Gather the heads of the target's sources (of a sharded model: a collective)."""
         return {
             source: teacher_head(self.passes.backbone, self.weights[source.weights])
             for source in self.sources
@@ -93,21 +96,34 @@ class Scorer:
         return self.target is not None and self.target.realised and self.spec.mode == "sampled"
 
     def score(
-        self, requests: Sequence[ScoreRequest], device: torch.device | str
+        self,
+        requests: Sequence[ScoreRequest],
+        device: torch.device | str,
+        *,
+        progress: float = 0.0,
+        choose_rows: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[StepScores, TeacherStates]:
         """Score all views of all rows.
 
-        The returned scores live on the CPU, the hidden states on `device`.
+        Args:
+            progress: see `target_without_states`.
+            choose_rows: agreement's budget: `[B]` mean teacher entropies -> `[B]` bool, the rows
+                whose auxiliary views are scored; None: all. The others count as rows without
+                contexts.
+
+        Returns:
+            The scores, on the CPU, and the hidden states that the loss needs, on `device`.
         """
-        self._heads()  # of a sharded model they are gathered now, while all ranks are here
+        self._source_heads()  # gathered now, while all ranks are here
         views = scored_views(self.needs, self.sources, self._realised)
         asks_student = bool(self.needs & STUDENT.needs)  # then both of its scores are there
         needs = self.needs | STUDENT.needs if asks_student else self.needs
         found = Findings(requests, views, needs)
-        if self.spec.mode == "nll":  # no teacher: the shapes stay, nothing is scored
+        # After `found` was made: the fields of the views that are taken out are expected still.
+        if self.spec.mode == "nll":  # asks no teacher
             views.remove(TEACHER)
-        budgeted = AUXILIARY in views and self.choose_rows is not None
-        if budgeted:
+        choose_rows = choose_rows if AUXILIARY in views else None
+        if choose_rows is not None:
             views.remove(AUXILIARY)
         for name, weights in self.weights.items():
             jobs = [job for view in views if view.weights == name for job in found.jobs(view)]
@@ -115,12 +131,12 @@ class Scorer:
                 head = self.passes.backbone.head()
                 self._read(jobs, found, head, device)
                 if name == "teacher":
-                    if budgeted:
-                        self._read_uncertain(found, head, device)
+                    if choose_rows is not None:
+                        self._read_uncertain(found, head, device, choose_rows)
                     self._contrast(found, head)
         states = self._teacher_states(found, device)
         if asks_student:
-            self._read_student(found, states, device)
+            self._read_student(found, states, device, progress)
         return found.step_scores(), states
 
     def _read(self, jobs: Sequence[Job], found: Findings, head: Head, device: torch.device | str) -> None:
@@ -156,11 +172,16 @@ class Scorer:
     def _temperature(self, reading: Reading) -> float:
         return self.spec.temperature if reading.tempered else 1.0
 
-    def _read_uncertain(self, found: Findings, head: Head, device: torch.device | str) -> None:
+    def _read_uncertain(
+        self,
+        found: Findings,
+        head: Head,
+        device: torch.device | str,
+        choose_rows: Callable[[Tensor], Tensor],
+    ) -> None:
         """Read the auxiliary views of the rows that agreement's budget is spent on."""
-        assert self.choose_rows is not None
         mask, entropy = found.scores["mask"], found.scores["teacher_entropy"]
-        chosen_B = self.choose_rows(torch.where(mask, entropy, 0.0).sum(-1) / mask.sum(-1).clamp(min=1))
+        chosen_B = choose_rows(torch.where(mask, entropy, 0.0).sum(-1) / mask.sum(-1).clamp(min=1))
         self._read([job for job in found.jobs(AUXILIARY) if chosen_B[job.row]], found, head, device)
         found.scores["auxiliary_present"] &= chosen_B
 
@@ -201,17 +222,20 @@ class Scorer:
                 states.sources[source] = found.final(view, size, device)
         return states
 
-    def _read_student(self, found: Findings, states: TeacherStates, device: torch.device | str) -> None:
-        """Read the student without gradient: its log-probabilities, and the divergence before any
-        update.
-        """
+    def _read_student(
+        self, found: Findings, states: TeacherStates, device: torch.device | str, progress: float
+    ) -> None:
+        """Read the student without gradient: log-probs, and the divergence before any update."""
         assert STUDENT.compared is not None
         backbone = self.passes.backbone
         head_of_teacher = teacher_head(backbone, self.weights["teacher"])
         with self.passes.under():
             heads = (backbone.head(), head_of_teacher)
+            target = self.target_without_states(progress, device)
             for group in self.passes.hidden_states(found.jobs(STUDENT), device):
-                target = self.target_states(*_at_tokens(group, states, found.scores["mask"].shape[1]))
+                if target is not None:
+                    values, present_N = _at_tokens(group, states, found.scores["mask"].shape[1])
+                    target = replace(target, states=values, present_N=present_N)
                 self._compare(group, found, STUDENT.compared, states.final, heads, self.spec, target)
 
     def _compare(
@@ -263,7 +287,7 @@ def _at_tokens(
 def _on_cpu(
     found: Sequence[tuple[Job, Reading, Tensor]],
 ) -> Iterator[tuple[Job, Reading, Tensor, Tensor]]:
-    """Copy the scores of all readings from the device at once: the only wait of the phase."""
+    """Copy the scores of all readings from the device at once: one wait, not one for each pass."""
     if found:
         together = torch.cat([scores_2T for _, _, scores_2T in found], dim=1).cpu()
         parts = torch.split(together, [scores_2T.shape[1] for _, _, scores_2T in found], dim=1)

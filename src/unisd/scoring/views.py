@@ -1,8 +1,9 @@
-"""The table of views: what each pass of the scoring phase reads, and which scores come of it.
+"""List the views: what each pass of the scoring phase reads, and which scores come of it.
 
 A *view* is a completion behind one of its request's prompts, read by one set of weights. Which
-views a run scores follows from its needs and its target's sources. A new statistic is a field of
-:class:`unisd.methods.scores.StepScores` and an entry in this table.
+views a run scores follows from its needs and its target's sources (:func:`scored_views`). A new
+statistic of a view is a field of :class:`unisd.methods.scores.StepScores` and a reading here; a new
+view is a `View` here, in `scored_views`, and its prompt in :mod:`unisd.scoring.requests`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class View:
-    """One row of the table."""
+    """Says what one kind of pass reads, under which weights, and what it fills in."""
 
     name: str
     prompts: Callable[[ScoreRequest], Sequence[list[int] | None]]  # None: the row has no such view
@@ -95,7 +96,7 @@ def of_source(source: Source, realised: bool) -> View:
 
 
 def scored_views(needs: Collection[str], sources: Sequence[Source], realised: bool) -> list[View]:
-    """The views that a run scores before the student's own, in the order in which they are read."""
+    """The views that a run scores before the student's own."""
     of_sources = {source: of_source(source, realised) for source in sources}
     views = [TEACHER]
     if WRONG_REFERENCE.needs & set(needs):
@@ -107,6 +108,7 @@ def scored_views(needs: Collection[str], sources: Sequence[Source], realised: bo
 
 
 def _compared_if_needed(view: View, needs: Collection[str]) -> View:
+    """Keep its states for a divergence, which also gives the log-prob, in place of the readings."""
     if view.compared is None or NEED_OF[view.compared.divergence] not in needs:
         return view
     return replace(view, readings=(), keeps_states=True)

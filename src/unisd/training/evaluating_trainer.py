@@ -50,9 +50,8 @@ class EvaluatingTrainer(FaultTolerantTrainer):
             raise UserError("evaluate needs rows: give eval_dataset.")
         start = time.perf_counter()
         rows = prepare_rows(dataset, name="the evaluation data")
-        found = held_out(
-            rows, self.model, self.processing_class, self.accelerator, self._answers, self.grader
-        )
+        measured = (self.model, self.processing_class, self.accelerator, self.engine)
+        found = held_out(rows, *measured, self._answers, self.grader)
         self.engine.sleep()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start

@@ -57,7 +57,7 @@ class Plan:
             rollout_logps=rollout_logps,
             needs=frozenset(),
         )
-        return replace(plan, needs=needed_views(args, plan))
+        return replace(plan, needs=needed_scores(args, plan))
 
 
 def loss_terms(args: UniSDConfig) -> tuple[Term, ...]:
@@ -132,7 +132,7 @@ def _scored_sources(args: UniSDConfig, target: Target | None) -> tuple[Source, .
     return sources
 
 
-def needed_views(args: UniSDConfig, plan: Plan) -> frozenset[str]:
+def needed_scores(args: UniSDConfig, plan: Plan) -> frozenset[str]:
     """What the mechanisms look at; the student's part of deferred weights comes for free."""
     told = frozenset({"student"} if plan.rollout_logps else ())
     needs = frozenset(

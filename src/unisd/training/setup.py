@@ -111,7 +111,6 @@ def pass_layout(backbone: Backbone, args: UniSDConfig, pad_id: int) -> PassLayou
         layers=tuple(args.feature_layers or ()),
         share_prompts=args.num_generations > 1 and backbone.can_continue(pad_id),
         share_prefixes=share_prefixes,
-        merge_once=not args.gradient_checkpointing,  # which is there where memory is scarce
     )
 
 

@@ -1,6 +1,7 @@
-"""What an optimizer step knows before its first gradient, and its rows cut into micro-batches.
+"""Hold what an optimizer step knows before its first gradient, and cut its rows into micro-batches.
 
-Both are values: made in `get_batch_samples`, read in `compute_loss`, never changed.
+Both are values: made in `get_batch_samples`, read in `compute_loss`, never changed, but for the
+record that `deferred` keeps of its weights for the log.
 
 Shapes: B rows of the step on this rank, T longest completion, N loss tokens of a micro-batch, H
 hidden size.
@@ -31,15 +32,16 @@ from unisd.training.coefficients import DeferredWeights
 
 
 def rows_to_fill(rows: int, batch: int, rank: int, ranks: int) -> int:
-    """How many rows at the end of a rank's last micro-batch of an epoch only fill it: accelerate
-    repeats the epoch's first ones.
+    """Count the rows that accelerate repeats to even out an epoch's last micro-batch over ranks.
+
+    They stand at its end, and carry no loss.
     """
     left = rows % (batch * ranks)
     return 0 if ranks == 1 or left == 0 else batch - min(max(left - rank * batch, 0), batch)
 
 
-def rows_that_fill(trainer: Trainer, rows: int) -> int:
-    """The same for the step in progress of a trainer of so many `rows`."""
+def padding_rows(trainer: Trainer, rows: int) -> int:
+    """Count them in the step that a trainer on so many `rows` is at; 0 but at an epoch's end."""
     args, accelerator = trainer.args, trainer.accelerator
     at_end = accelerator.gradient_state.end_of_dataloader
     if not at_end or args.dataloader_drop_last or args.num_iterations > 1:
@@ -141,7 +143,7 @@ class MicroBatch:
     step: Step
     part: list[int]  # the numbers of its rows in the step
     batch: Batch
-    row_N: Tensor  # their numbers in the dataset
+    row_N: Tensor  # dataset index of each loss token's row
     positions_N: Tensor  # into the flat batch: of the states that predict the loss tokens
     targets_N: Tensor
     teacher_NH: Tensor
