@@ -281,6 +281,7 @@ def test_muon_and_schedule():
 
 
 @pytest.mark.parametrize("variant", ["base", "hedging"])
+@pytest.mark.long
 def test_pretraining_resumes_exactly(tmp_path, monkeypatch, variant):
     from experiments.pocket_base import pretrain as module
 
@@ -315,6 +316,7 @@ def test_shipped_base_is_small():
 @pytest.mark.parametrize(
     "name", [name for name, (_, _, low, high) in check.MEASURES.items() if (low, high) != (0, 1)]
 )
+@pytest.mark.long
 def test_shipped_base_meets_its_goals_on_a_sample(base, name):
     n = 24
     _, _, low, high = check.MEASURES[name]

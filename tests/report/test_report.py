@@ -240,6 +240,7 @@ def test_every_weight_has_its_curve_and_those_not_recorded_no_mode(tmp_path: Pat
     assert '"weight":null' in text and "agreement weight" not in tags.text.lower()
 
 
+@pytest.mark.long
 def test_alarms_and_words_of_a_run_page_are_bounded_and_escaped(tmp_path: Path) -> None:
     alarms = [{"name": HOSTILE, "step": step, "text": HOSTILE} for step in range(1000)]
     words = {f"words/{HOSTILE}{n}": 5.0 for n in range(30)}

@@ -195,6 +195,7 @@ def test_a_torn_line_is_dropped(tmp_path: Path) -> None:
     assert read_lines(path) == [{"run": "a"}, {"run": "c"}]
 
 
+@pytest.mark.long
 def test_pandas_reads_the_store_and_the_analysis_finds_the_effect(tmp_path: Path) -> None:
     pd = pytest.importorskip("pandas")
     spec = study(seeds=[1, 2, 3])

@@ -76,6 +76,7 @@ def test_intervals_cover_the_truth(
         assert recommended["ema"] > 0.5 * SIMULATIONS, "a large effect is found"
 
 
+@pytest.mark.long
 def test_a_single_cell_pair_with_few_problems_is_covered_too() -> None:
     """One-in alone: two cells and three seeds leave 2 degrees of freedom."""
     cells, factors = design(mechanisms=["ema"], design="one-in")
