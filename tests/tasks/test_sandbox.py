@@ -1340,9 +1340,10 @@ def test_attacks_fail_for_an_ordinary_user(host):
     before = host.files()
     package = host.folder / "library" / "unisd"
     source = sandbox.GUEST.parent
-    shutil.copytree(source, package / "sandbox", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(source.parent / "errors.py", package)
-    (package / "__init__.py").touch()
+    shutil.copytree(source, package / "tasks/sandbox", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(source.parents[1] / "errors.py", package)
+    for folder in (package, package / "tasks"):
+        (folder / "__init__.py").touch()
     honest = [(code, tests) for _, code, tests in HONEST]
     attacks = host.programs()
     (package.parent / "driver.py").write_text(DRIVER)
