@@ -264,7 +264,7 @@ def zero(request: pytest.FixtureRequest, alone: Path) -> Path:
 def under_zero(folder: Path, kind: str) -> None:
     for lora in (False, True):
         train(folder, kind, lora, pocket=True)
-    folder, check = folder / kind, zero_stages.check
+    folder, check = folder / kind, zero_stages.check_deepspeed
     ragged(folder / "ragged", 2)  # a model so small that DeepSpeed keeps all of it whole
 
     def nothing_stays_whole(trainer: Any) -> None:
@@ -273,7 +273,7 @@ def under_zero(folder: Path, kind: str) -> None:
             "stage3_param_persistence_threshold"
         ] = 0
 
-    zero_stages.check = nothing_stays_whole
+    zero_stages.check_deepspeed = nothing_stays_whole
     others(folder / "others", 2)
     best(folder / "best")
     bad_step(folder / "bad-step")
