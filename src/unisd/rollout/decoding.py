@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
+from unisd.backbone import quiet_routers
 from unisd.batching import forward_batches
 from unisd.distributed.sharding import in_step
 from unisd.kernels.attention import PACKED_SDPA, disable_cudnn_sdpa
@@ -230,7 +231,7 @@ def _decode_batch(
     width = ids_BT.shape[1]
     cache = _empty_cache(without_adapter(model))
     can_drop = cache is not None and _can_drop_rows(cache)
-    extra: dict[str, Any] = {}
+    extra = quiet_routers(model)
     if cache is not None:
         extra["past_key_values"] = cache
         if width > 1 and all(type(layer) is GrowingLayer for layer in cache.layers):
@@ -291,8 +292,9 @@ def _read_prompts(
             continue
         part = _empty_cache(bare)
         model.generate(
-            input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, past_key_values=part
-        )
+            input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, past_key_values=part,
+            **quiet_routers(model),
+        )  # fmt: skip
         assert part is not None
         rows = torch.tensor(
             [row for row, number in enumerate(number_B) if number in chosen], device=bare.device
