@@ -74,7 +74,7 @@ class Backbone:
             )
         parameters = inspect.signature(causal_lm.forward).parameters
         self._own_attention = causal_lm.config._attn_implementation
-        if self._own_attention == "sdpa" and not _asks_for_attention(causal_lm):
+        if self._own_attention == "sdpa" and not asks_for_attention(causal_lm):
             # and stays: backward passes of checkpointed layers compute it again
             causal_lm.set_attn_implementation(PACKED_SDPA)
         decoder_parameters = inspect.signature(self.decoder.forward).parameters
@@ -449,7 +449,7 @@ def _refuse_wrapper(model: Any) -> None:
             )
 
 
-def _asks_for_attention(model: Any) -> bool:
+def asks_for_attention(model: Any) -> bool:
     """Whether the model's own code does other things under the name "sdpa".
 
     Sparse attention (DeepSeek-V3.2, GLM-5) is such a thing: under another name it would be dense.

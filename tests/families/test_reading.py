@@ -81,7 +81,7 @@ def test_sparse_attention_keeps_its_name() -> None:
 
 
 def test_attention_that_gives_other_logits_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unisd.backbone._asks_for_attention", lambda model: False)
+    monkeypatch.setattr("unisd.backbone.asks_for_attention", lambda model: False)
     backbone = Backbone(sparse())
     assert backbone.tells_rows
     assert backbone.check(0) is False
@@ -191,7 +191,8 @@ def test_the_routers_loss_is_transformers_own(tmp_path: Path) -> None:
         model, tokenizer = build("mixtral")
         built = tiny.trainer(
             tmp_path / str(coefficient), model=model, processing_class=tokenizer,
-            per_device_train_batch_size=8, gradient_accumulation_steps=1, router_aux_loss_coef=coefficient, packing="padded",
+            per_device_train_batch_size=8, gradient_accumulation_steps=1, router_aux_loss_coef=coefficient,
+            packing="padded",
         )  # fmt: skip
         batches, count = built.get_batch_samples(iter(built.get_train_dataloader()), 1, built.args.device)
         model.zero_grad()

@@ -322,9 +322,8 @@ def _without_refused_dropout(model: Any, peft_config: Any) -> Any:
     """
     from peft import get_peft_model
 
-    if not getattr(peft_config, "lora_dropout", 0) or not any(
-        map(_is_experts, dict(model.named_parameters()))
-    ):
+    dropout = getattr(peft_config, "lora_dropout", 0)
+    if not dropout or not any(map(_is_experts, model.parameters())):
         return peft_config
     try:
         with torch.device("meta"):
@@ -332,17 +331,15 @@ def _without_refused_dropout(model: Any, peft_config: Any) -> Any:
     except ValueError as error:
         if "lora_dropout" not in str(error):
             return peft_config
-        logger.warning(
-            "lora_dropout is 0 here instead of %g: adapters of experts cannot have any.",
-            peft_config.lora_dropout,
-        )
+        logger.warning("lora_dropout is 0 here instead of %g: adapters of experts cannot have any.", dropout)
         peft_config = copy.copy(peft_config)
         peft_config.lora_dropout = 0.0
     return peft_config
 
 
-def _is_experts(name: str) -> bool:
-    return "experts" in name.split(".")
+def _is_experts(weight: torch.Tensor) -> bool:
+    """Whether it is the weights of several linear maps; a convolution has one line a channel."""
+    return weight.dim() == 3 and weight.shape[1] > 1
 
 
 def _say_reach(adapted: Any) -> None:
@@ -350,11 +347,11 @@ def _say_reach(adapted: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     own = {
-        name: p.numel()
+        name: p
         for name, p in adapted.named_parameters()
         if not any(part.startswith(("lora_", "modules_to_save")) for part in name.split("."))
     }
-    if not any(map(_is_experts, own)):
+    if not any(map(_is_experts, own.values())):
         return
     reached: set[str] = set()
     for name, module in adapted.named_modules():
@@ -365,8 +362,10 @@ def _say_reach(adapted: Any) -> None:
                 for full in own
                 if full.startswith(f"{name}.") and single in (None, full.rpartition(".")[2])
             }
-    share = sum(own[name] for name in reached) / max(sum(own.values()), 1)
-    experts = "among them experts" if any(map(_is_experts, reached)) else "experts are not adapted"
+    share = sum(own[name].numel() for name in reached) / sum(p.numel() for p in own.values())
+    experts = (
+        "among them experts" if any(_is_experts(own[name]) for name in reached) else "experts are not adapted"
+    )
     logger.warning("The adapter reaches %.0f %% of the weights: %s.", 100 * share, experts)
 
 
