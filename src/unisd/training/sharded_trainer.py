@@ -109,16 +109,17 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         folder = Path(resume_from_checkpoint)
         if (folder / SHARDS).is_dir():
             shard_checkpoints.load_shards({"model": shard_checkpoints.weights(self.model)}, folder / SHARDS)
-        elif self.is_fsdp_enabled:
-            shard_checkpoints.load_model(self.model, folder)
-        else:
+        elif hasattr(self.model, "peft_config") and not self.is_fsdp_enabled:
+            shard_checkpoints.require_adapter(self.model, folder)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:  # not as in transformers, which passes over names that it does not know
+            shard_checkpoints.load_model(self.model, folder)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-        else:
+        if self.is_deepspeed_enabled:
             super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         folder = None if checkpoint is None else Path(checkpoint)
