@@ -44,7 +44,8 @@ def _sizes(style: str) -> dict[str, Any]:
     ids = {name: value for name, value in ids_of(style).items() if name != "stops"}
     return {
         "vocab_size": len(tokenizer(style)), "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "max_position_embeddings": 1024,
         **ids,
     }  # fmt: skip
 
@@ -96,7 +97,8 @@ _LINEAR = {
 }  # fmt: skip
 _MLA = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 2,
-    "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8,
     "num_key_value_heads": 4, "first_k_dense_replace": 1, "head_dim": None,
 }  # fmt: skip
 _SIGLIP = {
