@@ -88,9 +88,14 @@ class Backbone:
         if saved is not None:
             module = saved[module.active_adapters[0]]
         if not isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
+            remedy = "take lm_head out of lora_target_modules."
+            if hasattr(module, "token_adapter"):  # the embeddings' is the head's, where both are tied
+                remedy = (
+                    "the head is tied to embeddings with trainable_token_indices: leave those out of the"
+                    " peft_config, and give modules_to_save=['embed_tokens', 'lm_head'] to train all tokens."
+                )
             raise UserError(
-                f"the model's head is a {type(module).__name__}, but a plain linear layer is needed: "
-                "take lm_head out of lora_target_modules."
+                f"the model's head is a {type(module).__name__}, but a plain linear layer is needed: {remedy}"
             )
         return module
 

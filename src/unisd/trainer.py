@@ -34,7 +34,7 @@ from unisd.losses.chunked import chunked_loss
 from unisd.losses.plain import plain_loss
 from unisd.memory import smaller_until_it_fits
 from unisd.methods.scores import StepScores
-from unisd.models.load import eos_ids
+from unisd.models.load import context_length, eos_ids
 from unisd.monitoring.metrics import StepMetrics
 from unisd.monitoring.observer import Observer, Probes
 from unisd.rollout.engine import Completion, Engine, Sampling
@@ -153,7 +153,7 @@ class UniSDTrainer(EvaluatingTrainer):
         self.backbone = Backbone(student)
         self.backbone.check_layers(args.feature_layers or ())
         self.backbone.freeze_the_rest()
-        context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.backbone.causal_lm)
         self.request_builder = RequestBuilder(args, self.prompts, self.plan.needs, self.plan.sources, context)
         self.eos_ids = eos_ids(student, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]

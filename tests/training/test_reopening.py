@@ -53,8 +53,9 @@ def test_a_run_goes_on_with_the_same_bits(tmp_path: Path, family: str) -> None:
 
 def best_of_two(folder: Path, family: str | None, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """A run whose first step is the better one, and its weights after that step."""
-    choice = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_dataset": tiny.rows(2)}
-    built = build(folder, family, max_steps=2, eval_strategy="steps", eval_steps=1, **choice, **options)
+    choice = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    often = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": tiny.rows(2)}
+    built = build(folder, family, max_steps=2, **choice, **often, **options)
     kept: list[dict[str, torch.Tensor]] = []
 
     def evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
@@ -78,3 +79,59 @@ def test_the_best_adapter_is_the_one_that_was_best(tmp_path: Path) -> None:
     adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     built, wanted = best_of_two(tmp_path, None, peft_config=adapter)
     assert same(weights_of(built), wanted)
+
+
+def changed(folder: Path, name: str, change: Any) -> None:
+    """Write a checkpoint's weights anew, changed, as a whole checkpoint."""
+    weights = load_file(folder / name)
+    change(weights)
+    save_file(weights, folder / name, metadata={"format": "pt"})
+    write_manifest(folder)
+
+
+def drop(weights: dict[str, torch.Tensor]) -> None:
+    del weights[next(name for name in weights if "layers.1.self_attn.q_proj" in name)]
+
+
+def rename(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.7.self_attn.q_proj.weight"] = torch.zeros(32, 32)
+
+
+def cut(weights: dict[str, torch.Tensor]) -> None:
+    name = "model.embed_tokens.weight"
+    weights[name] = weights[name][:-2].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (drop, r"it lacks model\.layers\.1\.self_attn\.q_proj\.weight"),
+        (rename, r"it has another model\.layers\.7\.self_attn\.q_proj\.weight"),
+        (cut, "cannot be read|embed_tokens"),
+    ],
+)
+def test_weights_of_another_model_are_refused(tmp_path: Path, change: Any, said: str) -> None:
+    build(tmp_path, None, max_steps=1).train()
+    changed(tmp_path / "checkpoint-1", "model.safetensors", change)
+    with pytest.raises(UserError, match=said) as caught:
+        build(tmp_path, None).train(resume_from_checkpoint=True)
+    assert "resume with the model and the options of that run" in str(caught.value)
+
+
+def test_weights_of_another_adapter_are_refused(tmp_path: Path) -> None:
+    def adapted(*modules: str) -> Any:
+        config = LoraConfig(r=2, target_modules=[*modules], task_type="CAUSAL_LM")
+        return build(tmp_path, None, max_steps=1, peft_config=config)
+
+    adapted("q_proj").train()
+    changed(tmp_path / "checkpoint-1", "adapter_model.safetensors", drop)
+    with pytest.raises(UserError, match=r"it lacks base_model\..*layers\.1\.self_attn\.q_proj"):
+        adapted("q_proj").train(resume_from_checkpoint=True)
+
+
+def test_the_cache_stays_on_in_what_is_saved(tmp_path: Path) -> None:
+    built = build(tmp_path, None, max_steps=1)
+    built.train()
+    built.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        assert json.loads((folder / "config.json").read_text())["use_cache"] is True

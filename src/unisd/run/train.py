@@ -344,7 +344,7 @@ def _report(console: Console, results: Results, folder: Path, options: RunOption
     seconds = results["phases_s"]
     spent = ", ".join(f"{name} {seconds[name]:.0f}" for name in ("rollout", "score", "student", "eval"))
     console.print(f"{results['wall_s']:.0f} s ({spent})", markup=False, highlight=False)
-    what = "adapter" if options.use_peft else "model"
+    what = "adapter" if options.trains_adapter else "model"
     console.print(
         f"written to {folder}: the {what}, results.json, metrics.jsonl, README.md",
         markup=False,

@@ -8,6 +8,7 @@ keeps the optimizer in files of its own.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from unisd.distributed import shard_checkpoints, sharding
 from unisd.models.load import without_adapter
+from unisd.models.saving import complete
 from unisd.teacher import Teacher
 
 SHARDS = "shards"
@@ -24,6 +26,14 @@ SHARDS = "shards"
 
 class ShardedTrainer(Trainer):  # type: ignore[misc]
     """The base of :class:`unisd.training.fault_tolerant_trainer.FaultTolerantTrainer`."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        config = vars(model.config)
+        kept = {name: config[name] for name in ("use_cache",) if name in config}
+        super().__init__(model=model, **options)
+        # The Trainer switches the cache off here and in all that it saves; our passes say which.
+        config.pop("use_cache", None)
+        config.update(kept)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in transformers.
@@ -80,6 +90,11 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
             self._save(str(folder), state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            complete(Path(output_dir or self.args.output_dir), self.model)
 
     def save_teacher(self, teacher: Teacher, folder: str, file: str) -> None:
         """Write the teacher's state into a checkpoint, as the model's is written."""

@@ -1,0 +1,287 @@
+"""What is opened is what was saved: all of its weights, the adapter on its own base, a model for
+images with all its parts; anything else is refused in one line.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from tests.families import zoo
+from unisd import testing as tiny
+from unisd.errors import UserError
+from unisd.models import gguf
+from unisd.models.load import load_model_and_tokenizer
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def saved(folder: Path, model: Any = None, tokenizer: Any = None) -> Path:
+    (model or tiny.model("llama")).save_pretrained(folder)
+    (tokenizer or tiny.tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def changed(folder: Path, change: Any) -> Path:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def refusal(name: str | Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_model_and_tokenizer(str(name))
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def adapter(folder: Path, base: Any, **options: Any) -> Any:
+    """A saved adapter that says something, with its tokenizer."""
+    settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    adapted = get_peft_model(base, LoraConfig(**{**settings, **options})).eval()
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+# ---------------------------------------------------------------------------------- missing weights
+
+
+def test_a_model_without_its_head_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, tiny.model("llama").model)
+    said = refusal(folder)
+    assert f"{folder} lacks 1 weights of a LlamaForCausalLM" in said and "lm_head.weight" in said
+    assert "give a checkpoint of the whole model, with its head" in said
+
+
+def test_a_model_without_its_last_layers_is_refused(tmp_path: Path) -> None:
+    def cut(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if ".layers.1." in name]:
+            del weights[name]
+
+    said = refusal(changed(saved(tmp_path), cut))
+    assert "lacks 9 weights" in said and "model.layers.1.input_layernorm.weight" in said and "5 more" in said
+
+
+def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    file = saved(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "cannot load the weights" in refusal(tmp_path)
+
+
+def test_a_configuration_of_another_size_is_refused(tmp_path: Path) -> None:
+    config = json.loads((saved(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    said = refusal(tmp_path)
+    assert "weights of other shapes than a LlamaForCausalLM" in said and "mlp.down_proj.weight" in said
+
+
+def test_weights_that_the_model_does_not_have_are_named(tmp_path: Path, caplog: Any) -> None:
+    changed(saved(tmp_path), lambda weights: weights.update({"mtp.0.weight": torch.zeros(2)}))
+    load_model_and_tokenizer(str(tmp_path))
+    assert (
+        "holds 1 weights that a LlamaForCausalLM does not have; they are left out: mtp.0.weight"
+        in caplog.text
+    )
+
+
+def test_tied_weights_are_not_missed(tmp_path: Path, caplog: Any) -> None:
+    model, _, _ = load_model_and_tokenizer(str(saved(tmp_path, tiny.model("qwen3"))))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert caplog.text == ""
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 262}
+    layers = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    config = transformers.BartConfig(**sizes, **layers)
+    saved(tmp_path, transformers.BartForConditionalGeneration(config))
+    assert f"{tmp_path} is an encoder-decoder (bart)" in refusal(tmp_path)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    saved(tmp_path, transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4)))
+    assert "is a vit, which is no causal language model" in refusal(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- adapters
+
+
+def test_a_model_and_an_adapter_in_one_folder_are_refused(tmp_path: Path) -> None:
+    adapter(saved(tmp_path), tiny.model("llama"))
+    said = refusal(tmp_path)
+    assert "holds an adapter (adapter_config.json) and a model (model.safetensors)" in said
+    assert "move one of them into a folder of its own" in said
+
+
+def test_an_adapter_with_a_stray_configuration_is_an_adapter(tmp_path: Path, caplog: Any) -> None:
+    base = load_model_and_tokenizer(str(saved(tmp_path / "base")))[0]
+    adapter(tmp_path / "adapter", base)
+    base.config.save_pretrained(tmp_path / "adapter")
+    info = load_model_and_tokenizer(str(tmp_path / "adapter"))[2]
+    assert info.adapter is not None and "is opened as an adapter" in caplog.text
+
+
+def test_a_base_beside_the_adapter_is_found_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "base")
+    adapter(tmp_path / "adapter", load_model_and_tokenizer(str(tmp_path / "base"))[0])
+    file = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"base_model_name_or_path": "../base"}))
+    monkeypatch.chdir("/")
+    info = load_model_and_tokenizer(str(tmp_path / "adapter"))[2]
+    assert Path(info.path).resolve() == tmp_path / "base"
+    file.write_text(json.dumps(content | {"base_model_name_or_path": "../gone"}))
+    assert "needs its base model" in refusal(tmp_path / "adapter")
+    file.write_text(json.dumps(content | {"base_model_name_or_path": None}))
+    assert "does not name its base model; set base_model_name_or_path" in refusal(tmp_path / "adapter")
+
+
+def trained_adapter(folder: Path, base: Any, **options: Any) -> str:
+    """The base that an adapter names which a trainer has saved."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    built = tiny.trainer(folder, model=base, peft_config=config, **options)
+    built.save_model()
+    return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+
+
+def test_an_adapter_names_its_base_for_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    named = trained_adapter(tmp_path / "of-folder", load_model_and_tokenizer("base")[0])
+    assert named == str(tmp_path / "base")
+    model, tokenizer, _ = load_model_and_tokenizer("pocket")
+    assert trained_adapter(tmp_path / "of-pocket", model, processing_class=tokenizer) == "pocket"
+    monkeypatch.chdir("/")
+    assert load_model_and_tokenizer(str(tmp_path / "of-folder"))[2].path == str(tmp_path / "base")
+    assert load_model_and_tokenizer(str(tmp_path / "of-pocket"))[2].model_type == "llama"
+
+
+def test_an_adapter_of_a_gguf_file_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNISD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf, "_convert", lambda file, folder: saved(folder) and None)
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: object())
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    named = trained_adapter(tmp_path / "adapter", load_model_and_tokenizer("model.gguf")[0])
+    assert named == str(tmp_path / "model.gguf")
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("UNISD_CACHE", str(tmp_path / "another"))
+    assert load_model_and_tokenizer(str(tmp_path / "adapter"))[2].path.startswith(str(tmp_path / "another"))
+
+
+def test_tokens_that_were_added_are_opened_with_the_adapter(tmp_path: Path) -> None:
+    base, tokenizer, _ = load_model_and_tokenizer(str(saved(tmp_path / "base")))
+    tokenizer.add_tokens(["<think>", "</think>"])
+    torch.manual_seed(0)
+    base.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    built = tiny.trainer(tmp_path / "adapter", model=base, peft_config=config, processing_class=tokenizer)
+    built.save_model()
+    model, found, _ = load_model_and_tokenizer(str(tmp_path / "adapter"))
+    assert len(found) == 264 == model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[5, 262, 263]])
+    with torch.no_grad():
+        assert model(ids).logits.equal(built.model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda model, config: (get_peft_model(model, config), config), "leave peft_config out to go on"),
+        (lambda model, config: (get_peft_model(model, config, adapter_name="mine"), None), "named 'default'"),
+        (lambda model, config: (model.add_adapter(config) or model, None), "transformers' add_adapter"),
+    ],
+)
+def test_adapters_that_could_not_be_opened_again(tmp_path: Path, make: Any, said: str) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model, peft_config = make(tiny.model("llama"), config)
+    with pytest.raises(UserError, match=said):
+        tiny.trainer(tmp_path, model=model, peft_config=peft_config)
+
+
+def test_an_adapter_by_its_folder_is_trained(tmp_path: Path) -> None:
+    base = load_model_and_tokenizer(str(saved(tmp_path / "base")))[0]
+    adapter(tmp_path / "adapter", base)
+    options = {"model": str(tmp_path / "adapter"), "max_steps": 1, "gradient_accumulation_steps": 1}
+    built = tiny.trainer(tmp_path / "out", **options)
+    trained = {name for name, p in built.model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    before = {name: p.clone() for name, p in built.model.named_parameters() if p.requires_grad}
+    assert all(built.teacher.state[name].equal(before[name]) for name in before)  # the adapter as it was
+    built.train()
+    built.save_model()
+    now = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    was = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert now.keys() == was.keys() and not any(now[name].equal(was[name]) for name in now)
+    with pytest.raises(UserError, match="leave peft_config out"):
+        tiny.trainer(tmp_path / "again", **options, peft_config=LoraConfig(target_modules=["q_proj"]))
+
+
+# ------------------------------------------------------------------------------------- other models
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", zoo.names())
+def test_what_is_saved_is_what_is_opened(tmp_path: Path, name: str, caplog: Any) -> None:
+    """Of every family, text or images, with all its parts and without a complaint."""
+    model, tokenizer = zoo.build(name)
+    saved(tmp_path, model, tokenizer)
+    opened, _, _ = load_model_and_tokenizer(str(tmp_path), dtype="float32")
+    assert type(opened) is type(model) and caplog.text == ""
+    wanted, found = model.state_dict(), opened.state_dict()
+    assert wanted.keys() == found.keys() and all(found[key].equal(wanted[key]) for key in wanted)
+
+
+def test_a_model_for_images_keeps_its_processor(tmp_path: Path) -> None:
+    model, tokenizer = zoo.build("gemma3-vision")
+    saved(tmp_path / "base", model, tokenizer)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / "base" / name).write_text(f'{{"name": "{name}"}}')
+    model, tokenizer, _ = load_model_and_tokenizer(str(tmp_path / "base"))
+    small = {"gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    built = tiny.trainer(tmp_path / "out", model=model, processing_class=tokenizer, **small)
+    built.train()
+    built.save_model()
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+            assert json.loads((folder / name).read_text()) == {"name": name}
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    was = load_file(tmp_path / "base" / "model.safetensors")
+    towers = [name for name in was if "vision" in name or "projector" in name]
+    assert was.keys() == kept.keys() and towers and all(kept[name].equal(was[name]) for name in towers)
+    assert any(not kept[name].equal(was[name]) for name in was)
+    assert type(load_model_and_tokenizer(str(tmp_path / "out"))[0]) is type(model)
+
+
+@pytest.mark.parametrize("name", ["falcon-h1", "nemotron-h", "jamba", "qwen3-next"])
+def test_an_adapter_of_all_linear_maps_leaves_out_what_kernels_read(tmp_path: Path, name: str) -> None:
+    from unisd.models.load import with_adapter
+
+    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    adapted = with_adapter(zoo.build(name)[0], config, 0, False)
+    reached = {where for where, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    mixed = {
+        where
+        for where, module in adapted.named_modules()
+        if hasattr(module, "A_log") and hasattr(module, "D")
+    }
+    assert bool(mixed) == (name != "qwen3-next")
+    assert reached and not any(f"{where}.out_proj" in reached for where in mixed)
+    assert all(f"{where}.in_proj" in reached for where in mixed)
