@@ -153,6 +153,18 @@ def test_a_base_beside_the_adapter_is_found_from_everywhere(
     assert "does not name its base model; set base_model_name_or_path" in refusal(tmp_path / "adapter")
 
 
+def test_an_adapter_without_some_of_its_weights_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "base")
+    adapter(tmp_path / "adapter", load_model_and_tokenizer(str(tmp_path / "base"))[0])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    del weights[next(name for name in weights if "layers.1" in name and "lora_B" in name)]
+    save_file(weights, file)
+    said = refusal(tmp_path / "adapter")
+    assert "lacks weights that its adapter_config.json asks for, give a whole one" in said
+    assert "layers.1.self_attn.q_proj.lora_B" in said
+
+
 def trained_adapter(folder: Path, base: Any, **options: Any) -> str:
     """The base that an adapter names which a trainer has saved."""
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,28 @@ def fit_vocabulary(base: Any, folder: Path) -> None:
             rows = opened.get_slice(key).get_shape()[0]
             if rows != embedding.weight.shape[0]:
                 base.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def open_adapter(base: Any, name: str, folder: Path) -> Any:
+    """The base with the adapter of a folder, all of it.
+
+    Raises:
+        UserError: the folder lacks a weight, without which the adapter would be another.
+    """
+    from peft import PeftModel
+
+    fit_vocabulary(base, folder)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base, str(folder))
+    for warning in told:
+        if "missing adapter keys" in (text := str(warning.message)):
+            raise UserError(
+                f"the adapter {name} lacks weights that its {ADAPTER_CONFIG} asks for, give a whole one:"
+                f" {text.rpartition('checkpoint: ')[2][:200]}"
+            )
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return model
 
 
 def make_trainable(model: Any) -> None:

@@ -271,8 +271,6 @@ def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, Mo
 
     The tokenizer saved beside the adapter wins over the base's.
     """
-    from peft import PeftModel
-
     base_name = adapters.base_of(name, folder)
     try:
         model, tokenizer, info = load_model_and_tokenizer(base_name, **options)
@@ -280,8 +278,7 @@ def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, Mo
         raise UserError(f"the adapter {name} needs its base model: {error}") from error
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(str(folder), trust_remote_code=options["trust_remote_code"])
-    adapters.fit_vocabulary(model, folder)
-    adapted = _load("adapter", name, str(folder), lambda: PeftModel.from_pretrained(model, str(folder)))
+    adapted = _load("adapter", name, str(folder), lambda: adapters.open_adapter(model, name, folder))
     return adapted.eval(), tokenizer, replace(info, name=name, adapter=str(folder))
 
 
