@@ -30,6 +30,9 @@ from unisd.models.load import without_adapter
 
 logger = logging.getLogger(__name__)
 
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Names of the factor that logits are multiplied with."""
+
 
 @dataclass
 class Captured:
@@ -37,6 +40,17 @@ class Captured:
 
     final: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
+
+
+def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
+    """What a model does to its logits, by the names that configurations have for it."""
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    divides = not config.model_type.startswith("hyperclovax")  # Granite's name for a factor
+    if scaling := getattr(config, "logits_scaling", None):
+        return softcap, 1.0 / float(scaling) if divides else float(scaling)
+    # of Cohere, Falcon-H1 and Muse Glimmer
+    factors = (getattr(config, name, None) for name in SCALES)
+    return softcap, next((float(factor) for factor in factors if factor), 1.0)
 
 
 class Backbone:
@@ -73,12 +87,7 @@ class Backbone:
         if "logits_to_keep" in parameters:  # of no position: the head's output is never needed
             self._forward_options["logits_to_keep"] = torch.zeros(0, dtype=torch.long)
         text_config = causal_lm.config.get_text_config()
-        self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
-        self._scale: float = 1.0
-        if getattr(text_config, "logit_scale", None):  # Cohere multiplies
-            self._scale = float(text_config.logit_scale)
-        elif getattr(text_config, "logits_scaling", None):  # Granite divides
-            self._scale = 1.0 / float(text_config.logits_scaling)
+        self._softcap, self._scale = _softcap_and_scale(text_config)
 
     @property
     def head_module(self) -> nn.Linear:

@@ -5,6 +5,7 @@ images with all its parts; anything else is refused in one line.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +298,16 @@ def test_an_adapter_of_all_linear_maps_leaves_out_what_kernels_read(tmp_path: Pa
     assert bool(mixed) == (name != "qwen3-next")
     assert reached and not any(f"{where}.out_proj" in reached for where in mixed)
     assert all(f"{where}.in_proj" in reached for where in mixed)
+
+
+def test_what_transformers_says_of_a_model_is_told(
+    tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command silences it; what it finds odd in a configuration must not be lost with that."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.ERROR)
+    config = json.loads((saved(tmp_path) / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load_model_and_tokenizer(str(tmp_path))
+    assert "transformers: `rope_parameters`'s factor field must be a float >= 1" in caplog.text
+    assert logging.getLogger("transformers").level == logging.ERROR

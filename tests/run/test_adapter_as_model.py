@@ -1,5 +1,5 @@
-"""The folder of an adapter as the model of a run: that adapter is trained further, and measured from
-where it began.
+"""The folder of an adapter as the model of a run: that adapter is trained further, and measured
+from where it began.
 """
 
 from __future__ import annotations

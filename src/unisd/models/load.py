@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from unisd.console import warnings_as_notes
 from unisd.errors import UserError
 from unisd.models import adapters
 from unisd.models import gguf as gguf_cache
@@ -168,7 +169,8 @@ def _one_line(error: BaseException) -> str:
 def _load(what: str, name: str, path: str, build: Any) -> Any:
     """Run one transformers loader and turn what it says of a wrong name into one line."""
     try:
-        return build()
+        with warnings_as_notes():
+            return build()
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
