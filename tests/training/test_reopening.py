@@ -55,7 +55,7 @@ def best_of_two(folder: Path, family: str | None, **options: Any) -> tuple[Any, 
     """A run whose first step is the better one, and its weights after that step."""
     choice = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     often = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": tiny.rows(2)}
-    built = build(folder, family, max_steps=2, **choice, **often, **options)
+    built = build(folder, family, **{"max_steps": 2, **choice, **often, **options})
     kept: list[dict[str, torch.Tensor]] = []
 
     def evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
@@ -107,7 +107,7 @@ def cut(weights: dict[str, torch.Tensor]) -> None:
     [
         (drop, r"it lacks model\.layers\.1\.self_attn\.q_proj\.weight"),
         (rename, r"it has another model\.layers\.7\.self_attn\.q_proj\.weight"),
-        (cut, "cannot be read|embed_tokens"),
+        (cut, r"it has another model\.embed_tokens\.weight"),
     ],
 )
 def test_weights_of_another_model_are_refused(tmp_path: Path, change: Any, said: str) -> None:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 FEW = 4  # names that a message holds
 REMEDY = "resume with the model and the options of that run."
 NOTHING = torch.empty(0)
+INFORMED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # who calls looks at both
 
 
 def named(names: Iterable[str]) -> str:
@@ -41,8 +42,7 @@ def open_model(kind: Any, name: str, path: str, **options: Any) -> Any:
     Raises:
         UserError: they lack a weight, which would be random.
     """
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = kind.from_pretrained(path, **options)
+    model, info = kind.from_pretrained(path, **options, **INFORMED)
     what = f"a {type(model).__name__} as its config.json says"
     if missing := set(info["missing_keys"]):
         raise UserError(
@@ -75,13 +75,15 @@ def weights_for(model: Any, own: Mapping[str, Tensor], folder: Path) -> dict[str
     dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
     widest = functools.reduce(torch.promote_types, dtypes, torch.bfloat16)
     try:
-        saved, info = kind.from_pretrained(str(folder), dtype=widest, output_loading_info=True)
+        saved, info = kind.from_pretrained(str(folder), dtype=widest, **INFORMED)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the weights in {folder} cannot be read, {reason}: {REMEDY}") from error
     found: dict[str, Tensor] = saved.state_dict()
     for name in info["missing_keys"]:
         found.pop(name, None)
-    _require_same(folder, own, found | dict.fromkeys(info["unexpected_keys"], NOTHING))
+    others = {*info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    _require_same(folder, own, found | dict.fromkeys(others, NOTHING))
     return found
 
 
