@@ -58,20 +58,18 @@ def base_of(name: str, folder: Path) -> str:
     return str(beside) if not Path(base).exists() and beside.is_dir() else str(base)
 
 
-def public_name(base: Any) -> str | None:
-    """The name by which a base model is found from everywhere, or None where it has none.
-
-    That is the one it was opened by, and of a local folder or file the whole path.
-    """
-    name = getattr(base, "opened_as", None) or getattr(base, "name_or_path", None)
-    return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
+def from_everywhere(name: str) -> str:
+    """A model's name as it is found from every folder: of a file or folder its whole path."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def name_base(folder: Path, base: Any) -> None:
     """Write into a saved adapter the name by which its base is found from everywhere."""
     file = folder / ADAPTER_CONFIG
     content = json.loads(file.read_text(encoding="utf-8"))
-    if (name := public_name(base)) is not None and content[BASE] != name:
+    opened = getattr(base, "opened_as", None) or getattr(base, "name_or_path", None)
+    if opened and content[BASE] != (name := from_everywhere(opened)):
         content[BASE] = name
         file.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 

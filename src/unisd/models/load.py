@@ -250,7 +250,7 @@ def load_model_and_tokenizer(
     if load_in_4bit:
         options["quantization_config"] = _four_bits(options["dtype"])
     model = _load("weights", name, path, lambda: open_model(kind, name, path, **options)).eval()
-    model.opened_as = name
+    model.opened_as = adapters.from_everywhere(name)
     for module in model.modules() if load_in_4bit else ():
         # bitsandbytes: products in that layout of the weights have no gradient
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -36,5 +36,8 @@ def _file_of(base: Any, name: str) -> str | None:
     if not path:
         return None
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found: str | None = cached_file(path, name, local_files_only=True, **quiet)
+    try:
+        found: str | None = cached_file(path, name, local_files_only=True, **quiet)
+    except (OSError, ValueError):  # a folder that is no more
+        return None
     return found

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import ProcessorMixin
+from transformers import AutoTokenizer, ProcessorMixin
 
 from unisd.backbone import Backbone
 from unisd.config import UniSDConfig
@@ -20,7 +20,7 @@ from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
 from unisd.methods.targets import Source
 from unisd.models.adapters import check_adapter, is_adapter, make_trainable
-from unisd.models.load import load_model_and_tokenizer, load_tokenizer, with_adapter, without_adapter
+from unisd.models.load import load_model_and_tokenizer, with_adapter
 from unisd.rollout.engine import Engine
 from unisd.rollout.transformers_engine import TransformersEngine
 from unisd.rollout.vllm.build import build_engine as vllm_engine
@@ -70,7 +70,7 @@ def load_student(
     if isinstance(model, str) and hasattr(student, "peft_config"):
         make_trainable(student)
     if tokenizer is None:
-        tokenizer = load_tokenizer(without_adapter(student).config._name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
     if peft_config is not None:
         student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
     if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters()):
