@@ -101,6 +101,11 @@ def without_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def can_checkpoint(model: Any) -> bool:
+    """Say whether the model's layers can be computed again in the backward pass."""
+    return bool(getattr(without_adapter(model), "supports_gradient_checkpointing", True))
+
+
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """List all token ids that end an answer, sorted.
 

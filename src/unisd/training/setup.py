@@ -15,12 +15,13 @@ from transformers import AutoTokenizer, ProcessorMixin
 from unisd.backbone import Backbone
 from unisd.config import UniSDConfig
 from unisd.data.prompts import PromptBuilder
+from unisd.errors import UserError
 from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
 from unisd.methods.targets import Source
 from unisd.models.adapters import check_adapter, is_adapter, make_trainable
-from unisd.models.load import load_model_and_tokenizer, with_adapter
+from unisd.models.load import can_checkpoint, load_model_and_tokenizer, with_adapter, without_adapter
 from unisd.rollout.engine import Engine
 from unisd.rollout.transformers_engine import TransformersEngine
 from unisd.rollout.vllm.build import build_engine as vllm_engine
@@ -67,6 +68,11 @@ def load_student(
         tokenizer = tokenizer.tokenizer
     disable_cudnn_sdpa(args.device)
     check_adapter(student, peft_config)
+    if args.gradient_checkpointing and not can_checkpoint(student):
+        raise UserError(
+            f"gradient_checkpointing: a {type(without_adapter(student)).__name__} cannot compute its layers again:"
+            " unset it."
+        )
     if isinstance(model, str) and hasattr(student, "peft_config"):
         make_trainable(student)
     if tokenizer is None:
