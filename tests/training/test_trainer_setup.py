@@ -124,6 +124,6 @@ def test_prompts_alone_do_for_the_models_own_answers(tmp_path: Any) -> None:
 def test_checkpointing_of_a_model_that_cannot(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model()
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
-    with pytest.raises(UserError, match="gradient_checkpointing: a LlamaForCausalLM cannot .*: unset it"):
+    with pytest.raises(UserError, match=r"gradient_checkpointing: a LlamaForCausalLM cannot .*: unset it"):
         trainer(tmp_path, model=model, gradient_checkpointing=True)
     assert trainer(tmp_path, model=model)

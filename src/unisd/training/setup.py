@@ -69,10 +69,8 @@ def load_student(
     disable_cudnn_sdpa(args.device)
     check_adapter(student, peft_config)
     if args.gradient_checkpointing and not can_checkpoint(student):
-        raise UserError(
-            f"gradient_checkpointing: a {type(without_adapter(student)).__name__} cannot compute its layers again:"
-            " unset it."
-        )
+        kind = type(without_adapter(student)).__name__
+        raise UserError(f"gradient_checkpointing: a {kind} cannot compute its layers again: unset it.")
     if isinstance(model, str) and hasattr(student, "peft_config"):
         make_trainable(student)
     if tokenizer is None:
