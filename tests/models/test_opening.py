@@ -311,3 +311,54 @@ def test_what_transformers_says_of_a_model_is_told(
     load_model_and_tokenizer(str(tmp_path))
     assert "transformers: `rope_parameters`'s factor field must be a float or int >= 1" in caplog.text
     assert logging.getLogger("transformers").level == logging.ERROR
+
+
+def vision_language(name: str) -> Any:
+    """A tiny model for images of a kind that is not in the zoo; its tokens are bytes."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    text = {**tiny.SIZES, "rope_parameters": rope}
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "patch_size": 4}
+    qwen = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    kinds = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = dict(zip(kinds, range(250, 254), strict=True))
+    torch.manual_seed(0)
+    if name == "qwen2.5-vl":
+        config = transformers.Qwen2_5_VLConfig(
+            text_config=text, vision_config={**qwen, "patch_size": 4}, **ids
+        )
+        return transformers.Qwen2_5_VLForConditionalGeneration(config)
+    if name == "qwen3-vl":
+        seen = {**qwen, "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        config = transformers.Qwen3VLConfig(text_config={**text, "head_dim": 8}, vision_config=seen, **ids)
+        return transformers.Qwen3VLForConditionalGeneration(config)
+    if name == "smolvlm":
+        text = {**tiny.SIZES, "model_type": "llama"}
+        seen = {**tower, "num_hidden_layers": 1, "image_size": 8}
+        config = transformers.SmolVLMConfig(
+            text_config=text, vision_config=seen, image_token_id=250, scale_factor=2
+        )
+        return transformers.SmolVLMForConditionalGeneration(config)
+    mixed = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_multiple_of": 8}
+    seen = {**tower, "model_type": "siglip2_vision_model", "num_hidden_layers": 1, "num_patches": 16}
+    config = transformers.Lfm2VlConfig(
+        text_config={**tiny.SIZES, **mixed}, vision_config=seen, image_token_id=250
+    )
+    return transformers.Lfm2VlForConditionalGeneration(config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl", "smolvlm", "lfm2-vl"])
+def test_models_for_images_are_trained_on_text(tmp_path: Path, name: str) -> None:
+    made = vision_language(name)
+    saved(tmp_path / "base", made)
+    model, tokenizer, _ = load_model_and_tokenizer(str(tmp_path / "base"))
+    assert type(model) is type(made)
+    model.generate(IDS.expand(4, -1), max_new_tokens=2, do_sample=False)  # leaves its positions behind
+    small = {"gradient_accumulation_steps": 1, "max_steps": 1, "per_device_train_batch_size": 4}
+    built = tiny.trainer(tmp_path, model=model, processing_class=tokenizer, **small)
+    trained = {where for where, p in built.model.named_parameters() if p.requires_grad}
+    assert trained and not any("vision" in where or "visual" in where for where in trained)
+    built.train()
+    now = built.model.state_dict()
+    moved = {where for where, value in made.state_dict().items() if not now[where].equal(value)}
+    assert moved and all(where in trained or "lm_head" in where for where in moved)
