@@ -297,7 +297,12 @@ def _kind_of(config: Any, name: str, trust_remote_code: bool) -> Any:
     Raises:
         UserError: it is no causal language model.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
@@ -306,9 +311,10 @@ def _kind_of(config: Any, name: str, trust_remote_code: bool) -> Any:
         )
     if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return AutoModelForCausalLM
-    for kind in (AutoModelForImageTextToText, AutoModelForCausalLM):
-        if type(config) in kind._model_mapping:
-            return kind
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
     raise UserError(
         f"{name} is a {config.model_type}, which is no causal language model that transformers knows: give"
         " another model, or --trust_remote_code where its code comes with it."
