@@ -166,6 +166,17 @@ def test_an_adapter_without_some_of_its_weights_is_refused(tmp_path: Path) -> No
     assert "layers.1.self_attn.q_proj.lora_B" in said
 
 
+def test_an_adapter_on_an_adapter_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "base")
+    adapter(tmp_path / "adapter", load_model_and_tokenizer(str(tmp_path / "base"))[0])
+    second = tmp_path / "second"
+    adapter(second, load_model_and_tokenizer(str(tmp_path / "base"))[0])
+    content = json.loads((second / "adapter_config.json").read_text())
+    content["base_model_name_or_path"] = str(tmp_path / "adapter")
+    (second / "adapter_config.json").write_text(json.dumps(content))
+    assert "names another adapter as its base" in refusal(second) and "unisd merge" in refusal(second)
+
+
 def trained_adapter(folder: Path, base: Any, **options: Any) -> str:
     """The base that an adapter names which a trainer has saved."""
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -199,19 +210,25 @@ def test_an_adapter_of_a_gguf_file_names_the_file(tmp_path: Path, monkeypatch: p
     assert load_model_and_tokenizer(str(tmp_path / "adapter"))[2].path.startswith(str(tmp_path / "another"))
 
 
-def test_tokens_that_were_added_are_opened_with_the_adapter(tmp_path: Path) -> None:
-    base, tokenizer, _ = load_model_and_tokenizer(str(saved(tmp_path / "base")))
-    tokenizer.add_tokens(["<think>", "</think>"])
+@pytest.mark.parametrize("images", [False, True])
+def test_tokens_that_were_added_are_opened_with_the_adapter(tmp_path: Path, images: bool) -> None:
+    made = zoo.build("gemma3-vision") if images else (tiny.model("llama"), tiny.tokenizer())
+    base, tokenizer, _ = load_model_and_tokenizer(str(saved(tmp_path / "base", *made)))
+    before = len(tokenizer)
+    tokenizer.add_tokens(["<added>", "</added>"])
     torch.manual_seed(0)
     base.resize_token_embeddings(len(tokenizer))
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    built = tiny.trainer(tmp_path / "adapter", model=base, peft_config=config, processing_class=tokenizer)
+    options = {"processing_class": tokenizer, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    built = tiny.trainer(tmp_path / "adapter", model=base, peft_config=config, **options)
+    built.train()
     built.save_model()
     model, found, _ = load_model_and_tokenizer(str(tmp_path / "adapter"))
-    assert len(found) == 264 == model.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([[5, 262, 263]])
+    assert len(found) == before + 2 == model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[5, before, before + 1]])
     with torch.no_grad():
         assert model(ids).logits.equal(built.model.eval()(ids).logits)
+    built.train(resume_from_checkpoint=str(tmp_path / "adapter" / "checkpoint-1"))
 
 
 @pytest.mark.parametrize(

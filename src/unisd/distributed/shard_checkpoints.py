@@ -48,9 +48,11 @@ def weights(model: Any) -> dict[str, Tensor]:
     The adapter, or all weights.
     """
     reshard(model)
-    found: dict[str, Tensor] = (
-        get_peft_model_state_dict(model) if hasattr(model, "peft_config") else model.state_dict()
-    )
+    if not hasattr(model, "peft_config"):
+        found: dict[str, Tensor] = model.state_dict()
+        return found
+    embeddings = getattr(model, "saves_embeddings", "auto")
+    found = get_peft_model_state_dict(model, save_embedding_layers=embeddings)
     return found
 
 

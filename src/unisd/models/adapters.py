@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import warnings
@@ -31,14 +32,13 @@ def is_adapter(name: str | Path) -> bool:
     if not (folder / ADAPTER_CONFIG).is_file():
         return False
     if not (folder / MODEL_CONFIG).is_file():
-        return True
+        return True  # else it may be left over, without weights
     weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if weights:
         raise UserError(
             f"{name} holds an adapter ({ADAPTER_CONFIG}) and a model ({weights[0].name}): move one of them"
             " into a folder of its own, and name that."
         )
-    logger.warning("%s is opened as an adapter: its %s has no weights beside it.", name, MODEL_CONFIG)
     return True
 
 
@@ -93,6 +93,23 @@ def fit_vocabulary(base: Any, folder: Path) -> None:
                 base.resize_token_embeddings(rows, mean_resizing=False)
 
 
+def keep_new_tokens(model: Any) -> None:
+    """Save the embeddings with an adapter where the base has got other ones than it was opened with.
+
+    peft finds that out for itself only where it reaches the base's configuration, of text alone.
+    """
+    from transformers import AutoConfig
+
+    base = model.get_base_model()
+    try:
+        config = AutoConfig.from_pretrained(base.name_or_path, local_files_only=True)
+    except (OSError, ValueError):
+        return  # a model that was made in memory
+    if config.get_text_config().vocab_size != base.config.get_text_config().vocab_size:
+        model.saves_embeddings = True
+        model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=True)
+
+
 def open_adapter(base: Any, name: str, folder: Path) -> Any:
     """The base with the adapter of a folder, all of it.
 
@@ -101,6 +118,8 @@ def open_adapter(base: Any, name: str, folder: Path) -> Any:
     """
     from peft import PeftModel
 
+    if (folder / MODEL_CONFIG).is_file():
+        logger.warning("%s is opened as an adapter: its %s has no weights beside it.", name, MODEL_CONFIG)
     fit_vocabulary(base, folder)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -283,6 +283,11 @@ def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, Mo
         model, tokenizer, info = load_model_and_tokenizer(base_name, **options)
     except UserError as error:
         raise UserError(f"the adapter {name} needs its base model: {error}") from error
+    if info.adapter is not None:
+        raise UserError(
+            f"the adapter {name} names another adapter as its base, {base_name}: merge that one first, with"
+            " `unisd merge`, and set base_model_name_or_path in adapter_config.json."
+        )
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(str(folder), trust_remote_code=options["trust_remote_code"])
     adapted = _load("adapter", name, str(folder), lambda: adapters.open_adapter(model, name, folder))

@@ -20,7 +20,7 @@ from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
 from unisd.methods.targets import Source
-from unisd.models.adapters import check_adapter, is_adapter, make_trainable
+from unisd.models.adapters import check_adapter, is_adapter, keep_new_tokens, make_trainable
 from unisd.models.load import can_checkpoint, load_model_and_tokenizer, with_adapter, without_adapter
 from unisd.rollout.engine import Engine
 from unisd.rollout.transformers_engine import TransformersEngine
@@ -77,6 +77,8 @@ def load_student(
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
     if peft_config is not None:
         student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
+    if hasattr(student, "peft_config"):
+        keep_new_tokens(student)
     if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters()):
         logger.warning(
             "Trained weights of 16 bits lose updates of 1e-5: load the model in float32 (bf16=True"
