@@ -94,7 +94,7 @@ def fit_vocabulary(base: Any, folder: Path) -> None:
 
 
 def keep_new_tokens(model: Any) -> None:
-    """Save the embeddings with an adapter where the base has got other ones than it was opened with.
+    """Save the embeddings with an adapter where the base has other ones than it was opened with.
 
     peft finds that out for itself only where it reaches the base's configuration, of text alone.
     """
@@ -103,8 +103,8 @@ def keep_new_tokens(model: Any) -> None:
     base = model.get_base_model()
     try:
         config = AutoConfig.from_pretrained(base.name_or_path, local_files_only=True)
-    except (OSError, ValueError):
-        return  # a model that was made in memory
+    except (OSError, ValueError):  # a model that was made in memory
+        return
     if config.get_text_config().vocab_size != base.config.get_text_config().vocab_size:
         model.saves_embeddings = True
         model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=True)

@@ -55,8 +55,8 @@ class RunOptions:
     # -- model -------------------------------------------------------------------------------------
     model_name_or_path: str = option(
         "model",
-        "A folder (of a model, or of an adapter to train further), hub id or .gguf file; or `pocket` (embedded,"
-        " 1M parameters) or `smollm2-135m`.",
+        "A folder (of a model, or of an adapter to train further), hub id or .gguf file; or `pocket`"
+        " (embedded, 1M parameters) or `smollm2-135m`.",
         "pocket",
         shared=("probe", "prepare"),
     )
