@@ -236,12 +236,12 @@ def _check_row(row: Row, where: str, needs_reference: bool) -> None:
 
 def _refuse_images(row: Row, where: str) -> None:
     """Raise `UserError` for a row that is not text alone: what it shows would be ignored."""
-    turns = [turn for turn in row.get("prompt") or [] if isinstance(turn, dict)]
+    prompt = row.get("prompt")
+    turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
     parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
     kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}
-    nothing = (type(None), str, list, tuple)
-    empty = {column for column in MEDIA if isinstance(row.get(column), nothing) and not row[column]}
-    found = sorted(kinds) or [column for column in MEDIA if column in row and column not in empty]
+    found = sorted(kinds) or [column for column in MEDIA if row.get(column) is not None]
+    found = [name for name in found if not (isinstance(row.get(name), (str, list)) and not row[name])]
     if found:
         raise UserError(
             f"{where} holds {found[0]!r}: all models are trained and asked with text alone, also those for"

@@ -71,7 +71,7 @@ def weights_for(model: Any, own: Mapping[str, Tensor], folder: Path) -> dict[str
         UserError: the folder holds no weights, or not just those of the model.
     """
     # FSDP2 makes a class of its own of the model's
-    kind = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    kind: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
     widest = functools.reduce(torch.promote_types, dtypes, torch.bfloat16)
     try:
