@@ -30,12 +30,14 @@ from unisd.distributed.sharding import materialized, passage_to
 from unisd.errors import UserError
 from unisd.kernels.attention import PACKED_SDPA
 from unisd.losses.head import Head
-from unisd.models.load import without_adapter
+from unisd.models.load import context_length, without_adapter
 
 logger = logging.getLogger(__name__)
 
 CHECKED_TOKENS = 160
 """Of the longest row that a model is checked on: beyond short windows, and blocks of 128 tokens."""
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Names of the factor that logits are multiplied with."""
 
 
 @dataclass
@@ -45,6 +47,17 @@ class Captured:
     final: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
     aux_loss: Tensor | None = None  # of routers, where the pass was asked for it
+
+
+def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
+    """What a model does to its logits, by the names that configurations have for it."""
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    divides = not config.model_type.startswith("hyperclovax")  # Granite's name for a factor
+    if scaling := getattr(config, "logits_scaling", None):
+        return softcap, 1.0 / float(scaling) if divides else float(scaling)
+    # of Cohere, Falcon-H1 and Muse Glimmer
+    factors = (getattr(config, name, None) for name in SCALES)
+    return softcap, next((float(factor) for factor in factors if factor), 1.0)
 
 
 class Backbone:
@@ -87,14 +100,7 @@ class Backbone:
         if "logits_to_keep" in parameters:  # of no position: the head's output is never needed
             self._forward_options["logits_to_keep"] = torch.zeros(0, dtype=torch.long)
         text_config = causal_lm.config.get_text_config()
-        self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
-        if self._softcap is None:  # RecurrentGemma
-            self._softcap = getattr(text_config, "logits_soft_cap", None)
-        self._scale: float = 1.0
-        for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
-            self._scale *= float(getattr(text_config, name, None) or 1.0)
-        if getattr(text_config, "logits_scaling", None):  # Granite divides
-            self._scale /= float(text_config.logits_scaling)
+        self._softcap, self._scale = _softcap_and_scale(text_config)
 
     @property
     def head_module(self) -> nn.Linear:
@@ -104,9 +110,14 @@ class Backbone:
         if saved is not None:
             module = saved[module.active_adapters[0]]
         if not isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
+            remedy = "take lm_head out of lora_target_modules."
+            if hasattr(module, "token_adapter"):  # the embeddings' is the head's, where both are tied
+                remedy = (
+                    "the head is tied to embeddings with trainable_token_indices: leave those out of the"
+                    " peft_config, and give modules_to_save=['embed_tokens', 'lm_head'] to train all tokens."
+                )
             raise UserError(
-                f"the model's head is a {type(module).__name__}, but a plain linear layer is needed: "
-                "take lm_head out of lora_target_modules."
+                f"the model's head is a {type(module).__name__}, but a plain linear layer is needed: {remedy}"
             )
         return module
 
@@ -254,8 +265,7 @@ class Backbone:
     @property
     def context(self) -> tuple[int | None, str]:
         """Most tokens that a row may have, and what says so."""
-        config = self.causal_lm.config.get_text_config()
-        limit, turns = getattr(config, "max_position_embeddings", None), self.longest_exact
+        limit, turns = context_length(self.causal_lm), self.longest_exact
         if turns is None or (limit is not None and limit <= turns):
             return limit, "the model's context"
         return turns, "what LongRoPE reads without turning the positions of a row's neighbours"

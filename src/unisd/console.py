@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 import warnings
@@ -15,6 +16,8 @@ from rich.panel import Panel
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -63,6 +66,35 @@ def quiet_libraries() -> None:
         handler.setFormatter(logging.Formatter("note: %(message)s"))
         ours.addHandler(handler)
         ours.propagate = False
+
+
+class _Notes(logging.Handler):
+    """Makes a note of a library's warning, in its first line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
+        if "LOAD REPORT" not in text:  # weights that are missing or left over, whoever loads says itself
+            logger.warning("transformers: %s", next(iter(text.strip().splitlines()), ""))
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """While active, what transformers warns of is told although it is silenced otherwise.
+
+    It is what it says of a model that it opens: of chatter while it computes there is too much.
+    """
+    log = logging.getLogger("transformers")
+    level, handlers = log.level, list(log.handlers)
+    if level < logging.ERROR:
+        yield
+        return
+    log.handlers[:] = [_Notes()]
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.handlers[:] = handlers
+        log.setLevel(level)
 
 
 @contextmanager

@@ -230,3 +230,22 @@ def test_each_speaker_reads_with_its_own_tokenizer(model_dir: Path, monkeypatch:
     )
     assert main(["chat", str(model_dir), "--compare", "other", "--prompt", "x"]) == 0
     assert used == [(f"model of {name}", f"tokenizer of {name}") for name in ("other", model_dir)]
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"prompt": "what is it?", "image": b"png"}, "image"),
+        ({"prompt": "what is it?", "images": ["a.png"]}, "images"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]},
+            "image",
+        ),
+    ],
+)
+def test_rows_with_images_are_refused(row: dict[str, Any], what: str) -> None:
+    said = f"row 1 of the dataset holds '{what}': all models are trained and asked with text alone"
+    with pytest.raises(UserError, match=said) as caught:
+        prepare_rows([{"prompt": "a", "completion": "b", what: None}, {**row, "completion": "b"}])
+    assert "remove the row, or the column where the text does without it" in str(caught.value)
+    assert prepare_rows([{"prompt": "a", "completion": "b", "image": None, "images": []}])

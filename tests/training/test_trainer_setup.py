@@ -119,3 +119,11 @@ def test_prompts_alone_do_for_the_models_own_answers(tmp_path: Any) -> None:
         train_dataset=rows,
         **recipes.load("ssd").options | {"max_completion_length": 8, "max_steps": 1},
     ).train()
+
+
+def test_checkpointing_of_a_model_that_cannot(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model()
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match=r"gradient_checkpointing: a LlamaForCausalLM cannot .*: unset it"):
+        trainer(tmp_path, model=model, gradient_checkpointing=True)
+    assert trainer(tmp_path, model=model)

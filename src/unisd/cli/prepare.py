@@ -46,6 +46,7 @@ def prepare_command(arguments: Sequence[str]) -> int:
 
 def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> None:
     """Build, show and write the rows."""
+    from unisd.models.load import context_length
     from unisd.run.inputs import load_data, load_model
     from unisd.run.prepare import prepare
     from unisd.scoring.requests import RequestBuilder
@@ -66,7 +67,7 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
         config.teacher_prompt_template,
         config.auxiliary_prompt_template,
     )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     limit = RequestBuilder(config, prompts, (), (), context).teacher_room
     rows = prepare(data, options, config, load)
     _show(rows, prompts, config, limit, options.model_name_or_path)

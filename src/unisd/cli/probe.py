@@ -105,7 +105,9 @@ def _fitting(
     rows: list[Row], prompts: PromptBuilder, model: Any, max_new_tokens: int
 ) -> tuple[list[Row], int]:
     """Rows whose prompts leave room for an answer, and how many do not."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from unisd.models.load import context_length
+
+    context = context_length(model)
     if context is None:
         return rows, 0
     fitting = [row for row in rows if len(prompts.teacher(row)) + max_new_tokens <= context]

@@ -39,6 +39,8 @@ COLUMNS = (
     "negative_context",
     "id",
 )
+# What only models for images, films and sound read.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Names that other projects use; never mapped silently, only suggested.
 FOREIGN = {
     "prompt": ("question", "problem", "instruction", "query", "input", "messages"),
@@ -206,6 +208,7 @@ def _check_columns(row: Row, name: str, needs_reference: bool) -> None:
 
 
 def _check_row(row: Row, where: str, needs_reference: bool) -> None:
+    _refuse_images(row, where)
     check_prompt(row.get("prompt"), where)
     if row.get("privileged_context") is None and isinstance(row.get("completion"), str):
         row["privileged_context"] = row["completion"]
@@ -229,6 +232,21 @@ def _check_row(row: Row, where: str, needs_reference: bool) -> None:
     negative = row.get("negative_context")
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"{where}: negative_context is {_describe(negative)}, a string is needed.")
+
+
+def _refuse_images(row: Row, where: str) -> None:
+    """Raise `UserError` for a row that is not text alone: what it shows would be ignored."""
+    prompt = row.get("prompt")
+    turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
+    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+    kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}
+    found = sorted(kinds) or [column for column in MEDIA if row.get(column) is not None]
+    found = [name for name in found if not (isinstance(row.get(name), (str, list)) and not row[name])]
+    if found:
+        raise UserError(
+            f"{where} holds {found[0]!r}: all models are trained and asked with text alone, also those for"
+            " images: remove the row, or the column where the text does without it."
+        )
 
 
 def check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import get_peft_model_state_dict
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from unisd.distributed import zero
 from unisd.distributed.sharding import as_dtensor, full_tensor, local_shard, part_like, reshard
 from unisd.errors import UserError
+from unisd.models.weights import adapter_weights_for, weights_for
 
 
 def whole_on_writer(tensors: Mapping[str, Tensor | zero.Part], is_writer: bool) -> dict[str, Tensor]:
@@ -48,9 +48,11 @@ def weights(model: Any) -> dict[str, Tensor]:
     The adapter, or all weights.
     """
     reshard(model)
-    found: dict[str, Tensor] = (
-        get_peft_model_state_dict(model) if hasattr(model, "peft_config") else model.state_dict()
-    )
+    if not hasattr(model, "peft_config"):
+        found: dict[str, Tensor] = model.state_dict()
+        return found
+    embeddings = getattr(model, "saves_embeddings", "auto")
+    found = get_peft_model_state_dict(model, save_embedding_layers=embeddings)
     return found
 
 
@@ -82,28 +84,25 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
         ) from error
 
 
+def require_adapter(model: Any, folder: Path) -> None:
+    """Raise `UserError` if a folder does not hold just the weights of the model's adapter."""
+    adapter_weights_for(weights(model), folder)
+
+
 @torch.no_grad()
 def load_model(model: Any, folder: Path) -> None:
     """Take over each rank's own parts of the weights, or of the adapter.
 
-    An unsharded run or :func:`whole_on_writer` has left them.
+    An unsharded run or :func:`whole_on_writer` has left them; an unsharded model takes all.
 
     Raises:
         UserError: there are none, or those of another model.
     """
-    target, stem = weights(model), "adapter_model" if hasattr(model, "peft_config") else "model"
-    files = sorted(folder.glob(f"{stem}*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} holds no {stem}.safetensors: resume with the checkpoint's options.")
-    for file in files:
-        with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118, it cannot be iterated itself
-                if name not in target:
-                    raise UserError(
-                        f"{file} belongs to another model, it has a {name}: resume with the checkpoint's"
-                        " options."
-                    )
-                local_shard(target[name]).copy_(part_like(opened.get_tensor(name), target[name]))
+    own = weights(model)
+    is_adapter = hasattr(model, "peft_config")
+    found = adapter_weights_for(own, folder) if is_adapter else weights_for(model, own, folder)
+    for name, value in own.items():
+        local_shard(value).copy_(part_like(found[name], value))
 
 
 def whole_optimizer_state(optimizer: Any, is_writer: bool) -> dict[str, Any]:

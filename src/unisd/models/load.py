@@ -10,15 +10,19 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from unisd.console import warnings_as_notes
 from unisd.errors import UserError
+from unisd.models import adapters
 from unisd.models import gguf as gguf_cache
+from unisd.models.weights import open_model
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +80,7 @@ def resolve(name_or_path: str) -> str:
     if name.lower().endswith(".gguf"):
         return str(gguf_cache.converted(path))
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(
                 f"{name} is not a model: no config.json in that folder; give a folder that save_pretrained"
                 " wrote"
@@ -97,6 +101,11 @@ def without_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def can_checkpoint(model: Any) -> bool:
+    """Say whether the model's layers can be computed again in the backward pass."""
+    return bool(getattr(without_adapter(model), "supports_gradient_checkpointing", True))
+
+
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """List all token ids that end an answer, sorted.
 
@@ -113,6 +122,22 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
         if value is not None:
             found.update(int(i) for i in (value if isinstance(value, (list, tuple)) else [value]))
     return sorted(found)
+
+
+def context_length(model: Any) -> int | None:
+    """Return how many tokens the model can read, or None where it does not say.
+
+    Positions that are scaled by its configuration (YaRN) reach further than those it was built for.
+    """
+    config = model.config.get_text_config(decoder=True)
+    own: int | None = getattr(config, "max_position_embeddings", None)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    each = [ropes, *ropes.values()]  # one for all layers, or one for each kind of them
+    for rope in (rope for rope in each if isinstance(rope, dict) and own is not None):
+        if rope.get("rope_type") in ("yarn", "dynamic") and rope.get("factor"):
+            trained = rope.get("original_max_position_embeddings") or own
+            own = max(own or 0, int(rope["factor"] * trained))
+    return own
 
 
 def native_bf16() -> bool:
@@ -149,10 +174,11 @@ def _one_line(error: BaseException) -> str:
 def _load(what: str, name: str, path: str, build: Any) -> Any:
     """Run one transformers loader and turn what it says of a wrong name into one line."""
     try:
-        return build()
+        with warnings_as_notes():
+            return build()
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if Path(path).is_dir():
             raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
         raise UserError(
@@ -203,15 +229,13 @@ def load_model_and_tokenizer(
     Raises:
         UserError: the name is no model, or what it needs is not installed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     name = str(name_or_path)
     path = resolve(name)
-    if (adapter := Path(path) / "adapter_config.json").is_file() and not (
-        Path(path) / "config.json"
-    ).is_file():
+    if adapters.is_adapter(path):
         return _load_adapter(
-            name, adapter.parent, dtype=dtype, trust_remote_code=trust_remote_code, load_in_4bit=load_in_4bit
+            name, Path(path), dtype=dtype, trust_remote_code=trust_remote_code, load_in_4bit=load_in_4bit
         )
     config = _load(
         "configuration",
@@ -219,17 +243,19 @@ def load_model_and_tokenizer(
         path,
         lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code),
     )
+    kind = _kind_of(config, name, trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         skeleton = _load(
             "architecture", name, path,
-            lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
+            lambda: kind.from_config(config, trust_remote_code=trust_remote_code),
         )  # fmt: skip
     parameters = sum(p.numel() for p in skeleton.parameters())
     options: dict[str, Any] = {"dtype": _dtype(dtype, parameters), "trust_remote_code": trust_remote_code}
     if load_in_4bit:
         options["quantization_config"] = _four_bits(options["dtype"])
-    model = _load("weights", name, path, lambda: AutoModelForCausalLM.from_pretrained(path, **options)).eval()
+    model = _load("weights", name, path, lambda: open_model(kind, name, path, **options)).eval()
+    model.opened_as = adapters.from_everywhere(name)
     for module in model.modules() if load_in_4bit else ():
         # bitsandbytes: products in that layout of the weights have no gradient
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -252,26 +278,52 @@ def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, Mo
 
     The tokenizer saved beside the adapter wins over the base's.
     """
-    import dataclasses
-
-    from peft import PeftConfig, PeftModel
-
-    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not base_name:
-        raise UserError(
-            f"the adapter {name} does not name its base model; set base_model_name_or_path in"
-            " adapter_config.json"
-        )
+    base_name = adapters.base_of(name, folder)
     try:
         model, tokenizer, info = load_model_and_tokenizer(base_name, **options)
     except UserError as error:
         raise UserError(f"the adapter {name} needs its base model: {error}") from error
+    if info.adapter is not None:
+        raise UserError(
+            f"the adapter {name} names another adapter as its base, {base_name}: merge that one first, with"
+            " `unisd merge`, and set base_model_name_or_path in adapter_config.json."
+        )
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(str(folder), trust_remote_code=options["trust_remote_code"])
-    adapted = _load(
-        "adapter", name, str(folder), lambda: PeftModel.from_pretrained(model, str(folder))
-    ).eval()
-    return adapted, tokenizer, dataclasses.replace(info, name=name, adapter=str(folder))
+    adapted = _load("adapter", name, str(folder), lambda: adapters.open_adapter(model, name, folder))
+    return adapted.eval(), tokenizer, replace(info, name=name, adapter=str(folder))
+
+
+def _kind_of(config: Any, name: str, trust_remote_code: bool) -> Any:
+    """The class of transformers that opens a model, with all its parts.
+
+    One for images as a whole, although text alone passes through it.
+
+    Raises:
+        UserError: it is no causal language model.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name} is an encoder-decoder ({config.model_type}): give a causal language model, which has a"
+            " decoder alone."
+        )
+    if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    raise UserError(
+        f"{name} is a {config.model_type}, which is no causal language model that transformers knows: give"
+        " another model, or --trust_remote_code where its code comes with it."
+    )
 
 
 def _four_bits(compute: torch.dtype) -> Any:
@@ -292,7 +344,7 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
-    peft_config = _within_decoder(model, peft_config)
+    peft_config = _where_it_counts(model, peft_config)
 
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
@@ -369,10 +421,11 @@ def _say_reach(adapted: Any) -> None:
     logger.warning("The adapter reaches %.0f %% of the weights: %s.", 100 * share, experts)
 
 
-def _within_decoder(model: Any, peft_config: Any) -> Any:
-    """Leave targets outside of the text decoder out of the configuration.
+def _where_it_counts(model: Any, peft_config: Any) -> Any:
+    """Leave targets out of the configuration whose adapter nothing would pass through.
 
-    `all-linear` would adapt a vision tower too.
+    `all-linear` would adapt a vision tower too, and in layers of the Mamba kind the last map, whose
+    weight their kernels read themselves.
     """
     decoder = model.get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
@@ -381,8 +434,17 @@ def _within_decoder(model: Any, peft_config: Any) -> Any:
     )
     others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     others = [name for name in others if not name.startswith(f"{prefix}.") and name != head]
-    if not prefix or not others or getattr(peft_config, "exclude_modules", "") is not None:
+    left_out = [rf"(?!{re.escape(prefix)}\.).*"] if prefix and others else []
+    if getattr(peft_config, "target_modules", None) == "all-linear":
+        mixers = [name for name, module in model.named_modules() if _is_state_space(module)]
+        places = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in mixers}))
+        left_out += [rf".*\.({places})\.out_proj"] if mixers else []
+    if not left_out or getattr(peft_config, "exclude_modules", "") is not None:
         return peft_config
     within = copy.copy(peft_config)
-    within.exclude_modules = rf"(?!{re.escape(prefix)}\.).*"
+    within.exclude_modules = "|".join(left_out)
     return within
+
+
+def _is_state_space(module: torch.nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("A_log", "D", "out_proj"))

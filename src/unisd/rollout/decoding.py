@@ -217,7 +217,18 @@ def decode(
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             _decode_batch(model, prompts, chosen, results, max_new_tokens, config, processors, on_rows)
+    _forget_positions(model)
     return results
+
+
+def _forget_positions(model: Any) -> None:
+    """Make a model for images forget how far the images of earlier rows have shifted positions.
+
+    It would shift those of the rows that are there now, which are others and fewer.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
 
 
 def _decode_batch(
@@ -246,6 +257,7 @@ def _decode_batch(
         config.max_new_tokens = min(every, max_new_tokens - done) if can_drop else max_new_tokens
         if processors is not None:
             extra["logits_processor"] = processors(alive, width)
+        _forget_positions(model)
         ids_BT = model.generate(
             input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, **extra
         ).sequences

@@ -15,6 +15,7 @@ from unisd import tasks
 from unisd.config import UniSDConfig
 from unisd.data.rows import Row, hold_out, load_rows, prepare_rows
 from unisd.errors import UserError
+from unisd.models.adapters import is_adapter, make_trainable
 from unisd.run.options import RunOptions
 from unisd.tasks import sandbox
 from unisd.tasks.base import Grade, Task
@@ -209,8 +210,14 @@ def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, st
     """
     from unisd.models.load import load_model_and_tokenizer
 
+    adapter = is_adapter(options.model_name_or_path)
+    if adapter and options.use_peft:
+        raise UserError(
+            f"{options.model_name_or_path} is an adapter, which is trained further: leave --use_peft out, or"
+            " make a full model of it first, with `unisd merge`."
+        )
     # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
-    full = training and not options.use_peft
+    full = training and not options.use_peft and not adapter
     dtype = "float32" if options.dtype == "auto" and full else options.dtype
     model, tokenizer, info = load_model_and_tokenizer(
         options.model_name_or_path,
@@ -218,10 +225,8 @@ def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, st
         trust_remote_code=options.trust_remote_code,
         load_in_4bit=options.load_in_4bit,
     )
-    if info.adapter is not None:
-        raise UserError(
-            f"{options.model_name_or_path} is an adapter: make a full model of it first, with `unisd merge`."
-        )
+    if adapter and training:
+        make_trainable(model)
     return model, tokenizer, info.path
 
 

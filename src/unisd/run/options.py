@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unisd.errors import UserError
+from unisd.models.adapters import is_adapter
 from unisd.options.option import check_declared, option
 from unisd.recipes import DEFAULT
 
@@ -54,7 +55,8 @@ class RunOptions:
     # -- model -------------------------------------------------------------------------------------
     model_name_or_path: str = option(
         "model",
-        "A folder, hub id or .gguf file; or `pocket` (embedded, 1M parameters) or `smollm2-135m`.",
+        "A folder (of a model, or of an adapter to train further), hub id or .gguf file; or `pocket`"
+        " (embedded, 1M parameters) or `smollm2-135m`.",
         "pocket",
         shared=("probe", "prepare"),
     )
@@ -174,6 +176,11 @@ class RunOptions:
     command: tuple[str, ...] = ()
     """The arguments as given, for telling how to resume."""
 
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained: a new one, or the one that is given as the model."""
+        return self.use_peft or is_adapter(self.model_name_or_path)
+
     def check(self) -> None:
         """Raise `UserError` for the first option that is out of range or contradicts another."""
         self._check_source()
@@ -184,7 +191,7 @@ class RunOptions:
             raise UserError(
                 "num_processes belongs to accelerate_config: unset it, or give --accelerate_config ddp."
             )
-        if self.load_in_4bit and not self.use_peft:
+        if self.load_in_4bit and not self.trains_adapter:
             raise UserError("load_in_4bit needs use_peft: 4-bit weights cannot be trained themselves.")
 
     def _check_source(self) -> None:

@@ -182,14 +182,14 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
         options.model_name_or_path if re.fullmatch(r"[\w.-]+/[\w.-]+", options.model_name_or_path) else None
     )
     front = [
-        "library_name: " + ("peft" if options.use_peft else "transformers"),
+        "library_name: " + ("peft" if options.trains_adapter else "transformers"),
         "tags: [unisd, self-distillation]",
     ]
     if hub_id is not None and not Path(hub_id).exists():
         front.append(f"base_model: {hub_id}")
     load = (
         'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "THIS_FOLDER")'
-        if options.use_peft
+        if options.trains_adapter
         else 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
     )
     return "\n".join(
@@ -219,7 +219,7 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
                 " One seed: differences within the intervals mean nothing."
             ),
             "",
-            f"Load with transformers{' and peft' if options.use_peft else ''}: `{load}`",
+            f"Load with transformers{' and peft' if options.trains_adapter else ''}: `{load}`",
             "",
             "Limits: measured on this task only; the model keeps its base's licence, knowledge and faults.",
             "",

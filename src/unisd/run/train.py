@@ -21,7 +21,7 @@ from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
 from unisd.files import ANSWERS
 from unisd.kernels.devices import gains_from_bf16
-from unisd.models.load import AUTO_BF16_FROM
+from unisd.models.load import AUTO_BF16_FROM, can_checkpoint
 from unisd.monitoring.cost import Energy, cost_of
 from unisd.monitoring.progress import ProgressDisplay
 from unisd.run import baseline as shared
@@ -107,7 +107,7 @@ def _within_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConf
     Not where the user has said which. On all ranks, if on one of them: they take their steps
     together.
     """
-    if "gradient_checkpointing" in options.explicit:
+    if "gradient_checkpointing" in options.explicit or not can_checkpoint(trainer.model):
         return config
     free = memory.available(config.device)
     size = memory.ModelSize.of(trainer.model)
@@ -344,7 +344,7 @@ def _report(console: Console, results: Results, folder: Path, options: RunOption
     seconds = results["phases_s"]
     spent = ", ".join(f"{name} {seconds[name]:.0f}" for name in ("rollout", "score", "student", "eval"))
     console.print(f"{results['wall_s']:.0f} s ({spent})", markup=False, highlight=False)
-    what = "adapter" if options.use_peft else "model"
+    what = "adapter" if options.trains_adapter else "model"
     console.print(
         f"written to {folder}: the {what}, results.json, metrics.jsonl, README.md",
         markup=False,

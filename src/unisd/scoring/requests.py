@@ -119,11 +119,17 @@ class RequestBuilder:
             ]
             if too_long:
                 row, length = too_long[0]
-                name = option if limit == own_limit else f"{self.context_is} less max_completion_length"
+                name, remedy = (
+                    (option, f"raise {option}")
+                    if limit == own_limit
+                    else (
+                        f"{self.context_is} less max_completion_length",
+                        "lower max_completion_length, or give a model with a longer context",
+                    )
+                )
                 raise UserError(
                     f"row {row} of the training data: the {what} has {length} tokens, over the limit of"
-                    f" {limit} ({name}); {len(too_long)} such row(s): shorten or remove them, or raise"
-                    f" {option}."
+                    f" {limit} ({name}); {len(too_long)} such row(s): shorten or remove them, or {remedy}."
                 )
 
     def of(

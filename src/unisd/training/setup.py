@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ProcessorMixin
 
 from unisd.backbone import Backbone, quiet_routers
 from unisd.batching import collate
@@ -21,7 +21,8 @@ from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
 from unisd.methods.targets import Source
-from unisd.models.load import load_model_and_tokenizer, with_adapter
+from unisd.models.adapters import check_adapter, is_adapter, keep_new_tokens, make_trainable
+from unisd.models.load import can_checkpoint, load_model_and_tokenizer, with_adapter, without_adapter
 from unisd.rollout.engine import Engine
 from unisd.rollout.transformers_engine import TransformersEngine
 from unisd.rollout.vllm.build import build_engine as vllm_engine
@@ -61,17 +62,26 @@ def load_student(
     student: Any = model
     if isinstance(model, str):
         # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
-        student, own_tokenizer, _ = load_model_and_tokenizer(
-            model, dtype="float32" if peft_config is None else "auto"
-        )
+        adapted = peft_config is not None or is_adapter(model)
+        student, own_tokenizer, _ = load_model_and_tokenizer(model, dtype="auto" if adapted else "float32")
         tokenizer = tokenizer or own_tokenizer
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer.tokenizer
     disable_cudnn_sdpa(args.device)
+    check_adapter(student, peft_config)
+    if args.gradient_checkpointing and not can_checkpoint(student):
+        kind = type(without_adapter(student)).__name__
+        raise UserError(f"gradient_checkpointing: a {kind} cannot compute its layers again: unset it.")
+    if isinstance(model, str) and hasattr(student, "peft_config"):
+        make_trainable(student)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
     if args.disable_dropout:
         disable_dropout(student)
     if peft_config is not None:
         student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
+    if hasattr(student, "peft_config"):
+        keep_new_tokens(student)
     if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters()):
         logger.warning(
             "Trained weights of 16 bits lose updates of 1e-5: load the model in float32 (bf16=True"

@@ -19,6 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from unisd.backbone import quiet_routers
 from unisd.distributed import shard_checkpoints, sharding
 from unisd.models.load import without_adapter
+from unisd.models.saving import complete
 from unisd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,14 @@ def weights_without_gradient(model: nn.Module) -> list[str]:
 
 class ShardedTrainer(Trainer):  # type: ignore[misc]
     """The base of :class:`unisd.training.fault_tolerant_trainer.FaultTolerantTrainer`."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        config = vars(model.config)
+        kept = {name: config[name] for name in ("use_cache",) if name in config}
+        super().__init__(model=model, **options)
+        # The Trainer switches the cache off here and in all that it saves; our passes say which.
+        config.pop("use_cache", None)
+        config.update(kept)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in transformers.
@@ -114,6 +123,11 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            complete(Path(output_dir or self.args.output_dir), self.model)
+
     def save_teacher(self, teacher: Teacher, folder: str, file: str) -> None:
         """Write the teacher's state into a checkpoint, as the model's is written."""
         if self.args.should_save or self.cuts_weights:
@@ -142,16 +156,17 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         folder = Path(resume_from_checkpoint)
         if (folder / SHARDS).is_dir():
             shard_checkpoints.load_shards({"model": shard_checkpoints.weights(self.model)}, folder / SHARDS)
-        elif self.is_fsdp_enabled:
-            shard_checkpoints.load_model(self.model, folder)
-        else:
+        elif hasattr(self.model, "peft_config") and not self.is_fsdp_enabled:
+            shard_checkpoints.require_adapter(self.model, folder)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:  # not as in transformers, which passes over names that it does not know
+            shard_checkpoints.load_model(self.model, folder)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-        else:
+        if self.is_deepspeed_enabled:
             super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         folder = None if checkpoint is None else Path(checkpoint)
