@@ -229,6 +229,7 @@ def _distance(cell: Cell, study: Study) -> int:
 def _calibrate(run: Run, store: Store, executor: Executor, resolve: Resolve) -> float:
     """Time a very short run, and stretch it: load + evaluation by rows + training by steps."""
     from unisd.run.inputs import load_data
+    from unisd.training.plan import planned_steps
 
     options, config = resolve(run.options, "calibration")
     short: Options = {
@@ -249,10 +250,7 @@ def _calibrate(run: Run, store: Store, executor: Executor, resolve: Resolve) -> 
     results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     remove_weights(folder / "run")
     data = load_data(options, config.seed)
-    steps = config.max_steps
-    if steps <= 0:
-        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        steps = round(-(-len(data.train) // per_step) * config.num_train_epochs)
+    steps = planned_steps(config, len(data.train))
     rows = len(data.evaluation) + len(data.retention)
     short_rows = results["after"]["n_task"] + results["after"]["n_retention"]
     seconds = results["phases_s"]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd.errors import UserError
+from unisd.files import METRICS, RESULTS
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 STAGING = ".saving"  # folder inside the output folder
 ASIDE = "set-aside"  # another one, for checkpoints of steps that a resumed run does again
 STATE = "trainer_state.json"
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "shards", "global_step*")  # in one of these it lies
 
 
 def staging_folder(output_dir: str | Path) -> Path:
@@ -149,6 +151,34 @@ def require_whole(folder: str | Path) -> None:
         else "there is no whole one beside it, start anew"
     )
     raise UserError(f"checkpoint {folder} is broken: {problem}: {remedy}.")
+
+
+def require_optimizer(folder: str | Path) -> None:
+    """Raise `UserError` if a checkpoint holds weights only: its moments would begin anew."""
+    if not any(any(Path(folder).glob(name)) for name in OPTIMIZER):
+        raise UserError(
+            f"{folder} holds no optimizer (save_only_model), so it cannot be resumed: start a new run from"
+            " the model in it (--model_name_or_path; an adapter is made a model by `unisd merge`), and unset"
+            " save_only_model if that run is to be resumed."
+        )
+
+
+def require_unused(output_dir: str | Path, checkpoint: str | Path | None = None) -> None:
+    """Raise `UserError` if a run would mix its files with those of another.
+
+    Args:
+        checkpoint: which the run goes on from; its own folder is the run's.
+    """
+    folder = Path(output_dir)
+    if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
+        return
+    found = [name for name in (METRICS, RESULTS) if (folder / name).exists()]
+    found = [path.name for _, path in sorted(_numbered(folder))][-1:] + found
+    if found:
+        raise UserError(
+            f"{folder} holds another run ({', '.join(found)}): go on with it by resume_from_checkpoint=True,"
+            " choose another output_dir, or remove these files."
+        )
 
 
 def saving_failed(error: Exception, output_dir: str | Path, name: str) -> UserError:
