@@ -153,9 +153,14 @@ def require_whole(folder: str | Path) -> None:
     raise UserError(f"checkpoint {folder} is broken: {problem}: {remedy}.")
 
 
+def holds_optimizer(folder: str | Path) -> bool:
+    """Whether a checkpoint can be resumed from: with save_only_model it has the weights alone."""
+    return any(any(Path(folder).glob(name)) for name in OPTIMIZER)
+
+
 def require_optimizer(folder: str | Path) -> None:
     """Raise `UserError` if a checkpoint holds weights only: its moments would begin anew."""
-    if not any(any(Path(folder).glob(name)) for name in OPTIMIZER):
+    if not holds_optimizer(folder):
         raise UserError(
             f"{folder} holds no optimizer (save_only_model), so it cannot be resumed: start a new run from"
             " the model in it (--model_name_or_path; an adapter is made a model by `unisd merge`), and unset"

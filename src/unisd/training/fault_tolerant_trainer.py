@@ -25,6 +25,7 @@ from unisd.data.rows import Row
 from unisd.distributed import zero
 from unisd.distributed.collectives import on_all_ranks
 from unisd.errors import OutOfMemory, RolloutError, UserError
+from unisd.files import check_not_the_model
 from unisd.kernels.lora import fast_maps, fused_lora
 from unisd.memory import ROW_TOO_LARGE, is_out_of_memory, release_memory, smaller_until_it_fits
 from unisd.models.load import without_adapter
@@ -66,6 +67,7 @@ class FaultTolerantTrainer(ShardedTrainer):
 
     def __init__(self, args: UniSDConfig, **kwargs: Any) -> None:
         self._base = record.fingerprint(kwargs["model"])  # while every process has a whole model
+        self._base_name = str(without_adapter(kwargs["model"]).config._name_or_path)
         self._all_done = False  # the resumed checkpoint is that of the last step
         self._changed: set[str] = set()  # options that are otherwise than in the resumed checkpoint
         super().__init__(args=args, **kwargs)
@@ -309,7 +311,7 @@ class FaultTolerantTrainer(ShardedTrainer):
             "options": record.options_of(args),
             "adapter": record.adapter_of(self.model),
             "base": self._base,
-            "base_name": without_adapter(self.model).config._name_or_path or "a model without a name",
+            "base_name": self._base_name or "a model without a name",
             "rows": record.rows_of(self.rows),
             "evaluation": record.rows_of(evaluated if isinstance(evaluated, list) else None),
             "rows_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -353,6 +355,7 @@ class FaultTolerantTrainer(ShardedTrainer):
                 return None
             if asked is not True:
                 checkpoints.require_unused(self.args.output_dir, asked or None)
+            check_not_the_model(Path(self.args.output_dir), self._base_name)
             if not asked:
                 return None
             if asked is not True:
