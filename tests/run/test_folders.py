@@ -1,9 +1,8 @@
-"""The folder of a run: nothing of the user's is lost in it, and nothing of an earlier run is left."""
+"""The folder of a run: nothing of the user's is lost, and nothing of an earlier run is left."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from unisd import testing as tiny
 from unisd.cli.main import main
 from unisd.data.rows import hold_out
 from unisd.files import written_in
+from unisd.processes import alone_in
 from unisd.run.inputs import RunData, hold_out_validation
 from unisd.run.options import RunOptions
 from unisd.run.outputs import clear_earlier_run, resolved, resume_command
@@ -187,6 +187,17 @@ def test_a_checkpoint_of_weights_alone_is_refused_before_anything_is_loaded(
             )
 
 
+def test_two_runs_at_once_in_one_folder(refused: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with alone_in(folder, "busy"):
+        text = refused(folder)
+        assert "another run is writing into" in text and "choose another --output_dir" in text
+    with alone_in(folder, "busy"):
+        pass
+    assert list(folder.iterdir()) == []
+
+
 # -- secrets ---------------------------------------------------------------------------------------
 
 
@@ -285,4 +296,3 @@ def test_what_was_chosen_is_printed_and_in_the_results(
     assert results["after"]["n_task"] == 1
     state = json.loads((folder / f"checkpoint-{chosen['step']}" / "trainer_state.json").read_text())
     assert state["best_metric"] == pytest.approx(chosen["value"])
-    assert os.listdir(folder)

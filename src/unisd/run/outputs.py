@@ -26,7 +26,12 @@ from unisd.files import (
 from unisd.models.load import POCKET, SMOLLM2
 from unisd.monitoring.alarms import silence
 from unisd.run.options import RunOptions
-from unisd.training.checkpoints import clear_staging, last_complete_checkpoint, require_optimizer
+from unisd.training.checkpoints import (
+    clear_staging,
+    last_complete_checkpoint,
+    require_optimizer,
+    require_whole,
+)
 
 __all__ = ["RESULTS", "write_json"]
 logger = logging.getLogger(__name__)
@@ -82,6 +87,7 @@ def choose_output_dir(
     if newest:
         return folder, _has_checkpoint(folder) or None
     if resume:
+        require_whole(resume, contents=False)
         require_optimizer(resume)
     return folder, resume or None
 

@@ -24,6 +24,7 @@ from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM
 from unisd.monitoring.cost import Energy, cost_of
 from unisd.monitoring.progress import ProgressDisplay
+from unisd.processes import alone_in
 from unisd.run import baseline as shared
 from unisd.run import outputs
 from unisd.run.inputs import (
@@ -156,12 +157,24 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             with suppress(OSError):  # not empty: a run to go on with
                 folder.rmdir()
         raise
-    trainer, config = setting.trainer, setting.config
-    is_writer = trainer.is_world_process_zero()
-    if is_writer and (checkpoint is None or options.overwrite_output_dir):
-        outputs.clear_earlier_run(folder)
+    changes_since(setting, folder, checkpoint)  # refuses now, not after an hour of measuring
+    if not setting.trainer.is_world_process_zero():
+        return _carried_out(setting, options, checkpoint, Console(quiet=True), started)
+    busy = f"another run is writing into {folder}: wait for its end, or choose another --output_dir."
+    with alone_in(folder, busy):
+        if checkpoint is None or options.overwrite_output_dir:
+            outputs.clear_earlier_run(folder)
+        return _carried_out(setting, options, checkpoint, console, started)
+
+
+def _carried_out(
+    setting: Setting, options: RunOptions, checkpoint: str | bool | None, console: Console, started: float
+) -> Results | None:
+    """Before, training, after and report; None if the training was stopped."""
+    trainer, config, data = setting.trainer, setting.config, setting.data
+    folder, is_writer = Path(str(config.output_dir)), trainer.is_world_process_zero()
     if is_writer or all_ranks_must_join(trainer.model):  # in writing the example
-        _introduce(console if is_writer else Console(quiet=True), options, config, setting)
+        _introduce(console, options, config, setting)
     phases = {"load": time.perf_counter() - started}
 
     clock = time.perf_counter()
@@ -208,6 +221,16 @@ def _agree_on_folder(
     folder, checkpoint = chosen[0]
     why = "the folder of this run"
     return config.changed(why, output_dir=str(folder), resume_from_checkpoint=checkpoint), checkpoint
+
+
+def changes_since(setting: Setting, folder: Path, checkpoint: str | bool | None) -> list[str]:
+    """What a run has otherwise than the checkpoint that it goes on from, one line each.
+
+    Raises:
+        UserError: it cannot go on from there.
+    """
+    found = last_complete_checkpoint(folder) if checkpoint is True else checkpoint
+    return setting.trainer.check_resume(found) if found else []
 
 
 def _trained(setting: Setting, checkpoint: str | bool | None) -> Energy | None:

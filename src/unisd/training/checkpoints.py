@@ -137,11 +137,13 @@ def last_complete_checkpoint(output_dir: str | Path, contents: bool = False) -> 
     return None
 
 
-def require_whole(folder: str | Path) -> None:
+def require_whole(folder: str | Path, contents: bool = True) -> None:
     """Raise `UserError` if the checkpoint is broken; the message names the newest good one beside
     it.
+
+    contents: as for `problem_of`.
     """
-    problem = problem_of(folder)
+    problem = problem_of(folder, contents)
     if problem is None:
         return
     good = last_complete_checkpoint(Path(folder).parent, contents=True)
@@ -151,6 +153,12 @@ def require_whole(folder: str | Path) -> None:
         else "there is no whole one beside it, start anew"
     )
     raise UserError(f"checkpoint {folder} is broken: {problem}: {remedy}.")
+
+
+def step_of(folder: str | Path) -> int:
+    """The optimizer step that a checkpoint was saved after."""
+    state: dict[str, Any] = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+    return int(state["global_step"])
 
 
 def holds_optimizer(folder: str | Path) -> bool:
