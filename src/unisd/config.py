@@ -103,6 +103,15 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         values = layered(parser.from_dict(of_training, str(recipe.file)), overrides)
         return cls(**{key: value for key, value in values.items() if value is not UNSET})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds (training_args.bin is one, and is uploaded): all but tokens."""
+        return {k: None if k.endswith("_token") else value for k, value in self.__dict__.items()}
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
     @property
     def changes(self) -> tuple[Change, ...]:
         """What was changed after construction, in order, and why."""
@@ -128,6 +137,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         """Raise `UserError` for the first option that is out of range or contradicts another."""
         check_declared(self)
         self._check_trackers()
+        self._check_length()
         self._check_rollout()
         self._check_mechanisms()
         if self.distillation_mode == "nll":
@@ -144,6 +154,19 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
             raise UserError(
                 f"report_to={unknown[0]!r} is not one of: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}."
             )
+
+    def _check_length(self) -> None:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(
+                f"max_steps={self.max_steps} is no number of steps: give 1 or more, or -1 for"
+                " num_train_epochs."
+            )
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            raise UserError(
+                f"num_train_epochs={self.num_train_epochs} trains nothing: give more than 0, or max_steps."
+            )
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise UserError("save_strategy=best saves nothing without evaluations: set eval_strategy.")
 
     def _check_rollout(self) -> None:
         if self.temperature <= 0:

@@ -16,6 +16,7 @@ from unisd import UniSDConfig, UniSDTrainer, UserError, recipes
 from unisd import testing as tiny
 from unisd.data.prompts import encode_completion
 from unisd.testing import gradients, trainer
+from unisd.training.plan import planned_steps
 
 
 def with_a_vision_tower() -> Any:
@@ -127,3 +128,37 @@ def test_checkpointing_of_a_model_that_cannot(tmp_path: Any, monkeypatch: pytest
     with pytest.raises(UserError, match=r"gradient_checkpointing: a LlamaForCausalLM cannot .*: unset it"):
         trainer(tmp_path, model=model, gradient_checkpointing=True)
     assert trainer(tmp_path, model=model)
+
+
+@pytest.mark.parametrize("rows", [4, 7, 12])
+@pytest.mark.parametrize("epochs", [0.5, 1, 2.3])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_as_many_steps_are_taken_as_were_announced(
+    tmp_path: Any, rows: int, epochs: float, iterations: int
+) -> None:
+    options = {"num_train_epochs": epochs, "num_iterations": iterations, "max_completion_length": 2}
+    for batch, together, drop, steps in [(2, 2, False, -1), (2, 1, True, -1), (1, 3, False, 2)]:
+        built = trainer(
+            tmp_path,
+            train_dataset=tiny.rows(rows, 0),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=together,
+            dataloader_drop_last=drop,
+            max_steps=steps,
+            **options,
+        )
+        values = built.set_initial_training_values(built.args, built.get_train_dataloader())
+        assert planned_steps(built.args, rows) == values[-1]
+
+
+@pytest.mark.parametrize("options", [{"num_train_epochs": 0.5}, {"num_iterations": 2}, {"max_steps": 2}])
+def test_the_steps_announced_are_the_last_ones_number(tmp_path: Any, options: dict[str, Any]) -> None:
+    built = trainer(tmp_path, **{"train_dataset": tiny.rows(20, 0), "max_completion_length": 2, **options})
+    built.train()
+    assert built.state.global_step == built.state.max_steps == planned_steps(built.args, 20)
+
+
+def test_no_steps_at_all_is_a_mistake() -> None:
+    for name, value in (("max_steps", 0), ("max_steps", -2), ("num_train_epochs", 0.0)):
+        with pytest.raises(UserError, match=f"{name}={value} "):
+            UniSDConfig(**{name: value})

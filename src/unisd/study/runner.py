@@ -234,7 +234,8 @@ def _distance(cell: Cell, study: Study) -> int:
 
 def _calibrate(run: Run, store: Store, executor: Executor) -> float:
     """Time a very short run, and stretch it: load + evaluation by rows + training by steps."""
-    from unisd.run.inputs import load_data
+    from unisd.run.inputs import hold_out_validation, load_data
+    from unisd.training.plan import planned_steps
 
     options, config = resolved(run.options, "calibration")
     short: Options = {
@@ -255,10 +256,8 @@ def _calibrate(run: Run, store: Store, executor: Executor) -> float:
     results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     remove_weights(folder / "run")
     data = load_data(options, config.seed)
-    steps = config.max_steps
-    if steps <= 0:
-        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        steps = round(-(-len(data.train) // per_step) * config.num_train_epochs)
+    hold_out_validation(data, options, config)
+    steps = planned_steps(config, len(data.train))
     rows = len(data.evaluation) + len(data.retention)
     short_rows = results["after"]["n_task"] + results["after"]["n_retention"]
     seconds = results["phases_s"]

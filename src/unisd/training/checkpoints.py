@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd.errors import UserError
+from unisd.files import METRICS, RESULTS
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 STAGING = ".saving"  # folder inside the output folder
 ASIDE = "set-aside"  # another one, for checkpoints of steps that a resumed run does again
 STATE = "trainer_state.json"
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "shards", "global_step*")  # in one of these it lies
 
 
 def staging_folder(output_dir: str | Path) -> Path:
@@ -135,11 +137,13 @@ def last_complete_checkpoint(output_dir: str | Path, contents: bool = False) -> 
     return None
 
 
-def require_whole(folder: str | Path) -> None:
+def require_whole(folder: str | Path, contents: bool = True) -> None:
     """Raise `UserError` if the checkpoint is broken; the message names the newest good one beside
     it.
+
+    contents: as for `problem_of`.
     """
-    problem = problem_of(folder)
+    problem = problem_of(folder, contents)
     if problem is None:
         return
     good = last_complete_checkpoint(Path(folder).parent, contents=True)
@@ -149,6 +153,45 @@ def require_whole(folder: str | Path) -> None:
         else "there is no whole one beside it, start anew"
     )
     raise UserError(f"checkpoint {folder} is broken: {problem}: {remedy}.")
+
+
+def step_of(folder: str | Path) -> int:
+    """The optimizer step that a checkpoint was saved after."""
+    state: dict[str, Any] = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+    return int(state["global_step"])
+
+
+def holds_optimizer(folder: str | Path) -> bool:
+    """Whether a checkpoint can be resumed from: with save_only_model it has the weights alone."""
+    return any(any(Path(folder).glob(name)) for name in OPTIMIZER)
+
+
+def require_optimizer(folder: str | Path) -> None:
+    """Raise `UserError` if a checkpoint holds weights only: its moments would begin anew."""
+    if not holds_optimizer(folder):
+        raise UserError(
+            f"{folder} holds no optimizer (save_only_model), so it cannot be resumed: start a new run from"
+            " the model in it (--model_name_or_path; an adapter is made a model by `unisd merge`), and unset"
+            " save_only_model if that run is to be resumed."
+        )
+
+
+def require_unused(output_dir: str | Path, checkpoint: str | Path | None = None) -> None:
+    """Raise `UserError` if a run would mix its files with those of another.
+
+    Args:
+        checkpoint: which the run goes on from; its own folder is the run's.
+    """
+    folder = Path(output_dir)
+    if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
+        return
+    found = [name for name in (METRICS, RESULTS) if (folder / name).exists()]
+    found = [path.name for _, path in sorted(_numbered(folder))][-1:] + found
+    if found:
+        raise UserError(
+            f"{folder} holds another run ({', '.join(found)}): go on with it by resume_from_checkpoint=True,"
+            " choose another output_dir, or remove these files."
+        )
 
 
 def saving_failed(error: Exception, output_dir: str | Path, name: str) -> UserError:

@@ -7,11 +7,10 @@ where a training loop asks them.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,17 +20,21 @@ from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
 from unisd.config import UniSDConfig
+from unisd.data.rows import Row
 from unisd.distributed import zero
 from unisd.distributed.collectives import on_all_ranks
 from unisd.errors import OutOfMemory, RolloutError, UserError
+from unisd.files import check_not_the_model
 from unisd.kernels.lora import fast_maps, fused_lora
 from unisd.memory import ROW_TOO_LARGE, is_out_of_memory, release_memory, smaller_until_it_fits
+from unisd.models.load import without_adapter
 from unisd.monitoring.alarms import Watch
 from unisd.monitoring.metrics import StepMetrics
 from unisd.rollout.replay import RepeatedSteps, RolloutStore
 from unisd.teacher import Teacher
-from unisd.training import checkpoints
+from unisd.training import checkpoints, record
 from unisd.training.guards import FiniteGuard, pieces_of
+from unisd.training.plan import planned_steps
 from unisd.training.sharded_trainer import ShardedTrainer
 from unisd.training.step import MicroBatch, Step
 
@@ -59,8 +62,13 @@ class FaultTolerantTrainer(ShardedTrainer):
 
     metrics: StepMetrics
     stateful: list[Stateful]
+    rows: list[Row]
 
     def __init__(self, args: UniSDConfig, **kwargs: Any) -> None:
+        self._base = record.fingerprint(kwargs["model"])  # while every process has a whole model
+        self._base_name = str(without_adapter(kwargs["model"]).config._name_or_path)
+        self._all_done = False  # the resumed checkpoint is that of the last step
+        self._changed: set[str] = set()  # options that are otherwise than in the resumed checkpoint
         super().__init__(args=args, **kwargs)
         self.finite = FiniteGuard(args.max_skipped_steps, self.accelerator.num_processes)
         self.health = Watch(args.alarm_window)
@@ -187,6 +195,8 @@ class FaultTolerantTrainer(ShardedTrainer):
         """
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None:
+            if self.args.should_save:
+                record.write(output_dir, self._trained_with())
             for part in self.stateful:
                 part.save(output_dir)
 
@@ -246,16 +256,9 @@ class FaultTolerantTrainer(ShardedTrainer):
         if self.deepspeed is not None:
             raise UserError("DeepSpeed's engine trains once: build a new trainer.")
         checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        self._changed, self._all_done = set(), False
         if checkpoint is not None:
-            stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
-            zero.require_resumable(checkpoint, stage, self.accelerator.num_processes)
-            for part in self.stateful:
-                part.load(checkpoint)
-            if self.args.should_save:
-                step = json.loads((Path(checkpoint) / checkpoints.STATE).read_text(encoding="utf-8"))[
-                    "global_step"
-                ]
-                checkpoints.set_aside_after(self.args.output_dir, step)
+            self._take_over(checkpoint)
         self.stop_reason = None
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -269,16 +272,102 @@ class FaultTolerantTrainer(ShardedTrainer):
             raise UserError(self.stop_reason)
         return output
 
+    def check_resume(self, checkpoint: str | Path) -> list[str]:
+        """What this run has otherwise than its checkpoint, one line each; nothing is loaded.
+
+        Raises:
+            UserError: it is broken (but for checksums), or cannot be resumed by this run.
+        """
+        checkpoints.require_whole(checkpoint, contents=False)
+        checkpoints.require_optimizer(checkpoint)
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
+        zero.require_resumable(checkpoint, stage, self.accelerator.num_processes)
+        self._check_steps_left(checkpoint, checkpoints.step_of(checkpoint))
+        lines, self._changed = record.differences(checkpoint, self._trained_with(), stage is not None)
+        return lines
+
+    def _take_over(self, checkpoint: str) -> None:
+        """Say what has changed since the checkpoint, and load what is `stateful`."""
+        lines = self.check_resume(checkpoint)
+        for part in self.stateful:
+            part.load(checkpoint)
+        if self.is_world_process_zero():
+            for line in lines:
+                logger.warning("resuming %s: %s", Path(checkpoint).name, line)
+        if self.args.should_save:
+            checkpoints.set_aside_after(self.args.output_dir, checkpoints.step_of(checkpoint))
+
+    def _check_steps_left(self, checkpoint: str | Path, step: int) -> None:
+        steps = planned_steps(self.args, len(self.rows))
+        if step > steps:
+            raise UserError(
+                f"{checkpoint} is of step {step}, and this run ends at step {steps}: raise max_steps (or"
+                " num_train_epochs), or resume from an earlier checkpoint."
+            )
+        self._all_done = step == steps
+
+    def set_initial_training_values(self, *args: Any) -> tuple[Any, ...]:
+        """As in transformers, which would take one step more of a run that is at its end."""
+        epochs, *others = super().set_initial_training_values(*args)
+        return (0 if self._all_done else epochs, *others)
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, list) else None
+        return {"rows": record.rows_of(self.rows), "evaluation": record.rows_of(evaluated)}
+
+    def _trained_with(self) -> dict[str, Any]:
+        """What a checkpoint says of the run that wrote it (:mod:`unisd.training.record`)."""
+        args = self.args
+        return {
+            "options": record.options_of(args),
+            "adapter": record.adapter_of(self.model),
+            "base": self._base,
+            "base_name": self._base_name or "a model without a name",
+            **self._data,
+            "rows_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in transformers; options of the optimizer and of its schedule that were changed since
+        take effect.
+        """
+        changed = self._changed & (record.OF_THE_OPTIMIZER | record.OF_THE_SCHEDULE | record.OF_THE_LENGTH)
+        if checkpoint is None or not changed or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        built, rates = record.settings_of(self.optimizer), list(getattr(self.lr_scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        record.take_effect(self.optimizer, self.lr_scheduler, built, rates)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # a run that goes on in bf16 needs none
+            super()._load_scaler(checkpoint)
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """As in transformers; how often to log, save and evaluate is as this run says, also after a
+        resume, and what was best by another measure is not.
+        """
+        found: tuple[int, int] = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        self.state.train_batch_size = self._train_batch_size
+        if self._changed & {"metric_for_best_model", "greater_is_better", "evaluation"}:
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        return found
+
     def _checkpoint_of(self, asked: str | bool | None) -> str | None:
         """The checkpoint to resume from, whole.
 
         One process finds out for all, since it reads every byte.
         """
-        if not asked:
-            return None
 
         def find() -> str | None:
             if not self.accelerator.is_main_process:
+                return None
+            if asked is not True:
+                checkpoints.require_unused(self.args.output_dir, asked or None)
+            check_not_the_model(Path(self.args.output_dir), self._base_name)
+            if not asked:
                 return None
             if asked is not True:
                 checkpoints.require_whole(str(asked))

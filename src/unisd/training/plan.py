@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -58,6 +59,19 @@ class Plan:
             needs=frozenset(),
         )
         return replace(plan, needs=needed_scores(args, plan))
+
+
+def planned_steps(args: UniSDConfig, rows: int) -> int:
+    """Optimizer steps of a run from its first to its last, on all processes together."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    batch, ranks, together = args.train_batch_size, int(args.world_size), args.gradient_accumulation_steps
+    if args.num_iterations > 1:  # full steps, each of them several times
+        per_step = batch * together * ranks
+        rows = rows // per_step * per_step * args.num_iterations
+    batches = rows // batch if args.dataloader_drop_last else -(-rows // batch)
+    batches = batches // ranks if args.dataloader_drop_last else -(-batches // ranks)
+    return math.ceil(args.num_train_epochs * max(1, -(-batches // together)))
 
 
 def loss_terms(args: UniSDConfig) -> tuple[Term, ...]:
