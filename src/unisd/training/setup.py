@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from unisd.backbone import Backbone
 from unisd.config import UniSDConfig
 from unisd.data.prompts import PromptBuilder
+from unisd.data.rows import Row, prepare_rows
 from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
@@ -63,6 +64,8 @@ def load_student(
             model, dtype="float32" if peft_config is None else "auto"
         )
         tokenizer = tokenizer or own_tokenizer
+        if hasattr(student, "peft_config"):  # an adapter's folder, which opens frozen
+            student.set_adapter(student.active_adapter)
     disable_cudnn_sdpa(args.device)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
@@ -74,6 +77,18 @@ def load_student(
             " computes in bf16)."
         )
     return student, tokenizer
+
+
+def training_rows(dataset: Any, args: UniSDConfig) -> list[Row]:
+    """The rows to train on; of a stream as many as `max_steps` need."""
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = -(-args.max_steps // args.num_iterations)
+    return prepare_rows(
+        dataset,
+        name="the training data",
+        needs_reference=args.uses_reference,
+        of_stream=steps * per_step if args.max_steps > 0 else None,
+    )
 
 
 def build_prompts(args: UniSDConfig, tokenizer: Any) -> PromptBuilder:
