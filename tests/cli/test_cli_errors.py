@@ -346,7 +346,7 @@ def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("wrong", "part"),
     [
         ("--lr_scheduler_type warmup_stable_decay", "lr_scheduler_type=warmup_stable_decay cannot be built"),
-        ("--eval_strategy steps --metric_for_best_model acc", "did you mean"),
+        ("--eval_strategy steps --metric_for_best_model acc", "(loss, runtime; accuracy needs a grader)"),
         ("--push_to_hub", "push_to_hub: the hub refuses or cannot be reached"),
     ],
 )

@@ -204,6 +204,11 @@ def test_an_optimizer_of_other_weights(tmp_path: Path, caplog: Any) -> None:
             {"dataloader_drop_last": True, "per_device_train_batch_size": 20},
             "dataloader_drop_last leaves no batch: there are 8 rows, and a batch has 20",
         ),
+        (
+            {"num_iterations": 2, "per_device_train_batch_size": 4},
+            "num_iterations=2 needs a full step of 16 rows, but there are 8",
+        ),
+        ({"eval_on_start": True}, "eval_on_start has no rows: set eval_strategy"),
         ({"fp16": True}, "fp16 has no effect on a CPU: unset it, or set bf16"),
     ],
 )
@@ -219,9 +224,9 @@ def right(row: Any, text: str) -> bool:
 @pytest.mark.parametrize(
     ("metric", "more", "told"),
     [
-        ("acuracy", {"grader": right}, "did you mean accuracy.*loss, accuracy, runtime"),
+        ("acuracy", {"grader": right}, r"\(loss, accuracy, runtime\): did you mean accuracy\?"),
         ("accuracy", {}, r"accuracy needs a grader"),
-        ("f1", {}, "metric_for_best_model=f1 is not reported"),
+        ("f1", {}, "metric_for_best_model=f1 is not among .* choose one of these"),
         ("loss", {"eval_dataset": {"one": tiny.rows(2)}}, "did you mean one_loss"),
         ("loss", {"eval_strategy": "no"}, "metric_for_best_model=loss needs evaluations"),
         ("loss", {"eval_strategy": "no", "save_strategy": "best"}, "save_strategy=best needs evaluations"),

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from logging import getLogger
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import logging as library_logging
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from unisd.config import UniSDConfig
 from unisd.data.prompts import encode_completion
@@ -26,7 +25,6 @@ from unisd.errors import UserError
 from unisd.kernels.devices import shares_host
 from unisd.methods.scores import StepScores
 from unisd.models.generation import mend_generation_config
-from unisd.models.load import without_adapter
 from unisd.options.option import nearest
 from unisd.rollout.engine import Completion
 
@@ -60,6 +58,9 @@ def check_ready(trainer: UniSDTrainer) -> None:
     _check_references_carry_loss(trainer)
     _check_trained(trainer.model)
     _check_full_batch(args, len(trainer.rows))
+    trainer._get_train_sampler()  # of num_iterations, which needs whole steps
+    if args.eval_on_start and trainer.eval_dataset is None:
+        raise UserError("eval_on_start has no rows: set eval_strategy (from Python: give eval_dataset).")
     check_best_metric(args, trainer.eval_dataset, trainer.grader is not None)
     given, schedule = trainer.optimizer, trainer.lr_scheduler
     if given is not None:
@@ -174,15 +175,15 @@ def check_best_metric(args: UniSDConfig, evaluation: Any, graded: bool) -> None:
         raise UserError(f"{option} needs evaluations during training: set eval_strategy, or unset it.")
     parts = [f"{name}_" for name in evaluation] if isinstance(evaluation, dict) else [""]
     measured = ("loss", "accuracy", "runtime") if graded else ("loss", "runtime")
-    names = [f"{part}{name}" for part in parts for name in measured]
-    if wanted.removeprefix("eval_") in names:
+    names, metric = [f"{part}{name}" for part in parts for name in measured], wanted.removeprefix("eval_")
+    if metric in names:
         return
-    close = nearest(wanted.removeprefix("eval_"), names, cutoff=0.3)
-    grader = " (accuracy needs a grader)" if "acc" in wanted and not graded else ""
-    hint = f"did you mean {close}?" if close else ""
+    close = nearest(metric, names, cutoff=0.3)
+    known = ", ".join(names)
+    grader = "; accuracy needs a grader" if "acc" in wanted and not graded else ""
+    hint = f"did you mean {close}?" if close else "choose one of these."
     raise UserError(
-        f"metric_for_best_model={wanted} is not reported by an evaluation: {hint} It reports:"
-        f" {', '.join(names)}{grader}."
+        f"metric_for_best_model={wanted} is not among what an evaluation reports ({known}{grader}): {hint}"
     )
 
 
@@ -242,46 +243,25 @@ def _steps(args: UniSDConfig, rows: int) -> int:
 
 
 def _try_saving(trainer: UniSDTrainer) -> None:
-    """Save everything but the weights, as a checkpoint is saved, to a folder that is removed."""
-    model: Any = without_adapter(trainer.model)
-    adapted = model is not trainer.model
-    if not adapted and (note := mend_generation_config(model)):
-        logger.warning("%s", note)
-    empty = {name: torch.empty(0) for name, p in trainer.model.named_parameters() if p.requires_grad}
+    """Save everything but the weights that a checkpoint holds, to a folder that is removed."""
+    model: Any = trainer.model
+    written: list[Any] = [trainer.processing_class]
+    if hasattr(model, "peft_config"):
+        written += model.peft_config.values()
+    else:
+        if note := mend_generation_config(model):
+            logger.warning("%s", note)
+        written += [model.config, model.generation_config] if model.can_generate() else [model.config]
     try:
-        with tempfile.TemporaryDirectory(prefix="unisd-") as folder, _unchanged(model.config), _quiet():
-            trainer._save(folder, state_dict=empty if adapted else {})
+        with tempfile.TemporaryDirectory(prefix="unisd-") as folder:
+            for part in written:
+                part.save_pretrained(folder)
+            torch.save(trainer.args, Path(folder) / TRAINING_ARGS_NAME)
     except Exception as error:  # of a dozen libraries' kinds: of tokenizers, configs, pickle
         raise UserError(
             f"what is trained could not be saved: {_one_line(error)}: mend the files of model or tokenizer"
             " before training."
         ) from error
-
-
-@contextmanager
-def _unchanged(config: Any) -> Iterator[None]:
-    """Undo what saving writes into a config."""
-    before = dict(vars(config))
-    try:
-        yield
-    finally:
-        vars(config).clear()
-        vars(config).update(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the real save will say and show."""
-    bars = library_logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if bars:
-            library_logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            if bars:
-                library_logging.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------ the hub
