@@ -55,6 +55,7 @@ from unisd.methods.targets import parse_target
 from unisd.models.load import without_adapter
 
 logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
 
@@ -86,6 +87,7 @@ def smaller_until_it_fits(
     size: int,
     least: int = 1,
     *,
+    what: str | None = None,
     remedy: str = ROW_TOO_LARGE,
     together: str | None = None,
 ) -> tuple[Result, int]:
@@ -93,6 +95,7 @@ def smaller_until_it_fits(
 
     Also returns the size that fitted.
 
+    what: what has that size, for a warning that it is smaller now; None: the caller warns.
     remedy: what to say where the least size does not fit.
     together: the option that sets the size, where all ranks compute as one and none can go back
     alone.
@@ -100,9 +103,14 @@ def smaller_until_it_fits(
     Raises:
         OutOfMemory: the least size does not fit either, or all ranks compute together.
     """
+    asked = size
     while True:
         try:
-            return work(size), size
+            result = work(size)
+            if size < asked and what is not None:
+                told = "Memory ran out: %s hold %d from now on; results are the same."
+                logger.warning(told, what, size)
+            return result, size
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
