@@ -190,7 +190,10 @@ def _told(config: Any, name: str, otherwise: int) -> int:
     """A size in a config; of one for each layer the largest. Where it is of another kind,
     `otherwise`, and that is said.
     """
-    value = getattr(config, name, None)
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # how transformers refuses one value for what layers have of their own
+        value = [getattr(of_layer, name, None) for of_layer in config.per_layer_config]
     if isinstance(value, (list, tuple)) and value and all(isinstance(of_layer, int) for of_layer in value):
         value = max(value)
     if value is None or (isinstance(value, int) and value > 0):

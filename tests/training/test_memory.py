@@ -246,9 +246,9 @@ def gemma(kind: str) -> Any:
     """Gemma 3n names an MLP size for each layer, Gemma 4 heads of two kinds."""
     import transformers
 
-    config = getattr(transformers, f"{kind}TextConfig")(
-        **tiny.SIZES, head_dim=8, vocab_size_per_layer_input=262, hidden_size_per_layer_input=4
-    )
+    own = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 262, "hidden_size_per_layer_input": 4}
+    of_kind = {"laurel_rank": 4} if kind == "Gemma3n" else {"global_head_dim": 16}
+    config = getattr(transformers, f"{kind}TextConfig")(**tiny.SIZES, head_dim=8, **own, **of_kind)
     torch.manual_seed(0)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
@@ -257,6 +257,7 @@ def gemma(kind: str) -> Any:
 def test_sizes_by_layer(kind: str) -> None:
     size = ModelSize.of(gemma(kind))
     assert (size.hidden, size.layers, size.intermediate, size.vocabulary) == (32, 2, 48, 262)
+    assert size.key_value == 2 * (8 if kind == "Gemma3n" else 16)
     assert estimate(size, config())["total"] > 0
 
 

@@ -63,15 +63,19 @@ def test_it_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lor
         (
             {"temperature": 0.6, "top_p": 0.9},
             {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
-            "do_sample=true is set, as temperature=0.6 and top_p=0.9 imply",
+            "do_sample=true is set, because of temperature=0.6 and top_p=0.9.",
         ),
         (
             {"temperature": 0.6, "do_sample": False},
             {"do_sample": False, "temperature": None},
-            "temperature=0.6 are left out, which do_sample=false never reads",
+            "temperature=0.6 left out, since do_sample=false.",
         ),
-        ({"length_penalty": 0.8}, {"length_penalty": None}, "length_penalty=0.8 are left out"),
-        ({"pad_token_id": -1}, {"pad_token_id": None}, "pad_token_id=-1 is left out"),
+        (
+            {"length_penalty": 0.8},
+            {"length_penalty": None},
+            "length_penalty=0.8 left out, since there are no beams",
+        ),
+        ({"pad_token_id": -1}, {"pad_token_id": None}, "pad_token_id=-1 left out"),
     ],
 )
 def test_a_generation_config_that_cannot_be_saved_is_mended(

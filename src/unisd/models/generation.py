@@ -39,16 +39,16 @@ def mend_generation_config(model: Any) -> str | None:
     sampling = _set_among(config, _SAMPLING)
     if sampling and config.do_sample is None:
         config.do_sample = True
-        changed.append(f"do_sample=true is set, as {_listed(config, sampling)} imply")
+        changed.append(f"do_sample=true is set, because of {_listed(config, sampling)}")
     elif sampling and not config.do_sample:
-        changed.append(f"{_listed(config, sampling)} are left out, which do_sample=false never reads")
+        changed.append(f"{_listed(config, sampling)} left out, since do_sample=false")
         _unset(config, sampling)
     beams = _set_among(config, _BEAMS) if config.num_beams in (None, 1) else []
     if beams:
-        changed.append(f"{_listed(config, beams)} are left out, which only beams read")
+        changed.append(f"{_listed(config, beams)} left out, since there are no beams")
         _unset(config, beams)
     if config.pad_token_id is not None and config.pad_token_id < 0:
-        changed.append(f"pad_token_id={config.pad_token_id} is left out")
+        changed.append(f"pad_token_id={config.pad_token_id} left out")
         config.pad_token_id = None
     if reason := _why_unsavable(config):
         raise UserError(
