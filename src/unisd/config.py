@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from unisd import recipes
 from unisd.errors import UserError
 from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence_bound
+from unisd.options.inherited import check_inherited
 from unisd.options.option import check_declared, exclusions, nearest
 from unisd.options.parser import UNSET, OptionParser, Values
 from unisd.options.table import UniSDOptions
@@ -69,6 +70,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch would warn of it
         super().__post_init__()
+        self._try_trackers()
         if getattr(self, "deepspeed_plugin", None) is not None:
             load_whole_models()
         if self.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel and multiply the batch
@@ -136,6 +138,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
     def check(self) -> None:
         """Raise `UserError` for the first option that is out of range or contradicts another."""
         check_declared(self)
+        check_inherited(self)
         self._check_trackers()
         self._check_length()
         self._check_rollout()
@@ -168,6 +171,17 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise UserError("save_strategy=best saves nothing without evaluations: set eval_strategy.")
 
+    def _try_trackers(self) -> None:
+        """Build what reports to each tracker, which opens nothing yet; the Trainer builds its
+        own.
+        """
+        for name in self.report_to:
+            try:
+                INTEGRATION_TO_CALLBACK[name]()
+            except (RuntimeError, ImportError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"report_to={name} cannot be used: {reason} Or unset report_to.") from None
+
     def _check_rollout(self) -> None:
         if self.temperature <= 0:
             raise UserError("temperature must be above 0: the student's samples need spread; try 0.7.")
@@ -182,6 +196,17 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         if self.num_iterations > 1 and self.completion_source not in ("student", "mixture"):
             raise UserError(
                 "num_iterations reuses the student's answers: set completion_source=student, or unset it."
+            )
+
+        if self.num_loss_tokens_to_skip >= self.max_completion_length:
+            raise UserError(
+                f"num_loss_tokens_to_skip={self.num_loss_tokens_to_skip} leaves no token with a loss, since"
+                f" max_completion_length={self.max_completion_length}: lower it."
+            )
+        if self.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise UserError(
+                "fsdp needs several processes: unset it, and give --accelerate_config fsdp2 (from Python:"
+                " start the script with `accelerate launch`)."
             )
 
     def _check_mechanisms(self) -> None:

@@ -52,6 +52,7 @@ from unisd.kernels.lora import mergeable
 from unisd.losses import triton_kernels as fused
 from unisd.losses.chunked import chunk_bytes
 from unisd.methods.targets import parse_target
+from unisd.models.load import without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -156,27 +157,55 @@ class ModelSize:
 
     @classmethod
     def of(cls, model: Any) -> ModelSize:
-        """Read off a loaded model (PEFT-wrapped or not; 4-bit weights count by their storage)."""
+        """Read off a loaded model (PEFT-wrapped or not; 4-bit weights count by their storage).
+
+        What its config does not tell as a number is estimated from others, and said.
+        """
         parameters = list(model.parameters())
         trained = [p for p in parameters if p.requires_grad]
         stored = sum(p.numel() * p.element_size() for p in parameters)
         config = model.config.get_text_config()
         count = sum(p.numel() for p in parameters)
         trained_count = sum(p.numel() for p in trained)
-        heads = getattr(config, "num_attention_heads", None) or 1
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        embedding = without_adapter(model).get_input_embeddings().weight
+        vocabulary = _told(config, "vocab_size", 0) or embedding.shape[0]
+        hidden = _told(config, "hidden_size", 0) or embedding.numel() // max(vocabulary, 1)
+        heads = _told(config, "num_attention_heads", 1)
+        head_size = _told(config, "head_dim", 0) or hidden // heads
         return cls(
             parameters=count,
             trained=trained_count,
             bytes_per_weight=stored / max(count, 1),
             bytes_per_trained=sum(p.numel() * p.element_size() for p in trained) / max(trained_count, 1),
-            hidden=config.hidden_size,
-            layers=config.num_hidden_layers,
-            vocabulary=config.vocab_size,
-            intermediate=getattr(config, "intermediate_size", None) or 0,
-            key_value=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
+            hidden=hidden,
+            layers=_told(config, "num_hidden_layers", 0) or _longest_list(model),
+            vocabulary=vocabulary,
+            intermediate=_told(config, "intermediate_size", 0),
+            key_value=_told(config, "num_key_value_heads", heads) * head_size,
             merged=sum(layer.base_layer.weight.nbytes for layer in mergeable(model)),
         )
+
+
+def _told(config: Any, name: str, otherwise: int) -> int:
+    """A size in a config; of one for each layer the largest. Where it is of another kind,
+    `otherwise`, and that is said.
+    """
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # how transformers refuses one value for what layers have of their own
+        value = [getattr(of_layer, name, None) for of_layer in config.per_layer_config]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(of_layer, int) for of_layer in value):
+        value = max(value)
+    if value is None or (isinstance(value, int) and value > 0):
+        return value or otherwise
+    logger.warning("The memory estimate does not know %s=%r of this model: it is a rough one.", name, value)
+    return otherwise
+
+
+def _longest_list(model: Any) -> int:
+    return max(
+        (len(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)), default=1
+    )
 
 
 @dataclass(frozen=True)

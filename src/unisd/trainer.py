@@ -44,6 +44,7 @@ from unisd.scoring.findings import TeacherStates
 from unisd.scoring.passes import Passes
 from unisd.scoring.requests import RequestBuilder, ScoreRequest
 from unisd.scoring.scorer import Scorer, teacher_head
+from unisd.training import preflight
 from unisd.training.coefficients import (
     DeferredWeights,
     idle_agreement,
@@ -52,7 +53,7 @@ from unisd.training.coefficients import (
     once,
     with_rollout_logps,
 )
-from unisd.training.evaluating_trainer import EvaluatingTrainer
+from unisd.training.evaluating_trainer import EvaluatingTrainer, evaluation_rows
 from unisd.training.plan import Plan, check_data_serves
 from unisd.training.setup import (
     RowNumbers,
@@ -64,6 +65,7 @@ from unisd.training.setup import (
     load_student,
     other_teachers,
     pass_layout,
+    training_rows,
 )
 from unisd.training.step import Layout, MicroBatch, Step, group_by_length, padding_rows
 from unisd.training.step_callback import StepCallback
@@ -77,7 +79,7 @@ class UniSDTrainer(EvaluatingTrainer):
     Args:
         model: a path or hub id, or a causal LM (may be PEFT-wrapped or quantised).
         args: options; default `UniSDConfig()`.
-        train_dataset: rows as in :mod:`unisd.data` (a `datasets.Dataset` or a list of dicts).
+        train_dataset: rows as `unisd.load_rows` takes them; of a stream, what `max_steps` need.
         eval_dataset: rows for `evaluate`, or a dict of such.
         processing_class: the tokenizer; default: the model's own.
         callbacks, optimizers: as in `transformers.Trainer`.
@@ -109,21 +111,17 @@ class UniSDTrainer(EvaluatingTrainer):
         probe_dataset: Any = None,
     ) -> None:
         args = args if args is not None else UniSDConfig()
+        preflight.check_machine(args)
         student, processing_class = load_student(model, args, processing_class, peft_config)
         self.grader = grader
-        self.rows: list[Row] = []
-        if train_dataset is not None:
-            self.rows = prepare_rows(
-                train_dataset, name="the training data", needs_reference=args.uses_reference
-            )
+        self.rows: list[Row] = [] if train_dataset is None else training_rows(train_dataset, args)
         self.prompts = build_prompts(args, processing_class)
         self.plan = Plan.of(args, engine)
         if self.rows:
             check_data_serves(self.plan.needs, self.rows)
         if args.feature_layers and args.gradient_checkpointing:
             raise UserError("feature_layers cannot be read under gradient_checkpointing: unset one of them.")
-        if not isinstance(eval_dataset, dict) and eval_dataset is not None:
-            eval_dataset = prepare_rows(eval_dataset, name="the evaluation data")
+        eval_dataset = None if eval_dataset is None else evaluation_rows(eval_dataset)
         self._inspect_model(student, args, processing_class)
         super().__init__(
             model=student,
@@ -141,10 +139,7 @@ class UniSDTrainer(EvaluatingTrainer):
         self._build_monitoring(probe_dataset)
         self.add_callback(StepCallback(self))
         if self.rows:
-            self.request_builder.check(self.rows)
-            self.completions.check()
-            if args.uses_reference:
-                self.prompts.check_generation_prefix(self.rows[0])
+            preflight.check_ready(self)
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -218,6 +213,7 @@ class UniSDTrainer(EvaluatingTrainer):
         requests = self._requests(numbers, completions, fill=G * padding_rows(self, len(self.rows)))
         scores, states = self._score(requests, numbers, completions, device)
         step, everywhere = self._weigh(requests, scores, states, device)
+        preflight.check_carries_loss(self.args, self.state.global_step, everywhere, completions)
         step = self._observe(step, everywhere, numbers, completions)
         with self.metrics.timed("score"):
             parts = group_by_length(requests, [G * len(batch["row"]) for batch in batches])

@@ -339,3 +339,23 @@ def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("unisd 0.")
     assert main(["recipes"]) == 0
     assert "unisd-star" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry_run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("wrong", "part"),
+    [
+        ("--lr_scheduler_type warmup_stable_decay", "lr_scheduler_type=warmup_stable_decay cannot be built"),
+        ("--eval_strategy steps --metric_for_best_model acc", "(loss, runtime; accuracy needs a grader)"),
+        ("--push_to_hub", "push_to_hub: the hub refuses or cannot be reached"),
+    ],
+)
+def test_what_would_end_a_run_late(
+    own: Any, monkeypatch: pytest.MonkeyPatch, flags: list[str], wrong: str, part: str
+) -> None:
+    def offline(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("offline mode is enabled")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", offline)
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", offline)
+    assert part in own(ROWS, *wrong.split(), *flags)

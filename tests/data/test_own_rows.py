@@ -8,16 +8,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy
 import pytest
 
 from unisd import tasks
 from unisd import testing as tiny
 from unisd.cli.main import main
-from unisd.data.rows import load_file, prepare_rows
+from unisd.data.rows import load_file, load_rows, prepare_rows
 from unisd.errors import UserError
 from unisd.models.load import with_adapter
 from unisd.run.inputs import load_data
 from unisd.run.options import RunOptions
+from unisd.testing import trainer
 
 ADD = "def add(a, b):\n    return a + b"
 
@@ -249,3 +252,75 @@ def test_rows_with_images_are_refused(row: dict[str, Any], what: str) -> None:
         prepare_rows([{"prompt": "a", "completion": "b", what: None}, {**row, "completion": "b"}])
     assert "remove the row, or the column where the text does without it" in str(caught.value)
     assert prepare_rows([{"prompt": "a", "completion": "b", "image": None, "images": []}])
+
+
+# ----------------------------------------------------------------------- whatever holds the rows
+
+COLUMNS_OF_ROWS = {"prompt": ["a", "b"], "completion": ["c", "d"]}
+
+
+def holders() -> dict[str, Any]:
+    import pandas
+    import pyarrow
+
+    rows = [{"prompt": "a", "completion": "c"}, {"prompt": "b", "completion": "d"}]
+    return {
+        "columns": COLUMNS_OF_ROWS,
+        "pandas": pandas.DataFrame(rows),
+        "pyarrow": pyarrow.Table.from_pylist(rows),
+        "datasets": datasets.Dataset.from_list(rows),
+        "generator": (row for row in rows),
+    }
+
+
+@pytest.mark.parametrize("kind", ["columns", "pandas", "pyarrow", "datasets", "generator"])
+def test_rows_from_whatever_holds_them(kind: str) -> None:
+    found = load_rows(holders()[kind])
+    assert [(row["prompt"], row["completion"]) for row in found] == [("a", "c"), ("b", "d")]
+
+
+def test_what_a_table_does_not_hold_is_missing() -> None:
+    import pandas
+
+    table = pandas.DataFrame(
+        [{"prompt": "a", "completion": "c", "negative_context": "x"}, {"prompt": "b", "completion": "d"}]
+    )
+    table["auxiliary_contexts"] = [numpy.array(["e", "f"]), None]
+    first, second = load_rows(table)
+    assert first["auxiliary_contexts"] == ["e", "f"] and second["negative_context"] is None
+
+
+@pytest.mark.parametrize(
+    ("dataset", "told"),
+    [
+        ({"train": [{"prompt": "a"}]}, r"the dataset has splits: give one of them \(train\)"),
+        ({"prompt": ["a"], "completion": ["b", "c"]}, "columns of different lengths: {'prompt': 1, "),
+        (["a"], r"row 0 of the dataset is 'a' \(str\), a dict of columns is needed"),
+        ([], "the dataset is empty"),
+    ],
+)
+def test_what_holds_no_rows(dataset: Any, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        load_rows(dataset)
+
+
+def test_a_stream() -> None:
+    stream = datasets.Dataset.from_dict(COLUMNS_OF_ROWS).to_iterable_dataset().repeat(None)
+    with pytest.raises(UserError, match="the dataset is a stream, which may never end: give a list"):
+        load_rows(stream)
+    assert len(prepare_rows(stream, of_stream=5)) == 5
+
+
+def test_a_trainer_takes_them_too(tmp_path: Path) -> None:
+    stream = datasets.Dataset.from_dict(COLUMNS_OF_ROWS).to_iterable_dataset().repeat(None)
+    with pytest.raises(UserError, match=r"the training data is a stream.*max_steps"):
+        trainer(tmp_path, train_dataset=stream)
+    built = trainer(tmp_path, train_dataset=stream, max_steps=2, eval_dataset=COLUMNS_OF_ROWS)
+    assert len(built.rows) == 2 * 8 and len(built.eval_dataset) == 2
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(COLUMNS_OF_ROWS)})
+    with pytest.raises(UserError, match=r"the training data has splits: give one of them \(train\)"):
+        trainer(tmp_path, train_dataset=splits)
+    built = trainer(tmp_path, train_dataset=COLUMNS_OF_ROWS, eval_dataset=splits)
+    assert set(built.evaluate()) == {"eval_train_loss", "eval_train_runtime"}
+    with pytest.raises(UserError, match="the evaluation data 'x' is a stream"):
+        built.evaluate({"x": stream})

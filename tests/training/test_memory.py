@@ -4,6 +4,7 @@ chosen.
 
 from __future__ import annotations
 
+import logging
 import platform
 import subprocess
 import sys
@@ -239,3 +240,34 @@ def test_own_blocks() -> None:
     assert heap.own_block((0, 3), torch.float32).shape == (0, 3)
     with pytest.raises(MemoryError, match="no mapping of 4611686018427387904 bytes"):
         heap.own_block((1 << 60,), torch.float32)
+
+
+def gemma(kind: str) -> Any:
+    """Gemma 3n names an MLP size for each layer, Gemma 4 heads of two kinds."""
+    import transformers
+
+    own = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 262, "hidden_size_per_layer_input": 4}
+    of_kind = {"laurel_rank": 4} if kind == "Gemma3n" else {"global_head_dim": 16}
+    config = getattr(transformers, f"{kind}TextConfig")(**tiny.SIZES, head_dim=8, **own, **of_kind)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize("kind", ["Gemma3n", "Gemma4"])
+def test_sizes_by_layer(kind: str) -> None:
+    size = ModelSize.of(gemma(kind))
+    assert (size.hidden, size.layers, size.intermediate, size.vocabulary) == (32, 2, 48, 262)
+    assert size.key_value == 2 * (8 if kind == "Gemma3n" else 16)
+    assert estimate(size, config())["total"] > 0
+
+
+def test_an_estimate_never_ends_a_run(caplog: Any) -> None:
+    model = tiny.model()
+    known = ModelSize.of(model)
+    model.config.intermediate_size = {"a": 1}
+    model.config.num_hidden_layers = None
+    with caplog.at_level(logging.WARNING):
+        size = ModelSize.of(model)
+    assert size == replace(known, intermediate=0)
+    assert "The memory estimate does not know intermediate_size={'a': 1} of this model" in caplog.text
+    assert estimate(size, config())["total"] > 0

@@ -11,6 +11,7 @@ from typing import Any
 from unisd.errors import UserError
 from unisd.files import why_unwritable
 from unisd.options.option import nearest
+from unisd.options.parser import refuse_repeats
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -35,6 +36,7 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             UserError: unknown flag, with the nearest one; value of the wrong type.
         """
+        refuse_repeats(self, arguments)
         try:
             found, unknown = self.parse_known_args(list(arguments))
         except SystemExit:

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import itertools
 import json
 import random
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def parse_column_mapping(text: str | None) -> dict[str, str]:
 
 
 def load_rows(
-    source: str | Path | Iterable[Row],
+    source: Any,
     columns: str | Mapping[str, str] | None = None,
     *,
     needs_reference: bool = True,
@@ -84,7 +85,8 @@ def load_rows(
 
     Args:
         source: a file (.jsonl, .json, both also .gz; .csv, .parquet), or the rows themselves: a
-            `datasets.Dataset` or any iterable of dicts.
+            `datasets.Dataset`, a table (pandas, polars, pyarrow), a dict of columns or any
+            iterable of dicts.
         columns: our column names to yours, as a dict or as `"prompt=question,completion=answer"`.
         needs_reference: refuse rows without a reference (`privileged_context`, `completion` or
             `teacher_prompt`).
@@ -98,8 +100,6 @@ def load_rows(
         UserError: an unreadable or empty file, a missing column (with candidates), or the first
             row that breaks the contract, by its number.
     """
-    if isinstance(source, Mapping):
-        raise UserError(f"the dataset has splits: give one of them ({', '.join(map(str, source))}).")
     rows = load_file(source) if isinstance(source, (str, Path)) else source
     if name is None:
         name = str(source) if isinstance(source, (str, Path)) else "the dataset"
@@ -108,24 +108,26 @@ def load_rows(
 
 
 def prepare_rows(
-    dataset: Iterable[dict[str, Any]],
+    dataset: Any,
     mapping: dict[str, str] | None = None,
     name: str = "the dataset",
     needs_reference: bool = True,
+    of_stream: int | None = None,
 ) -> list[Row]:
     """Check every row against the contract and return plain dicts.
 
     Args:
-        dataset: rows (a `datasets.Dataset`, or any iterable of dicts).
+        dataset: rows, as :func:`load_rows` takes them.
         mapping: our column names to the dataset's.
         name: what to call it in errors.
         needs_reference: refuse rows without a reference.
+        of_stream: rows to take of a dataset that may never end; None: it is refused.
 
     Raises:
-        UserError: empty dataset, missing column (with candidates), or the first bad row by its
-            number (from 0).
+        UserError: a dataset with splits, a stream, no rows, missing column (with candidates), or
+            the first bad row by its number (from 0).
     """
-    rows: list[Row] = [dict(row) for row in dataset]
+    rows = _plain(dataset, name, of_stream)
     if not rows:
         raise UserError(f"{name} is empty: give at least one row.")
     for ours, theirs in (mapping or {}).items():
@@ -143,6 +145,45 @@ def prepare_rows(
         _check_row(row, f"row {number} of {name}", needs_reference)
         row.setdefault("id", str(number))
     return rows
+
+
+def _plain(dataset: Any, name: str, of_stream: int | None) -> list[Row]:
+    """The rows of whatever holds them, as dicts of their own."""
+    if isinstance(dataset, Mapping):
+        if not holds_columns(dataset):
+            raise UserError(f"{name} has splits: give one of them ({', '.join(map(str, dataset))}).")
+        lengths = {column: len(values) for column, values in dataset.items()}
+        if len({*lengths.values()}) > 1:
+            raise UserError(f"{name} has columns of different lengths: {lengths}: give one value a row.")
+        return [dict(zip(dataset, values, strict=True)) for values in zip(*dataset.values(), strict=True)]
+    if hasattr(dataset, "iterrows"):  # pandas: what is missing is NaN there, and lists are arrays
+        records = dataset.astype(object).where(dataset.notna(), None).to_dict("records")
+        return [{str(key): _of_numpy(value) for key, value in row.items()} for row in records]
+    for convert in ("to_dicts", "to_pylist"):  # polars, pyarrow
+        dataset = getattr(dataset, convert, lambda found=dataset: found)()
+    if any(kind.__name__ == "IterableDataset" for kind in type(dataset).__mro__):
+        if of_stream is None:
+            raise UserError(
+                f"{name} is a stream, which may never end: give a list of some of its rows, or (of training"
+                " rows) max_steps."
+            )
+        dataset = itertools.islice(dataset, of_stream)
+    rows = list(dataset)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise UserError(f"row {number} of {name} is {_describe(row)}, a dict of columns is needed.")
+    return [dict(row) for row in rows]
+
+
+def holds_columns(dataset: Mapping[str, Any]) -> bool:
+    """Whether a mapping is a table by columns; else its values are datasets."""
+    lists = [value for value in dataset.values() if isinstance(value, (list, tuple))]
+    of_rows = bool(lists) and all(len(value) and isinstance(value[0], Mapping) for value in lists)
+    return len(lists) == len(dataset) > 0 and not of_rows
+
+
+def _of_numpy(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _rename(row: Row, mapping: dict[str, str]) -> None:

@@ -109,11 +109,13 @@ class OptionParser(argparse.ArgumentParser):
         Raises:
             UserError: unknown flag, with the nearest one; value of the wrong type.
         """
+        refuse_repeats(self, arguments)
         namespace, unknown = self.parse_known_args(list(arguments))
         flags = [word for word in unknown if word.startswith("--")]
         strangers = [flag for flag in flags if not self._inherited(flag)]
         if flags and not strangers:
             self.add_inherited()
+            refuse_repeats(self, arguments)
             namespace, unknown = self.parse_known_args(list(arguments))
         if unknown:
             self._refuse(strangers[0] if strangers and unknown[0].startswith("--") else unknown[0])
@@ -157,6 +159,26 @@ class OptionParser(argparse.ArgumentParser):
         return f"did you mean {prefix}{close}?" if close else "unisd train --help_all lists them all."
 
 
+def refuse_repeats(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Raise `UserError` for a flag that is given twice, in any spelling: argparse would drop the
+    first.
+    """
+    seen: dict[str, str] = {}
+    for word in arguments:
+        flag = word.partition("=")[0]
+        action = parser._option_string_actions.get(flag)
+        if action is None or not flag.startswith("--") or isinstance(action, argparse._AppendAction):
+            continue
+        if action.dest in seen:
+            earlier = seen[action.dest]
+            what = (
+                f"{flag} is given twice" if earlier == flag else f"{earlier} and {flag} set the same option"
+            )
+            several = f" ({flag} A B gives several values)" if action.nargs in ("+", "*") else ""
+            raise UserError(f"{what}: give one of them{several}.")
+        seen[action.dest] = flag
+
+
 def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
     """Add the flag of a declared option; one that is on by default gets `--no_NAME` too."""
     flags = [f"--{item.name}"]
@@ -173,8 +195,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
             parser.add_argument(*off, action="store_false", dest=item.name)
     elif get_origin(kind) is Literal:
         parser.add_argument(*flags, choices=get_args(kind))
-    elif get_origin(kind) is list:
-        parser.add_argument(*flags, type=get_args(kind)[0], nargs="+")
+    elif lists := [kind for kind in kinds if get_origin(kind) is list]:
+        parser.add_argument(*flags, type=get_args(lists[0])[0], nargs="+")
     else:
         parser.add_argument(*flags, type=kind)
 

@@ -76,7 +76,7 @@ class UniSDOptions:
     )
     report_to: str | list[str] | None = option(
         "training",
-        "Tracker that gets the metrics: tensorboard, wandb, ...; all (that are installed) or none.",
+        "Trackers that get the metrics: tensorboard, wandb, ...; all (that are installed) or none.",
         "none",
     )
     eval_strategy: Literal["no", "steps", "epoch"] = option(

@@ -45,17 +45,27 @@ class RepeatedSteps(Sampler[int]):
         per_step: rows of an optimizer step, over all ranks.
         times: steps that share a rollout.
         seed: of the order.
+        shuffled: else the rows come as they are.
         epoch: tells which pass this is; the order is that of (seed, epoch), on every rank and after
             a resume.
     """
 
-    def __init__(self, count: int, per_step: int, times: int, seed: int, epoch: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        count: int,
+        per_step: int,
+        times: int,
+        seed: int,
+        epoch: Callable[[], int],
+        shuffled: bool = True,
+    ) -> None:
         if count < per_step:
             raise UserError(
                 f"num_iterations={times} needs a full step of {per_step} rows, but there are {count}: lower "
                 "per_device_train_batch_size or gradient_accumulation_steps."
             )
         self.count, self.per_step, self.times, self.seed, self.epoch = count, per_step, times, seed, epoch
+        self.shuffled = shuffled
 
     def __len__(self) -> int:
         return self.count // self.per_step * self.per_step * self.times
@@ -63,6 +73,7 @@ class RepeatedSteps(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         order = torch.randperm(self.count, generator=generator).tolist()
+        order = order if self.shuffled else list(range(self.count))
         for first in range(0, len(self) // self.times, self.per_step):
             for _ in range(self.times):
                 yield from order[first : first + self.per_step]

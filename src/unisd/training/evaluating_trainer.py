@@ -5,16 +5,28 @@ metrics.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from unisd.data.prompts import PromptBuilder
-from unisd.data.rows import Row, prepare_rows
+from unisd.data.rows import Row, holds_columns, prepare_rows
 from unisd.errors import UserError
 from unisd.evaluation.held_out import held_out
 from unisd.rollout.engine import Completion, Engine, Sampling
 from unisd.training.fault_tolerant_trainer import FaultTolerantTrainer
+from unisd.training.preflight import reach_hub
+
+
+def evaluation_rows(dataset: Any) -> list[Row] | dict[str, list[Row]]:
+    """Rows to evaluate on, or such by name."""
+    if isinstance(dataset, Mapping) and not holds_columns(dataset):
+        return {
+            str(name): prepare_rows(rows, name=f"the evaluation data {name!r}")
+            for name, rows in dataset.items()
+        }
+    return prepare_rows(dataset, name="the evaluation data")
 
 
 class EvaluatingTrainer(FaultTolerantTrainer):
@@ -40,16 +52,15 @@ class EvaluatingTrainer(FaultTolerantTrainer):
         greedy `eval_accuracy`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
-            parts = [
-                self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
-                for name, rows in dataset.items()
-            ]
-            return {key: value for part in parts for key, value in part.items()}
         if dataset is None:
             raise UserError("evaluate needs rows: give eval_dataset.")
+        rows = evaluation_rows(dataset)
+        if isinstance(rows, dict):
+            parts = [
+                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items()
+            ]
+            return {key: value for part in parts for key, value in part.items()}
         start = time.perf_counter()
-        rows = prepare_rows(dataset, name="the evaluation data")
         measured = (self.model, self.processing_class, self.accelerator, self.engine)
         found = held_out(rows, *measured, self._answers, self.grader)
         self.engine.sleep()
@@ -59,6 +70,14 @@ class EvaluatingTrainer(FaultTolerantTrainer):
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Say what does it instead: there are no labels, and logits are never whole."""
+        raise UserError("predict is not supported: evaluate(rows) measures, and `unisd chat` answers.")
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """As in transformers; a hub that refuses is a `UserError`."""
+        reach_hub(partial(super().init_hf_repo, token))
 
     def _answers(self, rows: Sequence[Row]) -> list[Completion]:
         """Greedy answers, for an evaluation."""

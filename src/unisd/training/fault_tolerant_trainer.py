@@ -173,8 +173,9 @@ class FaultTolerantTrainer(ShardedTrainer):
             len(self.train_dataset),
             per_step,
             args.num_iterations,
-            args.seed,
+            args.seed if args.data_seed is None else args.data_seed,
             lambda: int(self.state.epoch or 0),
+            shuffled=args.train_sampling_strategy != "sequential",
         )
 
     def stateful_teacher(self, file: str, teacher: Teacher) -> Stateful:

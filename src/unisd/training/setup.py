@@ -16,6 +16,7 @@ from unisd.backbone import Backbone, quiet_routers
 from unisd.batching import collate
 from unisd.config import UniSDConfig
 from unisd.data.prompts import PromptBuilder
+from unisd.data.rows import Row, prepare_rows
 from unisd.errors import UserError
 from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
@@ -126,6 +127,18 @@ def check_routers(backbone: Backbone, coefficient: float, pad_id: int) -> None:
         raise UserError(
             f"router_aux_loss_coef={coefficient:g}: {kind} computes no load-balancing loss: unset it."
         )
+
+
+def training_rows(dataset: Any, args: UniSDConfig) -> list[Row]:
+    """The rows to train on; of a stream as many as `max_steps` need."""
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = -(-args.max_steps // args.num_iterations)
+    return prepare_rows(
+        dataset,
+        name="the training data",
+        needs_reference=args.uses_reference,
+        of_stream=steps * per_step if args.max_steps > 0 else None,
+    )
 
 
 def build_prompts(args: UniSDConfig, tokenizer: Any) -> PromptBuilder:
