@@ -34,7 +34,7 @@ from unisd.losses.chunked import chunked_loss
 from unisd.losses.plain import plain_loss
 from unisd.memory import smaller_until_it_fits
 from unisd.methods.scores import StepScores
-from unisd.models.load import eos_ids
+from unisd.models.load import eos_ids, pad_id
 from unisd.monitoring.metrics import StepMetrics
 from unisd.monitoring.observer import Observer, Probes
 from unisd.rollout.engine import Completion, Engine, Sampling
@@ -116,7 +116,7 @@ class UniSDTrainer(EvaluatingTrainer):
             self.rows = prepare_rows(
                 train_dataset, name="the training data", needs_reference=args.uses_reference
             )
-        self.prompts = build_prompts(args, processing_class)
+        self.prompts = build_prompts(args, processing_class, student)
         self.plan = Plan.of(args, engine)
         if self.rows:
             check_data_serves(self.plan.needs, self.rows)
@@ -156,7 +156,7 @@ class UniSDTrainer(EvaluatingTrainer):
         context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
         self.request_builder = RequestBuilder(args, self.prompts, self.plan.needs, self.plan.sources, context)
         self.eos_ids = eos_ids(student, tokenizer)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+        self.pad_id = pad_id(student, tokenizer)
 
     def _build_scorer(self) -> None:
         args, plan = self.args, self.plan

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
 from unisd.config import UniSDConfig
+from unisd.data.rendering import fix_date
 from unisd.distributed import zero
 from unisd.distributed.collectives import on_all_ranks
 from unisd.errors import OutOfMemory, RolloutError, UserError
@@ -249,6 +250,7 @@ class FaultTolerantTrainer(ShardedTrainer):
         if checkpoint is not None:
             stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
             zero.require_resumable(checkpoint, stage, self.accelerator.num_processes)
+            fix_date(self.processing_class, checkpoint)
             for part in self.stateful:
                 part.load(checkpoint)
             if self.args.should_save:

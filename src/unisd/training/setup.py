@@ -15,11 +15,18 @@ from transformers import AutoTokenizer
 from unisd.backbone import Backbone
 from unisd.config import UniSDConfig
 from unisd.data.prompts import PromptBuilder
+from unisd.data.rendering import fix_date, set_options
 from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
 from unisd.methods.targets import Source
-from unisd.models.load import load_model_and_tokenizer, with_adapter
+from unisd.models.load import (
+    embedded_tokens,
+    known_tokens,
+    load_model_and_tokenizer,
+    mark_defined,
+    with_adapter,
+)
 from unisd.rollout.engine import Engine
 from unisd.rollout.transformers_engine import TransformersEngine
 from unisd.rollout.vllm.build import build_engine as vllm_engine
@@ -66,6 +73,7 @@ def load_student(
     disable_cudnn_sdpa(args.device)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
+    mark_defined(student, tokenizer)
     if peft_config is not None:
         student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
     if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters()):
@@ -76,14 +84,19 @@ def load_student(
     return student, tokenizer
 
 
-def build_prompts(args: UniSDConfig, tokenizer: Any) -> PromptBuilder:
+def build_prompts(args: UniSDConfig, tokenizer: Any, student: Any) -> PromptBuilder:
     """The prompts of student and teachers, by the run's options."""
+    set_options(tokenizer, args.chat_template_kwargs)
+    fix_date(tokenizer)
+    rows = embedded_tokens(student)
     prompts = PromptBuilder(
         tokenizer,
         args.teacher_prompt_layout,
         args.teacher_prompt_template,
         args.auxiliary_prompt_template,
         args.teacher_context,
+        args.teacher_chat_template_kwargs,
+        rows if known_tokens(tokenizer) > rows else None,
     )
     if not prompts.is_chat:
         logger.warning("The tokenizer has no chat template: prompts are taken as plain text.")
