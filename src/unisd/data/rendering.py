@@ -175,7 +175,7 @@ def encode(
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     try:  # its marks have no text of their own
         return list(_apply(tokenizer, messages, options, add_generation_prompt=True, return_dict=False))
-    except _REFUSALS as error:
+    except Exception as error:  # of the kinds of its own library
         raise UserError(
             f"the tokenizer refuses the prompt ({' '.join(str(error).split())}): mend its turns."
         ) from None
