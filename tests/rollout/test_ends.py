@@ -126,7 +126,7 @@ def test_undefined_tokens_are_no_part_of_the_divergence(tied: bool, bias: bool) 
             found.append((output.loss.detach(), student_NH.grad, weight[:262]))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
-            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_as_large_as_the_tokenizer_is_used_whole() -> None:
@@ -177,7 +177,7 @@ def test_text_that_the_model_has_no_embedding_of_is_one_line(
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"q{i}" + " <tool>" * (i == 2), "privileged_context": "a"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["train", "--model_name_or_path", str(tmp_path / "model"), "--dry_run"]
+    command = ["train", "--model_name_or_path", str(tmp_path / "model"), "--dry_run", "--recipe", "sdft"]
     command += ["--train_file", str(tmp_path / "rows.jsonl"), "--eval_file", str(tmp_path / "rows.jsonl")]
     assert main([*command, "--output_dir", str(tmp_path / "run"), "--use_cpu"]) == 2
     told = capsys.readouterr().err

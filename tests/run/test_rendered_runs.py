@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.helpers import templates
 from unisd import testing as tiny
@@ -24,7 +25,8 @@ SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content"
 
 def saved(folder: Path, template: str) -> str:
     tokenizer = templates.tokenizer(template)
-    tiny.FAMILIES["llama"]().save_pretrained(folder)  # it has as many rows as both tokenizers, or more
+    sizes = tiny.SIZES | {"vocab_size": len(tokenizer)}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -42,6 +44,7 @@ def train(path: Path, template: str, *rows: dict[str, Any]) -> list[str]:
     plain = [{"prompt": f"q{i}", "privileged_context": "a"} for i in range(2)]
     file.write_text("".join(json.dumps(row) + "\n" for row in (*plain, *rows)))
     command = ["train", "--model_name_or_path", saved(path / "model", template), "--dry_run", "--use_cpu"]
+    command += ["--recipe", "sdft"]
     return [*command, "--train_file", str(file), "--eval_file", str(file), "--output_dir", str(path / "run")]
 
 

@@ -189,13 +189,10 @@ def generation_prefix(tokenizer: Any) -> str:
     return opened[len(closed) :] if opened.startswith(closed) else opened[-16:]
 
 
-def added_tokens(tokenizer: Any, special: bool = False) -> dict[str, int]:
-    """Tokens beside those of ordinary text, or the special ones among them, with their ids."""
-    found = {str(text): int(i) for text, i in tokenizer.get_added_vocab().items()}
-    if special:
-        kinds = getattr(tokenizer, "added_tokens_decoder", {})
-        found = {text: i for text, i in found.items() if i not in kinds or kinds[i].special}
-    return found
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The texts of all tokens that are no part of ordinary text."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return {*tokenizer.all_special_tokens, *(str(token) for token in added.values() if token.special)}
 
 
 def closing_token(tokenizer: Any) -> int | None:
@@ -207,7 +204,7 @@ def closing_token(tokenizer: Any) -> int | None:
     except UserError:
         return None
     ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
-    marks = {*added_tokens(tokenizer).values(), tokenizer.eos_token_id}
+    marks = {*tokenizer.get_added_vocab().values(), tokenizer.eos_token_id}
     return next((int(i) for i in ids if i in marks), None)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from unisd.data.rendering import added_tokens, generation_prefix
+from unisd.data.rendering import generation_prefix, special_tokens
 
 MARKS = (
     ("<think>", "</think>"),
@@ -82,7 +82,7 @@ def completion_text(tokenizer: Any, ids: Sequence[int]) -> str:
     if parts == ("", marked) or split_thought(plain).answer != plain:
         return plain
     thought, answer = parts
-    for special in added_tokens(tokenizer, special=True):
+    for special in special_tokens(tokenizer):
         thought, answer = thought.replace(special, ""), answer.replace(special, "")
     first, last = MARKS[0]
     if not parts.answer:
