@@ -191,8 +191,9 @@ def generation_prefix(tokenizer: Any) -> str:
 
 def special_tokens(tokenizer: Any) -> set[str]:
     """The texts of all tokens that are no part of ordinary text."""
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    return {*tokenizer.all_special_tokens, *(str(token) for token in added.values() if token.special)}
+    added = getattr(tokenizer, "added_tokens_decoder", None)  # of some a function
+    marked = [str(token) for token in added.values() if token.special] if isinstance(added, dict) else []
+    return {*tokenizer.all_special_tokens, *marked}
 
 
 def closing_token(tokenizer: Any) -> int | None:
