@@ -86,7 +86,7 @@ def encode_completion(
         prompt: None: no conversation is rendered.
     """
     closing = rendering.closing_token(tokenizer)
-    end = tokenizer.eos_token_id if closing is None or (ends and closing not in ends) else closing
+    end = closing if closing in ends else tokenizer.eos_token_id
     stops = {*ends, end}
     if prompt is not None and tokenizer.chat_template is not None:
         messages = as_messages(prompt)
