@@ -19,7 +19,7 @@ SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content"
 
 
 def written(tokenizer: Any, reference: str, prompt: Any = "How many?") -> str:
-    ends = [rendering.closing_token(tokenizer)]
+    ends = [rendering.closing_token(tokenizer) or tokenizer.eos_token_id]
     return str(tokenizer.decode(encode_completion(tokenizer, reference, ends, prompt)))
 
 
