@@ -166,7 +166,7 @@ class Examiner:
             options, right = candidates(row)
             groups.append((len(texts), len(options), right))
             prompts += [encode_prompt(self.tokenizer, row["prompt"])] * len(options)
-            texts += [encode_completion(self.tokenizer, option, ends) for option in options]
+            texts += [encode_completion(self.tokenizer, option, ends, row["prompt"]) for option in options]
         logp_N, count_N = sequence_logprobs(model, prompts, texts)
         mean_N = logp_N / count_N
         return [int(mean_N[first : first + count].argmax()) == right for first, count, right in groups]

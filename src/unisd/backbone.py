@@ -30,7 +30,7 @@ from unisd.distributed.sharding import materialized, passage_to
 from unisd.errors import UserError
 from unisd.kernels.attention import PACKED_SDPA
 from unisd.losses.head import Head
-from unisd.models.load import context_length, without_adapter
+from unisd.models.load import context_length, defined_tokens, without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +130,15 @@ class Backbone:
         is gathered (all ranks must ask).
         """
         module = self.head_module
+        weight = materialized(module.weight) if weight is None else weight
+        if bias is None and module.bias is not None:
+            bias = materialized(module.bias)
+        known = defined_tokens(module)
+        if known is not None:  # views, without the rows that stand for no token
+            weight, bias = weight[:known], None if bias is None else bias[:known]
         return Head(
-            weight=materialized(module.weight) if weight is None else weight,
-            bias=(None if module.bias is None else materialized(module.bias)) if bias is None else bias,
+            weight=weight,
+            bias=bias,
             scale=self._scale,
             softcap=self._softcap,
         )

@@ -34,7 +34,7 @@ from unisd.losses.chunked import chunked_loss
 from unisd.losses.plain import plain_loss
 from unisd.memory import smaller_until_it_fits
 from unisd.methods.scores import StepScores
-from unisd.models.load import eos_ids
+from unisd.models.load import eos_ids, pad_id
 from unisd.monitoring.metrics import StepMetrics
 from unisd.monitoring.observer import Observer, Probes
 from unisd.rollout.engine import Completion, Engine, Sampling
@@ -115,7 +115,7 @@ class UniSDTrainer(EvaluatingTrainer):
         student, processing_class = load_student(model, args, processing_class, peft_config)
         self.grader = grader
         self.rows: list[Row] = [] if train_dataset is None else training_rows(train_dataset, args)
-        self.prompts = build_prompts(args, processing_class)
+        self.prompts = build_prompts(args, processing_class, student)
         self.plan = Plan.of(args, engine)
         if self.rows:
             check_data_serves(self.plan.needs, self.rows)
@@ -150,7 +150,7 @@ class UniSDTrainer(EvaluatingTrainer):
         wanted = (self.prompts, self.plan.needs, self.plan.sources, *self.backbone.context)
         self.request_builder = RequestBuilder(args, *wanted)
         self.eos_ids = eos_ids(student, tokenizer)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+        self.pad_id = pad_id(student, tokenizer)
 
     def _build_scorer(self) -> None:
         args, plan = self.args, self.plan

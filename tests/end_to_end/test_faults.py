@@ -314,6 +314,7 @@ def alarmed(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         return {"short answers": "answers shrank."} if len(seen) >= at - 1 else {}
 
     monkeypatch.setattr(alarms, "find", find)
+    monkeypatch.setattr(alarms, "never_ends", lambda first: None)
 
 
 def test_an_alarm_warns_and_the_run_goes_on(

@@ -204,3 +204,16 @@ def test_a_history_read_again_raises_the_same_alarms() -> None:
     for step in range(7, 12):
         cut.update(step, history[step - 1])
     assert whole.alarms == cut.alarms != []
+
+
+def test_a_first_step_that_is_cut_raises_an_alarm() -> None:
+    watch = Watch(3)
+    [alarm] = watch.update(1, HEALTHY | {"completions/truncated_share": 0.95})
+    assert (alarm.name, alarm.step) == ("never ends", 1)
+    assert alarm.text.startswith(
+        "95 % of the first step's answers ran into the limit: raise max_completion_length"
+    )
+    assert "set eos_token_id" in alarm.text
+    assert watch.update(2, HEALTHY | {"completions/truncated_share": 0.95}) == []
+    assert watch.alarms == [alarm]
+    assert Watch(3).update(1, HEALTHY | {"completions/truncated_share": 0.9}) == []

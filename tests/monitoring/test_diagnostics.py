@@ -247,4 +247,4 @@ def test_diagnostics_are_in_the_metrics_file(tmp_path: Any) -> None:
     assert "retained/nll" in lines[0] and "retained/nll" not in lines[1]
     kept = json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))
     assert kept[0]["prompt"] == "p" and isinstance(kept[0]["completion"], str)
-    assert built.health.alarms == []
+    assert {alarm.name for alarm in built.health.alarms} <= {"never ends"}  # of a random model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd.cli.merge import is_adapter, load_any
-from unisd.cli.parser import CommandParser, add_trust, at_least_one
+from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one
 from unisd.errors import UserError
 
 
@@ -27,12 +27,14 @@ def chat_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     parser.add_argument("--seed", type=int, default=0)
     add_trust(parser)
+    add_template_options(parser)
     options = parser.parse(arguments)
     if options is None:
         return 0
 
     at_least_one(max_new_tokens=options.max_new_tokens)
     from unisd.console import make_console, quiet_libraries, show_answers
+    from unisd.data.rendering import set_options
 
     quiet_libraries()
     console = make_console()
@@ -43,6 +45,9 @@ def chat_command(arguments: Sequence[str]) -> int:
     elif options.compare is not None:
         name = _base_of(options.folder) if options.compare == "base" else options.compare
         speakers.insert(0, (name, *load_any(name, trust_remote_code=options.trust_remote_code), False))
+
+    for _, _, own, _ in speakers:
+        set_options(own, options.chat_template_kwargs)
 
     def answer(prompt: str, number: int) -> None:
         texts = []
@@ -80,20 +85,20 @@ def _read_and_answer(answer: Any) -> None:
 
 def _answer(model: Any, tokenizer: Any, prompt: str, options: argparse.Namespace, number: int) -> str:
     from unisd.data.prompts import encode_prompt
-    from unisd.models.load import eos_ids
+    from unisd.data.thoughts import completion_text
+    from unisd.models.load import eos_ids, pad_id
     from unisd.rollout.engine import Sampling
     from unisd.rollout.transformers_engine import generate
 
-    ends = eos_ids(model, tokenizer)
     completion = generate(
         model,
         [encode_prompt(tokenizer, prompt)],
         Sampling(options.max_new_tokens, options.temperature or 1.0),
-        eos_ids=ends,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
+        eos_ids=eos_ids(model, tokenizer),
+        pad_id=pad_id(model, tokenizer),
         keys=[(options.seed, 0, number, 0)] if options.temperature > 0 else None,
     )[0]
-    return str(tokenizer.decode(completion.ids, skip_special_tokens=True))
+    return completion_text(tokenizer, completion.ids)
 
 
 def _base_of(folder: str) -> str:

@@ -13,9 +13,11 @@ from typing import Any
 from unisd import tasks
 from unisd.cli.grade import SCHEMA_VERSION, Figures, add_task_flags, grade_answers, summary_lines, task_of
 from unisd.cli.merge import load_any
-from unisd.cli.parser import CommandParser, add_trust, at_least_one, output_file
+from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one, output_file
 from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
+from unisd.data import rendering
 from unisd.data.prompts import encode_prompt
+from unisd.data.thoughts import completion_text
 from unisd.errors import UserError
 from unisd.evaluation.grading import row_results, summarize
 from unisd.files import write_text
@@ -77,6 +79,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
     add_trust(parser)
+    add_template_options(parser)
     parser.add_argument(
         "--server_url", metavar="URL", help="let an OpenAI-compatible server answer; no perplexities then"
     )
@@ -107,6 +110,10 @@ def _check(options: Any) -> None:
         )
     if options.num_samples > 1 and options.temperature <= 0:
         raise UserError("--num_samples: greedy answers are all alike; give a --temperature.")
+    if options.server_url and options.chat_template_kwargs is not None:
+        raise UserError(
+            "--chat_template_kwargs: a server renders by itself; give it the options when it is started."
+        )
     if options.server_url and options.base:
         raise UserError(
             "--base needs the model itself, for perplexities, not a server: drop --base or --server_url."
@@ -165,6 +172,7 @@ class _Evaluation:
             self.model, self.tokenizer = load_any(
                 options.model_name_or_path, options.dtype, options.trust_remote_code
             )
+            rendering.set_options(self.tokenizer, options.chat_template_kwargs)
         self.base = None
         if options.base:
             self.base, tokenizer = load_any(options.base, options.dtype, options.trust_remote_code)
@@ -218,7 +226,7 @@ class _Evaluation:
 
     def answers(self, rows: Sequence[Row], cap: int, what: str) -> list[list[str]]:
         """One or several answers a row."""
-        from unisd.models.load import eos_ids
+        from unisd.models.load import eos_ids, pad_id
         from unisd.rollout.engine import Sampling, seed_of
         from unisd.rollout.transformers_engine import generate
 
@@ -233,8 +241,7 @@ class _Evaluation:
             with show_progress(f"answering {what}", len(asked)) as advance:
                 told = iter(self.server.answers(asked, max_tokens=cap, on_rows=advance, **drawn))
             return [[next(told) for _ in range(options.num_samples)] for _ in rows]
-        ends = eos_ids(self.model, self.tokenizer)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0]
+        rendering.check_rows(self.tokenizer, rows, what)
         prompts = [
             encode_prompt(self.tokenizer, row["prompt"]) for row in rows for _ in range(options.num_samples)
         ]
@@ -244,13 +251,11 @@ class _Evaluation:
                 self.model,
                 prompts,
                 sampling,
-                eos_ids=ends,
-                pad_id=pad,
+                eos_ids=eos_ids(self.model, self.tokenizer),
+                pad_id=pad_id(self.model, self.tokenizer),
                 keys=keys if options.temperature > 0 else None,
                 batch_size=options.batch_size,
                 on_rows=advance,
             )
-        texts = iter(
-            [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in written]
-        )
+        texts = iter([completion_text(self.tokenizer, completion.ids) for completion in written])
         return [[next(texts) for _ in range(options.num_samples)] for _ in rows]

@@ -11,7 +11,7 @@ from typing import Any
 from unisd.errors import UserError
 from unisd.files import why_unwritable
 from unisd.options.option import nearest
-from unisd.options.parser import refuse_repeats
+from unisd.options.parser import json_mapping, refuse_repeats
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -62,6 +62,16 @@ def at_least_one(**values: int | None) -> None:
 def add_trust(parser: CommandParser) -> None:
     """The flag of commands that load a model without `unisd train`'s options."""
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def add_template_options(parser: CommandParser) -> None:
+    """The flag of commands that render prompts without `unisd train`'s options."""
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=json_mapping,
+        metavar="JSON",
+        help="options of the chat template (default: those kept with the tokenizer)",
+    )
 
 
 def output_file(text: str) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unisd.cli.parser import CommandParser, output_file
 from unisd.console import make_console, quiet_libraries, show_table
 from unisd.data.prompts import PromptBuilder
+from unisd.data.rendering import set_options
 from unisd.data.rows import Row
 from unisd.data.text import prompt_text
 from unisd.errors import UserError
@@ -57,6 +58,7 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
     def load() -> tuple[Any, Any]:
         if not loaded:
             model, tokenizer, _ = load_model(options, training=False)
+            set_options(tokenizer, config.chat_template_kwargs)
             loaded.append((model.to(config.device), tokenizer))
         return loaded[0]
 
@@ -66,6 +68,7 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
         config.teacher_prompt_layout,
         config.teacher_prompt_template,
         config.auxiliary_prompt_template,
+        teacher_options=config.teacher_chat_template_kwargs,
     )
     context = context_length(model)
     limit = RequestBuilder(config, prompts, (), (), context).teacher_room

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from unisd.cli.parser import CommandParser, at_least_one, output_file
 from unisd.console import make_console, number, quiet_libraries, show_table
+from unisd.data import rendering
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.errors import UserError
@@ -70,12 +71,18 @@ def probe(
     rows = [*data.train, *data.evaluation][:n] if len(data.train) < n else data.train[:n]
     model, tokenizer, _ = load_model(options, training=False)
     model.to(config.device)
-    if tokenizer.chat_template is None:
+    rendering.set_options(tokenizer, config.chat_template_kwargs)
+    rendering.check_rows(tokenizer, rows, data.name)
+    if not rendering.has_template(tokenizer):
         console.print(
             "note: the tokenizer has no chat template; prompts are plain text", markup=False, highlight=False
         )
     prompts = PromptBuilder(
-        tokenizer, "append", config.teacher_prompt_template, config.auxiliary_prompt_template
+        tokenizer,
+        "append",
+        config.teacher_prompt_template,
+        config.auxiliary_prompt_template,
+        teacher_options=config.teacher_chat_template_kwargs,
     )
     rows, overlong = _fitting(rows, prompts, model, max_new_tokens)
     with _progress(console) as (on_phase, on_rows):

@@ -8,17 +8,21 @@ string prompts as plain text.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from unisd.data import rendering
 from unisd.data.privilege import reference_at
+from unisd.data.rendering import Messages, as_messages
+from unisd.data.thoughts import MARKS, opened_mark, split_thought
 from unisd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, Any]]
 Prompt = str | Messages
+View = tuple[Prompt, tuple[str, ...]]  # a prompt, and texts that must be in what is rendered
 
 TEACHER_TEMPLATE = (
     "{prompt}\n\nThis is an example of a response to this question:\n{privileged_context}\n\n"
@@ -30,53 +34,115 @@ PLAIN_TEACHER_TEMPLATE = "Example response:\n{privileged_context}\n\n{prompt}"
 PLAIN_AUXILIARY_TEMPLATE = "{context}\n\n{prompt}"
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, options: Mapping[str, Any] | None = None, kept: Sequence[str] = ()
+) -> list[int]:
     """Encode a prompt up to where the answer begins.
 
     The chat template is applied once, with its generation prefix.
 
+    Args:
+        options: of the template, in place of those that the tokenizer keeps.
+        kept: texts of assistant turns that must be in what is rendered.
+
     Raises:
-        UserError: if `prompt` is messages and the tokenizer has no chat template.
+        UserError: `prompt` is messages and the tokenizer has no chat template, or this refuses
+            them or leaves something out.
     """
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise UserError(
-                "the prompt is a list of messages, but the tokenizer has no chat template: give prompts as"
-                " plain strings, or use a model with a chat template."
+    if rendering.has_template(tokenizer):
+        return rendering.encode(tokenizer, as_messages(prompt), options, kept)
+    if not isinstance(prompt, str):
+        raise UserError(
+            "the prompt is a list of messages, but the tokenizer has no chat template: give prompts as"
+            " plain strings, or use a model with a chat template."
+        )
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # A tokenizer that should begin with BOS may have lost that in conversion; without it Gemma
+    # writes nonsense.
+    if (
+        bos is not None
+        and bos != eos
+        and ids[:1] != [bos]
+        and getattr(tokenizer, "add_bos_token", None) is not False
+    ):
+        ids = [bos, *ids]
+    # Some tokenizers close every text with an end token; the answer must follow the prompt
+    # instead.
+    return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
+
+
+def encode_completion(
+    tokenizer: Any, text: str, ends: Sequence[int] = (), prompt: Prompt | None = None
+) -> list[int]:
+    """Token ids of an answer to `prompt` as the model would write it, with its end token.
+
+    It is what the chat template makes of an assistant turn, after the prompt. Where this does not
+    begin with the prompt, it is the text itself, without a thought's mark that the prompt ends in,
+    and the token with which the template closes an answer (else the tokenizer's EOS).
+
+    Args:
+        ends: the tokens that end a generation.
+        prompt: None: no conversation is rendered.
+    """
+    closing = rendering.closing_token(tokenizer)
+    end = closing if closing in ends else tokenizer.eos_token_id
+    stops = {*ends, end}
+    if prompt is not None and tokenizer.chat_template is not None:
+        messages = as_messages(prompt)
+        before = rendering.render(tokenizer, messages)
+        written = _assistant_turn(tokenizer, messages, before, text)
+        if written is not None:
+            ids = list(tokenizer(written, add_special_tokens=False)["input_ids"])
+            last = next((i for i in reversed(range(len(ids))) if ids[i] in stops), None)
+            if last is not None:
+                return ids[: last + 1]
+        else:
+            _say_once(
+                "A chat with an answer does not begin with its prompt, as the chat template renders it:"
+                " reference answers are taken as they are, right after the prompt."
             )
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        # A tokenizer that should begin with BOS may have lost that in conversion; without it Gemma
-        # writes nonsense.
-        if (
-            bos is not None
-            and bos != eos
-            and ids[:1] != [bos]
-            and getattr(tokenizer, "add_bos_token", None) is not False
-        ):
-            ids = [bos, *ids]
-        # Some tokenizers close every text with an end token; the answer must follow the prompt
-        # instead.
-        return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def encode_completion(tokenizer: Any, text: str, ends: Sequence[int] = ()) -> list[int]:
-    """Token ids of an answer as the model would write it: the text and the end token.
-
-    That is the one of `ends` (the tokens that end a generation) with which the chat template closes
-    an answer: it need not be the tokenizer's EOS. That one stands in where there is no template, or
-    it closes with another.
-    """
+            text = _after(before, text)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    end = tokenizer.eos_token_id
-    if tokenizer.chat_template is not None and len(ends) > 1:
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        closing = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
-        end = next((i for i in tokenizer(closing, add_special_tokens=False)["input_ids"] if i in ends), end)
     return [*ids, end] if end is not None else ids
+
+
+def _assistant_turn(tokenizer: Any, messages: Messages, before: str, text: str) -> str | None:
+    """What the template writes for an answer, after the prompt `before`; None if it cannot be told.
+
+    A thought is given in fields of its own, or else within the text.
+    """
+    parts = split_thought(text)
+    turn = {"role": "assistant", "content": text}
+    apart = {**turn, "content": parts.answer, "reasoning_content": parts.thought, "thinking": parts.thought}
+    opened = opened_mark(before)
+    for form in (apart, turn) if parts.thought and parts.answer else (turn,):
+        said = (parts.thought, parts.answer)
+        try:
+            whole = rendering.render(tokenizer, [*messages, form], answering=False, kept=said)
+        except UserError:
+            continue
+        written = whole.removeprefix(before)
+        doubled = opened is not None and written.lstrip().startswith(opened)
+        if whole.startswith(before) and not doubled:
+            return written
+    return None
+
+
+def _after(before: str, text: str) -> str:
+    """An answer right after a prompt that may have opened a thought."""
+    opened = opened_mark(before)
+    if opened is None:
+        return text
+    closing = dict(MARKS)[opened]
+    if closing in text:
+        return text.lstrip().removeprefix(opened).lstrip()
+    return f"\n{closing}\n\n{text}"
+
+
+@cache
+def _say_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _on_last_turn(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
@@ -118,6 +184,8 @@ class PromptBuilder:
         teacher_template: with `{prompt}` and `{privileged_context}`; None: built in.
         auxiliary_template: with `{context}` and `{prompt}`; None: built in.
         level: how much of the reference the teacher sees (:mod:`unisd.data.privilege`).
+        teacher_options: of the chat template, for what the teacher reads; None: the student's.
+        embedded: how many tokens the model has an embedding of, where the tokenizer knows more.
 
     Raises:
         UserError: if a template lacks a placeholder.
@@ -128,6 +196,8 @@ class PromptBuilder:
     teacher_template: str | None = None
     auxiliary_template: str | None = None
     level: str = "full"
+    teacher_options: Mapping[str, Any] | None = None
+    embedded: int | None = None
 
     def __post_init__(self) -> None:
         for name, template, needed in (
@@ -137,10 +207,12 @@ class PromptBuilder:
             missing = [] if template is None else [marker for marker in needed if marker not in template]
             if missing:
                 raise UserError(f"{name} lacks {' and '.join(missing)}: add it where that text belongs.")
+        if self.teacher_options is not None:
+            rendering.check_options(self.tokenizer, self.teacher_options, "teacher_chat_template_kwargs")
 
     @property
     def is_chat(self) -> bool:
-        return self.tokenizer.chat_template is not None
+        return rendering.has_template(self.tokenizer)
 
     def with_reference(self, prompt: Prompt, reference: str) -> Prompt:
         """The teacher's prompt: the problem and the reference, in the chosen layout."""
@@ -183,13 +255,55 @@ class PromptBuilder:
         """
         if level == "plain":
             return self.student(row) if question else None
+        view = self._view(row, level, question)
+        return None if view is None else self._encode(*view)
+
+    def _view(self, row: dict[str, Any], level: str, question: bool = True) -> View | None:
+        """What the teacher reads, and what of it must not get lost."""
         if level == "full" and question and row.get("teacher_prompt"):
-            return encode_prompt(self.tokenizer, row["teacher_prompt"])
+            return row["teacher_prompt"], ()
         reference = reference_at(row, level)
         if reference is None:
             return None
         build = self.with_reference if question and level != "unconditioned" else self.without_question
-        return encode_prompt(self.tokenizer, build(row["prompt"], reference))
+        return build(row["prompt"], reference), self._kept(reference)
+
+    def _kept(self, reference: str) -> tuple[str, ...]:
+        """A reference in a turn of its own; within the user's turn it is looked for anyway."""
+        return (reference,) if self.layout == "turn" else ()
+
+    def _encode(self, prompt: Prompt, kept: tuple[str, ...] = ()) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, self.teacher_options, kept)
+
+    def check(self, row: dict[str, Any]) -> None:
+        """Render a row's prompts.
+
+        Raises:
+            UserError: the chat template refuses one, or leaves something out; or the model has no
+                embedding of a token.
+        """
+        if self.embedded is not None:
+            self._check_embedded(row, self.embedded)
+        if self.tokenizer.chat_template is None:
+            return
+        rendering.render(self.tokenizer, as_messages(row["prompt"]))
+        wrong = row.get("negative_context")
+        views = (
+            self._view(row, self.level) if self.level != "plain" else None,
+            (self.with_reference(row["prompt"], wrong), self._kept(wrong)) if wrong else None,
+        )
+        for prompt, kept in filter(None, views):
+            rendering.render(self.tokenizer, as_messages(prompt), self.teacher_options, kept=kept)
+
+    def _check_embedded(self, row: dict[str, Any], rows: int) -> None:
+        answer = self.tokenizer(str(row.get("completion") or ""), add_special_tokens=False)["input_ids"]
+        for ids in (self.student(row), self.at_level(row, self.level) or [], answer):
+            if (highest := max(ids, default=0)) >= rows:
+                raise UserError(
+                    f"it holds the token {self.tokenizer.convert_ids_to_tokens(highest)!r} ({highest}), but"
+                    f" the model's embedding has {rows} rows: take its text out, or give the model's own"
+                    " tokenizer."
+                )
 
     def without_question(self, prompt: Prompt, reference: str) -> Prompt:
         """The reference alone, in the append layout's words; system turns stay."""
@@ -200,27 +314,19 @@ class PromptBuilder:
         return [*(turn for turn in prompt if turn["role"] == "system"), {"role": "user", "content": text}]
 
     def negative(self, row: dict[str, Any]) -> list[int]:
-        return encode_prompt(self.tokenizer, self.with_reference(row["prompt"], row["negative_context"]))
+        wrong = row["negative_context"]
+        return self._encode(self.with_reference(row["prompt"], wrong), self._kept(wrong))
 
     def auxiliary(self, row: dict[str, Any], most: int) -> list[list[int]]:
         contexts = (row.get("auxiliary_contexts") or [])[:most]
-        return [
-            encode_prompt(self.tokenizer, self.with_context(row["prompt"], context)) for context in contexts
-        ]
+        return [self._encode(self.with_context(row["prompt"], context)) for context in contexts]
 
     def check_generation_prefix(self, row: dict[str, Any]) -> None:
         """Warn if student and teacher prompts do not end alike.
 
         Their answers would start from different states.
         """
-        if not self.is_chat:
-            return
-        prompt = row["prompt"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        render = self.tokenizer.apply_chat_template
-        closed = render(messages, tokenize=False, add_generation_prompt=False)
-        opened = render(messages, tokenize=False, add_generation_prompt=True)
-        prefix = opened[len(closed) :] if opened.startswith(closed) else opened[-16:]
+        prefix = rendering.generation_prefix(self.tokenizer)
         teacher = self.tokenizer.decode(self.teacher(row))
         if not teacher.endswith(prefix) and prefix.strip() and not teacher.rstrip().endswith(prefix.rstrip()):
             logger.warning(

@@ -13,9 +13,10 @@ from typing import Any
 import torch.distributed as dist
 
 from unisd.console import show_progress
+from unisd.data.thoughts import completion_text
 from unisd.evaluation.grading import grade_many, wilson
 from unisd.evaluation.likelihood import Ids, _ids
-from unisd.models.load import eos_ids
+from unisd.models.load import eos_ids, pad_id
 from unisd.rollout.decoding import decode, default_batch_size
 from unisd.tasks.base import Grade, Row
 
@@ -60,7 +61,7 @@ def generate_greedy(
     """
     at_once = batch_size or default_batch_size(model.device)
     ends = eos_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+    pad = pad_id(model, tokenizer)
 
     def write(mine: Sequence[Ids | str | list[dict[str, Any]]]) -> list[list[int]]:
         with show_progress(description, len(mine), progress) as advance:
@@ -99,7 +100,7 @@ def accuracy(
     start = time.perf_counter()
     ids = generate_greedy(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
     seconds = time.perf_counter() - start
-    texts = [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
+    texts = [completion_text(tokenizer, one) for one in ids]
 
     def graded(pairs: Sequence[tuple[Row, str]]) -> list[Grade]:
         return grade_many(grade, [row for row, _ in pairs], [text for _, text in pairs])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from unisd.data.thoughts import answer_of
 from unisd.tasks.base import Grade, Row
 
 BOOTSTRAP = 2000  # resamples of an interval
@@ -24,11 +25,13 @@ def grade_many(
 ) -> list[Grade]:
     """Grade each completion, in their order; as many at once as there are cores.
 
-    A program runs in a process of its own.
+    The grader sees what follows a thought: nothing, where this has not ended. A program runs in a
+    process of its own.
     """
 
     def one(pair: tuple[Row, str]) -> Grade:
-        verdict = grade(*pair)
+        row, text = pair
+        verdict = grade(row, answer_of(text))
         on_done(1)
         return verdict if isinstance(verdict, Grade) else Grade(bool(verdict))
 

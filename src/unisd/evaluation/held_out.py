@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from unisd.data.rows import Row
+from unisd.data.thoughts import completion_text
 from unisd.distributed.collectives import on_all_ranks
 from unisd.distributed.sharding import all_ranks_must_join
 from unisd.evaluation.grading import grade_many
@@ -37,7 +38,7 @@ def held_out(
     if grader is not None:
         engine.sync()  # on all ranks, those without rows too
         completions = on_all_ranks(accelerator, lambda: answer(mine) if joins else [])
-        texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+        texts = [completion_text(tokenizer, completion.ids) for completion in completions]
         correct = sum(map(bool, grade_many(grader, mine, texts)))
     sums = torch.tensor([nll, tokens, correct], dtype=torch.float64)
     if accelerator.num_processes > 1:

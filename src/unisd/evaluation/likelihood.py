@@ -19,7 +19,7 @@ from torch import Tensor
 from unisd.distributed.sharding import entry, in_step
 from unisd.errors import UserError
 from unisd.kernels.lora import inference
-from unisd.models.load import eos_ids
+from unisd.models.load import check_embedded, embedded_tokens, eos_ids
 from unisd.tasks.base import Row
 
 Ids = Sequence[int]
@@ -127,6 +127,7 @@ def sequence_logprobs(
     Memory: hidden states of `token_budget` tokens and `CHUNK_ENTRIES` logits.
     """
     _check_pairs(prompt_ids, completion_ids)
+    check_embedded(embedded_tokens(model), [*prompt_ids, *completion_ids])
     logp_N = torch.zeros(len(prompt_ids), dtype=torch.float64)
     count_N = torch.tensor([len(c) for c in completion_ids], dtype=torch.int64)
     with inference(model), in_step(model):
@@ -164,7 +165,7 @@ def reference_nll(
         reference = row.get("completion") or row.get("privileged_context")
         if reference:
             prompts.append(_ids(tokenizer, row["prompt"]) if prompt_ids is None else prompt_ids[i])
-            completions.append(encode_completion(tokenizer, str(reference), ends))
+            completions.append(encode_completion(tokenizer, str(reference), ends, row["prompt"]))
     logp_N, count_N = sequence_logprobs(model, prompts, completions)
     return -float(logp_N.sum()), int(count_N.sum())
 

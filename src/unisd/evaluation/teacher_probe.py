@@ -23,13 +23,14 @@ from torch import Tensor
 from unisd.backbone import Backbone
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
+from unisd.data.thoughts import answer_of, completion_text
 from unisd.evaluation.grading import wilson
 from unisd.evaluation.likelihood import reference_nll
 from unisd.kernels.attention import takes_packed
 from unisd.losses.chunked import chunked_loss, token_logprobs
 from unisd.losses.terms import LossInputs
 from unisd.methods.divergence import DivergenceSpec
-from unisd.models.load import eos_ids
+from unisd.models.load import eos_ids, pad_id
 from unisd.rollout.engine import Completion, Sampling
 from unisd.rollout.transformers_engine import generate
 from unisd.scoring.passes import Job, Passes, PassLayout
@@ -83,7 +84,7 @@ class Probe:
         self.limits = limits
         self.on_phase, self.on_rows = on_phase, on_rows
         self.eos_ids = eos_ids(model, tokenizer)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+        self.pad_id = pad_id(model, tokenizer)
         self.backbone = Backbone(model)
         self.packed = self.backbone.check(self.pad_id) and takes_packed(model.device)
 
@@ -124,9 +125,7 @@ class Probe:
             "truncated": sum(completion.truncated for completion in completions),
         }
         if self.grade is not None:
-            texts = [
-                self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions
-            ]
+            texts = [answer_of(completion_text(self.tokenizer, one.ids)) for one in completions]
             figures["accuracy"] = wilson(sum(map(self.grade, rows, texts)), len(rows))
         return figures
 

@@ -27,6 +27,7 @@ DOUBT_BY_CHANCE = 1e-5
 STATED_AT_LEAST = 24  # answers that state the gold answer, in either window
 STATED_SIGMAS = 3.5  # of the widest variance that shares with such a mean can have
 REPEATED_AT_LEAST = 0.10
+CUT_AT_MOST = 0.9  # of the first step's answers
 UNSURE_NATS = 0.05  # a token, beside twice the entropy of the start
 PROBED_AT_LEAST = 24  # answers; of fewer a cosine is noise
 PROBED_IN_WINDOW = 16
@@ -72,6 +73,18 @@ def no_end(first: Values, last: Values) -> str | None:
     return (
         f"only {100 * now:.0f} % of the answers come to an end (at first {100 * before:.0f} %): raise"
         " max_completion_length, or set mask_truncated_completions."
+    )
+
+
+def never_ends(first: Values) -> str | None:
+    """Judge the very first step: answers that hardly ever end are not worth a window of steps."""
+    cut = first.get("completions/truncated_share")
+    if cut is None or cut <= CUT_AT_MOST:
+        return None
+    return (
+        f"{100 * cut:.0f} % of the first step's answers ran into the limit: raise max_completion_length; if"
+        " they go on behind their end (see samples.jsonl), set eos_token_id in the model's"
+        " generation_config.json to the token that ends a turn."
     )
 
 
@@ -334,10 +347,14 @@ class Watch:
         for metric, value in _finite(values).items():
             if metric.startswith(SUMS):
                 self._sums[metric] = self._sums.get(metric, 0.0) + value
+        new = []
+        if step == 1 and (text := never_ends(_finite(values))) is not None:
+            new = [Alarm("never ends", step, text)]
+            self.alarms += new
         if self._steps <= self.window:
             for metric, value in _finite(values).items():
                 self._first.setdefault(metric, []).append(value)
-            return []
+            return new
         self._last.append(values)
         if len(self._last) < self.window:
             return []

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unisd.data.rows import Row
 from unisd.data.text import MAX_TEXT, as_text
+from unisd.data.thoughts import answer_of, completion_text
 from unisd.files import keep_until
 from unisd.losses.terms import LossOutput
 from unisd.methods.scores import StepScores
@@ -90,12 +91,12 @@ class SampleRecorder:
             }
 
     def _texts(self, row: Row, completion: Completion) -> dict[str, Any]:
-        text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        answer = answer_of(completion_text(self.tokenizer, completion.ids))
         return {
             "id": str(row.get("id", "")),
             "prompt": as_text(row["prompt"])[:MAX_TEXT],
             "reference": str(row.get("privileged_context") or row.get("completion") or "")[:MAX_TEXT],
-            "correct": None if self.grader is None else bool(self.grader(row, text)),
+            "correct": None if self.grader is None else bool(self.grader(row, answer)),
             "tokens": token_texts(self.tokenizer, completion.ids[:MAX_TOKENS]),
         }
 

@@ -197,8 +197,21 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
         parser.add_argument(*flags, choices=get_args(kind))
     elif lists := [kind for kind in kinds if get_origin(kind) is list]:
         parser.add_argument(*flags, type=get_args(lists[0])[0], nargs="+")
+    elif get_origin(kind) is dict:
+        parser.add_argument(*flags, type=json_mapping)
     else:
         parser.add_argument(*flags, type=kind)
+
+
+def json_mapping(text: str) -> dict[str, Any]:
+    """The value of a flag that takes several named values at once."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"name": false}}')
+    return found
 
 
 def _truth(text: str) -> bool:

@@ -6,7 +6,7 @@ Flat names, TRL's where TRL has one. What `unisd train` runs is in `run/options.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from unisd.data.privilege import LEVELS
 from unisd.options.option import option
@@ -182,6 +182,13 @@ class UniSDOptions:
         "rollout", "Leave answers that ran into max_completion_length out of the loss.", False
     )
 
+    chat_template_kwargs: dict[str, Any] | None = option(
+        "rollout",
+        "Options of the model's chat template, as JSON: '{\"enable_thinking\": false}'; kept with the"
+        " tokenizer; unset: those kept with it.",
+        shared=("probe", "prepare"),
+    )
+
     # -- vllm: another engine for the rollouts -----------------------------------------------------
     use_vllm: bool = option(
         "vllm", "Sample the student's answers with vLLM instead of transformers' generate.", False
@@ -270,6 +277,11 @@ class UniSDOptions:
     auxiliary_prompt_template: str | None = option(
         "teacher",
         "Template of auxiliary views with {context} and {prompt}; unset: built in.",
+        shared=("probe", "prepare"),
+    )
+    teacher_chat_template_kwargs: dict[str, Any] | None = option(
+        "teacher",
+        "The same for what the teacher reads; unset: the student's.",
         shared=("probe", "prepare"),
     )
     max_teacher_prompt_length: int | None = option(

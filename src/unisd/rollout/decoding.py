@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from unisd.backbone import asks_for_attention, quiet_routers
@@ -36,7 +36,7 @@ from unisd.batching import forward_batches
 from unisd.distributed.sharding import in_step
 from unisd.kernels.attention import PACKED_SDPA, disable_cudnn_sdpa
 from unisd.kernels.lora import inference
-from unisd.models.load import without_adapter
+from unisd.models.load import check_embedded, defined_tokens, embedded_tokens, without_adapter
 
 COMPACT_EVERY_CPU, COMPACT_EVERY = 16, 64
 """Tokens between two looks at which rows are done: on an accelerator a row more costs next to
@@ -202,6 +202,8 @@ def decode(
     results: list[list[int]] = [[] for _ in prompts]
     if max_new_tokens <= 0:
         return results
+    check_embedded(embedded_tokens(model), prompts)
+    processors = _without_undefined(model, processors)
     ends = sorted(set(eos_ids))
     config = GenerationConfig(
         do_sample=False,
@@ -229,6 +231,30 @@ def _forget_positions(model: Any) -> None:
     for module in model.modules():
         if getattr(module, "rope_deltas", None) is not None:
             module.rope_deltas = None
+
+
+class DefinedTokens(LogitsProcessor):  # type: ignore[misc]
+    """Leaves the first `count` tokens possible: the rest of the head stands for none."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        undefined_BV = torch.arange(scores.shape[-1], device=scores.device) >= self.count
+        return scores.masked_fill(undefined_BV, float("-inf"))
+
+
+def _without_undefined(model: Any, processors: ProcessorFactory | None) -> ProcessorFactory | None:
+    """The same processors, behind one that lets no undefined token pass, where the head has any."""
+    known = defined_tokens(without_adapter(model).get_output_embeddings())
+    if known is None:
+        return processors
+
+    def make(alive: Sequence[int], prompt_length: int) -> LogitsProcessorList:
+        own = [] if processors is None else processors(alive, prompt_length)
+        return LogitsProcessorList([DefinedTokens(known), *own])
+
+    return make
 
 
 def _decode_batch(

@@ -123,5 +123,8 @@ class CompletionSource:
         return "student" if draw < self.args.on_policy_share else "reference"
 
     def _reference(self, row: int) -> Completion:
-        ids = encode_completion(self.prompts.tokenizer, str(self.rows[row]["completion"]), self.eos_ids)
+        found = self.rows[row]
+        ids = encode_completion(
+            self.prompts.tokenizer, str(found["completion"]), self.eos_ids, found["prompt"]
+        )
         return Completion(ids, truncated=False, sampled=False)

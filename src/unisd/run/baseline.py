@@ -19,10 +19,10 @@ from unisd.run.inputs import RunData
 from unisd.run.options import RunOptions
 
 
-def key_of(options: RunOptions, config: UniSDConfig, data: RunData) -> str:
+def key_of(options: RunOptions, config: UniSDConfig, data: RunData, rendered: Any = None) -> str:
     """Hash the model, the evaluated rows and the limits of their answers.
 
-    Seeds and training options are not among them.
+    Seeds and training options are not among them. `rendered`: `rendering.rendered_with`.
     """
     folder = Path(options.model_name_or_path)
     files = sorted(folder.glob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
@@ -33,6 +33,7 @@ def key_of(options: RunOptions, config: UniSDConfig, data: RunData) -> str:
         "data": [data.name, options.grader, options.task_options],
         "rows": [data.evaluation, data.retention],
         "answers": [config.eval_max_new_tokens, config.max_completion_length, config.rollout_batch_size],
+        "rendered": rendered,
         "computed": [str(config.device), config.mixed_precision],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]

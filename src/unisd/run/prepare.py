@@ -13,7 +13,9 @@ from unisd.config import UniSDConfig
 from unisd.console import show_progress
 from unisd.data import contexts, negatives
 from unisd.data.prompts import encode_prompt
+from unisd.data.rendering import OPTIONS, rendered_with
 from unisd.data.rows import Row
+from unisd.data.thoughts import answer_of, completion_text
 from unisd.errors import UserError
 from unisd.models.gguf import cache_dir
 from unisd.rollout.engine import seed_of
@@ -60,12 +62,9 @@ class ModelEmbedder:
 
 def writer(model: Any, tokenizer: Any, seed: int, what: str) -> Callable[[list[str], int], list[str]]:
     """What the model writes to prompts, sampled; another try draws anew."""
-    from unisd.models.load import eos_ids
+    from unisd.models.load import eos_ids, pad_id
     from unisd.rollout.engine import Sampling
     from unisd.rollout.transformers_engine import generate
-
-    ends = eos_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
 
     def write(prompts: list[str], attempt: int) -> list[str]:
         keys = [(seed, attempt, i, 0) for i in range(len(prompts))]
@@ -74,12 +73,12 @@ def writer(model: Any, tokenizer: Any, seed: int, what: str) -> Callable[[list[s
                 model,
                 [encode_prompt(tokenizer, prompt) for prompt in prompts],
                 Sampling(WRITTEN_TOKENS, temperature=0.7, top_p=0.95),
-                eos_ids=ends,
-                pad_id=pad,
+                eos_ids=eos_ids(model, tokenizer),
+                pad_id=pad_id(model, tokenizer),
                 keys=keys,
                 on_rows=advance,
             )
-        return [tokenizer.decode(completion.ids, skip_special_tokens=True).strip() for completion in written]
+        return [answer_of(completion_text(tokenizer, completion.ids)).strip() for completion in written]
 
     return write
 
@@ -152,7 +151,7 @@ def _with_contexts(
             ModelEmbedder(model, tokenizer),
             writer(model, tokenizer, settings.seed, "instructions"),
         )
-        key = model_key(model)
+        key = model_key(model, tokenizer)
     elif settings.kind == "retrieval" and settings.embedder != "tfidf":
         embedder = contexts.SentenceTransformerEmbedder(settings.embedder)
     return contexts.build(
@@ -232,7 +231,7 @@ def _with_negatives(
         write, key = server_writer(server, config.seed, "wrong answers"), _name_of(server)
     elif options.negatives == "model":
         model, tokenizer = load()
-        write, key = writer(model, tokenizer, config.seed, "wrong answers"), model_key(model)
+        write, key = writer(model, tokenizer, config.seed, "wrong answers"), model_key(model, tokenizer)
     return negatives.build(
         rows,
         options.negatives,
@@ -250,8 +249,8 @@ def _name_of(server: ChatServer) -> str:
     return f"{server.client.url} {server.model}"
 
 
-def model_key(model: Any) -> str:
-    """Name and revision of a model, and a hash of some of its weights.
+def model_key(model: Any, tokenizer: Any) -> str:
+    """Name and revision of a model, a hash of some of its weights, and how chats are rendered.
 
     A folder's content may change under its name.
     """
@@ -262,4 +261,6 @@ def model_key(model: Any) -> str:
         flat = parameter.detach().flatten()
         digest.update(name.encode())
         digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    if chosen := rendered_with(tokenizer).get(OPTIONS):
+        digest.update(repr(chosen).encode())
     return f"{model.config._name_or_path} {getattr(model.config, '_commit_hash', None)} {digest.hexdigest()}"

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback
 from unisd import memory
 from unisd.config import UniSDConfig
 from unisd.console import make_console, show_example, show_table
+from unisd.data import rendering
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
@@ -69,6 +70,7 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
     if config.push_to_hub and config.process_index == 0:
         logger.warning("push_to_hub uploads samples.jsonl and answers.json too, with texts of your rows.")
     model, tokenizer, _ = load_model(options)
+    _settle_rendering(tokenizer, config, data)
     config = _in_bf16(model, options, config)
     if config.process_index == 0:
         data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
@@ -93,6 +95,23 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return Setting(data, config, trainer, tokenizer, progress, interruption)
+
+
+def _settle_rendering(tokenizer: Any, config: UniSDConfig, data: RunData) -> None:
+    """Keep options and date of the chat template with the tokenizer, and look at what is asked.
+
+    A run that goes on has the date that it began with.
+
+    Raises:
+        UserError: the template does not read an option, refuses a row or leaves a part of it out.
+    """
+    rendering.set_options(tokenizer, config.chat_template_kwargs)
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint and not Path(str(checkpoint)).is_dir():  # the newest
+        checkpoint = last_complete_checkpoint(str(config.output_dir))
+    rendering.fix_date(tokenizer, checkpoint)
+    for name, rows in (("evaluation", data.evaluation), ("retention", data.retention)):
+        rendering.check_rows(tokenizer, rows, f"the {name} data")
 
 
 def _in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> UniSDConfig:
@@ -297,7 +316,7 @@ def _accounted(
 
 def _measured_before(setting: Setting, options: RunOptions, config: UniSDConfig) -> Results:
     """`figures` and `answers` of the untrained model, which several runs may share."""
-    key = shared.key_of(options, config, setting.data)
+    key = shared.key_of(options, config, setting.data, rendering.rendered_with(setting.tokenizer))
     # Ranks measure together: none can wait for a file.
     cache = options.before_cache if config.world_size == 1 else None
     names = ("figures", "answers")

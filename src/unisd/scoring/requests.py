@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from unisd.config import UniSDConfig
 from unisd.data.privilege import reference_at
 from unisd.data.prompts import PromptBuilder
+from unisd.data.rendering import naming
 from unisd.data.rows import Row
 from unisd.errors import UserError
 from unisd.methods.targets import NEGATIVE, Source
@@ -92,6 +93,9 @@ class RequestBuilder:
         """Raise `UserError` for rows whose prompts leave no room, by number: a cut prompt would
         teach another task.
         """
+        for number, found in enumerate(rows):
+            with naming(f"row {number} of the training data"):
+                self.prompts.check(found)
         level = self.args.teacher_context if self.args.uses_reference else "plain"
         empty = [
             i

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
 from unisd.config import UniSDConfig
+from unisd.data.rendering import fix_date
 from unisd.data.rows import Row
 from unisd.distributed import zero
 from unisd.distributed.collectives import on_all_ranks
@@ -290,6 +291,7 @@ class FaultTolerantTrainer(ShardedTrainer):
     def _take_over(self, checkpoint: str) -> None:
         """Say what has changed since the checkpoint, and load what is `stateful`."""
         lines = self.check_resume(checkpoint)
+        fix_date(self.processing_class, checkpoint)
         for part in self.stateful:
             part.load(checkpoint)
         if self.is_world_process_zero():

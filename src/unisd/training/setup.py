@@ -16,6 +16,7 @@ from unisd.backbone import Backbone, quiet_routers
 from unisd.batching import collate
 from unisd.config import UniSDConfig
 from unisd.data.prompts import PromptBuilder
+from unisd.data.rendering import fix_date, set_options
 from unisd.data.rows import Row, prepare_rows
 from unisd.errors import UserError
 from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
@@ -23,7 +24,15 @@ from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
 from unisd.methods.targets import Source
 from unisd.models.adapters import check_adapter, is_adapter, keep_new_tokens, make_trainable
-from unisd.models.load import can_checkpoint, load_model_and_tokenizer, with_adapter, without_adapter
+from unisd.models.load import (
+    can_checkpoint,
+    embedded_tokens,
+    known_tokens,
+    load_model_and_tokenizer,
+    mark_defined,
+    with_adapter,
+    without_adapter,
+)
 from unisd.rollout.engine import Engine
 from unisd.rollout.transformers_engine import TransformersEngine
 from unisd.rollout.vllm.build import build_engine as vllm_engine
@@ -79,6 +88,7 @@ def load_student(
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
     if args.disable_dropout:
         disable_dropout(student)
+    mark_defined(student, tokenizer)
     if peft_config is not None:
         student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
     if hasattr(student, "peft_config"):
@@ -141,14 +151,19 @@ def training_rows(dataset: Any, args: UniSDConfig) -> list[Row]:
     )
 
 
-def build_prompts(args: UniSDConfig, tokenizer: Any) -> PromptBuilder:
+def build_prompts(args: UniSDConfig, tokenizer: Any, student: Any) -> PromptBuilder:
     """The prompts of student and teachers, by the run's options."""
+    set_options(tokenizer, args.chat_template_kwargs)
+    fix_date(tokenizer)
+    rows = embedded_tokens(student)
     prompts = PromptBuilder(
         tokenizer,
         args.teacher_prompt_layout,
         args.teacher_prompt_template,
         args.auxiliary_prompt_template,
         args.teacher_context,
+        args.teacher_chat_template_kwargs,
+        rows if known_tokens(tokenizer) > rows else None,
     )
     if not prompts.is_chat:
         logger.warning("The tokenizer has no chat template: prompts are taken as plain text.")

@@ -170,7 +170,9 @@ class ColocatedEngine(common.VllmEngine):
                 f" max_prompt_length to {max(room, 0)}."
             )
         requests = [
-            SamplingParams(**common.sampling_fields(sampling, key, self.eos_ids), detokenize=False)
+            SamplingParams(
+                **common.sampling_fields(sampling, key, self.eos_ids, self.undefined), detokenize=False
+            )
             for key in (keys if keys is not None else [None] * len(prompts))
         ]
         outputs = self.llm.generate(

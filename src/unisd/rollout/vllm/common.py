@@ -16,7 +16,7 @@ from torch import Tensor
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.http_client import BadAnswer
-from unisd.models.load import without_adapter
+from unisd.models.load import defined_tokens, without_adapter
 from unisd.rollout.engine import Completion, NoiseKey, Sampling, seed_of
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM is built for
@@ -46,7 +46,10 @@ class VllmEngine:
         self._finished_steps = finished_steps
         self._with_adapter = hasattr(model, "peft_config")
         self.bare = without_adapter(model)
-        self._vocabulary = int(self.bare.get_output_embeddings().weight.shape[0])
+        head = self.bare.get_output_embeddings()
+        rows = int(head.weight.shape[0])
+        self._vocabulary = defined_tokens(head) or rows
+        self.undefined = range(self._vocabulary, rows)
         self._dtype = str(self._precision()).removeprefix("torch.")  # that the engine computes with
 
     def _precision(self) -> torch.dtype:
@@ -69,10 +72,12 @@ class VllmEngine:
         return completion if self.returns_logps else replace(completion, logps=None)
 
 
-def sampling_fields(sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[int]) -> dict[str, Any]:
+def sampling_fields(
+    sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[int], undefined: Sequence[int] = ()
+) -> dict[str, Any]:
     """One request's options by the names that vLLM gives them, in process and over HTTP.
 
-    Greedy where `key` is None.
+    Greedy where `key` is None. `undefined`: tokens that must not be written.
 
     All end tokens count, as in `generate`, so the engine's own idea of them is switched off.
     """
@@ -87,6 +92,8 @@ def sampling_fields(sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
     }
+    if undefined:
+        fields["logit_bias"] = dict.fromkeys(undefined, -100.0)  # the lowest that a server takes
     if key is None:
         return {**fields, "temperature": 0.0}
     drawn = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p, "seed": seed_of(key)}

@@ -288,7 +288,9 @@ class ServerEngine(common.VllmEngine):
     ) -> list[Completion]:
         def one(number: int) -> Completion:
             prompt = list(prompts[number])
-            asked = common.sampling_fields(sampling, None if keys is None else keys[number], self.eos_ids)
+            asked = common.sampling_fields(
+                sampling, None if keys is None else keys[number], self.eos_ids, self.undefined
+            )
             name = (self._with_adapter and self._tag) or self._base
             body = {
                 "model": name,
