@@ -19,9 +19,9 @@ How it is kept honest:
 - an answer counts if it is right in any wording (`PocketTask.knows`), the model's own or an
   annotator's: form is reported apart, or supervised fine-tuning on the annotators' references would
   get nothing for what it knows;
-- all methods see the same number of optimizer steps and rows, and the same test problems; on the
-  pocket all divergences are the same (Jensen-Shannon, 0.5), so that a method's row shows its
-  mechanism.
+- all methods see the same number of optimizer steps and rows, and the same test problems; the
+  divergence is Jensen-Shannon, 0.5, so that a method's row shows its mechanism, but for methods
+  whose recipe has its own (OPSD and what is built on it, DemoPSD, AVSD).
 
 `experiments.pocket_page` makes the page from the lines.
 """

@@ -110,6 +110,8 @@ def arguments(plan: Plan) -> list[str]:
     ]
     if plan.data_files:
         flags += ["--data_files", *plan.data_files]
+    if plan.method == "unisd-star":
+        flags += ["--agreement_contexts", "columns"]  # those of the task, drawn at random
     if plan.method in ("sdft", "unisd-star"):
         flags += ["--distillation_alpha", str(plan.alpha)]
     if plan.method == "unisd-star" and plan.alpha == JSD:

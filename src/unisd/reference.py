@@ -139,7 +139,7 @@ def clip(D_BT: list[Tensor], o: Any) -> list[Tensor]:
     kappa = o.token_clip or math.inf
     if o.token_clip_quantile:
         kappa = float(torch.cat(D_BT).detach().quantile(o.token_clip_quantile))
-    return [torch.where(D_T.gt(kappa * (1 + 1e-6)), kappa, D_T) for D_T in D_BT]
+    return [torch.where(D_T.gt(kappa + 1e-5 * max(kappa, 0.1)), kappa, D_T) for D_T in D_BT]
 
 
 def contrast(l_T: Tensor, teacher_T: Tensor, negative_T: Tensor, o: Any) -> Tensor:

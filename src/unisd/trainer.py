@@ -305,19 +305,19 @@ class UniSDTrainer(EvaluatingTrainer):
                 logger.warning("step %d: %s", self.state.global_step + 1, idle)
                 self._said_idle = True
             target = self.scorer.target_without_states(self._progress(), device)
-        width = scores.mask.shape[1]
-        divergence_BT = found.divergence_BT[own, :width]
+        found = found.of_rows(own, scores.mask.shape[1])
         step = Step(
             rows=requests,
             scores=scores,
             states=states,
-            weights_BT=found.weights_BT[own],
-            coefficient_BT=divergence_BT,
-            terms=[(term, found.terms[term.name][own, :width]) for term in self.plan.terms],
+            weights_BT=found.weights_BT,
+            coefficient_BT=found.divergence_BT,
+            terms=[(term, found.terms[term.name]) for term in self.plan.terms],
             token_clip=found.token_clip,
+            clipped_BT=found.clipped_BT,
             teacher_head=head,
             target=target,
-            deferred=DeferredWeights.of(self.plan, scores, divergence_BT),
+            deferred=DeferredWeights.of(self.plan, scores, found.divergence_BT),
             layout=Layout(self.packed, self.pad_id, self.backbone.head_module.in_features, device),
         )
         return step, everywhere

@@ -306,6 +306,13 @@ def test_the_command_prepares_rows_that_train_takes(
     assert main(["prepare", "--train_file", str(source), "--agreement_contexts", "nearest"]) == 2
 
 
+def test_the_nearest_come_first_and_equal_ones_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    similarity = np.random.default_rng(0).integers(0, 9, 200).astype(np.float32)
+    for near in (1, 7, 64, 200, 1000):
+        monkeypatch.setattr(contexts, "NEAR", near)
+        assert list(contexts._by_similarity(similarity)) == np.argsort(-similarity, kind="stable").tolist()
+
+
 @pytest.mark.real
 def test_retrieval_with_minilm_is_brute_force_cosine() -> None:
     from importlib.metadata import files

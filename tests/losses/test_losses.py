@@ -76,6 +76,26 @@ def test_chunked_equals_plain(spec: DivergenceSpec, head: dict, dtype: torch.dty
     assert_same(x, spec, tolerance, chunk_tokens=5, token_clip=clip, terms=(x.contrast,))
 
 
+@pytest.mark.parametrize("function", [plain_loss, chunked_loss])
+@pytest.mark.parametrize("deferred", [None, lambda D_N, *_: torch.full_like(D_N, 2.0)])
+def test_what_the_scoring_pass_saw_decides_who_is_clipped(
+    function: Callable[..., LossOutput], deferred: Callable[..., Tensor] | None
+) -> None:
+    """Also where this pass, with its rounding or dropout, finds another divergence."""
+    x, spec = problem(F64), DivergenceSpec()
+    x.coefficient[:] = 0.01
+    D_N = run(plain_loss, x, spec)[0].divergence_N
+    clip = float(D_N.median())
+    above_N = D_N.gt(clip)
+    clipped_N = above_N ^ (torch.arange(13) % 4 == 0)
+    assert (above_N & ~clipped_N).any() and (clipped_N & ~above_N).any()
+    out, (gradient_NH, *_) = run(function, x, spec, token_clip=clip, clipped_N=clipped_N, deferred=deferred)
+    expected = torch.where(clipped_N, clip, D_N).sum() * (0.01 if deferred is None else 0.02)
+    torch.testing.assert_close(out.loss.detach(), expected)
+    torch.testing.assert_close(out.clipped_N, clipped_N)
+    assert torch.equal((gradient_NH == 0).all(-1), clipped_N)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 12, 13, 100, None])
 @pytest.mark.parametrize("with_contrast", [True, False])
 def test_any_chunk_size(chunk_tokens: int | None, with_contrast: bool) -> None:

@@ -620,13 +620,17 @@ def test_teacher_context_changes_the_teacher_and_refuses_empty_rows(tmp_path: An
         trainer(tmp_path, teacher_context="hints")
 
 
-def test_contrast_scores_are_those_of_the_whole_distributions(tmp_path: Any) -> None:
-    """KL(q||q-) and l- against plain forward passes, row by row."""
+@pytest.mark.parametrize("top", [0, 5])
+def test_contrast_scores_are_those_of_the_distributions(tmp_path: Any, top: int) -> None:
+    """KL(q||q-) and l- against plain forward passes, row by row: of the whole vocabulary, or of q's
+    largest entries and one for the rest.
+    """
     rows = [
         {**row, "negative_context": row["negative_context"] if i else None}
         for i, row in enumerate(tiny.rows(8))
     ]
-    built = trainer(tmp_path, train_dataset=rows, token_weights=["contrast_weight"], temperature=0.8)
+    mode = {"distillation_mode": "topk", "distillation_topk": top, "entry_clip": 0.05} if top else {}
+    built = trainer(tmp_path, train_dataset=rows, token_weights=["contrast_weight"], temperature=0.8, **mode)
     numbers = [(i, 0) for i in range(8)]
     scored = built._requests(numbers, built._rollout(numbers))
     found, _ = built.scorer.score(scored, "cpu")
@@ -638,10 +642,14 @@ def test_contrast_scores_are_those_of_the_whole_distributions(tmp_path: Any) -> 
             with torch.no_grad():
                 logits = built.model(torch.tensor([prompt + row.completion])).logits[0, len(prompt) - 1 : -1]
             logp.append((logits.double() / 0.8).log_softmax(-1))
+        expected = logp[1].gather(1, torch.tensor(row.completion)[:, None])[:, 0]
+        if top:
+            largest = logp[0].topk(top).indices
+            kept = [x.exp().gather(1, largest) for x in logp]
+            logp = [torch.cat([x, 1 - x.sum(1, keepdim=True)], 1).log() for x in kept]
         kl = (logp[0].exp() * (logp[0] - logp[1])).sum(-1)
         length = len(row.completion)
         torch.testing.assert_close(found.negative_divergence[i, :length].double(), kl, rtol=1e-3, atol=1e-5)
-        expected = logp[1].gather(1, torch.tensor(row.completion)[:, None])[:, 0]
         torch.testing.assert_close(found.negative_logp[i, :length].double(), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -73,6 +73,7 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
     context = context_length(model)
     limit = RequestBuilder(config, prompts, (), (), context).teacher_room
     rows = prepare(data, options, config, load)
+    print(data.contexts)
     _show(rows, prompts, config, limit, options.model_name_or_path)
     if output:
         write_text(output, "".join(json.dumps(row) + "\n" for row in rows))

@@ -19,13 +19,14 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from unisd.console import show_progress
 from unisd.data.rows import Row
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, prompt_text, shingles, words
 from unisd.errors import UserError
@@ -37,6 +38,7 @@ DEMONSTRATIONS = 4  # solved problems that an instruction is written from (3-5 p
 INSTRUCTIONS = 12  # written per data set; each row gets K of them
 TRIES = 4
 BLOCK = 512  # rows whose similarities exist at once
+NEAR = 64  # of the most similar problems, looked at before the others are sorted
 
 
 @dataclass(frozen=True)
@@ -170,19 +172,31 @@ def _retrieved(
     norms_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
     vectors_ND = vectors_ND / np.maximum(norms_N1, 1e-12)
     found = []
-    for first in range(0, len(missing), BLOCK):
-        block = list(missing[first : first + BLOCK])
-        similarity_BN = vectors_ND[block] @ vectors_ND.T
-        for i, similarity_N in zip(block, similarity_BN, strict=True):
-            chosen: dict[tuple[str, ...], str] = {}
-            for place in np.argsort(-similarity_N, kind="stable"):
-                other = problems[place]
-                if other.words not in chosen and problems[i].allows(other):
-                    chosen[other.words] = other.example
-                if len(chosen) == settings.k:
-                    break
-            found.append(list(chosen.values()))
+    with show_progress("retrieving contexts", len(missing)) as advance:
+        for first in range(0, len(missing), BLOCK):
+            block = list(missing[first : first + BLOCK])
+            similarity_BN = vectors_ND[block] @ vectors_ND.T
+            for i, similarity_N in zip(block, similarity_BN, strict=True):
+                chosen: dict[tuple[str, ...], str] = {}
+                for place in _by_similarity(similarity_N):
+                    other = problems[place]
+                    if other.words not in chosen and problems[i].allows(other):
+                        chosen[other.words] = other.example
+                    if len(chosen) == settings.k:
+                        break
+                found.append(list(chosen.values()))
+            advance(len(block))
     return found
+
+
+def _by_similarity(similarity_N: np.ndarray) -> Iterator[int]:
+    """Places from the most similar one on, equal ones in their order.
+
+    The first few are nearly always enough: only they are sorted, until more are asked for.
+    """
+    least = np.partition(similarity_N, -min(NEAR, len(similarity_N)))[-min(NEAR, len(similarity_N))]
+    for part in (np.flatnonzero(similarity_N >= least), np.flatnonzero(similarity_N < least)):
+        yield from part[np.argsort(-similarity_N[part], kind="stable")].tolist()
 
 
 class _TfIdf:

@@ -63,7 +63,8 @@ def chunked_loss(inputs: LossInputs, chunk_tokens: int | None = None) -> LossOut
     chunk = _chunk(len(hidden_NH), most)
     if inputs.deferred is not None and (wanted[1] or wanted[2] or inputs.terms):
         with torch.no_grad():
-            known = chunked_loss(replace(inputs, token_clip=None, terms=(), deferred=None), chunk)
+            bare = replace(inputs, token_clip=None, clipped_N=None, terms=(), deferred=None)
+            known = chunked_loss(bare, chunk)
         factor_N = inputs.deferred(known.divergence_N, known.student_logp_N, known.student_entropy_N)
         inputs = replace(inputs, coefficient_N=inputs.coefficient_N * factor_N, deferred=None)
     loss, *values = _ChunkedLoss.apply(*tracked, inputs, chunk, wanted)  # type: ignore[no-untyped-call]

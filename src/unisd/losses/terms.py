@@ -18,6 +18,7 @@ from unisd.methods.divergence import DivergenceSpec, log_probs, pick
 from unisd.methods.registry import Term
 from unisd.methods.scores import TargetInputs, TermInputs
 from unisd.methods.targets import STUDENT, Source, Target
+from unisd.methods.terms import above_clip
 
 # ---------------------------------------------------------------------------------- inside the loss
 
@@ -177,6 +178,8 @@ class LossInputs:
     target: TargetStates | None = None
     # a further factor of each coefficient, from the values of this very pass
     deferred: DeferredFactor | None = None
+    # bool: the tokens above the clip, where a scoring pass has told; None: this pass tells
+    clipped_N: Tensor | None = None
 
     def rows(self, rows: slice) -> LossInputs:
         return replace(
@@ -185,6 +188,7 @@ class LossInputs:
             teacher_hidden_NH=self.teacher_hidden_NH[rows],
             targets_N=self.targets_N[rows],
             coefficient_N=self.coefficient_N[rows],
+            clipped_N=None if self.clipped_N is None else self.clipped_N[rows],
             terms=tuple(term.rows(rows) for term in self.terms),
             target=None if self.target is None else self.target.rows(rows),
         )
@@ -199,7 +203,10 @@ class LossInputs:
 
 def total(inputs: LossInputs, values: TokenValues) -> Tensor:
     """`sum_N coefficient * min(D, token_clip)` and the same sum of each term."""
-    loss = (inputs.coefficient_N * values[0].clamp(max=_cap(inputs))).sum()
+    divergence_N = values[0]
+    if inputs.token_clip is not None:
+        divergence_N = torch.where(_clipped(inputs, divergence_N), inputs.token_clip, divergence_N)
+    loss = (inputs.coefficient_N * divergence_N).sum()
     for term in inputs.terms:
         loss = loss + (term.coefficient_N * term.values(values)).sum()
     return loss
@@ -208,7 +215,7 @@ def total(inputs: LossInputs, values: TokenValues) -> Tensor:
 def slopes(inputs: LossInputs, values: TokenValues) -> tuple[Tensor, Tensor | None]:
     """d loss / d D [N] and, from the terms, d loss / d l [N]."""
     divergence_N, logp_N = values[0], values[1]
-    clipped_N = divergence_N.detach() > _cap(inputs)
+    clipped_N = _clipped(inputs, divergence_N)
     slope_divergence_N = torch.where(clipped_N, 0.0, inputs.coefficient_N).to(divergence_N.dtype)
     slopes_N = [term.slope(values).to(logp_N.dtype) for term in inputs.terms]
     return slope_divergence_N, sum(slopes_N[1:], slopes_N[0]) if slopes_N else None
@@ -225,11 +232,13 @@ def output(inputs: LossInputs, loss: Tensor, values: TokenValues) -> LossOutput:
         )
         for term in inputs.terms
     }
-    return LossOutput(loss, *known, divergence_N > _cap(inputs), terms)
+    return LossOutput(loss, *known, _clipped(inputs, divergence_N), terms)
 
 
-def _cap(inputs: LossInputs) -> float:
-    return math.inf if inputs.token_clip is None else inputs.token_clip
+def _clipped(inputs: LossInputs, divergence_N: Tensor) -> Tensor:
+    if inputs.clipped_N is not None:
+        return inputs.clipped_N
+    return above_clip(divergence_N, math.inf if inputs.token_clip is None else inputs.token_clip)
 
 
 # A chunk's (D, l, H(p), l+), each [C], and the gradient [C,V] of its loss in the student's

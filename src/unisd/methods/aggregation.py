@@ -20,7 +20,7 @@ from unisd.methods.terms import _quantile
 
 def importance_ratio(student_logp: Tensor, behaviour_logp: Tensor, mask: Tensor, cap: float) -> Tensor:
     """rho [B,T] at the tokens of `mask`, 1 elsewhere and where `behaviour_logp` is NaN (tokens that
-    nobody sampled).
+    nobody sampled). Token by token; published code takes a row's mean.
 
     student_logp, behaviour_logp: nats [B,T], at the temperature of the divergence.
     """

@@ -73,7 +73,9 @@ class StepScores:
     auxiliary_present: Tensor | None = _scored("KB", "auxiliary", "bool: a row may have fewer contexts")
     negative_logp: Tensor | None = _scored("BT", "negative", "l- of the teacher under a wrong reference")
     negative_present: Tensor | None = _scored("B", "negative", "bool: the row has a wrong reference")
-    negative_divergence: Tensor | None = _scored("BT", "contrast", "KL(q||q-), at l-'s temperature")
+    negative_divergence: Tensor | None = _scored(
+        "BT", "contrast", "KL(q||q-), at l-'s temperature; in mode topk of q's entries"
+    )
     student_logp: Tensor | None = _scored("BT", "student", "l, by a student pass or the rollout itself")
     teacher_entropy: Tensor | None = _scored("BT", "entropy", "H(q)")
     divergence: Tensor | None = _scored("BT", "divergence", "D of student and teacher")

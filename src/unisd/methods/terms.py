@@ -43,9 +43,19 @@ def features(inputs: TermInputs) -> Tensor:
 
 def quantile_clip(divergence: Tensor, mask: Tensor, q: float) -> float | None:
     """The token clip kappa as the q-quantile of D [B,T] over the step's loss tokens; None when
-    there are none.
+    there are none. (Published code takes at least 1e-6.)
     """
     return _quantile(divergence[mask], q)
+
+
+def above_clip(divergence: Tensor, clip: float) -> Tensor:
+    """Say which tokens a clip kappa cuts: those above it by more than rounding.
+
+    Answers that begin alike have tokens of one divergence, often right at the quantile. Rounding
+    parts them by some 1e-7 nats, and 1e-6 of large values; it must not decide which one loses its
+    gradient.
+    """
+    return divergence.detach() > clip + 1e-5 * max(clip, 0.1)
 
 
 def _quantile(values: Tensor, q: float) -> float | None:

@@ -42,6 +42,7 @@ class PocketTask(Task):
     """
 
     name = "pocket"
+    contexts = "retrieval"  # solved problems about the row's words
     splits = ("train", "validation", "test", "test_hard", "retention")
     teacher_prompt_template = POCKET_TEACHER_TEMPLATE
     auxiliary_prompt_template = POCKET_AUXILIARY_TEMPLATE

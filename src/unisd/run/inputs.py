@@ -40,6 +40,8 @@ class RunData:
     validation: list[Row] = field(default_factory=list)
     grade: GradeFunction | None = None
     task: Task | None = None
+    contexts: str = ""
+    """A line that says where the auxiliary contexts of the training rows come from."""
 
     @property
     def grader(self) -> Callable[[Row, str], bool] | None:

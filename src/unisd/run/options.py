@@ -127,7 +127,8 @@ class RunOptions:
     )
     agreement_contexts: str = option(
         "data",
-        "Auxiliary contexts for rows that have none: columns (build none), random, retrieval or induction.",
+        "Auxiliary contexts: columns (those that the rows bring), or built for all rows: random, retrieval"
+        " or induction. What a recipe says leaves contexts of your own rows alone.",
         "columns",
         choices=("columns", "random", "retrieval", "induction"),
         shared=("prepare",),

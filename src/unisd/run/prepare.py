@@ -17,6 +17,7 @@ from unisd.data.rendering import OPTIONS, rendered_with
 from unisd.data.rows import Row
 from unisd.data.thoughts import answer_of, completion_text
 from unisd.errors import UserError
+from unisd.methods.registry import parse_weight
 from unisd.models.gguf import cache_dir
 from unisd.rollout.engine import seed_of
 from unisd.run.chat_server import ChatServer
@@ -108,7 +109,8 @@ def build_contexts(
     """Give rows the auxiliary contexts of agreement, as `unisd train --agreement_contexts` does.
 
     Args:
-        rows: as `load_rows` returns them. Those that have `auxiliary_contexts` keep them.
+        rows: as `load_rows` returns them. Those that have `auxiliary_contexts` keep them (the
+            command gives them new ones).
         kind: `retrieval` (the nearest other problems, solved), `random` (any others, solved),
             `induction` (general instructions that the model writes) or `columns` (build none).
         num_contexts: K, most contexts of a row; a row for which fewer are found gets those.
@@ -167,7 +169,8 @@ def _with_contexts(
 def prepare(
     data: RunData, options: RunOptions, config: UniSDConfig, load: Callable[[], tuple[Any, Any]]
 ) -> list[Row]:
-    """Build the contexts and wrong references that the options ask for.
+    """Build the contexts and wrong references that the options ask for; `data.contexts` says where
+    the contexts come from.
 
     Args:
         load: gives model and tokenizer; called where something is to be written or embedded by the
@@ -182,8 +185,10 @@ def prepare(
     rows = data.train
     written = options.agreement_contexts == "induction" or options.negatives == "model"
     server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
-    with_contexts = options.agreement_contexts != "columns" and _wants_contexts(rows, options, config)
+    with_contexts = _wants_contexts(data, options, config)
+    data.contexts = _contexts_line(data, options, with_contexts)
     if with_contexts:
+        rows = [{name: row[name] for name in row if name != "auxiliary_contexts"} for row in rows]
         settings = contexts.Settings(
             options.agreement_contexts, config.num_auxiliary_contexts, config.seed, options.embedder
         )
@@ -206,16 +211,43 @@ def prepare(
     return rows
 
 
-def _wants_contexts(rows: Sequence[Row], options: RunOptions, config: UniSDConfig) -> bool:
-    """Whether the user asks for contexts, or the recipe's agreement needs them.
+def _wants_contexts(data: RunData, options: RunOptions, config: UniSDConfig) -> bool:
+    """Whether the user asks for contexts, or a weight of the recipe needs others than there are.
 
-    What the recipe says is for rows that bring no contexts at all; a single row has no others.
+    What the recipe says leaves the user's own contexts alone, and a task's of the same kind; a
+    single row has no others.
     """
-    return "agreement_contexts" in options.explicit or (
-        config.agreement != "none"
-        and len(rows) > 1
-        and not any(row.get("auxiliary_contexts") for row in rows)
+    kind = options.agreement_contexts
+    if kind == "columns" or "agreement_contexts" in options.explicit:
+        return kind != "columns"
+    needed = any("auxiliary" in parse_weight(text).needs for text in config.reliability_weights)
+    return (
+        needed and len(data.train) > 1 and (not _with_some(data) or _brought(data) not in ("columns", kind))
     )
+
+
+def _with_some(data: RunData) -> int:
+    return sum(bool(row.get("auxiliary_contexts")) for row in data.train)
+
+
+def _brought(data: RunData) -> str:
+    """Of which kind the contexts are that the rows bring."""
+    return "columns" if data.task is None else data.task.contexts
+
+
+def _contexts_line(data: RunData, options: RunOptions, built: bool) -> str:
+    """Which contexts are used, and who has said so."""
+    had, explicit = _with_some(data), "agreement_contexts" in options.explicit
+    own = "the rows' own column auxiliary_contexts"
+    theirs = own if _brought(data) == "columns" else f"those of task {data.name} ({_brought(data)})"
+    if built:
+        kind = options.agreement_contexts
+        kind += f" by {options.embedder}" if kind == "retrieval" else ""
+        asked = "agreement_contexts" if explicit else f"recipe {options.recipe}"
+        place = f", in the place of {theirs}, {had} of {len(data.train)} rows" if had else ""
+        return f"auxiliary contexts: {kind}, as {asked} says{place}"
+    others = "" if explicit else "; --agreement_contexts retrieval builds others"
+    return f"auxiliary contexts: {theirs if had else 'none'}{others}"
 
 
 def _with_negatives(
@@ -226,6 +258,13 @@ def _with_negatives(
     load: Callable[[], tuple[Any, Any]],
     server: ChatServer | None,
 ) -> list[Row]:
+    if kept := sum(bool(row.get("negative_context")) for row in rows):
+        logger.warning(
+            "negatives=%s is for rows without a wrong reference: %d of %d rows keep the one that they bring.",
+            options.negatives,
+            kept,
+            len(rows),
+        )
     write, key = None, ""
     if options.negatives == "model" and server is not None:
         write, key = server_writer(server, config.seed, "wrong answers"), _name_of(server)

@@ -393,6 +393,8 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
         markup=False,
         highlight=False,
     )
+    if "auxiliary" in trainer.plan.needs:
+        console.print(data.contexts, markup=False, highlight=False)
     row = trainer.rows[0]
     student = trainer.prompts.student(row)
     sampling = replace(trainer.sampling, max_new_tokens=min(trainer.sampling.max_new_tokens, SHOWN_TOKENS))

@@ -187,13 +187,14 @@ class Scorer:
 
     def _contrast(self, found: Findings, head: Head) -> None:
         """Compare the teacher under the right and the wrong reference, where that is needed:
-        KL(q||q-) and l-, at the distillation temperature.
+        KL(q||q-) and l-, at the distillation temperature; in mode `topk` of q's largest entries.
         """
         fields = WRONG_REFERENCE.compared
         assert fields is not None
         group = list(found.states.get(WRONG_REFERENCE.name, {}).values())
         if group and fields.divergence in found.scores:
-            spec = DivergenceSpec(alpha=0.0, temperature=self.spec.temperature)
+            mode = "topk" if self.spec.mode == "topk" else "full"
+            spec = replace(self.spec, alpha=0.0, mode=mode, entry_clip=None, topk_support="teacher")
             teacher = self._teacher_final(found, group[0].final_TH.device)
             self._compare(group, found, fields, teacher, (head, head), spec)
 

@@ -61,6 +61,11 @@ class Task:
     """Asks a model for a plausible wrong answer to {prompt}, whose right one is
     {privileged_context}; None: the library's default.
     """
+    contexts: ClassVar[str] = "random"
+    """How it chooses the auxiliary contexts of its rows: `random`, `retrieval` (the nearest
+    problems, by what the task knows of them) or `columns` (they are the user's own). A recipe that
+    asks for another kind than a task brings builds it.
+    """
     max_new_tokens: int = 256
     """Cap on the completion in evaluation, in tokens."""
     evaluation_only: ClassVar[bool] = False

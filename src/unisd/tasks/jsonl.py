@@ -26,6 +26,7 @@ class JsonlTask(Benchmark):
     """
 
     name = "jsonl"
+    contexts = "columns"
     evaluation_split = "all"
 
     def __init__(

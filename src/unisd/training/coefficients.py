@@ -27,7 +27,7 @@ from unisd.methods.aggregation import (
 )
 from unisd.methods.registry import WeightFunction
 from unisd.methods.scores import StepScores, select
-from unisd.methods.terms import quantile_clip
+from unisd.methods.terms import above_clip, quantile_clip
 from unisd.rollout.engine import Completion
 from unisd.rollout.replay import RolloutStore, behaviour_logp, with_logps
 from unisd.training.plan import Plan
@@ -86,14 +86,18 @@ def with_rollout_logps(
 
 
 def idle_agreement(metrics: dict[str, float], args: UniSDConfig) -> str | None:
-    """What to tell the user if all agreement weights of a step are within 1 % of 1: forward passes
-    that buy nothing.
+    """What to tell the user if the agreement weights of a step hardly differ: forward passes that
+    buy nothing.
+
+    Few tokens may stand out: the range is that between the 1 % and the 99 % quantile.
     """
-    if "agreement/min" not in metrics or metrics["agreement/min"] < 0.99 or metrics["agreement/max"] > 1.01:
+    if not metrics.get("agreement/below_1pct"):
         return None
     return (
-        f"agreement weights are all within 1 % of 1 (from {metrics['agreement/min']:.4f}): their forward"
-        f" passes buy nothing; raise agreement_gamma={args.agreement_gamma}, or set agreement=none."
+        "agreement weights differ by less than 1 % (range between their 1 % and 99 % quantiles:"
+        f" {metrics['agreement/range']:.4f}; mean {metrics['agreement/mean']:.4f}, least"
+        f" {metrics['agreement/min']:.4f}): their forward passes buy nothing; raise"
+        f" agreement_gamma={args.agreement_gamma}, or set agreement=none."
     )
 
 
@@ -126,7 +130,19 @@ class Coefficients:
     terms: dict[str, Tensor]  # [B,T] by name
     weights_BT: Tensor  # the reliability weights in them
     token_clip: float | None  # of the divergence, in nats
+    clipped_BT: Tensor | None  # bool: the tokens above it, where a scoring pass has told
     metrics: dict[str, float]
+
+    def of_rows(self, rows: slice, width: int) -> Coefficients:
+        """Those of some rows, as wide as their longest completion."""
+        clipped_BT = None if self.clipped_BT is None else self.clipped_BT[rows, :width]
+        return replace(
+            self,
+            divergence_BT=self.divergence_BT[rows, :width],
+            terms={name: value_BT[rows, :width] for name, value_BT in self.terms.items()},
+            weights_BT=self.weights_BT[rows, :width],
+            clipped_BT=clipped_BT,
+        )
 
 
 def loss_coefficients(args: UniSDConfig, plan: Plan, scores: StepScores) -> Coefficients:
@@ -160,10 +176,12 @@ def loss_coefficients(args: UniSDConfig, plan: Plan, scores: StepScores) -> Coef
         present_B = torch.ones(B, dtype=torch.bool) if present_B is None else present_B
         unit_BT = term_coefficients(scores.mask, present_B, args.loss_aggregation)
         terms[term.name] = term.coefficient * unit_BT
-    clip = args.token_clip
+    clip, clipped_BT = args.token_clip, None
     if args.token_clip_quantile is not None and scores.divergence is not None:
         clip = quantile_clip(scores.divergence, scores.mask, args.token_clip_quantile)
-    return Coefficients(divergence_BT, terms, token_BT * sequence_B[:, None], clip, metrics)
+        clipped_BT = None if clip is None else above_clip(scores.divergence, clip)
+    weights_BT = token_BT * sequence_B[:, None]
+    return Coefficients(divergence_BT, terms, weights_BT, clip, clipped_BT, metrics)
 
 
 def weight_metrics(name: str, stats: Mapping[str, float]) -> dict[str, float]:

@@ -78,6 +78,7 @@ class Step:
     coefficient_BT: Tensor  # of the divergence; normalised over all ranks
     terms: Sequence[tuple[Term, Tensor]]  # with their coefficients [B,T]
     token_clip: float | None
+    clipped_BT: Tensor | None  # bool: the tokens above it, as scored; None: the student's pass tells
     teacher_head: Head
     target: TargetStates | None  # its heads and schedule; the states are those of each micro-batch
     deferred: DeferredWeights | None
@@ -126,6 +127,7 @@ class Step:
             },
             target=target,
             coefficient_N=at_loss_tokens(self.coefficient_BT),
+            clipped_N=None if self.clipped_BT is None else at_loss_tokens(self.clipped_BT),
             terms=tuple(
                 LossTerm(term, at_loss_tokens(value), negative_N if "negative" in term.needs else None)
                 for term, value in self.terms
@@ -150,6 +152,7 @@ class MicroBatch:
     teacher_layers_NH: Mapping[int, Tensor]
     target: TargetStates | None
     coefficient_N: Tensor  # of the divergence
+    clipped_N: Tensor | None  # as in the step
     terms: tuple[LossTerm, ...]
     marks: Mapping[str, Tensor]  # [N], as in the step
 
@@ -184,6 +187,7 @@ class MicroBatch:
             terms=tuple(term for term in self.terms if "hidden" not in term.term.needs),
             target=self.target,
             deferred=None if deferred is None else partial(deferred.factor, torch.tensor(self.part)),
+            clipped_N=self.clipped_N,
         )
 
     @property
