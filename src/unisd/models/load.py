@@ -192,6 +192,7 @@ def load_model_and_tokenizer(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
+    dequantize: bool = False,
 ) -> tuple[Any, Any, ModelInfo]:
     """Model (evaluation mode, on the CPU), tokenizer and facts about them.
 
@@ -199,6 +200,7 @@ def load_model_and_tokenizer(
         dtype: `auto`: bf16 where the hardware computes it natively and the model has more than 50 M
             parameters, else float32; or the name of one.
         load_in_4bit: needs bitsandbytes.
+        dequantize: give weights that are quantised, in the folder or by `load_in_4bit`, as floats.
 
     Raises:
         UserError: the name is no model, or what it needs is not installed.
@@ -211,7 +213,12 @@ def load_model_and_tokenizer(
         Path(path) / "config.json"
     ).is_file():
         return _load_adapter(
-            name, adapter.parent, dtype=dtype, trust_remote_code=trust_remote_code, load_in_4bit=load_in_4bit
+            name,
+            adapter.parent,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            load_in_4bit=load_in_4bit,
+            dequantize=dequantize,
         )
     config = _load(
         "configuration",
@@ -230,7 +237,9 @@ def load_model_and_tokenizer(
     if load_in_4bit:
         options["quantization_config"] = _four_bits(options["dtype"])
     model = _load("weights", name, path, lambda: AutoModelForCausalLM.from_pretrained(path, **options)).eval()
-    for module in model.modules() if load_in_4bit else ():
+    if dequantize and getattr(model, "hf_quantizer", None) is not None:
+        model = model.dequantize(options["dtype"])
+    for module in model.modules() if load_in_4bit and not dequantize else ():
         # bitsandbytes: products in that layout of the weights have no gradient
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
 from unisd import memory
+from unisd.compat import NEW_NAMES
 from unisd.config import UniSDConfig
 from unisd.console import make_console, show_example, show_table
 from unisd.distributed.collectives import on_any_rank
@@ -107,7 +108,7 @@ def _within_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConf
     Not where the user has said which. On all ranks, if on one of them: they take their steps
     together.
     """
-    if "gradient_checkpointing" in options.explicit:
+    if {"gradient_checkpointing", NEW_NAMES["gradient_checkpointing"]} & options.explicit:
         return config
     free = memory.available(config.device)
     size = memory.ModelSize.of(trainer.model)
