@@ -22,7 +22,7 @@ from unisd.errors import UserError
 from unisd.files import RESULTS, check_writable
 from unisd.models.inference import is_adapter
 from unisd.models.load import load_model_and_tokenizer, without_adapter
-from unisd.models.saving import copy_processor, copy_tokenizer, savable
+from unisd.models.side_files import copy_processor, copy_tokenizer, savable
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,8 @@ class _Ties:
         groups = [names for names in of_base if names]
         one = all(_same(weights[names[0]], weights[name]) for names in groups for name in names[1:])
         for config, said in self.configs:
-            config.tie_word_embeddings = said and one
+            if said:
+                config.tie_word_embeddings = one
         model.all_tied_weights_keys = self.keys if one else {}
         for first, *others in groups if one else ():
             for name in others:
@@ -219,9 +220,8 @@ def _separate(model: Any) -> list[list[str]]:
     for _, *others in several:
         for name in others:
             module, _, last = name.rpartition(".")
-            setattr(
-                model.get_submodule(module), last, nn.Parameter(model.get_parameter(name).detach().clone())
-            )
+            own = nn.Parameter(model.get_parameter(name).detach().clone(), requires_grad=False)
+            setattr(model.get_submodule(module), last, own)
     return several
 
 
@@ -357,7 +357,8 @@ def _write(
     source: _Source, scale: float, folder: Path, asked: Merge, advance: Callable[[int], None]
 ) -> Written:
     """Save the base and `scale` times the change, and compare what is read back."""
-    model = source.model
+    model, kind = source.model, type(source.model)
+    as_float32 = {"dtype": torch.float32, "trust_remote_code": asked.trust_remote_code}
     if source.base:
         _separate(model)
         for name, parameter in model.named_parameters():
@@ -381,7 +382,7 @@ def _write(
     advance(1)
     if not source.base:
         source.model = model = None  # there need not be two in memory
-    read = _read_back(folder, source.prompts, asked.trust_remote_code)
+    read = _logits(kind.from_pretrained(folder, **as_float32).eval(), source.prompts)
     advance(1)
     if not (difference := Difference.of(read, rounded)).is_rounding:
         raise UserError(
@@ -397,15 +398,6 @@ def _write(
         change=Difference.of(exact, source.unchanged).largest,
         untied=bool(source.ties.names) and not tied,
     )
-
-
-def _read_back(folder: Path, prompts: list[list[int]], trust_remote_code: bool) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=trust_remote_code
-    )
-    return _logits(model.eval(), prompts)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

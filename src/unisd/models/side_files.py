@@ -9,6 +9,7 @@ from typing import Any
 
 from unisd.errors import UserError
 
+OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -20,8 +21,8 @@ PROCESSOR_FILES = (
 def savable(generation_config: Any) -> Any:
     """The generation config, such that transformers saves it.
 
-    A temperature or a nucleus without `do_sample` is refused at a save, though not at a load:
-    whoever set it meant to sample.
+    A temperature or a nucleus without `do_sample` is refused at a save, though not at a load.
+    Where nothing is said of `do_sample`, they mean sampling; beside a false one they mean nothing.
 
     Raises:
         UserError: it contradicts itself in another way.
@@ -30,15 +31,18 @@ def savable(generation_config: Any) -> Any:
         generation_config.validate(strict=True)
         return generation_config
     except ValueError:
-        sampling = copy.deepcopy(generation_config)
-        sampling.do_sample = True
+        mended = copy.deepcopy(generation_config)
+        if mended.do_sample is None:
+            mended.do_sample = True
+        for name in () if mended.do_sample else OF_SAMPLING:
+            setattr(mended, name, None)
     try:
-        sampling.validate(strict=True)
+        mended.validate(strict=True)
     except ValueError as error:
         raise UserError(
             f"the model's generation_config.json cannot be saved again: {' '.join(str(error).split())}"
         ) from None
-    return sampling
+    return mended
 
 
 def copy_tokenizer(source: str, folder: Path, trust_remote_code: bool = False) -> Any:
