@@ -209,16 +209,12 @@ def load_model_and_tokenizer(
 
     name = str(name_or_path)
     path = resolve(name)
+    quantized = {"load_in_4bit": load_in_4bit, "dequantize": dequantize}
     if (adapter := Path(path) / "adapter_config.json").is_file() and not (
         Path(path) / "config.json"
     ).is_file():
         return _load_adapter(
-            name,
-            adapter.parent,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            load_in_4bit=load_in_4bit,
-            dequantize=dequantize,
+            name, adapter.parent, dtype=dtype, trust_remote_code=trust_remote_code, **quantized
         )
     config = _load(
         "configuration",
@@ -237,12 +233,7 @@ def load_model_and_tokenizer(
     if load_in_4bit:
         options["quantization_config"] = _four_bits(options["dtype"])
     model = _load("weights", name, path, lambda: AutoModelForCausalLM.from_pretrained(path, **options)).eval()
-    if dequantize and getattr(model, "hf_quantizer", None) is not None:
-        model = model.dequantize(options["dtype"])
-    for module in model.modules() if load_in_4bit and not dequantize else ():
-        # bitsandbytes: products in that layout of the weights have no gradient
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    model = _settle_quantized(model, options["dtype"], **quantized)
     info = ModelInfo(
         name=name,
         path=path,
@@ -254,6 +245,16 @@ def load_model_and_tokenizer(
         has_chat_template=tokenizer.chat_template is not None,
     )
     return model, tokenizer, info
+
+
+def _settle_quantized(model: Any, dtype: torch.dtype, load_in_4bit: bool, dequantize: bool) -> Any:
+    if dequantize and getattr(model, "hf_quantizer", None) is not None:
+        return model.dequantize(dtype)
+    for module in model.modules() if load_in_4bit else ():
+        # bitsandbytes: products in that layout of the weights have no gradient
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, ModelInfo]:
