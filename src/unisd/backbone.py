@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from unisd.batching import Batch, close, collate, tolerance_of
+from unisd.compat import CACHE, cache_argument
 from unisd.distributed.sharding import materialized, passage_to
 from unisd.errors import UserError
 from unisd.kernels.attention import PACKED_SDPA
@@ -216,7 +217,8 @@ class Backbone:
         """
         cache = DynamicCache(config=self.causal_lm.config.get_text_config(decoder=True))
         before = len(prompt) - 1
-        self._run(input_ids=torch.tensor([prompt[:-1]], device=device), past_key_values=cache, use_cache=True)
+        cached: dict[str, Any] = {cache_argument(self.decoder.forward) or CACHE[0]: cache, "use_cache": True}
+        self._run(input_ids=torch.tensor([prompt[:-1]], device=device), **cached)
         cache.batch_repeat_interleave(len(completions))
         # The last token of a completion predicts nothing that is scored.
         tails = collate([[prompt[-1], *completion[:-1]] for completion in completions], False, pad_id, device)
@@ -229,8 +231,7 @@ class Backbone:
                 input_ids=tails.input_ids,
                 attention_mask=mask_BL,
                 position_ids=tails.position_ids + before,
-                past_key_values=cache,
-                use_cache=True,
+                **cached,
             )
         return captured, tails.starts
 

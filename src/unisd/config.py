@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from unisd import recipes
+from unisd.compat import fill_new_names, set_argument
 from unisd.errors import UserError
 from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence_bound
 from unisd.options.inherited import check_inherited
@@ -69,6 +70,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
             self.eval_steps = self.save_steps  # transformers would take logging_steps, which is 1 here
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch would warn of it
+        fill_new_names(self)
         super().__post_init__()
         self._try_trackers()
         if getattr(self, "deepspeed_plugin", None) is not None:
@@ -127,7 +129,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         """
         other = copy.copy(self)
         for name, value in values.items():
-            setattr(other, name, value)
+            set_argument(other, name, value)
         other._changes = (
             *self.changes,
             *(Change(name, getattr(self, name), value, why) for name, value in values.items()),

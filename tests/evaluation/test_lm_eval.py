@@ -60,8 +60,8 @@ def harness_accuracy(model_dir: str, rows: list[dict], tmp_path: Path) -> float:
 def test_the_pocket_model_in_the_harness(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     from unisd import tasks
-    from unisd.cli.merge import load_any
     from unisd.evaluation.accuracy import accuracy
+    from unisd.models.inference import load_any
 
     task = tasks.get("pocket")
     rows = [row for row in task.load("test") if row["skill"] == "mcq"][:48]

@@ -10,9 +10,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from unisd.cli.merge import is_adapter, load_any
 from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one
 from unisd.errors import UserError
+from unisd.models.inference import is_adapter, load_any
 
 
 def chat_command(arguments: Sequence[str]) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 from unisd import tasks
 from unisd.cli.grade import SCHEMA_VERSION, Figures, add_task_flags, grade_answers, summary_lines, task_of
-from unisd.cli.merge import load_any
 from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one, output_file
 from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
 from unisd.data import rendering
@@ -21,6 +20,7 @@ from unisd.data.thoughts import completion_text
 from unisd.errors import UserError
 from unisd.evaluation.grading import row_results, summarize
 from unisd.files import write_text
+from unisd.models.inference import load_any
 from unisd.run.chat_server import ChatServer
 from unisd.tasks.base import Row, Task
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from unisd.compat import set_argument
 from unisd.config import load_whole_models
 from unisd.errors import UserError
 from unisd.models.load import without_adapter
@@ -135,10 +136,8 @@ def check_deepspeed(trainer: Any) -> None:
     if stage == 3:
         # The other kind of gradient checkpointing compares shapes, and a weight that is given back
         # has none.
-        args.gradient_checkpointing_kwargs = {
-            **(args.gradient_checkpointing_kwargs or {}),
-            "use_reentrant": True,
-        }
+        reentrant = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+        set_argument(args, "gradient_checkpointing_kwargs", reentrant)
 
 
 def _offloads(settings: dict[str, Any], what: str) -> bool:

@@ -282,6 +282,7 @@ def load_model_and_tokenizer(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
+    dequantize: bool = False,
 ) -> tuple[Any, Any, ModelInfo]:
     """Model (evaluation mode, on the CPU), tokenizer and facts about them.
 
@@ -289,6 +290,7 @@ def load_model_and_tokenizer(
         dtype: `auto`: bf16 where the hardware computes it natively and the model has more than 50 M
             parameters, else float32; or the name of one.
         load_in_4bit: needs bitsandbytes.
+        dequantize: give weights that are quantised, in the folder or by `load_in_4bit`, as floats.
 
     Raises:
         UserError: the name is no model, or what it needs is not installed.
@@ -297,9 +299,10 @@ def load_model_and_tokenizer(
 
     name = str(name_or_path)
     path = resolve(name)
+    quantized = {"load_in_4bit": load_in_4bit, "dequantize": dequantize}
     if adapters.is_adapter(path):
         return _load_adapter(
-            name, Path(path), dtype=dtype, trust_remote_code=trust_remote_code, load_in_4bit=load_in_4bit
+            name, Path(path), dtype=dtype, trust_remote_code=trust_remote_code, **quantized
         )
     config = _load(
         "configuration",
@@ -320,10 +323,7 @@ def load_model_and_tokenizer(
         options["quantization_config"] = _four_bits(options["dtype"])
     model = _load("weights", name, path, lambda: open_model(kind, name, path, **options)).eval()
     model.opened_as = adapters.from_everywhere(name)
-    for module in model.modules() if load_in_4bit else ():
-        # bitsandbytes: products in that layout of the weights have no gradient
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    model = _settle_quantized(model, options["dtype"], **quantized)
     mark_defined(model, tokenizer)
     info = ModelInfo(
         name=name,
@@ -336,6 +336,16 @@ def load_model_and_tokenizer(
         has_chat_template=has_template(tokenizer),
     )
     return model, tokenizer, info
+
+
+def _settle_quantized(model: Any, dtype: torch.dtype, load_in_4bit: bool, dequantize: bool) -> Any:
+    if dequantize and getattr(model, "hf_quantizer", None) is not None:
+        return model.dequantize(dtype)
+    for module in model.modules() if load_in_4bit else ():
+        # bitsandbytes: products in that layout of the weights have no gradient
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, ModelInfo]:

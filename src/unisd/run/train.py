@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
 from unisd import memory
+from unisd.compat import NEW_NAMES
 from unisd.config import UniSDConfig
 from unisd.console import make_console, show_example, show_table
 from unisd.data import rendering
@@ -136,7 +137,8 @@ def _within_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConf
     Not where the user has said which. On all ranks, if on one of them: they take their steps
     together.
     """
-    if "gradient_checkpointing" in options.explicit or not can_checkpoint(trainer.model):
+    said = {"gradient_checkpointing", NEW_NAMES["gradient_checkpointing"]} & options.explicit
+    if said or not can_checkpoint(trainer.model):
         return config
     free = memory.available(config.device)
     size = memory.ModelSize.of(trainer.model)
