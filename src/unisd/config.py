@@ -165,6 +165,8 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
             raise UserError(
                 f"num_train_epochs={self.num_train_epochs} trains nothing: give more than 0, or max_steps."
             )
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise UserError("save_strategy=best saves nothing without evaluations: set eval_strategy.")
 
     def _check_rollout(self) -> None:
         if self.temperature <= 0:

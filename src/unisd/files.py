@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,23 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 ANSWERS = "answers.json"
 PROBE = "probe.json"  # the answers that the diagnostics compare with
+REPORT = "report.html"
+OF_A_RUN = (RESULTS, METRICS, SAMPLES, ANSWERS, PROBE)
+"""What nothing else writes: a folder that holds one of them is a run's."""
+WRITTEN = (
+    *OF_A_RUN,
+    *(REPORT, "README.md", "training_args.bin", "config.json", "generation_config.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model-*-of-*.safetensors"),
+    *("adapter_model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+    *("additional_chat_templates/*.jinja", "preprocessor_config.json", "processor_config.json"),
+    *("image_processor_config.json", "video_preprocessor_config.json", "feature_extractor_config.json"),
+)
+"""Every file that a run may write beside its checkpoints, as patterns: a new run in the folder of
+another removes those, so that none is left to be opened together with its own.
+"""
 Record = dict[str, Any]
 
 
@@ -45,6 +63,37 @@ def check_writable(folder: Path, option: str = "output_dir") -> None:
     """
     if reason := why_unwritable(folder):
         raise UserError(f"{option} {folder} cannot be written ({reason}): choose another --{option}.")
+
+
+def written_in(folder: Path) -> list[Path]:
+    """The files of a folder that a run may have written, or would replace."""
+    return sorted(path for pattern in WRITTEN for path in folder.glob(pattern) if not path.is_dir())
+
+
+def check_not_the_model(folder: Path, model: str) -> None:
+    """Raise `UserError` if a run would write over the model that it trains, or over its base.
+
+    Args:
+        model: a name or path; only folders can be written over.
+    """
+    places = [Path(model).expanduser()] if model else []
+    with suppress(OSError, ValueError, AttributeError):
+        adapter = json.loads((places[0] / "adapter_config.json").read_text("utf-8")) if places else {}
+        places += [Path(adapter["base_model_name_or_path"])] if adapter else []
+    for place in places:
+        if not place.is_dir():
+            continue
+        parts = place.resolve().parts[len(folder.resolve().parts) :]
+        if place.resolve() == folder.resolve():
+            raise UserError(
+                f"output_dir {folder} is the folder of the model itself ({place}), which the trained one"
+                " would replace: choose another --output_dir."
+            )
+        if place.resolve().is_relative_to(folder.resolve()) and parts[0].startswith(("checkpoint-", ".")):
+            raise UserError(
+                f"the model {place} is a checkpoint in output_dir {folder}, where a run removes and replaces"
+                " checkpoints: choose another --output_dir."
+            )
 
 
 def write_text(path: str | Path, text: str) -> None:

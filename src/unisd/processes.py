@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +35,25 @@ def lock(path: Path, busy: str) -> IO[str]:
         file.close()
         raise UserError(busy) from None
     return file
+
+
+@contextmanager
+def alone_in(folder: Path, busy: str) -> Iterator[None]:
+    """Hold a folder, without a file in it, where its file system can.
+
+    Raises:
+        UserError: with the text `busy`, where another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(busy) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def die_with_parent() -> None:

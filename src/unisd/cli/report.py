@@ -7,9 +7,7 @@ from pathlib import Path
 
 from unisd.cli.parser import CommandParser, output_file
 from unisd.errors import UserError
-from unisd.files import METRICS, RESULTS, write_text
-
-REPORT = "report.html"
+from unisd.files import METRICS, REPORT, RESULTS, write_text
 
 
 def report_command(arguments: Sequence[str]) -> int:

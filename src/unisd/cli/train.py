@@ -57,11 +57,11 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
     from unisd.run import outputs
     from unisd.run.inputs import load_data
     from unisd.run.launch import shards_of
-    from unisd.run.train import _introduce, longest_prompt, set_up
+    from unisd.run.train import _introduce, changes_since, longest_prompt, set_up
 
     console, shards = make_console(), shards_of(options)
     data = load_data(options, config.seed)
-    folder, _ = outputs.choose_output_dir(options, config, data.name, reserve=False)
+    folder, checkpoint = outputs.choose_output_dir(options, config, data.name, reserve=False)
     with tempfile.TemporaryDirectory() as nowhere:  # the Trainer makes its folder at construction
         dry = config.changed("dry run: nothing is written", output_dir=nowhere, push_to_hub=False)
         setting = set_up(options, dry, data, console)
@@ -70,6 +70,8 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
         )
         _show_options(console, options, config)
         _introduce(console, options, config, setting)
+        for line in changes_since(setting, folder, checkpoint):
+            console.print(f"resuming: {line}", markup=False, highlight=False)
     sizes = memory.estimate(
         memory.ModelSize.of(setting.trainer.model), config, longest_prompt(setting.trainer), shards=shards
     )

@@ -22,6 +22,7 @@ import gzip
 import json
 import random
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -321,13 +322,28 @@ def _parse_jsonl(text: str, path: Path) -> list[Row]:
     return rows
 
 
-def hold_out(rows: Sequence[Row], share: float = 0.1, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Split into (train, evaluation) by a seeded shuffle.
+def hold_out(
+    rows: Sequence[Row], share: float = 0.1, seed: int = 0, count: int | None = None
+) -> tuple[list[Row], list[Row]]:
+    """Split into (train, held out) by a seeded shuffle; rows with one prompt stay together.
 
-    Each gets at least one row where there are two or more.
+    Each gets at least one problem where there are two or more; a single one is not held out.
+
+    Args:
+        count: how many rows to hold out at least, in place of `share`.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    count = min(max(1, round(share * len(rows))), len(rows) - 1)
-    held = set(order[:count])
-    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+    wanted = min(max(1, round(share * len(rows)) if count is None else count), len(rows) - 1)
+    problems = [json.dumps(row["prompt"], sort_keys=True, default=str) for row in rows]
+    sizes, held, taken = Counter(problems), set[str](), 0
+    for i in order:
+        if taken >= wanted or len(held) == len(sizes) - 1:
+            break
+        if problems[i] not in held:
+            held.add(problems[i])
+            taken += sizes[problems[i]]
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for row, problem in zip(rows, problems, strict=True):
+        parts[problem in held].append(row)
+    return parts

@@ -69,7 +69,10 @@ class UniSDOptions:
         "none",
     )
     eval_strategy: Literal["no", "steps", "epoch"] = option(
-        "training", "When to evaluate during training: no, steps (every eval_steps) or epoch.", "no"
+        "training",
+        "When to evaluate during training: no, steps (every eval_steps) or epoch; on the rows of"
+        " validation_split, where none are held out on those that are reported.",
+        "no",
     )
     eval_steps: float | None = option(
         "training", "eval_strategy=steps: evaluate every so many steps; unset: every save_steps."

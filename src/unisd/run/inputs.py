@@ -29,13 +29,14 @@ class RunData:
     """Rows by use.
 
     `grade` is None where nobody can tell a right answer; `retention` is empty where there are no
-    such skills.
+    such skills, and `validation` where evaluations during training choose nothing.
     """
 
     name: str
     train: list[Row]
     evaluation: list[Row]
     retention: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
     grade: GradeFunction | None = None
     task: Task | None = None
 
@@ -89,12 +90,61 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: 
         )
     else:
         rows, evaluation = hold_out(rows, seed=seed)
+        if not evaluation:
+            raise UserError(
+                f"all rows of {name} have one prompt, so that none can be held out: give --eval_file."
+            )
     return RunData(
         name=Path(name).stem if options.train_file else name,
         train=rows[: options.max_train_rows],
         evaluation=evaluation[: options.max_eval_rows],
         grade=grade,
     )
+
+
+def hold_out_validation(data: RunData, options: RunOptions, config: UniSDConfig) -> None:
+    """Move training rows to `data.validation` where evaluations during training are to have some.
+
+    What is reported before and after the run must not choose the model that it is reported of.
+
+    Raises:
+        UserError: there is nothing to hold out, or no evaluation that it would be for.
+    """
+    split, choice = options.validation_split, _choice(config)
+    if split is not None and config.eval_strategy == "no":
+        raise UserError(
+            "validation_split is for evaluations during training: set eval_strategy, or unset it."
+        )
+    if split is None and choice is None:
+        return
+    total = len(data.train)
+    default = min(max(1, round(0.1 * total)), options.max_eval_rows)
+    count = default if split is None else round(split * total) if split < 1 else int(split)
+    train, held = hold_out(data.train, seed=config.seed, count=count)
+    if not held or count >= total:
+        what = f"{choice} needs rows to choose on" if split is None else f"validation_split={split}"
+        raise UserError(
+            f"{what}: {total} training rows with {1 if not held else 'too few'} different prompts cannot be"
+            " split: give more rows, or hold out fewer (validation_split)."
+        )
+    data.train, data.validation = train, held
+    if split is None and config.process_index == 0:
+        logger.warning(
+            "%s chooses on %d of %d training rows, which are held out (--validation_split says how many).",
+            choice,
+            len(held),
+            total,
+        )
+
+
+def _choice(config: UniSDConfig) -> str | None:
+    """The option by which evaluations during training choose something, if there is one."""
+    if config.load_best_model_at_end:
+        return "load_best_model_at_end"
+    if config.save_strategy == "best":
+        return "save_strategy=best"
+    plateau = config.lr_scheduler_type == "reduce_lr_on_plateau"
+    return "lr_scheduler_type=reduce_lr_on_plateau" if plateau else None
 
 
 def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:

@@ -166,6 +166,11 @@ class RunOptions:
     max_train_rows: int | None = option(
         "data", "Train on the first so many rows only.", low=1, shared=("prepare",)
     )
+    validation_split: float | None = option(
+        "data",
+        "Training rows held out, by problem, for evaluations during training: a share, or from 1 on a number;"
+        " unset: 10 % (at most max_eval_rows) where one of them chooses (load_best_model_at_end).",
+    )
     max_eval_rows: int = option("data", "Most rows of each evaluation (task, retention).", 400, low=1)
 
     # -- not on the command line -------------------------------------------------------------------
@@ -180,6 +185,11 @@ class RunOptions:
         check_declared(self, outside="{name}={value} must be {low} or more.")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout={self.lora_dropout} must be 0 or more and below 1.")
+        split = self.validation_split
+        if split is not None and (split <= 0 or (split > 1 and split != int(split))):
+            raise UserError(
+                f"validation_split={split} must be a share between 0 and 1, or a whole number of rows."
+            )
         if self.num_processes is not None and self.accelerate_config is None:
             raise UserError(
                 "num_processes belongs to accelerate_config: unset it, or give --accelerate_config ddp."

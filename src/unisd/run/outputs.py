@@ -14,16 +14,31 @@ from unisd import __version__
 from unisd.config import UniSDConfig
 from unisd.console import markdown_table
 from unisd.errors import UserError
-from unisd.files import ANSWERS, METRICS, PROBE, RESULTS, SAMPLES, check_writable, write_json
+from unisd.files import (
+    METRICS,
+    OF_A_RUN,
+    RESULTS,
+    check_not_the_model,
+    check_writable,
+    write_json,
+    written_in,
+)
+from unisd.models.load import POCKET, SMOLLM2
 from unisd.monitoring.alarms import silence
 from unisd.run.options import RunOptions
-from unisd.training.checkpoints import clear_staging, last_complete_checkpoint
+from unisd.training.checkpoints import (
+    clear_staging,
+    last_complete_checkpoint,
+    require_optimizer,
+    require_whole,
+)
 
 __all__ = ["RESULTS", "write_json"]
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 DEFAULT_ROOT = "unisd-output"
 RESUME = "--resume_from_checkpoint"
+OVERWRITE = "--overwrite_output_dir"
 
 
 def choose_output_dir(
@@ -42,8 +57,8 @@ def choose_output_dir(
         reserve: make that folder, so that no other run takes it; else nothing is made.
 
     Raises:
-        UserError: a folder that holds another run or other files, one that cannot be written, or
-            nothing to resume from.
+        UserError: a folder that holds another run, other files or the model itself, one that cannot
+            be written, or nothing to resume from.
     """
     resume = str(config.resume_from_checkpoint or "")
     if resume.lower() in ("", "false", "none"):
@@ -55,8 +70,11 @@ def choose_output_dir(
         )
     if "output_dir" in options.explicit:
         folder = Path(str(config.output_dir))
-        if not resume and not options.overwrite_output_dir:
-            _refuse_used(folder)
+        _check_named(folder, options, resume)
+    elif options.overwrite_output_dir:
+        raise UserError(
+            "overwrite_output_dir belongs to a folder that you name: add --output_dir, or unset it."
+        )
     elif newest:
         folder = _newest_interrupted(_candidates(options, data_name))
     elif resume:
@@ -68,7 +86,25 @@ def choose_output_dir(
     check_writable(folder)
     if newest:
         return folder, _has_checkpoint(folder) or None
+    if resume:
+        require_whole(resume, contents=False)
+        require_optimizer(resume)
     return folder, resume or None
+
+
+def _check_named(folder: Path, options: RunOptions, resume: str) -> None:
+    """Refuse an output folder of the user's choice where something would be lost or mixed."""
+    if options.model_name_or_path not in (POCKET, SMOLLM2):
+        check_not_the_model(folder, options.model_name_or_path)
+    goes_on = resume.lower() == "true" or (resume and Path(resume).resolve().parent == folder.resolve())
+    if options.overwrite_output_dir:
+        if goes_on:
+            raise UserError(
+                "overwrite_output_dir removes what resume_from_checkpoint goes on from: give one of them."
+            )
+        _refuse_foreign(folder)
+    elif not goes_on:
+        _refuse_used(folder)
 
 
 def _newest_interrupted(candidates: list[Path]) -> Path:
@@ -89,26 +125,28 @@ def _has_checkpoint(folder: Path) -> bool:
             _refuse_used(folder)
         logger.warning("%s holds no checkpoint to resume from: the run starts from its first step.", folder)
         return False
-    if last_complete_checkpoint(folder) is None:
+    newest = last_complete_checkpoint(folder)
+    if newest is None:
         raise UserError(
             f"{folder} holds no complete checkpoint to resume from: start without --resume_from_checkpoint."
         )
+    require_optimizer(newest)
     return True
 
 
 def resume_command(options: RunOptions, folder: str | Path) -> str:
     """The command that goes on with a run from its newest checkpoint.
 
-    As it was given, with that checkpoint in place of an older one.
+    As it was given, with that checkpoint in place of an older one, and without a token.
     """
     words = list(options.command)
     for place in reversed(range(len(words))):
-        if words[place].partition("=")[0] != RESUME:
-            continue
-        has_value = (
-            "=" not in words[place] and place + 1 < len(words) and not words[place + 1].startswith("--")
-        )
-        del words[place : place + 1 + has_value]
+        flag = words[place].partition("=")[0].replace("-", "_")
+        value = place + 1 < len(words) and "=" not in words[place] and not words[place + 1].startswith("--")
+        if flag in (RESUME.replace("-", "_"), OVERWRITE.replace("-", "_")):
+            del words[place : place + 1 + value]
+        elif flag.startswith("__") and flag.endswith("_token"):
+            words[place : place + 1 + value] = [f"{words[place].partition('=')[0]}=TOKEN"]
     if "output_dir" not in options.explicit:
         words += ["--output_dir", str(folder)]
     return f"unisd train {shlex.join([*words, RESUME])}"
@@ -137,6 +175,16 @@ def _refuse_used(folder: Path) -> None:
         )
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Overwriting replaces a run; what else has files of these names is not ours to remove."""
+    is_run = any((folder / name).exists() for name in OF_A_RUN) or any(folder.glob("checkpoint-*"))
+    if not is_run and (files := written_in(folder)):
+        raise UserError(
+            f"{folder} is not the folder of a run, but holds {files[0].name}, which a run would replace:"
+            " choose another --output_dir."
+        )
+
+
 def _made(folder: Path) -> bool:
     """Whether this call has made the folder: of two runs, one only."""
     try:
@@ -147,11 +195,12 @@ def _made(folder: Path) -> bool:
 
 
 def clear_earlier_run(folder: Path) -> None:
-    """Remove what a run writes, and nothing else.
+    """Remove what a run writes, also one of another kind, and nothing else.
 
-    A checkpoint of the old run must not be resumed by the new one.
+    A checkpoint of the old run must not be resumed by the new one, nor an adapter be opened with
+    the new model.
     """
-    for path in (folder / RESULTS, folder / METRICS, folder / SAMPLES, folder / ANSWERS, folder / PROBE):
+    for path in written_in(folder):
         path.unlink(missing_ok=True)
     clear_staging(folder)
     for path in folder.glob("checkpoint-*"):
@@ -162,8 +211,13 @@ def clear_earlier_run(folder: Path) -> None:
 def resolved(options: RunOptions, config: UniSDConfig) -> dict[str, Any]:
     """Every option with its value in this run."""
     own = {name: value for name, value in asdict(options).items() if name not in ("explicit", "command")}
-    inherited: dict[str, Any] = config.to_dict()
-    return {**own, **inherited}
+    inherited: dict[str, Any] = config.to_dict()  # tokens are masked in it
+    return {name: _without_password(value) for name, value in {**own, **inherited}.items()}
+
+
+def _without_password(value: Any) -> Any:
+    """An address without the user's name and password in it."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", value) if isinstance(value, str) else value
 
 
 def _silence(results: dict[str, Any]) -> str:

@@ -24,15 +24,24 @@ from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM
 from unisd.monitoring.cost import Energy, cost_of
 from unisd.monitoring.progress import ProgressDisplay
+from unisd.processes import alone_in
 from unisd.run import baseline as shared
 from unisd.run import outputs
-from unisd.run.inputs import RunData, adapter_config, fit_mechanisms, load_data, load_model
+from unisd.run.inputs import (
+    RunData,
+    adapter_config,
+    fit_mechanisms,
+    hold_out_validation,
+    load_data,
+    load_model,
+)
 from unisd.run.measure import change_lines, drift, measure, pair_answers
 from unisd.run.options import RunOptions
 from unisd.run.prepare import prepare
 from unisd.trainer import UniSDTrainer
-from unisd.training.checkpoints import last_complete_checkpoint
+from unisd.training.checkpoints import holds_optimizer, last_complete_checkpoint
 from unisd.training.guards import Interruption
+from unisd.training.plan import planned_steps
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +65,7 @@ class Setting:
 
 def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Console) -> Setting:
     """Load the model and build the trainer, which checks the rows."""
+    hold_out_validation(data, options, config)
     if config.push_to_hub and config.process_index == 0:
         logger.warning("push_to_hub uploads samples.jsonl and answers.json too, with texts of your rows.")
     model, tokenizer, _ = load_model(options)
@@ -72,7 +82,7 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         model=model,
         args=config,
         train_dataset=data.train,
-        eval_dataset=data.evaluation if config.eval_strategy != "no" else None,
+        eval_dataset=(data.validation or data.evaluation) if config.eval_strategy != "no" else None,
         processing_class=tokenizer,
         callbacks=[progress, interruption],
         peft_config=adapter_config(options),
@@ -147,12 +157,24 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             with suppress(OSError):  # not empty: a run to go on with
                 folder.rmdir()
         raise
-    trainer, config = setting.trainer, setting.config
-    is_writer = trainer.is_world_process_zero()
-    if is_writer and checkpoint is None and options.overwrite_output_dir:
-        outputs.clear_earlier_run(folder)
+    changes_since(setting, folder, checkpoint)  # refuses now, not after an hour of measuring
+    if not setting.trainer.is_world_process_zero():
+        return _carried_out(setting, options, checkpoint, Console(quiet=True), started)
+    busy = f"another run is writing into {folder}: wait for its end, or choose another --output_dir."
+    with alone_in(folder, busy):
+        if checkpoint is None or options.overwrite_output_dir:
+            outputs.clear_earlier_run(folder)
+        return _carried_out(setting, options, checkpoint, console, started)
+
+
+def _carried_out(
+    setting: Setting, options: RunOptions, checkpoint: str | bool | None, console: Console, started: float
+) -> Results | None:
+    """Before, training, after and report; None if the training was stopped."""
+    trainer, config, data = setting.trainer, setting.config, setting.data
+    folder, is_writer = Path(str(config.output_dir)), trainer.is_world_process_zero()
     if is_writer or all_ranks_must_join(trainer.model):  # in writing the example
-        _introduce(console if is_writer else Console(quiet=True), options, config, setting)
+        _introduce(console, options, config, setting)
     phases = {"load": time.perf_counter() - started}
 
     clock = time.perf_counter()
@@ -201,6 +223,16 @@ def _agree_on_folder(
     return config.changed(why, output_dir=str(folder), resume_from_checkpoint=checkpoint), checkpoint
 
 
+def changes_since(setting: Setting, folder: Path, checkpoint: str | bool | None) -> list[str]:
+    """What a run has otherwise than the checkpoint that it goes on from, one line each.
+
+    Raises:
+        UserError: it cannot go on from there.
+    """
+    found = last_complete_checkpoint(folder) if checkpoint is True else checkpoint
+    return setting.trainer.check_resume(found) if found else []
+
+
 def _trained(setting: Setting, checkpoint: str | bool | None) -> Energy | None:
     """Train; returns the energy that it took, or None if Ctrl-C or SIGTERM stopped it."""
     try:
@@ -221,7 +253,35 @@ def _described(setting: Setting, options: RunOptions, config: UniSDConfig) -> Re
         "task": setting.data.name,
         "seed": config.seed,
         "steps": setting.trainer.state.global_step,
+        "chosen": _chosen(setting),
     }
+
+
+def _chosen(setting: Setting) -> Results | None:
+    """Which model load_best_model_at_end has kept, and by what; its step is None if none was."""
+    config, state = setting.config, setting.trainer.state
+    if not config.load_best_model_at_end:
+        return None
+    found = state.best_model_checkpoint is not None
+    return {
+        "step": state.best_global_step if found else None,
+        "metric": f"eval_{str(config.metric_for_best_model).removeprefix('eval_')}",
+        "value": state.best_metric if found else None,
+        "rows": len(setting.data.validation),
+    }
+
+
+def chosen_line(results: Results) -> str | None:
+    """Say which model was chosen; None where nothing was to be."""
+    chosen = results["chosen"]
+    if chosen is None:
+        return None
+    if chosen["step"] is None:
+        return "load_best_model_at_end: no evaluation took place, so the model is that of the last step"
+    return (
+        f"chosen: the model of step {chosen['step']} of {results['steps']}, by {chosen['metric']}"
+        f" {chosen['value']:.4g} on {chosen['rows']} validation rows"
+    )
 
 
 def _accounted(
@@ -303,13 +363,13 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
     trainer, data = setting.trainer, setting.data
     size = memory.ModelSize.of(trainer.model)
     rows_per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-    per_epoch = max(1, -(-len(data.train) // rows_per_step))
-    steps = config.max_steps if config.max_steps > 0 else round(per_epoch * config.num_train_epochs)
+    steps = planned_steps(config, len(data.train))
     console.print(
         f"{options.recipe}: model {options.model_name_or_path} ({size.parameters / 1e6:.1f}M parameters,"
         f" {size.trained / 1e6:.1f}M trained), {data.name}: {len(data.train)} training rows,"
         f" {len(data.evaluation)} to report on"
         + (f", {len(data.retention)} on retention" if data.retention else "")
+        + (f", {len(data.validation)} for evaluations during training" if data.validation else "")
         + f"; {steps} steps of {rows_per_step} rows",
         markup=False,
         highlight=False,
@@ -332,11 +392,16 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
             " often it would)"
         )
         return
+    if not holds_optimizer(checkpoint):
+        print(f"interrupted; {checkpoint} holds the model, but no optimizer (save_only_model): start anew")
+        return
     print(f"interrupted; resume from {checkpoint.name} with:\n  {outputs.resume_command(options, folder)}")
 
 
 def _report(console: Console, results: Results, folder: Path, options: RunOptions) -> None:
     show_table(console, ("", "before", "after", "change"), change_lines(results))
+    if chosen := chosen_line(results):
+        console.print(chosen, markup=False, highlight=False)
     for alarm in results["alarms"] or ():
         console.print(
             f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}", markup=False, highlight=False

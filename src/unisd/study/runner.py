@@ -228,7 +228,7 @@ def _distance(cell: Cell, study: Study) -> int:
 
 def _calibrate(run: Run, store: Store, executor: Executor, resolve: Resolve) -> float:
     """Time a very short run, and stretch it: load + evaluation by rows + training by steps."""
-    from unisd.run.inputs import load_data
+    from unisd.run.inputs import hold_out_validation, load_data
     from unisd.training.plan import planned_steps
 
     options, config = resolve(run.options, "calibration")
@@ -250,6 +250,7 @@ def _calibrate(run: Run, store: Store, executor: Executor, resolve: Resolve) -> 
     results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     remove_weights(folder / "run")
     data = load_data(options, config.seed)
+    hold_out_validation(data, options, config)
     steps = planned_steps(config, len(data.train))
     rows = len(data.evaluation) + len(data.retention)
     short_rows = results["after"]["n_task"] + results["after"]["n_retention"]

@@ -137,11 +137,13 @@ def last_complete_checkpoint(output_dir: str | Path, contents: bool = False) -> 
     return None
 
 
-def require_whole(folder: str | Path) -> None:
+def require_whole(folder: str | Path, contents: bool = True) -> None:
     """Raise `UserError` if the checkpoint is broken; the message names the newest good one beside
     it.
+
+    contents: as for `problem_of`.
     """
-    problem = problem_of(folder)
+    problem = problem_of(folder, contents)
     if problem is None:
         return
     good = last_complete_checkpoint(Path(folder).parent, contents=True)
@@ -153,9 +155,20 @@ def require_whole(folder: str | Path) -> None:
     raise UserError(f"checkpoint {folder} is broken: {problem}: {remedy}.")
 
 
+def step_of(folder: str | Path) -> int:
+    """The optimizer step that a checkpoint was saved after."""
+    state: dict[str, Any] = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+    return int(state["global_step"])
+
+
+def holds_optimizer(folder: str | Path) -> bool:
+    """Whether a checkpoint can be resumed from: with save_only_model it has the weights alone."""
+    return any(any(Path(folder).glob(name)) for name in OPTIMIZER)
+
+
 def require_optimizer(folder: str | Path) -> None:
     """Raise `UserError` if a checkpoint holds weights only: its moments would begin anew."""
-    if not any(any(Path(folder).glob(name)) for name in OPTIMIZER):
+    if not holds_optimizer(folder):
         raise UserError(
             f"{folder} holds no optimizer (save_only_model), so it cannot be resumed: start a new run from"
             " the model in it (--model_name_or_path; an adapter is made a model by `unisd merge`), and unset"

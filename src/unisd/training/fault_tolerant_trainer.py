@@ -7,11 +7,10 @@ where a training loop asks them.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from unisd.data.rows import Row
 from unisd.distributed import zero
 from unisd.distributed.collectives import on_all_ranks
 from unisd.errors import OutOfMemory, RolloutError, UserError
+from unisd.files import check_not_the_model
 from unisd.kernels.lora import fast_maps, fused_lora
 from unisd.memory import ROW_TOO_LARGE, is_out_of_memory, release_memory, smaller_until_it_fits
 from unisd.models.load import without_adapter
@@ -66,6 +66,7 @@ class FaultTolerantTrainer(ShardedTrainer):
 
     def __init__(self, args: UniSDConfig, **kwargs: Any) -> None:
         self._base = record.fingerprint(kwargs["model"])  # while every process has a whole model
+        self._base_name = str(without_adapter(kwargs["model"]).config._name_or_path)
         self._all_done = False  # the resumed checkpoint is that of the last step
         self._changed: set[str] = set()  # options that are otherwise than in the resumed checkpoint
         super().__init__(args=args, **kwargs)
@@ -271,24 +272,32 @@ class FaultTolerantTrainer(ShardedTrainer):
             raise UserError(self.stop_reason)
         return output
 
-    def _take_over(self, checkpoint: str) -> None:
-        """Check that the checkpoint is one of this run, say what has changed, and load what is
-        `stateful`.
+    def check_resume(self, checkpoint: str | Path) -> list[str]:
+        """What this run has otherwise than its checkpoint, one line each; nothing is loaded.
+
+        Raises:
+            UserError: it is broken (but for checksums), or cannot be resumed by this run.
         """
+        checkpoints.require_whole(checkpoint, contents=False)
+        checkpoints.require_optimizer(checkpoint)
         stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
         zero.require_resumable(checkpoint, stage, self.accelerator.num_processes)
-        state = json.loads((Path(checkpoint) / checkpoints.STATE).read_text(encoding="utf-8"))
-        self._check_steps_left(checkpoint, state["global_step"])
+        self._check_steps_left(checkpoint, checkpoints.step_of(checkpoint))
         lines, self._changed = record.differences(checkpoint, self._trained_with(), stage is not None)
+        return lines
+
+    def _take_over(self, checkpoint: str) -> None:
+        """Say what has changed since the checkpoint, and load what is `stateful`."""
+        lines = self.check_resume(checkpoint)
         for part in self.stateful:
             part.load(checkpoint)
         if self.is_world_process_zero():
             for line in lines:
                 logger.warning("resuming %s: %s", Path(checkpoint).name, line)
         if self.args.should_save:
-            checkpoints.set_aside_after(self.args.output_dir, state["global_step"])
+            checkpoints.set_aside_after(self.args.output_dir, checkpoints.step_of(checkpoint))
 
-    def _check_steps_left(self, checkpoint: str, step: int) -> None:
+    def _check_steps_left(self, checkpoint: str | Path, step: int) -> None:
         steps = planned_steps(self.args, len(self.rows))
         if step > steps:
             raise UserError(
@@ -302,16 +311,20 @@ class FaultTolerantTrainer(ShardedTrainer):
         epochs, *others = super().set_initial_training_values(*args)
         return (0 if self._all_done else epochs, *others)
 
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, list) else None
+        return {"rows": record.rows_of(self.rows), "evaluation": record.rows_of(evaluated)}
+
     def _trained_with(self) -> dict[str, Any]:
         """What a checkpoint says of the run that wrote it (:mod:`unisd.training.record`)."""
-        args, evaluated = self.args, self.eval_dataset
+        args = self.args
         return {
             "options": record.options_of(args),
             "adapter": record.adapter_of(self.model),
             "base": self._base,
-            "base_name": without_adapter(self.model).config._name_or_path or "a model without a name",
-            "rows": record.rows_of(self.rows),
-            "evaluation": record.rows_of(evaluated if isinstance(evaluated, list) else None),
+            "base_name": self._base_name or "a model without a name",
+            **self._data,
             "rows_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
         }
 
@@ -353,11 +366,11 @@ class FaultTolerantTrainer(ShardedTrainer):
                 return None
             if asked is not True:
                 checkpoints.require_unused(self.args.output_dir, asked or None)
+            check_not_the_model(Path(self.args.output_dir), self._base_name)
             if not asked:
                 return None
             if asked is not True:
                 checkpoints.require_whole(str(asked))
-                checkpoints.require_optimizer(str(asked))
                 return str(asked)
             newest = checkpoints.last_complete_checkpoint(self.args.output_dir, contents=True)
             if newest is None:
@@ -365,7 +378,6 @@ class FaultTolerantTrainer(ShardedTrainer):
                     f"{self.args.output_dir} holds no complete checkpoint to resume from: start without"
                     " resuming."
                 )
-            checkpoints.require_optimizer(newest)
             return str(newest)
 
         found = [on_all_ranks(self.accelerator, find)]

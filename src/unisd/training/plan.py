@@ -65,13 +65,14 @@ def planned_steps(args: UniSDConfig, rows: int) -> int:
     """Optimizer steps of a run from its first to its last, on all processes together."""
     if args.max_steps > 0:
         return int(args.max_steps)
-    batch, ranks, together = args.train_batch_size, args.world_size, args.gradient_accumulation_steps
+    batch, ranks, together = args.train_batch_size, int(args.world_size), args.gradient_accumulation_steps
     if args.num_iterations > 1:  # full steps, each of them several times
         per_step = batch * together * ranks
         rows = rows // per_step * per_step * args.num_iterations
     batches = rows // batch if args.dataloader_drop_last else -(-rows // batch)
     batches = batches // ranks if args.dataloader_drop_last else -(-batches // ranks)
-    return math.ceil(args.num_train_epochs * max(1, -(-batches // together)))
+    per_epoch: int = max(1, -(-batches // together))
+    return math.ceil(args.num_train_epochs * per_epoch)
 
 
 def loss_terms(args: UniSDConfig) -> tuple[Term, ...]:

@@ -36,7 +36,7 @@ OF_THE_SCHEDULE = {"lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 OF_THE_LENGTH = {"max_steps", "num_train_epochs"}
 WITHOUT_FORMULA = {"reduce_lr_on_plateau", "greedy"}
 """Schedules that follow what has been measured: their rate cannot be told for another base rate."""
-REFUSED = {"optim", "optim_args", "optim_target_modules"}
+REFUSED = {"optim", "optim_args", "optim_target_modules", "teacher_model_kind"}
 
 # Time, memory, and what is written or told: nothing that is learned.
 HARMLESS_KINDS = (
@@ -80,7 +80,7 @@ def fingerprint(model: nn.Module) -> str:
             sample = sample.to(torch.bfloat16).float()
         shape = getattr(getattr(weight, "quant_state", None), "shape", weight.shape)
         digest.update(f"{name} {tuple(shape)} {scales is None}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
+        digest.update(b"" if sample.is_meta else sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -229,8 +229,8 @@ def _refuse_options(
         kept |= {"learning_rate"} | OF_THE_SCHEDULE
     for name in sorted(changed & kept):
         raise UserError(
-            f"{name} is {_shown(old[name])} in {checkpoint} and {_shown(new[name])} in this run, which its"
-            f" optimizer cannot take over: resume with {name}={_shown(old[name])}, or start a new run in"
+            f"{name} is {_shown(old[name])} in {checkpoint} and {_shown(new[name])} in this run, which"
+            f" cannot go on from that: resume with {name}={_shown(old[name])}, or start a new run in"
             " another output_dir."
         )
 
@@ -279,7 +279,7 @@ def take_effect(optimizer: Any, scheduler: Any, built: Sequence[Values], rates: 
     if not isinstance(scheduler, LambdaLR):
         return
     scheduler.base_lrs = list(rates)
-    now = [
+    now: list[float | Tensor] = [
         rate * share(scheduler.last_epoch) for rate, share in zip(rates, scheduler.lr_lambdas, strict=True)
     ]
     scheduler._last_lr = now
