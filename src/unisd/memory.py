@@ -37,6 +37,7 @@ with the weights spread over n = `shards` devices
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ from unisd.kernels.lora import mergeable
 from unisd.losses import triton_kernels as fused
 from unisd.losses.chunked import chunk_bytes
 from unisd.methods.targets import parse_target
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -83,6 +86,7 @@ def smaller_until_it_fits(
     size: int,
     least: int = 1,
     *,
+    what: str | None = None,
     remedy: str = ROW_TOO_LARGE,
     together: str | None = None,
 ) -> tuple[Result, int]:
@@ -90,6 +94,7 @@ def smaller_until_it_fits(
 
     Also returns the size that fitted.
 
+    what: what has that size, for a warning that it is smaller now; None: the caller warns.
     remedy: what to say where the least size does not fit.
     together: the option that sets the size, where all ranks compute as one and none can go back
     alone.
@@ -97,9 +102,14 @@ def smaller_until_it_fits(
     Raises:
         OutOfMemory: the least size does not fit either, or all ranks compute together.
     """
+    asked = size
     while True:
         try:
-            return work(size), size
+            result = work(size)
+            if size < asked and what is not None:
+                told = "Memory ran out: %s hold %d from now on; results are the same."
+                logger.warning(told, what, size)
+            return result, size
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

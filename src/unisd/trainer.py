@@ -283,12 +283,11 @@ class UniSDTrainer(EvaluatingTrainer):
         choose = once(lambda entropy_B: most_uncertain(entropy_B, share, accelerator))
         choose_rows, progress = choose if share < 1 else None, self._progress()
         together = "token_budget" if all_ranks_must_join(self.model) else None
-        remedy = (
-            "scoring a single row does not fit into memory: lower max_completion_length, or shorten the rows."
-        )
+        remedy = "a single row does not fit into memory: lower max_completion_length, or shorten the rows."
+        what, budget = "scoring passes (in tokens)", passes.layout.token_budget
         with self.metrics.timed("score"):
             (scores, states), _ = smaller_until_it_fits(
-                within, passes.layout.token_budget, least=64, remedy=remedy, together=together
+                within, budget, least=64, what=what, remedy=remedy, together=together
             )
         return with_rollout_logps(scores, self.plan, self.store, numbers, completions), states
 

@@ -449,7 +449,7 @@ def test_a_row_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path, rows:
 
 @pytest.mark.long
 def test_scoring_and_rollout_out_of_memory_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = build(tmp_path / "whole", max_steps=1, save_strategy="no", **STAR)
     whole.train()
@@ -478,6 +478,8 @@ def test_scoring_and_rollout_out_of_memory_change_nothing(
     monkeypatch.setattr(scoring, "shared_batches", limited_batches)
     built.train()
     assert asked["rollout"] == [4, 2, 1] and asked["scoring"][:3] == [1024, 512, 256]
+    assert "batches of rows to write hold 1 from now on" in caplog.text
+    assert "scoring passes (in tokens) hold 256 from now on; results are the same" in caplog.text
     assert lines(tmp_path / "small")[0]["loss"] == pytest.approx(
         lines(tmp_path / "whole")[0]["loss"], rel=1e-4
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -13,9 +13,6 @@ from unisd.cli.parser import CommandParser
 from unisd.errors import UserError
 from unisd.study import design
 from unisd.study.store import FAILED, RUNS, Store
-
-if TYPE_CHECKING:
-    from unisd.study.runner import Resolve
 
 STUDY_FILE = "study.yaml"
 DEFAULT_FOLDER = "unisd-study"
@@ -151,14 +148,6 @@ def _typed(flags: Sequence[str]) -> dict[str, Any]:
     return {name: None if value is UNSET else value for name, value in found.items()}
 
 
-def _resolver() -> Callable[[design.Options, str], tuple[Any, Any]]:
-    """What makes of a run's options the `RunOptions` and the `UniSDConfig` of `unisd train`."""
-    from unisd.run.resolve import resolve, train_parser
-
-    parser = train_parser("unisd study")
-    return lambda options, where: resolve(parser, parser.from_dict(options, where))
-
-
 def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -> int:
     from unisd.console import quiet_libraries
     from unisd.study import runner
@@ -166,8 +155,7 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
     study = _study_of(options, of_runs)
     runs = design.runs_of(study)
     quiet_libraries()
-    resolve = _resolver()
-    runner.check_runs(runs, study, resolve)
+    runner.check_runs(runs, study)
     _introduce(study, runs)
     if options.dry_run:
         for run in runs:
@@ -179,7 +167,7 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
     store = Store(folder)
     try:
         _remember(folder, study)
-        complete = _run_left(options, study, runs, store, resolve)
+        complete = _run_left(options, study, runs, store)
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with:\n  unisd study {shlex.join(arguments)}", flush=True)
         return 130
@@ -210,9 +198,7 @@ def _introduce(study: design.Study, runs: Sequence[design.Run]) -> None:
     print(f"model: {', '.join(models)}")
 
 
-def _run_left(
-    options: Any, study: design.Study, runs: Sequence[design.Run], store: Store, resolve: Resolve
-) -> bool:
+def _run_left(options: Any, study: design.Study, runs: Sequence[design.Run], store: Store) -> bool:
     """Run what the store does not hold yet; returns whether the budget was enough."""
     from unisd.study import executor as executors
     from unisd.study import runner
@@ -227,7 +213,7 @@ def _run_left(
     executor = executors.make(options.executor, options.jobs, options.ray_address)
     try:
         if left:
-            seconds, source = runner.seconds_of_a_run(study, left, store, executor, resolve)
+            seconds, source = runner.seconds_of_a_run(study, left, store, executor)
             minutes = seconds * -(-len(left) // executor.slots) / 60
             print(
                 f"{len(left)} to run, {executor.slots} at once: about {minutes:.0f} minutes ({seconds:.0f} s"

@@ -171,7 +171,9 @@ class TransformersEngine:
 
         # What is sampled does not depend on the batch, so memory that runs out costs time only.
         together = "rollout_batch_size" if all_ranks_must_join(self.model) else None
-        written, self.batch_size = smaller_until_it_fits(in_batches_of, self.batch_size, together=together)
+        written, self.batch_size = smaller_until_it_fits(
+            in_batches_of, self.batch_size, what="batches of rows to write", together=together
+        )
         return written
 
     def sleep(self) -> None:

@@ -8,14 +8,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from unisd.errors import UserError
+from unisd.run.options import RunOptions
+from unisd.run.resolve import resolve, train_parser
 from unisd.study.design import Cell, Options, Run, Study
 from unisd.study.executor import Executor, Job
 from unisd.study.store import DONE, FAILED, Record, Store, is_complete
+
+if TYPE_CHECKING:
+    from unisd.config import UniSDConfig
 
 CONFIG, LOG = "run.yaml", "run.log"
 CACHE = "before"
@@ -23,13 +28,14 @@ CALIBRATION_STEPS, CALIBRATION_ROWS = 2, 16
 STOPPED = "(alarms=stop)"  # in the last words of a run that an alarm ended
 WEIGHTS = ("*.safetensors", "*.bin", "checkpoint-*")
 
-Resolve = Callable[[Options, str], tuple[Any, Any]]
-"""From a run's options, and what errors call them, to the `RunOptions` and the `UniSDConfig` of
-`unisd train`.
-"""
+
+def resolved(options: Options, where: str) -> tuple[RunOptions, UniSDConfig]:
+    """What `unisd train` makes of a run's options; errors call them `where`."""
+    parser = train_parser("unisd study")
+    return resolve(parser, parser.from_dict(options, where))
 
 
-def check_runs(runs: Sequence[Run], study: Study, resolve: Resolve) -> None:
+def check_runs(runs: Sequence[Run], study: Study) -> None:
     """Resolve the options of every cell as `unisd train` will, before anything runs.
 
     Raises:
@@ -42,7 +48,7 @@ def check_runs(runs: Sequence[Run], study: Study, resolve: Resolve) -> None:
         if text not in seen:
             seen.add(text)
             try:
-                resolve(run.options, f"cell {run.cell.name}")
+                resolved(run.options, f"cell {run.cell.name}")
             except UserError as error:
                 raise UserError(f"cell {run.cell.name}: {error}") from None
     by_levels = {tuple(run.cell.levels.items()): run for run in runs}
@@ -51,8 +57,8 @@ def check_runs(runs: Sequence[Run], study: Study, resolve: Resolve) -> None:
             (run for run in by_levels.values() if run.cell.levels[factor.name] != factor.baseline), None
         )
         if factor.is_mechanism and example is not None:
-            _, with_it = resolve(example.options, "on")
-            _, without = resolve({**example.options, **factor.levels[factor.baseline]}, "off")
+            _, with_it = resolved(example.options, "on")
+            _, without = resolved({**example.options, **factor.levels[factor.baseline]}, "off")
             if all(
                 getattr(with_it, name) == getattr(without, name) for name in factor.levels[factor.baseline]
             ):
@@ -204,7 +210,7 @@ def _last_words(log: Path) -> str:
 
 
 def seconds_of_a_run(
-    study: Study, runs: Sequence[Run], store: Store, executor: Executor, resolve: Resolve
+    study: Study, runs: Sequence[Run], store: Store, executor: Executor
 ) -> tuple[float, str]:
     """Estimate the seconds of a run, and name the source of the figure.
 
@@ -217,7 +223,7 @@ def seconds_of_a_run(
         return sum(done) / len(done), f"the mean of {len(done)} finished runs"
     run = max(runs, key=lambda run: _distance(run.cell, study))
     return (
-        _calibrate(run, store, executor, resolve),
+        _calibrate(run, store, executor),
         f"{CALIBRATION_STEPS} steps of {run.cell.name}, the costliest cell",
     )
 
@@ -226,12 +232,12 @@ def _distance(cell: Cell, study: Study) -> int:
     return sum(cell.levels[factor.name] != factor.baseline for factor in study.factors)
 
 
-def _calibrate(run: Run, store: Store, executor: Executor, resolve: Resolve) -> float:
+def _calibrate(run: Run, store: Store, executor: Executor) -> float:
     """Time a very short run, and stretch it: load + evaluation by rows + training by steps."""
     from unisd.run.inputs import hold_out_validation, load_data
     from unisd.training.plan import planned_steps
 
-    options, config = resolve(run.options, "calibration")
+    options, config = resolved(run.options, "calibration")
     short: Options = {
         **run.options,
         "max_steps": CALIBRATION_STEPS,
