@@ -216,7 +216,7 @@ def test_reference_longer_than_the_limit(own: Any) -> None:
 
 
 def test_prompt_longer_than_the_limit(own: Any) -> None:
-    rows = [{**row, "prompt": "What? " * 20} for row in ROWS]
+    rows = [{**row, "prompt": "What? " * 20 + row["prompt"]} for row in ROWS]
     line = own(rows, "--max_prompt_length", "60")
     assert "the prompt has" in line and "over the limit of 60 (max_prompt_length)" in line
     assert "over the limit" not in own(

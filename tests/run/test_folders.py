@@ -198,6 +198,22 @@ def test_two_runs_at_once_in_one_folder(refused: Any, tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.long
+def test_what_has_changed_is_told_before_anything_is_measured(
+    own: list[str], refused: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert main([*own, "--save_steps", "1", "--output_dir", str(folder)]) == 0
+    again = ["--resume_from_checkpoint", "--max_steps", "2", "--learning_rate", "0.5"]
+    capsys.readouterr()
+    assert main([*own, "--output_dir", str(folder), *again, "--dry_run"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "resuming: learning_rate: 2e-05 -> 0.5, takes effect" in shown
+    for dry in ([], ["--dry_run"]):
+        text = refused(folder, *again, "--use_peft", *dry)
+        assert "use_peft is False in it and True in this run: resume with the checkpoint's" in text
+
+
 # -- secrets ---------------------------------------------------------------------------------------
 
 
@@ -218,7 +234,7 @@ def test_results_hold_no_token_and_no_password(tmp_path: Path) -> None:
     flags = ["--hub_token", "hf_secret", "--writer_url", "http://me:pass@host:1/v1", "--output_dir", "x"]
     options, config = parse(flags)
     found = json.dumps(resolved(options, config), default=str)
-    assert "hf_secret" not in found and "pass" not in found.replace("pass_", "") and "***@host:1/v1" in found
+    assert "hf_secret" not in found and "me:pass" not in found and "http://***@host:1/v1" in found
 
 
 # -- the rows that a choice is made on -------------------------------------------------------------
@@ -282,6 +298,7 @@ def test_mistakes_of_the_validation_part() -> None:
             RunOptions(task="pocket", validation_split=value).check()
 
 
+@pytest.mark.long
 def test_what_was_chosen_is_printed_and_in_the_results(
     own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

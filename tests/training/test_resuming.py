@@ -106,6 +106,7 @@ def test_nothing_is_said_of_what_changes_nothing(
     assert (resumed.state.logging_steps, resumed.state.save_steps) == (5, 2)
 
 
+@pytest.mark.long
 def test_how_often_to_save_is_as_the_resumed_run_says(trained: Path, tmp_path: Path) -> None:
     folder = copy(trained, tmp_path)
     build(folder, max_steps=6, save_steps=3).train(resume_from_checkpoint=True)
@@ -129,6 +130,7 @@ def test_other_rows_and_rows_of_a_step_are_said(
     )
 
 
+@pytest.mark.long
 def test_a_resumed_run_counts_from_what_was_best_only_by_the_same_measure(tmp_path: Path) -> None:
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": tiny.rows(2, 0)}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
@@ -244,6 +246,7 @@ def test_the_fingerprint_is_that_of_the_weights_without_an_adapter() -> None:
 # -- remedies that our own errors give -------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_less_memory_for_the_same_steps(tmp_path: Path) -> None:
     """The remedy of a rank that runs out of memory, which promises that the steps stay the same."""
     whole = build(tmp_path / "whole", max_steps=3)
@@ -259,6 +262,7 @@ def test_less_memory_for_the_same_steps(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "remedy",
     [

@@ -151,6 +151,7 @@ def test_as_many_steps_are_taken_as_were_announced(
         assert planned_steps(built.args, rows) == values[-1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"num_train_epochs": 0.5}, {"num_iterations": 2}, {"max_steps": 2}])
 def test_the_steps_announced_are_the_last_ones_number(tmp_path: Any, options: dict[str, Any]) -> None:
     built = trainer(tmp_path, **{"train_dataset": tiny.rows(20, 0), "max_completion_length": 2, **options})

@@ -71,7 +71,8 @@ def planned_steps(args: UniSDConfig, rows: int) -> int:
         rows = rows // per_step * per_step * args.num_iterations
     batches = rows // batch if args.dataloader_drop_last else -(-rows // batch)
     batches = batches // ranks if args.dataloader_drop_last else -(-batches // ranks)
-    return math.ceil(args.num_train_epochs * max(1, -(-batches // together)))
+    per_epoch: int = max(1, -(-batches // together))
+    return math.ceil(args.num_train_epochs * per_epoch)
 
 
 def loss_terms(args: UniSDConfig) -> tuple[Term, ...]:
