@@ -258,7 +258,7 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
         ("sdft", alpha, rate),
         ("unisd-star", alpha, rate),
         ("demopsd", 1.0, rate),
-        ("opsd-ectr", 0.5, rate),
+        ("opsd-ectr", 0.0, rate),
     } < settings
     text = evidence_page.page(cells)
     assert "| sft | 3 | 120 | 83.3" in text and "| sft | 60 | 41.7" in text and "**sdft**" in text

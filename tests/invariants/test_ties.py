@@ -47,11 +47,11 @@ def with_ties(tmp_path: Path, family: str, **options: Any) -> Any:
 
 
 CUTS: list[dict[str, Any]] = [
-    {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
-    {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
     {"packing": "padded"},
-    {"token_budget": 1},
+    {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
     {"loss_implementation": "plain"},
+    {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    {"token_budget": 1},
     {"loss_chunk_tokens": 7},
 ]
 
@@ -73,23 +73,23 @@ def at_quantile(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 # which quantiles fall on tied tokens, and which of the cuts then rounded otherwise
-@pytest.mark.parametrize(("family", "alpha", "quantile"), [
-    ("qwen3", 0.0, 0.7),
-    pytest.param("qwen3", 0.5, 0.95, marks=pytest.mark.long),
-    pytest.param("llama", 1.0, 0.95, marks=pytest.mark.long),
-    pytest.param("gemma3", 0.0, 0.8, marks=pytest.mark.long),
-    pytest.param("gemma3", 0.5, 0.8, marks=pytest.mark.long),
+@pytest.mark.parametrize(("family", "alpha", "quantile", "cuts"), [
+    ("qwen3", 0.0, 0.7, 3),
+    pytest.param("qwen3", 0.5, 0.95, 6, marks=pytest.mark.long),
+    pytest.param("llama", 1.0, 0.95, 6, marks=pytest.mark.long),
+    pytest.param("gemma3", 0.0, 0.8, 6, marks=pytest.mark.long),
+    pytest.param("gemma3", 0.5, 0.8, 6, marks=pytest.mark.long),
 ])  # fmt: skip
 def test_ties_at_the_quantile_do_not_depend_on_the_cut(
-    tmp_path: Path, family: str, alpha: float, quantile: float, at_quantile: list[int]
+    tmp_path: Path, family: str, alpha: float, quantile: float, cuts: int, at_quantile: list[int]
 ) -> None:
     options = {"distillation_alpha": alpha, "token_clip_quantile": quantile}
     built = with_ties(tmp_path, family, **options)
     teacher = reference.initial_teacher(built.model)
     whole = gradients(built)
-    for cut in CUTS:
+    for cut in CUTS[:cuts]:
         assert_same(whole, gradients(with_ties(tmp_path, family, **options, **cut)), 1e-5)
-    assert len(at_quantile) == 1 + len(CUTS) and min(at_quantile) >= 2
+    assert len(at_quantile) == 1 + cuts and min(at_quantile) >= 2
 
     prompts, student = built.prompts, copy.deepcopy(built.model)
     batch = [

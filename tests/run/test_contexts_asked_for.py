@@ -146,7 +146,7 @@ def test_prepare_and_the_start_of_a_run_say_which(
     model_dir: Path, gsm8k: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ["--model_name_or_path", str(model_dir)]
-    length = ["--max_completion_length", "4"]
+    length = ["--max_completion_length", "64"]
     assert main(["prepare", *model, *gsm8k, *length]) == 0
     line = "auxiliary contexts: those of task gsm8k (random); --agreement_contexts retrieval builds others\n"
     assert line in capsys.readouterr().out
