@@ -44,7 +44,7 @@ def train(path: Path, template: str, *rows: dict[str, Any]) -> list[str]:
     plain = [{"prompt": f"q{i}", "privileged_context": "a"} for i in range(2)]
     file.write_text("".join(json.dumps(row) + "\n" for row in (*plain, *rows)))
     command = ["train", "--model_name_or_path", saved(path / "model", template), "--dry_run", "--use_cpu"]
-    command += ["--recipe", "sdft"]
+    command += ["--recipe", "sdft", "--max_completion_length", "16"]
     return [*command, "--train_file", str(file), "--eval_file", str(file), "--output_dir", str(path / "run")]
 
 

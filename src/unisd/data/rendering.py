@@ -119,7 +119,8 @@ def render(
     must = [str(turn["content"]) for turn in messages if turn["role"] in ("system", "developer", "user")]
     must += kept
     in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-    refusal, lost = None, None
+    refusal: Exception | None = None
+    lost: str | None = None
     for form in (messages, in_parts):  # templates of models that also see images take parts alone
         try:
             text = str(_apply(tokenizer, form, options, tokenize=False, add_generation_prompt=answering))

@@ -347,7 +347,7 @@ class Watch:
         for metric, value in _finite(values).items():
             if metric.startswith(SUMS):
                 self._sums[metric] = self._sums.get(metric, 0.0) + value
-        new = []
+        new: list[Alarm] = []
         if step == 1 and (text := never_ends(_finite(values))) is not None:
             new = [Alarm("never ends", step, text)]
             self.alarms += new

@@ -107,7 +107,7 @@ def _settle_rendering(tokenizer: Any, config: UniSDConfig, data: RunData) -> Non
         UserError: the template does not read an option, refuses a row or leaves a part of it out.
     """
     rendering.set_options(tokenizer, config.chat_template_kwargs)
-    checkpoint = config.resume_from_checkpoint
+    checkpoint: str | Path | None = config.resume_from_checkpoint
     if checkpoint and not Path(str(checkpoint)).is_dir():  # the newest
         checkpoint = last_complete_checkpoint(str(config.output_dir))
     rendering.fix_date(tokenizer, checkpoint)
