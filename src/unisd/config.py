@@ -177,7 +177,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         """Build what reports to each tracker, which opens nothing yet; the Trainer builds its
         own.
         """
-        for name in self.report_to:
+        for name in self.report_to if isinstance(self.report_to, list) else ():
             try:
                 INTEGRATION_TO_CALLBACK[name]()
             except (RuntimeError, ImportError) as error:

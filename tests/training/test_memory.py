@@ -264,8 +264,7 @@ def test_sizes_by_layer(kind: str) -> None:
 def test_an_estimate_never_ends_a_run(caplog: Any) -> None:
     model = tiny.model()
     known = ModelSize.of(model)
-    model.config.intermediate_size = {"a": 1}
-    model.config.num_hidden_layers = None
+    vars(model.config).update(intermediate_size={"a": 1}, num_hidden_layers=None)
     with caplog.at_level(logging.WARNING):
         size = ModelSize.of(model)
     assert size == replace(known, intermediate=0)

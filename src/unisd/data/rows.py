@@ -149,7 +149,7 @@ def prepare_rows(
 
 def _plain(dataset: Any, name: str, of_stream: int | None) -> list[Row]:
     """The rows of whatever holds them, as dicts of their own."""
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, Mapping) and dataset:
         if not holds_columns(dataset):
             raise UserError(f"{name} has splits: give one of them ({', '.join(map(str, dataset))}).")
         lengths = {column: len(values) for column, values in dataset.items()}

@@ -235,7 +235,7 @@ def _steps(args: UniSDConfig, rows: int) -> int:
     """Optimizer steps of the run, about."""
     if args.max_steps > 0:
         return args.max_steps
-    per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    per_step: int = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     return max(1, math.ceil(args.num_train_epochs * math.ceil(rows / per_step) * args.num_iterations))
 
 
