@@ -120,7 +120,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST = ("tied", "DoRA", "head", "tokens, tied", "experts")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.long) for kind in KINDS]
+)
 def test_every_kind_of_adapter(
     kind: str, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,8 +147,8 @@ def test_every_kind_of_adapter(
     "options",
     [
         {"target_modules": ["embed_tokens", "q_proj"]},
-        {"target_modules": ["lm_head"]},
-        {"modules_to_save": ["lm_head"]},
+        pytest.param({"target_modules": ["lm_head"]}, marks=pytest.mark.long),
+        pytest.param({"modules_to_save": ["lm_head"]}, marks=pytest.mark.long),
     ],
     ids=["embedding", "head", "saved head"],
 )
@@ -181,7 +186,11 @@ def test_scales(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert torch.equal(value, merged[name])
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, pytest.param({"modules_to_save": ["lm_head"]}, marks=pytest.mark.long)],
+    ids=["DoRA", "saved"],
+)
 def test_scales_of_what_is_no_sum(options: dict[str, Any], make: Make, tmp_path: Path) -> None:
     adapter = make(**options)
     assert merge(adapter, "--scale", 0.5, 1) == 0
@@ -193,7 +202,7 @@ def test_scales_of_what_is_no_sum(options: dict[str, Any], make: Make, tmp_path:
     torch.testing.assert_close(logits(tmp_path / "adapter-merged-1"), logits(adapter), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.long), "qwen3"])
 def test_part_of_what_full_fine_tuning_changed(family: str, tmp_path: Path) -> None:
     base = saved(tmp_path / "base", family)
     tuned = tiny.model(family, seed=1)
