@@ -1,9 +1,11 @@
 """One view onto any causal LM: its final hidden states and the head that turns them into logits.
 
-The losses work on hidden states, so that the `[tokens, vocabulary]` logits never exist. Two things
-must then be true of a model and are *checked on the model itself* instead of being assumed from its
-name: that our head reproduces the model's logits (softcap, scale, bias), and that packed rows (one
-long row, restarting positions, no mask) give the hidden states of separate rows.
+The losses work on hidden states, so that the `[tokens, vocabulary]` logits never exist. What must
+then be true of a model is *checked on the model itself* instead of being assumed from its name,
+against the logits that it computes by itself, whole, with its own attention: that our head
+reproduces them (softcap, scale, bias), as does our attention; that no later token changes them, nor
+a neighbour in a padded batch; and that packed rows (one long row, restarting positions, no mask)
+give them, too.
 
 Shapes: B rows, L padded length, N selected tokens, H hidden size, V vocabulary.
 """
@@ -12,10 +14,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +35,9 @@ from unisd.models.load import without_adapter
 
 logger = logging.getLogger(__name__)
 
+CHECKED_TOKENS = 160
+"""Of the longest row that a model is checked on: beyond short windows, and blocks of 128 tokens."""
+
 
 @dataclass
 class Captured:
@@ -37,6 +45,7 @@ class Captured:
 
     final: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
+    aux_loss: Tensor | None = None  # of routers, where the pass was asked for it
 
 
 class Backbone:
@@ -55,30 +64,38 @@ class Backbone:
         self.model = wrapped
         causal_lm = without_adapter(wrapped)
         self.causal_lm = causal_lm
+        _refuse_wrapper(wrapped)
         self.decoder: nn.Module = causal_lm.get_decoder()
+        if self.decoder is causal_lm:  # Llama 4 names it otherwise
+            self.decoder = getattr(causal_lm, "model", None)
         if self.decoder is None or self.decoder is causal_lm:
             raise UserError(
                 f"{type(causal_lm).__name__} has no separate decoder below its head: not a causal LM that can"
                 " be trained here."
             )
         parameters = inspect.signature(causal_lm.forward).parameters
-        if causal_lm.config._attn_implementation == "sdpa":
+        self._own_attention = causal_lm.config._attn_implementation
+        if self._own_attention == "sdpa" and not asks_for_attention(causal_lm):
             # and stays: backward passes of checkpointed layers compute it again
             causal_lm.set_attn_implementation(PACKED_SDPA)
         decoder_parameters = inspect.signature(self.decoder.forward).parameters
         self.tells_rows = causal_lm.config._attn_implementation == PACKED_SDPA and all(
             any(p.kind is p.VAR_KEYWORD for p in found.values()) for found in (parameters, decoder_parameters)
         )
-        self._forward_options: dict[str, Any] = {"use_cache": False}
+        # Of the routers' logits nothing is made but with `router_aux_loss_coef`.
+        self._quiet: dict[str, Any] = quiet_routers(causal_lm)
+        self._forward_options: dict[str, Any] = {"use_cache": False, **self._quiet}
         if "logits_to_keep" in parameters:  # of no position: the head's output is never needed
             self._forward_options["logits_to_keep"] = torch.zeros(0, dtype=torch.long)
         text_config = causal_lm.config.get_text_config()
         self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        if self._softcap is None:  # RecurrentGemma
+            self._softcap = getattr(text_config, "logits_soft_cap", None)
         self._scale: float = 1.0
-        if getattr(text_config, "logit_scale", None):  # Cohere multiplies
-            self._scale = float(text_config.logit_scale)
-        elif getattr(text_config, "logits_scaling", None):  # Granite divides
-            self._scale = 1.0 / float(text_config.logits_scaling)
+        for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+            self._scale *= float(getattr(text_config, name, None) or 1.0)
+        if getattr(text_config, "logits_scaling", None):  # Granite divides
+            self._scale /= float(text_config.logits_scaling)
 
     @property
     def head_module(self) -> nn.Linear:
@@ -138,13 +155,17 @@ class Backbone:
             for handle in handles:
                 handle.remove()
 
-    def forward(self, model: nn.Module, batch: Batch, layers: Sequence[int] = ()) -> Captured:
-        """Pass a batch through `model`, keeping hidden states.
+    def forward(
+        self, model: nn.Module, batch: Batch, layers: Sequence[int] = (), aux_loss: bool = False
+    ) -> Captured:
+        """Pass a batch through `model`, keeping hidden states (and the routers' own loss).
 
         This model or a wrapper around it, whose hooks must run.
         """
+        options = self._forward_options | ({"output_router_logits": True} if aux_loss else {})
         with self.capture(layers) as captured:
-            model(**self._inputs(batch), **self._forward_options)
+            output = model(**self._inputs(batch), **options)
+        captured.aux_loss = output.aux_loss if aux_loss else None
         return captured
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
@@ -159,7 +180,7 @@ class Backbone:
 
     def _run(self, **inputs: Any) -> None:
         passage = passage_to(self.decoder, self.model)
-        options = {} if passage is self.decoder else self._forward_options
+        options = self._quiet if passage is self.decoder else self._forward_options
         passage(**{**options, **inputs})
 
     def continuations(
@@ -231,41 +252,66 @@ class Backbone:
             "feature_layers: the model's blocks could not be found; unset it to match the final layer."
         )
 
+    @property
+    def context(self) -> tuple[int | None, str]:
+        """Most tokens that a row may have, and what says so."""
+        config = self.causal_lm.config.get_text_config()
+        limit, turns = getattr(config, "max_position_embeddings", None), self.longest_exact
+        if turns is None or (limit is not None and limit <= turns):
+            return limit, "the model's context"
+        return turns, "what LongRoPE reads without turning the positions of a row's neighbours"
+
+    @property
+    def longest_exact(self) -> int | None:
+        """Tokens beyond which the length of one row changes how all rows of a pass are read.
+
+        None where there is no such length. LongRoPE turns all positions otherwise then, and dynamic
+        scaling does.
+        """
+        config = self.causal_lm.config.get_text_config()
+        found = getattr(config, "rope_parameters", None) or {}
+        kinds = (
+            [found] if "rope_type" in found else [kind for kind in found.values() if isinstance(kind, dict)]
+        )
+        limits = []
+        for kind in kinds:
+            if kind.get("rope_type") == "longrope":
+                limits.append(kind.get("original_max_position_embeddings"))
+            elif "dynamic" in str(kind.get("rope_type")):
+                limits.append(config.max_position_embeddings)
+        return min((int(limit) for limit in limits if limit), default=None)
+
     @torch.no_grad()
     def check(self, pad_id: int, packing: str = "auto") -> bool:
-        """Check head and packing on the model itself; returns whether rows may be packed.
+        """Check all that is relied on, on the model itself; returns whether rows may be packed.
 
         Raises:
-            UserError: if the head does not reproduce the model's logits, or `packing="packed"` is
-                not exact.
+            UserError: the head does not reproduce the model's logits, later tokens or neighbours
+                change them, or `packing="packed"` is not exact.
         """
         was_training = self.causal_lm.training
-        self.causal_lm.eval()
+        self.model.eval()
         try:
-            vocabulary = self.causal_lm.config.get_text_config().vocab_size
-            generator = torch.Generator().manual_seed(0)
-            rows = [
-                torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 9, 3)
-            ]
-            device = self.head_module.weight.device
-            with self.capture() as captured:
-                logits = self.causal_lm(
-                    input_ids=torch.tensor([rows[1]], device=device), use_cache=False
-                ).logits
-            assert captured.final is not None
-            ours = self.head().logits(captured.final[0])
-            tolerance = tolerance_of(logits.dtype)
-            if not close(ours, logits[0].float(), tolerance):
-                raise UserError(
-                    f"the head of {type(self.causal_lm).__name__} does not reproduce its logits (an unknown"
-                    " scaling of logits): this architecture is not supported."
-                )
+            rows = self._rows_to_check()
+            own = self._own_logits(rows)
+            self._check_own(own)
+            if not all(self._agrees([row], logits, pad_id) for row, logits in zip(rows, own, strict=True)):
+                if self.causal_lm.config._attn_implementation == self._own_attention:
+                    self._refuse("the head", "does not reproduce its logits (an unknown scaling of logits)")
+                # More than the attention itself hangs on the name: it keeps its own.
+                self.causal_lm.set_attn_implementation(self._own_attention)
+                self.tells_rows = False
+                return self.check(pad_id, packing)
+            if not self._agrees(rows, torch.cat(own), pad_id):
+                self._refuse("a padded row", "changes the logits of its neighbours")
             if packing == "padded":
                 return False
-            exact = self._packing_is_exact(rows, pad_id, device, tolerance)
+            # Code of its own may look exact here, and not be it in longer rows.
+            exact = self._own_attention != "eager" and self._agrees(rows, torch.cat(own), pad_id, packed=True)
             if not exact and packing == "packed":
                 raise UserError(
-                    "packing=packed is not exact for this architecture: use packing=auto or padded."
+                    "packing=packed is not exact for this architecture and its attention"
+                    f" ({self._own_attention}): use packing=auto or padded."
                 )
             if not exact:
                 logger.warning(
@@ -273,23 +319,73 @@ class Backbone:
                 )
             return exact
         finally:
-            self.causal_lm.train(was_training)
+            self.model.train(was_training)
 
-    def _packing_is_exact(self, rows: list[list[int]], pad_id: int, device: Any, tolerance: float) -> bool:
+    def _refuse(self, what: str, does: str) -> NoReturn:
+        raise UserError(
+            f"{what} of {type(self.causal_lm).__name__} {does}: this architecture is not supported."
+        )
+
+    def _rows_to_check(self) -> list[list[int]]:
+        config = self.causal_lm.config.get_text_config()
+        limits = (CHECKED_TOKENS, getattr(config, "max_position_embeddings", None), self.longest_exact)
+        longest = min(int(limit) for limit in limits if limit)
+        generator = torch.Generator().manual_seed(0)
+        return [
+            torch.randint(config.vocab_size, (length,), generator=generator).tolist()
+            for length in (longest, 9, 3)
+        ]
+
+    def _own_logits(self, rows: list[list[int]]) -> list[Tensor]:
+        """The logits `[T,V]` of each row, by the model as it was given: its attention, its wrapper.
+
+        The last row comes a second time: with an ending of its own, behind the first row's
+        beginning.
+        """
+        ours, device = self.causal_lm.config._attn_implementation, self.head_module.weight.device
+        ending = [(token + 1) % (max(rows[0]) + 1) for token in rows[0][-9:]]
+        self.causal_lm.set_attn_implementation(self._own_attention)
         try:
-            packed = self.forward(self.causal_lm, collate(rows, True, pad_id, device)).final
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-        ) as error:  # an architecture without position ids, for one
+            return [
+                self.model(
+                    input_ids=torch.tensor([ids], device=device), use_cache=False, **self._quiet
+                ).logits[0]
+                for ids in (*rows, rows[0][:-9] + ending)
+            ]
+        finally:
+            self.causal_lm.set_attn_implementation(ours)
+
+    def _check_own(self, own: list[Tensor]) -> None:
+        """Take the row with another ending off the list, and compare it."""
+        other, kept = own.pop(), len(own[0]) - 9
+        if not _alike(other[:kept], own[0][:kept]):
+            raise UserError(
+                f"{type(self.causal_lm).__name__} reads later tokens, too: another ending of a text changes"
+                " its logits for the beginning. It cannot be trained here: give a causal model (without"
+                " bidirectional attention)."
+            )
+
+    def _agrees(self, rows: list[list[int]], own_TV: Tensor, pad_id: int, packed: bool = False) -> bool:
+        """Whether one pass over rows, decoder and head apart, gives the model's own logits."""
+        batch = collate(rows, packed, pad_id, own_TV.device)
+        try:
+            hidden = self.forward(self.causal_lm, batch).final
+        except (RuntimeError, ValueError, TypeError) as error:
+            if not packed:
+                raise
+            # an architecture without position ids, for one
             logger.warning("A packed row cannot be read by %s: %r", type(self.causal_lm).__name__, error)
             return False
-        assert packed is not None
-        separate = [self.forward(self.causal_lm, collate([row], True, pad_id, device)).final for row in rows]
-        return close(
-            packed[0], torch.cat([hidden[0] for hidden in separate if hidden is not None]), tolerance
-        )
+        assert hidden is not None
+        flat = hidden.flatten(0, 1)
+        if len(rows) == 1 and len(own_TV) != len(flat):
+            return False
+        read = [flat[start : start + len(row)] for start, row in zip(batch.starts, rows, strict=True)]
+        ours = [self.head().logits(states_TH) for states_TH in read]
+        own = own_TV[:, : ours[0].shape[-1]].split([len(row) for row in rows])
+        if packed:  # nothing is refused for it: better padded than inexact
+            return close(torch.cat(ours), torch.cat(own), tolerance_of(own_TV.dtype))
+        return all(_alike(*pair) for pair in zip(ours, own, strict=True))
 
     @torch.no_grad()
     def can_continue(self, pad_id: int) -> bool:
@@ -329,3 +425,60 @@ class Backbone:
             return False
         finally:
             self.causal_lm.train(was_training)
+
+
+def quiet_routers(model: Any) -> dict[str, Any]:
+    """What a pass is to be told so that routers do not hand out their logits.
+
+    Models saved with `output_router_logits` would, and make a loss of them that nobody takes (in
+    decoding it does not even fit). The config stays as it is.
+    """
+    config = without_adapter(model).config.get_text_config()
+    return {"output_router_logits": False} if getattr(config, "output_router_logits", False) else {}
+
+
+def _refuse_wrapper(model: Any) -> None:
+    """Refuse adapters that act in peft's wrapper: losses and scores pass below it."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        kind = (
+            "activated LoRA (alora_invocation_tokens)"
+            if getattr(adapter, "alora_invocation_tokens", None)
+            else kind
+        )
+        if adapter.is_prompt_learning or "alora" in kind or kind == "XLORA":
+            raise UserError(
+                f"peft_config: {kind} acts around the model, not in its layers, and cannot be trained here:"
+                " use LoRA, or another adapter of layers."
+            )
+
+
+def asks_for_attention(model: Any) -> bool:
+    """Whether the model's own code does other things under the name "sdpa".
+
+    Sparse attention (DeepSeek-V3.2, GLM-5) is such a thing: under another name it would be dense.
+    """
+    return _asks_for_attention(type(model))
+
+
+@cache
+def _asks_for_attention(kind: type) -> bool:
+    try:
+        source = inspect.getsource(sys.modules[kind.__module__])
+    except (KeyError, OSError, TypeError):
+        return False
+    return re.search(r"_attn_implementation\s*(==|!=|(not )?in)[^\n]*[\"']sdpa[\"']", source) is not None
+
+
+def _alike(ours_TV: Tensor, own_TV: Tensor) -> bool:
+    """Whether logits are the same to rounding; in 16 bits those of most tokens.
+
+    Rounding alone sends a token to another expert there.
+    """
+    if ours_TV.shape != own_TV.shape:
+        return False
+    tolerance = tolerance_of(own_TV.dtype)
+    if own_TV.dtype in (torch.float32, torch.float64):
+        return close(ours_TV, own_TV, tolerance)
+    apart_T = (ours_TV.float() - own_TV.float()).abs().amax(-1)
+    return bool(apart_T.median() <= tolerance * own_TV.float().abs().max().clamp_min(1e-6))

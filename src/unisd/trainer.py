@@ -135,8 +135,7 @@ class UniSDTrainer(EvaluatingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # Our loss is normalised over the whole optimizer step already.
-        self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs = True  # ours is normalised over the whole step already
         self._build_scorer()
         self._build_rollout(student, engine)
         self._build_monitoring(probe_dataset)
@@ -153,8 +152,8 @@ class UniSDTrainer(EvaluatingTrainer):
         self.backbone = Backbone(student)
         self.backbone.check_layers(args.feature_layers or ())
         self.backbone.freeze_the_rest()
-        context = getattr(self.backbone.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        self.request_builder = RequestBuilder(args, self.prompts, self.plan.needs, self.plan.sources, context)
+        wanted = (self.prompts, self.plan.needs, self.plan.sources, *self.backbone.context)
+        self.request_builder = RequestBuilder(args, *wanted)
         self.eos_ids = eos_ids(student, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
 
@@ -224,8 +223,7 @@ class UniSDTrainer(EvaluatingTrainer):
             parts = group_by_length(requests, [G * len(batch["row"]) for batch in batches])
             micro_batches = [step.micro_batch(part).inputs for part in parts]
         self.begin_student_phase()
-        # Not None, so that the Trainer does not divide the loss again.
-        return micro_batches, int(everywhere.mask.sum())
+        return micro_batches, int(everywhere.mask.sum())  # not None: the Trainer would divide again
 
     def _rollout(self, numbers: Sequence[tuple[int, int]]) -> list[Completion]:
         """Line 1: what is written to the step's rows on this rank, given as (row, generation)."""
@@ -239,8 +237,7 @@ class UniSDTrainer(EvaluatingTrainer):
             versions = [c.version for c in completions if c.version is not None]
             if versions:
                 self.metrics.values["rollout/weights_version"] = float(min(versions))
-            if versions and store.is_fresh(step):
-                # a part of the rollout's time
+            if versions and store.is_fresh(step):  # a part of the rollout's time
                 self.metrics.values["step_time/sync"] = self.completions.sync_s
         return completions
 
@@ -365,7 +362,8 @@ class UniSDTrainer(EvaluatingTrainer):
         """Do line 4: the loss of a micro-batch, normalised over the whole step and all ranks."""
         args, micro_batch = self.args, inputs["micro_batch"]
         assert isinstance(micro_batch, MicroBatch)
-        captured = self.backbone.forward(model, micro_batch.batch, args.feature_layers or ())
+        options = (args.feature_layers or (), args.router_aux_loss_coef > 0)
+        captured = self.backbone.forward(model, micro_batch.batch, *options)
         assert captured.final is not None
         student_NH = micro_batch.at_loss_tokens(captured.final)
         loss_inputs = micro_batch.loss_inputs(student_NH, self.backbone.head(), args.divergence_spec)
@@ -382,6 +380,8 @@ class UniSDTrainer(EvaluatingTrainer):
         self.observer.after_loss(micro_batch, output)
         # DDP averages gradients over ranks, but this loss is already a share of one global sum.
         loss = output.loss * self.accelerator.num_processes
+        if captured.aux_loss is not None:
+            loss = loss + args.router_aux_loss_coef * micro_batch.share * captured.aux_loss
         self.metrics.add(loss=loss.detach())
         return (loss, None) if return_outputs else loss
 

@@ -59,6 +59,17 @@ class UniSDOptions:
         "Recompute activations to save memory; unset: switched on where a step would not fit without it.",
         False,
     )
+    disable_dropout: bool = option(
+        "training",
+        "Switch the model's own dropout off (not lora_dropout): student and teacher would differ by noise.",
+        True,
+    )
+    router_aux_loss_coef: float = option(
+        "training",
+        "Weight of the load-balancing loss of a mixture of experts, as the model computes it; 0: none.",
+        0.0,
+        low=0,
+    )
     logging_steps: float = option("training", "Log every so many optimizer steps.", 1)
     logging_nan_inf_filter: bool = option(
         "inherited", "Hide nan and inf in the log; would wait for the device at every micro-batch.", False

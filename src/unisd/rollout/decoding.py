@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
+from unisd.backbone import asks_for_attention, quiet_routers
 from unisd.batching import forward_batches
 from unisd.distributed.sharding import in_step
 from unisd.kernels.attention import PACKED_SDPA, disable_cudnn_sdpa
@@ -153,18 +154,23 @@ def _decoding_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     owners = [bare] if bare is model else [model, bare]
     own_configs = [owner.generation_config for owner in owners]
     attention = bare.config._attn_implementation
-    wasteful = attention == "sdpa" and bare.device.type == "cpu"
+    text_config, routers = bare.config.get_text_config(), quiet_routers(bare)
+    wasteful = attention == "sdpa" and bare.device.type == "cpu" and not asks_for_attention(bare)
     disable_cudnn_sdpa(bare.device)
     try:
         for owner in owners:
             owner.generation_config = config
         if wasteful:
             bare.set_attn_implementation(PACKED_SDPA)
+        if routers:  # few families take it as an argument of `generate`
+            text_config.output_router_logits = False
         with inference(model, keep=True):
             yield
     finally:
         if wasteful:
             bare.set_attn_implementation(attention)
+        if routers:
+            text_config.output_router_logits = True
         for owner, own in zip(owners, own_configs, strict=True):
             owner.generation_config = own
 

@@ -58,7 +58,7 @@ class RequestBuilder:
     Args:
         needs: what the active functions declare, of `NEEDS`.
         sources: of the target those that need a pass of their own.
-        context: tokens that the model can read, or None.
+        context: tokens that the model can read, or None; `context_is`: in words.
 
     Raises:
         UserError: the completions alone fill the model's context.
@@ -71,16 +71,18 @@ class RequestBuilder:
         needs: Collection[str],
         sources: Collection[Source],
         context: int | None,
+        context_is: str = "the model's context",
     ) -> None:
         self.args = args
         self.prompts = prompts
         self.needs = needs
         self.sources = sources
+        self.context_is = context_is
         self.room = _UNLIMITED if context is None else context - args.max_completion_length
         if self.room < 1:
             raise UserError(
-                f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the"
-                f" model's context of {context} tokens: lower it."
+                f"max_completion_length={args.max_completion_length} leaves no room for a prompt in"
+                f" {context_is} of {context} tokens: lower it."
             )
         # Auxiliary and negative views are other texts: those over the limit are left out one by
         # one, and counted.
@@ -117,7 +119,7 @@ class RequestBuilder:
             ]
             if too_long:
                 row, length = too_long[0]
-                name = option if limit == own_limit else "the model's context less max_completion_length"
+                name = option if limit == own_limit else f"{self.context_is} less max_completion_length"
                 raise UserError(
                     f"row {row} of the training data: the {what} has {length} tokens, over the limit of"
                     f" {limit} ({name}); {len(too_long)} such row(s): shorten or remove them, or raise"

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
-from unisd.backbone import Backbone
+from unisd.backbone import Backbone, quiet_routers
+from unisd.batching import collate
 from unisd.config import UniSDConfig
 from unisd.data.prompts import PromptBuilder
+from unisd.errors import UserError
 from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
@@ -66,6 +68,8 @@ def load_student(
     disable_cudnn_sdpa(args.device)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
+    if args.disable_dropout:
+        disable_dropout(student)
     if peft_config is not None:
         student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
     if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters()):
@@ -74,6 +78,44 @@ def load_student(
             " computes in bf16)."
         )
     return student, tokenizer
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch a model's own dropout off; that of an adapter stays, and so does the config."""
+    for name, module in model.named_modules():
+        if ".lora_dropout." in f".{name}.":
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):  # of attention, given to a kernel
+                setattr(module, attribute, 0.0)
+
+
+def check_routers(backbone: Backbone, coefficient: float, pad_id: int) -> None:
+    """Say, or refuse, what becomes of the load-balancing loss of a mixture of experts.
+
+    Raises `UserError` where it is asked for and the model has none.
+    """
+    kind = type(backbone.causal_lm).__name__
+    if coefficient == 0:
+        if quiet_routers(backbone.model):
+            logger.warning(
+                "%s was saved with output_router_logits: its load-balancing loss is no part of the training"
+                " (router_aux_loss_coef=0.001 adds it).",
+                kind,
+            )
+        return
+    try:
+        with torch.no_grad():
+            batch = collate([[pad_id] * 4], False, pad_id, backbone.head_module.weight.device)
+            found = backbone.forward(backbone.causal_lm, batch, aux_loss=True).aux_loss
+    except (TypeError, AttributeError):
+        found = None
+    if not isinstance(found, Tensor):
+        raise UserError(
+            f"router_aux_loss_coef={coefficient:g}: {kind} computes no load-balancing loss: unset it."
+        )
 
 
 def build_prompts(args: UniSDConfig, tokenizer: Any) -> PromptBuilder:
@@ -97,6 +139,7 @@ def pass_layout(backbone: Backbone, args: UniSDConfig, pad_id: int) -> PassLayou
     that cannot be reproduced, and a packing that is not exact.
     """
     packed = backbone.check(pad_id, args.packing)
+    check_routers(backbone, args.router_aux_loss_coef, pad_id)
     # The model may lie elsewhere still.
     share_prefixes = packed and shares_host(args.device) and can_share(backbone)
     named = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -154,6 +154,11 @@ class MicroBatch:
     marks: Mapping[str, Tensor]  # [N], as in the step
 
     @property
+    def share(self) -> float:
+        """Of the step's rows on this rank."""
+        return len(self.part) / len(self.step.rows)
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """As the Trainer passes it on to `compute_loss`: it moves tensors, and counts
         `input_ids`.
