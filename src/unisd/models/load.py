@@ -296,9 +296,10 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
 
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    peft_config = _without_refused_dropout(model, peft_config)
     set_seed(seed)  # the Trainer would seed only after the adapter's factors are drawn
     try:
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         names = sorted(
             {
@@ -310,6 +311,62 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
         raise UserError(
             f"lora_target_modules: {str(error).splitlines()[0]} Its linear modules: {', '.join(names)}."
         ) from None
+    _say_reach(adapted)
+    return adapted
+
+
+def _without_refused_dropout(model: Any, peft_config: Any) -> Any:
+    """Set lora_dropout to 0 where the adapter would change experts, which peft refuses it for.
+
+    Found out on a model without storage: a refusal leaves half an adapter behind.
+    """
+    from peft import get_peft_model
+
+    dropout = getattr(peft_config, "lora_dropout", 0)
+    if not dropout or not any(map(_is_experts, model.parameters())):
+        return peft_config
+    try:
+        with torch.device("meta"):
+            get_peft_model(type(model)(copy.deepcopy(model.config)), copy.deepcopy(peft_config))
+    except ValueError as error:
+        if "lora_dropout" not in str(error):
+            return peft_config
+        logger.warning("lora_dropout is 0 here instead of %g: adapters of experts cannot have any.", dropout)
+        peft_config = copy.copy(peft_config)
+        peft_config.lora_dropout = 0.0
+    return peft_config
+
+
+def _is_experts(weight: torch.Tensor) -> bool:
+    """Whether it is the weights of several linear maps; a convolution has one line a channel."""
+    return weight.dim() == 3 and weight.shape[1] > 1
+
+
+def _say_reach(adapted: Any) -> None:
+    """Say what share of a mixture of experts the adapter reaches: often the smaller one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own = {
+        name: p
+        for name, p in adapted.named_parameters()
+        if not any(part.startswith(("lora_", "modules_to_save")) for part in name.split("."))
+    }
+    if not any(map(_is_experts, own.values())):
+        return
+    reached: set[str] = set()
+    for name, module in adapted.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            single = getattr(module, "parameter_name", None)
+            reached |= {
+                full
+                for full in own
+                if full.startswith(f"{name}.") and single in (None, full.rpartition(".")[2])
+            }
+    share = sum(own[name].numel() for name in reached) / sum(p.numel() for p in own.values())
+    experts = (
+        "among them experts" if any(_is_experts(own[name]) for name in reached) else "experts are not adapted"
+    )
+    logger.warning("The adapter reaches %.0f %% of the weights: %s.", 100 * share, experts)
 
 
 def _within_decoder(model: Any, peft_config: Any) -> Any:
