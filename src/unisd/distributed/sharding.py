@@ -338,6 +338,28 @@ def _check(trainer: Any) -> None:
         raise UserError("fp16 is not supported with FSDP: use bf16.")
 
 
+def _wrap_blocks(trainer: Any) -> None:
+    """Let every block be a unit of its own, unless the user names other classes.
+
+    transformers' own names are also those of models that this one may hold, or not.
+    """
+    plugin, blocks = trainer.accelerator.state.fsdp_plugin, trainer.backbone.blocks()
+    if plugin.transformer_cls_names_to_wrap is None:
+        held = {type(module).__name__ for module in trainer.model.modules()}
+        named = held & set(getattr(without_adapter(trainer.model), "_no_split_modules", None) or ())
+        plugin.transformer_cls_names_to_wrap = sorted(named | {type(block).__name__ for block in blocks})
+    model = without_adapter(trainer.model)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if (
+        all(hasattr(end, "modules_to_save") for end in ends)
+        and model.config.get_text_config().tie_word_embeddings
+    ):
+        raise UserError(
+            "modules_to_save names both of the tied embeddings, which FSDP cannot hold apart: name lm_head"
+            " alone, or use accelerate_config=ddp."
+        )
+
+
 def shard(trainer: Any) -> None:
     """Spread the trainer's model over the ranks, and build its optimizer on the shards.
 
@@ -355,6 +377,7 @@ def shard(trainer: Any) -> None:
             "a quantised model is not supported with FSDP: use accelerate_config=ddp, or load it without"
             " load_in_4bit."
         )
+    _wrap_blocks(trainer)
     accelerator, was_training = trainer.accelerator, trainer.model.training
     trainer.create_optimizer()
     model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer)

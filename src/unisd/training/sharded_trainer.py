@@ -7,19 +7,37 @@ keeps the optimizer in files of its own.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from unisd.backbone import quiet_routers
 from unisd.distributed import shard_checkpoints, sharding
 from unisd.models.load import without_adapter
 from unisd.teacher import Teacher
 
+logger = logging.getLogger(__name__)
+
 SHARDS = "shards"
 """The folder of a checkpoint in which each rank has written its own part of model and optimizer."""
+
+
+def weights_without_gradient(model: nn.Module) -> list[str]:
+    """The names of trained weights that a few tokens leave without a gradient, by one pass."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(4, device=without_adapter(model).device)[None]
+    with torch.enable_grad():
+        model(input_ids=ids, use_cache=False, **quiet_routers(model)).logits.float().sum().backward()
+    found = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    model.zero_grad()
+    model.train(was_training)
+    return found
 
 
 class ShardedTrainer(Trainer):  # type: ignore[misc]
@@ -57,6 +75,21 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         elif self.is_deepspeed_enabled and not getattr(without_adapter(self.model), "is_quantized", False):
             # transformers leaves that to the engine, which is built for training only.
             self._move_model_to_device(self.model, self.args.device)
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; DDP looks for weights without a gradient where there are."""
+        if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            handler = self.accelerator.ddp_handler
+            names = [] if handler.find_unused_parameters else weights_without_gradient(model)
+            if names:
+                logger.warning(
+                    "%d trained weights get no gradient from every text (%s, ...): DDP looks for them in each"
+                    " step (ddp_find_unused_parameters).",
+                    len(names),
+                    names[0],
+                )
+                handler.find_unused_parameters = True
+        return super()._wrap_model(model, *args, **kwargs)
 
     # -- saving: all ranks must call ---------------------------------------------------------------
 
