@@ -3,8 +3,8 @@
 `python -m experiments.families [--store docs/results/families.jsonl] [--page docs/models.md]`.
 
 The store is what the tests of the families append:
-`UNISD_FAMILIES=docs/results/families.jsonl pytest -n auto -m families tests/families`. Of a cell
-that was measured several times the last line counts.
+`UNISD_FAMILIES=docs/results/families.jsonl pytest -m 'families or breadth' tests/families`.
+Of a cell that was measured several times the last line counts.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -337,7 +338,7 @@ class Backbone:
         finally:
             self.model.train(was_training)
 
-    def _refuse(self, what: str, does: str) -> None:
+    def _refuse(self, what: str, does: str) -> NoReturn:
         raise UserError(
             f"{what} of {type(self.causal_lm).__name__} {does}: this architecture is not supported."
         )
@@ -397,8 +398,11 @@ class Backbone:
         if len(rows) == 1 and len(own_TV) != len(flat):
             return False
         read = [flat[start : start + len(row)] for start, row in zip(batch.starts, rows, strict=True)]
-        ours = self.head().logits(torch.cat(read))
-        return _alike(ours, own_TV[:, : ours.shape[-1]])
+        ours = [self.head().logits(states_TH) for states_TH in read]
+        own = own_TV[:, : ours[0].shape[-1]].split([len(row) for row in rows])
+        if packed:  # nothing is refused for it: better padded than inexact
+            return close(torch.cat(ours), torch.cat(own), tolerance_of(own_TV.dtype))
+        return all(_alike(*pair) for pair in zip(ours, own, strict=True))
 
     @torch.no_grad()
     def can_continue(self, pad_id: int) -> bool:
@@ -471,13 +475,16 @@ def asks_for_attention(model: Any) -> bool:
 
     Sparse attention (DeepSeek-V3.2, GLM-5) is such a thing: under another name it would be dense.
     """
+    return _asks_for_attention(type(model))
+
+
+@cache
+def _asks_for_attention(kind: type) -> bool:
     try:
-        source = inspect.getsource(sys.modules[type(model).__module__])
+        source = inspect.getsource(sys.modules[kind.__module__])
     except (KeyError, OSError, TypeError):
         return False
-    return (
-        re.search(r"_attn_implementation\s*(==|!=|(not )?in)\s*\(?[^)\n]*[\"']sdpa[\"']", source) is not None
-    )
+    return re.search(r"_attn_implementation\s*(==|!=|(not )?in)[^\n]*[\"']sdpa[\"']", source) is not None
 
 
 def _alike(ours_TV: Tensor, own_TV: Tensor) -> bool:

@@ -20,7 +20,8 @@ import transformers
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from tests.families.zoo import FAMILIES, build, names
+from tests.families.cells import cells
+from tests.families.zoo import FAMILIES, build
 from tests.helpers.steps import STAR, assert_same
 from tests.invariants.test_reference import apart, by_reference, by_trainer
 from unisd import reference
@@ -29,20 +30,11 @@ from unisd.cli.main import main
 from unisd.rollout.engine import Completion, NoiseKey, Sampling
 from unisd.testing import trainer
 
-BREADTH = (
-    "qwen2.5", "qwen3-moe", "qwen3.5-vision", "llama4", "gemma3-vision", "gemma4", "gpt-oss", "phi3-longrope",
-    "deepseek-v3", "lfm2", "granite-hybrid", "falcon-h1",
-)  # fmt: skip
-"""A third, in which every kind of layer, head and file occurs."""
 SUBPROCESS = ("qwen3-moe", "gemma3-vision", "gpt-neox")
 EMA = {"teacher_model_kind": "ema", "teacher_update_rate": 0.2}
 RATE = 0.05
 
-CELLS = [
-    pytest.param(name, marks=[pytest.mark.families, *([pytest.mark.breadth] if name in BREADTH else [])])
-    for name in names()
-]
-every = pytest.mark.parametrize("family", CELLS)
+every = cells()
 kinds = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 
 

@@ -85,7 +85,7 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
             # transformers leaves that to the engine, which is built for training only.
             self._move_model_to_device(self.model, self.args.device)
 
-    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; DDP looks for weights without a gradient where there are."""
         if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             handler = self.accelerator.ddp_handler
