@@ -37,7 +37,7 @@ from unisd.evaluation.likelihood import corpus_ppl, gold_ppl, sequence_logprobs
 from unisd.evaluation.retention import retention
 from unisd.memory import MIB
 from unisd.models.gguf import cache_dir
-from unisd.models.load import eos_ids
+from unisd.models.tokens import eos_ids
 from unisd.monitoring.cost import peak_memory
 from unisd.recipes import load as load_recipe
 from unisd.run.inputs import adapter_config, load_data, load_model

@@ -32,7 +32,9 @@ from unisd.distributed.sharding import materialized, passage_to
 from unisd.errors import UserError
 from unisd.kernels.attention import PACKED_SDPA
 from unisd.losses.head import Head
-from unisd.models.load import context_length, defined_tokens, without_adapter
+from unisd.models.adapters import without_adapter
+from unisd.models.load import context_length
+from unisd.models.tokens import defined_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class Backbone:
         _refuse_wrapper(wrapped)
         self.decoder: nn.Module = causal_lm.get_decoder()
         if self.decoder is causal_lm:  # Llama 4 names it otherwise
-            self.decoder = getattr(causal_lm, "model", None)
+            self.decoder = getattr(causal_lm, "model", causal_lm)
         if self.decoder is None or self.decoder is causal_lm:
             raise UserError(
                 f"{type(causal_lm).__name__} has no separate decoder below its head: not a causal LM that can"
@@ -399,7 +401,7 @@ class Backbone:
             return False
         read = [flat[start : start + len(row)] for start, row in zip(batch.starts, rows, strict=True)]
         ours = [self.head().logits(states_TH) for states_TH in read]
-        own = own_TV[:, : ours[0].shape[-1]].split([len(row) for row in rows])
+        own = torch.split(own_TV[:, : ours[0].shape[-1]], [len(row) for row in rows])
         if packed:  # nothing is refused for it: better padded than inexact
             return close(torch.cat(ours), torch.cat(own), tolerance_of(own_TV.dtype))
         return all(_alike(*pair) for pair in zip(ours, own, strict=True))
@@ -475,13 +477,13 @@ def asks_for_attention(model: Any) -> bool:
 
     Sparse attention (DeepSeek-V3.2, GLM-5) is such a thing: under another name it would be dense.
     """
-    return _asks_for_attention(type(model))
+    return _asks_for_attention(type(model).__module__)
 
 
 @cache
-def _asks_for_attention(kind: type) -> bool:
+def _asks_for_attention(module: str) -> bool:
     try:
-        source = inspect.getsource(sys.modules[kind.__module__])
+        source = inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
         return False
     return re.search(r"_attn_implementation\s*(==|!=|(not )?in)[^\n]*[\"']sdpa[\"']", source) is not None

@@ -52,7 +52,7 @@ from unisd.kernels.lora import mergeable
 from unisd.losses import triton_kernels as fused
 from unisd.losses.chunked import chunk_bytes
 from unisd.methods.targets import parse_target
-from unisd.models.load import without_adapter
+from unisd.models.adapters import without_adapter
 
 logger = logging.getLogger(__name__)
 

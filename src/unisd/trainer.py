@@ -34,7 +34,7 @@ from unisd.losses.chunked import chunked_loss
 from unisd.losses.plain import plain_loss
 from unisd.memory import smaller_until_it_fits
 from unisd.methods.scores import StepScores
-from unisd.models.load import eos_ids, pad_id
+from unisd.models.tokens import eos_ids, pad_id
 from unisd.monitoring.metrics import StepMetrics
 from unisd.monitoring.observer import Observer, Probes
 from unisd.rollout.engine import Completion, Engine, Sampling

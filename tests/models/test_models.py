@@ -15,14 +15,8 @@ from unisd import testing as tiny
 from unisd.errors import UserError
 from unisd.models import gguf as gguf_cache
 from unisd.models import load as models
-from unisd.models.load import (
-    ModelInfo,
-    eos_ids,
-    load_model_and_tokenizer,
-    load_tokenizer,
-    native_bf16,
-    resolve,
-)
+from unisd.models.load import ModelInfo, load_model_and_tokenizer, load_tokenizer, native_bf16, resolve
+from unisd.models.tokens import eos_ids
 
 
 @pytest.fixture

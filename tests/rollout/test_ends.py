@@ -20,7 +20,8 @@ from unisd.losses.chunked import chunked_loss
 from unisd.losses.plain import plain_loss
 from unisd.losses.terms import LossInputs
 from unisd.methods.divergence import DivergenceSpec
-from unisd.models.load import eos_ids, load_model_and_tokenizer, mark_defined, pad_id
+from unisd.models.load import load_model_and_tokenizer
+from unisd.models.tokens import eos_ids, mark_defined, pad_id
 from unisd.rollout.engine import Sampling
 from unisd.rollout.transformers_engine import generate
 from unisd.rollout.vllm.common import sampling_fields

@@ -37,10 +37,10 @@ def adapter_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def command(adapter_dir: Path, tmp_path: Path, *flags: str) -> list[str]:
+def command(adapter_dir: Path, tmp_path: Path, *flags: str, **others: str) -> list[str]:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    given = {**SHORT, "train_file": str(file), "model_name_or_path": str(adapter_dir)}
+    given = {**SHORT, "train_file": str(file), "model_name_or_path": str(adapter_dir), **others}
     return ["train", *(word for name, value in given.items() for word in (f"--{name}", value)), *flags]
 
 
@@ -60,7 +60,7 @@ def test_it_is_trained_further_and_measured_from_where_it_began(
     assert "PeftModel.from_pretrained" in (out / "README.md").read_text()
     # without a step there is no way from the adapter to itself, however far it is from its base
     same = tmp_path / "same"
-    assert main(command(adapter_dir, tmp_path, "--output_dir", str(same), "--learning_rate", "0")) == 0
+    assert main(command(adapter_dir, tmp_path, "--output_dir", str(same), learning_rate="0")) == 0
     detail = json.loads((same / "results.json").read_text())["after"]["retention_detail"]
     for way in ("forward", "reverse"):
         assert detail[way]["jsd"] == pytest.approx(0, abs=1e-6), detail

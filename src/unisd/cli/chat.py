@@ -12,7 +12,8 @@ from typing import Any
 
 from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one
 from unisd.errors import UserError
-from unisd.models.inference import is_adapter, load_any
+from unisd.models.adapters import is_adapter
+from unisd.models.inference import load_any
 
 
 def chat_command(arguments: Sequence[str]) -> int:
@@ -86,7 +87,7 @@ def _read_and_answer(answer: Any) -> None:
 def _answer(model: Any, tokenizer: Any, prompt: str, options: argparse.Namespace, number: int) -> str:
     from unisd.data.prompts import encode_prompt
     from unisd.data.thoughts import completion_text
-    from unisd.models.load import eos_ids, pad_id
+    from unisd.models.tokens import eos_ids, pad_id
     from unisd.rollout.engine import Sampling
     from unisd.rollout.transformers_engine import generate
 

@@ -226,7 +226,7 @@ class _Evaluation:
 
     def answers(self, rows: Sequence[Row], cap: int, what: str) -> list[list[str]]:
         """One or several answers a row."""
-        from unisd.models.load import eos_ids, pad_id
+        from unisd.models.tokens import eos_ids, pad_id
         from unisd.rollout.engine import Sampling, seed_of
         from unisd.rollout.transformers_engine import generate
 

@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unisd.distributed import zero
 from unisd.errors import UserError
-from unisd.models.load import without_adapter
+from unisd.models.adapters import without_adapter
 
 # ------------------------------------------------------------------------------------------ tensors
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from unisd.compat import set_argument
 from unisd.config import load_whole_models
 from unisd.errors import UserError
-from unisd.models.load import without_adapter
+from unisd.models.adapters import without_adapter
 
 
 class Part(NamedTuple):

@@ -16,7 +16,7 @@ from unisd.console import show_progress
 from unisd.data.thoughts import completion_text
 from unisd.evaluation.grading import grade_many, wilson
 from unisd.evaluation.likelihood import Ids, _ids
-from unisd.models.load import eos_ids, pad_id
+from unisd.models.tokens import eos_ids, pad_id
 from unisd.rollout.decoding import decode, default_batch_size
 from unisd.tasks.base import Grade, Row
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from unisd.distributed.sharding import entry, in_step
 from unisd.errors import UserError
 from unisd.kernels.lora import inference
-from unisd.models.load import check_embedded, embedded_tokens, eos_ids
+from unisd.models.tokens import check_embedded, embedded_tokens, eos_ids
 from unisd.tasks.base import Row
 
 Ids = Sequence[int]

@@ -30,7 +30,7 @@ from unisd.kernels.attention import takes_packed
 from unisd.losses.chunked import chunked_loss, token_logprobs
 from unisd.losses.terms import LossInputs
 from unisd.methods.divergence import DivergenceSpec
-from unisd.models.load import eos_ids, pad_id
+from unisd.models.tokens import eos_ids, pad_id
 from unisd.rollout.engine import Completion, Sampling
 from unisd.rollout.transformers_engine import generate
 from unisd.scoring.passes import Job, Passes, PassLayout

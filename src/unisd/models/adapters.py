@@ -22,6 +22,11 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG = (
 BASE = "base_model_name_or_path"
 
 
+def without_adapter(model: Any) -> Any:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_adapter(name: str | Path) -> bool:
     """Whether a folder holds an adapter, and no model.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from unisd.errors import UserError
-from unisd.models.load import without_adapter
+from unisd.models.adapters import without_adapter
 
 # Fields that only sampling reads, and those that only beam search reads, with values that mean
 # nothing is set.

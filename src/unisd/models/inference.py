@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-
-def is_adapter(folder: str | Path) -> bool:
-    return (Path(folder) / "adapter_config.json").is_file()
 
 
 def load_any(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from unisd.models.adapters import name_base
-from unisd.models.load import without_adapter
+from unisd.models.adapters import name_base, without_adapter
 
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -20,21 +19,37 @@ PROCESSOR_FILES = (
 """Of models for images and sound: how those are read, which training on text does not change."""
 
 
+def copy_tokenizer(source: str, folder: Path, trust_remote_code: bool = False) -> Any:
+    """Save the tokenizer of a model (a folder or hub id) as it is, with its chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def copy_processor(source: str, folder: Path) -> None:
+    """Copy what a model (a folder or hub id) says of images, sounds and films, and its code."""
+    for name in PROCESSOR_FILES:
+        if (found := _file_of(source, name)) is not None and not (folder / name).exists():
+            shutil.copyfile(found, folder / name)
+    if Path(source).is_dir():
+        for code in Path(source).glob("*.py"):  # a model whose code comes with it
+            if not (folder / code.name).exists():
+                shutil.copyfile(code, folder / code.name)
+
+
 def complete(folder: Path, model: Any) -> None:
     """Add to a saved model or adapter what `save_pretrained` of it and its tokenizer leave out."""
     base = without_adapter(model)
     if base is not model:
         name_base(folder, base)
-    for name in PROCESSOR_FILES:
-        if (source := _file_of(base, name)) is not None and not (folder / name).exists():
-            shutil.copyfile(source, folder / name)
+    if source := getattr(base, "name_or_path", None):
+        copy_processor(source, folder)
 
 
-def _file_of(base: Any, name: str) -> str | None:
-    """A file of the model that was opened, where it has one, without asking the hub."""
-    path = getattr(base, "name_or_path", None)
-    if not path:
-        return None
+def _file_of(path: str, name: str) -> str | None:
+    """A file of a model, where it has one, without asking the hub."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         found: str | None = cached_file(path, name, local_files_only=True, **quiet)

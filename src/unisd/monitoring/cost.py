@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 
 from unisd.config import UniSDConfig
 from unisd.memory import ModelSize
-from unisd.models.load import without_adapter
+from unisd.models.adapters import without_adapter
 from unisd.scoring.views import TEACHER
 
 LOAD, OVERHEAD = 0.7, 1.2

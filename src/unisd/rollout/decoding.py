@@ -36,7 +36,8 @@ from unisd.compat import cache_argument
 from unisd.distributed.sharding import in_step
 from unisd.kernels.attention import PACKED_SDPA, disable_cudnn_sdpa
 from unisd.kernels.lora import inference
-from unisd.models.load import check_embedded, defined_tokens, embedded_tokens, without_adapter
+from unisd.models.adapters import without_adapter
+from unisd.models.tokens import check_embedded, defined_tokens, embedded_tokens
 
 COMPACT_EVERY_CPU, COMPACT_EVERY = 16, 64
 """Tokens between two looks at which rows are done: on an accelerator a row more costs next to

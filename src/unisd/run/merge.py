@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from unisd.errors import UserError
 from unisd.files import RESULTS, check_writable
-from unisd.models.inference import is_adapter
-from unisd.models.load import load_model_and_tokenizer, without_adapter
-from unisd.models.side_files import copy_processor, copy_tokenizer, savable
+from unisd.models.adapters import is_adapter, without_adapter
+from unisd.models.generation import mend_generation_config
+from unisd.models.load import load_model_and_tokenizer
+from unisd.models.saving import copy_processor, copy_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -367,7 +368,7 @@ def _write(
     exact = source.expected if scale == 1 else _logits(model, source.prompts)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(source.dtype)
-    model.generation_config = savable(model.generation_config)
+    mend_generation_config(model)
     model.save_pretrained(folder)
     copy_processor(source.processor_from, folder)
     copy_tokenizer(source.tokenizer_from, folder, asked.trust_remote_code)

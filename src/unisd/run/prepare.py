@@ -63,7 +63,7 @@ class ModelEmbedder:
 
 def writer(model: Any, tokenizer: Any, seed: int, what: str) -> Callable[[list[str], int], list[str]]:
     """What the model writes to prompts, sampled; another try draws anew."""
-    from unisd.models.load import eos_ids, pad_id
+    from unisd.models.tokens import eos_ids, pad_id
     from unisd.rollout.engine import Sampling
     from unisd.rollout.transformers_engine import generate
 

@@ -28,7 +28,7 @@ from unisd.errors import OutOfMemory, RolloutError, UserError
 from unisd.files import check_not_the_model
 from unisd.kernels.lora import fast_maps, fused_lora
 from unisd.memory import ROW_TOO_LARGE, is_out_of_memory, release_memory, smaller_until_it_fits
-from unisd.models.load import without_adapter
+from unisd.models.adapters import without_adapter
 from unisd.monitoring.alarms import Watch
 from unisd.monitoring.metrics import StepMetrics
 from unisd.rollout.replay import RepeatedSteps, RolloutStore

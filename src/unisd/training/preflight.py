@@ -8,7 +8,6 @@ the optimizer.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from logging import getLogger
@@ -27,6 +26,7 @@ from unisd.methods.scores import StepScores
 from unisd.models.generation import mend_generation_config
 from unisd.options.option import nearest
 from unisd.rollout.engine import Completion
+from unisd.training.plan import planned_steps
 
 if TYPE_CHECKING:
     from unisd.trainer import UniSDTrainer
@@ -221,7 +221,7 @@ def _try_schedule(trainer: UniSDTrainer) -> None:
     name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     created = trainer._created_lr_scheduler
     try:
-        trainer.create_scheduler(_steps(args, len(trainer.rows)), scratch)
+        trainer.create_scheduler(planned_steps(args, len(trainer.rows)), scratch)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"lr_scheduler_type={name} cannot be built: {_one_line(error)}: set lr_scheduler_kwargs, as in"
@@ -229,14 +229,6 @@ def _try_schedule(trainer: UniSDTrainer) -> None:
         ) from None
     finally:
         trainer.lr_scheduler, trainer._created_lr_scheduler = None, created
-
-
-def _steps(args: UniSDConfig, rows: int) -> int:
-    """Optimizer steps of the run, about."""
-    if args.max_steps > 0:
-        return args.max_steps
-    per_step: int = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return max(1, math.ceil(args.num_train_epochs * math.ceil(rows / per_step) * args.num_iterations))
 
 
 # ------------------------------------------------------------------------------------------- saving

@@ -23,16 +23,9 @@ from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
 from unisd.memory import default_token_budget
 from unisd.methods.targets import Source
-from unisd.models.adapters import check_adapter, is_adapter, keep_new_tokens, make_trainable
-from unisd.models.load import (
-    can_checkpoint,
-    embedded_tokens,
-    known_tokens,
-    load_model_and_tokenizer,
-    mark_defined,
-    with_adapter,
-    without_adapter,
-)
+from unisd.models.adapters import check_adapter, is_adapter, keep_new_tokens, make_trainable, without_adapter
+from unisd.models.load import can_checkpoint, load_model_and_tokenizer, with_adapter
+from unisd.models.tokens import embedded_tokens, known_tokens, mark_defined
 from unisd.rollout.engine import Engine
 from unisd.rollout.transformers_engine import TransformersEngine
 from unisd.rollout.vllm.build import build_engine as vllm_engine

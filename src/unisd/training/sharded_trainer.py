@@ -18,7 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from unisd.backbone import quiet_routers
 from unisd.distributed import shard_checkpoints, sharding
-from unisd.models.load import without_adapter
+from unisd.models.adapters import without_adapter
 from unisd.models.saving import complete
 from unisd.teacher import Teacher
 

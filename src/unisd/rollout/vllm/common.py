@@ -16,7 +16,8 @@ from torch import Tensor
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.http_client import BadAnswer
-from unisd.models.load import defined_tokens, without_adapter
+from unisd.models.adapters import without_adapter
+from unisd.models.tokens import defined_tokens
 from unisd.rollout.engine import Completion, NoiseKey, Sampling, seed_of
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM is built for
