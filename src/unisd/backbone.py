@@ -65,7 +65,7 @@ class Backbone:
         causal_lm = without_adapter(wrapped)
         self.causal_lm = causal_lm
         _refuse_wrapper(wrapped)
-        self.decoder: nn.Module = causal_lm.get_decoder()
+        self.decoder: Any = causal_lm.get_decoder()
         if self.decoder is causal_lm:  # Llama 4 names it otherwise
             self.decoder = getattr(causal_lm, "model", None)
         if self.decoder is None or self.decoder is causal_lm:
@@ -382,7 +382,7 @@ class Backbone:
             return False
         read = [flat[start : start + len(row)] for start, row in zip(batch.starts, rows, strict=True)]
         ours = [self.head().logits(states_TH) for states_TH in read]
-        own = own_TV[:, : ours[0].shape[-1]].split([len(row) for row in rows])
+        own = torch.split(own_TV[:, : ours[0].shape[-1]], [len(row) for row in rows])  # type: ignore[no-untyped-call]
         if packed:  # nothing is refused for it: better padded than inexact
             return close(torch.cat(ours), torch.cat(own), tolerance_of(own_TV.dtype))
         return all(_alike(*pair) for pair in zip(ours, own, strict=True))
@@ -458,13 +458,13 @@ def asks_for_attention(model: Any) -> bool:
 
     Sparse attention (DeepSeek-V3.2, GLM-5) is such a thing: under another name it would be dense.
     """
-    return _asks_for_attention(type(model))
+    return _asks_for_attention(type(model).__module__)
 
 
 @cache
-def _asks_for_attention(kind: type) -> bool:
+def _asks_for_attention(module: str) -> bool:
     try:
-        source = inspect.getsource(sys.modules[kind.__module__])
+        source = inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
         return False
     return re.search(r"_attn_implementation\s*(==|!=|(not )?in)[^\n]*[\"']sdpa[\"']", source) is not None
