@@ -382,7 +382,7 @@ class Backbone:
             return False
         read = [flat[start : start + len(row)] for start, row in zip(batch.starts, rows, strict=True)]
         ours = [self.head().logits(states_TH) for states_TH in read]
-        own = torch.split(own_TV[:, : ours[0].shape[-1]], [len(row) for row in rows])  # type: ignore[no-untyped-call]
+        own = torch.split(own_TV[:, : ours[0].shape[-1]], [len(row) for row in rows])
         if packed:  # nothing is refused for it: better padded than inexact
             return close(torch.cat(ours), torch.cat(own), tolerance_of(own_TV.dtype))
         return all(_alike(*pair) for pair in zip(ours, own, strict=True))
