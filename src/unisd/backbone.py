@@ -81,7 +81,7 @@ class Backbone:
         causal_lm = without_adapter(wrapped)
         self.causal_lm = causal_lm
         _refuse_wrapper(wrapped)
-        self.decoder: nn.Module = causal_lm.get_decoder()
+        self.decoder: Any = causal_lm.get_decoder()
         if self.decoder is causal_lm:  # Llama 4 names it otherwise
             self.decoder = getattr(causal_lm, "model", causal_lm)
         if self.decoder is None or self.decoder is causal_lm:

@@ -151,7 +151,8 @@ def test_resumed(tmp_path: Path, family: str, lora: bool) -> None:
 def test_best(tmp_path: Path, family: str) -> None:
     """The best checkpoint is what the model is at the end: the first one, at a rate that harms."""
     built = made(
-        tmp_path, family, max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="steps",
+        tmp_path, family, max_steps=2, learning_rate=5.0, save_strategy="steps", save_steps=1,
+        eval_strategy="steps",
         eval_steps=1, eval_dataset=tiny.rows(4), load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -161,6 +162,8 @@ def test_best(tmp_path: Path, family: str) -> None:
     assert built.state.best_model_checkpoint.endswith("checkpoint-1")
     best = Path(built.state.best_model_checkpoint)
     kind = getattr(transformers, FAMILIES[family].model_class)
+    last = logits_of(kind.from_pretrained(tmp_path / "checkpoint-2"))
+    assert (last - logits_of(built.model)).abs().max() > 1e-3
     torch.testing.assert_close(logits_of(kind.from_pretrained(best)), logits_of(built.model))
 
 
