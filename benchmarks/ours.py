@@ -115,5 +115,7 @@ def scoring_rows(rows: Sequence[Example]) -> list[ScoreRequest]:
 def step(built: UniSDTrainer) -> float:
     """One optimizer step; its loss."""
     built.train()
-    line = (Path(built.args.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    metrics = Path(built.args.output_dir) / "metrics.jsonl"
+    line = metrics.read_text(encoding="utf-8").splitlines()[-1]
+    metrics.unlink()  # the next step is a run of its own
     return float(json.loads(line)["loss"])

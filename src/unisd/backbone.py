@@ -31,7 +31,7 @@ from unisd.compat import CACHE, cache_argument
 from unisd.distributed.sharding import materialized, passage_to
 from unisd.errors import UserError
 from unisd.kernels.attention import PACKED_SDPA
-from unisd.losses.head import Head
+from unisd.losses.head import Head, softcap_and_scale
 from unisd.models.adapters import without_adapter
 from unisd.models.load import context_length
 from unisd.models.tokens import defined_tokens
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 CHECKED_TOKENS = 160
 """Of the longest row that a model is checked on: beyond short windows, and blocks of 128 tokens."""
-SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-"""Names of the factor that logits are multiplied with."""
 
 
 @dataclass
@@ -51,17 +49,6 @@ class Captured:
     final: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
     aux_loss: Tensor | None = None  # of routers, where the pass was asked for it
-
-
-def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
-    """What a model does to its logits, by the names that configurations have for it."""
-    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-    divides = not config.model_type.startswith("hyperclovax")  # Granite's name for a factor
-    if scaling := getattr(config, "logits_scaling", None):
-        return softcap, 1.0 / float(scaling) if divides else float(scaling)
-    # of Cohere, Falcon-H1 and Muse Glimmer
-    factors = (getattr(config, name, None) for name in SCALES)
-    return softcap, next((float(factor) for factor in factors if factor), 1.0)
 
 
 class Backbone:
@@ -104,7 +91,7 @@ class Backbone:
         if "logits_to_keep" in parameters:  # of no position: the head's output is never needed
             self._forward_options["logits_to_keep"] = torch.zeros(0, dtype=torch.long)
         text_config = causal_lm.config.get_text_config()
-        self._softcap, self._scale = _softcap_and_scale(text_config)
+        self._softcap, self._scale = softcap_and_scale(text_config)
 
     @property
     def head_module(self) -> nn.Linear:

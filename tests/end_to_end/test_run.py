@@ -56,6 +56,12 @@ def adapter(own: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def of_steps(own: list[str], steps: int) -> list[str]:
+    """The same command with another number of steps: no flag may be given twice."""
+    place = own.index("--max_steps") + 1
+    return [*own[:place], str(steps), *own[place + 1 :]]
+
+
 def read(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return content
@@ -239,7 +245,7 @@ def test_ctrl_c_says_how_to_resume_and_resuming_ends_alike(
     own: list[str], tmp_path: Path, capsys: Any
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    three = [*own, "--max_steps", "3", "--use_peft", "--lora_r", "4"]
+    three = [*of_steps(own, 3), "--use_peft", "--lora_r", "4"]
     assert main([*three, "--output_dir", str(whole)]) == 0
 
     def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -264,11 +270,9 @@ def test_ctrl_c_says_how_to_resume_and_resuming_ends_alike(
 def test_resuming_where_nothing_was_saved_starts_anew(own: list[str], tmp_path: Path, capsys: Any) -> None:
     """As a scheduler's command does that is given again after a machine was lost."""
     again = [
-        *own,
+        *of_steps(own, 1),
         "--output_dir",
         str(tmp_path / "run"),
-        "--max_steps",
-        "1",
         "--save_strategy",
         "no",
         "--resume_from_checkpoint",

@@ -44,9 +44,9 @@ def layer_passes(trainer: Any) -> int:
 
 @pytest.mark.parametrize("way", ["off", "asked for", "switched on"])
 def test_a_step_computes_its_layers_twice(way: str, tmp_path: Path) -> None:
-    plain = layer_passes(tiny.trainer(tmp_path))
+    plain = layer_passes(tiny.trainer(tmp_path / "plain"))
     assert plain
-    trainer = tiny.trainer(tmp_path, gradient_checkpointing=way == "asked for")
+    trainer = tiny.trainer(tmp_path / "run", gradient_checkpointing=way == "asked for")
     if way == "switched on":
         trainer.args = trainer.args.changed("memory is scarce", gradient_checkpointing=True)
         assert [change.name for change in trainer.args.changes] == ["gradient_checkpointing"]

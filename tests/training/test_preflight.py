@@ -233,7 +233,11 @@ def right(row: Any, text: str) -> bool:
         ("f1", {}, "metric_for_best_model=f1 is not among .* choose one of these"),
         ("loss", {"eval_dataset": {"one": tiny.rows(2)}}, "did you mean one_loss"),
         ("loss", {"eval_strategy": "no"}, "metric_for_best_model=loss needs evaluations"),
-        ("loss", {"eval_strategy": "no", "save_strategy": "best"}, "save_strategy=best needs evaluations"),
+        (
+            "loss",
+            {"eval_strategy": "no", "save_strategy": "best"},
+            "save_strategy=best saves nothing without evaluations",
+        ),
     ],
 )
 def test_a_metric_that_nobody_reports(tmp_path: Path, metric: str, more: dict[str, Any], told: str) -> None:

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unisd.kernels.cpu_linear import linear
 from unisd.methods.divergence import LOWEST_LOGIT, at_least_float32
+
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Names of the factor that logits are multiplied with."""
+
+
+def softcap_and_scale(config: Any) -> tuple[float | None, float]:
+    """What a model does to its logits, by the names that configurations have for it."""
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    divides = not config.model_type.startswith("hyperclovax")  # Granite's name for a factor
+    if scaling := getattr(config, "logits_scaling", None):
+        return softcap, 1.0 / float(scaling) if divides else float(scaling)
+    # of Cohere, Falcon-H1 and Muse Glimmer
+    factors = (getattr(config, name, None) for name in SCALES)
+    return softcap, next((float(factor) for factor in factors if factor), 1.0)
 
 
 @dataclass(frozen=True, eq=False)

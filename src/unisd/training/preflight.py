@@ -167,12 +167,13 @@ def check_best_metric(args: UniSDConfig, evaluation: Any, graded: bool) -> None:
     """Raise `UserError` if no evaluation reports `metric_for_best_model`, with the nearest name."""
     wanted = args.metric_for_best_model
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
-    saves_best = str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
     if wanted is None:
         return
     if not evaluates:
-        option = "save_strategy=best" if saves_best else f"metric_for_best_model={wanted}"
-        raise UserError(f"{option} needs evaluations during training: set eval_strategy, or unset it.")
+        raise UserError(
+            f"metric_for_best_model={wanted} needs evaluations during training: set eval_strategy, or unset"
+            " it."
+        )
     parts = [f"{name}_" for name in evaluation] if isinstance(evaluation, dict) else [""]
     measured = ("loss", "accuracy", "runtime") if graded else ("loss", "runtime")
     names, metric = [f"{part}{name}" for part in parts for name in measured], wanted.removeprefix("eval_")
