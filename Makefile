@@ -1,7 +1,7 @@
 # The commands of CONTRIBUTING.md and of .github/workflows, in one place. Tools are those of the environment that is active.
 .PHONY: install lint check test long slow sandbox gpu docs
 
-FAST = tests/house tests/methods tests/losses tests/data
+FAST = tests/house tests/methods tests/losses tests/options
 
 install:  ## the package, editable, with all that the tests need
 	pip install -c constraints.txt -e ".[dev]"

@@ -38,6 +38,7 @@ from unisd.models.tokens import defined_tokens
 
 logger = logging.getLogger(__name__)
 
+OWN, KEPT = "attention_before_unisd", "keeps_its_attention"  # on the model, for all who look at it
 CHECKED_TOKENS = 160
 """Of the longest row that a model is checked on: beyond short windows, and blocks of 128 tokens."""
 
@@ -77,8 +78,9 @@ class Backbone:
                 " be trained here."
             )
         parameters = inspect.signature(causal_lm.forward).parameters
-        self._own_attention = causal_lm.config._attn_implementation
-        if self._own_attention == "sdpa" and not asks_for_attention(causal_lm):
+        # as it was before any other view onto this model
+        self._own_attention = vars(causal_lm).setdefault(OWN, causal_lm.config._attn_implementation)
+        if causal_lm.config._attn_implementation == "sdpa" and not asks_for_attention(causal_lm):
             # and stays: backward passes of checkpointed layers compute it again
             causal_lm.set_attn_implementation(PACKED_SDPA)
         decoder_parameters = inspect.signature(self.decoder.forward).parameters
@@ -249,15 +251,13 @@ class Backbone:
             if not -len(blocks := self.blocks()) <= index < len(blocks):
                 raise UserError(f"feature_layers={index}: the model has layers 0 to {len(blocks) - 1}.")
 
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self, remedy: str = "unset feature_layers, to match the final layer.") -> nn.ModuleList:
         """The list of transformer blocks."""
         depth = self.causal_lm.config.get_text_config().num_hidden_layers
         for module in self.decoder.children():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 return module
-        raise UserError(
-            "feature_layers: the model's blocks could not be found; unset it to match the final layer."
-        )
+        raise UserError(f"the model's blocks could not be found; {remedy}")
 
     @property
     def context(self) -> tuple[int | None, str]:
@@ -306,6 +306,7 @@ class Backbone:
                     self._refuse("the head", "does not reproduce its logits (an unknown scaling of logits)")
                 # More than the attention itself hangs on the name: it keeps its own.
                 self.causal_lm.set_attn_implementation(self._own_attention)
+                setattr(self.causal_lm, KEPT, True)
                 self.tells_rows = False
                 return self.check(pad_id, packing)
             if not self._agrees(rows, torch.cat(own), pad_id):
@@ -462,9 +463,10 @@ def _refuse_wrapper(model: Any) -> None:
 def asks_for_attention(model: Any) -> bool:
     """Whether the model's own code does other things under the name "sdpa".
 
-    Sparse attention (DeepSeek-V3.2, GLM-5) is such a thing: under another name it would be dense.
+    Found in its code, or by a check in which another name gave other logits. Sparse attention
+    (DeepSeek-V3.2, GLM-5) is such a thing: under another name it would be dense.
     """
-    return _asks_for_attention(type(model).__module__)
+    return vars(model).get(KEPT, False) or _asks_for_attention(type(model).__module__)
 
 
 @cache

@@ -213,7 +213,7 @@ class UniSDTrainer(EvaluatingTrainer):
         requests = self._requests(numbers, completions, fill=G * padding_rows(self, len(self.rows)))
         scores, states = self._score(requests, numbers, completions, device)
         step, everywhere = self._weigh(requests, scores, states, device)
-        preflight.check_carries_loss(self.args, self.state.global_step, everywhere, completions)
+        preflight.check_carries_loss(self, everywhere, completions)
         step = self._observe(step, everywhere, numbers, completions)
         with self.metrics.timed("score"):
             parts = group_by_length(requests, [G * len(batch["row"]) for batch in batches])

@@ -20,6 +20,7 @@ SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content"
 
 def written(tokenizer: Any, reference: str, prompt: Any = "How many?") -> str:
     ends = [rendering.closing_token(tokenizer) or tokenizer.eos_token_id]
+    ends.append(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
     return str(tokenizer.decode(encode_completion(tokenizer, reference, ends, prompt)))
 
 
@@ -37,6 +38,7 @@ def written(tokenizer: Any, reference: str, prompt: Any = "How many?") -> str:
             "<|channel|>analysis<|message|>2+2<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>",
         ),
         (templates.PARTS, "Four.", "Four.<|im_end|>"),
+        (templates.ENDING, "Four.", "Four.<|im_end|>"),
         (None, "Four.", "Four.<|im_end|>"),
     ],
 )
@@ -131,6 +133,13 @@ def test_the_row_is_named() -> None:
     rows = [{"prompt": "How many?"}, {"prompt": SYSTEM}]
     with pytest.raises(UserError, match=r"^row 1 of the evaluation data: the chat template refuses"):
         rendering.check_rows(templates.tokenizer(templates.NO_SYSTEM), rows, "the evaluation data")
+
+
+def test_a_template_that_needs_a_system_turn_is_asked_with_the_rows() -> None:
+    tokenizer = templates.tokenizer(templates.NEEDS_SYSTEM)
+    row = {"prompt": SYSTEM, "privileged_context": "Four."}
+    PromptBuilder(tokenizer).check_generation_prefix(row)
+    assert written(tokenizer, "Four.", SYSTEM) == "Four.<|im_end|>"
 
 
 def test_the_date_is_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,8 +293,10 @@ def test_evidence_plans_run_once_and_its_page_shows_both_comparisons() -> None:
 @pytest.mark.long
 def test_evidence_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
+    flags = evidence.SHARED_FLAGS
+    place = flags.index("--save_steps") + 1
+    monkeypatch.setattr(evidence, "SHARED_FLAGS", [*flags[:place], "1", *flags[place + 1 :]])
     monkeypatch.setattr(evidence, "EVERY", 1)
-    monkeypatch.setattr(evidence, "SHARED_FLAGS", [*evidence.SHARED_FLAGS, "--save_steps", "1"])
     few = NewFactsTask().retention_rows(4)
     monkeypatch.setattr(NewFactsTask, "retention_rows", lambda self, limit=None, seed=0: few)
     plan = evidence.Plan("new_facts", "sdft", 0, 0.5, 1e-3, False, "pocket", 2, 4)

@@ -46,6 +46,12 @@ CHANNELS = (
     "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+# Closes turns with a token of its own, and a whole chat with the end of the text, as Phi-3's.
+ENDING = CHATML.replace("{% if add", "{% if not add_generation_prompt %}<|endoftext|>{% endif %}{% if add", 1)
+NEEDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('a system turn comes first') }}{% endif %}"
+    + CHATML
+)
 DATED = "It is {{ strftime_now('%d %b %Y') }}.\n" + CHATML
 MARKS = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|return|>"]
 

@@ -4,6 +4,7 @@ images with all its parts; anything else is refused in one line.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tests.families import zoo
 from unisd import testing as tiny
 from unisd.errors import UserError
-from unisd.models import gguf
+from unisd.models import gguf, tokens
 from unisd.models.load import load_model_and_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -379,3 +380,17 @@ def test_models_for_images_are_trained_on_text(tmp_path: Path, name: str) -> Non
     now = built.model.state_dict()
     moved = {where for where, value in made.state_dict().items() if not now[where].equal(value)}
     assert moved and all(where in trained or "lm_head" in where for where in moved)
+
+
+def test_the_tokenizer_of_an_adapter_says_which_tokens_the_head_has(tmp_path: Path) -> None:
+    base = load_model_and_tokenizer(str(saved(tmp_path / "base")))[0]
+    tokenizer = copy.deepcopy(tiny.tokenizer())  # it is one for all tests
+    known = tokens.known_tokens(tokenizer)
+    base.resize_token_embeddings(known + 16)
+    base = load_model_and_tokenizer(str(saved(tmp_path / "padded", base)))[0]
+    assert tokens.defined_tokens(base.get_output_embeddings()) == known
+    adapter(tmp_path / "adapter", base)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    adapted = load_model_and_tokenizer(str(tmp_path / "adapter"))[0]
+    assert tokens.defined_tokens(adapted.get_output_embeddings()) == known + 1

@@ -38,6 +38,11 @@ def own(model_dir: Path, rows_file: Path) -> list[str]:
     return [*command, "--model_name_or_path", str(model_dir)]
 
 
+def of_steps(own: list[str], steps: int) -> list[str]:
+    place = own.index("--max_steps") + 1
+    return [*own[:place], str(steps), *own[place + 1 :]]
+
+
 @pytest.fixture
 def refused(own: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     def run(folder: Path, *flags: str, model: Path | None = None) -> str:
@@ -204,9 +209,9 @@ def test_what_has_changed_is_told_before_anything_is_measured(
 ) -> None:
     folder = tmp_path / "run"
     assert main([*own, "--save_steps", "1", "--output_dir", str(folder)]) == 0
-    again = ["--resume_from_checkpoint", "--max_steps", "2", "--learning_rate", "0.5"]
+    again = ["--resume_from_checkpoint", "--learning_rate", "0.5", "--num_train_epochs", "2"]
     capsys.readouterr()
-    assert main([*own, "--output_dir", str(folder), *again, "--dry_run"]) == 0
+    assert main([*of_steps(own, 2), "--output_dir", str(folder), *again, "--dry_run"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "resuming: learning_rate: 2e-05 -> 0.5, takes effect" in shown
     for dry in ([], ["--dry_run"]):
@@ -304,7 +309,7 @@ def test_what_was_chosen_is_printed_and_in_the_results(
 ) -> None:
     folder = tmp_path / "run"
     best = "--load_best_model_at_end --eval_strategy steps --eval_steps 1 --save_steps 1 --validation_split 2"
-    assert main([*own, "--max_steps", "2", "--output_dir", str(folder), *best.split()]) == 0
+    assert main([*of_steps(own, 2), "--output_dir", str(folder), *best.split()]) == 0
     results, shown = json.loads((folder / "results.json").read_text()), capsys.readouterr().out
     chosen = results["chosen"]
     assert chosen["metric"] == "eval_loss" and chosen["rows"] == 2 and chosen["step"] in (1, 2)

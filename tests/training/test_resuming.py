@@ -243,6 +243,22 @@ def test_the_fingerprint_is_that_of_the_weights_without_an_adapter() -> None:
     assert one != record.fingerprint(other)
 
 
+def test_rows_of_added_tokens_are_no_part_of_the_fingerprint() -> None:
+    found = set()
+    for seed in (1, 2):
+        model = tiny.model()
+        torch.manual_seed(seed)  # transformers draws the new rows
+        model.resize_token_embeddings(model.config.vocab_size + 3)
+        found.add(record.fingerprint(model))
+    assert len(found) == 1
+
+
+def test_a_trainer_may_train_twice(tmp_path: Path) -> None:
+    built = build(tmp_path, max_steps=1, save_strategy="no")
+    built.train()
+    assert built.train().global_step == 1
+
+
 # -- remedies that our own errors give -------------------------------------------------------------
 
 

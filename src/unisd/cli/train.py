@@ -58,13 +58,20 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
     from unisd.run.inputs import load_data
     from unisd.run.launch import shards_of
     from unisd.run.train import _introduce, changes_since, longest_prompt, set_up
+    from unisd.training.checkpoints import last_complete_checkpoint
     from unisd.training.preflight import check_hub
 
     console, shards = make_console(), shards_of(options)
     data = load_data(options, config.seed)
     folder, checkpoint = outputs.choose_output_dir(options, config, data.name, reserve=False)
     with tempfile.TemporaryDirectory() as nowhere:  # the Trainer makes its folder at construction
-        dry = config.changed("dry run: nothing is written", output_dir=nowhere, push_to_hub=False)
+        newest = last_complete_checkpoint(folder) if checkpoint is True else checkpoint
+        dry = config.changed(
+            "dry run: nothing is written",
+            output_dir=nowhere,
+            push_to_hub=False,
+            resume_from_checkpoint=None if newest is None else str(newest),
+        )
         check_hub(config)
         setting = set_up(options, dry, data, console)
         config = setting.config.changed(

@@ -94,7 +94,10 @@ def encode_completion(
         written = _assistant_turn(tokenizer, messages, before, text)
         if written is not None:
             ids = list(tokenizer(written, add_special_tokens=False)["input_ids"])
-            last = next((i for i in reversed(range(len(ids))) if ids[i] in stops), None)
+            # The first one behind the answer: some templates write an end of the text after it.
+            place = written.rfind(split_thought(text).answer.strip())
+            spoken = tokenizer(written[: max(place, 0)], add_special_tokens=False)["input_ids"]
+            last = next((i for i in range(len(spoken), len(ids)) if ids[i] in stops), None)
             if last is not None:
                 return ids[: last + 1]
         else:

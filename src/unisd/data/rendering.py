@@ -22,7 +22,7 @@ Messages = list[dict[str, Any]]
 
 # Their names in tokenizer_config.json.
 OPTIONS, DATE = "chat_template_kwargs", "chat_template_date"
-_STARTED = datetime.now().replace(microsecond=0)
+_STARTED = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _QUESTION: Messages = [{"role": "user", "content": "question"}]
 _TURNS: Messages = [*_QUESTION, {"role": "assistant", "content": "answer"}]
@@ -81,7 +81,7 @@ def fix_date(tokenizer: Any, checkpoint: str | Path | None = None) -> None:
     saved = Path(checkpoint or "") / "tokenizer_config.json"
     earlier = json.loads(saved.read_text(encoding="utf-8")) if checkpoint and saved.is_file() else {}
     own = tokenizer.init_kwargs.get(DATE)
-    tokenizer.init_kwargs[DATE] = earlier.get(DATE) or own or _STARTED.isoformat()
+    tokenizer.init_kwargs[DATE] = earlier.get(DATE) or own or _STARTED.date().isoformat()
 
 
 def rendered_with(tokenizer: Any) -> dict[str, Any]:
@@ -186,7 +186,10 @@ def generation_prefix(tokenizer: Any) -> str:
     """What the template writes before an answer; empty where it cannot be told."""
     if tokenizer.chat_template is None:
         return ""
-    closed, opened = (render(tokenizer, _QUESTION, answering=answering) for answering in (False, True))
+    try:
+        closed, opened = (render(tokenizer, _QUESTION, answering=answering) for answering in (False, True))
+    except UserError:  # it asks for a system turn, say
+        return ""
     return opened[len(closed) :] if opened.startswith(closed) else opened[-16:]
 
 

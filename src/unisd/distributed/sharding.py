@@ -343,8 +343,11 @@ def _wrap_blocks(trainer: Any) -> None:
 
     transformers' own names are also those of models that this one may hold, or not.
     """
-    plugin, blocks = trainer.accelerator.state.fsdp_plugin, trainer.backbone.blocks()
+    plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
+        blocks = trainer.backbone.blocks(
+            "name their class in fsdp_transformer_layer_cls_to_wrap, or use ddp."
+        )
         held = {type(module).__name__ for module in trainer.model.modules()}
         named = held & set(getattr(without_adapter(trainer.model), "_no_split_modules", None) or ())
         plugin.transformer_cls_names_to_wrap = sorted(named | {type(block).__name__ for block in blocks})

@@ -280,6 +280,8 @@ def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, Mo
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(str(folder), trust_remote_code=options["trust_remote_code"])
     adapted = _load("adapter", name, str(folder), lambda: adapters.open_adapter(model, name, folder))
+    mark_defined(adapted, tokenizer)
+    info = replace(info, eos_ids=tuple(eos_ids(model, tokenizer)), has_chat_template=has_template(tokenizer))
     return adapted.eval(), tokenizer, replace(info, name=name, adapter=str(folder))
 
 

@@ -33,7 +33,8 @@ def copy_processor(source: str, folder: Path) -> None:
     for name in PROCESSOR_FILES:
         if (found := _file_of(source, name)) is not None and not (folder / name).exists():
             shutil.copyfile(found, folder / name)
-    if Path(source).is_dir():
+    config = Path(source) / "config.json"
+    if config.is_file() and "auto_map" in config.read_text(encoding="utf-8"):
         for code in Path(source).glob("*.py"):  # a model whose code comes with it
             if not (folder / code.name).exists():
                 shutil.copyfile(code, folder / code.name)

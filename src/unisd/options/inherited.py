@@ -17,7 +17,7 @@ _WORKS = """
     optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
     lr_scheduler_kwargs neftune_noise_alpha
     fp16 tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
-    gradient_checkpointing_kwargs use_cache
+    gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs use_cache
     logging_strategy logging_first_step log_on_each_node log_level log_level_replica disable_tqdm
     include_num_input_tokens_seen skip_memory_metrics
     run_name project trackio_space_id trackio_bucket_id trackio_static_space_id

@@ -367,7 +367,7 @@ class FaultTolerantTrainer(ShardedTrainer):
         def find() -> str | None:
             if not self.accelerator.is_main_process:
                 return None
-            if asked is not True:
+            if asked is not True and not self.state.global_step:  # a second training is the same run's
                 checkpoints.require_unused(self.args.output_dir, asked or None)
             check_not_the_model(Path(self.args.output_dir), self._base_name)
             if not asked:

@@ -92,16 +92,14 @@ def _check_references_carry_loss(trainer: UniSDTrainer) -> None:
         )
 
 
-def check_carries_loss(
-    args: UniSDConfig, step: int, scores: StepScores, completions: Sequence[Completion]
-) -> None:
+def check_carries_loss(trainer: Any, scores: StepScores, completions: Sequence[Completion]) -> None:
     """After a rollout: say that no token of a step carries loss; end a run that begins so.
 
     Args:
-        step: optimizer steps that are done.
         scores: of all ranks.
         completions: of this rank.
     """
+    args, step = trainer.args, trainer.state.global_step
     answers = len(scores.mask)
     if scores.mask.any() or not answers:
         return
@@ -115,8 +113,12 @@ def check_carries_loss(
         why = f"no answer is longer than num_loss_tokens_to_skip={args.num_loss_tokens_to_skip}: lower it"
     else:
         why, by_options = "no answer was kept: look at what the model writes, with `unisd chat`", False
-    if step == 0 and by_options and answers >= ENOUGH_ANSWERS:
-        raise UserError(f"no token of the first step carries loss: {why}.")
+
+    def refuse() -> None:  # by what this rank has seen; then all end
+        if step == 0 and by_options and answers >= ENOUGH_ANSWERS:
+            raise UserError(f"no token of the first step carries loss: {why}.")
+
+    on_all_ranks(trainer.accelerator, refuse)
     logger.warning("Step %d: no token carries loss: %s.", step + 1, why)
 
 

@@ -41,7 +41,16 @@ REFUSED = {"optim", "optim_args", "optim_target_modules", "teacher_model_kind"}
 # Time, memory, and what is written or told: nothing that is learned.
 HARMLESS_KINDS = (
     *("logging_", "log_", "hub_", "push_to_hub", "save_", "eval_", "ddp_", "fsdp", "deepspeed"),
-    *("torch_compile", "gradient_checkpointing", "vllm_", "diagnostics", "alarm", "trackio", "include_"),
+    *(
+        "torch_compile",
+        "gradient_checkpointing",
+        "activation_checkpointing",
+        "vllm_",
+        "diagnostics",
+        "alarm",
+        "trackio",
+        "include_",
+    ),
     *("do_", "report_", "per_device_eval", "dataloader_num", "dataloader_pin", "dataloader_prefetch"),
     "dataloader_persistent",
 )
@@ -58,7 +67,7 @@ HARMLESS = {
 NOT_OF_THE_SHAPE = {
     *("base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping"),
     *("runtime_config", "peft_version", "init_lora_weights", "loftq_config", "eva_config", "corda_config"),
-    *("lora_ga_config", "lora_dropout"),
+    *("lora_ga_config", "lora_dropout", "exclude_modules"),
 }
 OPTION_OF = {"r": "lora_r", "target_modules": "lora_target_modules"}
 
@@ -75,6 +84,8 @@ def fingerprint(model: nn.Module) -> str:
     for name, weight in sorted(_base_weights(model, prefix).items()):
         scales = getattr(getattr(weight, "quant_state", None), "absmax", None)
         values: Tensor = (weight if scales is None else scales).detach().flatten()
+        # Not of the end, where an embedding has the rows of tokens that were added, drawn anew.
+        values = values[: -(-values.numel() // 2)]
         sample = values[:: max(1, values.numel() // SAMPLED)]
         if sample.is_floating_point():
             sample = sample.to(torch.bfloat16).float()

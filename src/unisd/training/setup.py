@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, ProcessorMixin
@@ -96,8 +97,9 @@ def load_student(
 
 def disable_dropout(model: nn.Module) -> None:
     """Switch a model's own dropout off; that of an adapter stays, and so does the config."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in model.named_modules():
-        if ".lora_dropout." in f".{name}.":
+        if any(name.startswith(f"{layer}.") and ".base_layer" not in name for layer in layers):
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0

@@ -111,8 +111,10 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if _internal_call and self._in_shards:
-            return  # the weights are written with the optimizer's state
+        if _internal_call and self._in_shards:  # the weights are written with the optimizer's state
+            if self.args.should_save and self.processing_class is not None:
+                self.processing_class.save_pretrained(str(folder))
+            return
         sharding.reshard(self.model)
         tensors: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         if hasattr(self.model, "peft_config"):
