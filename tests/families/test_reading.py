@@ -156,15 +156,15 @@ def test_rows_on_both_sides_of_longrope_are_refused(tmp_path: Path) -> None:
     given = {"model": model, "processing_class": tokenizer, "max_completion_length": 10}
     rows = tiny.rows(4)
     built = tiny.trainer(tmp_path / "short", train_dataset=rows, **given)
-    assert built.backbone.longest_exact == 128
-    rows[2]["prompt"] = "long " * 30
+    assert built.backbone.longest_exact == 256
+    rows[2]["prompt"] = "long " * 50
     with pytest.raises(
-        UserError, match=r"row 2 .* over the limit of 118 .*what LongRoPE reads without turning"
+        UserError, match=r"row 2 .* over the limit of 246 .*what LongRoPE reads without turning"
     ):
         tiny.trainer(tmp_path / "long", train_dataset=rows, **given)
     # why: a neighbour beyond the limit turns the positions of all
     backbone = Backbone(model)
-    short, long = list(range(10, 60)), [20] * 140
+    short, long = list(range(10, 60)), [20] * 270
     with torch.no_grad():
         alone = backbone.forward(model, collate([short], False, 0, "cpu")).final
         beside = backbone.forward(model, collate([short, long], False, 0, "cpu")).final

@@ -416,7 +416,8 @@ def _where_it_counts(model: Any, peft_config: Any) -> Any:
     """Leave targets out of the configuration whose adapter nothing would pass through.
 
     `all-linear` would adapt a vision tower too, and in layers of the Mamba kind the last map, whose
-    weight their kernels read themselves.
+    weight their kernels read themselves. Routers that are linear maps with other outputs (Llama 4)
+    peft could not wrap.
     """
     decoder = model.get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
@@ -430,11 +431,21 @@ def _where_it_counts(model: Any, peft_config: Any) -> Any:
         mixers = [name for name, module in model.named_modules() if _is_state_space(module)]
         places = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in mixers}))
         left_out += [rf".*\.({places})\.out_proj"] if mixers else []
+        left_out += [rf".*\.{name}" for name in sorted(_routers(model))]
     if not left_out or getattr(peft_config, "exclude_modules", "") is not None:
         return peft_config
     within = copy.copy(peft_config)
     within.exclude_modules = "|".join(left_out)
     return within
+
+
+def _routers(model: torch.nn.Module) -> set[str]:
+    """Last names of routers that inherit from a linear map (Llama 4, PhiMoE)."""
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module).__name__.endswith("Router")
+    }
 
 
 def _is_state_space(module: torch.nn.Module) -> bool:
