@@ -164,8 +164,8 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(
         seen.append(trust_remote_code)
         raise UserError("seen")
 
-    monkeypatch.setattr("unisd.models.load.load_model_and_tokenizer", stop)
     monkeypatch.setattr("unisd.run.merge.load_model_and_tokenizer", stop)
+    monkeypatch.setattr("unisd.models.load.load_model_and_tokenizer", stop)
     for command in (["eval", "--model", "pocket"], ["chat", "pocket", "--prompt", "x"], ["merge", "adapter"]):
         assert "seen" in mistake(*command)
         assert "seen" in mistake(*command, "--trust_remote_code")

@@ -33,6 +33,7 @@ def saved(folder: Path, template: str) -> str:
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What is said of a command that is refused."""
+    capsys.readouterr()  # of making the model
     assert main(list(arguments)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines

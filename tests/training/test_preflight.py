@@ -200,7 +200,7 @@ def test_an_optimizer_of_other_weights(tmp_path: Path, caplog: Any) -> None:
             "lr_scheduler_type=cosine .*foo",
         ),
         ({"optim": "galore_adamw"}, "optim=galore_adamw cannot be built: .*galore_torch"),
-        ({"optim": "adamw_bnb_8bit"}, "optim=adamw_bnb_8bit cannot be built: .*bitsandbytes"),
+        ({"optim": "grokadamw"}, "optim=grokadamw cannot be built: .*grokadamw"),
         ({"optim_args": "foo"}, r"optim=\w+ cannot be built: .*see optim, optim_args"),
         ({"optim": "lomo"}, "optim=lomo moves weights within the backward pass"),
         ({"optim": "galore_adamw_layerwise"}, "optim=galore_adamw_layerwise moves weights within"),

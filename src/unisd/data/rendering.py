@@ -21,6 +21,8 @@ from unisd.errors import UserError
 Messages = list[dict[str, Any]]
 
 # Their names in tokenizer_config.json.
+_OF_TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+"""What a template asks the date by; it takes values from outside, but no function."""
 OPTIONS, DATE = "chat_template_kwargs", "chat_template_date"
 _STARTED = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -95,7 +97,8 @@ def _apply(tokenizer: Any, messages: Messages, options: Mapping[str, Any] | None
     values = dict(kept.get(OPTIONS, {}) if options is None else options)
     if is_dated(tokenizer):
         day = datetime.fromisoformat(kept[DATE]) if DATE in kept else _STARTED
-        values.setdefault("strftime_now", day.strftime)
+        template = values.get("chat_template") or tokenizer.get_chat_template()
+        values["chat_template"] = _OF_TODAY.sub(lambda call: repr(day.strftime(call["format"])), template)
     return tokenizer.apply_chat_template(messages, **how, **values)
 
 
