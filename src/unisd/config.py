@@ -307,6 +307,9 @@ def layered(values: Mapping[str, Any], given: Mapping[str, Any]) -> Values:
         for one, other in (pair, pair[::-1]):
             if given.get(one, UNSET) is not UNSET and other not in given:
                 under.pop(other, None)
+    for what in ("save", "eval"):  # how often says that it is to be
+        if given.get(f"{what}_steps") not in (None, UNSET) and f"{what}_strategy" not in given:
+            under[f"{what}_strategy"] = "steps"
     alpha: Any = given.get("distillation_alpha")
     clip: Any = under.get("token_clip")
     both = isinstance(alpha, float) and isinstance(clip, float) and "token_clip" not in given

@@ -20,7 +20,7 @@ from unisd.options.option import declared
 from unisd.options.parser import inherited_names
 from unisd.options.table import GROUPS, UniSDOptions
 from unisd.run.options import RUN_GROUPS, RunOptions
-from unisd.run.resolve import shared_names
+from unisd.run.resolve import given_by, resolve, shared_names, train_parser
 
 MISSPELT = {
     "train": ("--lerning_rate", "--learning_rate"),
@@ -174,3 +174,11 @@ def test_mistakes_in_a_recipe_from_python() -> None:
         UniSDConfig.from_recipe("unisd-stir")
     with pytest.raises(UserError, match=r"unknown option 'lerning_rate': did you mean learning_rate\?"):
         UniSDConfig.from_recipe("sdft", lerning_rate=1.0)
+
+
+def test_how_often_to_save_or_evaluate_says_that_it_is_to_be() -> None:
+    config = UniSDConfig.from_recipe("sdft", save_steps=3, eval_steps=2)
+    assert (config.save_strategy, config.eval_strategy) == ("steps", "steps")
+    assert UniSDConfig.from_recipe("sdft", save_steps=3, save_strategy="no").save_strategy == "no"
+    options, on_pocket = resolve(parser := train_parser(), given_by(parser, ["--save_steps", "3"]))
+    assert options.model_name_or_path == "pocket" and on_pocket.save_strategy == "steps"
