@@ -15,6 +15,7 @@ import torch
 from tests.helpers.data import DATA, needs_data
 from unisd.cli.main import main
 from unisd.models import gguf as gguf_cache
+from unisd.models.load import load_model_and_tokenizer
 from unisd.tasks import get
 
 pytestmark = pytest.mark.real
@@ -50,7 +51,7 @@ def test_unisd_star_adapts_smollm2(tmp_path: Path) -> None:
     """Contexts and wrong references as columns of the user's rows; the adapter loads in plain
     peft.
     """
-    from peft import AutoPeftModelForCausalLM
+    from peft import PeftModel
 
     rows = get("gsm8k", data_files=str(GSM8K)).load("train", limit=20)
     file = tmp_path / "rows.jsonl"
@@ -85,7 +86,8 @@ def test_unisd_star_adapts_smollm2(tmp_path: Path) -> None:
     assert results["after"]["task_accuracy"]["n"] == 2
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["r"] == 64
-    adapted = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert config["base_model_name_or_path"] == "smollm2-135m"  # found from every machine and folder
+    adapted = PeftModel.from_pretrained(load_model_and_tokenizer("smollm2-135m")[0], out)
     assert any(
         float(p.detach().abs().max()) > 0 for name, p in adapted.named_parameters() if "lora_B" in name
     )
