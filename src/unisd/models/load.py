@@ -254,12 +254,24 @@ def load_model_and_tokenizer(
 
 def _settle_quantized(model: Any, dtype: torch.dtype, load_in_4bit: bool, dequantize: bool) -> Any:
     if dequantize and getattr(model, "hf_quantizer", None) is not None:
-        return model.dequantize(dtype)
+        model = model.dequantize(dtype)
+        # What made 4-bit weights of the files has no way back; there is nothing to undo any more.
+        made_by = getattr(model, "_weight_conversions", None) or ()
+        model._weight_conversions = [conversion for conversion in made_by if _has_way_back(conversion)]
+        return model
     for module in model.modules() if load_in_4bit else ():
         # bitsandbytes: products in that layout of the weights have no gradient
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _has_way_back(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, ModelInfo]:

@@ -63,9 +63,10 @@ def check_ready(trainer: UniSDTrainer) -> None:
         raise UserError("eval_on_start has no rows: set eval_strategy (from Python: give eval_dataset).")
     check_best_metric(args, trainer.eval_dataset, trainer.grader is not None)
     given, schedule = trainer.optimizer, trainer.lr_scheduler
-    if given is not None:
+    own = trainer.cuts_weights or trainer.is_deepspeed_enabled  # optimizers of shards are built already
+    if given is not None and not own:
         _check_optimizes(given, trainer.model)
-    if schedule is not None and getattr(schedule, "optimizer", given) is not given:
+    if not own and schedule is not None and getattr(schedule, "optimizer", given) is not given:
         raise UserError(
             "the schedule in optimizers moves another optimizer: give (optimizer, schedule of it)."
         )
