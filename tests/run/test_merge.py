@@ -24,6 +24,8 @@ from transformers import (
 from unisd import testing as tiny
 from unisd.cli import main
 
+pytestmark = pytest.mark.long  # many short trainings, which together take long
+
 IDS = torch.tensor([[1, 7, 45, 99, 200, 7, 8, 31]])
 Make = Callable[..., Path]
 

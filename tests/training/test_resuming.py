@@ -16,6 +16,8 @@ from unisd import testing as tiny
 from unisd.testing import trainer
 from unisd.training import record
 
+pytestmark = pytest.mark.long  # many short trainings, which together take long
+
 SAVING = {
     "save_strategy": "steps",
     "save_steps": 1,
@@ -106,7 +108,6 @@ def test_nothing_is_said_of_what_changes_nothing(
     assert (resumed.state.logging_steps, resumed.state.save_steps) == (5, 2)
 
 
-@pytest.mark.long
 def test_how_often_to_save_is_as_the_resumed_run_says(trained: Path, tmp_path: Path) -> None:
     folder = copy(trained, tmp_path)
     build(folder, max_steps=6, save_steps=3).train(resume_from_checkpoint=True)
@@ -130,7 +131,6 @@ def test_other_rows_and_rows_of_a_step_are_said(
     )
 
 
-@pytest.mark.long
 def test_a_resumed_run_counts_from_what_was_best_only_by_the_same_measure(tmp_path: Path) -> None:
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": tiny.rows(2, 0)}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
@@ -262,7 +262,6 @@ def test_a_trainer_may_train_twice(tmp_path: Path) -> None:
 # -- remedies that our own errors give -------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_less_memory_for_the_same_steps(tmp_path: Path) -> None:
     """The remedy of a rank that runs out of memory, which promises that the steps stay the same."""
     whole = build(tmp_path / "whole", max_steps=3)
@@ -278,7 +277,6 @@ def test_less_memory_for_the_same_steps(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "remedy",
     [
