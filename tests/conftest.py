@@ -1,6 +1,7 @@
 """Keep tests offline, quiet and on few threads."""
 
 import gc
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -35,6 +36,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.model().save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten rows of a user's own."""
+    from tests.helpers.commands import ROWS
+
+    file = tmp_path_factory.mktemp("rows") / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
 
 
 def pytest_collection_finish() -> None:

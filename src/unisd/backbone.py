@@ -33,7 +33,7 @@ from unisd.errors import UserError
 from unisd.kernels.attention import PACKED_SDPA
 from unisd.losses.head import Head, softcap_and_scale
 from unisd.models.adapters import without_adapter
-from unisd.models.load import context_length
+from unisd.models.load import context_length, ropes
 from unisd.models.tokens import defined_tokens
 
 logger = logging.getLogger(__name__)
@@ -275,12 +275,8 @@ class Backbone:
         scaling does.
         """
         config = self.causal_lm.config.get_text_config()
-        found = getattr(config, "rope_parameters", None) or {}
-        kinds = (
-            [found] if "rope_type" in found else [kind for kind in found.values() if isinstance(kind, dict)]
-        )
         limits = []
-        for kind in kinds:
+        for kind in ropes(config):
             if kind.get("rope_type") == "longrope":
                 limits.append(kind.get("original_max_position_embeddings"))
             elif "dynamic" in str(kind.get("rope_type")):

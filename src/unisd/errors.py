@@ -18,3 +18,8 @@ class RolloutError(UserError):
 
 class OutOfMemory(UserError):
     """A step that fits in no size. The weights are those of the last finished step."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, within a sentence of ours."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.commands import ROWS, of_steps
 from unisd.cli.main import main
 from unisd.evaluation.accuracy import generate_greedy
 from unisd.models.load import load_model_and_tokenizer
@@ -22,7 +23,6 @@ from unisd.run import measure
 from unisd.run import train as run
 from unisd.run.resolve import parse
 
-ROWS = [{"prompt": f"What is {i} and {i}?", "privileged_context": f"It is {2 * i}."} for i in range(10)]
 SHORT = [
     "--max_steps",
     "2",
@@ -38,13 +38,6 @@ ACCURACY = {"value", "low", "high", "n"}
 
 
 @pytest.fixture(scope="module")
-def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("rows") / "sums.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return file
-
-
-@pytest.fixture(scope="module")
 def own(model_dir: Path, rows_file: Path) -> list[str]:
     return ["train", "--train_file", str(rows_file), "--model_name_or_path", str(model_dir), *SHORT]
 
@@ -54,12 +47,6 @@ def adapter(own: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("out") / "adapter"
     assert main([*own, "--use_peft", "--lora_r", "4", "--grader", "number", "--output_dir", str(folder)]) == 0
     return folder
-
-
-def of_steps(own: list[str], steps: int) -> list[str]:
-    """The same command with another number of steps: no flag may be given twice."""
-    place = own.index("--max_steps") + 1
-    return [*own[:place], str(steps), *own[place + 1 :]]
 
 
 def read(folder: Path) -> dict[str, Any]:

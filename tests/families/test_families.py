@@ -10,7 +10,6 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from safetensors.torch import load_file
 
 from tests.families.cells import cells
 from tests.families.zoo import FAMILIES, build
+from tests.helpers.engines import ByKey
 from tests.helpers.steps import STAR, assert_same
 from tests.invariants.test_reference import apart, by_reference, by_trainer
 from unisd import reference
 from unisd import testing as tiny
 from unisd.cli.main import main
-from unisd.rollout.engine import Completion, NoiseKey, Sampling
 from unisd.testing import trainer
 
 SUBPROCESS = ("qwen3-moe", "gemma3-vision", "gpt-neox")
@@ -36,22 +35,6 @@ RATE = 0.05
 
 every = cells()
 kinds = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-
-
-class Written:
-    """An engine whose answers both sides know: any tokens but markers, of any length."""
-
-    returns_logps = False
-
-    def sync(self) -> None: ...
-
-    def sleep(self) -> None: ...
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
-    ) -> list[Completion]:
-        assert keys is not None
-        return [Completion(written(step, row), truncated=False) for _, step, row, _ in keys]
 
 
 def written(step: int, row: int) -> list[int]:
@@ -69,7 +52,8 @@ def made(folder: Path, family: str, lora: bool = False, **options: Any) -> Any:
     model, tokenizer = build(family)
     given = {
         **STAR, **EMA, "optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0, "max_steps": 2,
-        "packing": "padded", "model": model, "processing_class": tokenizer, "engine": Written(),
+        "packing": "padded", "model": model, "processing_class": tokenizer,
+        "engine": ByKey(lambda key: written(*key[1:3])),
         "peft_config": adapter() if lora else None,
     }  # fmt: skip
     return trainer(folder, **{**given, **options})

@@ -7,7 +7,6 @@ mechanism and for all together, with all weights trained and with LoRA.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +15,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.helpers.engines import ByKey
 from tests.helpers.steps import STAR
 from unisd import UniSDConfig, reference
 from unisd import testing as tiny
-from unisd.rollout.engine import Completion, NoiseKey, Sampling
 from unisd.testing import trainer
 
 RATE = 0.05  # of plain SGD: a step is the gradient
@@ -32,22 +31,6 @@ def written(step: int, row: int) -> list[int]:
     generator = torch.Generator().manual_seed(1000 * step + row)
     length = int(torch.randint(1, 10, (), generator=generator))
     return torch.randint(6, tiny.SIZES["vocab_size"], (length,), generator=generator).tolist()
-
-
-class Fixed:
-    """An engine whose answers both sides know."""
-
-    returns_logps = False
-
-    def sync(self) -> None: ...
-
-    def sleep(self) -> None: ...
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
-    ) -> list[Completion]:
-        assert keys is not None
-        return [Completion(written(step, row), truncated=False) for _, step, row, _ in keys]
 
 
 def rows() -> list[dict[str, Any]]:
@@ -64,7 +47,9 @@ Found = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]  # 
 
 def with_sgd(tmp_path: Path, steps: int, **options: Any) -> Any:
     plain = {"optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0, "max_steps": steps}
-    return trainer(tmp_path, train_dataset=rows(), engine=Fixed(), **{**plain, **options})
+    return trainer(
+        tmp_path, train_dataset=rows(), engine=ByKey(lambda key: written(*key[1:3])), **{**plain, **options}
+    )
 
 
 def by_trainer(built: Any) -> Found:

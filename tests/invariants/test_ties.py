@@ -5,7 +5,6 @@ theirs: rounding must not decide which of them loses its gradient.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,36 +13,22 @@ import pytest
 import torch
 
 import unisd.trainer
+from tests.helpers.engines import ByKey
 from tests.helpers.steps import assert_same
 from unisd import reference
-from unisd.rollout.engine import Completion, NoiseKey, Sampling
 from unisd.testing import gradients, trainer
 
 
 def written(row: int, generation: int) -> list[int]:
-    """Nine tokens, or the first seven of them and then others."""
+    """Two answers to each row that begin alike: nine tokens, or seven of them and then others."""
     tokens = torch.randint(6, 262, (9,), generator=torch.Generator().manual_seed(row)).tolist()
     return tokens[:7] + [20 + row] * (row % 3) if generation else tokens
 
 
-class Alike:
-    """Writes two answers to each row that begin alike."""
-
-    returns_logps = False
-
-    def sync(self) -> None: ...
-
-    def sleep(self) -> None: ...
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
-    ) -> list[Completion]:
-        assert keys is not None
-        return [Completion(written(row, generation), truncated=False) for _, _, row, generation in keys]
-
-
 def with_ties(tmp_path: Path, family: str, **options: Any) -> Any:
-    return trainer(tmp_path, family, engine=Alike(), num_generations=2, **options)
+    return trainer(
+        tmp_path, family, engine=ByKey(lambda key: written(*key[2:])), num_generations=2, **options
+    )
 
 
 CUTS: list[dict[str, Any]] = [

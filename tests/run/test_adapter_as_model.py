@@ -12,11 +12,11 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from tests.helpers.commands import ROWS
 from unisd import testing as tiny
 from unisd.cli.main import main
 from unisd.models.load import load_model_and_tokenizer
 
-ROWS = [{"prompt": f"What is {i} and {i}?", "privileged_context": f"It is {2 * i}."} for i in range(10)]
 SHORT = {
     "max_steps": "2",
     "max_completion_length": "6",

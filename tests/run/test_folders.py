@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.commands import of_steps
 from unisd import UniSDConfig, UserError
 from unisd import testing as tiny
 from unisd.cli.main import main
@@ -21,26 +22,12 @@ from unisd.run.options import RunOptions
 from unisd.run.outputs import clear_earlier_run, resolved, resume_command
 from unisd.run.resolve import parse
 
-ROWS = [{"prompt": f"What is {i} and {i}?", "privileged_context": f"It is {2 * i}."} for i in range(10)]
-
-
-@pytest.fixture(scope="module")
-def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("rows") / "sums.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return file
-
 
 @pytest.fixture(scope="module")
 def own(model_dir: Path, rows_file: Path) -> list[str]:
     short = "--recipe sdft --max_steps 1 --max_completion_length 4 --per_device_train_batch_size 2"
     command = ["train", "--train_file", str(rows_file), "--gradient_accumulation_steps", "1", *short.split()]
     return [*command, "--model_name_or_path", str(model_dir)]
-
-
-def of_steps(own: list[str], steps: int) -> list[str]:
-    place = own.index("--max_steps") + 1
-    return [*own[:place], str(steps), *own[place + 1 :]]
 
 
 @pytest.fixture

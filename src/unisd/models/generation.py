@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unisd.errors import UserError
+from unisd.errors import UserError, one_line
 from unisd.models.adapters import without_adapter
 
 # Fields that only sampling reads, and those that only beam search reads, with values that mean
@@ -62,7 +62,7 @@ def _why_unsavable(config: Any) -> str | None:
     try:
         config.validate(strict=True)
     except ValueError as error:
-        return " ".join(str(error).split()).rstrip(".")
+        return one_line(error)
     return None
 
 

@@ -104,6 +104,12 @@ def can_checkpoint(model: Any) -> bool:
     return bool(getattr(without_adapter(model), "supports_gradient_checkpointing", True))
 
 
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """How positions are told: one way for all layers, or one for each kind of them."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [rope for rope in (found, *found.values()) if isinstance(rope, dict)]
+
+
 def context_length(model: Any) -> int | None:
     """Return how many tokens the model can read, or None where it does not say.
 
@@ -111,9 +117,7 @@ def context_length(model: Any) -> int | None:
     """
     config = model.config.get_text_config(decoder=True)
     own: int | None = getattr(config, "max_position_embeddings", None)
-    ropes = getattr(config, "rope_parameters", None) or {}
-    each = [ropes, *ropes.values()]  # one for all layers, or one for each kind of them
-    for rope in (rope for rope in each if isinstance(rope, dict) and own is not None):
+    for rope in ropes(config) if own is not None else ():
         if rope.get("rope_type") in ("yarn", "dynamic") and rope.get("factor"):
             trained = rope.get("original_max_position_embeddings") or own
             own = max(own or 0, int(rope["factor"] * trained))

@@ -20,7 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from unisd.config import UniSDConfig
 from unisd.data.prompts import encode_completion
 from unisd.distributed.collectives import on_all_ranks
-from unisd.errors import UserError
+from unisd.errors import UserError, one_line
 from unisd.kernels.devices import shares_host
 from unisd.methods.scores import StepScores
 from unisd.models.generation import mend_generation_config
@@ -209,7 +209,7 @@ def _try_optimizer(trainer: UniSDTrainer) -> None:
         trainer.create_optimizer()
     except (ImportError, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise UserError(
-            f"optim={name} cannot be built: {_one_line(error)} (see optim, optim_args and"
+            f"optim={name} cannot be built: {one_line(error)} (see optim, optim_args and"
             " optim_target_modules)."
         ) from None
     finally:
@@ -228,7 +228,7 @@ def _try_schedule(trainer: UniSDTrainer) -> None:
         trainer.create_scheduler(planned_steps(args, len(trainer.rows)), scratch)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"lr_scheduler_type={name} cannot be built: {_one_line(error)}: set lr_scheduler_kwargs, as in"
+            f"lr_scheduler_type={name} cannot be built: {one_line(error)}: set lr_scheduler_kwargs, as in"
             " '{\"min_lr\": 1e-6}'."
         ) from None
     finally:
@@ -255,7 +255,7 @@ def _try_saving(trainer: UniSDTrainer) -> None:
             torch.save(trainer.args, Path(folder) / TRAINING_ARGS_NAME)
     except Exception as error:  # of a dozen libraries' kinds: of tokenizers, configs, pickle
         raise UserError(
-            f"what is trained could not be saved: {_one_line(error)}: mend the files of model or tokenizer"
+            f"what is trained could not be saved: {one_line(error)}: mend the files of model or tokenizer"
             " before training."
         ) from error
 
@@ -269,7 +269,7 @@ def reach_hub(ask: Callable[[], Any]) -> Any:
         return ask()
     except Exception as error:  # the library raises a dozen kinds, all about network or rights
         raise UserError(
-            f"push_to_hub: the hub refuses or cannot be reached: {_one_line(error)}: log in with `hf auth"
+            f"push_to_hub: the hub refuses or cannot be reached: {one_line(error)}: log in with `hf auth"
             " login`, or unset push_to_hub."
         ) from None
 
@@ -280,7 +280,3 @@ def check_hub(args: UniSDConfig) -> None:
 
     if args.push_to_hub and args.process_index == 0:
         reach_hub(lambda: HfApi().whoami(token=args.hub_token))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
