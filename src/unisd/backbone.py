@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 OWN, KEPT = "attention_before_unisd", "keeps_its_attention"  # on the model, for all who look at it
 CHECKED_TOKENS = 160
 """Of the longest row that a model is checked on: beyond short windows, and blocks of 128 tokens."""
+CHECKED_COLUMNS = 1024
+"""Most columns of the logits that are compared: all of a large vocabulary would take more memory than
+the step itself."""
 
 
 @dataclass
@@ -350,13 +353,20 @@ class Backbone:
         self.causal_lm.set_attn_implementation(self._own_attention)
         try:
             return [
-                self.model(
-                    input_ids=torch.tensor([ids], device=device), use_cache=False, **self._quiet
-                ).logits[0]
+                self._compared(
+                    self.model(
+                        input_ids=torch.tensor([ids], device=device), use_cache=False, **self._quiet
+                    ).logits[0]
+                )
                 for ids in (*rows, rows[0][:-9] + ending)
             ]
         finally:
             self.causal_lm.set_attn_implementation(ours)
+
+    def _compared(self, logits_TV: Tensor) -> Tensor:
+        """Every so many columns of the defined ones, as a copy."""
+        known = len(self.head().weight)
+        return logits_TV[:, : known : -(-known // CHECKED_COLUMNS)].clone()
 
     def _check_own(self, own: list[Tensor]) -> None:
         """Take the row with another ending off the list, and compare it."""
@@ -384,8 +394,8 @@ class Backbone:
         if len(rows) == 1 and len(own_TV) != len(flat):
             return False
         read = [flat[start : start + len(row)] for start, row in zip(batch.starts, rows, strict=True)]
-        ours = [self.head().logits(states_TH) for states_TH in read]
-        own = torch.split(own_TV[:, : ours[0].shape[-1]], [len(row) for row in rows])
+        ours = [self._compared(self.head().logits(states_TH)) for states_TH in read]
+        own = torch.split(own_TV, [len(row) for row in rows])
         if packed:  # nothing is refused for it: better padded than inexact
             return close(torch.cat(ours), torch.cat(own), tolerance_of(own_TV.dtype))
         return all(_alike(*pair) for pair in zip(ours, own, strict=True))

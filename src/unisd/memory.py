@@ -14,8 +14,9 @@ always held:
 one after another, the largest counts:
 - rollout = 2 B (Q + T) G L c (cache) + 24 B V (logits, probabilities and their sums in double
   precision) + the weights that a float32 adapter is merged into; 0 if `rollout` is false
-- scoring = teacher_states + W (4 H + 3 I) c, or the chunk's logits; W = `token_budget`; without
-  gradient checkpointing also a copy of the weights that an adapter is merged into
+- scoring = teacher_states + the larger of W (4 H + 3 I) c and the chunk's logits, on a CPU both; W =
+  `token_budget`; without gradient checkpointing also a copy of the weights that an adapter is merged
+  into
 - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits and
   one layer's values
 
@@ -294,7 +295,9 @@ def _scoring(size: ModelSize, config: UniSDConfig, step: _StepShape, shards: int
     merged = 0 if config.gradient_checkpointing else _merged(size, shards)
     budget = max(config.token_budget or default_token_budget(config.device), step.length)
     tokens = min(budget, step.step_rows * step.length * (2 + config.num_auxiliary_contexts))
-    return aside + merged + max(tokens * step.compute * (4 * size.hidden + 3 * step.inner), logits)
+    layer = tokens * step.compute * (4 * size.hidden + 3 * step.inner)
+    # what a layer frees stays in the heap of a CPU (`keep_freed_memory`) beside the chunk
+    return aside + merged + (layer + logits if config.device.type == "cpu" else max(layer, logits))
 
 
 def _merged(size: ModelSize, shards: int) -> int:
