@@ -14,9 +14,9 @@ always held:
 one after another, the largest counts:
 - rollout = 2 B (Q + T) G L c (cache) + 24 B V (logits, probabilities and their sums in double
   precision) + the weights that a float32 adapter is merged into; 0 if `rollout` is false
-- scoring = teacher_states + the larger of W (4 H + 3 I) c and the chunk's logits, on a CPU both; W =
-  `token_budget`; without gradient checkpointing also a copy of the weights that an adapter is merged
-  into
+- scoring = teacher_states + the larger of W (4 H + 3 I) c and the chunk's logits, on a CPU both; W
+  = `token_budget`; without gradient checkpointing also a copy of the weights that an adapter is
+  merged into
 - student = gradients (A w) + teacher_states + activations + the larger of one chunk's logits and
   one layer's values
 

@@ -16,7 +16,8 @@ from tests.helpers.data import DATA, needs_data
 from unisd.cli.main import main
 from unisd.evaluation.grading import bootstrap, pass_at_k, row_results, summarize
 from unisd.tasks.base import Grade
-from unisd.tasks.graders import GRADERS, extract_code
+from unisd.tasks.graders import GRADERS
+from unisd.tasks.graders.programs import extract_code
 from unisd.tasks.tool_calls import ToolStep, extract_calls, grade_calls
 
 

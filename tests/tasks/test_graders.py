@@ -7,7 +7,10 @@ import time
 import pytest
 
 from unisd.tasks.base import Grade
-from unisd.tasks.graders import GRADERS, choice, contains, exact, extract_choice, extract_number, number
+from unisd.tasks.graders import GRADERS
+from unisd.tasks.graders.choices import choice, extract_choice
+from unisd.tasks.graders.numbers import extract_number, number
+from unisd.tasks.graders.text import contains, exact
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.data import DATA, needs_data
 from unisd import tasks
 from unisd.errors import UserError
-from unisd.tasks.graders import extract_number
+from unisd.tasks.graders.numbers import extract_number
 from unisd.tasks.gsm8k import GSM8KTask, wrong_reference
 
 

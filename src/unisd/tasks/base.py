@@ -30,13 +30,24 @@ class Grade:
     `extracted` is the answer read out of the completion, None where no answer could be found: so
     that an answer's form and its content can be reported apart (the extraction rate). `reason` says
     in a few words why an answer is wrong. `details` are further figures of this answer, each
-    between 0 and 1 (a report shows their means).
+    between 0 and 1 (a report shows their means). `ambiguous`: there are several answers, and the
+    completion settles on none of them. `how` says how the answer was found ("final marker",
+    "stated", "boxed", "last line", "mention").
     """
 
     correct: bool
     extracted: str | None = None
     reason: str = ""
     details: dict[str, float] = field(default_factory=dict)
+    ambiguous: bool = False
+    how: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """One of `right`, `wrong`, `unanswered` and `ambiguous`, which are counted apart."""
+        if self.correct:
+            return "right"
+        return "ambiguous" if self.ambiguous else "unanswered" if self.extracted is None else "wrong"
 
     def __bool__(self) -> bool:
         """A grade stands for its verdict, so that a grader may return a `Grade` or a plain bool."""

@@ -10,7 +10,7 @@ from unisd.errors import UserError
 from unisd.tasks import sandbox
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark
-from unisd.tasks.graders import extract_code
+from unisd.tasks.graders.programs import extract_code
 
 TRIES = 12  # mutants of a reference that are run before it goes without a wrong version
 

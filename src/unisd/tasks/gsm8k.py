@@ -18,7 +18,7 @@ import re
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw
-from unisd.tasks.graders import extract_number, number
+from unisd.tasks.graders.numbers import extract_number, number
 
 INSTRUCTION = 'Think step by step, briefly, and end with "#### <number>".'
 _NOTE = re.compile(r"<<[^<>\n]{0,500}>>")

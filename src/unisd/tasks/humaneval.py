@@ -12,7 +12,7 @@ import random
 from unisd.tasks.base import Row
 from unisd.tasks.benchmark import Problem, Raw
 from unisd.tasks.code import CodeTask, fenced
-from unisd.tasks.graders import extract_code
+from unisd.tasks.graders.programs import extract_code
 
 
 class HumanEvalTask(CodeTask):

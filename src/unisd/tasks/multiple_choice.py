@@ -12,7 +12,7 @@ from pathlib import Path
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem
-from unisd.tasks.graders import choice
+from unisd.tasks.graders.choices import choice
 
 LETTERS = "ABCDEFGHIJ"
 REASONED = 'Reason briefly, then end with "Answer: <letter>".'

@@ -1,0 +1,35 @@
+"""Named graders for the user's own rows: `GRADERS[name](completion, gold) -> Grade`.
+
+| name | correct when |
+|---|---|
+| `exact` | completion and gold are equal after folding case, Unicode form and white space |
+| `contains` | gold occurs in the completion, folded likewise, as whole words |
+| `choice` | the option letter that the completion settles on is gold's |
+| `number` | the number that the completion settles on equals gold's |
+| `call` | the completion's tool calls are gold's (forms: :mod:`unisd.tasks.tool_calls`) |
+| `code` | the completion's program passes gold's tests, in :mod:`unisd.tasks.sandbox` |
+
+No grader raises, whatever the completion, and each takes time linear in its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from unisd.tasks.base import Grade
+from unisd.tasks.graders.calls import call
+from unisd.tasks.graders.choices import choice
+from unisd.tasks.graders.numbers import number
+from unisd.tasks.graders.programs import code
+from unisd.tasks.graders.text import contains, exact
+
+Graded = Callable[[str, str], Grade]
+
+GRADERS: dict[str, Graded] = {
+    "exact": exact,
+    "contains": contains,
+    "choice": choice,
+    "number": number,
+    "call": call,
+    "code": code,
+}
