@@ -380,8 +380,8 @@ def test_a_server_gone_in_mid_run_loses_no_step(tmp_path: Path, num_iterations: 
     ("now", "remedy"),
     [
         ({"lacking": {"/weight_info"}}, "VLLM_SERVER_DEV_MODE=1"),
-        ({"lacking": {"/start_weight_update"}}, "VLLM_SERVER_DEV_MODE=1"),
-        ({"lacking": {"/v1/models", "/v1/completions"}}, "vllm serve"),
+        pytest.param({"lacking": {"/start_weight_update"}}, "VLLM_SERVER_DEV_MODE=1", marks=pytest.mark.long),
+        pytest.param({"lacking": {"/v1/models", "/v1/completions"}}, "vllm serve", marks=pytest.mark.long),
         ({"key": "new"}, "set OPENAI_API_KEY"),
     ],
 )

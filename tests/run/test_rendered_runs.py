@@ -100,6 +100,7 @@ def test_what_is_measured_before_depends_on_options_and_date() -> None:
     assert len(keys) == 3
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_tomorrow_reads_the_same_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,6 +227,7 @@ def test_pandas_reads_the_store_and_the_analysis_finds_the_effect(tmp_path: Path
     assert "| ema | +" in text and "## " in text
 
 
+@pytest.mark.long
 def test_only_runs_of_the_study_as_it_is_are_analysed(tmp_path: Path) -> None:
     """A level's options or the seeds may be changed in a study's file; runs of before stay in the
     store.
