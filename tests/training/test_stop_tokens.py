@@ -66,13 +66,13 @@ def test_the_trainer_does_what_the_reference_says(
     found = []
     for loss in ("chunked", "plain"):
         given = {**STAR, **page.EMA, **options, "model": model(), "loss_implementation": loss}
-        built = page.with_sgd(tmp_path, 2, **given)
+        built = page.with_sgd(tmp_path / loss, 2, **given)
         start, student = reference.initial_teacher(built.model), copy.deepcopy(built.model)
         found.append(page.by_trainer(built))
     theirs = page.by_reference(built, student, 2)
     for ours in found:
         page.assert_equal(ours, theirs, start)
-    apart = page.with_sgd(tmp_path, 2, **given, merge_stop_tokens=False)
+    apart = page.with_sgd(tmp_path / "apart", 2, **given | {"model": model(), "merge_stop_tokens": False})
     assert max(page.apart(page.by_trainer(apart), theirs, start).values()) > 5e-3
 
 
