@@ -61,7 +61,8 @@ class UniSDOptions:
     )
     disable_dropout: bool = option(
         "training",
-        "Switch the model's own dropout off (not lora_dropout): student and teacher would differ by noise.",
+        "Switch the model's own dropout and routers' noise off (not lora_dropout): student and teacher would"
+        " differ by it.",
         True,
     )
     router_aux_loss_coef: float = option(

@@ -105,7 +105,10 @@ def _join_ends(student: Any, tokenizer: Any, args: UniSDConfig) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Switch a model's own dropout off; that of an adapter stays, and so does the config."""
+    """Switch a model's own dropout off, and the noise of its routers.
+
+    That of an adapter stays, and so does the config.
+    """
     layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in model.named_modules():
         if any(name.startswith(f"{layer}.") and ".base_layer" not in name for layer in layers):
@@ -115,6 +118,13 @@ def disable_dropout(model: nn.Module) -> None:
         for attribute, value in vars(module).items():
             if "dropout" in attribute and isinstance(value, float):  # of attention, given to a kernel
                 setattr(module, attribute, 0.0)
+        if any("jitter_noise" in attribute for attribute in vars(module)):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _args: Any) -> None:
+    """A router that draws experts, or adds noise, does so in training mode (PhiMoE, Mixtral)."""
+    module.training = False
 
 
 def check_routers(backbone: Backbone, coefficient: float, pad_id: int) -> None:
