@@ -330,7 +330,7 @@ def test_a_models_own_dropout_is_off_and_the_adapters_is_not(tmp_path: Path) -> 
 
 
 def test_a_router_that_draws_experts_does_so_no_more(tmp_path: Path) -> None:
-    """In training mode PhiMoE would send tokens where chance says: another model than was scored."""
+    """In training mode PhiMoE sends tokens where chance says: another model than was scored."""
     ids, (model, tokenizer) = torch.arange(20, 50)[None], build("phimoe")
     expected = model(ids).logits
     assert not torch.allclose(model.train()(ids).logits, expected, atol=1e-2)

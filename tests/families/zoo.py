@@ -19,6 +19,8 @@ import transformers
 from tests.families.tokenizers_of import ids_of, tokenizer
 
 SEED = 0
+UNSCALED = ("router", "gate.weight", "A_log", "x_proj", "dt_proj")
+"""Weights that choose experts, and those whose outcome is raised to powers along a row."""
 
 
 @dataclass(frozen=True)
@@ -542,7 +544,7 @@ def build(name: str, seed: int = SEED, dtype: torch.dtype = torch.float32) -> tu
     model = getattr(transformers, family.model_class)(family.config(_sizes(family.style))).to(dtype)
     with torch.no_grad():
         for where, weight in model.named_parameters():
-            if weight.dim() == 2 and not any(part in where for part in ("router", "gate.weight", "A_log")):
+            if weight.dim() == 2 and not any(part in where for part in UNSCALED):
                 weight.mul_(12.0 if "embed" in where or "lm_head" in where else 8.0)
     ids = ids_of(family.style)
     model.generation_config.eos_token_id = ids.get("stops", ids["eos_token_id"])
