@@ -30,7 +30,7 @@ from unisd.training.sharded_trainer import weights_without_gradient
 
 PADDED = {
     "qwen3-next", "qwen3.5", "qwen3.5-vision", "llama4", "gpt-oss", "lfm2", "granite-hybrid", "falcon-h1",
-    "jamba", "bamba", "nemotron-h",
+    "jamba", "bamba", "nemotron-h", "recurrentgemma", "mamba", "falcon-mamba", "mamba2", "zamba2",
 }  # fmt: skip
 """States and chunks that run on from row to row, and attention with code of its own."""
 MOE = [name for name in names() if "router" in FAMILIES[name].traits]
@@ -65,8 +65,38 @@ def test_read(family: str, record_property: Any) -> None:
     backbone = Backbone(build(family)[0])
     packed = backbone.check(0)
     assert packed == (family not in PADDED)
-    assert backbone.tells_rows == (family != "gpt-oss")
+    assert backbone.tells_rows == (family != "gpt-oss" and "mamba" not in family)
     record_property("note", "packed where that is faster" if packed else "padded")
+
+
+@cells(always=("llama4", "qwen3.5", "gpt-oss"))
+def test_answers_do_not_depend_on_padding(family: str) -> None:
+    """Rows that are written together have the logits that each has alone."""
+    model = build(family)[0]
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(16, 256, (length,), generator=generator).tolist() for length in (40, 9, 23, 40)]
+    together = logits_while_writing(model, rows)
+    for row, logits in enumerate(together):
+        (alone,) = logits_while_writing(model, [rows[row]])
+        torch.testing.assert_close(logits, alone, atol=1e-3 * float(alone.abs().max()), rtol=0)
+
+
+def logits_while_writing(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
+    """What each row's first three tokens are chosen from, whatever they are."""
+    found: list[list[torch.Tensor]] = [[] for _ in rows]
+
+    def keep(alive: Any, width: int) -> transformers.LogitsProcessorList:
+        def kept(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            for row, of_row in zip(alive, scores, strict=True):
+                found[row].append(of_row.clone())
+            forced = torch.full_like(scores, -torch.inf)
+            forced[:, 20 + ids.shape[1] - width] = 0.0
+            return forced
+
+        return transformers.LogitsProcessorList([kept])
+
+    decode(model, rows, 3, eos_ids=[], pad_id=0, processors=keep)
+    return [torch.stack(of_row) for of_row in found]
 
 
 def test_sparse_attention_keeps_its_name() -> None:
@@ -297,6 +327,25 @@ def test_a_models_own_dropout_is_off_and_the_adapters_is_not(tmp_path: Path) -> 
     assert inner.config.resid_pdrop == 0.1  # what is saved is what was given
     other = tiny.trainer(tmp_path / "on", model=gpt2(), disable_dropout=False)
     assert any(m.p for m in other.backbone.causal_lm.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_a_router_that_draws_experts_does_so_no_more(tmp_path: Path) -> None:
+    """In training mode PhiMoE sends tokens where chance says: another model than was scored."""
+    ids, (model, tokenizer) = torch.arange(20, 50)[None], build("phimoe")
+    expected = model(ids).logits
+    assert not torch.allclose(model.train()(ids).logits, expected, atol=1e-2)
+    given = {"model": model, "processing_class": tokenizer}
+    built = tiny.trainer(tmp_path / "off", **given)
+    torch.testing.assert_close(built.model.train()(ids).logits, expected)
+    noisy = tiny.trainer(tmp_path / "on", **{**given, "model": build("phimoe")[0]}, disable_dropout=False)
+    assert not torch.allclose(noisy.model.train()(ids).logits, expected, atol=1e-2)
+
+
+def test_layers_that_cannot_be_computed_again_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"gradient_checkpointing: a JetMoeForCausalLM cannot compute its layers again: unset"
+    ):
+        tiny.trainer(tmp_path, model=build("jetmoe")[0], gradient_checkpointing=True)
 
 
 def test_dropout_of_attention_is_off_too() -> None:

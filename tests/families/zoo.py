@@ -19,6 +19,8 @@ import transformers
 from tests.families.tokenizers_of import ids_of, tokenizer
 
 SEED = 0
+UNSCALED = ("router", "gate.weight", "A_log", "x_proj", "dt_proj")
+"""Weights that choose experts, and those whose outcome is raised to powers along a row."""
 
 
 @dataclass(frozen=True)
@@ -437,6 +439,93 @@ FAMILIES: dict[str, Family] = {
         n_groups=1,
         chunk_size=16,
     ),
+    "phimoe": _family(
+        "Phi-3.5 MoE",
+        "Phimoe",
+        "phi3",
+        "experts",
+        "router",
+        head_dim=None,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "jetmoe": _family(
+        "JetMoE",
+        "JetMoe",
+        "base",
+        "experts",
+        "router",
+        "tied",
+        head_dim=None,
+        kv_channels=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        num_key_value_heads=2,
+    ),
+    "recurrentgemma": _family(
+        "RecurrentGemma",
+        "RecurrentGemma",
+        "gemma",
+        "states",
+        "tied",
+        num_hidden_layers=3,
+        lru_width=32,
+        attention_window_size=16,
+        num_key_value_heads=1,
+    ),
+    "mamba": _family(
+        "Mamba",
+        "Mamba",
+        "base",
+        "states",
+        "tied",
+        num_attention_heads=None,
+        num_key_value_heads=None,
+        head_dim=None,
+        state_size=4,
+    ),
+    "falcon-mamba": _family(
+        "Falcon-Mamba",
+        "FalconMamba",
+        "base",
+        "states",
+        num_attention_heads=None,
+        num_key_value_heads=None,
+        head_dim=None,
+        state_size=4,
+    ),
+    "mamba2": _family(
+        "Mamba 2",
+        "Mamba2",
+        "base",
+        "states",
+        num_attention_heads=None,
+        num_key_value_heads=None,
+        head_dim=8,
+        state_size=8,
+        num_heads=8,
+        n_groups=1,
+        chunk_size=16,
+        expand=2,
+    ),
+    "zamba2": _family(
+        "Zamba 2",
+        "Zamba2",
+        "base",
+        "states",
+        "tied",
+        head_dim=None,
+        mamba_d_state=8,
+        mamba_ngroups=1,
+        n_mamba_heads=2,
+        mamba_headdim=32,
+        chunk_size=16,
+        num_mem_blocks=1,
+        hybrid_layer_ids=[1],
+        layers_block_type=["mamba", "hybrid"],
+        use_mem_rope=True,
+        adapter_rank=4,
+    ),
     "gpt-neox": _family(
         "GPT-NeoX", "GPTNeoX", "base", num_key_value_heads=None, head_dim=None, rotary_pct=0.5
     ),
@@ -455,7 +544,7 @@ def build(name: str, seed: int = SEED, dtype: torch.dtype = torch.float32) -> tu
     model = getattr(transformers, family.model_class)(family.config(_sizes(family.style))).to(dtype)
     with torch.no_grad():
         for where, weight in model.named_parameters():
-            if weight.dim() == 2 and "router" not in where and "gate.weight" not in where:
+            if weight.dim() == 2 and not any(part in where for part in UNSCALED):
                 weight.mul_(12.0 if "embed" in where or "lm_head" in where else 8.0)
     ids = ids_of(family.style)
     model.generation_config.eos_token_id = ids.get("stops", ids["eos_token_id"])

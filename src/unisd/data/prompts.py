@@ -285,11 +285,11 @@ class PromptBuilder:
             UserError: the chat template refuses one, or leaves something out; or the model has no
                 embedding of a token.
         """
+        self.check_asked(row)
         if self.embedded is not None:
-            self._check_embedded(row, self.embedded)
+            self._check_embedded(self.at_level(row, self.level) or [], self.embedded)
         if self.tokenizer.chat_template is None:
             return
-        rendering.render(self.tokenizer, as_messages(row["prompt"]))
         wrong = row.get("negative_context")
         views = (
             self._view(row, self.level) if self.level != "plain" else None,
@@ -298,15 +298,23 @@ class PromptBuilder:
         for prompt, kept in filter(None, views):
             rendering.render(self.tokenizer, as_messages(prompt), self.teacher_options, kept=kept)
 
-    def _check_embedded(self, row: dict[str, Any], rows: int) -> None:
-        answer = self.tokenizer(str(row.get("completion") or ""), add_special_tokens=False)["input_ids"]
-        for ids in (self.student(row), self.at_level(row, self.level) or [], answer):
-            if (highest := max(ids, default=0)) >= rows:
-                raise UserError(
-                    f"it holds the token {self.tokenizer.convert_ids_to_tokens(highest)!r} ({highest}), but"
-                    f" the model's embedding has {rows} rows: take its text out, or give the model's own"
-                    " tokenizer."
-                )
+    def check_asked(self, row: dict[str, Any]) -> None:
+        """The same of what the student is asked and what it could answer, all that an evaluation
+        reads.
+        """
+        if self.embedded is not None:
+            answer = self.tokenizer(str(row.get("completion") or ""), add_special_tokens=False)["input_ids"]
+            self._check_embedded([*self.student(row), *answer], self.embedded)
+        if self.tokenizer.chat_template is not None:
+            rendering.render(self.tokenizer, as_messages(row["prompt"]))
+
+    def _check_embedded(self, ids: Sequence[int], rows: int) -> None:
+        if (highest := max(ids, default=0)) >= rows:
+            raise UserError(
+                f"it holds the token {self.tokenizer.convert_ids_to_tokens(highest)!r} ({highest}), but"
+                f" the model's embedding has {rows} rows: take its text out, or give the model's own"
+                " tokenizer."
+            )
 
     def without_question(self, prompt: Prompt, reference: str) -> Prompt:
         """The reference alone, in the append layout's words; system turns stay."""

@@ -44,6 +44,7 @@ from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import holds_optimizer, last_complete_checkpoint
 from unisd.training.guards import Interruption
 from unisd.training.plan import planned_steps
+from unisd.training.preflight import check_evaluated
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         grader=data.grader,
         probe_dataset=data.retention[: config.diagnostics_probe_rows] or None,
     )
+    for name, evaluated in (("evaluation", data.evaluation), ("retention", data.retention)):
+        check_evaluated(trainer, evaluated, f"the {name} data")
     config = trainer.args = _within_memory(trainer, options, config)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
