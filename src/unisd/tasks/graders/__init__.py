@@ -15,15 +15,17 @@ No grader raises, whatever the completion, and each takes time linear in its len
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from unisd.tasks.base import Grade
+from unisd.tasks.graders.base import Grader
 from unisd.tasks.graders.calls import call
 from unisd.tasks.graders.choices import choice
 from unisd.tasks.graders.numbers import number
 from unisd.tasks.graders.programs import code
 from unisd.tasks.graders.text import contains, exact
 
-Graded = Callable[[str, str], Grade]
+Graded = Callable[[Any, Any], Grade]
 
 GRADERS: dict[str, Graded] = {
     "exact": exact,
@@ -33,3 +35,17 @@ GRADERS: dict[str, Graded] = {
     "call": call,
     "code": code,
 }
+
+
+def check_gold(name: str, gold: object, where: str) -> None:
+    """Refuse gold that the grader of that name cannot read, before anything runs.
+
+    Raises:
+        UserError: says where (a file and its row), what it is, and what is needed.
+    """
+    grader = GRADERS[name]
+    if isinstance(grader, Grader):
+        try:
+            grader.read_gold(gold)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
