@@ -8,7 +8,6 @@ import pytest
 
 from unisd.tasks.base import Grade
 from unisd.tasks.graders import GRADERS
-from unisd.tasks.graders.choices import choice, extract_choice
 from unisd.tasks.graders.numbers import extract_number, number
 from unisd.tasks.graders.text import contains, exact
 
@@ -65,54 +64,6 @@ def test_number_refuses(completion, gold):
 def test_number_says_when_nothing_was_found():
     assert number("I don't know", "3").extracted is None
     assert number("#### 4", "3").extracted == "4"
-
-
-@pytest.mark.parametrize(
-    ("completion", "letter"),
-    [
-        ("B", "B"),
-        ("b", "B"),
-        ("(B)", "B"),
-        ("**B**", "B"),
-        ("B. paradise", "B"),
-        ("B) paradise", "B"),
-        ("Answer: B", "B"),
-        ("Answer: (B) paradise", "B"),
-        ("The answer is B.", "B"),
-        ("The correct answer is option C", "C"),
-        ("the answer is **D**", "D"),
-        (r"\boxed{B}", "B"),
-        (r"\boxed{\text{B}}", "B"),
-        ("#### B", "B"),
-        ("Reasoning: A bird flies.\nAnswer: C", "C"),
-        ("Answer: A\nWait. Answer: B", "B"),
-        ("A is wrong because of heat.\nThe answer is (A) heat", "A"),
-        ("I would go with (E) here", "E"),
-        ("Because of it\nA", "A"),
-        ("Answer: A", "A"),
-        ("Answer: A heat", "A"),
-    ],
-)
-def test_choice_extraction(completion, letter):
-    if completion == "Answer: A heat":  # may be the article: then nothing is claimed
-        assert extract_choice(completion) in (None, "A")
-    else:
-        assert extract_choice(completion) == letter
-
-
-@pytest.mark.parametrize(
-    "completion",
-    ["", "A bird in the hand", "paradise", "I think so", "The answer is A good thing to know", "(A) or (B)"],
-)
-def test_choice_claims_nothing_without_a_letter(completion):
-    assert extract_choice(completion) is None
-    assert choice(completion, "A") == Grade(False, None)
-
-
-def test_choice_compares_letters():
-    assert choice("The answer is (B).", "b").correct
-    assert choice("The answer is (B).", "Answer: B").correct
-    assert not choice("The answer is (B).", "C").correct
 
 
 def test_exact_and_contains():
