@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from unisd.errors import UserError
 from unisd.tasks.base import Grade
 from unisd.tasks.graders.base import Grader
 from unisd.tasks.graders.calls import call
