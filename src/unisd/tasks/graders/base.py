@@ -74,7 +74,7 @@ class Grader:
 
     def grade(self, completion: str, gold: Any) -> Grade:
         """Judge a completion by parsed gold; what it thought before its answer is not looked at."""
-        found = self.read(answer_of(completion))
+        found = self.read(without_thought(completion))
         passed = passed_over(found)
         if found.chosen is None:
             reason = found.hedge or "no answer found"
@@ -179,6 +179,11 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def without_thought(completion: str) -> str:
+    """What follows the thought of a completion; nothing, where this has not ended."""
+    return answer_of(completion) if "<" in completion or "[" in completion else completion
 
 
 def as_text(value: object) -> str:
