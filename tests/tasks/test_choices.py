@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from unisd import tasks
 from unisd.errors import UserError
 from unisd.tasks.graders import GRADERS
 from unisd.tasks.graders.choices import choice, extract_choice
@@ -145,3 +146,24 @@ def test_gold_that_cannot_be_read_is_refused(gold, said):
 
 def test_letters_alone_are_extracted():
     assert extract_choice("The answer is c.") == "C" and extract_choice("B or C") is None
+
+
+def test_own_rows_bring_their_options(tmp_path):
+    """An index or a text as the answer scored 0 % without a word."""
+    rows = [
+        {"prompt": "Where?", "answer": 1, "options": OPTIONS},
+        {"prompt": "Where else?", "answer": "limbo", "choices": json.dumps(OPTIONS)},
+        {"prompt": "And then?", "answer": "D"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tasks.get("jsonl", data_files=str(path), grader="choice")
+    loaded = task.load("all")
+    for row, letter, text in zip(loaded, "BCD", ("paradise", "limbo", "D) earth"), strict=True):
+        assert task.grade(row, f"Answer: {letter}").correct and task.grade(row, f"It is {text}").correct
+        assert not task.grade(row, "Answer: A").correct
+    path.write_text(json.dumps({"prompt": "Where?", "answer": 1}) + "\n")
+    with pytest.raises(
+        UserError, match=r"jsonl: .*rows.jsonl, row 0: choice: gold .* which may count from 0"
+    ):
+        task.load("all")

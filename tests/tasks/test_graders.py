@@ -134,7 +134,7 @@ def test_no_completion_breaks_a_grader(name):
         assert is_graded(name, "A", completion)
 
 
-GOLD = {"number": "7", "exact": "A", "contains": "A"}
+GOLD = {"number": "7", "exact": "A", "contains": "A", "choice": "B", "call": '{"f": {"x": 1}}'}
 
 
 def is_graded(name, completion, gold):

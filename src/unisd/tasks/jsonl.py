@@ -14,12 +14,13 @@ from unisd.data.rows import check_prompt
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
-from unisd.tasks.graders import GRADERS
+from unisd.tasks.graders import GRADERS, check_gold, gold_of
 
 
 class JsonlTask(Benchmark):
     """Args:
-    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the answer as tests.
+    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the answer as tests, `choice` the
+        options of a column `options` or `choices` too.
     prompt_column, answer_column: where the rows hold them. `privileged_context` (default: the
     answer) is the reference;
         `auxiliary_contexts` and `negative_context` are taken as they are.
@@ -56,6 +57,7 @@ class JsonlTask(Benchmark):
                 f" {self.answer_column!r}"
             )
         check_prompt(prompt, f"jsonl: {where}", self.prompt_column)
+        check_gold(self.grader, gold_of(self.grader, raw, answer), f"jsonl: {where}")
         key = str(prompt)
         return {"raw": raw, "key": key, **own_id(raw, "id")}
 
@@ -75,4 +77,4 @@ class JsonlTask(Benchmark):
         return {**self.row(problem, random.Random(seed)), "id": problem["id"]}
 
     def grade(self, row: Row, completion: str) -> Grade:
-        return GRADERS[self.grader](completion, row["answer"])
+        return GRADERS[self.grader](completion, gold_of(self.grader, row, row["answer"]))

@@ -90,11 +90,11 @@ class MultipleChoice(Benchmark):
 
     def published(self, problem: Problem) -> Row:
         """The options as the data set has them, and the letters that are right there."""
-        options = problem.get("published", problem["options"])
+        options: list[str] = problem.get("published") or problem["options"]
         right = problem["options"][problem["answer"]]
-        places = [problem["answer"]] if "published" not in problem else range(len(options))
-        letters = [LETTERS[i] for i in places if options[i] == right]
-        return {"published_options": list(options), "published_answers": letters}
+        same = [i for i, option in enumerate(options) if option == right]
+        places = same if "published" in problem else [problem["answer"]]
+        return {"published_options": list(options), "published_answers": [LETTERS[i] for i in places]}
 
     def arranged(self, row: Row, order: Sequence[int] | None) -> Row:
         """The row with its options in another order: places in the data set's own; None: that."""

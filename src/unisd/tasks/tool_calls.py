@@ -461,7 +461,7 @@ def _same_scalar(found: Any, gold: Any) -> bool:
     if isinstance(found, bool) or isinstance(gold, bool) or found is None or gold is None:
         return found is gold
     if found != found or gold != gold:  # NaN
-        return found != found and gold != gold
+        return bool(found != found and gold != gold)
     return bool(_exact(found) == _exact(gold))
 
 

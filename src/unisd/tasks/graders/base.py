@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,10 @@ class Grader:
             UserError: gold is nothing that this grader can compare with; says what it takes.
         """
         raise NotImplementedError
+
+    def gold_of(self, row: Mapping[str, Any], answer: object) -> object:
+        """Gold with what else of a user's row belongs to it, in a form that `read_gold` takes."""
+        return answer
 
     def read(self, completion: str) -> Reading:
         """Find the answer of a completion; never raises."""

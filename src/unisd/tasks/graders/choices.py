@@ -16,9 +16,11 @@ letters.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +100,12 @@ class Choice(Grader):
             letters |= {letter} if letter else set()
             texts |= {text} if text else set()
         return Gold(frozenset(letters), frozenset(texts), options)
+
+    def gold_of(self, row: Mapping[str, Any], answer: object) -> object:
+        """Gold with the row's options, where a column holds them and gold does not."""
+        key = next((key for key in OPTION_KEYS if row.get(key) is not None), None)
+        held = isinstance(answer, Mapping) and any(answer.get(key) is not None for key in OPTION_KEYS)
+        return answer if key is None or held else {"answer": answer, "options": row[key]}
 
     def _one(self, value: object, labels: tuple[str, ...], options: tuple[str, ...]) -> tuple[str, str]:
         """The letter of one answer, or its text where no letter is known for it."""
@@ -242,6 +250,9 @@ def read_options(value: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, str):  # a cell
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     labels: list[object] = []
     texts: list[object] = []
     if isinstance(value, Mapping):
