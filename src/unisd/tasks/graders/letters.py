@@ -16,6 +16,7 @@ from typing import NamedTuple
 from unisd.tasks.graders import phrases
 
 MOST_LETTERS = 200
+MOST_SENTENCES = 1000
 WINDOW = 160  # characters before a letter that say what it is
 MARKER, LEADING, LOOSE, NAMED = range(4)
 """How strong a statement is; NAMED is a mere mention."""
@@ -59,16 +60,22 @@ def without_run_on(text: str) -> str:
 def say(text: str, most: int) -> list[Said]:
     """All that a cleaned text says of its first `most` letters, in its order.
 
-    Of a text with more than `MOST_LETTERS` letters the end is looked at.
+    Of a text with more than `MOST_LETTERS` letters, or `MOST_SENTENCES`, the end is looked at.
     """
     places = [match.start() for match in phrases.ONE.finditer(text)]
     if len(places) > MOST_LETTERS:
         text = text[max(0, places[-MOST_LETTERS] - WINDOW) :]
+    ends = [match.end() for match in phrases.ENDS.finditer(text)]
+    if len(ends) > MOST_SENTENCES:
+        text = text[ends[-MOST_SENTENCES] :]
     found: list[Said] = []
 
     def mark(how: str, match: re.Match[str]) -> str:
         taken = how == "boxed"
         inner = next((part for part in match.groups() if part), "").strip()
+        inner = re.sub(
+            r"^(?:the )?(?:final )?(?:answer|ans)(?: is)? ?[:=]? ?", "", inner, flags=re.IGNORECASE
+        )
         if group := phrases.GROUP.match(inner):
             letters, behind = _letters(group[0], most), inner[len(group[0].rstrip()) :]
             sure = how != "final marker" and (
@@ -151,10 +158,9 @@ class _Lines:
                 self.found.append(Said((letter,), LOOSE, "stated", place, rest))
             elif len({name for name, _, _ in labels}) == 1 and others <= {letter}:
                 self.found.append(Said((letter,), LEADING, "last line", place, rest))
-            else:
+            elif len({name for name, _, _ in labels}) == 1:  # several are the options, repeated
                 self.found.append(Said((letter,), NAMED, "mention", place, rest))
-                if len({name for name, _, _ in labels}) == 1:
-                    self._sentences(rest, place + 1)
+                self._sentences(rest, place + 1)
 
     def _sentences(self, line: str, place: int) -> None:
         """The sentences of a line."""
@@ -202,7 +208,7 @@ class _Lines:
                 earlier = Said(joined, earlier.strength, earlier.how, place + start)
                 yield earlier
                 continue
-            for one, ahead, after in _split(letters, before, behind):
+            for one, ahead, after in _split(group, letters, before, behind):
                 said = self._judge(one, _Context(group, ahead, after, mark), place + start, earlier)
                 if said is not None:
                     yield said
@@ -312,7 +318,7 @@ class _Lines:
             strength = LEADING if _named(group) or letters != ("I",) else NAMED
         if strength in (LOOSE, LEADING) and self.revising > 0:
             strength = MARKER
-        if strength == NAMED and not _named(group) and not phrases.MUSES.search(before):
+        if strength == NAMED and not _named(group) and not states and not phrases.MUSES.search(before):
             return None
         how = {MARKER: "stated", LEADING: "last line", LOOSE: "stated", NAMED: "mention"}[strength]
         return Said(letters, strength, how, place, behind)
@@ -335,12 +341,15 @@ def _named(group: str) -> bool:
     return len(group.strip(" \"'")) > 1
 
 
-def _split(letters: tuple[str, ...], before: str, behind: str) -> list[tuple[tuple[str, ...], str, str]]:
+def _split(
+    group: str, letters: tuple[str, ...], before: str, behind: str
+) -> list[tuple[tuple[str, ...], str, str]]:
     """Groups with what stands before and behind: "B, A is wrong" says something of A alone."""
     singular = re.match(
-        r" ?(?:is|was|\w{2,6}n['\u2019]t|cannot|does|would|has|fits|works|looks|seems|remains|makes)\b",
-        behind,
+        r" ?(?:is|was|(?:is|was|does|has)n['\u2019]t|has|does|fits|works|looks|seems|remains|makes)\b", behind
     )
     if len(letters) > 1 and singular:
-        return [(letters[:-1], before, ""), (letters[-1:], "", behind)]
+        last = phrases.ONE.findall(group)[-1].upper()
+        others = tuple(letter for letter in letters if letter != last)
+        return [(others, before, ""), ((last,), "", behind)]
     return [(letters, before, behind)]

@@ -33,7 +33,7 @@ FILL = (
     r"(?:[ :=>\"'(\[\u201c]|\b(?:therefore|thus|hence|clearly|simply|most|likely|probably|definitely|indeed"
     r"|actually|not|la|le|el|die|der|das|obviously|certainly|surely|still|then|so|now|really|us|with|не"
     r"|a|o|only|just|in fact|of course|either|both"
-    r"|between|the|option|choice|letter|answer|statement|number|correct|right|best|one|given by"
+    r"|between|an|the|option|choice|letter|answer|statement|number|correct|right|best|one|given by"
     r"|represented by"
     r"|indicated by|label(?:l)?ed|that of|选项|選項|选|選|为)\b ?){0,8}"
 )
@@ -41,7 +41,7 @@ NOUN = (
     r"(?:\b(?:answer|ans|antwort|respuesta|réponse|risposta|resposta|jawaban(?:nya)?|cevap|odpowiedź"
     r"|ответ|đáp án|solution|conclusion|verdict)\b"
     r"|\b(?:correct|right|best|my|final|true|chosen|proper|appropriate|suitable|valid|accurate|intended)"
-    r" (?:option|choice|letter|one|statement|selection|pick|response)\b"
+    r" (?:best |final )?(?:option|choice|letter|one|statement|selection|pick|response|guess|bet)\b"
     r"|^(?:final|richtig|option|choice|selection|result|prediction|label|pick|letter)(?= ?[:=]| ist\b)"
     r"|\b(?:alternativa|opci[oó]n|op[cç][aã]o|option|opzione) corr\w{2,6}\b|\b(?:the|correct) letter\b"
     r"|答案|答え|正解|正答|答(?=[:\uff1a])"
@@ -49,7 +49,7 @@ NOUN = (
     r"|الإجابة|الجواب|उत\u094dतर)"
 )
 IS = (
-    r"(?:[:=\u2192\u21d2]|->|=>| ?[-\u2013\u2014](?= |$)|\b(?:is|was|be|are|es|est|ist|è|é|adalah|là)\b"
+    r"(?:[:=\u2192\u21d2]|->|=>| ?[-\u2013\u2014](?= |$)|\b(?:is|was|be|are|es|est|ist|è|é|lautet|adalah|là)\b"
     r"|['\u2019]s\b"
     r"|是|为|為|應選|应选|选|選|は|은|는|이|ค\u0e37อ|هي"
     r"|هو|ह\u0948)"
@@ -64,19 +64,19 @@ CHOOSES = re.compile(
     r"(?:\b(?:i|we|i['\u2019](?:d|ll|m)|let me|let['\u2019]s)\b[^,.;!?]{0,30}?|^ ?)\b(?:choos(?:e|ing)"
     r"|chose|pick(?:ed|ing)?|select(?:ed|ing)?"
     r"|go(?:ing)? (?:with|for)|went with|opt(?:ed|ing)? for|settl(?:e|ed|ing) on|answer|vote for|say"
-    r"|guess|bet on)\b"
+    r"|guess|bet on|lean(?:ing)? towards?)\b"
     rf"{FILL}$",
     re.IGNORECASE,
 )
 LOOSELY = re.compile(
     r"(?:\b(?:it|this|that|which|what|remains|left|statement|sentence|option|choice|one|item|claim|pair"
     r"|figure|part"
-    r"|word|phrase|passage)\b[^,.;!?]{0,30}?(?:\b(?:is|must be|has to be|would be"
+    r"|word|phrase|passage|exception|odd one out)\b[^,.;!?]{0,30}?(?:\b(?:is|must be|has to be|would be"
     r"|should be|can only be)\b|['\u2019]s\b)|\b(?:must be|has to be|leav(?:es|ing)|left with"
     r"|points? to|suggests?"
     r"|indicates?|corresponds? to|match(?:es|ing)?|supports?|no doubt|so|therefore|thus|hence"
     r"|consequently|by (?:process of )?elimination|^yes|^indeed"
-    r"|in conclusion|overall|finally|it(?:['\u2019]s|s)|es|das ist|c['\u2019]est|è|當然是)\b"
+    r"|in conclusion|overall|finally|it(?:['\u2019]s|s)|es|es ist|das ist|c['\u2019]est|è|當然是)\b"
     rf"|[\u2192\u21d2\u2234]|->|=>|因此|所以|是)[ ,:]{{0,3}}{FILL}$",
     re.IGNORECASE,
 )
@@ -225,7 +225,7 @@ TAG = re.compile(r"</?(?:[a-z][a-z0-9]{0,15}|[BIPU](?=>[^<>\n]{1,80}</))(?: [^<>
 ANSWER_TAG = re.compile(r"<(answer|final_answer|final|ans)>\s{0,5}([^<>]{1,200}?)\s{0,5}</\1>", re.IGNORECASE)
 MARKUP = re.compile(rf"\\[()\[\]]|[*`$~]+|(?<![{WORD}])_+|_+(?![{WORD}])|[\u200b-\u200f\u2060\ufeff]")
 NEXT_LINE = re.compile(
-    rf"((?:{NOUN})[^.!?\n]{{0,60}}?(?:[:\uff1a]|\bis))\s{{0,3}}\n\s{{0,6}}(?={OPEN}[A-Za-z](?![A-Za-z]))",
+    rf"((?:{NOUN})[^.!?\n]{{0,40}}?(?:[:\uff1a]|\bis))\s{{0,3}}\n\s{{0,6}}(?={OPEN}[A-Za-z](?![A-Za-z]))",
     re.IGNORECASE,
 )
 OR_ELSE = re.compile(
@@ -241,3 +241,4 @@ LABEL = re.compile(
 LINE_HEAD = re.compile(r"^(?:[-+\u2022>#\u25cf]{1,6} |\d{1,2}[.)] )")
 SENTENCE = re.compile(r"(?<=[.!?\u2026]) |(?<=[\u3002\uff01\uff1f\uff1b])")
 RUN_ON = re.compile(r"\n[\s#*]{0,5}(?:Question|Problem|Q|Human|User)(?: ?\d{1,4})?[*\s]{0,3}:", re.IGNORECASE)
+ENDS = re.compile(r"[.!?\u2026] |[\n\u3002\uff01\uff1f\uff1b]")
