@@ -10,6 +10,7 @@ from unisd.config import UniSDConfig
 from unisd.console import number
 from unisd.data.rows import Row
 from unisd.evaluation.accuracy import accuracy
+from unisd.evaluation.grading import unsettled
 from unisd.evaluation.likelihood import gold_ppl
 from unisd.evaluation.retention import retention, retention_along
 from unisd.run import answers
@@ -43,8 +44,10 @@ def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> t
     )
     figures = {
         "task_accuracy": task,
+        "task_outcomes": (task_answers or {}).get("outcomes"),
         "skills": skills,
         "retention_accuracy": retention,
+        "retention_outcomes": (retention_answers or {}).get("outcomes"),
         "retention_skills": retention_skills,
         "gold_ppl": gold_ppl(model, tokenizer, data.evaluation),
     }
@@ -112,6 +115,10 @@ def change_lines(results: Figures) -> list[list[str]]:
         if after[total] is None:
             continue
         lines.append(_accuracy_line(name, before[total], after[total]))
+        counts = total.replace("accuracy", "outcomes")
+        sides = [unsettled(side.get(counts)) for side in (before, after)]
+        if any(sides):
+            lines.append(["  answers that settle nothing", *(side or "0" for side in sides), ""])
         for skill, value in (after[skills] or {}).items():
             lines.append(_accuracy_line(f"  {skill}", before[skills][skill], value))
     if after["gold_ppl"] is not None:

@@ -14,7 +14,8 @@ from unisd.data.rows import check_prompt
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
-from unisd.tasks.graders import GRADERS
+from unisd.tasks.graders import GRADERS, check_gold
+from unisd.tasks.graders.base import Grader, aliases
 
 
 class JsonlTask(Benchmark):
@@ -56,13 +57,16 @@ class JsonlTask(Benchmark):
                 f" {self.answer_column!r}"
             )
         check_prompt(prompt, f"jsonl: {where}", self.prompt_column)
+        check_gold(self.grader, answer, where)
         key = str(prompt)
         return {"raw": raw, "key": key, **own_id(raw, "id")}
 
     def row(self, problem: Problem, rng: random.Random) -> Row:
         raw = problem["raw"]
-        answer = str(raw[self.answer_column])
-        reference = str(raw.get("privileged_context") or answer)
+        answer = raw[self.answer_column]  # as it is: a list holds several right ones
+        if not isinstance(GRADERS[self.grader], Grader):
+            answer = str(answer)
+        reference = str(raw.get("privileged_context") or next(iter(aliases(answer)), answer))
         return {
             **raw,
             "prompt": raw[self.prompt_column],
