@@ -128,7 +128,7 @@ _RELATIONS = tuple(
         ("list", rf"{_UNIT}(?:,|;|&|,?\s?\band\b|,?\s?\bund\b|\bet\b){_MARKS}"),
         (
             "or",
-            rf"{_UNIT},?\s?(?:\b(?:or|oder|ou)\b\s?(?:maybe|perhaps|possibly|even|else)?|或|または){_MARKS}",
+            rf"{_UNIT}[,(]?\s?(?:\b(?:or|oder|ou)\b\s?(?:maybe|perhaps|possibly|even|else)?|或|または){_MARKS}",
         ),
         ("range", rf"{_UNIT}(?:\b(?:to|through|until|bis)\b|\u00b1|\.\.\.|~){_MARKS}"),
         ("minus", rf"{_UNIT}(?:[-\u2013]|\bminus\b){_MARKS}"),
