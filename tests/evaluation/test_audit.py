@@ -126,3 +126,21 @@ def test_no_interval_has_width_0():
     few = bootstrap([0.25, 1.0])
     assert few["value"] == 0.625 and few["high"] - few["low"] > 0.5
     assert wilson(1, 1)["low"] < 0.3 and wilson(0, 2)["high"] > 0.6
+
+
+def test_tables_of_a_run_say_how_many_answers_settle_nothing():
+    from unisd.report.run_page import _changes
+    from unisd.run.measure import change_lines
+
+    def side(**counts):
+        share = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
+        return {
+            "task_accuracy": share, "skills": None, "retention_accuracy": None, "retention_skills": None,
+            "gold_ppl": None, "retention_ppl": None, "task_outcomes": counts or None,
+        }  # fmt: skip
+
+    settled = side(right=2, wrong=2, unanswered=0, ambiguous=0)
+    results = {"before": side(right=2, wrong=0, unanswered=1, ambiguous=1), "after": settled}
+    line = ["task answers that settle nothing", "1 unanswered, 1 ambiguous", "0", ""]
+    assert change_lines(results)[1] == line and _changes(results, []) == [line]
+    assert len(change_lines({"before": side(), "after": settled})) == 1

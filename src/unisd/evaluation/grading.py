@@ -134,6 +134,16 @@ def unsettled(counts: dict[str, int] | None) -> str:
     return ", ".join(parts)
 
 
+def unsettled_lines(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
+    """Lines of a table of before and after: answers that settle nothing, where there are any."""
+    lines = []
+    for name in ("task", "retention"):
+        sides = [unsettled(side.get(f"{name}_outcomes")) for side in (before, after)]
+        if any(sides):
+            lines.append([f"{name} answers that settle nothing", *(side or "0" for side in sides), ""])
+    return lines
+
+
 def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
     """One object an answer: `id`, `correct`, `outcome`, `score`, `extracted`, `how`, `reason`, ...
 

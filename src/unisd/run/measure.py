@@ -10,7 +10,7 @@ from unisd.config import UniSDConfig
 from unisd.console import number
 from unisd.data.rows import Row
 from unisd.evaluation.accuracy import accuracy
-from unisd.evaluation.grading import unsettled
+from unisd.evaluation.grading import unsettled_lines
 from unisd.evaluation.likelihood import gold_ppl
 from unisd.evaluation.retention import retention, retention_along
 from unisd.run import answers
@@ -115,12 +115,9 @@ def change_lines(results: Figures) -> list[list[str]]:
         if after[total] is None:
             continue
         lines.append(_accuracy_line(name, before[total], after[total]))
-        counts = total.replace("accuracy", "outcomes")
-        sides = [unsettled(side.get(counts)) for side in (before, after)]
-        if any(sides):
-            lines.append(["  answers that settle nothing", *(side or "0" for side in sides), ""])
         for skill, value in (after[skills] or {}).items():
             lines.append(_accuracy_line(f"  {skill}", before[skills][skill], value))
+    lines += unsettled_lines(before, after)
     if after["gold_ppl"] is not None:
         change = f"{after['gold_ppl'] - before['gold_ppl']:+.3f}"
         lines.append(
