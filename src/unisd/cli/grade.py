@@ -14,7 +14,9 @@ from unisd.cli.completions import match_completions, write_prompts
 from unisd.cli.parser import CommandParser, output_file
 from unisd.console import make_console, quiet_libraries, show_progress, show_table
 from unisd.errors import UserError
-from unisd.evaluation.grading import grade_many, row_results, summarize
+from unisd.evaluation import audit
+from unisd.evaluation.explain import as_record, explained, wrapped
+from unisd.evaluation.grading import grade_many, row_results, summarize, unsettled
 from unisd.files import write_text
 from unisd.tasks import sandbox
 from unisd.tasks.base import Grade, Row, Task
@@ -54,6 +56,15 @@ def grade_command(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=output_file, metavar="R.jsonl", help="write one object an answer there")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--explain", action="store_true", help="say of each answer what was taken, how, and what was not"
+    )
+    parser.add_argument(
+        "--audit",
+        type=output_file,
+        metavar="F.csv",
+        help="write 50 answers there for a person to judge; with the column person filled: the agreement",
+    )
     add_task_flags(parser)
     options = parser.parse(arguments)
     if options is None:
@@ -61,6 +72,7 @@ def grade_command(arguments: Sequence[str]) -> int:
     if (options.completions is None) == (options.write_prompts is None):
         raise UserError("give either --completions C.jsonl, to grade them, or --write_prompts P.jsonl.")
     quiet_libraries()
+    verdicts = audit.read_verdicts(str(options.audit)) if options.audit else None
     task = task_of(options.task, options.data_files, options)
     every = task.load(options.split)
     if options.write_prompts:
@@ -70,16 +82,42 @@ def grade_command(arguments: Sequence[str]) -> int:
     matched = match_completions(task, every, options.completions, options.in_order)
     rows, answers = matched.rows, matched.answers
     grades = grade_answers(task, rows, answers, matched.asked)
+    graded = audit.answers(rows, answers, grades)
+    if options.explain:
+        for one in graded:
+            print("\n".join([*wrapped(f"{one.name}: {one.grade.outcome}"), *explained(one.grade), ""]))
     summary = {"schema_version": SCHEMA_VERSION, "task": options.task, **summarize(rows, grades)}
     summary["matched"] = matched.counts
     for note in matched.notes:
         print(f"note: {note}")
     show_table(make_console(), (options.task, "value", "answers"), summary_lines(summary))
+    if options.audit:
+        _audit(str(options.audit), verdicts, graded)
     if options.out:
-        write_text(options.out, "".join(json.dumps(result) + "\n" for result in row_results(rows, grades)))
+        results = row_results(rows, grades)
+        if options.explain:
+            results = [
+                {**result, "passed_over": as_record(one.grade)}
+                for result, one in zip(results, graded, strict=True)
+            ]
+        write_text(options.out, "".join(json.dumps(result) + "\n" for result in results))
     if options.json:
         write_text(options.json, json.dumps(summary, indent=2) + "\n")
     return 0
+
+
+def _audit(path: str, verdicts: dict[str, dict[str, str]] | None, graded: list[audit.Answer]) -> None:
+    """Write a sample for a person, or compare with what the person wrote."""
+    if verdicts:
+        found = audit.agreement(path, verdicts, graded)
+        print("\n".join(audit.verdict_lines(found, next(iter(verdicts.values()))["of"])))
+        return
+    chosen = audit.sample(graded)
+    audit.write_sample(path, chosen)
+    print(
+        f"{path}: {len(chosen)} of {len(graded)} answers. Write right or wrong into its column person, and"
+        "\nrun the same command again."
+    )
 
 
 def grade_answers(
@@ -99,7 +137,7 @@ def grade_answers(
 def add_task_flags(parser: CommandParser) -> None:
     """Add the flags that say how a task reads and grades."""
     parser.add_argument("--task_options", nargs="+", metavar="NAME=VALUE", help="further options of the task")
-    parser.add_argument("--grader", help="task jsonl: exact, choice, number, contains, call or code")
+    parser.add_argument("--grader", help="task jsonl: exact, contains, number, math, choice, call or code")
     parser.add_argument(
         "--allow_unsafe_code_execution",
         action="store_true",
@@ -128,4 +166,7 @@ def summary_lines(summary: Figures, name: str = "accuracy") -> list[list[str]]:
     shown |= {f"  pass@{k}": value for k, value in summary.get("pass_at_k", {}).items()}
     shown |= {f"  {detail.replace('_', ' ')}": value for detail, value in summary["details"].items()}
     shown["  answer found"] = summary["extraction_rate"]
-    return [[label, percent(value), str(value["n"])] for label, value in shown.items()]
+    lines = [[label, percent(value), str(value["n"])] for label, value in shown.items()]
+    if open_answers := unsettled(summary["outcomes"]):
+        lines.append(["  answers that settle nothing", open_answers, str(sum(summary["outcomes"].values()))])
+    return lines

@@ -15,6 +15,7 @@ from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
 from unisd.tasks.graders import GRADERS, check_gold, gold_of
+from unisd.tasks.graders.base import Grader, aliases
 
 
 class JsonlTask(Benchmark):
@@ -63,8 +64,10 @@ class JsonlTask(Benchmark):
 
     def row(self, problem: Problem, rng: random.Random) -> Row:
         raw = problem["raw"]
-        answer = str(raw[self.answer_column])
-        reference = str(raw.get("privileged_context") or answer)
+        answer = raw[self.answer_column]  # as it is: a list holds several right ones
+        if not isinstance(GRADERS[self.grader], Grader):
+            answer = str(answer)
+        reference = str(raw.get("privileged_context") or next(iter(aliases(answer)), answer))
         return {
             **raw,
             "prompt": raw[self.prompt_column],

@@ -2,14 +2,17 @@
 
 | name | correct when |
 |---|---|
-| `exact` | completion and gold are equal after folding case, Unicode form and white space |
-| `contains` | gold occurs in the completion, folded likewise, as whole words |
+| `exact` | completion and gold are equal up to case, typography and white space |
+| `contains` | gold occurs in the completion likewise, as whole words |
 | `choice` | the option letter that the completion settles on is gold's |
 | `number` | the number that the completion settles on equals gold's |
+| `math` | the expression that the completion ends in equals gold's, by math-verify |
 | `call` | the completion's tool calls are gold's (forms: :mod:`unisd.tasks.tool_calls`) |
 | `code` | the completion's program passes gold's tests, in :mod:`unisd.tasks.sandbox` |
 
-No grader raises, whatever the completion, and each takes time linear in its length.
+Gold may be a list of right answers for `exact`, `contains`, `number` and `math`; what a grader
+cannot read is refused before anything runs. No grader raises, whatever the completion, and each
+takes time linear in its length.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from unisd.tasks.base import Grade
 from unisd.tasks.graders.base import Grader
 from unisd.tasks.graders.calls import call
 from unisd.tasks.graders.choices import choice
+from unisd.tasks.graders.maths import math
 from unisd.tasks.graders.numbers import number
 from unisd.tasks.graders.programs import code
 from unisd.tasks.graders.text import contains, exact
@@ -33,6 +37,7 @@ GRADERS: dict[str, Graded] = {
     "contains": contains,
     "choice": choice,
     "number": number,
+    "math": math,
     "call": call,
     "code": code,
 }

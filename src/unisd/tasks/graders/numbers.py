@@ -24,7 +24,8 @@ HEAD = 20_000  # characters in which a first answer is looked for
 _MARKER = re.compile(r"#{3,6}[ \t]{0,5}|<answer>\s{0,5}", re.IGNORECASE)
 _VERB = r"(?:is|was|are|were|(?:would|should|must|will|could|might|may) be|equals|comes (?:out )?to|=)"
 _STATED = re.compile(
-    rf"(?P<loose>\banswer(?: (?:to|for) (?:[^\s.:=]{{1,20}} ){{0,7}}?[^\s.:=]{{1,20}})?(?: here| \w{{2,9}}ly| thus)?\s{{0,3}}{_VERB}(?![a-z])\s?:?"
+    r"(?P<loose>\banswer(?: (?:to|for) (?:[^\s.:=]{1,20} ){0,7}?[^\s.:=]{1,20})?"
+    rf"(?: here| \w{{2,9}}ly| thus)?\s{{0,3}}{_VERB}(?![a-z])\s?:?"
     r"|\b(?:antwort|lösung) (?:ist|lautet|beträgt)\b:?|\bréponse(?: finale)? est\b:?"
     r"|\brespuesta(?: final)? es\b:?|\brisposta(?: finale)? è|\bresposta(?: final)? é"
     r"|\bantwoord is\b:?|答案(?:是|为|為)\s?:?|答えは|정답은)"
@@ -127,7 +128,7 @@ _RELATIONS = tuple(
         ("list", rf"{_UNIT}(?:,|;|&|,?\s?\band\b|,?\s?\bund\b|\bet\b){_MARKS}"),
         (
             "or",
-            rf"{_UNIT},?\s?(?:\b(?:or|oder|ou)\b\s?(?:maybe|perhaps|possibly|even|else)?|或|または){_MARKS}",
+            rf"{_UNIT}[,(]?\s?(?:\b(?:or|oder|ou)\b\s?(?:maybe|perhaps|possibly|even|else)?|或|または){_MARKS}",
         ),
         ("range", rf"{_UNIT}(?:\b(?:to|through|until|bis)\b|\u00b1|\.\.\.|~){_MARKS}"),
         ("minus", rf"{_UNIT}(?:[-\u2013]|\bminus\b){_MARKS}"),

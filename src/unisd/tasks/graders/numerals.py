@@ -61,6 +61,7 @@ _LATEX = tuple(
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|!)(?![a-z])", ""),
         (r"\{,\}", ","),
         (r"(?<=\d)\\[,;:> ](?=\d)", "\u202f"),
+        (r"(?<=\d)~(?=\d{3})", "\u202f"),
         (r"\\[,;:> ]", " "),
         (r"\^\s?\{?\s?\\(?:circ|degree)\s?\}?", "°"),
         (r"\\(?:times|cdot|ast)(?![a-z])", "*"),
@@ -80,6 +81,7 @@ _LATEX = tuple(
 )
 _NOTE = re.compile(r"<<[^<>\n]{0,500}>>")  # GSM8K's calculator
 _POWER = re.compile(r"(?<=\d)\s?\*\*\s?(?=-?\d)(?!\d+\*\*)")
+_UNIT_POWER = re.compile(r"(?<=[a-z])\s?\^\s?\(?-?\d{1,2}\)?")  # cm^2
 _MARKUP = re.compile(r"\*\*|__|`")
 _RUPEES = re.compile(r"\bRs\.?\s?(?=\d)")
 _ABBREVIATED = re.compile(r"\b(approx|ca|c|resp|incl)\.(?=\s?[\d$€£])", re.IGNORECASE)
@@ -100,6 +102,8 @@ def plain(text: str, markup: bool = False) -> str:
             text = _FRACTION.sub(_fraction, text)
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
+    if "^" in text:
+        text = _UNIT_POWER.sub("", text)
     text = _ABBREVIATED.sub(r"\1", _RUPEES.sub("₹", _POWER.sub("^", text)))
     return text if markup else unmarked(text)
 
