@@ -254,6 +254,19 @@ def test_jsonl_task(tmp_path):
         tasks.get("jsonl", data_files=task.data_files, answer_column="reply").load("all")
 
 
+def test_gold_of_own_rows_is_read_when_they_are_loaded(tmp_path):
+    rows = [
+        {"prompt": f"{i}+1?", "answer": answer} for i, answer in enumerate([1, "2", ["3", "three"], "4,5,6"])
+    ]
+    file = write(tmp_path / "r.jsonl", rows)
+    with pytest.raises(UserError, match=r"r\.jsonl, row 3: gold '4,5,6' is no number: give one number"):
+        tasks.get("jsonl", data_files=file, grader="number").load("all")
+    task = tasks.get("jsonl", data_files=write(tmp_path / "r.jsonl", rows[:3]), grader="number")
+    first, _, third = task.load("all")
+    assert task.grade(third, "It is three.").correct and task.grade(third, "3").correct
+    assert task.grade(first, "1").correct and third["privileged_context"] == "3"
+
+
 @pytest.mark.parametrize(
     ("name", "row"),
     [

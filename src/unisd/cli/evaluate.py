@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unisd import tasks
+from unisd.cli.completions import OURS
 from unisd.cli.grade import SCHEMA_VERSION, Figures, add_task_flags, grade_answers, summary_lines, task_of
 from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one, output_file
 from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
@@ -205,9 +206,13 @@ class _Evaluation:
                 f"{part}_summary": summary,
             }
             self.lines += summary_lines(summary, prefix + part)
-            texts = [text for row_answers in answers for text in row_answers]
+            texts = [
+                {"completion": text} | ({"order": OURS} if "published_options" in row else {})
+                for row, row_answers in zip(rows, answers, strict=True)
+                for text in row_answers
+            ]
             for record, text in zip(row_results(rows, grades), texts, strict=True):
-                self.records.append({"task": name, "part": part, **record, "completion": text})
+                self.records.append({"task": name, "part": part, **record, **text})
         found["gold_ppl"] = None
         if self.server is None:
             found["gold_ppl"] = gold_ppl(self.model, self.tokenizer, sets["task"])

@@ -203,7 +203,7 @@ def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunc
         return None
     import difflib
 
-    from unisd.tasks.graders import GRADERS
+    from unisd.tasks.graders import GRADERS, check_gold
 
     if name not in GRADERS:
         close = difflib.get_close_matches(name, GRADERS, n=1, cutoff=0.4)
@@ -212,22 +212,24 @@ def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunc
     code = name == "code"
     columns = ("tests",) if code else ("answer", "completion")
     for number, row in enumerate(rows):
-        if _gold(row, columns) is None:
+        gold = _gold(row, columns)
+        if gold is None:
             needed = "a column tests with Python assertions" if code else "a column answer, or a reference"
             raise UserError(
                 f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row."
             )
+        check_gold(name, gold, f"{where}, row {number}")
     if code:
         sandbox.require(options.allow_unsafe_code_execution)
         sandbox.allow_unsafe(options.allow_unsafe_code_execution)
     grader = GRADERS[name]
-    return lambda row, text: grader(text, _gold(row, columns) or "")
+    return lambda row, text: grader(text, _gold(row, columns))
 
 
-def _gold(row: Row, columns: Sequence[str]) -> str | None:
+def _gold(row: Row, columns: Sequence[str]) -> Any:
     """What the grader compares with: the first of the columns that holds something."""
     values = (row.get(column) for column in columns)
-    return next((str(value) for value in values if value is not None and str(value).strip()), None)
+    return next((value for value in values if value is not None and str(value).strip()), None)
 
 
 def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) -> UniSDConfig:

@@ -14,12 +14,14 @@ from unisd.data.rows import check_prompt
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
-from unisd.tasks.graders import GRADERS
+from unisd.tasks.graders import GRADERS, check_gold, gold_of
+from unisd.tasks.graders.base import Grader, aliases
 
 
 class JsonlTask(Benchmark):
     """Args:
-    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the answer as tests.
+    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the answer as tests, `choice` the
+        options of a column `options` or `choices` too.
     prompt_column, answer_column: where the rows hold them. `privileged_context` (default: the
     answer) is the reference;
         `auxiliary_contexts` and `negative_context` are taken as they are.
@@ -56,13 +58,16 @@ class JsonlTask(Benchmark):
                 f" {self.answer_column!r}"
             )
         check_prompt(prompt, f"jsonl: {where}", self.prompt_column)
+        check_gold(self.grader, gold_of(self.grader, raw, answer), f"jsonl: {where}")
         key = str(prompt)
         return {"raw": raw, "key": key, **own_id(raw, "id")}
 
     def row(self, problem: Problem, rng: random.Random) -> Row:
         raw = problem["raw"]
-        answer = str(raw[self.answer_column])
-        reference = str(raw.get("privileged_context") or answer)
+        answer = raw[self.answer_column]  # as it is: a list holds several right ones
+        if not isinstance(GRADERS[self.grader], Grader):
+            answer = str(answer)
+        reference = str(raw.get("privileged_context") or next(iter(aliases(answer)), answer))
         return {
             **raw,
             "prompt": raw[self.prompt_column],
@@ -75,4 +80,4 @@ class JsonlTask(Benchmark):
         return {**self.row(problem, random.Random(seed)), "id": problem["id"]}
 
     def grade(self, row: Row, completion: str) -> Grade:
-        return GRADERS[self.grader](completion, row["answer"])
+        return GRADERS[self.grader](completion, gold_of(self.grader, row, row["answer"]))
