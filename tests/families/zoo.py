@@ -19,8 +19,6 @@ import transformers
 from tests.families.tokenizers_of import ids_of, tokenizer
 
 SEED = 0
-UNSCALED = ("router", "gate.weight", "A_log", "x_proj", "dt_proj")
-"""Weights that choose experts, and those whose outcome is raised to powers along a row."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,24 @@ _GEMMA4 = _family(
     final_logit_softcapping=30.0,
 )  # fmt: skip
 _MISTRAL = _family("Mistral 3", "Mistral", "mistral", sliding_window=16)
+
+_PHIMOE = _family(
+    "Phi-3.5 MoE", "Phimoe", "phi3", "experts", "router", head_dim=None, num_local_experts=4,
+    num_experts_per_tok=2,
+)  # fmt: skip
+_JETMOE = _family(
+    "JetMoE", "JetMoe", "base", "experts", "router", "tied", head_dim=None, kv_channels=8,
+    num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2,
+)  # fmt: skip
+_MAMBA_2 = _family(
+    "Mamba 2", "Mamba2", "base", "states", num_attention_heads=None, num_key_value_heads=None, head_dim=8,
+    state_size=8, num_heads=8, n_groups=1, chunk_size=16, expand=2,
+)  # fmt: skip
+_ZAMBA2 = _family(
+    "Zamba 2", "Zamba2", "base", "states", "tied", head_dim=None, mamba_d_state=8, mamba_ngroups=1,
+    n_mamba_heads=2, mamba_headdim=32, chunk_size=16, num_mem_blocks=1, hybrid_layer_ids=[1],
+    layers_block_type=["mamba", "hybrid"], use_mem_rope=True, adapter_rank=4,
+)  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "qwen2.5": _family("Qwen2.5", "Qwen2", "qwen2.5", "tied", tie_word_embeddings=True, head_dim=None),
@@ -439,93 +455,10 @@ FAMILIES: dict[str, Family] = {
         n_groups=1,
         chunk_size=16,
     ),
-    "phimoe": _family(
-        "Phi-3.5 MoE",
-        "Phimoe",
-        "phi3",
-        "experts",
-        "router",
-        head_dim=None,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-    ),
-    "jetmoe": _family(
-        "JetMoE",
-        "JetMoe",
-        "base",
-        "experts",
-        "router",
-        "tied",
-        head_dim=None,
-        kv_channels=8,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        num_key_value_heads=2,
-    ),
-    "recurrentgemma": _family(
-        "RecurrentGemma",
-        "RecurrentGemma",
-        "gemma",
-        "states",
-        "tied",
-        num_hidden_layers=3,
-        lru_width=32,
-        attention_window_size=16,
-        num_key_value_heads=1,
-    ),
-    "mamba": _family(
-        "Mamba",
-        "Mamba",
-        "base",
-        "states",
-        "tied",
-        num_attention_heads=None,
-        num_key_value_heads=None,
-        head_dim=None,
-        state_size=4,
-    ),
-    "falcon-mamba": _family(
-        "Falcon-Mamba",
-        "FalconMamba",
-        "base",
-        "states",
-        num_attention_heads=None,
-        num_key_value_heads=None,
-        head_dim=None,
-        state_size=4,
-    ),
-    "mamba2": _family(
-        "Mamba 2",
-        "Mamba2",
-        "base",
-        "states",
-        num_attention_heads=None,
-        num_key_value_heads=None,
-        head_dim=8,
-        state_size=8,
-        num_heads=8,
-        n_groups=1,
-        chunk_size=16,
-        expand=2,
-    ),
-    "zamba2": _family(
-        "Zamba 2",
-        "Zamba2",
-        "base",
-        "states",
-        "tied",
-        head_dim=None,
-        mamba_d_state=8,
-        mamba_ngroups=1,
-        n_mamba_heads=2,
-        mamba_headdim=32,
-        chunk_size=16,
-        num_mem_blocks=1,
-        hybrid_layer_ids=[1],
-        layers_block_type=["mamba", "hybrid"],
-        use_mem_rope=True,
-        adapter_rank=4,
-    ),
+    "phimoe": _PHIMOE,
+    "jetmoe": _JETMOE,
+    "mamba2": _MAMBA_2,
+    "zamba2": _ZAMBA2,
     "gpt-neox": _family(
         "GPT-NeoX", "GPTNeoX", "base", num_key_value_heads=None, head_dim=None, rotary_pct=0.5
     ),
@@ -544,7 +477,7 @@ def build(name: str, seed: int = SEED, dtype: torch.dtype = torch.float32) -> tu
     model = getattr(transformers, family.model_class)(family.config(_sizes(family.style))).to(dtype)
     with torch.no_grad():
         for where, weight in model.named_parameters():
-            if weight.dim() == 2 and not any(part in where for part in UNSCALED):
+            if weight.dim() == 2 and "router" not in where and "gate.weight" not in where:
                 weight.mul_(12.0 if "embed" in where or "lm_head" in where else 8.0)
     ids = ids_of(family.style)
     model.generation_config.eos_token_id = ids.get("stops", ids["eos_token_id"])
