@@ -24,8 +24,9 @@ OURS = "unisd"
 class Matched:
     """The rows that a file answers, their answers, and what is to be said of the file.
 
-    rows, answers: one or several answers a row. asked: for each answer the row as it was asked,
-    with the options in the order in which that system saw them.
+    asked: for each answer the row as it was asked, with its options in the order in which that
+        system saw them.
+    rows: the first of these. answers: one or several a row.
     """
 
     rows: list[Row]
@@ -64,11 +65,11 @@ def match_completions(task: Task, rows: list[Row], path: str, in_order: bool = F
     found = Matched([], [], [], notes, {})
     for place in answered:
         lines = by_place[place]
-        found.rows.append(rows[place])
+        where = [f"{path}, row {line}" for line in lines]
+        seen = [_asked(task, rows[place], records[line], at) for line, at in zip(lines, where, strict=True)]
+        found.rows.append(seen[0])
+        found.asked.append(seen)
         found.answers.append([records[line]["completion"] for line in lines])
-        found.asked.append(
-            [_asked(task, rows[place], records[line], f"{path}, row {line}") for line in lines]
-        )
     _count(found, rows, records, path)
     _say_order(task, records, notes)
     return found

@@ -19,6 +19,7 @@ from typing import Any
 from unisd.data.text import as_text
 from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
+from unisd.evaluation.explain import explained, wrapped
 from unisd.evaluation.grading import OUTCOMES, Interval, wilson
 from unisd.files import write_text
 from unisd.tasks.base import Grade, Row
@@ -163,8 +164,6 @@ def _letters(text: str) -> str:
 
 def verdict_lines(found: Agreement, of: Any) -> list[str]:
     """Say the agreement, and the answers on which there is none."""
-    from unisd.evaluation.explain import explained, wrapped
-
     value, low, high = (100 * found.agree[key] for key in ("value", "low", "high"))
     kappa = "not defined (verdicts of one kind)" if found.kappa is None else f"{found.kappa:.2f}"
     lines = wrapped(

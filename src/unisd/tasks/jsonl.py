@@ -6,6 +6,7 @@ unisd eval --task jsonl --data_files rows.jsonl --grader number
 from __future__ import annotations
 
 import difflib
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,10 @@ class JsonlTask(Benchmark):
         answer = raw[self.answer_column]  # as it is: a list holds several right ones
         if not isinstance(GRADERS[self.grader], Grader):
             answer = str(answer)
-        reference = str(raw.get("privileged_context") or next(iter(aliases(answer)), answer))
+        shown = next(iter(aliases(answer)), None) or (
+            answer if isinstance(answer, str) else json.dumps(answer)
+        )
+        reference = str(raw.get("privileged_context") or shown)
         return {
             **raw,
             "prompt": raw[self.prompt_column],

@@ -53,8 +53,7 @@ class MultipleChoice(Benchmark):
 
     def prompt(self, problem: Problem) -> str:
         options, _ = self.choices(problem)
-        listed = "\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))
-        return f"{problem['question']}\n\nOptions:\n{listed}\n\n{SHORT if self.short else REASONED}"
+        return f"{problem['question']}\n\nOptions:\n{_listed(options)}\n\n{SHORT if self.short else REASONED}"
 
     def reference(self, problem: Problem, index: int) -> str:
         """Write a solution that settles on option `index`.
@@ -101,10 +100,16 @@ class MultipleChoice(Benchmark):
         options, answers = row["published_options"], row["published_answers"]
         places = list(range(len(options))) if order is None else list(order)
         right = [LETTERS[i] for i, place in enumerate(places) if LETTERS[place] in answers]
-        return {**row, "options": [options[place] for place in places], "answer": right}
+        shown = [options[place] for place in places]
+        prompt = row["prompt"].replace(_listed(row["options"]), _listed(shown))
+        return {**row, "prompt": prompt, "options": shown, "answer": right}
 
     def grade(self, row: Row, completion: str) -> Grade:
         return choice.grade(completion, Gold(frozenset(row["answer"]), options=tuple(row["options"])))
+
+
+def _listed(options: Sequence[str]) -> str:
+    return "\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))
 
 
 def check_options(options: Sequence[object], answer: object, where: str, name: str) -> tuple[list[str], int]:

@@ -34,6 +34,7 @@ from unisd.tasks.base import Grade
 
 TAIL = 20_000  # characters of a completion that are looked at, the last ones
 MOST_CALLS = 100
+DEEPEST = 100  # levels of an object
 EFFORT = 4  # times the length of a text that may be read again in search of an object
 NAMES = ("name", "tool", "api", "function", "tool_name", "recipient_name", "action", "function_name")
 ARGUMENTS = (
@@ -150,6 +151,8 @@ def _closing(text: str, start: int) -> int | None:
             depth += 1 if mark in "{[" else -1
             if depth == 0:
                 return match.end()
+            if depth > DEEPEST:
+                return None
     return None
 
 

@@ -28,10 +28,11 @@ from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.tasks.base import Grade
 from unisd.tasks.graders import phrases
-from unisd.tasks.graders.base import TAIL, Candidate, Grader, Reading, as_text, passed_over, shown
+from unisd.tasks.graders.base import Candidate, Grader, Reading, as_text, passed_over, shown
 from unisd.tasks.graders.letters import LEADING, LOOSE, MARKER, NAMED, Said, clean, say, without_run_on
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LAST = 12_000  # characters of a completion that are looked at
 USUAL = 10  # letters that are looked for where the row's options are not known
 OPTION_KEYS = ("options", "choices")
 ANSWER_KEYS = (
@@ -184,7 +185,7 @@ class Choice(Grader):
         )
 
     def read(self, completion: str, options: Sequence[str] = ()) -> Reading:
-        text = without_run_on(clean(completion[-TAIL:]))
+        text = without_run_on(clean(completion[-LAST:]))
         most = min(max(len(options), USUAL), len(ALPHABET))
         said = say(text, most)
         hints = [one for one in said if not one.rejects and len(one.letters) == 1]

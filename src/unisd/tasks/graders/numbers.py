@@ -63,6 +63,10 @@ _NEXT_QUESTION = re.compile(
     r"(?: ?\d{1,3})?(?:\*\*)?[ \t]?[:.)]|<\|im_start\|>|<\|user\|>|<\|endoftext\|>|\[INST\]",
     re.IGNORECASE | re.MULTILINE,
 )
+_EXPLAINS = re.compile(
+    r"^\W{0,6}(?:explanation|notes?|justification|reason(?:ing)?|verification|check|because)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
 _ANY_DIGIT = re.compile(r"\d")
 _BARE_NUMBER = re.compile(r"[^\w\n]*+\d[\d.,/ ]*+[^\w\n]*+(?:[^\W\d]++[^\w\n]*+)?")
 _BULLET = re.compile(r"^\s{0,12}(?:\(?\d{1,3}[.)]|[-*+\u2022\u2013])\s+(?=\S)")
@@ -218,7 +222,7 @@ class Number(AliasGrader):
             looked_at += sorted(found, key=lambda one: one is not chosen)
             if chosen is not None:
                 return _reading(looked_at + [one for more in ranks[rank + 1 :] for one in more], chosen)
-        last = [*_bold(marked), *_last(text)]
+        last = [*_bold(marked), *_last(_before_explanation(text))]
         return _reading(looked_at + last, last[0] if last else None)
 
 
@@ -244,6 +248,16 @@ def first_answer(text: str) -> str:
         before = head[max(0, asked.start() - 200) : asked.start()].rstrip().rpartition("\n")[2]
         if (settled and min(settled) < asked.start()) or _BARE_NUMBER.fullmatch(before):
             return head[: asked.start()]
+    return text
+
+
+def _before_explanation(text: str) -> str:
+    """The text up to an explanation of the bare number on the line before."""
+    for found in islice(_EXPLAINS.finditer(text), CUES):
+        if _BARE_NUMBER.fullmatch(
+            text[max(0, found.start() - 200) : found.start()].rstrip().rpartition("\n")[2]
+        ):
+            return text[: found.start()]
     return text
 
 

@@ -322,9 +322,12 @@ _TENS = {
 _BIG = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 _WORD = "|".join((*_UNITS, *_TENS, *_BIG, "hundred"))
 _WORDS = re.compile(
-    rf"\b(?P<minus>(?:minus|negative)\s)?(?P<words>(?:{_WORD})\b(?:(?:\s|-|\sand\s)(?:{_WORD})\b){{0,12}})"
-    r"(?!\s(?:and\sa\s)?(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?|point|of|or|to"
-    r"|more|another|that|who|which)\b|-\w)",
+    rf"\b(?P<minus>(?:minus|negative)\s)?(?P<words>(?:{_WORD})\b(?:(?:\s|-|\sand\s)(?:{_WORD})\b){{0,12}})",
+    re.IGNORECASE,
+)
+_MORE = re.compile(
+    r"\s(?:and\sa\s)?(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?|point|of|or|to"
+    r"|more|another|that|who|which)\b|-\w",
     re.IGNORECASE,
 )
 
@@ -332,7 +335,7 @@ _WORDS = re.compile(
 def in_words(text: str) -> Numeral | None:
     """The number that a text says in English words, where it says one alone."""
     found = [match for _, match in zip(range(2), _WORDS.finditer(text), strict=False)]
-    if len(found) != 1:
+    if len(found) != 1 or _MORE.match(text, found[0].end()):
         return None
     total = part = 0
     for word in re.findall(r"[a-z]+", found[0]["words"].lower()):

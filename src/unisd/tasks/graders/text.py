@@ -155,6 +155,8 @@ def _border_after(text: str, end: int, wanted: str) -> bool:
         return False
     if re.match(r"\+\+|#|\+(?!\s?\w)|&[^\W_]", after):
         return False  # C++, C#, A+
+    if re.match(r"'(?!s\b)[^\W_]", after):
+        return False  # don't
     return bool(_IS_HANGUL.match(last) and _IS_HANGUL.match(after)) or not _joined(last, after[0])
 
 
