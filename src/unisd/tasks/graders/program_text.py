@@ -23,7 +23,7 @@ MAX_CUTS = 8  # ends that are tried of one such program
 BUDGET = 45_000  # characters that are parsed, of one completion
 
 _FENCE = re.compile(r"`{3,}|(?m:^[ \t>]{0,12}~{3,})")
-_LANGUAGE = re.compile(r"[\s{.]*([\w+#-]*)")
+_LANGUAGE = re.compile(r"[ \t{.]*([\w+#-]*)")
 _PYTHON = {"", "python", "python3", "py", "py3", "python2", "ipython", "ipython3", "pycon", "code", "sage"}
 _INLINE = re.compile(r"`([^`\n]{8,2000})`")
 _START = re.compile(
@@ -256,16 +256,17 @@ def completed(stub: str, body: str, entry: str, parser: Parser) -> str | None:
     before = stub.rstrip().split("\n")
     body = body.strip("\n").rstrip()
     forms = (body, "    " + body.lstrip(), textwrap.indent(textwrap.dedent(body), "    "))
+    found: list[str] = []
     for rest in dict.fromkeys(forms):
         longest = parser.longest([*before, *rest.split("\n")], len(before) + 1)
-        if longest is None:
+        if longest is None or any(isinstance(node, ast.Return) for node in longest[1].body):
             continue
         for node in ast.walk(longest[1]):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == entry:
                 own = [each for each in node.body if not _is_docstring(each)]
                 if own and own[0].lineno > len(before):
-                    return longest[0]
-    return None
+                    found.append(longest[0])
+    return max(found, key=lambda text: text.count("\n"), default=None)
 
 
 def _is_docstring(node: ast.stmt) -> bool:

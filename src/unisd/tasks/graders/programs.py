@@ -8,6 +8,7 @@ other blocks (imports, helpers) is joined with it.
 from __future__ import annotations
 
 import ast
+import re
 import warnings
 from dataclasses import replace
 from functools import lru_cache
@@ -70,6 +71,9 @@ def _listed(tree: ast.Module) -> list[str] | None:
     return texts if len(texts) == len(only.elts) else None
 
 
+_END_OF_TURN = re.compile(r"<\|\w+\|>|</s>")
+
+
 @lru_cache(1024)
 def names_of(tests: str) -> frozenset[str]:
     """Names that the tests use and do not bind, built-in ones among them: the program's."""
@@ -90,6 +94,7 @@ def read_program(completion: str, tests: str = "", stub: str = "", entry: str = 
         stub, entry: the beginning of a function, and its name, that the completion may complete.
     """
     text = completion[-TAIL:].replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
+    text = _END_OF_TURN.sub("\n", text)
     parser = Parser()
     rest = completed(stub, text, entry, parser) if stub and text.lstrip("\n")[:1] in (" ", "\t") else None
     found = programs(text, parser)

@@ -23,9 +23,11 @@ from .remote import (
     generator,
     mirrored,
     number_of,
+    of_the_tests,
     raised,
+    told,
     with_more,
-)  # fmt: skip
+)
 from .script import MAX_MESSAGE_TEXT, Outcome, Script
 from .values import Channel, ChannelClosed, dump, load
 
@@ -72,8 +74,10 @@ class Judge:
     def ask(self, op: str, number: int, args: list[Any], kwargs: dict[str, Any]) -> Any:
         self.channel.send({"op": op, "on": number, "args": self.dump(args), "kwargs": self.dump(kwargs)})
         self.waiting += 1
-        reply = self.receive()
-        self.waiting -= 1
+        try:
+            reply = self.receive()
+        finally:
+            self.waiting -= 1
         if "raise" in reply:
             raise self.exception(reply["raise"])
         if op == "call":
@@ -99,8 +103,9 @@ class Judge:
             except (ChannelClosed, Outcome):
                 raise
             except Exception as error:
-                text = str(error)[:MAX_MESSAGE_TEXT]
-                self.channel.send({"raise": [type(error).__name__, text, number_of(error)]})
+                if of_the_tests(error):
+                    raise
+                self.channel.send({"raise": told(error)})
 
     def start(self, wanted: list[str]) -> dict[str, Any]:
         with contextlib.suppress(ChannelClosed):  # code that failed has said so and is gone

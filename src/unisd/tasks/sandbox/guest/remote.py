@@ -112,13 +112,13 @@ class Remote:
         return self._ask("enter")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
-        return self._ask("exit", kind and _class_sent(kind), error, None)
+        return _swallowed(self._ask("exit", *told(error)), error)
 
     async def __aenter__(self) -> Any:
         return self._ask("aenter")
 
     async def __aexit__(self, kind: Any, error: Any, trace: Any) -> Any:
-        return self._ask("aexit", kind and _class_sent(kind), error, None)
+        return _swallowed(self._ask("aexit", *told(error)), error)
 
     def __await__(self) -> Any:
         return self._ask("await")
@@ -178,9 +178,20 @@ def same(one: Any, other: Any) -> bool:
     return one is other or (number_of(one) is not None and number_of(one) == number_of(other))
 
 
-def _class_sent(kind: type) -> Any:
-    """An exception's class as the code can be told of it."""
-    return kind if number_of(kind) is not None or kind.__module__ == "builtins" else Exception
+def told(error: BaseException | None) -> tuple[Any, ...]:
+    """An exception of the tests', as the code is told of it: class, text, and its number if it is
+    the code's own.
+    """
+    return () if error is None else (type(error).__name__, str(error)[:500], number_of(error))
+
+
+def of_the_tests(error: BaseException | None) -> bool:
+    """Whether an assertion of the tests has failed: nothing of the code's may catch that."""
+    return isinstance(error, AssertionError) and "_remote" not in error.__dict__
+
+
+def _swallowed(answer: Any, error: BaseException | None) -> bool:
+    return answer is True and isinstance(error, Exception) and not of_the_tests(error)
 
 
 def _between(op: str, one: Remote, other: Any) -> Any:
@@ -295,7 +306,7 @@ def generator(remote: Remote) -> Generator[Any, Any, Any]:
                     remote._ask("close")
                 raise
             except Exception as error:
-                reply = taken(remote._ask("throw", type(error).__name__, str(error)))
+                reply = taken(remote._ask("throw", *told(error)))
                 break
             if sent is not None:
                 reply = taken(remote._ask("send", sent))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import pytest_stand_in
-from .remote import Remote, number_of, same
+from .remote import Remote, number_of, of_the_tests, same
 
 MAX_MESSAGE_TEXT = 300
 
@@ -169,7 +169,7 @@ def _first_failure(unittest: Any) -> Any:
 def _unswallowed() -> None:
     """In a handler of the tests': an assertion of theirs that failed stays failed."""
     error = sys.exc_info()[1]
-    if isinstance(error, AssertionError) and "_remote" not in error.__dict__:
+    if error is not None and of_the_tests(error):
         raise error
 
 

@@ -100,6 +100,9 @@ class Worker:
             return getattr(self, op)(target, *arguments)
         if op == "await":
             return self.run(target)
+        if op in ("exit", "aexit"):
+            error = self.told(*arguments) if arguments else None
+            arguments = [error and type(error), error, None]
         if op in ("aenter", "aexit"):
             return self.run(OPERATIONS[op](target, *arguments))
         if op == "close":
@@ -130,11 +133,15 @@ class Worker:
         except StopIteration as stop:
             return [[], True, stop.value]
 
-    def throw(self, generator: Any, name: str, text: str) -> list[Any]:
+    def throw(self, generator: Any, *error: Any) -> list[Any]:
         try:
-            return [[generator.throw(_built_in(name, text))], False, None]
+            return [[generator.throw(self.told(*error))], False, None]
         except StopIteration as stop:
             return [[], True, stop.value]
+
+    def told(self, name: str, text: str, number: int | None) -> Any:
+        """An exception of the tests'."""
+        return _built_in(name, text) if number is None else self.held[number]
 
     def anext(self, iterator: Any) -> list[Any]:
         try:
@@ -211,8 +218,7 @@ class JudgeFunction:
                 break
             worker.channel.send(worker.answer(message))
         if "raise" in message:
-            name, text, number = message["raise"]
-            raise _built_in(name, text) if number is None else worker.held[number]
+            raise worker.told(*message["raise"])
         return load(message["value"], worker.find)
 
 
