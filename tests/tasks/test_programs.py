@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from unisd import tasks
+from unisd.cli.main import main
 from unisd.errors import UserError
+from unisd.run.inputs import load_data
+from unisd.run.options import RunOptions
 from unisd.tasks.graders import GRADERS
 from unisd.tasks.graders.programs import read_gold, read_program
 
@@ -62,6 +66,50 @@ def test_other_gold_is_refused_before_anything_runs(gold, said, monkeypatch):
         GRADERS["code"](RIGHT, gold)
     assert str(error.value).startswith("code takes tests in Python, a text or a list of texts")
     assert said in str(error.value)
+
+
+ADD, SUB = "def add(a, b):\n    return a + b\n", "def sub(a, b):\n    return a - b\n"
+ROWS = {
+    "lists": [
+        {"id": "a", "prompt": "p", "answer": ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]},
+        {"id": "b", "prompt": "q", "answer": ["assert sub(3, 2) == 1"]},
+    ],
+    "a column": [
+        {"id": "a", "prompt": "p", "answer": ADD, "tests": "assert add(1, 2) == 3"},
+        {"id": "b", "prompt": "q", "answer": SUB, "tests": "assert sub(3, 2) == 1"},
+    ],
+    "a column of lists": [
+        {"id": "a", "prompt": "p", "answer": ADD, "tests": ["assert add(1, 2) == 3"]},
+        {"id": "b", "prompt": "q", "answer": SUB, "tests": ["assert sub(3, 2) == 1"]},
+    ],
+}
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize("form", ROWS)
+def test_own_rows_are_graded_alike_by_task_command_and_training(form, tmp_path):
+    file, answers, out = (tmp_path / name for name in ("rows.jsonl", "answers.jsonl", "out.jsonl"))
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[form]))
+    wrong = "```python\ndef add(a, b):\n    return 'wrong'\n```"
+    texts = [{"id": "a", "completion": wrong}, {"id": "b", "completion": f"```python\n{SUB}```"}]
+    answers.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    command = ["grade", "jsonl", "--data_files", str(file), "--grader", "code"]
+    assert main([*command, "--completions", str(answers), "--out", str(out)]) == 0
+    assert [json.loads(line)["correct"] for line in out.read_text().splitlines()] == [False, True]
+    task = tasks.get("jsonl", data_files=str(file), grader="code")
+    rows = task.load("all")
+    assert [task.grade(row, text["completion"]).correct for row, text in zip(rows, texts, strict=True)] == [
+        False,
+        True,
+    ]
+    if "tests" in ROWS[form][0]:
+        given = [{**row, "privileged_context": "r"} for row in ROWS[form]]
+        file.write_text("".join(json.dumps(row) + "\n" for row in given))
+        grader = load_data(RunOptions(train_file=str(file), grader="code")).grader
+        assert [bool(grader(row, t["completion"])) for row, t in zip(given, texts, strict=True)] == [
+            False,
+            True,
+        ]
 
 
 # ---------------------------------------------------------------- which program
@@ -152,7 +200,7 @@ CHECK = "def check(candidate):\n    assert candidate([1, 2]) == [2, 4]\n\ncheck(
     [
         "    return [2 * x for x in xs]",
         "    return [2 * x for x in xs]\n\n\ndef other(y):\n    return y\n",
-        "    ys = []\n    for x in xs:\n        ys.append(2 * x)\n    return ys\n\nif __name__ == '':\n    f()",
+        "    ys = []\n    for x in xs:\n        ys.append(2 * x)\n    return ys\n\nif __name__:\n    1",
         "return [2 * x for x in xs]",
         "ys = [2 * x for x in xs]\n    return ys",
         "ys = [2 * x for x in xs]\nreturn ys",

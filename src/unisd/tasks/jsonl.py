@@ -19,7 +19,8 @@ from unisd.tasks.graders import GRADERS
 
 class JsonlTask(Benchmark):
     """Args:
-    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the answer as tests.
+    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the column `tests` as tests, else
+        the answer.
     prompt_column, answer_column: where the rows hold them. `privileged_context` (default: the
     answer) is the reference;
         `auxiliary_contexts` and `negative_context` are taken as they are.
@@ -75,4 +76,5 @@ class JsonlTask(Benchmark):
         return {**self.row(problem, random.Random(seed)), "id": problem["id"]}
 
     def grade(self, row: Row, completion: str) -> Grade:
-        return GRADERS[self.grader](completion, row["answer"])
+        tests = row.get("tests") if self.runs_code else None
+        return GRADERS[self.grader](completion, row["answer"] if tests is None else tests)

@@ -191,7 +191,9 @@ def _cleaned(content: str) -> str:
         line.lstrip().startswith(">") and not line.lstrip().startswith(">>>") for line in filled
     ):
         lines = [re.sub(r"^\s*> ?", "", line) for line in lines]
-    return textwrap.dedent("\n".join(lines)).strip("\n").rstrip()
+    text = "\n".join(lines)
+    indented = all(line[:1] in (" ", "\t") for line in lines if line.strip())
+    return (textwrap.dedent(text) if indented else text).strip("\n").rstrip()
 
 
 def _parsed(content: str, how: str, start: int, parser: Parser) -> Program | None:
