@@ -622,6 +622,19 @@ class T(unittest.TestCase):
     ),
 ]
 
+RIGHT += [
+    (
+        "reads a number first",
+        "import pytest\ndef f(x): return 2 * x\nn = int(input())\nprint(f(n))\ndef test_f(): f(1)\n",
+        "assert f(2) == 4",
+    ),
+    (
+        "a fluent object and one in another",
+        "class B:\n  def __init__(s): s.xs = []\n  def add(s, x): s.xs.append(x); return s\n",
+        "b = B()\nassert b.add(1).add(2) is b and b.xs == [1, 2]\nassert b is not B()",
+    ),
+]
+
 # The last ten assert nothing.
 WRONG = [
     (

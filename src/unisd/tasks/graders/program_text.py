@@ -20,7 +20,7 @@ MAX_FENCES = 60  # the last so many are looked at
 MAX_CLOSINGS = 8  # fences that are tried as the end of one block
 MAX_STARTS = 40  # lines without a fence that are tried as the beginning of a program
 MAX_CUTS = 8  # ends that are tried of one such program
-BUDGET = 45_000  # characters that are parsed, of one completion
+BUDGET = 40_000  # characters that are parsed, of one completion
 
 _FENCE = re.compile(r"`{3,}|(?m:^[ \t>]{0,12}~{3,})")
 _LANGUAGE = re.compile(r"[ \t{.]*([\w+#-]*)")
@@ -63,7 +63,8 @@ class Parser:
                 tree = ast.parse(text)
         except SyntaxError as error:
             line = error.lineno or 0
-            self.left -= 50 + len(text) * min(line, 1 + text.count("\n")) // (1 + text.count("\n"))
+            lines = 1 + text.count("\n")  # an error is looked for twice
+            self.left -= 50 + 2 * len(text) * min(line, lines) // lines
             return line
         except (ValueError, RecursionError, MemoryError):
             self.left -= len(text)

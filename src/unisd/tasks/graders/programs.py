@@ -8,6 +8,7 @@ other blocks (imports, helpers) is joined with it.
 from __future__ import annotations
 
 import ast
+import html
 import re
 import warnings
 from dataclasses import replace
@@ -17,7 +18,7 @@ from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.tasks.base import Grade
 from unisd.tasks.graders.base import TAIL, Candidate, Grader, Reading
-from unisd.tasks.graders.program_text import Parser, Program, completed, programs
+from unisd.tasks.graders.program_text import BUDGET, Parser, Program, completed, programs
 
 TAKES = "tests in Python, a text or a list of texts"
 
@@ -72,6 +73,8 @@ def _listed(tree: ast.Module) -> list[str] | None:
 
 
 _END_OF_TURN = re.compile(r"<\|\w+\|>|</s>")
+# What may stand on the line of a program in a page of HTML, or after a word that announces it.
+_AROUND = re.compile(r"</?(?:code|pre)\b[^>\n]{0,80}>|(?m:^[^\n:`]{1,40}: (?=(?:def|class|async def) ))")
 
 
 @lru_cache(1024)
@@ -94,13 +97,18 @@ def read_program(completion: str, tests: str = "", stub: str = "", entry: str = 
         stub, entry: the beginning of a function, and its name, that the completion may complete.
     """
     text = completion[-TAIL:].replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
-    text = _END_OF_TURN.sub("\n", text)
+    text = _END_OF_TURN.sub("\n", text).lstrip("\ufeff")
     parser = Parser()
-    rest = completed(stub, text, entry, parser) if stub and text.lstrip("\n")[:1] in (" ", "\t") else None
+    rest = None
+    if stub and text.lstrip("\n")[:1] in (" ", "\t"):
+        rest = completed(stub, text, entry, Parser(BUDGET // 2))
     found = programs(text, parser)
+    if not any(each.tree for each in found) and (bare := html.unescape(_AROUND.sub("\n", text))) != text:
+        found = programs(bare, parser) or found
     wanted = names_of(tests) | ({entry} if entry else frozenset())
     if rest is None and stub and not any(entry in each.defined for each in found):
-        bodies = (completed(stub, body, entry, parser) for body in _bodies(text, found))
+        spare = Parser(BUDGET // 2)
+        bodies = (completed(stub, body, entry, spare) for body in _bodies(text, found))
         rest = next((body for body in bodies if body is not None), None)
     ranked = sorted(found, key=lambda each: _rank(each, wanted), reverse=True)
     candidates = [_joined(each, found, wanted, parser) for each in ranked]
