@@ -126,10 +126,11 @@ def test_references_pass_whole_and_as_the_rest_of_a_stub(tmp_path):
                 "entry_point": name,
             }
         )
-    assert len(made) >= 25
-    task = tasks.get("humaneval", data_files=write(tmp_path / "h.jsonl", made[:25]))
-    for row, raw in zip(task.load("test"), made, strict=False):
-        body = raw["canonical_solution"]
+    assert len(made) >= 12
+    task = tasks.get("humaneval", data_files=write(tmp_path / "h.jsonl", made[:12]))
+    bodies = {raw["task_id"]: raw["canonical_solution"] for raw in made}
+    for row in task.load("test"):
+        body = bodies[row["id"]]
         for text in (row["completion"], body, f"{body}\n\ndef helper(x):\n    return x\n", fenced(body)):
             grade = task.grade(row, text)
             assert grade.correct, (text, grade)
