@@ -46,6 +46,11 @@ class Program:
     defines: bool = False
     """Whether there is a function or a class."""
 
+    def has(self, name: str) -> bool:
+        """Whether it defines a function or class of that name at its top level."""
+        body = self.tree.body if self.tree is not None else []
+        return any(isinstance(node, _NAMED) and node.name == name for node in body)
+
 
 class Parser:
     """Parses parts of one completion until so many characters have been looked at."""
@@ -258,7 +263,8 @@ def completed(stub: str, body: str, entry: str, parser: Parser) -> str | None:
     """
     before = stub.rstrip().split("\n")
     body = body.strip("\n").rstrip()
-    forms = (body, "    " + body.lstrip(), textwrap.indent(textwrap.dedent(body), "    "))
+    indent = indentation(stub)
+    forms = (body, indent + body.lstrip(), textwrap.indent(textwrap.dedent(body), indent))
     found: list[str] = []
     for rest in dict.fromkeys(forms):
         longest = parser.longest([*before, *rest.split("\n")], len(before) + 1)
@@ -270,6 +276,12 @@ def completed(stub: str, body: str, entry: str, parser: Parser) -> str | None:
                 if own and own[0].lineno > len(before):
                     found.append(longest[0])
     return max(found, key=lambda text: text.count("\n"), default=None)
+
+
+def indentation(stub: str) -> str:
+    """How the body of a stub is indented."""
+    last = stub.rstrip().rpartition("\n")[2]
+    return last[: len(last) - len(last.lstrip())] or "    "
 
 
 def _is_docstring(node: ast.stmt) -> bool:

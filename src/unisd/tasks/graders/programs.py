@@ -18,7 +18,7 @@ from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.tasks.base import Grade
 from unisd.tasks.graders.base import TAIL, Candidate, Grader, Reading
-from unisd.tasks.graders.program_text import BUDGET, Parser, Program, completed, programs
+from unisd.tasks.graders.program_text import BUDGET, Parser, Program, completed, indentation, programs
 
 TAKES = "tests in Python, a text or a list of texts"
 
@@ -106,9 +106,9 @@ def read_program(completion: str, tests: str = "", stub: str = "", entry: str = 
     if not any(each.tree for each in found) and (bare := html.unescape(_AROUND.sub("\n", text))) != text:
         found = programs(bare, parser) or found
     wanted = names_of(tests) | ({entry} if entry else frozenset())
-    if rest is None and stub and not any(entry in each.defined for each in found):
+    if rest is None and stub and not any(each.has(entry) for each in found):
         spare = Parser(BUDGET // 2)
-        bodies = (completed(stub, body, entry, spare) for body in _bodies(text, found))
+        bodies = (completed(stub, body, entry, spare) for body in _bodies(text))
         rest = next((body for body in bodies if body is not None), None)
     ranked = sorted(found, key=lambda each: _rank(each, wanted), reverse=True)
     candidates = [_joined(each, found, wanted, parser) for each in ranked]
@@ -147,14 +147,16 @@ def _joined(best: Program, found: list[Program], wanted: frozenset[str], parser:
 
 def _after_stub(found: Program, stub: str, parser: Parser) -> Program:
     """A whole function after its stub, whose imports and helpers it may take for granted."""
-    text = f"{stub.rstrip()}\n    pass\n\n\n{found.text}"
+    text = f"{stub.rstrip()}\n{indentation(stub)}pass\n\n\n{found.text}"
     return replace(found, text=text) if isinstance(parser.parse(text), ast.Module) else found
 
 
-def _bodies(text: str, found: list[Program]) -> list[str]:
-    """What may be the rest of a function: the text, or what stands in a fence."""
-    blocks = [each.text for each in found if each.how in ("fenced block", "unclosed block")]
-    return [*reversed(blocks), *([] if blocks else [text])]
+def _bodies(text: str) -> list[str]:
+    """What may be the rest of a function: what stands in a fence, else the text."""
+    return [block.strip("\n") for block in reversed(_FENCED.findall(text))] or [text]
+
+
+_FENCED = re.compile(r"(?<![`~])(?:`{3,}+|~{3,}+)[^\n`~]*\n((?:(?!`{3}|~{3}).)*)", re.DOTALL)
 
 
 def run_tests(found: Reading, tests: str, timeout_s: float = 10.0) -> Grade:
