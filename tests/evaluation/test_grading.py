@@ -17,7 +17,7 @@ from unisd.cli.main import main
 from unisd.evaluation.grading import bootstrap, pass_at_k, row_results, summarize
 from unisd.tasks.base import Grade
 from unisd.tasks.graders import GRADERS
-from unisd.tasks.graders.programs import extract_code
+from unisd.tasks.graders.programs import read_program
 from unisd.tasks.tool_calls import ToolStep, extract_calls, grade_calls
 
 
@@ -188,6 +188,11 @@ def test_calls_in_both_forms():
     )
     assert not grade_calls(extract_calls(react + '\nAction: buy\nAction Input: {"id": 1}'), gold).correct
     assert grade_calls([], gold).reason == "no call"
+
+
+def extract_code(completion):
+    chosen = read_program(completion).chosen
+    return None if chosen is None else chosen.text
 
 
 def test_code_is_found_in_what_surrounds_it():

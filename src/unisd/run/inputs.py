@@ -203,7 +203,7 @@ def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunc
         return None
     import difflib
 
-    from unisd.tasks.graders import GRADERS, check_gold
+    from unisd.tasks.graders import GRADERS, check_gold, gold_of
 
     if name not in GRADERS:
         close = difflib.get_close_matches(name, GRADERS, n=1, cutoff=0.4)
@@ -218,12 +218,12 @@ def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunc
             raise UserError(
                 f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row."
             )
-        check_gold(name, gold, f"{where}, row {number}")
+        check_gold(name, gold_of(name, row, gold), f"{where}, row {number}")
     if code:
         sandbox.require(options.allow_unsafe_code_execution)
         sandbox.allow_unsafe(options.allow_unsafe_code_execution)
     grader = GRADERS[name]
-    return lambda row, text: grader(text, _gold(row, columns))
+    return lambda row, text: grader(text, gold_of(name, row, _gold(row, columns)))
 
 
 def _gold(row: Row, columns: Sequence[str]) -> Any:

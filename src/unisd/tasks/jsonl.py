@@ -21,8 +21,8 @@ from unisd.tasks.graders.base import Grader, aliases
 
 class JsonlTask(Benchmark):
     """Args:
-    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the answer as tests, `choice` the
-        options of a column `options` or `choices` too.
+    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the column `tests` as tests, else
+        the answer, `choice` the options of a column `options` or `choices` too.
     prompt_column, answer_column: where the rows hold them. `privileged_context` (default: the
     answer) is the reference;
         `auxiliary_contexts` and `negative_context` are taken as they are.

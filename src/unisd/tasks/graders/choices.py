@@ -58,6 +58,14 @@ class Option:
     text: str = ""
 
 
+def _whole(value: object) -> int | None:
+    """A small whole number, as such or in digits."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "" if isinstance(value, bool) else str(value).strip()
+    return int(text) if text.isdecimal() and text.isascii() and len(text) < 4 else None
+
+
 @dataclass(frozen=True)
 class Gold:
     """Gold, parsed: letters, any of which is right, and the row's options where they are known.
@@ -74,9 +82,10 @@ class Choice(Grader):
     """Gold is a letter or a text that settles on one ("Answer: B"), or a list of them.
 
     With the row's options, as `{"answer": ..., "options": [...]}`, it may also be an option's text
-    or its index, a whole number from 0. Without them a number is refused, for nobody can say where
-    it counts from; a text that names no letter is then compared with the text that a completion
-    gives ("Answer: B) paradise"), and a bare letter is never right.
+    or its index, a whole number from 0. Without them a number may count from 0 or from 1: rows of a
+    file are refused then (`gold_of`), and to a number alone either letter is right. A text that
+    names no letter is then compared with the text that a completion gives ("Answer: B) paradise"),
+    and a bare letter is never right.
     """
 
     name = "choice"
@@ -97,6 +106,9 @@ class Choice(Grader):
             raise self.refuse(value)
         letters, texts = set(), set()
         for one in several:
+            if not options and (number := _whole(one)) is not None:
+                letters |= set(ALPHABET[max(number - 1, 0) : number + 1])
+                continue
             letter, text = self._one(one, labels, options)
             letters |= {letter} if letter else set()
             texts |= {text} if text else set()
@@ -106,6 +118,11 @@ class Choice(Grader):
         """Gold with the row's options, where a column holds them and gold does not."""
         key = next((key for key in OPTION_KEYS if row.get(key) is not None), None)
         held = isinstance(answer, Mapping) and any(answer.get(key) is not None for key in OPTION_KEYS)
+        if key is None and _whole(answer) is not None:
+            raise UserError(
+                f"choice: gold {shown(answer)} is a number, which may count from 0 or from 1: give the letter,"
+                " or the row's options (a column options or choices), with which it counts from 0"
+            )
         return answer if key is None or held else {"answer": answer, "options": row[key]}
 
     def _one(self, value: object, labels: tuple[str, ...], options: tuple[str, ...]) -> tuple[str, str]:
@@ -123,7 +140,7 @@ class Choice(Grader):
         labelled = labels.index(text) if text in labels else lettered if not labels else -1
         if named and lettered >= len(options):  # options called x and y
             labelled = -1
-        number = int(text) if text.isdecimal() and text.isascii() and len(text) < 4 else None
+        number = _whole(value)
         if number is not None and labelled < 0:
             return ALPHABET[self._index(number, value, named, options)], ""
         if named and labelled >= 0 and named != [labelled]:
@@ -150,11 +167,6 @@ class Choice(Grader):
 
     def _index(self, number: int, value: object, named: list[int], options: tuple[str, ...]) -> int:
         """The place that a number stands for."""
-        if not options:
-            raise UserError(
-                f"choice: gold {shown(value)} is a number, which may count from 0 or from 1: give the letter,"
-                " or the row's options (a column options or choices), with which it counts from 0"
-            )
         if named:
             if named != [number]:
                 if isinstance(value, str):
