@@ -126,8 +126,6 @@ def test_a_text_without_options_is_compared_with_the_text_given():
         (True, "gold True is no answer"),
         ([], "gold [] is no answer"),
         ({"best": "B"}, "gold {'best': 'B'} is no answer"),
-        (1, "gold 1 is a number, which may count from 0 or from 1: give the letter, or the row's options"),
-        ("2", "gold '2' is a number, which may count from 0 or from 1: give the letter"),
         ("B or C", "gold 'B or C' names several letters: give one, or a list of which any is right"),
         ({"answer": 4, "options": OPTIONS}, "gold 4 is no index of 4 options, which count from 0"),
         ({"answer": "E", "options": OPTIONS}, "gold 'E' is beyond the row's 4 options"),
@@ -142,6 +140,16 @@ def test_gold_that_cannot_be_read_is_refused(gold, said):
     with pytest.raises(UserError) as error:
         choice.read_gold(gold)
     assert f"choice: {said}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("gold", [1, "2", 3.0, ["A", "1"]], ids=repr)
+def test_a_number_of_a_row_without_options_is_refused(gold):
+    """Nobody can say where it counts from; to a number alone either letter is right."""
+    with pytest.raises(UserError, match=r"is a number, which may count from 0 or from 1: give the"):
+        choice.gold_of({"answer": gold}, gold)
+    assert choice.gold_of({"answer": gold, "options": OPTIONS}, gold)
+    assert choice("Answer: B", "1").correct and choice("Answer: A", "1").correct
+    assert not choice("Answer: C", "1").correct and choice("Answer: A", "0").correct
 
 
 def test_letters_alone_are_extracted():

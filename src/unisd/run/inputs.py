@@ -218,7 +218,7 @@ def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunc
             raise UserError(
                 f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row."
             )
-        check_gold(name, gold_of(name, row, gold), f"{where}, row {number}")
+        check_gold(name, row, gold, f"{where}, row {number}")
     if code:
         sandbox.require(options.allow_unsafe_code_execution)
         sandbox.allow_unsafe(options.allow_unsafe_code_execution)

@@ -59,7 +59,7 @@ class JsonlTask(Benchmark):
                 f" {self.answer_column!r}"
             )
         check_prompt(prompt, f"jsonl: {where}", self.prompt_column)
-        check_gold(self.grader, gold_of(self.grader, raw, answer), f"jsonl: {where}")
+        check_gold(self.grader, raw, answer, f"jsonl: {where}")
         key = str(prompt)
         return {"raw": raw, "key": key, **own_id(raw, "id")}
 

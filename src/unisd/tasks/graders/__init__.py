@@ -49,8 +49,8 @@ def gold_of(name: str, row: Mapping[str, Any], answer: object) -> object:
     return grader.gold_of(row, answer) if isinstance(grader, Grader) else answer
 
 
-def check_gold(name: str, gold: object, where: str) -> None:
-    """Refuse gold that the grader of that name cannot read, before anything runs.
+def check_gold(name: str, row: Mapping[str, Any], answer: object, where: str) -> None:
+    """Refuse gold of a user's row that the grader of that name cannot read, before anything runs.
 
     Raises:
         UserError: says where (a file and its row), what it is, and what is needed.
@@ -58,6 +58,6 @@ def check_gold(name: str, gold: object, where: str) -> None:
     grader = GRADERS[name]
     if isinstance(grader, Grader):
         try:
-            grader.read_gold(gold)
+            grader.read_gold(grader.gold_of(row, answer))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None

@@ -118,10 +118,11 @@ class Choice(Grader):
         """Gold with the row's options, where a column holds them and gold does not."""
         key = next((key for key in OPTION_KEYS if row.get(key) is not None), None)
         held = isinstance(answer, Mapping) and any(answer.get(key) is not None for key in OPTION_KEYS)
-        if key is None and _whole(answer) is not None:
+        several = answer if isinstance(answer, (list, tuple)) else [answer]
+        if key is None and any(_whole(one) is not None for one in several):
             raise UserError(
-                f"choice: gold {shown(answer)} is a number, which may count from 0 or from 1: give the letter,"
-                " or the row's options (a column options or choices), with which it counts from 0"
+                f"choice: gold {shown(answer)} is a number, which may count from 0 or from 1: give the"
+                " letter, or the row's options (a column options or choices), with which it counts from 0"
             )
         return answer if key is None or held else {"answer": answer, "options": row[key]}
 
