@@ -32,41 +32,7 @@ def grade_command(arguments: Sequence[str]) -> int:
         UserError: unknown task, unreadable files, completions that fit no row, an output that is
             an input, a machine that cannot run code safely.
     """
-    parser = CommandParser("grade", "Grade completions that any system wrote.")
-    parser.add_argument("task", metavar="TASK", help=f"one of {', '.join(tasks.names())}")
-    parser.add_argument(
-        "--data_files", nargs="+", help="files that the task reads (default: its dataset on the Hub)"
-    )
-    parser.add_argument(
-        "--completions", metavar="C.jsonl", help='a line each: {"id": ..., "completion": ...}'
-    )
-    parser.add_argument(
-        "--in_order",
-        action="store_true",
-        help="the lines answer the rows one after another, whatever their ids",
-    )
-    parser.add_argument(
-        "--write_prompts",
-        type=output_file,
-        metavar="P.jsonl",
-        help="write what to ask a system, and the order of options, instead of grading",
-    )
-    parser.add_argument(
-        "--split", default="all", help="rows that the completions answer (default: all, in the files' order)"
-    )
-    parser.add_argument("--out", type=output_file, metavar="R.jsonl", help="write one object an answer there")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
-    parser.add_argument(
-        "--explain", action="store_true", help="say of each answer what was taken, how, and what was not"
-    )
-    parser.add_argument(
-        "--audit",
-        type=output_file,
-        metavar="F.csv",
-        help="write 50 answers there for a person to judge; with the column person filled: the agreement",
-    )
-    add_task_flags(parser)
-    options = parser.parse(arguments)
+    options = _parser().parse(arguments)
     if options is None:
         return 0
     if (options.completions is None) == (options.write_prompts is None):
@@ -104,6 +70,44 @@ def grade_command(arguments: Sequence[str]) -> int:
     if options.json:
         write_text(options.json, json.dumps(summary, indent=2) + "\n")
     return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("grade", "Grade completions that any system wrote.")
+    parser.add_argument("task", metavar="TASK", help=f"one of {', '.join(tasks.names())}")
+    parser.add_argument(
+        "--data_files", nargs="+", help="files that the task reads (default: its dataset on the Hub)"
+    )
+    parser.add_argument(
+        "--completions", metavar="C.jsonl", help='a line each: {"id": ..., "completion": ...}'
+    )
+    parser.add_argument(
+        "--in_order",
+        action="store_true",
+        help="the lines answer the rows one after another, whatever their ids",
+    )
+    parser.add_argument(
+        "--write_prompts",
+        type=output_file,
+        metavar="P.jsonl",
+        help="write what to ask a system, and the order of options, instead of grading",
+    )
+    parser.add_argument(
+        "--split", default="all", help="rows that the completions answer (default: all, in the files' order)"
+    )
+    parser.add_argument("--out", type=output_file, metavar="R.jsonl", help="write one object an answer there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--explain", action="store_true", help="say of each answer what was taken, how, and what was not"
+    )
+    parser.add_argument(
+        "--audit",
+        type=output_file,
+        metavar="F.csv",
+        help="write 50 answers there for a person to judge; with the column person filled: the agreement",
+    )
+    add_task_flags(parser)
+    return parser
 
 
 def _audit(path: str, verdicts: dict[str, dict[str, str]] | None, graded: list[audit.Answer]) -> None:
