@@ -12,7 +12,7 @@ from typing import Any
 from unisd import tasks
 from unisd.cli.parser import CommandParser, output_file
 from unisd.console import make_console, quiet_libraries, show_progress, show_table
-from unisd.data.rows import load_file
+from unisd.data.reading import load_file
 from unisd.errors import UserError
 from unisd.evaluation.grading import grade_many, row_results, summarize
 from unisd.files import write_text

@@ -53,8 +53,8 @@ def encode_prompt(
         return rendering.encode(tokenizer, as_messages(prompt), options, kept)
     if not isinstance(prompt, str):
         raise UserError(
-            "the prompt is a list of messages, but the tokenizer has no chat template: give prompts as"
-            " plain strings, or use a model with a chat template."
+            "the prompt is a list of messages (as columns system and tools make it), but the tokenizer has no"
+            " chat template: give prompts as plain strings, or use a model with a chat template."
         )
     ids: list[int] = tokenizer(prompt)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -314,7 +314,9 @@ class PromptBuilder:
         text = fill(template, prompt="", privileged_context=reference).strip()
         if isinstance(prompt, str):
             return text
-        return [*(turn for turn in prompt if turn["role"] == "system"), {"role": "user", "content": text}]
+        plain, tools = rendering.apart_from_tools(prompt)
+        turns = [*(turn for turn in plain if turn["role"] == "system"), {"role": "user", "content": text}]
+        return turns if tools is None else [{**turns[0], "tools": tools}, *turns[1:]]
 
     def negative(self, row: dict[str, Any]) -> list[int]:
         wrong = row["negative_context"]

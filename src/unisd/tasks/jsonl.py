@@ -10,7 +10,9 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from unisd.data.rows import check_prompt
+from unisd.data.formats import say_what_is_odd
+from unisd.data.reading import load_file
+from unisd.data.rows import check_prompt, in_our_form
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
@@ -47,6 +49,16 @@ class JsonlTask(Benchmark):
         self.runs_code = grader == "code"
         self.prompt_column, self.answer_column = prompt_column, answer_column
         self.fields = {prompt_column: object, answer_column: object}
+
+    def records(self, path: str) -> list[Raw]:
+        """The rows in whatever layout `unisd train` takes too."""
+        rows = in_our_form(load_file(path), {"prompt": self.prompt_column}, path)
+        say_what_is_odd(rows, path, self.prompt_column)
+        for row in rows:
+            row[self.prompt_column] = row.get("prompt")
+            if row.get(self.answer_column) is None:  # what a conversation ends in
+                row[self.answer_column] = row.get("completion")
+        return rows
 
     def problem(self, raw: Raw, where: str) -> Problem:
         prompt, answer = raw[self.prompt_column], raw[self.answer_column]
