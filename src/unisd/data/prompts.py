@@ -72,6 +72,18 @@ def encode_prompt(
     return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
 
 
+def overlong(tokenizer: Any, rows: Sequence[Mapping[str, Any]], context: int | None) -> dict[int, int]:
+    """Tokens of the prompts that leave no room for an answer in the context, by row."""
+    if context is None:
+        return {}
+    lengths = {
+        number: len(encode_prompt(tokenizer, row["prompt"]))
+        for number, row in enumerate(rows)
+        if len(str(row["prompt"]).encode()) + 1024 > context  # no other can be too long
+    }
+    return {number: length for number, length in lengths.items() if length >= context}
+
+
 def encode_completion(
     tokenizer: Any, text: str, ends: Sequence[int] = (), prompt: Prompt | None = None
 ) -> list[int]:

@@ -222,7 +222,7 @@ class Benchmark(Task):
             expanded = str(Path(pattern).expanduser())
             for path in sorted(glob.glob(expanded)) or [expanded]:  # noqa: PTH207 (Path.glob takes no absolute pattern)
                 try:
-                    records = self.records(path)
+                    records = self._records(path)
                 except UserError as error:
                     raise UserError(f"{self.name}: {error}") from None
                 by_name = _split_of(Path(path).name)
@@ -230,7 +230,7 @@ class Benchmark(Task):
                     for raw, problem in self._read(record, f"{path}, row {number}"):
                         yield problem, self.split_of(raw) or by_name
 
-    def records(self, path: str) -> list[Raw]:
+    def _records(self, path: str) -> list[Raw]:
         """The records of a file."""
         return load_file(path)
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from unisd.data.formats import say_what_is_odd
+from unisd.data.formats import joined, say_what_is_odd, suggested
 from unisd.data.reading import load_file
 from unisd.data.rows import check_prompt, in_our_form
 from unisd.errors import UserError
@@ -50,9 +50,17 @@ class JsonlTask(Benchmark):
         self.prompt_column, self.answer_column = prompt_column, answer_column
         self.fields = {prompt_column: object, answer_column: object}
 
-    def records(self, path: str) -> list[Raw]:
+    def _records(self, path: str) -> list[Raw]:
         """The rows in whatever layout `unisd train` takes too."""
-        rows = in_our_form(load_file(path), {"prompt": self.prompt_column}, path)
+        rows = load_file(path)
+        columns = dict.fromkeys(column for row in rows for column in row)
+        known = set(joined(self.prompt_column, columns)) <= set(columns)
+        if not known and (named := suggested("prompt", columns)):
+            raise UserError(
+                f"{path} has no column {self.prompt_column!r}: if it is {named[0]!r}, pass --task_options"
+                f" prompt_column={named[0]}."
+            )
+        rows = in_our_form(rows, {"prompt": self.prompt_column} if known else {}, path)
         say_what_is_odd(rows, path, self.prompt_column)
         for row in rows:
             row[self.prompt_column] = row.get("prompt")
