@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from unisd import testing as tiny
+from unisd.cli.contamination import contamination
 from unisd.cli.main import main
 from unisd.run.resolve import parse
 
@@ -122,3 +123,16 @@ def test_epochs_win_over_the_steps_of_a_recipe() -> None:
     _, given = parse(["--num_train_epochs", "2"])
     _, both = parse(["--num_train_epochs", "2", "--max_steps", "5"])
     assert (usual.max_steps, given.max_steps, given.num_train_epochs, both.max_steps) == (60, -1, 2, 5)
+
+
+def test_near_duplicates_without_spaces_are_contamination() -> None:
+    asked = "小明有三个苹果,妈妈又给了他两个苹果,请问小明现在一共有多少个苹果"
+    other = "法国的首都是哪一座城市,它在哪一条河边?"
+    train = [{"id": "a", "prompt": f"{asked}呢?"}, {"id": "b", "prompt": other}]
+    test = [
+        {"id": "c", "prompt": f"{asked}?"},
+        {"id": "d", "prompt": "水的化学式是什么?"},
+        {"id": "e", "prompt": other},
+    ]
+    found = contamination(train, test)
+    assert (found.near, found.exact) == ([("c", "a")], [("e", "b")])

@@ -17,6 +17,7 @@ import pytest
 
 from tests.helpers.data import DATA, needs_data
 from unisd import tasks
+from unisd.cli.main import main
 from unisd.data import contexts, negatives
 from unisd.data.contexts import Settings, build
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, shingles, words
@@ -393,6 +394,19 @@ def test_words_with_spaces_are_what_they_were() -> None:
     assert contains("答えは、三つと二つで五つ です", "三つと二つで五つ") and not contains(
         "五つと二つ", "三つと二つで五つ"
     )
+
+
+def test_rows_that_were_prepared_are_to_be_trained_on_whole(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
+    flags = ["--train_file", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    flags += ["--model_name_or_path", str(model_dir), "--max_completion_length", "8"]
+    assert main(["prepare", *flags, "--agreement_contexts", "random"]) == 0
+    said = "a context may show any of these rows: report on others (unisd train --eval_file)"
+    assert said in capsys.readouterr().out
+    assert main(["prepare", *flags]) == 0
+    assert said not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["random", "retrieval"])

@@ -73,6 +73,19 @@ def test_a_task_holds_out_by_problem(tmp_path: Path) -> None:
     assert of_once == {row["prompt"] for row in test if row["prompt"].startswith("What")}
 
 
+def test_conversations_are_held_out_by_problem(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = solutions(100)
+    for row in rows[::2]:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    rows.append(rows[0])
+    task = tasks.get("jsonl", data_files=write(tmp_path / "rows.jsonl", rows))
+    train, test = task.load("train"), task.load("test")
+    assert apart(train, test) and len(train) + len(test) == 401
+    assert [record.getMessage().partition(": ")[2][:46] for record in caplog.records] == [
+        "1 of 401 rows are exact duplicates of others, "
+    ]
+
+
 def test_rows_to_report_on_that_are_trained_on_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

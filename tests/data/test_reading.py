@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from unisd import tasks
 from unisd.data.reading import load_file
 from unisd.data.rows import load_rows
 from unisd.errors import UserError
@@ -56,6 +57,13 @@ def test_names_may_hold_other_separators(tmp_path: Path) -> None:
 def test_a_csv_file_that_is_none(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         csv_rows(tmp_path, text)
+
+
+def test_tasks_read_numbers_from_cells(tmp_path: Path) -> None:
+    header = "question,opa,opb,opc,opd,cop,exp,subject_name,id\n"
+    (tmp_path / "train.csv").write_text(f"{header}Which?,None,NA,007,4,2,because,Anatomy,a1\n")
+    (row,) = tasks.get("medmcqa", data_files=str(tmp_path / "train.csv")).load("all")
+    assert all(text in row["prompt"] for text in ("None", "NA", "007", "4"))
 
 
 def test_a_cell_may_be_a_document(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def prepare_rows(
     _check_columns(dict.fromkeys(column for row in rows for column in row), name, needs_reference)
     for number, row in enumerate(rows):
         _check_row(row, f"row {number} of {name}", needs_reference)
-        row.setdefault("id", str(number))
+        if row.get("id") is None:
+            row["id"] = str(number)
     return rows
 
 

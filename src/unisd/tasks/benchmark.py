@@ -78,7 +78,8 @@ class Benchmark(Task):
         """Turn a checked record into this task's own dict.
 
         It must have `key` (text that makes it the same problem), and `id` (str) where the dataset
-        has one, else the row's number is taken.
+        has one, else the row's number is taken; `same` where problems with other keys are held out
+        with it.
 
         Raises `UserError` for a record that is no such problem; where a field holds something else,
         any error will do.
@@ -186,7 +187,7 @@ class Benchmark(Task):
         held_out = []
         first: dict[Any, str] = {}  # prompts that differ in case and white space are one problem
         for problem, named in problems:
-            key = first.setdefault(problem_key(problem["key"]), problem["key"])
+            key = first.setdefault(problem.get("same") or problem_key(problem["key"]), problem["key"])
             if named is not None and not whole:
                 found.setdefault(named, []).append(problem)
             elif int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % HOLD_OUT == 0:
@@ -269,7 +270,7 @@ class Benchmark(Task):
         raw = raw | {
             name: int(raw[name])
             for name, kind in self.fields.items()
-            if kind is int and isinstance(raw.get(name), str) and raw[name].strip().isdecimal()
+            if kind is int and isinstance(raw.get(name), str) and raw[name].strip().lstrip("-").isdecimal()
         }
         missing = [
             name

@@ -13,6 +13,7 @@ from pathlib import Path
 from unisd.data.formats import joined, say_what_is_odd, suggested
 from unisd.data.reading import load_file
 from unisd.data.rows import check_prompt, in_our_form
+from unisd.data.text import problem_key
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
@@ -48,6 +49,7 @@ class JsonlTask(Benchmark):
         self.grader = grader
         self.runs_code = grader == "code"
         self.prompt_column, self.answer_column = prompt_column, answer_column
+        self._seen: set[str] = set()
         self.fields = {prompt_column: object, answer_column: object}
 
     def _records(self, path: str) -> list[Raw]:
@@ -61,7 +63,9 @@ class JsonlTask(Benchmark):
                 f" prompt_column={named[0]}."
             )
         rows = in_our_form(rows, {"prompt": self.prompt_column} if known else {}, path)
-        say_what_is_odd(rows, path, self.prompt_column)
+        if path not in self._seen:  # each split is read anew
+            say_what_is_odd(rows, path, self.prompt_column)
+        self._seen.add(path)
         for row in rows:
             row[self.prompt_column] = row.get("prompt")
             if row.get(self.answer_column) is None:  # what a conversation ends in
@@ -77,7 +81,7 @@ class JsonlTask(Benchmark):
             )
         check_prompt(prompt, f"jsonl: {where}", self.prompt_column)
         key = str(prompt)
-        return {"raw": raw, "key": key, **own_id(raw, "id")}
+        return {"raw": raw, "key": key, "same": problem_key(prompt), **own_id(raw, "id")}
 
     def row(self, problem: Problem, rng: random.Random) -> Row:
         raw = problem["raw"]
