@@ -15,7 +15,8 @@ import pytest
 from unisd import tasks
 from unisd import testing as tiny
 from unisd.cli.main import main
-from unisd.data.rows import load_file, load_rows, prepare_rows
+from unisd.data.reading import load_file
+from unisd.data.rows import load_rows, prepare_rows
 from unisd.errors import UserError
 from unisd.models.load import with_adapter
 from unisd.run.inputs import load_data
@@ -153,7 +154,6 @@ def test_prepare_writes_every_row(
     ("name", "content"),
     [
         ("latin.csv", "prompt,answer\nä,b\n".encode("latin-1")),
-        ("empty.csv", b""),
         ("broken.parquet", b"PAR1 and no more"),
     ],
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unisd.data.rows import load_file
+from unisd.data.reading import load_file
 from unisd.errors import UserError
 from unisd.files import write_text
 from unisd.tasks.base import Row, Task

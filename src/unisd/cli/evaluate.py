@@ -16,7 +16,7 @@ from unisd.cli.grade import SCHEMA_VERSION, Figures, add_task_flags, grade_answe
 from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one, output_file
 from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
 from unisd.data import rendering
-from unisd.data.prompts import encode_prompt
+from unisd.data.prompts import encode_prompt, overlong
 from unisd.data.thoughts import completion_text
 from unisd.errors import UserError
 from unisd.evaluation.grading import row_results, summarize
@@ -194,6 +194,9 @@ class _Evaluation:
         found: Figures = {}
         prefix = f"{name}, " if len(options.task) > 1 else ""
         for part, rows in sets.items():
+            found[f"{part}_overlong"] = len(rows)
+            rows = sets[part] = self._fitting(rows, f"{name}, {part}")
+            found[f"{part}_overlong"] -= len(rows)
             if not rows:
                 found |= {f"{part}_accuracy": None, f"{part}_skills": None}
                 continue
@@ -229,6 +232,26 @@ class _Evaluation:
                 self.lines.append([f"{prefix}JSD along it (nats)", number(detail["jsd"], 5), str(len(rows))])
         self.figures[name] = found
 
+    def _fitting(self, rows: list[Row], what: str) -> list[Row]:
+        """Rows whose prompts leave room for an answer; what does not is said, not counted."""
+        if self.server is not None:
+            return rows
+        from unisd.models.load import context_length
+
+        rendering.check_rows(self.tokenizer, rows, what)
+        context = context_length(self.model)
+        if not (too_long := overlong(self.tokenizer, rows, context)):
+            return rows
+        number, length = next(iter(too_long.items()))
+        said = (
+            f"{what}: row {number} has a prompt of {length} tokens, and the model's context is {context};"
+            f" {len(too_long)} such row(s) of {len(rows)}"
+        )
+        if len(too_long) == len(rows):
+            raise UserError(f"{said}: none is left to answer; give a model with a longer context.")
+        logger.warning("%s are left out and not counted.", said)
+        return [row for place, row in enumerate(rows) if place not in too_long]
+
     def answers(self, rows: Sequence[Row], cap: int, what: str) -> list[list[str]]:
         """One or several answers a row."""
         from unisd.models.tokens import eos_ids, pad_id
@@ -246,7 +269,6 @@ class _Evaluation:
             with show_progress(f"answering {what}", len(asked)) as advance:
                 told = iter(self.server.answers(asked, max_tokens=cap, on_rows=advance, **drawn))
             return [[next(told) for _ in range(options.num_samples)] for _ in rows]
-        rendering.check_rows(self.tokenizer, rows, what)
         prompts = [
             encode_prompt(self.tokenizer, row["prompt"]) for row in rows for _ in range(options.num_samples)
         ]

@@ -77,6 +77,8 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
     if output:
         write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} rows written to {output}")
+        if options.agreement_contexts != "columns" and data.task is None:
+            print("a context may show any of these rows: report on others (unisd train --eval_file)")
 
 
 def _show(rows: Sequence[Row], prompts: PromptBuilder, config: UniSDConfig, limit: int, model: str) -> None:

@@ -53,8 +53,8 @@ def encode_prompt(
         return rendering.encode(tokenizer, as_messages(prompt), options, kept)
     if not isinstance(prompt, str):
         raise UserError(
-            "the prompt is a list of messages, but the tokenizer has no chat template: give prompts as"
-            " plain strings, or use a model with a chat template."
+            "the prompt is a list of messages (as columns system and tools make it), but the tokenizer has no"
+            " chat template: give prompts as plain strings, or use a model with a chat template."
         )
     ids: list[int] = tokenizer(prompt)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -70,6 +70,18 @@ def encode_prompt(
     # Some tokenizers close every text with an end token; the answer must follow the prompt
     # instead.
     return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
+
+
+def overlong(tokenizer: Any, rows: Sequence[Mapping[str, Any]], context: int | None) -> dict[int, int]:
+    """Tokens of the prompts that leave no room for an answer in the context, by row."""
+    if context is None:
+        return {}
+    lengths = {
+        number: len(encode_prompt(tokenizer, row["prompt"]))
+        for number, row in enumerate(rows)
+        if len(str(row["prompt"]).encode()) + 1024 > context  # no other can be too long
+    }
+    return {number: length for number, length in lengths.items() if length >= context}
 
 
 def encode_completion(
@@ -322,7 +334,9 @@ class PromptBuilder:
         text = fill(template, prompt="", privileged_context=reference).strip()
         if isinstance(prompt, str):
             return text
-        return [*(turn for turn in prompt if turn["role"] == "system"), {"role": "user", "content": text}]
+        plain, tools = rendering.apart_from_tools(prompt)
+        turns = [*(turn for turn in plain if turn["role"] == "system"), {"role": "user", "content": text}]
+        return turns if tools is None else [{**turns[0], "tools": tools}, *turns[1:]]
 
     def negative(self, row: dict[str, Any]) -> list[int]:
         wrong = row["negative_context"]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from unisd.data.rendering import apart_from_tools, as_messages
 from unisd.errors import UserError
 from unisd.http_client import BadAnswer, Refused, Unavailable, openai_client
 
@@ -49,9 +50,11 @@ class ChatServer:
 
         def one(number: int) -> str:
             prompt = prompts[number]
+            messages, tools = apart_from_tools(as_messages(prompt))
             body: dict[str, Any] = {
                 "model": self.model,
-                "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+                "messages": messages,
+                **({} if tools is None else {"tools": tools}),
                 "max_tokens": max_tokens,
                 "temperature": temperature,
                 "top_p": top_p,

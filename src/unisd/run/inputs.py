@@ -13,7 +13,9 @@ from typing import Any
 
 from unisd import tasks
 from unisd.config import UniSDConfig
+from unisd.data.reading import load_file
 from unisd.data.rows import Row, hold_out, load_rows, prepare_rows
+from unisd.data.text import problem_key
 from unisd.errors import UserError
 from unisd.models.adapters import is_adapter, make_trainable
 from unisd.run.options import RunOptions
@@ -85,6 +87,7 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: 
     if options.eval_file is not None:
         evaluation = load_rows(options.eval_file, options.columns)
         _named_grader(options, evaluation, options.eval_file)
+        _say_what_is_trained_on(evaluation, rows, options.eval_file, name)
     elif whole:
         pass
     elif len(rows) == 1:
@@ -103,6 +106,22 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: 
         evaluation=evaluation[: options.max_eval_rows],
         grade=grade,
     )
+
+
+def _say_what_is_trained_on(evaluation: list[Row], rows: list[Row], eval_file: str, name: str) -> None:
+    if Path(eval_file).resolve() == Path(name).resolve():  # on purpose
+        return
+    known = {problem_key(row["prompt"]) for row in rows}
+    shared = sum(problem_key(row["prompt"]) in known for row in evaluation)
+    if shared:
+        logger.warning(
+            "%s: %d of %d rows ask problems of %s, which are trained on: what is reported of them is not what"
+            " the model does on new ones.",
+            eval_file,
+            shared,
+            len(evaluation),
+            name,
+        )
 
 
 def hold_out_validation(data: RunData, options: RunOptions, config: UniSDConfig) -> None:
@@ -180,6 +199,9 @@ def _load_dataset(options: RunOptions) -> list[Row]:
     whole = (Path(name) / "dataset_dict.json").is_file()  # the two that save_to_disk writes
     try:
         if not whole and not (Path(name) / "state.json").is_file():
+            builder = datasets.load_dataset_builder(name, options.dataset_config)
+            if (rows := _as_they_stand(builder, split)) is not None:
+                return rows
             loaded = datasets.load_dataset(name, options.dataset_config, split=split)
         elif options.dataset_config is not None:
             raise ValueError("a saved dataset has no configurations: unset dataset_config.")
@@ -194,6 +216,20 @@ def _load_dataset(options: RunOptions) -> list[Row]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"dataset {name!r} cannot be loaded: {reason}") from None
     return [dict(row) for row in loaded]
+
+
+def _as_they_stand(builder: Any, split: str) -> list[Row] | None:
+    """Rows of local files of text, whose types the library would guess; None: it reads others."""
+    import datasets
+
+    named = getattr(builder.config, "data_files", None) or {}
+    files = {part: [Path(str(file)) for file in found] for part, found in named.items()}
+    every = [file for found in files.values() for file in found]
+    if not every or not all(file.is_file() and {".csv", ".jsonl"} & {*file.suffixes} for file in every):
+        return None
+    rows = {str(part): [row for file in found for row in load_file(file)] for part, found in files.items()}
+    chosen = datasets.ReadInstruction.from_spec(split).to_absolute({part: len(rows[part]) for part in rows})
+    return [row for part in chosen for row in rows[part.splitname][part.from_ : part.to]]
 
 
 def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunction | None:

@@ -157,7 +157,8 @@ class RunOptions:
     )
     columns: str | None = option(
         "data",
-        "Names of your columns: prompt=question,privileged_context=answer.",
+        "Names of your columns: prompt=question,privileged_context=answer; prompt=a+b joins the texts of two,"
+        " and names with a comma are quoted.",
         shared=("probe", "prepare"),
     )
     grader: str | None = option(

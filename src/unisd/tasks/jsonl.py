@@ -11,7 +11,10 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from unisd.data.rows import check_prompt
+from unisd.data.formats import joined, say_what_is_odd, suggested
+from unisd.data.reading import load_file
+from unisd.data.rows import check_prompt, in_our_form
+from unisd.data.text import problem_key
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
@@ -49,7 +52,28 @@ class JsonlTask(Benchmark):
         self.grader = grader
         self.runs_code = grader == "code"
         self.prompt_column, self.answer_column = prompt_column, answer_column
+        self._seen: set[str] = set()
         self.fields = {prompt_column: object, answer_column: object}
+
+    def _records(self, path: str) -> list[Raw]:
+        """The rows in whatever layout `unisd train` takes too."""
+        rows = load_file(path)
+        columns = dict.fromkeys(column for row in rows for column in row)
+        known = set(joined(self.prompt_column, columns)) <= set(columns)
+        if not known and (named := suggested("prompt", columns)):
+            raise UserError(
+                f"{path} has no column {self.prompt_column!r}: if it is {named[0]!r}, pass --task_options"
+                f" prompt_column={named[0]}."
+            )
+        rows = in_our_form(rows, {"prompt": self.prompt_column} if known else {}, path)
+        if path not in self._seen:  # each split is read anew
+            say_what_is_odd(rows, path, self.prompt_column)
+        self._seen.add(path)
+        for row in rows:
+            row[self.prompt_column] = row.get("prompt")
+            if row.get(self.answer_column) is None:  # what a conversation ends in
+                row[self.answer_column] = row.get("completion")
+        return rows
 
     def problem(self, raw: Raw, where: str) -> Problem:
         prompt, answer = raw[self.prompt_column], raw[self.answer_column]
@@ -61,7 +85,7 @@ class JsonlTask(Benchmark):
         check_prompt(prompt, f"jsonl: {where}", self.prompt_column)
         check_gold(self.grader, raw, answer, f"jsonl: {where}")
         key = str(prompt)
-        return {"raw": raw, "key": key, **own_id(raw, "id")}
+        return {"raw": raw, "key": key, "same": problem_key(prompt), **own_id(raw, "id")}
 
     def row(self, problem: Problem, rng: random.Random) -> Row:
         raw = problem["raw"]

@@ -120,6 +120,8 @@ def check_options(options: Sequence[object], answer: object, where: str, name: s
     texts = ["" if option is None else str(option).strip() for option in options]
     if not 2 <= len(texts) <= len(LETTERS) or len(set(texts)) != len(texts) or not all(texts):
         raise UserError(f"{name}: {where} has no 2 to {len(LETTERS)} different options: {texts!r:.200}")
+    if isinstance(answer, str) and answer.strip().lstrip("-").isdecimal():  # a cell of a CSV file
+        answer = int(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
         raise UserError(f"{name}: {where}: the answer {answer!r} is no index of its {len(texts)} options")
     return texts, answer
