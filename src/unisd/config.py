@@ -262,11 +262,6 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
 
         if self.vllm_mode == "server":
             check_server("vllm_server_base_url", self.vllm_server_url)
-            for name in ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode"):
-                if getattr(self, name) != getattr(type(self), name):
-                    raise UserError(
-                        f"{name} is for vllm_mode=colocate: unset it, and start the server with it."
-                    )
 
     @property
     def vllm_server_url(self) -> str:

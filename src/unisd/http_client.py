@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 MIN_ATTEMPTS = 3
+CONNECT_S = 20.0  # most seconds until a connection stands
 PASSING = (408, 425, 429)  # with 5xx: these statuses may be gone the next time
 KEY = "OPENAI_API_KEY"
 ENOUGH = 8  # requests refused in a way that all would be, before no more are made
@@ -184,8 +185,9 @@ class Client:
         limiter = CapacityLimiter(at_once)
         answered, hopeless, reason = False, 0, _NOTHING
         connections = httpx2.Limits(max_connections=None)
+        patience = httpx2.Timeout(None, connect=CONNECT_S)  # for all else see `_once`
         async with (
-            httpx2.AsyncClient(timeout=None, limits=connections, verify=_trusted()) as http,
+            httpx2.AsyncClient(timeout=patience, limits=connections, verify=_trusted()) as http,
             create_task_group() as group,
         ):
 
@@ -210,9 +212,9 @@ class Client:
 
     async def _patiently(self, http: httpx2.AsyncClient, request: Request) -> Any:
         started = time.monotonic()
-        attempt, asked = 0, 0.0
+        attempt = 0
         while True:
-            attempt += 1
+            attempt, asked = attempt + 1, 0.0  # and the seconds that the server asks for
             try:
                 answer = request.read(await self._once(http, request))
                 self._heard = time.monotonic()
@@ -229,7 +231,8 @@ class Client:
                 trouble = f"{request.path} gave {error}"
             except (TimeoutError, httpx2.RequestError) as error:  # also connections cut off half-way
                 trouble = f"{request.path}: {self._in_short(error)}"
-                if isinstance(error, httpx2.ConnectError) and self._heard < 0 and not self._waits:
+                none_yet = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+                if none_yet and self._heard < 0 and not self._waits:
                     raise Unavailable(trouble) from None
             over = attempt >= MIN_ATTEMPTS and time.monotonic() - started >= self.timeout
             if not request.retry or over or asked > self.timeout:
@@ -274,6 +277,8 @@ class Client:
             raise BadAnswer(f"{len(reply.content)} bytes that are no JSON") from None
 
     def _in_short(self, error: Exception) -> str:
+        if isinstance(error, httpx2.ConnectTimeout):
+            return f"no connection within {CONNECT_S:g} s"
         if isinstance(error, TimeoutError):
             return f"no answer within {self.timeout:g} s"
         cause = _from(error, OSError)

@@ -28,6 +28,7 @@ from unisd.rollout.vllm.plugin import BACKEND
 logger = logging.getLogger(__name__)
 
 COMPLETIONS = "/v1/completions"
+COLOCATED = ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode")
 ADAPTERS_KEPT = 2  # on disk; a server that was started anew is given the newest again
 
 
@@ -69,6 +70,8 @@ class ServerEngine(common.VllmEngine):
         self._run = run[0]
         self._folder = folder.absolute() / self._run
         if accelerator.is_main_process:
+            if ignored := [name for name in COLOCATED if getattr(args, name) != getattr(UniSDConfig, name)]:
+                logger.warning("%s: a server has its own, from its start.", ", ".join(ignored))
             shutil.rmtree(folder, ignore_errors=True)
             weakref.finalize(self, _remove, self._folder)
         self._start = self._start_command(args)
