@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -173,7 +173,7 @@ class Client:
         other will be answered, none is asked any more: they have the same reason.
         """
         with start_blocking_portal() as portal:  # what Ctrl-C raises here ends all that is under way
-            found = portal.start_task_soon(self._each, requests, at_once, on_answer)
+            found: Future[list[Any]] = portal.start_task_soon(self._each, requests, at_once, on_answer)
             while not wait([found], timeout=0.2).done:  # a signal that another thread took wakes nobody
                 pass
             return found.result()
