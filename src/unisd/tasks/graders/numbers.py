@@ -373,7 +373,7 @@ def _within_braces(text: str) -> str:
 
 def _last_line(text: str) -> tuple[str, int]:
     """The last line that holds a digit, and where it begins."""
-    last = None
+    last: re.Match[str] | None = None
     for last in re.finditer(r"\d", text):  # noqa: B007 (the last one is wanted)
         pass
     if last is None:
