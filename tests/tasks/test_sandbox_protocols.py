@@ -624,6 +624,20 @@ class T(unittest.TestCase):
 
 RIGHT += [
     (
+        "nodes that the tests define",
+        "def rev(n):\n  p = None\n  while n: n.next, p, n = p, n, n.next\n  return p\n"
+        "def inorder(n): return [] if n is None else inorder(n.l) + [n.v] + inorder(n.r)\n",
+        "class Node:\n  def __init__(s, v, n=None, l=None, r=None): s.v, s.next, s.l, s.r = v, n, l, r\n"
+        "a = Node(1, Node(2))\nb = rev(a)\nassert b.v == 2 and b.next is a and a.next is None\n"
+        "assert inorder(Node(2, None, Node(1), Node(3))) == [1, 2, 3]",
+    ),
+    (
+        "errors of the library, a deque in place",
+        "import json\ndef f(s): return json.loads(s)\ndef g(d): d.appendleft(0)\n",
+        "import json\nfrom collections import deque\ntry:\n  f('{')\n  assert False\n"
+        "except json.JSONDecodeError:\n  pass\nd = deque([1])\ng(d)\nassert d == deque([0, 1])",
+    ),
+    (
         "reads a number first",
         "import pytest\ndef f(x): return 2 * x\nn = int(input())\nprint(f(n))\ndef test_f(): f(1)\n",
         "assert f(2) == 4",
@@ -795,7 +809,32 @@ def test_a(): return f(2)==4
     ),
 ]
 
+NODE = "class N:\n def __init__(s): s.v = 4\n def ok(s): return False\nn = N()\n"
 ATTACKS = [
+    *(
+        (
+            f"reaches through an object of the tests: {name}",
+            f"def f(n, *a):\n  try: return {expression}\n  except AttributeError: return 3",
+            f"{NODE}assert f(n) == 5",
+        )
+        for name, expression in (
+            ("class", "5 if n.__class__.__name__ == 'N' else 3"),
+            ("dict", "n.__dict__['v'] == 4 and 5"),
+            ("globals", "n.ok.__globals__ and 5"),
+            ("self", "n.ok.__self__ and 5"),
+            ("code", "n.ok.__func__.__code__ and 5"),
+        )
+    ),
+    (
+        "replaces a method of the tests",
+        "def f(n):\n  try: n.ok = lambda: True\n  except AttributeError: pass",
+        f"{NODE}f(n)\nassert n.ok()",
+    ),
+    (
+        "reaches into a function of the tests",
+        "def f(g):\n  try: return g.limit\n  except AttributeError: return 3",
+        "def g(): pass\ng.limit = 4\nassert f(g) == 4",
+    ),
     (
         "equals all integers",
         lines("""

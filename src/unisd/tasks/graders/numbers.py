@@ -24,7 +24,7 @@ HEAD = 20_000  # characters in which a first answer is looked for
 _MARKER = re.compile(r"#{3,6}[ \t]{0,5}|<answer>\s{0,5}", re.IGNORECASE)
 _VERB = r"(?:is|was|are|were|(?:would|should|must|will|could|might|may) be|equals|comes (?:out )?to|=)"
 _STATED = re.compile(
-    r"(?P<loose>\banswer(?: (?:to|for) (?:[^\s.:=]{1,20} ){0,7}?[^\s.:=]{1,20})?"
+    r"(?P<loose>\banswer(?: (?:to|for) (?:[^\s.:=]{1,20}+ ){0,7}?[^\s.:=]{1,20}+)?"
     rf"(?: here| \w{{2,9}}ly| thus)?\s{{0,3}}{_VERB}(?![a-z])\s?:?"
     r"|\b(?:antwort|lösung) (?:ist|lautet|beträgt)\b:?|\bréponse(?: finale)? est\b:?"
     r"|\brespuesta(?: final)? es\b:?|\brisposta(?: finale)? è|\bresposta(?: final)? é"
@@ -373,7 +373,7 @@ def _within_braces(text: str) -> str:
 
 def _last_line(text: str) -> tuple[str, int]:
     """The last line that holds a digit, and where it begins."""
-    last = None
+    last: re.Match[str] | None = None
     for last in re.finditer(r"\d", text):  # noqa: B007 (the last one is wanted)
         pass
     if last is None:

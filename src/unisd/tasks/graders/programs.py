@@ -155,7 +155,8 @@ def _after_stub(found: Program, stub: str, parser: Parser) -> Program:
 
 def _bodies(text: str) -> list[str]:
     """What may be the rest of a function: what stands in a fence, else the text."""
-    return [block.strip("\n") for block in reversed(_FENCED.findall(text))] or [text]
+    blocks = [block.strip("\n") for block in _FENCED.findall(text)[-8:] if block.strip()]
+    return blocks[::-1] or [text]
 
 
 _FENCED = re.compile(r"(?<![`~])(?:`{3,}+|~{3,}+)[^\n`~]*\n((?:(?!`{3}|~{3}).)*)", re.DOTALL)

@@ -15,8 +15,8 @@ from unisd.tasks.graders.base import TAIL, AliasGrader, shortened, without_thoug
 from unisd.tasks.graders.numerals import Numeral, in_ascii_fractions, numerals, plain
 
 CONTAINS_TAIL = 50_000
-NUMBERS = 1_500  # of a completion, the last so many are compared with a gold that is a number
-PLACES = 5_000  # of gold in a completion, the first so many are looked at
+NUMBERS = 1_000  # of a completion, the last so many are compared with a gold that is a number
+PLACES = 3_000  # of gold in a completion, the first so many are looked at
 
 _TYPOGRAPHY = str.maketrans(
     {

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+from collections import deque
 from typing import Any
 
 from .confine import confine
@@ -36,6 +37,7 @@ class Judge:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.functions: list[Any] = []  # of the tests, given to the code as arguments
+        self.places: dict[int, int] = {}
         self.objects: dict[int, Any] = {}  # of the code's, by number: each is one object here too
         self.classes: dict[int, Any] = {}  # exceptions of the code's
         self.waiting = 0  # requests without a reply so far
@@ -43,9 +45,12 @@ class Judge:
     def hold(self, value: Any) -> list[Any]:
         if (number := number_of(value)) is not None:
             return ["h", number]
-        self.functions.append(value)
+        place = self.places.setdefault(id(value), len(self.functions))
+        if place == len(self.functions):
+            self.functions.append(value)
         name, doc = (getattr(value, about, None) for about in ("__name__", "__doc__"))
-        return ["g", len(self.functions) - 1, *(x if type(x) is str else None for x in (name, doc))]
+        about = [x if type(x) is str else None for x in (name, doc)]
+        return ["g", place, *about, type(value).__module__ == "__main__"]
 
     def dump(self, value: Any) -> Any:
         return dump(value, self.hold, self.of_the_code)
@@ -97,6 +102,8 @@ class Judge:
                 function = self.functions[message["back"]]
                 if "await" in message:
                     value = _finished(function)
+                elif "name" in message:
+                    value = _attribute(function, message["name"], load(message["args"], self.find))
                 else:
                     value = function(*load(message["args"], self.find), **load(message["kwargs"], self.find))
                 self.channel.send({"value": self.dump(value)})
@@ -159,6 +166,18 @@ class Judge:
         return found if good and not issubclass(found, (StopIteration, StopAsyncIteration)) else RuntimeError
 
 
+def _attribute(target: Any, name: str, new: list[Any]) -> Any:
+    """An attribute of an object of a class that the tests define (a node of a list), read or set.
+
+    No other object of theirs lets the code see more than that it can be called.
+    """
+    kind = type(target)
+    hidden = type(name) is not str or name.startswith("_") or callable(getattr(kind, name, None))
+    if kind.__module__ != "__main__" or (hidden and bool(new)) or str(name).startswith("_"):
+        raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
+    return setattr(target, name, new[0]) if new else getattr(target, name)
+
+
 def _finished(coroutine: Any) -> Any:
     """The result of a coroutine of the tests that the code awaits, wherever it does."""
     import asyncio
@@ -175,6 +194,9 @@ def _take_over(mine: Any, theirs: Any) -> None:
     if type(mine).__name__ == "ndarray":
         if mine.shape == theirs.shape:
             mine[...] = theirs
+    elif isinstance(mine, deque):
+        mine.clear()
+        mine.extend(theirs)
     elif isinstance(mine, (list, bytearray)):
         if mine != theirs:
             mine[:] = theirs

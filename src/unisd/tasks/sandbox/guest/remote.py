@@ -360,6 +360,10 @@ def raised(kind: type[Exception], args: tuple[Any, ...], text: str, remote: Remo
         error = kind.__new__(kind, *args)
         error.args = args
     else:
-        error = kind(*args)
+        try:
+            error = kind(*args)
+        except TypeError:  # it takes other arguments than it keeps
+            error = kind.__new__(kind)
+            error.args = args
     error.__dict__.update(_remote=remote, _text=text)
     return error

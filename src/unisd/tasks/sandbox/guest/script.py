@@ -9,12 +9,11 @@ constant does not count, one that fails is not swallowed by a handler of the tes
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import pytest_stand_in
 from .remote import Remote, number_of, of_the_tests, same
 
 MAX_MESSAGE_TEXT = 300
@@ -55,7 +54,7 @@ class Script:
             "__type__": _type,
         }
         if "pytest" not in sys.modules and ("pytest" in names or "pytest" in tests):
-            sys.modules["pytest"] = pytest_stand_in
+            sys.modules["pytest"] = _stand_in()
 
     def _hold(self, value: Any = None) -> Any:
         self.held += 1
@@ -81,13 +80,13 @@ class Script:
                 self._call(name, value, namespace, candidate)
 
     def _call(self, name: str, function: Any, namespace: dict[str, Any], candidate: Any) -> None:
-        missing = pytest_stand_in.required(function)
+        missing = _stand_in().required(function)
         if len(missing) == 1 and candidate is not None and _candidate_only(self._node(name)):
             _result(function(candidate))
             return
         if not name.startswith("test"):
             return
-        for arguments in pytest_stand_in.cases(function, namespace):
+        for arguments in _stand_in().cases(function, namespace):
             if name in self.entered and not arguments:
                 break
             absent = [each for each in missing if each not in arguments]
@@ -105,13 +104,20 @@ class Script:
             unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(result)
             if result.error is not None:
                 raise result.error
-        elif kind.__name__.startswith("Test") and not pytest_stand_in.required(kind):
+        elif kind.__name__.startswith("Test") and not _stand_in().required(kind):
             for name in dir(kind):
                 if name.startswith("test"):
                     case = kind()
                     getattr(case, "setup_method", lambda *_: None)(*_as_many(case))
-                    for arguments in pytest_stand_in.cases(getattr(kind, name), {}):
+                    for arguments in _stand_in().cases(getattr(kind, name), {}):
                         _result(getattr(case, name)(**arguments))
+
+
+def _stand_in() -> Any:
+    """Where it is needed: what it imports takes a while."""
+    from . import pytest_stand_in
+
+    return pytest_stand_in
 
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -138,12 +144,12 @@ def _candidate_only(function: Any) -> bool:
 
 def _as_many(case: Any) -> list[Any]:
     """`setup_method` may take the method, or nothing."""
-    return [None] * len(pytest_stand_in.required(getattr(case, "setup_method", lambda: None)))
+    return [None] * len(_stand_in().required(getattr(case, "setup_method", lambda: None)))
 
 
 def _result(value: Any) -> None:
     """Wait for a test that is a coroutine."""
-    if inspect.iscoroutine(value):
+    if type(value) is types.CoroutineType:
         import asyncio
 
         asyncio.run(value)

@@ -13,7 +13,6 @@ import time
 import types
 from typing import Any
 
-from . import pytest_stand_in
 from .confine import confine
 from .protocols import OPERATIONS
 from .values import Channel, ChannelClosed, dump, load
@@ -197,17 +196,36 @@ class Printed(io.TextIOBase):
 
 
 class JudgeFunction:
-    """A function of the tests that was passed as an argument: called over there."""
+    """A function or an object of the tests that was passed as an argument: it stays over there."""
 
-    def __init__(self, worker: Worker, number: int, name: str | None = None, doc: str | None = None) -> None:
+    def __init__(self, worker: Worker, number: int, *about: Any) -> None:
+        name, doc, has_attributes = about
         self.worker, self.number = worker, number
         if name is not None:
             self.__name__ = self.__qualname__ = name
         self.__doc__ = doc
+        self._has_attributes = has_attributes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         worker = self.worker
         return self.back({"args": dump(list(args), worker.hold), "kwargs": dump(kwargs, worker.hold)})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not self.__dict__.get("_has_attributes"):
+            raise AttributeError(name)
+        return self.back({"name": name, "args": ["l", []]})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or not self.__dict__.get("_has_attributes"):
+            object.__setattr__(self, name, value)
+        else:
+            self.back({"name": name, "args": dump([value], self.worker.hold)})
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is JudgeFunction and other.number == self.number
+
+    def __hash__(self) -> int:
+        return hash(self.number)
 
     def __await__(self) -> Any:
         return self.back({"await": True})
@@ -271,6 +289,8 @@ def main() -> None:
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     if "pytest" in setting["code"]:  # for tests that the model adds
+        from . import pytest_stand_in
+
         sys.modules["pytest"] = pytest_stand_in
     failure: BaseException | None
     try:
