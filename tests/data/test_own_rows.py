@@ -147,7 +147,7 @@ def test_prepare_writes_every_row(
     assert main([*command, str(tmp_path / "out.jsonl")]) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
     assert main([*command, str(tmp_path / "." / "rows.jsonl")]) == 2
-    assert "the file that the rows are read from" in capsys.readouterr().err
+    assert "rows.jsonl is a file that is read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

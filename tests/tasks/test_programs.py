@@ -103,6 +103,10 @@ def test_own_rows_are_graded_alike_by_task_command_and_training(form, tmp_path):
         True,
     ]
     if "tests" in ROWS[form][0]:
+        alone = [{k: v for k, v in row.items() if k != "answer"} for row in ROWS[form]]
+        file.write_text("".join(json.dumps(row) + "\n" for row in alone))
+        task = tasks.get("jsonl", data_files=str(file), grader="code")
+        assert task.grade(task.load("all")[1], texts[1]["completion"]).correct
         given = [{**row, "privileged_context": "r"} for row in ROWS[form]]
         file.write_text("".join(json.dumps(row) + "\n" for row in given))
         grader = load_data(RunOptions(train_file=str(file), grader="code")).grader

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from unisd.data.formats import joined, say_what_is_odd, suggested
 from unisd.data.reading import load_file
@@ -53,7 +54,9 @@ class JsonlTask(Benchmark):
         self.runs_code = grader == "code"
         self.prompt_column, self.answer_column = prompt_column, answer_column
         self._seen: set[str] = set()
-        self.fields = {prompt_column: object, answer_column: object}
+        # a program may be judged by a column `tests` alone
+        named = [prompt_column] if self.runs_code else [prompt_column, answer_column]
+        self.fields = dict.fromkeys(named, object)
 
     def _records(self, path: str) -> list[Raw]:
         """The rows in whatever layout `unisd train` takes too."""
@@ -76,7 +79,7 @@ class JsonlTask(Benchmark):
         return rows
 
     def problem(self, raw: Raw, where: str) -> Problem:
-        prompt, answer = raw[self.prompt_column], raw[self.answer_column]
+        prompt, answer = raw[self.prompt_column], self._answer(raw)
         if not isinstance(prompt, (str, list)) or answer is None or not str(answer).strip():
             raise UserError(
                 f"jsonl: {where} has no prompt in {self.prompt_column!r} or no answer in"
@@ -87,9 +90,14 @@ class JsonlTask(Benchmark):
         key = str(prompt)
         return {"raw": raw, "key": key, "same": problem_key(prompt), **own_id(raw, "id")}
 
+    def _answer(self, raw: Raw) -> Any:
+        """What gold is; tests stand in for it where a program is judged by them alone."""
+        answer = raw.get(self.answer_column)
+        return raw.get("tests") if answer is None and self.runs_code else answer
+
     def row(self, problem: Problem, rng: random.Random) -> Row:
         raw = problem["raw"]
-        answer = raw[self.answer_column]  # as it is: a list holds several right ones
+        answer = self._answer(raw)  # as it is: a list holds several right ones
         if not isinstance(GRADERS[self.grader], Grader):
             answer = str(answer)
         shown = next(iter(aliases(answer)), None) or (

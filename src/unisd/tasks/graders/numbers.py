@@ -39,7 +39,8 @@ _CUE_WORDS = (
     *("答案", "答え", "정답", "الجواب", "الإجابة"),
 )
 _CONDITION = re.compile(
-    r"\b(?:if|whether|suppose|supposing|assume|assuming|unless|imagine)\s(?:that\s)?(?:(?:the|my|your|this|our|an?)\s)?"
+    r"\b(?:if|whether|suppose|supposing|assume|assuming|unless|imagine)\s(?:that\s)?"
+    r"(?:(?:the|my|your|this|our|an?)\s)?"
     r"(?:(?:final|correct|right)\s)?$"
     r"|\b(?:first|second|third|fourth|fifth|each|every|per|wrong|incorrect|previous|other|another)\s$",
     re.IGNORECASE,
@@ -48,7 +49,8 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s{0,3}(?:\{|(?=-?\d))")
 _JOINED = re.compile(r"[}$ ]{0,5}(?:,|\bor\b|\band\b|,? ?\b(?:or|and)\b)[$ a-z]{0,20}")
 _BOLD = re.compile(r"(?:\*\*|__)(?!\s)([^*_\n]{1,60}?)(?:\*\*|__)")
 _FILLER = (
-    r"(?:the|about|approximately|approx|around|roughly|exactly|is|it|its|s|are|there|total|of|an?|just|only|nearly"
+    r"(?:the|about|approximately|approx|around|roughly|exactly|is|it|its|s|are|there|total|of"
+    r"|an?|just|only|nearly"
     r"|almost|equals|to|rs|x|y|z|n|t|usd|eur|gbp|minus|negative|final|answer|ca|ist|est|es)"
 )
 _NO_SUBJECT = re.compile(rf"(?:[^\w\n]|\b{_FILLER}\b)*+", re.IGNORECASE)
@@ -71,7 +73,8 @@ _ANY_DIGIT = re.compile(r"\d")
 _BARE_NUMBER = re.compile(r"[^\w\n]*+\d[\d.,/ ]*+[^\w\n]*+(?:[^\W\d]++[^\w\n]*+)?")
 _BULLET = re.compile(r"^\s{0,12}(?:\(?\d{1,3}[.)]|[-*+\u2022\u2013])\s+(?=\S)")
 _LABEL = re.compile(
-    r"\b(?:step|part|question|problem|case|chapter|figure|table|equation|page|option|example|method|day|q)s?\s?#?$",
+    r"\b(?:step|part|question|problem|case|chapter|figure|table|equation|page"
+    r"|option|example|method|day|q)s?\s?#?$",
     re.IGNORECASE,
 )
 _REJECTED = re.compile(
@@ -123,7 +126,8 @@ def _near(first: Numeral, second: Numeral) -> bool:
 _UNIT = r"[ \u202f]?(?:[^\W\d_]{1,14}|°[CF]?)?[ \u202f]?"
 _MARKS = r"[\s$€£₹(){}\[\]]*"
 _MEASURES = (
-    r"(?:feet|ft|foot|yards?|hours?|hrs?|h|minutes?|mins?|min|m|km|kg|pounds?|lbs?|years?|months?|weeks?|gallons?"
+    r"(?:feet|ft|foot|yards?|hours?|hrs?|h|minutes?|mins?|min|m|km|kg|pounds?|lbs?|years?"
+    r"|months?|weeks?|gallons?"
     r"|dollars?|meters?|metres?|days?)"
 )
 _RELATIONS = tuple(

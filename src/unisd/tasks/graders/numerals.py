@@ -188,7 +188,8 @@ _SCALES = {
 _SCALE = re.compile(r"[ \u202f-]?(?P<word>[Mm]illi(?:on|arde)(?:s|en)?|[^\W\d_]{3,9})\b|(?P<k>k\b|[万億亿])")
 _PERCENT = re.compile(r"\s?(?:%(?!%)|percent\b|per cent\b|Prozent\b)")
 _EUROPEAN = re.compile(
-    r"\d\.\d{3},\d|(?<![\d.,])\d+,\d{1,2}(?![\d,])|\bEuros?\b|\b(?:Antwort|réponse|respuesta|risposta|resposta)\b"
+    r"\d\.\d{3},\d|(?<![\d.,])\d+,\d{1,2}(?![\d,])|\bEuros?\b|\b(?:Antwort|réponse"
+    r"|respuesta|risposta|resposta)\b"
 )
 
 
@@ -326,7 +327,8 @@ _WORDS = re.compile(
     re.IGNORECASE,
 )
 _MORE = re.compile(
-    r"\s(?:and\sa\s)?(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?|point|of|or|to"
+    r"\s(?:and\sa\s)?(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?"
+    r"|tenths?|point|of|or|to"
     r"|more|another|that|who|which)\b|-\w",
     re.IGNORECASE,
 )

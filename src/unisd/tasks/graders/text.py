@@ -114,7 +114,8 @@ _REJECTED = re.compile(
 _HANGUL = "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af"
 _KATAKANA = "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
 _SPACELESS = re.compile(
-    "[\u3005-\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "[\u3005-\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f"
+    "\u1780-\u17ff"
     "\U00020000-\U0003ffff]"
 )
 _IS_KATAKANA, _IS_HANGUL = re.compile(f"[{_KATAKANA}]"), re.compile(f"[{_HANGUL}]")
