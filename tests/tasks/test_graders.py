@@ -137,17 +137,23 @@ def test_no_completion_breaks_a_grader(name):
         assert is_graded(name, "A", completion)
 
 
-GOLD = {"number": "7", "exact": "A", "contains": "A", "choice": "B", "call": '{"f": {"x": 1}}'}
+GOLD = {
+    "number": "7",
+    "exact": "A",
+    "contains": "A",
+    "choice": "B",
+    "call": '{"f": {"x": 1}}',
+    "code": "assert f(1) == 1",
+}
 
 
 def is_graded(name, completion, gold):
     """Whether a grader judges, or refuses gold in one line; nothing else may happen."""
-    if name not in GOLD:
-        return isinstance(GRADERS[name](completion, gold), Grade)
     try:
         parsed = GRADERS[name].read_gold(gold)
     except UserError as error:
-        return "gold " in str(error) and "\n" not in str(error)
+        said = "code takes tests in Python" if name == "code" else "gold "
+        return said in str(error) and "\n" not in str(error)
     assert GRADERS[name].grade(str(completion), parsed) is not None
     return isinstance(GRADERS[name](completion, gold), Grade)
 
