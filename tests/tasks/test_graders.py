@@ -263,7 +263,7 @@ def test_references_are_right_however_they_are_written_and_off_by_one_is_wrong()
     check_written_forms(gsm8k()[::60])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @needs_data
 def test_all_references_are_right_however_they_are_written_and_off_by_one_is_wrong():
     rows = gsm8k()
