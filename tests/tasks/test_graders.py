@@ -4,6 +4,8 @@ import gzip
 import json
 import random
 import time
+from datetime import date
+from decimal import Decimal
 
 import pytest
 
@@ -269,3 +271,10 @@ def test_all_references_are_right_however_they_are_written_and_off_by_one_is_wro
     rows = gsm8k()
     assert len(rows) == 7473
     check_written_forms(rows)
+
+
+def test_gold_of_tables_with_types_is_read():
+    assert GRADERS["number"]("It is 3.50", Decimal("3.5")) and not GRADERS["number"](
+        "It is 3.51", Decimal("3.5")
+    )
+    assert GRADERS["exact"]("2024-05-13", date(2024, 5, 13))
