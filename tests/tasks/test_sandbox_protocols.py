@@ -1586,6 +1586,92 @@ def test_wrong_programs_do_not_pass(code, tests):
     assert verdict.seconds < TIMEOUT_S + 4
 
 
+RAW = """
+import gc
+def f(x):
+ worker = [o for o in gc.get_objects() if type(o).__name__ == 'Worker'][0]
+ worker.number(worker)
+ said = {'class': 'CLASS', 'text': '', 'on': 0, 'args': ['t', ['passed', '']]}
+ worker.channel.send({'raise': said})
+ while True: pass
+"""
+SKIPPED = lines("""
+import unittest
+class T(unittest.TestCase):
+ def test_a(self): self.assertEqual(f(3), 9)
+ def test_b(self): self.assertEqual(g(1), 1)
+""")
+# Exceptions that mean something to what runs the tests.
+STEERS = [
+    (
+        "a verdict",
+        "from guest.script import Outcome\ndef f(x): raise Outcome('passed', '')",
+        "assert f(3) == 9",
+    ),
+    (
+        "a verdict of its own",
+        "from guest.script import Outcome\nclass E(Outcome): pass\ndef f(x): raise E('passed', '')",
+        "assert f(3) == 9",
+    ),
+    (
+        "a verdict in another module",
+        "import guest.script, json\njson.Out = guest.script.Outcome\njson.Out.__module__ = 'json'\n"
+        "json.Out.__name__ = 'Out'\ndef f(x): raise json.Out('passed', '')",
+        "assert f(3) == 9",
+    ),
+    *(
+        (f"a message that names {name}", RAW.replace("CLASS", name), "assert f(3) == 9")
+        for name in ("guest.script.Outcome", "guest.judge.Outcome", "guest.values.ChannelClosed")
+    ),
+    (
+        "a channel that closes",
+        "from guest.values import ChannelClosed\ndef f(x): raise ChannelClosed('passed')",
+        "assert f(3) == 9",
+    ),
+    *(
+        (
+            f"skips: {module}.{name}",
+            f"from {module} import {name}\ndef f(x): raise {name}('x')\ndef g(x): return x",
+            SKIPPED,
+        )
+        for module, name in (
+            ("unittest", "SkipTest"),
+            ("unittest.case", "_ShouldStop"),
+            ("numpy.testing", "SkipTest"),
+        )
+    ),
+    (
+        "skips by its own class",
+        "import unittest\nclass S(unittest.SkipTest): pass\ndef f(x): raise S\ndef g(x): return x",
+        SKIPPED,
+    ),
+]
+
+
+@pytest.mark.parametrize(("code", "tests"), marked(STEERS))
+def test_no_exception_of_the_code_steers_the_tests(code, tests):
+    verdict = sandbox.run_program(code, tests, TIMEOUT_S, 512)
+    assert not verdict.passed and verdict.reason in ("error", "timeout", "ended"), verdict
+
+
+def test_a_test_that_is_skipped_has_not_held():
+    tests = (
+        "import unittest\nclass T(unittest.TestCase):\n def test(self):\n"
+        "  self.assertEqual(f(1), 1)\n  self.skipTest('later')"
+    )
+    verdict = sandbox.run_program("def f(x): return x", tests, TIMEOUT_S)
+    assert (verdict.reason, verdict.detail) == ("untested", "the tests asserted nothing")
+
+
+def test_errors_of_libraries_are_what_they_are():
+    code = "import numpy as np, json\ndef f(x): return np.linalg.inv(x)\ndef g(s): return json.loads(s)"
+    tests = (
+        "import numpy as np, json\ntry:\n f(np.zeros((2, 2)))\n assert False\nexcept np.linalg.LinAlgError:\n pass"
+        "\ntry:\n g('{')\n assert False\nexcept json.JSONDecodeError:\n pass"
+    )
+    assert sandbox.run_program(code, tests, 20.0).passed
+
+
 @pytest.mark.parametrize("value", FORGED)
 def test_forged_values_do_not_pass(value):
     message = b'{"args":["l",[["i","2"]]],"value":' + value.encode() + b"}\n"

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .remote import Remote, number_of, of_the_tests, same
+from .values import ChannelClosed
 
 MAX_MESSAGE_TEXT = 300
 
 
-class Outcome(Exception):
-    """The verdict is out: its reason and detail."""
+class Outcome(BaseException):
+    """The verdict is out: its reason and detail. No `except Exception` takes it."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -100,7 +101,7 @@ class Script:
     def _run_class(self, kind: type) -> None:
         unittest = sys.modules.get("unittest")
         if unittest is not None and issubclass(kind, unittest.TestCase):
-            result = _first_failure(unittest)
+            result = _first_failure(unittest, self)
             unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(result)
             if result.error is not None:
                 raise result.error
@@ -155,9 +156,16 @@ def _result(value: Any) -> None:
         asyncio.run(value)
 
 
-def _first_failure(unittest: Any) -> Any:
+def _first_failure(unittest: Any, script: Script) -> Any:
     class Result(unittest.TestResult):  # type: ignore[misc]
         error: BaseException | None = None
+        before = 0
+
+        def startTest(self, test: Any) -> None:
+            self.before = script.held
+
+        def addSkip(self, test: Any, reason: str) -> None:
+            script.held = self.before  # a test that is skipped has not held
 
         def addError(self, test: Any, error: Any) -> None:
             self.error = self.error or error[1]
@@ -175,9 +183,9 @@ def _first_failure(unittest: Any) -> Any:
 
 
 def _unswallowed() -> None:
-    """In a handler of the tests': an assertion of theirs that failed stays failed."""
+    """In a handler of the tests': an assertion of theirs that failed stays failed, a verdict out."""
     error = sys.exc_info()[1]
-    if error is not None and of_the_tests(error):
+    if error is not None and (of_the_tests(error) or isinstance(error, (ChannelClosed, Outcome))):
         raise error
 
 
