@@ -1666,10 +1666,100 @@ def test_a_test_that_is_skipped_has_not_held():
 def test_errors_of_libraries_are_what_they_are():
     code = "import numpy as np, json\ndef f(x): return np.linalg.inv(x)\ndef g(s): return json.loads(s)"
     tests = (
-        "import numpy as np, json\ntry:\n f(np.zeros((2, 2)))\n assert False\nexcept np.linalg.LinAlgError:\n pass"
+        "import numpy as np, json\ntry:\n f(np.zeros((2, 2)))\n assert False\n"
+        "except np.linalg.LinAlgError:\n pass"
         "\ntry:\n g('{')\n assert False\nexcept json.JSONDecodeError:\n pass"
     )
     assert sandbox.run_program(code, tests, 20.0).passed
+
+
+ONCE = " n = 0\n def __hash__(s): return 1\n def __eq__(s, o):\n  s.n += 1\n  return s.n == 1\n"
+NEAR = " def __sub__(s, o): return s\n def __abs__(s): return 0.0\n __lt__ = __gt__ = lambda s, o: True\n"
+MAKES = " def __init__(s, x): pass\n"
+EIGHT = "for x in range(8):\n assert Fib(x) == 9 + x\n"
+TWICE = f"class Fib:\n{MAKES}{ONCE}"
+BAG = f"class Bag:\n{MAKES} def __contains__(s, o): return True"
+AREA = "assert abs(Area(3) - 9.0) < 1e-6"
+CAPITAL = [
+    ("equals what comes first, a function", f"class Y:\n{ONCE}Fib = lambda x: Y()", EIGHT, "wrong"),
+    ("equals what comes first, a class", TWICE, EIGHT, "wrong"),
+    (
+        "equals texts that come first",
+        f"class Fib:\n{MAKES}{ONCE}",
+        EIGHT.replace("9 + x", "'ab' * x + 'c'"),
+        "wrong",
+    ),
+    (
+        "equals lists that come first",
+        f"class Fib:\n{MAKES}{ONCE}",
+        EIGHT.replace("9 + x", "[x, {2: 'c'}]"),
+        "wrong",
+    ),
+    (
+        "near, a function",
+        f"class Y:\n{NEAR}def Area(x): return Y()",
+        "assert abs(Area(3) - 9.0) < 1e-6",
+        "error",
+    ),
+    ("near, a class", f"class Area:\n{MAKES}{NEAR}", AREA, "untested"),
+    ("between, a class", f"class Area:\n{MAKES}{NEAR}", "assert 8 < Area(3) < 10", "untested"),
+    (
+        "near, where any exception is caught",
+        f"class Area:\n{MAKES}{NEAR}",
+        "try:\n assert abs(Area(3) - 9.0) < 1e-6\nexcept:\n pass\nassert Area is not None",
+        "untested",
+    ),
+    (
+        "almost equal",
+        f"class Area:\n{MAKES}{NEAR}",
+        "import unittest\nclass T(unittest.TestCase):\n def test(self): self.assertAlmostEqual(Area(3), 9.0)",
+        "untested",
+    ),
+    (
+        "contains all",
+        f"class Bag:\n{MAKES} def __contains__(s, o): return True",
+        "assert 3 in Bag([3])",
+        "wrong",
+    ),
+]
+
+
+@pytest.mark.parametrize(("code", "tests", "reason"), marked(CAPITAL))
+def test_a_capital_lets_nobody_guess(code, tests, reason):
+    verdict = sandbox.run_program(code, tests, TIMEOUT_S, 512)
+    assert (verdict.passed, verdict.reason) == (False, reason), verdict
+    if reason == "untested":
+        assert "the tests hold an object of the code's against plain data" in verdict.detail
+
+
+TEMPERATURE = """
+class Degrees:
+ def __init__(s, x): s.x = x
+ def __eq__(s, o): return s.x == getattr(o, 'x', o)
+ def __lt__(s, o): return s.x < getattr(o, 'x', o)
+ def __sub__(s, o): return s.x - getattr(o, 'x', o)
+ def __contains__(s, o): return o < s.x
+"""
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        "assert Degrees(3).x == 3",
+        "d = Degrees(3)\nd.x = 4",
+        "for d in [Degrees(3), Degrees(4)]:\n print(d.x)",
+        "assert max([Degrees(3), Degrees(4)]).x == 4",
+        "ds = [Degrees(3)]\nassert ds[0].x == 3",
+        "assert Degrees(3) == Degrees(3)",
+        "assert isinstance(Degrees(3), Degrees)",
+        "import unittest\nclass T(unittest.TestCase):\n def setUp(self): self.d = Degrees(3)\n"
+        " def test(self): self.assertEqual(self.d.x, 3)",
+    ],
+)
+def test_what_the_tests_use_as_an_object_is_asked_by_operators(used):
+    tests = f"{used}\nassert Degrees(3) < 5 and abs(Degrees(3) - 1) == 2 and 2 in Degrees(3)"
+    verdict = sandbox.run_program(TEMPERATURE, tests, 20.0)
+    assert (verdict.passed, verdict.detail) == (True, "")
 
 
 @pytest.mark.parametrize("value", FORGED)

@@ -17,6 +17,8 @@ from typing import Any
 
 from .confine import confine
 from .remote import (
+    MADE,
+    TESTED,
     UNCHANGING,
     Remote,
     async_generator,
@@ -30,8 +32,8 @@ from .remote import (
     with_more,
 )
 from .script import MAX_MESSAGE_TEXT, Outcome, Script
+from .uses import Uses, capital
 from .values import Channel, ChannelClosed, dump, load
-
 
 _RAISABLE = (sys.stdlib_module_names | {"numpy"}) - {"unittest"}  # modules whose exceptions the code raises
 
@@ -44,6 +46,7 @@ class Judge:
         self.objects: dict[int, Any] = {}  # of the code's, by number: each is one object here too
         self.classes: dict[int, Any] = {}  # exceptions of the code's
         self.waiting = 0  # requests without a reply so far
+        self.refused: Outcome | None = None
 
     def hold(self, value: Any) -> list[Any]:
         if (number := number_of(value)) is not None:
@@ -115,7 +118,13 @@ class Judge:
                     raise
                 self.channel.send({"raise": told(error)})
 
-    def start(self, wanted: list[str]) -> dict[str, Any]:
+    def refuse(self, why: str) -> None:
+        """Ends the tests, whatever they catch."""
+        self.refused = self.refused or Outcome("untested", why)
+        raise self.refused
+
+    def start(self, wanted: list[str], tested: set[str]) -> dict[str, Any]:
+        """What the code calls so. `tested`: names that the tests use as classes."""
         with contextlib.suppress(ChannelClosed):  # code that failed has said so and is gone
             self.channel.send({"want": wanted})
         reply = self.channel.receive()
@@ -127,8 +136,9 @@ class Judge:
             raise Outcome(reason, f"{name}: {text}")
         given = {name: load(value, self.find) for name, value in reply["names"].items() if name in wanted}
         for name, value in given.items():
-            if type(value) is Remote and name.lstrip("_")[:1].isupper():
-                given[name] = self.objects[value._number] = Remote(self, value._number, makes=True)
+            if type(value) is Remote and capital(name) and name in reply["classes"]:
+                makes = TESTED if name in tested else MADE
+                given[name] = self.objects[value._number] = Remote(self, value._number, makes=makes)
         return given
 
     def exception(self, given: Any) -> Exception:
@@ -310,7 +320,7 @@ def run_tests(judge: Judge, code: str, tests: str) -> None:
     # Tests that name nothing but built-ins test the code's own version of one.
     about = set() if wanted - bound_in(tree) - imported_here else used & bound - wanted
     entry = entry_of(code) if script.wants_a_candidate else None
-    given = judge.start(sorted(wanted | about | ({entry} if entry else set())))
+    given = judge.start(sorted(wanted | about | ({entry} if entry else set())), Uses(tree).classes)
     if len(redefined := sorted(about & set(given))) > 1:
         raise Outcome(
             "error", f"the code redefines several built-ins that the tests use: {', '.join(redefined)}"
@@ -326,8 +336,8 @@ def run_tests(judge: Judge, code: str, tests: str) -> None:
         raise Outcome("memory", "out of memory") from None
     except BaseException as error:
         raise Outcome("error", f"{type(error).__name__}: {error}") from None
-    if judge.channel.closed is not None:  # in a test that takes any exception for right
-        raise judge.channel.closed
+    if (ended := judge.channel.closed or judge.refused) is not None:  # in a test that takes any exception
+        raise ended
     if not script.held:
         raise Outcome("untested", "the tests asserted nothing")
     if not given and not lent & named:

@@ -183,7 +183,7 @@ def _first_failure(unittest: Any, script: Script) -> Any:
 
 
 def _unswallowed() -> None:
-    """In a handler of the tests': an assertion of theirs that failed stays failed, a verdict out."""
+    """In a handler of the tests': a failed assertion of theirs stays failed, a verdict out."""
     error = sys.exc_info()[1]
     if error is not None and (of_the_tests(error) or isinstance(error, (ChannelClosed, Outcome))):
         raise error
