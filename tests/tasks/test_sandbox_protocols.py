@@ -1762,6 +1762,51 @@ def test_what_the_tests_use_as_an_object_is_asked_by_operators(used):
     assert (verdict.passed, verdict.detail) == (True, "")
 
 
+TWO = "def helper(x): return x\ndef f(x): return {}\n"
+CHECK = "def check(candidate):\n assert candidate(1) == 2\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "tests", "reason"),
+    [
+        (TWO.format(100), f"assert isinstance(f(1), int)\n{CHECK}", "wrong"),
+        (TWO.format("x + 1"), f"assert isinstance(f(1), int)\n{CHECK}", "passed"),
+        (TWO.format(100), f"assert f(1) == helper(100)\n{CHECK}", "untested"),
+        (TWO.format("x + 1"), CHECK, "untested"),
+    ],
+)
+def test_a_check_that_nobody_calls_is_not_passed_over(code, tests, reason):
+    verdict = sandbox.run_program(code, tests, TIMEOUT_S)
+    assert verdict.reason == reason
+    if reason == "untested":
+        assert verdict.detail == "check takes a function, and which one of the program's cannot be told"
+
+
+CASE = """
+class Case:
+ def __init__(s, x, expected): s.x, s.expected = x, expected
+for c in [Case(1, 2), Case(2, 4)]:
+ assert solve(c) == c.expected
+"""
+
+
+@pytest.mark.parametrize("body", ["return case.expected", "case.expected = 0; return 0"])
+def test_objects_of_the_tests_show_and_change_nothing(body):
+    verdict = sandbox.run_program(f"def solve(case): {body}", CASE, TIMEOUT_S)
+    assert verdict.reason == "error"
+    assert "'expected' of an object of the tests' 'Case', which is no linked node" in verdict.detail
+
+
+def test_nodes_of_a_tree_are_read_and_set():
+    tests = (
+        "class Node:\n def __init__(s, v, *kids): s.v, s.kids = v, list(kids)\n"
+        "t = Node(1, Node(2), Node(3, Node(4)))\nassert total(t) == 10\nassert t.v == 0"
+    )
+    code = "def total(n):\n found, n.v = n.v, 0\n return found + sum(total(kid) for kid in n.kids)"
+    verdict = sandbox.run_program(code, tests, 20.0)
+    assert (verdict.passed, verdict.detail) == (True, "")
+
+
 @pytest.mark.parametrize("value", FORGED)
 def test_forged_values_do_not_pass(value):
     message = b'{"args":["l",[["i","2"]]],"value":' + value.encode() + b"}\n"

@@ -183,15 +183,34 @@ class Judge:
 
 
 def _attribute(target: Any, name: str, new: list[Any]) -> Any:
-    """An attribute of an object of a class that the tests define (a node of a list), read or set.
+    """An attribute of a node that the tests define (of a list, of a tree), read or set.
 
-    No other object of theirs lets the code see more than that it can be called.
+    No other object of theirs lets the code see more than that it can be called: it may hold what
+    the tests expect.
     """
     kind = type(target)
     hidden = type(name) is not str or name.startswith("_") or callable(getattr(kind, name, None))
     if kind.__module__ != "__main__" or (hidden and bool(new)) or str(name).startswith("_"):
         raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
+    if not _linked(target):
+        raise AttributeError(
+            f"{name!r} of an object of the tests' {kind.__name__!r}, which is no linked node"
+        )
     return setattr(target, name, new[0]) if new else getattr(target, name)
+
+
+_NODES: set[type] = set()  # classes of the tests whose objects hold each other
+
+
+def _linked(target: Any) -> bool:
+    """Whether an object of the tests holds another of its class, or None in such a one's place."""
+    kind = type(target)
+    slots = [name for each in kind.__mro__ for name in getattr(each, "__slots__", ())]
+    held = [*getattr(target, "__dict__", {}).values(), *(getattr(target, name, 0) for name in slots)]
+    parts = held + [each for value in held if isinstance(value, (list, tuple)) for each in value]
+    if any(type(part) is kind for part in parts):
+        _NODES.add(kind)
+    return kind in _NODES or any(value is None for value in held)
 
 
 def _finished(coroutine: Any) -> Any:
@@ -319,7 +338,7 @@ def run_tests(judge: Judge, code: str, tests: str) -> None:
     imported_here = {alias.asname or alias.name for alias in ast.walk(tree) if isinstance(alias, ast.alias)}
     # Tests that name nothing but built-ins test the code's own version of one.
     about = set() if wanted - bound_in(tree) - imported_here else used & bound - wanted
-    entry = entry_of(code) if script.wants_a_candidate else None
+    entry = entry_of(code, named) if script.wants_a_candidate else None
     given = judge.start(sorted(wanted | about | ({entry} if entry else set())), Uses(tree).classes)
     if len(redefined := sorted(about & set(given))) > 1:
         raise Outcome(
@@ -344,8 +363,10 @@ def run_tests(judge: Judge, code: str, tests: str) -> None:
         raise Outcome("untested", "the tests use nothing that the program defines")
 
 
-def entry_of(code: str) -> str | None:
-    """The one function or class of the code that no other part uses; None if there are more."""
+def entry_of(code: str, named: set[str]) -> str | None:
+    """The one function or class of the code that no other part uses, else the only one that the
+    tests name; None if there are more.
+    """
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -355,7 +376,9 @@ def entry_of(code: str) -> str | None:
     ]
     used = {(part.name, name.id) for part in parts for name in ast.walk(part) if isinstance(name, ast.Name)}
     alone = [part.name for part in parts if not any(by != part.name and of == part.name for by, of in used)]
-    return alone[0] if len(alone) == 1 else None
+    if len(alone) != 1:
+        alone = [part.name for part in parts if part.name in named]
+    return alone[0] if len(set(alone)) == 1 else None
 
 
 def _where(error: BaseException, tests: str) -> str:

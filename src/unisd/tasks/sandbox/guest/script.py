@@ -85,6 +85,10 @@ class Script:
         if len(missing) == 1 and candidate is not None and _candidate_only(self._node(name)):
             _result(function(candidate))
             return
+        if len(missing) == 1 and _candidate_only(self._node(name)):
+            raise Outcome(
+                "untested", f"{name} takes a function, and which one of the program's cannot be told"
+            )
         if not name.startswith("test"):
             return
         for arguments in _stand_in().cases(function, namespace):

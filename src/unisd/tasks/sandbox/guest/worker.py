@@ -1,4 +1,4 @@
-"""Runs the code and answers calls to what it defined. Nothing of the tests is known here."""
+"""Runs the code and answers calls to what it defined. The source of the tests is not here."""
 
 from __future__ import annotations
 import __future__
