@@ -1807,6 +1807,40 @@ def test_nodes_of_a_tree_are_read_and_set():
     assert (verdict.passed, verdict.detail) == (True, "")
 
 
+NESTED = """
+import pytest
+@pytest.fixture
+def one(): return 1
+@pytest.fixture
+def two(one):
+ yield one + 1
+def test_a(two): assert f(two) == 3
+class TestF:
+ @pytest.fixture
+ def three(self, two): return two + 1
+ def test_b(self, three, one): assert f(three) == 4 and f(one) == 2
+"""
+SKIP = "import pytest\n@pytest.mark.skip{}\ndef test_b(): assert f(1) == 99\n"
+
+
+@pytest.mark.parametrize(
+    ("tests", "reason"),
+    [
+        (NESTED, "passed"),
+        (NESTED.replace("== 4", "== 5"), "wrong"),
+        (SKIP.format("(reason='x')"), "untested"),
+        (SKIP.format(""), "untested"),
+        (SKIP.format("if(True, reason='x')"), "untested"),
+        (SKIP.format("if(False, reason='x')"), "wrong"),
+        (SKIP.format("") + "def test_a(): assert f(1) == 2", "passed"),
+        ("class TestF:\n def test_a(self, tmp_path): assert f(1) == 2", "untested"),
+    ],
+)
+def test_fixtures_and_skips_of_pytest(tests, reason):
+    verdict = sandbox.run_program("def f(x): return x + 1", tests, TIMEOUT_S)
+    assert verdict.reason == reason, verdict
+
+
 @pytest.mark.parametrize("value", FORGED)
 def test_forged_values_do_not_pass(value):
     message = b'{"args":["l",[["i","2"]]],"value":' + value.encode() + b"}\n"

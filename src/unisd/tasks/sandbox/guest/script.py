@@ -76,7 +76,7 @@ class Script:
             if name in self.entered:
                 continue
             if isinstance(value, type) and value.__module__ == "__main__":
-                self._run_class(value)
+                self._run_class(value, namespace)
             elif name.startswith(("check", "test")) and any(name == f.name for f in self.functions):
                 self._call(name, value, namespace, candidate)
 
@@ -94,28 +94,31 @@ class Script:
         for arguments in _stand_in().cases(function, namespace):
             if name in self.entered and not arguments:
                 break
-            absent = [each for each in missing if each not in arguments]
-            if absent:
-                raise Outcome("untested", f"{name} takes what nobody gives: {', '.join(absent)}")
+            _all_given(name, function, arguments)
             _result(function(**arguments))
 
     def _node(self, name: str) -> Any:
         return next(function for function in self.functions if function.name == name)
 
-    def _run_class(self, kind: type) -> None:
+    def _run_class(self, kind: type, namespace: dict[str, Any]) -> None:
         unittest = sys.modules.get("unittest")
         if unittest is not None and issubclass(kind, unittest.TestCase):
             result = _first_failure(unittest, self)
             unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(result)
             if result.error is not None:
                 raise result.error
-        elif kind.__name__.startswith("Test") and not _stand_in().required(kind):
-            for name in dir(kind):
-                if name.startswith("test"):
-                    case = kind()
-                    getattr(case, "setup_method", lambda *_: None)(*_as_many(case))
-                    for arguments in _stand_in().cases(getattr(kind, name), {}):
-                        _result(getattr(case, name)(**arguments))
+            return
+        skipped = getattr(kind, "is_skipped", False)
+        if skipped or not kind.__name__.startswith("Test") or _stand_in().required(kind):
+            return
+        for name in dir(kind):
+            if name.startswith("test"):
+                case = kind()
+                getattr(case, "setup_method", lambda *_: None)(*_as_many(case))
+                own = {each: getattr(case, each) for each in dir(kind) if not each.startswith("__")}
+                for arguments in _stand_in().cases(own[name], namespace | own):
+                    _all_given(name, own[name], arguments)
+                    _result(own[name](**arguments))
 
 
 def _stand_in() -> Any:
@@ -145,6 +148,12 @@ def _candidate_only(function: Any) -> bool:
     given = function.args
     alone = len(given.args) - len(given.defaults) == 1 and not given.posonlyargs and not given.kwonlyargs
     return alone and (function.name.startswith("check") or given.args[0].arg == "candidate")
+
+
+def _all_given(name: str, function: Any, arguments: dict[str, Any]) -> None:
+    absent = [each for each in _stand_in().required(function) if each not in arguments]
+    if absent:
+        raise Outcome("untested", f"{name} takes what nobody gives: {', '.join(absent)}")
 
 
 def _as_many(case: Any) -> list[Any]:
