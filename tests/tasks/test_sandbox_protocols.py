@@ -1586,6 +1586,261 @@ def test_wrong_programs_do_not_pass(code, tests):
     assert verdict.seconds < TIMEOUT_S + 4
 
 
+RAW = """
+import gc
+def f(x):
+ worker = [o for o in gc.get_objects() if type(o).__name__ == 'Worker'][0]
+ worker.number(worker)
+ said = {'class': 'CLASS', 'text': '', 'on': 0, 'args': ['t', ['passed', '']]}
+ worker.channel.send({'raise': said})
+ while True: pass
+"""
+SKIPPED = lines("""
+import unittest
+class T(unittest.TestCase):
+ def test_a(self): self.assertEqual(f(3), 9)
+ def test_b(self): self.assertEqual(g(1), 1)
+""")
+# Exceptions that mean something to what runs the tests.
+STEERS = [
+    (
+        "a verdict",
+        "from guest.script import Outcome\ndef f(x): raise Outcome('passed', '')",
+        "assert f(3) == 9",
+    ),
+    (
+        "a verdict of its own",
+        "from guest.script import Outcome\nclass E(Outcome): pass\ndef f(x): raise E('passed', '')",
+        "assert f(3) == 9",
+    ),
+    (
+        "a verdict in another module",
+        "import guest.script, json\njson.Out = guest.script.Outcome\njson.Out.__module__ = 'json'\n"
+        "json.Out.__name__ = 'Out'\ndef f(x): raise json.Out('passed', '')",
+        "assert f(3) == 9",
+    ),
+    *(
+        (f"a message that names {name}", RAW.replace("CLASS", name), "assert f(3) == 9")
+        for name in ("guest.script.Outcome", "guest.judge.Outcome", "guest.values.ChannelClosed")
+    ),
+    (
+        "a channel that closes",
+        "from guest.values import ChannelClosed\ndef f(x): raise ChannelClosed('passed')",
+        "assert f(3) == 9",
+    ),
+    *(
+        (
+            f"skips: {module}.{name}",
+            f"from {module} import {name}\ndef f(x): raise {name}('x')\ndef g(x): return x",
+            SKIPPED,
+        )
+        for module, name in (
+            ("unittest", "SkipTest"),
+            ("unittest.case", "_ShouldStop"),
+            ("numpy.testing", "SkipTest"),
+        )
+    ),
+    (
+        "skips by its own class",
+        "import unittest\nclass S(unittest.SkipTest): pass\ndef f(x): raise S\ndef g(x): return x",
+        SKIPPED,
+    ),
+]
+
+
+@pytest.mark.parametrize(("code", "tests"), marked(STEERS))
+def test_no_exception_of_the_code_steers_the_tests(code, tests):
+    verdict = sandbox.run_program(code, tests, TIMEOUT_S, 512)
+    assert not verdict.passed and verdict.reason in ("error", "timeout", "ended"), verdict
+
+
+def test_a_test_that_is_skipped_has_not_held():
+    tests = (
+        "import unittest\nclass T(unittest.TestCase):\n def test(self):\n"
+        "  self.assertEqual(f(1), 1)\n  self.skipTest('later')"
+    )
+    verdict = sandbox.run_program("def f(x): return x", tests, TIMEOUT_S)
+    assert (verdict.reason, verdict.detail) == ("untested", "the tests asserted nothing")
+
+
+def test_errors_of_libraries_are_what_they_are():
+    code = "import numpy as np, json\ndef f(x): return np.linalg.inv(x)\ndef g(s): return json.loads(s)"
+    tests = (
+        "import numpy as np, json\ntry:\n f(np.zeros((2, 2)))\n assert False\n"
+        "except np.linalg.LinAlgError:\n pass"
+        "\ntry:\n g('{')\n assert False\nexcept json.JSONDecodeError:\n pass"
+    )
+    assert sandbox.run_program(code, tests, 20.0).passed
+
+
+ONCE = " n = 0\n def __hash__(s): return 1\n def __eq__(s, o):\n  s.n += 1\n  return s.n == 1\n"
+NEAR = " def __sub__(s, o): return s\n def __abs__(s): return 0.0\n __lt__ = __gt__ = lambda s, o: True\n"
+MAKES = " def __init__(s, x): pass\n"
+EIGHT = "for x in range(8):\n assert Fib(x) == 9 + x\n"
+TWICE = f"class Fib:\n{MAKES}{ONCE}"
+BAG = f"class Bag:\n{MAKES} def __contains__(s, o): return True"
+AREA = "assert abs(Area(3) - 9.0) < 1e-6"
+CAPITAL = [
+    ("equals what comes first, a function", f"class Y:\n{ONCE}Fib = lambda x: Y()", EIGHT, "wrong"),
+    ("equals what comes first, a class", TWICE, EIGHT, "wrong"),
+    (
+        "equals texts that come first",
+        f"class Fib:\n{MAKES}{ONCE}",
+        EIGHT.replace("9 + x", "'ab' * x + 'c'"),
+        "wrong",
+    ),
+    (
+        "equals lists that come first",
+        f"class Fib:\n{MAKES}{ONCE}",
+        EIGHT.replace("9 + x", "[x, {2: 'c'}]"),
+        "wrong",
+    ),
+    (
+        "near, a function",
+        f"class Y:\n{NEAR}def Area(x): return Y()",
+        "assert abs(Area(3) - 9.0) < 1e-6",
+        "error",
+    ),
+    ("near, a class", f"class Area:\n{MAKES}{NEAR}", AREA, "untested"),
+    ("between, a class", f"class Area:\n{MAKES}{NEAR}", "assert 8 < Area(3) < 10", "untested"),
+    (
+        "near, where any exception is caught",
+        f"class Area:\n{MAKES}{NEAR}",
+        "try:\n assert abs(Area(3) - 9.0) < 1e-6\nexcept:\n pass\nassert Area is not None",
+        "untested",
+    ),
+    (
+        "almost equal",
+        f"class Area:\n{MAKES}{NEAR}",
+        "import unittest\nclass T(unittest.TestCase):\n def test(self): self.assertAlmostEqual(Area(3), 9.0)",
+        "untested",
+    ),
+    (
+        "contains all",
+        f"class Bag:\n{MAKES} def __contains__(s, o): return True",
+        "assert 3 in Bag([3])",
+        "wrong",
+    ),
+]
+
+
+@pytest.mark.parametrize(("code", "tests", "reason"), marked(CAPITAL))
+def test_a_capital_lets_nobody_guess(code, tests, reason):
+    verdict = sandbox.run_program(code, tests, TIMEOUT_S, 512)
+    assert (verdict.passed, verdict.reason) == (False, reason), verdict
+    if reason == "untested":
+        assert "the tests hold an object of the code's against plain data" in verdict.detail
+
+
+TEMPERATURE = """
+class Degrees:
+ def __init__(s, x): s.x = x
+ def __eq__(s, o): return s.x == getattr(o, 'x', o)
+ def __lt__(s, o): return s.x < getattr(o, 'x', o)
+ def __sub__(s, o): return s.x - getattr(o, 'x', o)
+ def __contains__(s, o): return o < s.x
+"""
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        "assert Degrees(3).x == 3",
+        "d = Degrees(3)\nd.x = 4",
+        "for d in [Degrees(3), Degrees(4)]:\n print(d.x)",
+        "assert max([Degrees(3), Degrees(4)]).x == 4",
+        "ds = [Degrees(3)]\nassert ds[0].x == 3",
+        "assert Degrees(3) == Degrees(3)",
+        "assert isinstance(Degrees(3), Degrees)",
+        "import unittest\nclass T(unittest.TestCase):\n def setUp(self): self.d = Degrees(3)\n"
+        " def test(self): self.assertEqual(self.d.x, 3)",
+    ],
+)
+def test_what_the_tests_use_as_an_object_is_asked_by_operators(used):
+    tests = f"{used}\nassert Degrees(3) < 5 and abs(Degrees(3) - 1) == 2 and 2 in Degrees(3)"
+    verdict = sandbox.run_program(TEMPERATURE, tests, 20.0)
+    assert (verdict.passed, verdict.detail) == (True, "")
+
+
+TWO = "def helper(x): return x\ndef f(x): return {}\n"
+CHECK = "def check(candidate):\n assert candidate(1) == 2\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "tests", "reason"),
+    [
+        (TWO.format(100), f"assert isinstance(f(1), int)\n{CHECK}", "wrong"),
+        (TWO.format("x + 1"), f"assert isinstance(f(1), int)\n{CHECK}", "passed"),
+        (TWO.format(100), f"assert f(1) == helper(100)\n{CHECK}", "untested"),
+        (TWO.format("x + 1"), CHECK, "untested"),
+    ],
+)
+def test_a_check_that_nobody_calls_is_not_passed_over(code, tests, reason):
+    verdict = sandbox.run_program(code, tests, TIMEOUT_S)
+    assert verdict.reason == reason
+    if reason == "untested":
+        assert verdict.detail == "check takes a function, and which one of the program's cannot be told"
+
+
+CASE = """
+class Case:
+ def __init__(s, x, expected): s.x, s.expected = x, expected
+for c in [Case(1, 2), Case(2, 4)]:
+ assert solve(c) == c.expected
+"""
+
+
+@pytest.mark.parametrize("body", ["return case.expected", "case.expected = 0; return 0"])
+def test_objects_of_the_tests_show_and_change_nothing(body):
+    verdict = sandbox.run_program(f"def solve(case): {body}", CASE, TIMEOUT_S)
+    assert verdict.reason == "error"
+    assert "'expected' of an object of the tests' 'Case', which is no linked node" in verdict.detail
+
+
+def test_nodes_of_a_tree_are_read_and_set():
+    tests = (
+        "class Node:\n def __init__(s, v, *kids): s.v, s.kids = v, list(kids)\n"
+        "t = Node(1, Node(2), Node(3, Node(4)))\nassert total(t) == 10\nassert t.v == 0"
+    )
+    code = "def total(n):\n found, n.v = n.v, 0\n return found + sum(total(kid) for kid in n.kids)"
+    verdict = sandbox.run_program(code, tests, 20.0)
+    assert (verdict.passed, verdict.detail) == (True, "")
+
+
+NESTED = """
+import pytest
+@pytest.fixture
+def one(): return 1
+@pytest.fixture
+def two(one):
+ yield one + 1
+def test_a(two): assert f(two) == 3
+class TestF:
+ @pytest.fixture
+ def three(self, two): return two + 1
+ def test_b(self, three, one): assert f(three) == 4 and f(one) == 2
+"""
+SKIP = "import pytest\n@pytest.mark.skip{}\ndef test_b(): assert f(1) == 99\n"
+
+
+@pytest.mark.parametrize(
+    ("tests", "reason"),
+    [
+        (NESTED, "passed"),
+        (NESTED.replace("== 4", "== 5"), "wrong"),
+        (SKIP.format("(reason='x')"), "untested"),
+        (SKIP.format(""), "untested"),
+        (SKIP.format("if(True, reason='x')"), "untested"),
+        (SKIP.format("if(False, reason='x')"), "wrong"),
+        (SKIP.format("") + "def test_a(): assert f(1) == 2", "passed"),
+        ("class TestF:\n def test_a(self, tmp_path): assert f(1) == 2", "untested"),
+    ],
+)
+def test_fixtures_and_skips_of_pytest(tests, reason):
+    verdict = sandbox.run_program("def f(x): return x + 1", tests, TIMEOUT_S)
+    assert verdict.reason == reason, verdict
+
+
 @pytest.mark.parametrize("value", FORGED)
 def test_forged_values_do_not_pass(value):
     message = b'{"args":["l",[["i","2"]]],"value":' + value.encode() + b"}\n"

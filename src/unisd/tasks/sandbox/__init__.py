@@ -5,7 +5,7 @@
 
 Two processes, each in its own sandbox (bubblewrap: no network, no files but the interpreter's, a
 private empty working directory, namespaces of its own) under limits of CPU, memory, processes and
-file size. The *worker* runs the code and never sees the tests. The *judge* runs the tests; the
+file size. The *worker* runs the code, without the tests' source. The *judge* runs the tests; the
 code's functions are remote calls to it that return plain data with exact types. So nothing that the
 code does, short of returning the right values, makes a test pass. What the code prints is thrown
 away.

@@ -17,6 +17,8 @@ from typing import Any
 
 from .confine import confine
 from .remote import (
+    MADE,
+    TESTED,
     UNCHANGING,
     Remote,
     async_generator,
@@ -30,7 +32,10 @@ from .remote import (
     with_more,
 )
 from .script import MAX_MESSAGE_TEXT, Outcome, Script
+from .uses import Uses, capital
 from .values import Channel, ChannelClosed, dump, load
+
+_RAISABLE = (sys.stdlib_module_names | {"numpy"}) - {"unittest"}  # modules whose exceptions the code raises
 
 
 class Judge:
@@ -41,6 +46,7 @@ class Judge:
         self.objects: dict[int, Any] = {}  # of the code's, by number: each is one object here too
         self.classes: dict[int, Any] = {}  # exceptions of the code's
         self.waiting = 0  # requests without a reply so far
+        self.refused: Outcome | None = None
 
     def hold(self, value: Any) -> list[Any]:
         if (number := number_of(value)) is not None:
@@ -107,14 +113,18 @@ class Judge:
                 else:
                     value = function(*load(message["args"], self.find), **load(message["kwargs"], self.find))
                 self.channel.send({"value": self.dump(value)})
-            except (ChannelClosed, Outcome):
-                raise
             except Exception as error:
                 if of_the_tests(error):
                     raise
                 self.channel.send({"raise": told(error)})
 
-    def start(self, wanted: list[str]) -> dict[str, Any]:
+    def refuse(self, why: str) -> None:
+        """Ends the tests, whatever they catch."""
+        self.refused = self.refused or Outcome("untested", why)
+        raise self.refused
+
+    def start(self, wanted: list[str], tested: set[str]) -> dict[str, Any]:
+        """What the code calls so. `tested`: names that the tests use as classes."""
         with contextlib.suppress(ChannelClosed):  # code that failed has said so and is gone
             self.channel.send({"want": wanted})
         reply = self.channel.receive()
@@ -126,8 +136,9 @@ class Judge:
             raise Outcome(reason, f"{name}: {text}")
         given = {name: load(value, self.find) for name, value in reply["names"].items() if name in wanted}
         for name, value in given.items():
-            if type(value) is Remote and name.lstrip("_")[:1].isupper():
-                given[name] = self.objects[value._number] = Remote(self, value._number, makes=True)
+            if type(value) is Remote and capital(name) and name in reply["classes"]:
+                makes = TESTED if name in tested else MADE
+                given[name] = self.objects[value._number] = Remote(self, value._number, makes=makes)
         return given
 
     def exception(self, given: Any) -> Exception:
@@ -152,11 +163,16 @@ class Judge:
         return error  # type: ignore[no-any-return]
 
     def class_of(self, spec: Any) -> Any:
-        """The class of an exception: built in, of a module that is at hand, or the code's own."""
+        """The class of an exception: of a library that is at hand, or the code's own.
+
+        None of those that steer the tests: unittest's, which skip a test, and the judge's.
+        """
         found: Any = None
         if type(spec) is str:
             module, _, name = spec.rpartition(".")
             found = getattr(sys.modules.get(module or "builtins"), name, None)
+            if str(getattr(found, "__module__", "")).partition(".")[0] not in _RAISABLE:
+                found = None
         elif type(spec) is list and len(spec) == 4 and spec[0] == "x" and type(spec[1]) is int:
             if spec[1] not in self.classes:
                 bases = list(dict.fromkeys(self.class_of(base) for base in spec[3]))
@@ -167,15 +183,34 @@ class Judge:
 
 
 def _attribute(target: Any, name: str, new: list[Any]) -> Any:
-    """An attribute of an object of a class that the tests define (a node of a list), read or set.
+    """An attribute of a node that the tests define (of a list, of a tree), read or set.
 
-    No other object of theirs lets the code see more than that it can be called.
+    No other object of theirs lets the code see more than that it can be called: it may hold what
+    the tests expect.
     """
     kind = type(target)
     hidden = type(name) is not str or name.startswith("_") or callable(getattr(kind, name, None))
     if kind.__module__ != "__main__" or (hidden and bool(new)) or str(name).startswith("_"):
         raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
+    if not _linked(target):
+        raise AttributeError(
+            f"{name!r} of an object of the tests' {kind.__name__!r}, which is no linked node"
+        )
     return setattr(target, name, new[0]) if new else getattr(target, name)
+
+
+_NODES: set[type] = set()  # classes of the tests whose objects hold each other
+
+
+def _linked(target: Any) -> bool:
+    """Whether an object of the tests holds another of its class, or None in such a one's place."""
+    kind = type(target)
+    slots = [name for each in kind.__mro__ for name in getattr(each, "__slots__", ())]
+    held = [*getattr(target, "__dict__", {}).values(), *(getattr(target, name, 0) for name in slots)]
+    parts = held + [each for value in held if isinstance(value, (list, tuple)) for each in value]
+    if any(type(part) is kind for part in parts):
+        _NODES.add(kind)
+    return kind in _NODES or any(value is None for value in held)
 
 
 def _finished(coroutine: Any) -> Any:
@@ -303,8 +338,8 @@ def run_tests(judge: Judge, code: str, tests: str) -> None:
     imported_here = {alias.asname or alias.name for alias in ast.walk(tree) if isinstance(alias, ast.alias)}
     # Tests that name nothing but built-ins test the code's own version of one.
     about = set() if wanted - bound_in(tree) - imported_here else used & bound - wanted
-    entry = entry_of(code) if script.wants_a_candidate else None
-    given = judge.start(sorted(wanted | about | ({entry} if entry else set())))
+    entry = entry_of(code, named) if script.wants_a_candidate else None
+    given = judge.start(sorted(wanted | about | ({entry} if entry else set())), Uses(tree).classes)
     if len(redefined := sorted(about & set(given))) > 1:
         raise Outcome(
             "error", f"the code redefines several built-ins that the tests use: {', '.join(redefined)}"
@@ -320,16 +355,18 @@ def run_tests(judge: Judge, code: str, tests: str) -> None:
         raise Outcome("memory", "out of memory") from None
     except BaseException as error:
         raise Outcome("error", f"{type(error).__name__}: {error}") from None
-    if judge.channel.closed is not None:  # in a test that takes any exception for right
-        raise judge.channel.closed
+    if (ended := judge.channel.closed or judge.refused) is not None:  # in a test that takes any exception
+        raise ended
     if not script.held:
         raise Outcome("untested", "the tests asserted nothing")
     if not given and not lent & named:
         raise Outcome("untested", "the tests use nothing that the program defines")
 
 
-def entry_of(code: str) -> str | None:
-    """The one function or class of the code that no other part uses; None if there are more."""
+def entry_of(code: str, named: set[str]) -> str | None:
+    """The one function or class of the code that no other part uses, else the only one that the
+    tests name; None if there are more.
+    """
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -339,7 +376,9 @@ def entry_of(code: str) -> str | None:
     ]
     used = {(part.name, name.id) for part in parts for name in ast.walk(part) if isinstance(name, ast.Name)}
     alone = [part.name for part in parts if not any(by != part.name and of == part.name for by, of in used)]
-    return alone[0] if len(alone) == 1 else None
+    if len(alone) != 1:
+        alone = [part.name for part in parts if part.name in named]
+    return alone[0] if len(set(alone)) == 1 else None
 
 
 def _where(error: BaseException, tests: str) -> str:

@@ -89,6 +89,16 @@ class _Mark:
 
         return mark
 
+    def skip(self, *args: Any, **_: Any) -> Any:
+        def decorate(test: Any) -> Any:
+            test.is_skipped = True
+            return test
+
+        return decorate(args[0]) if args and callable(args[0]) else decorate
+
+    def skipif(self, condition: Any = False, *_: Any, **__: Any) -> Any:
+        return self.skip() if condition is True else lambda test: test
+
     def parametrize(self, names: Any, values: Any, **_: Any) -> Any:
         listed = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
         cases = [dict(zip(listed, [each] if len(listed) == 1 else each, strict=True)) for each in values]
@@ -122,12 +132,25 @@ def required(function: Callable[..., Any]) -> list[str]:
 
 
 def cases(function: Any, namespace: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Arguments of each call of a test: every combination of its parameters, with its fixtures."""
+    """Arguments of each call of a test: every combination of its parameters, with its fixtures.
+
+    None of a test that is skipped.
+    """
+    if getattr(function, "is_skipped", False):
+        return
     for combination in itertools.product(*getattr(function, "parameters", [])):
         arguments = {name: value for part in combination for name, value in part.items()}
-        for name in required(function):
-            made: Any = namespace.get(name)
-            if name not in arguments and getattr(made, "is_fixture", False):
-                value = made()
-                arguments[name] = next(value) if inspect.isgenerator(value) else value
-        yield arguments
+        yield _given(function, namespace, arguments, dict(arguments))
+
+
+def _given(function: Any, namespace: dict[str, Any], given: Any, made: dict[str, Any]) -> dict[str, Any]:
+    """`given` and the fixtures that a function takes, which may take others; each is made once."""
+    found = dict(given)
+    for name in required(function):
+        fixed: Any = namespace.get(name)
+        if name not in made and getattr(fixed, "is_fixture", False):
+            value = fixed(**_given(fixed, namespace, {}, made))
+            made[name] = next(value) if inspect.isgenerator(value) else value
+        if name in made:
+            found[name] = made[name]
+    return found

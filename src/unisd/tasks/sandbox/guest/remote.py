@@ -4,9 +4,10 @@ An object of the code's answers for itself where the tests ask it about itself o
 object: calls, attributes, items, length, iteration, `with`, `await`, operators, comparisons. Where
 they hold it against plain data it is not asked: it would be told the value that is expected, and
 could say yes. So it equals no plain data, contains none but what it iterates over, and adds to
-none. The exception is what the tests made themselves, by calling a class, a name that begins with
-a capital letter: its operators are what is tested. And what equals other things too (`_decoys`)
-equals nothing.
+none. The exception is what the tests made themselves, by calling a class whose name begins with a
+capital letter: it is asked among others (`decoys`) whether it equals plain data, and may be added
+to it. Its other operators are asked for only where the tests use it as an object elsewhere
+(`uses`): of a function that gives a number they are what a liar would be told the number by.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
+from .decoys import FAR, decoys, shuffled, stranger
 from .protocols import ARITHMETIC, COMPARISONS, CONVERSIONS
 
 if TYPE_CHECKING:
     from .judge import Judge
 
 ONE_BY_ONE, AT_ONCE = 64, 1024  # after so many items of an iterator, so many are fetched at a time
+MADE, TESTED = 1, 2  # of an object: the tests made it; and use it as an object
+GROWING = ("add", "radd", "iadd", "mul", "rmul", "imul")
 ASKED = ("__name__", "__qualname__", "__module__", "__doc__", "__dict__", "__annotations__", "__wrapped__")
 
 
 class Remote:
-    """An object of the worker's. `_own`: made by the tests; `_makes`: a class that they name."""
+    """The worker's. `_own`: MADE by the tests, or TESTED; `_makes`: what its calls give."""
 
     __slots__ = ("_judge", "_makes", "_number", "_own")
 
-    def __init__(self, judge: Judge, number: int, own: bool = False, makes: bool = False) -> None:
+    def __init__(self, judge: Judge, number: int, own: int = 0, makes: int = 0) -> None:
         for name, value in (("_judge", judge), ("_number", number), ("_own", own), ("_makes", makes)):
             object.__setattr__(self, name, value)
 
@@ -37,7 +41,7 @@ class Remote:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         value = self._ask("call", *args, **kwargs)
-        return _owned(value) if self._makes else value
+        return _owned(value, self._makes)
 
     def __getattribute__(self, name: str) -> Any:
         if name in ASKED:
@@ -77,8 +81,12 @@ class Remote:
         return items[0]
 
     def __contains__(self, item: Any) -> bool:
-        if self._own or number_of(item) is not None:
+        if self._own == TESTED or number_of(item) is not None:
             return exactly(bool, self._ask("contains", item))  # type: ignore[no-any-return]
+        if self._own:
+            far = [item + FAR, item - FAR] if type(item) in (int, float) else []
+            right, others = self._answers("contains", item, decoys(item) + far)
+            return right and not all(others)
         return any(item is each or item == each for each in self)
 
     def __eq__(self, other: object) -> bool:
@@ -87,13 +95,21 @@ class Remote:
             return True
         if number is None and not self._own:
             return False
-        return exactly(bool, self._ask("eq", other)) and not any(map(self._equals_too, _decoys(other)))
+        right, others = self._answers("eq", other, decoys(other) if number is None else [stranger])
+        return right and not any(others)
 
-    def _equals_too(self, other: Any) -> bool:
-        try:
-            return bool(self._ask("eq", other))
-        except Exception:
-            return False
+    def _answers(self, op: str, value: Any, others: list[Any]) -> tuple[bool, list[bool]]:
+        """The answer to `value`, and those to others, asked for in a random order."""
+        right, found = False, []
+        for is_value, each in shuffled(value, others):
+            if is_value:
+                right = exactly(bool, self._ask(op, each))
+                continue
+            try:
+                found.append(bool(self._ask(op, each)))
+            except Exception:
+                found.append(False)
+        return right, found
 
     def __hash__(self) -> int:
         return exactly(int, self._ask("hash"))  # type: ignore[no-any-return]
@@ -135,7 +151,7 @@ class Remote:
 
     def __deepcopy__(self, memo: Any) -> Any:
         copied = self._ask("deepcopy")
-        return _owned(copied) if self._own else copied
+        return _owned(copied, self._own)
 
 
 def exactly(kind: type | None, value: Any) -> Any:
@@ -156,21 +172,8 @@ def number_of(value: object) -> int | None:
     return found if type(found) is int else None
 
 
-def _owned(value: Any) -> Any:
-    return Remote(value._judge, value._number, own=True) if type(value) is Remote else value
-
-
-def _stranger() -> None:
-    """Equals nothing of the code's."""
-
-
-def _decoys(value: Any) -> list[Any]:
-    """What is not `value`: something else altogether, and its neighbour."""
-    if isinstance(value, (int, float, complex)):
-        return [_stranger, value + 1]
-    if type(value) in (list, tuple):
-        return [_stranger, value + type(value)(["x"])]
-    return [_stranger, value + "x"] if type(value) is str else [_stranger]
+def _owned(value: Any, own: int) -> Any:
+    return Remote(value._judge, value._number, own=own) if own and type(value) is Remote else value
 
 
 def same(one: Any, other: Any) -> bool:
@@ -196,16 +199,22 @@ def _swallowed(answer: Any, error: BaseException | None) -> bool:
 
 def _between(op: str, one: Remote, other: Any) -> Any:
     """An operator between an object of the code's and anything."""
-    if number_of(other) is None and not one._own:
+    plain = number_of(other) is None
+    if plain and not one._own:
         return NotImplemented
-    value = one._ask(op, other)
-    return _owned(value) if one._own and (type(other) is not Remote or other._own) else value
+    value = one._ask(op, other) if not plain or one._own == TESTED or op in GROWING else None
+    if plain and one._own == MADE and type(value) is not Remote:
+        one._judge.refuse(
+            f"the tests hold an object of the code's against plain data ({op}), and nowhere use it as "
+            "an object: it would be told what they expect"
+        )
+    return _owned(value, min(one._own, other._own) if type(other) is Remote else one._own)
 
 
 def _conversion(name: str, kind: type | None) -> Callable[..., Any]:
     def convert(self: Remote, *args: Any) -> Any:
         value = exactly(kind, self._ask(name, *args))
-        return _owned(value) if self._own else value
+        return _owned(value, self._own)
 
     return convert
 

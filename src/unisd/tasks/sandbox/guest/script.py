@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .remote import Remote, number_of, of_the_tests, same
+from .values import ChannelClosed
 
 MAX_MESSAGE_TEXT = 300
 
 
-class Outcome(Exception):
-    """The verdict is out: its reason and detail."""
+class Outcome(BaseException):
+    """The verdict is out: its reason and detail. No `except Exception` takes it."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -75,7 +76,7 @@ class Script:
             if name in self.entered:
                 continue
             if isinstance(value, type) and value.__module__ == "__main__":
-                self._run_class(value)
+                self._run_class(value, namespace)
             elif name.startswith(("check", "test")) and any(name == f.name for f in self.functions):
                 self._call(name, value, namespace, candidate)
 
@@ -84,33 +85,40 @@ class Script:
         if len(missing) == 1 and candidate is not None and _candidate_only(self._node(name)):
             _result(function(candidate))
             return
+        if len(missing) == 1 and _candidate_only(self._node(name)):
+            raise Outcome(
+                "untested", f"{name} takes a function, and which one of the program's cannot be told"
+            )
         if not name.startswith("test"):
             return
         for arguments in _stand_in().cases(function, namespace):
             if name in self.entered and not arguments:
                 break
-            absent = [each for each in missing if each not in arguments]
-            if absent:
-                raise Outcome("untested", f"{name} takes what nobody gives: {', '.join(absent)}")
+            _all_given(name, function, arguments)
             _result(function(**arguments))
 
     def _node(self, name: str) -> Any:
         return next(function for function in self.functions if function.name == name)
 
-    def _run_class(self, kind: type) -> None:
+    def _run_class(self, kind: type, namespace: dict[str, Any]) -> None:
         unittest = sys.modules.get("unittest")
         if unittest is not None and issubclass(kind, unittest.TestCase):
-            result = _first_failure(unittest)
+            result = _first_failure(unittest, self)
             unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(result)
             if result.error is not None:
                 raise result.error
-        elif kind.__name__.startswith("Test") and not _stand_in().required(kind):
-            for name in dir(kind):
-                if name.startswith("test"):
-                    case = kind()
-                    getattr(case, "setup_method", lambda *_: None)(*_as_many(case))
-                    for arguments in _stand_in().cases(getattr(kind, name), {}):
-                        _result(getattr(case, name)(**arguments))
+            return
+        skipped = getattr(kind, "is_skipped", False)
+        if skipped or not kind.__name__.startswith("Test") or _stand_in().required(kind):
+            return
+        for name in dir(kind):
+            if name.startswith("test"):
+                case = kind()
+                getattr(case, "setup_method", lambda *_: None)(*_as_many(case))
+                own = {each: getattr(case, each) for each in dir(kind) if not each.startswith("__")}
+                for arguments in _stand_in().cases(own[name], namespace | own):
+                    _all_given(name, own[name], arguments)
+                    _result(own[name](**arguments))
 
 
 def _stand_in() -> Any:
@@ -142,6 +150,12 @@ def _candidate_only(function: Any) -> bool:
     return alone and (function.name.startswith("check") or given.args[0].arg == "candidate")
 
 
+def _all_given(name: str, function: Any, arguments: dict[str, Any]) -> None:
+    absent = [each for each in _stand_in().required(function) if each not in arguments]
+    if absent:
+        raise Outcome("untested", f"{name} takes what nobody gives: {', '.join(absent)}")
+
+
 def _as_many(case: Any) -> list[Any]:
     """`setup_method` may take the method, or nothing."""
     return [None] * len(_stand_in().required(getattr(case, "setup_method", lambda: None)))
@@ -155,9 +169,16 @@ def _result(value: Any) -> None:
         asyncio.run(value)
 
 
-def _first_failure(unittest: Any) -> Any:
+def _first_failure(unittest: Any, script: Script) -> Any:
     class Result(unittest.TestResult):  # type: ignore[misc]
         error: BaseException | None = None
+        before = 0
+
+        def startTest(self, test: Any) -> None:
+            self.before = script.held
+
+        def addSkip(self, test: Any, reason: str) -> None:
+            script.held = self.before  # a test that is skipped has not held
 
         def addError(self, test: Any, error: Any) -> None:
             self.error = self.error or error[1]
@@ -175,9 +196,9 @@ def _first_failure(unittest: Any) -> Any:
 
 
 def _unswallowed() -> None:
-    """In a handler of the tests': an assertion of theirs that failed stays failed."""
+    """In a handler of the tests': a failed assertion of theirs stays failed, a verdict out."""
     error = sys.exc_info()[1]
-    if error is not None and of_the_tests(error):
+    if error is not None and (of_the_tests(error) or isinstance(error, (ChannelClosed, Outcome))):
         raise error
 
 

@@ -26,8 +26,8 @@ Find = Callable[[list[Any]], Any]
 Wrap = Callable[[Any, Any], Any]
 
 
-class ChannelClosed(Exception):
-    """The other side has ended, or sent what is no message."""
+class ChannelClosed(BaseException):
+    """The other side has ended, or sent what is no message. No `except Exception` takes it."""
 
 
 class Channel:

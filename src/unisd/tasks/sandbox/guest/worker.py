@@ -1,4 +1,4 @@
-"""Runs the code and answers calls to what it defined. Nothing of the tests is known here."""
+"""Runs the code and answers calls to what it defined. The source of the tests is not here."""
 
 from __future__ import annotations
 import __future__
@@ -304,6 +304,8 @@ def main() -> None:
         worker.channel.send({"failed": [type(failure).__name__, worker.exception(failure)["text"]]})
         return
     worker.printed.take()
-    worker.channel.send({"names": {name: worker.dump(value) for name, value in given.items()}})
+    classes = [name for name, value in given.items() if isinstance(value, type)]
+    names = {name: worker.dump(value) for name, value in given.items()}
+    worker.channel.send({"names": names, "classes": classes})
     with contextlib.suppress(ChannelClosed):
         worker.serve()
