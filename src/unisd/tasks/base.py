@@ -32,7 +32,8 @@ class Grade:
     in a few words why an answer is wrong. `details` are further figures of this answer, each
     between 0 and 1 (a report shows their means). `ambiguous`: there are several answers, and the
     completion settles on none of them. `how` says how the answer was found ("final marker",
-    "stated", "boxed", "last line", "mention").
+    "stated", "boxed", "last line", "mention"). `feedback` tells the one who answered what is wrong
+    with this answer, without the right one.
     """
 
     correct: bool
@@ -41,6 +42,7 @@ class Grade:
     details: dict[str, float] = field(default_factory=dict)
     ambiguous: bool = False
     how: str = ""
+    feedback: str = ""
 
     @property
     def outcome(self) -> str:
@@ -52,6 +54,19 @@ class Grade:
     def __bool__(self) -> bool:
         """A grade stands for its verdict, so that a grader may return a `Grade` or a plain bool."""
         return self.correct
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a student's answer, given before the teacher scores it.
+
+    score: from 0 to 1. passed: whether it counts as solved. feedback: a few words about *this*
+    answer (the failing test and what it gave), never the reference; the teacher may be shown it.
+    """
+
+    score: float
+    passed: bool
+    feedback: str = ""
 
 
 class Task:
