@@ -6,10 +6,9 @@ import random
 
 import pytest
 
-from unisd.rollout.outcomes import KEEPS, Outcome, kept, siblings
-from unisd.tasks.base import Verdict
+from unisd.methods.outcomes import KEEPS, Outcome, kept, siblings
 
-P, F = Verdict(1.0, True), Verdict(0.0, False)
+P, F = True, False
 GROUPS = [0, 0, 0, 1, 1, 2, 2, 3]
 VERDICTS = [F, P, P, F, F, P, None, P]
 LENGTHS = [9, 7, 5, 1, 2, 4, 1, 3]

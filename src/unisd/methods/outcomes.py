@@ -1,6 +1,7 @@
-"""What follows from the verdicts on a step's answers: which carry loss, and what the teacher is told.
+"""What follows from the verdicts on a step's answers: which carry loss, what the teacher is told.
 
-A *group* is the answers to one prompt. An answer without a verdict has neither passed nor failed.
+A *group* is the answers to one prompt. An answer without a verdict (`passed` is None) has neither
+passed nor failed.
 """
 
 from __future__ import annotations
@@ -8,27 +9,32 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from unisd.tasks.base import Verdict
-
 KEEPS = ("all", "passed", "failed", "shortest_passed", "mixed_groups")
 AFTER_ROLLOUT = ("sibling+feedback", "sibling", "feedback")
-"""Levels of `teacher_context` that are made of a step's answers."""
+"""What `rollout_contexts` may name: made of a step's answers."""
+NO_LOSS = "none"
+"""The last of `rollout_contexts`: an answer that none of them serves carries no loss."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an answer's own group tells its teacher: a passed answer of another, feedback on this."""
+    """What an answer's group tells its teacher: another one that passed, feedback on this one."""
 
     sibling: str | None = None
     feedback: str | None = None
 
-    def serves(self, level: str) -> bool:
-        """Whether the teacher can be told this level of `AFTER_ROLLOUT`."""
-        return all(getattr(self, part) for part in level.split("+"))
+    def serves(self, context: str) -> bool:
+        """Whether the teacher can be told this one of `AFTER_ROLLOUT`."""
+        return all(getattr(self, part) for part in context.split("+"))
+
+    def told(self, context: str) -> Outcome:
+        """What of this a context tells."""
+        parts = context.split("+")
+        return Outcome(*(getattr(self, n) if n in parts else None for n in ("sibling", "feedback")))
 
 
 def kept(
-    groups: Sequence[Hashable], verdicts: Sequence[Verdict | None], lengths: Sequence[int], keep: str
+    groups: Sequence[Hashable], passed: Sequence[bool | None], lengths: Sequence[int], keep: str
 ) -> list[bool]:
     """Whether each answer carries loss, by `keep` of `KEEPS`.
 
@@ -39,12 +45,8 @@ def kept(
         groups: of each answer.
         lengths: of each answer, in tokens.
     """
-    passed = [verdict is not None and verdict.passed for verdict in verdicts]
-    failed = [verdict is not None and not verdict.passed for verdict in verdicts]
-    if keep == "passed":
-        return passed
-    if keep == "failed":
-        return failed
+    if keep in ("passed", "failed"):
+        return [p is (keep == "passed") for p in passed]
     if keep == "shortest_passed":
         best = {g: i for i, g in reversed(list(enumerate(groups))) if passed[i]}
         for i, group in enumerate(groups):
@@ -52,16 +54,14 @@ def kept(
                 best[group] = i
         return [best.get(group) == i for i, group in enumerate(groups)]
     if keep == "mixed_groups":
-        mixed = {g for g, p in zip(groups, passed, strict=True) if p} & {
-            g for g, f in zip(groups, failed, strict=True) if f
-        }
-        return [group in mixed for group in groups]
+        found = set(zip(groups, passed, strict=True))
+        return [(group, True) in found and (group, False) in found for group in groups]
     return [True] * len(groups)
 
 
 def siblings(
     groups: Sequence[Hashable],
-    verdicts: Sequence[Verdict | None],
+    passed: Sequence[bool | None],
     lengths: Sequence[int],
     shortest: bool = False,
 ) -> list[int | None]:
@@ -71,8 +71,8 @@ def siblings(
     The first one, or the shortest.
     """
     places: dict[Hashable, list[int]] = {}
-    for i, (group, verdict) in enumerate(zip(groups, verdicts, strict=True)):
-        if verdict is not None and verdict.passed:
+    for i, group in enumerate(groups):
+        if passed[i]:
             places.setdefault(group, []).append(i)
     if shortest:
         places = {group: sorted(found, key=lambda i: (lengths[i], i)) for group, found in places.items()}
