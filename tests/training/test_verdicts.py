@@ -175,7 +175,7 @@ def test_a_stopped_run_goes_on_with_its_verdicts(tmp_path: Path) -> None:
 
     whole = judged(tmp_path / "whole", counting, max_steps=4, **options)
     whole.train()
-    assert len(asked) == 2 * 2 * 4  # once a rollout, which serves two steps
+    assert len(asked) == 2 * 8 * 4  # once a rollout, which serves two steps
     first = judged(tmp_path / "parts", max_steps=4, **options)
     first.add_callback(StopAt(3))
     first.train()
