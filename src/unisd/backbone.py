@@ -34,7 +34,7 @@ from unisd.kernels.attention import PACKED_SDPA
 from unisd.losses.head import Head, softcap_and_scale
 from unisd.models.adapters import without_adapter
 from unisd.models.load import context_length, ropes
-from unisd.models.tokens import defined_tokens
+from unisd.models.tokens import defined_tokens, end_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +133,7 @@ class Backbone:
         known = defined_tokens(module)
         if known is not None:  # views, without the rows that stand for no token
             weight, bias = weight[:known], None if bias is None else bias[:known]
-        return Head(
-            weight=weight,
-            bias=bias,
-            scale=self._scale,
-            softcap=self._softcap,
-        )
+        return Head(weight, bias, self._scale, self._softcap, end_tokens(module))
 
     @contextmanager
     def capture(self, layers: Sequence[int] = ()) -> Iterator[Captured]:

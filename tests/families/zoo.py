@@ -121,6 +121,24 @@ _GEMMA4 = _family(
 )  # fmt: skip
 _MISTRAL = _family("Mistral 3", "Mistral", "mistral", sliding_window=16)
 
+_PHIMOE = _family(
+    "Phi-3.5 MoE", "Phimoe", "phi3", "experts", "router", head_dim=None, num_local_experts=4,
+    num_experts_per_tok=2,
+)  # fmt: skip
+_JETMOE = _family(
+    "JetMoE", "JetMoe", "base", "experts", "router", "tied", head_dim=None, kv_channels=8,
+    num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2,
+)  # fmt: skip
+_MAMBA_2 = _family(
+    "Mamba 2", "Mamba2", "base", "states", num_attention_heads=None, num_key_value_heads=None, head_dim=8,
+    state_size=8, num_heads=8, n_groups=1, chunk_size=16, expand=2,
+)  # fmt: skip
+_ZAMBA2 = _family(
+    "Zamba 2", "Zamba2", "base", "states", "tied", head_dim=None, mamba_d_state=8, mamba_ngroups=1,
+    n_mamba_heads=2, mamba_headdim=32, chunk_size=16, num_mem_blocks=1, hybrid_layer_ids=[1],
+    layers_block_type=["mamba", "hybrid"], use_mem_rope=True, adapter_rank=4,
+)  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
     "qwen2.5": _family("Qwen2.5", "Qwen2", "qwen2.5", "tied", tie_word_embeddings=True, head_dim=None),
     "qwen3": _family("Qwen3", "Qwen3", "qwen3", "tied", tie_word_embeddings=True),
@@ -437,6 +455,10 @@ FAMILIES: dict[str, Family] = {
         n_groups=1,
         chunk_size=16,
     ),
+    "phimoe": _PHIMOE,
+    "jetmoe": _JETMOE,
+    "mamba2": _MAMBA_2,
+    "zamba2": _ZAMBA2,
     "gpt-neox": _family(
         "GPT-NeoX", "GPTNeoX", "base", num_key_value_heads=None, head_dim=None, rotary_pct=0.5
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ F64 = torch.float64
 
 
 def problem(
-    dtype: torch.dtype = torch.float32, tokens: int = 13, vocabulary: int = 37, seed: int = 0, **head: float
+    dtype: torch.dtype = torch.float32, tokens: int = 13, vocabulary: int = 37, seed: int = 0, **head: Any
 ) -> SimpleNamespace:
     """Random hidden states, trainable head with bias, teacher of another width, mixed coefficients,
     partly negatives.

@@ -23,6 +23,14 @@ from safetensors.torch import load_file
 END = 2
 
 
+class Refusal(Exception):
+    """What `reply` raises: a status, the error's fields and further headers."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None, **more: Any) -> None:
+        self.status, self.headers = status, headers or {}
+        self.content = {"error": {"message": message, **more}}
+
+
 class StandIn(ThreadingHTTPServer):
     """`faults`: what goes wrong in the next requests for completions, in their order; `broken`: in
     all of them.
@@ -30,6 +38,7 @@ class StandIn(ThreadingHTTPServer):
 
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 128  # who connects at once, waits
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
@@ -42,7 +51,10 @@ class StandIn(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []  # for completions, in the order of their arrival
         self.calls: Counter[str] = Counter()
         self.headers: list[Any] = []
-        self.reply: Callable[[list[dict[str, Any]]], str] = lambda messages: ""  # of a chat
+        # of a chat: a text, or the whole choice
+        self.reply: Callable[[list[dict[str, Any]]], str | dict[str, Any]] = lambda messages: ""
+        self.models = ["base"]
+        self.closing = threading.Event()  # ends what hangs
         self.restart()
 
     def restart(self) -> None:
@@ -65,9 +77,17 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         pass
 
-    def answer(self, content: Any, status: int = 200, promised: int | None = None) -> None:
+    def answer(
+        self,
+        content: Any,
+        status: int = 200,
+        promised: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(promised or len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -97,9 +117,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.complete(body)
         if path == "/v1/chat/completions":
             server.requests.append(body)
-            return self.send({"choices": [{"message": {"content": server.reply(body["messages"])}}]})
+            try:
+                told = server.reply(body["messages"])
+            except Refusal as refusal:
+                return self.answer(refusal.content, refusal.status, headers=refusal.headers)
+            choice = (
+                told if isinstance(told, dict) else {"message": {"content": told}, "finish_reason": "stop"}
+            )
+            return self.send({"choices": [choice]})
         if path == "/v1/models":
-            return self.answer({"data": [{"id": "base", "max_model_len": 512}]})
+            return self.answer({"data": [{"id": name, "max_model_len": 512} for name in server.models]})
         if path == "/weight_info":
             return self.answer({"weight_version": server.version})
         if path == "/start_weight_update":
@@ -175,6 +202,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(b"<html>busy</html>")
         if fault == "late":
             time.sleep(1.5)
+        if fault == "hang":
+            self.server.closing.wait(60)
+        if fault == "drip":
+            self.answer(b"{", promised=10**6)
+            while not self.server.closing.wait(0.1):
+                self.wfile.write(b" ")
         return self.answer(data)
 
 
@@ -247,6 +280,7 @@ def _running(server: Any) -> Iterator[Any]:
     try:
         yield server
     finally:
+        getattr(server, "closing", threading.Event()).set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -122,9 +122,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-# Each mechanism under LoRA, too: alone where it is asked for, all together always.
-RUNS = [pytest.param(case, False, id=f"{case}-full") for case in CASES] + [
-    pytest.param(case, True, id=f"{case}-lora", marks=[] if case in ("ema", "star") else pytest.mark.long)
+# Each mechanism alone, and all together; under LoRA, too.
+SLOWER = ("token_clip_quantile", "features_only", "agreement_sequence")
+RUNS = [
+    pytest.param(case, False, id=f"{case}-full", marks=pytest.mark.long if case in SLOWER else [])
+    for case in CASES
+] + [
+    pytest.param(case, True, id=f"{case}-lora", marks=[] if case == "star" else pytest.mark.long)
     for case in CASES
 ]
 

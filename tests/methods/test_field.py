@@ -387,7 +387,7 @@ def replace_coefficient(x: Any, coefficient: Tensor) -> Any:
 STUDENT_WEIGHTS = {"token_weights": ["dash", "confidence_gate:threshold=0.005"], "entry_clip": 0.5}
 
 
-@pytest.mark.parametrize("normalizer", ["tokens", "weights", "mean1"])
+@pytest.mark.parametrize("normalizer", [pytest.param("tokens", marks=pytest.mark.long), "weights", "mean1"])
 def test_in_forward_weights_equal_a_pass_of_their_own(tmp_path: Any, normalizer: str) -> None:
     """The same step, scored by a student pass beforehand."""
     free = trainer(tmp_path, weight_normalizer=normalizer, **STUDENT_WEIGHTS)
@@ -555,6 +555,7 @@ def test_neutral_targets_change_nothing(tmp_path: Any) -> None:
     torch.testing.assert_close(D[0][1:], D[1][1:])
 
 
+@pytest.mark.long
 def test_other_teachers_survive_a_checkpoint(tmp_path: Any) -> None:
     options: dict[str, Any] = {
         "target": "geometric:source=step/full",

@@ -186,6 +186,7 @@ def trained_adapter(folder: Path, base: Any, **options: Any) -> str:
     return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
 
 
+@pytest.mark.long
 def test_an_adapter_names_its_base_for_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
@@ -211,7 +212,7 @@ def test_an_adapter_of_a_gguf_file_names_the_file(tmp_path: Path, monkeypatch: p
     assert load_model_and_tokenizer(str(tmp_path / "adapter"))[2].path.startswith(str(tmp_path / "another"))
 
 
-@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("images", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_tokens_that_were_added_are_opened_with_the_adapter(tmp_path: Path, images: bool) -> None:
     made = zoo.build("gemma3-vision") if images else (tiny.model("llama"), tiny.tokenizer())
     base, tokenizer, _ = load_model_and_tokenizer(str(saved(tmp_path / "base", *made)))

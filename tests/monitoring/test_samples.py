@@ -60,6 +60,7 @@ def log_probs(prompt: list[int], completion: list[int], temperature: float) -> t
     return (logits / temperature).log_softmax(-1)
 
 
+@pytest.mark.long
 def test_records_say_what_plain_passes_say(tmp_path: Path) -> None:
     # A learning rate of 0: every pass is one of the initial model.
     trainer = trained(tmp_path, learning_rate=0.0, record_samples=3)

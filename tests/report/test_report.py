@@ -185,6 +185,7 @@ def diagnostics_of(folder: Path) -> str:
     return text.partition("<h2>Diagnostics</h2>")[2].partition("</section>")[0]
 
 
+@pytest.mark.long
 def test_a_run_page_shows_diagnostics_and_alarms(tmp_path: Path) -> None:
     alarms = [{"name": "collapse", "step": 7, "text": "repetition rose & rose: lower the rate."}]
     shown = diagnostics_of(with_diagnostics(tmp_path / "run", alarms))
@@ -255,6 +256,7 @@ def test_alarms_and_words_of_a_run_page_are_bounded_and_escaped(tmp_path: Path) 
     )
 
 
+@pytest.mark.long
 def test_nothing_is_fetched_and_every_colour_follows_the_theme(tmp_path: Path) -> None:
     text, tags = built(a_run(tmp_path / "run"))
     for _, attrs in tags.found:

@@ -54,6 +54,7 @@ def sampled(built: Any, step: int) -> list[list[int]]:
     ]
 
 
+@pytest.mark.long
 def test_the_ends_of_a_mixture_are_its_sources(tmp_path: Any) -> None:
     options = {"max_completion_length": 64}
     student = sampled(trainer(tmp_path, **options), 4)

@@ -97,8 +97,9 @@ def test_undefined_tokens_are_never_sampled(keys: Any) -> None:
 
 
 def test_a_server_is_told_of_undefined_tokens() -> None:
-    assert sampling_fields(SAMPLING, None, [2], range(262, 264))["logit_bias"] == {262: -100.0, 263: -100.0}
-    assert "logit_bias" not in sampling_fields(SAMPLING, None, [2], range(262, 262))
+    forbidden = {262: -100.0, 263: -100.0}
+    assert sampling_fields(SAMPLING, None, [2], forbidden)["logit_bias"] == forbidden
+    assert "logit_bias" not in sampling_fields(SAMPLING, None, [2], {})
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -185,6 +186,7 @@ def test_text_that_the_model_has_no_embedding_of_is_one_line(
     assert main(command) == 2
     told = capsys.readouterr().err
     assert f"error: row 2 of the training data: it holds the token '<tool>' ({len(tokenizer) - 1})" in told
-    assert "take its text out" in told and len(told.strip().splitlines()) == 1
+    assert "take its text out" in told
+    assert len([line for line in told.strip().splitlines() if not line.startswith("note: ")]) == 1
     with pytest.raises(UserError, match=r"but the model's embedding has .* rows: take its text out of the"):
         generate(model, [[5, len(tokenizer) - 1]], SAMPLING, eos_ids=[1], pad_id=0)

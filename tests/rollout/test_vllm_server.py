@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,38 @@ def test_an_address_with_v1_and_a_server_with_a_key(
     built = engine(server, tmp_path, **asked)
     built.sync()
     assert len(built.generate(PROMPTS, KEYS, SAMPLING)) == len(PROMPTS)
+
+
+def test_options_of_a_colocated_engine_are_named(
+    server: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine(server, tmp_path, vllm_max_model_length=64, vllm_gpu_memory_utilization=0.5)
+    told = "vllm_gpu_memory_utilization, vllm_max_model_length: a server has its own, from its start."
+    assert told in caplog.text
+    caplog.clear()
+    engine(server, tmp_path)
+    assert not caplog.text
+
+
+def test_an_address_of_no_host_ends_the_run_at_once(
+    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*args: Any, **options: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(RolloutError, match=r"is not to be had .there is no host of that name.*: correct its"):
+        engine(server, tmp_path, timeout=60.0, vllm_server_base_url="http://nowhere.invalid:1")
+
+
+def test_tokens_that_nothing_defines_are_asked_to_be_left_out(server: StandIn, tmp_path: Path) -> None:
+    model = tiny.model()
+    head = model.get_output_embeddings()
+    head.defined_tokens = head.out_features - 3
+    built = engine(server, tmp_path, model)
+    built.generate(PROMPTS[:1], KEYS[:1], SAMPLING)
+    rows = range(head.out_features - 3, head.out_features)
+    assert server.requests[-1]["logit_bias"] == {str(row): -100.0 for row in rows}
 
 
 def test_no_server_at_all(tmp_path: Path) -> None:
@@ -380,8 +413,8 @@ def test_a_server_gone_in_mid_run_loses_no_step(tmp_path: Path, num_iterations: 
     ("now", "remedy"),
     [
         ({"lacking": {"/weight_info"}}, "VLLM_SERVER_DEV_MODE=1"),
-        ({"lacking": {"/start_weight_update"}}, "VLLM_SERVER_DEV_MODE=1"),
-        ({"lacking": {"/v1/models", "/v1/completions"}}, "vllm serve"),
+        pytest.param({"lacking": {"/start_weight_update"}}, "VLLM_SERVER_DEV_MODE=1", marks=pytest.mark.long),
+        pytest.param({"lacking": {"/v1/models", "/v1/completions"}}, "vllm serve", marks=pytest.mark.long),
         ({"key": "new"}, "set OPENAI_API_KEY"),
     ],
 )

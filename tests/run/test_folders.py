@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,10 +224,15 @@ def test_no_file_holds_a_token(tmp_path: Path) -> None:
 
 
 def test_results_hold_no_token_and_no_password(tmp_path: Path) -> None:
-    flags = ["--hub_token", "hf_secret", "--writer_url", "http://me:pass@host:1/v1", "--output_dir", "x"]
-    options, config = parse(flags)
-    found = json.dumps(resolved(options, config), default=str)
+    address = "http://me:pass@host:1/v1"
+    options, config = parse(["--hub_token", "hf_secret", "--output_dir", "x"])
+    found = json.dumps(resolved(replace(options, writer_url=address), config), default=str)
     assert "hf_secret" not in found and "me:pass" not in found and "http://***@host:1/v1" in found
+    server = ["--use_vllm", "--vllm_mode", "server", "--vllm_server_base_url", address]
+    for name, flags in (("writer_url", ["--writer_url", address]), ("vllm_server_base_url", server)):
+        with pytest.raises(UserError, match=f"^{name}: .* leave out what stands before @") as raised:
+            parse(["--output_dir", "x", *flags])
+        assert "pass" not in str(raised.value).replace("password", "")
 
 
 # -- the rows that a choice is made on -------------------------------------------------------------

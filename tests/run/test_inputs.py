@@ -47,6 +47,21 @@ def test_a_split_of_a_saved_dataset(tmp_path: Path) -> None:
         prompts(tmp_path / "two", dataset_train_split="test")
 
 
+def test_files_of_a_folder_are_read_as_they_stand(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "train.csv").write_text("prompt,completion\na,007\nb,NA\nc,2024-05-13\nd,4\n")
+    data = load_data(RunOptions(dataset_name=str(folder)))
+    answers = {row["prompt"]: row["completion"] for row in [*data.train, *data.evaluation]}
+    assert answers == {"a": "007", "b": "NA", "c": "2024-05-13", "d": "4"}
+    (folder / "train.csv").unlink()
+    (folder / "train.jsonl").write_text(
+        "".join(json.dumps({"prompt": name, "completion": answer}) + "\n" for name, answer in answers.items())
+    )
+    data = load_data(RunOptions(dataset_name=str(folder)))
+    assert {row["prompt"]: row["completion"] for row in [*data.train, *data.evaluation]} == answers
+
+
 def test_configuration_and_split_of_a_folder_of_files(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()

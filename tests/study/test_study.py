@@ -61,6 +61,8 @@ def test_runs_differ_by_everything_that_defines_them() -> None:
         ({"factors": {"learning_rate": [1e-4]}}, "two levels"),
         ({"factors": {"learning_rate": 1e-4}}, "list of values"),
         ({"base": {"seed": 3}}, "base must not set seed"),
+        ({"base": {"hub_token": "hf_x"}}, "leave it out, and set HF_TOKEN"),
+        ({"tasks": [{"task": "pocket", "hub_token": "hf_x"}]}, "leave it out, and set HF_TOKEN"),
         ({"design": "list", "cells": [{"emma": "on"}]}, "emma=on is no level"),
     ],
 )
@@ -84,6 +86,9 @@ def test_options_are_checked_before_anything_runs(tmp_path: Path, capsys: pytest
     assert said.startswith("36 runs: 12 cells x 1 tasks x 3 seeds") and "model: pocket\n" in said
     assert main([*arguments, "--dry_run", "--analyse", str(tmp_path), "--max_steps", "3"]) == 2
     assert "--max_steps belongs to the runs" in capsys.readouterr().err
+    assert main([*arguments, "--hub_token", "hf_secret"]) == 2 and not (tmp_path / "s").exists()
+    said = capsys.readouterr().err
+    assert "set HF_TOKEN, which its runs inherit" in said and "hf_secret" not in said
 
 
 def test_flags_of_the_runs_are_the_studys_base() -> None:
@@ -227,6 +232,7 @@ def test_pandas_reads_the_store_and_the_analysis_finds_the_effect(tmp_path: Path
     assert "| ema | +" in text and "## " in text
 
 
+@pytest.mark.long
 def test_only_runs_of_the_study_as_it_is_are_analysed(tmp_path: Path) -> None:
     """A level's options or the seeds may be changed in a study's file; runs of before stay in the
     store.

@@ -15,7 +15,8 @@ from unisd import tasks
 from unisd.cli.contamination import contamination
 from unisd.errors import UserError
 from unisd.tasks import sandbox
-from unisd.tasks.code import mutants
+from unisd.tasks.code import fenced, mutants
+from unisd.tasks.graders.programs import read_program
 
 # task, files, options, rows by split
 REAL = [
@@ -74,7 +75,8 @@ def test_mbpp_counts_and_splits():
 def test_mbpp_references_pass_and_wrong_bodies_do_not(file, count):
     rows = tasks.get("mbpp", data_files=str(DATA / "mbpp" / file)).load("all")
     verdicts = sandbox.run_many(
-        [(row["completion"].removeprefix("```python\n").removesuffix("\n```"), row["tests"]) for row in rows]
+        [(row["completion"].removeprefix("```python\n").removesuffix("\n```"), row["tests"]) for row in rows],
+        timeout_s=30.0,  # one needs six seconds on an idle core
     )
     assert [
         (row["id"], v.reason) for row, v in zip(rows, verdicts, strict=True) if not v.passed
@@ -83,6 +85,56 @@ def test_mbpp_references_pass_and_wrong_bodies_do_not(file, count):
         sentinel = "class Sentinel: pass\n"
         bodies = [(sentinel + _emptied(row["completion"]), row["tests"]) for row in rows[:200]]
         assert sum(verdict.passed for verdict in sandbox.run_many(bodies)) == 0
+
+
+@pytest.mark.long
+@needs_data
+def test_mbpp_references_are_found_in_what_surrounds_them():
+    for row in tasks.get("mbpp", data_files=str(DATA / "mbpp" / "mbpp.jsonl")).load("all"):
+        code = row["completion"].removeprefix("```python\n").removesuffix("\n```")
+        for text in (f"Sure:\n{row['completion']}\nIt works.", f"{code}\n", f"```\n{code}"):
+            chosen = read_program(text, row["tests"]).chosen
+            assert chosen.text == code.rstrip(), (row["id"], chosen)
+
+
+@pytest.mark.sandbox
+@needs_data
+def test_references_pass_whole_and_as_the_rest_of_a_stub(tmp_path):
+    """Problems of MBPP in HumanEval's form."""
+    import ast
+
+    made = []
+    for row in tasks.get("mbpp", data_files=str(DATA / "mbpp" / "mbpp.jsonl")).load("all", limit=80):
+        code = row["completion"].removeprefix("```python\n").removesuffix("\n```")
+        tree = ast.parse(code)
+        last = tree.body[-1]
+        name = row["tests"].partition("(")[0].removeprefix("assert ")
+        if not isinstance(last, ast.FunctionDef) or last.name != name or last.body[0].lineno == last.lineno:
+            continue
+        lines = code.split("\n")
+        body = "\n".join(lines[last.body[0].lineno - 1 :])
+        indent = " " * last.body[0].col_offset
+        if "\t" in body:
+            continue
+        checks = "\n".join(f"    {line}" for line in row["tests"].split("\n"))
+        made.append(
+            {
+                "task_id": f"T/{len(made)}",
+                "prompt": "\n".join(lines[: last.body[0].lineno - 1]) + f'\n{indent}"""Do it."""\n',
+                "canonical_solution": body + "\n",
+                "test": f"def check(candidate):\n{checks.replace(name + '(', 'candidate(')}\n",
+                "entry_point": name,
+            }
+        )
+    assert len(made) >= 12
+    task = tasks.get("humaneval", data_files=write(tmp_path / "h.jsonl", made[:12]))
+    bodies = {raw["task_id"]: raw["canonical_solution"] for raw in made}
+    for row in task.load("test"):
+        body = bodies[row["id"]]
+        for text in (row["completion"], body, f"{body}\n\ndef helper(x):\n    return x\n", fenced(body)):
+            grade = task.grade(row, text)
+            assert grade.correct, (text, grade)
+        assert not task.grade(row, "    return object()").correct
 
 
 def _emptied(reference: str) -> str:
@@ -252,6 +304,19 @@ def test_jsonl_task(tmp_path):
         tasks.get("jsonl", data_files="x", grader="nummber")
     with pytest.raises(UserError, match="row 0 has no reply"):
         tasks.get("jsonl", data_files=task.data_files, answer_column="reply").load("all")
+
+
+def test_gold_of_own_rows_is_read_when_they_are_loaded(tmp_path):
+    rows = [
+        {"prompt": f"{i}+1?", "answer": answer} for i, answer in enumerate([1, "2", ["3", "three"], "4,5,6"])
+    ]
+    file = write(tmp_path / "r.jsonl", rows)
+    with pytest.raises(UserError, match=r"r\.jsonl, row 3: gold '4,5,6' is no number: give one number"):
+        tasks.get("jsonl", data_files=file, grader="number").load("all")
+    task = tasks.get("jsonl", data_files=write(tmp_path / "r.jsonl", rows[:3]), grader="number")
+    first, _, third = task.load("all")
+    assert task.grade(third, "It is three.").correct and task.grade(third, "3").correct
+    assert task.grade(first, "1").correct and third["privileged_context"] == "3"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import numpy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers import templates
 from unisd import UniSDTrainer, UserError
 from unisd import testing as tiny
 from unisd.models.generation import mend_generation_config
@@ -273,3 +275,59 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_predict_says_what_does_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"predict is not supported: evaluate\(rows\) measures"):
         UniSDTrainer.predict(trainer(tmp_path), tiny.rows(2))
+
+
+# ------------------------------------------------------------------------------ rows to evaluate on
+
+
+def reading(vocabulary: int, context: int) -> Any:
+    sizes = tiny.SIZES | {"vocab_size": vocabulary, "max_position_embeddings": context}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def asked(prompt: Any) -> list[dict[str, Any]]:
+    return [{"prompt": "q", "privileged_context": "a"}, {"prompt": prompt, "privileged_context": "a"}]
+
+
+SYSTEM_TURN = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+UNASKABLE = [
+    (templates.NO_SYSTEM, SYSTEM_TURN, r"the chat template refuses the prompt .*: put the text of the"),
+    (templates.DROPS_SYSTEM, SYSTEM_TURN, r"the chat template leaves a turn of the prompt out"),
+    (
+        templates.CHATML, "long " * 300,
+        r"the prompt has \d+ tokens, its reference \d+ and an answer up to 20, over the model's context of"
+        r" \d+: shorten or remove it, or lower eval_max_new_tokens",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "prompt", "told"), UNASKABLE, ids=["refused", "dropped", "too long"])
+@pytest.mark.parametrize("where", ["one", "parts", "probes"])
+def test_rows_to_evaluate_on_are_asked_before_the_training(
+    tmp_path: Path, template: str, prompt: Any, told: str, where: str
+) -> None:
+    tokenizer = templates.tokenizer(template)
+    model = reading(len(tokenizer), 128)
+    given: dict[str, tuple[dict[str, Any], str]] = {
+        "one": ({"eval_dataset": asked(prompt)}, "row 1 of the evaluation data: "),
+        "parts": ({"eval_dataset": {"hard": asked(prompt)}}, "row 1 of the evaluation data 'hard': "),
+        "probes": ({"probe_dataset": asked(prompt)}, "row 1 of the probe set: "),
+    }
+    options, row = given[where]
+    common = {"model": model, "processing_class": tokenizer, "train_dataset": asked("q"), "temperature": 1.0}
+    fits = {
+        name: asked("q") if isinstance(rows, list) else {"a": asked("q")} for name, rows in options.items()
+    }
+    trainer(tmp_path / "fits", **common, **fits, eval_max_new_tokens=20)
+    with pytest.raises(UserError, match=f"^{row}{told}"):
+        trainer(tmp_path, **common, **options, eval_max_new_tokens=20)
+
+
+def test_a_reference_that_is_too_long_to_be_measured_is_told(tmp_path: Path) -> None:
+    rows = asked("q")
+    rows[1]["completion"] = "x" * 600
+    told = (
+        r"^row 1 of the evaluation data: the prompt has \d+ tokens, its reference 601 and an answer up to 10"
+    )
+    with pytest.raises(UserError, match=told):
+        trainer(tmp_path, model=reading(262, 512), eval_dataset=rows)

@@ -59,14 +59,22 @@ def chat_command(arguments: Sequence[str]) -> int:
 
     if options.prompt is not None:
         answer(options.prompt, 0)
-    elif not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
+    elif sys.stdin is None or not sys.stdin.isatty():
+        prompt = _piped()
         if not prompt:
             raise UserError("there is no prompt: give --prompt TEXT, or text on standard input.")
         answer(prompt, 0)
     else:
         _read_and_answer(answer)
     return 0
+
+
+def _piped() -> str:
+    """What comes on standard input; empty where that is closed."""
+    try:
+        return "" if sys.stdin is None else sys.stdin.read().strip()
+    except (OSError, ValueError) as error:  # closed, or not in its encoding
+        raise UserError(f"standard input cannot be read ({error}): give --prompt TEXT.") from None
 
 
 def _read_and_answer(answer: Any) -> None:
@@ -80,20 +88,29 @@ def _read_and_answer(answer: Any) -> None:
             return
         if not prompt:
             return
-        answer(prompt, number)
+        try:
+            answer(prompt, number)
+        except UserError as error:  # of this prompt alone
+            print(f"error: {error}")
         number += 1
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, options: argparse.Namespace, number: int) -> str:
     from unisd.data.prompts import encode_prompt
     from unisd.data.thoughts import completion_text
+    from unisd.models.load import context_length
     from unisd.models.tokens import eos_ids, pad_id
     from unisd.rollout.engine import Sampling
     from unisd.rollout.transformers_engine import generate
 
+    ids, context = encode_prompt(tokenizer, prompt), context_length(model)
+    if context is not None and len(ids) >= context:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, and the model's context is {context}: shorten it."
+        )
     completion = generate(
         model,
-        [encode_prompt(tokenizer, prompt)],
+        [ids],
         Sampling(options.max_new_tokens, options.temperature or 1.0),
         eos_ids=eos_ids(model, tokenizer),
         pad_id=pad_id(model, tokenizer),

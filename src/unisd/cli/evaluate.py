@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from unisd import tasks
+from unisd.cli.completions import OURS
 from unisd.cli.grade import SCHEMA_VERSION, Figures, add_task_flags, grade_answers, summary_lines, task_of
 from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one, output_file
 from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
 from unisd.data import rendering
-from unisd.data.prompts import encode_prompt
+from unisd.data.prompts import encode_prompt, overlong
 from unisd.data.thoughts import completion_text
 from unisd.errors import UserError
 from unisd.evaluation.grading import row_results, summarize
 from unisd.files import write_text
+from unisd.http_client import check_server
 from unisd.models.inference import load_any
-from unisd.run.chat_server import ChatServer
+from unisd.run.chat_server import Answer, ChatServer
 from unisd.tasks.base import Row, Task
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ def _parser() -> CommandParser:
         "eval", "Accuracy on tasks, retention skills and, with --base, retention perplexities."
     )
     parser.add_argument(
-        "--model_name_or_path", "--model", default="pocket", help="a folder (model or adapter) or a name"
+        "--model_name_or_path", "--model", help="a folder (model or adapter) or a name (default: pocket)"
     )
     parser.add_argument("--base", help="the model that it was adapted from, for retention perplexities")
     parser.add_argument(
@@ -76,8 +79,11 @@ def _parser() -> CommandParser:
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--max_new_tokens", type=int, help="cap on each answer (default: the task's)")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--stop", nargs="+", metavar="TEXT", help="end an answer before any of these texts")
+    parser.add_argument(
+        "--batch_size", type=int, help="answers at once (default: 64, of a server 16 requests)"
+    )
+    parser.add_argument("--dtype", help="of the weights (default: auto)")
     add_trust(parser)
     add_template_options(parser)
     parser.add_argument(
@@ -110,14 +116,27 @@ def _check(options: Any) -> None:
         )
     if options.num_samples > 1 and options.temperature <= 0:
         raise UserError("--num_samples: greedy answers are all alike; give a --temperature.")
-    if options.server_url and options.chat_template_kwargs is not None:
+    if "" in (options.stop or ()):
+        raise UserError("--stop: an empty text stands everywhere; give another.")
+    if options.server_url is None:
+        if options.server_model is not None:
+            raise UserError("--server_model is a name on a server: give its --server_url, too.")
+        return
+    check_server("--server_url", options.server_url)
+    if options.chat_template_kwargs is not None:
         raise UserError(
             "--chat_template_kwargs: a server renders by itself; give it the options when it is started."
         )
-    if options.server_url and options.base:
+    if options.base:
         raise UserError(
             "--base needs the model itself, for perplexities, not a server: drop --base or --server_url."
         )
+    for name in ("model_name_or_path", "dtype", "trust_remote_code"):
+        if getattr(options, name):
+            raise UserError(
+                f"--{name} is of a model that is loaded here, and --server_url lets a server answer: drop one"
+                " of them (--server_model names the server's)."
+            )
 
 
 def _write(
@@ -164,26 +183,27 @@ class _Evaluation:
 
     def __init__(self, options: Any) -> None:
         self.options = options
-        self.server = ChatServer(options.server_url, options.server_model) if options.server_url else None
-        self.name = options.model_name_or_path
-        if self.server is not None:
-            self.name = self.server.model
-        else:
-            self.model, self.tokenizer = load_any(
-                options.model_name_or_path, options.dtype, options.trust_remote_code
-            )
-            rendering.set_options(self.tokenizer, options.chat_template_kwargs)
+        self.batch_size = options.batch_size or (16 if options.server_url else 64)
+        self.server: ChatServer | None = None
         self.base = None
+        self.figures: dict[str, Figures] = {}
+        self.lines: list[list[str]] = []
+        self.records: list[dict[str, Any]] = []
+        if options.server_url:
+            self.server = ChatServer(options.server_url, options.server_model, at_once=self.batch_size)
+            self.name = self.server.model
+            return
+        self.name = options.model_name_or_path or "pocket"
+        dtype = options.dtype or "auto"
+        self.model, self.tokenizer = load_any(self.name, dtype, options.trust_remote_code)
+        rendering.set_options(self.tokenizer, options.chat_template_kwargs)
         if options.base:
-            self.base, tokenizer = load_any(options.base, options.dtype, options.trust_remote_code)
+            self.base, tokenizer = load_any(options.base, dtype, options.trust_remote_code)
             if tokenizer.get_vocab() != self.tokenizer.get_vocab():
                 raise UserError(
                     f"--base {options.base} has another vocabulary than {self.name}: give the model that it"
                     " was adapted from."
                 )
-        self.figures: dict[str, Figures] = {}
-        self.lines: list[list[str]] = []
-        self.records: list[dict[str, Any]] = []
 
     def add(self, name: str, task: Task, sets: dict[str, list[Row]]) -> None:
         from unisd.evaluation.likelihood import gold_ppl
@@ -193,21 +213,26 @@ class _Evaluation:
         found: Figures = {}
         prefix = f"{name}, " if len(options.task) > 1 else ""
         for part, rows in sets.items():
+            found[f"{part}_overlong"] = len(rows)
+            rows = sets[part] = self._fitting(rows, f"{name}, {part}")
+            found[f"{part}_overlong"] -= len(rows)
             if not rows:
                 found |= {f"{part}_accuracy": None, f"{part}_skills": None}
                 continue
             answers = self.answers(rows, options.max_new_tokens or task.max_new_tokens, f"{name}, {part}")
-            grades = grade_answers(task, rows, answers)
-            summary = summarize(rows, grades)
+            summary = self.graded(name, part, task, rows, answers)
             found |= {
                 f"{part}_accuracy": summary["accuracy"],
                 f"{part}_skills": summary["by_skill"] or None,
                 f"{part}_summary": summary,
             }
             self.lines += summary_lines(summary, prefix + part)
-            texts = [text for row_answers in answers for text in row_answers]
-            for record, text in zip(row_results(rows, grades), texts, strict=True):
-                self.records.append({"task": name, "part": part, **record, "completion": text})
+            if self.server is not None:
+                count = str(sum(map(len, answers)))
+                self.lines += [
+                    [f"  {what}", str(summary[what.replace(" ", "_")]), count]
+                    for what in ("failed", "cut off")
+                ]
         found["gold_ppl"] = None
         if self.server is None:
             found["gold_ppl"] = gold_ppl(self.model, self.tokenizer, sets["task"])
@@ -217,14 +242,66 @@ class _Evaluation:
         if self.base is not None:
             rows = sets["retention"] or sets["task"]
             cap = options.max_new_tokens or task.max_new_tokens
-            found |= measure.drift(self.model, self.base, self.tokenizer, rows, cap, options.batch_size)
+            found |= measure.drift(self.model, self.base, self.tokenizer, rows, cap, self.batch_size)
             for way, value in found["retention_ppl"].items():
                 self.lines.append([f"{prefix}retention perplexity, {way}", number(value, 4), str(len(rows))])
                 detail = found["retention_detail"][way]
                 self.lines.append([f"{prefix}JSD along it (nats)", number(detail["jsd"], 5), str(len(rows))])
         self.figures[name] = found
 
-    def answers(self, rows: Sequence[Row], cap: int, what: str) -> list[list[str]]:
+    def _fitting(self, rows: list[Row], what: str) -> list[Row]:
+        """Rows whose prompts leave room for an answer; what does not is said, not counted."""
+        if self.server is not None:
+            return rows
+        from unisd.models.load import context_length
+
+        rendering.check_rows(self.tokenizer, rows, what)
+        context = context_length(self.model)
+        if not (too_long := overlong(self.tokenizer, rows, context)):
+            return rows
+        number, length = next(iter(too_long.items()))
+        said = (
+            f"{what}: row {number} has a prompt of {length} tokens, and the model's context is {context};"
+            f" {len(too_long)} such row(s) of {len(rows)}"
+        )
+        if len(too_long) == len(rows):
+            raise UserError(f"{said}: none is left to answer; give a model with a longer context.")
+        logger.warning("%s are left out and not counted.", said)
+        return [row for place, row in enumerate(rows) if place not in too_long]
+
+    def graded(
+        self, name: str, part: str, task: Task, rows: Sequence[Row], answers: Sequence[Sequence[Answer]]
+    ) -> Figures:
+        """The summary, of answers that are there: those that failed are counted, and neither right
+        nor wrong.
+        """
+        there = [[answer.text for answer in of_row if answer.failed is None] for of_row in answers]
+        grades = grade_answers(task, rows, there)
+        for row, of_row, of_grades in zip(rows, answers, grades, strict=True):
+            order = {"order": OURS} if "published_options" in row else {}
+            results = iter(row_results([row], [of_grades]))
+            for answer in of_row:
+                reason = f"failed: {answer.failed}"
+                missing = {
+                    "id": row["id"],
+                    "correct": None,
+                    "score": None,
+                    "extracted": None,
+                    "reason": reason,
+                }
+                record = next(results) if answer.failed is None else missing
+                self.records.append(
+                    {"task": name, "part": part, **record, "completion": answer.text, **order}
+                )
+        answered = [(row, of_row) for row, of_row in zip(rows, grades, strict=True) if of_row]
+        summary = summarize([row for row, _ in answered], [of_row for _, of_row in answered])
+        if self.server is not None:
+            every = [answer for of_row in answers for answer in of_row]
+            summary["failed"] = sum(answer.failed is not None for answer in every)
+            summary["cut_off"] = sum(answer.cut_off for answer in every)
+        return summary
+
+    def answers(self, rows: Sequence[Row], cap: int, what: str) -> list[list[Answer]]:
         """One or several answers a row."""
         from unisd.models.tokens import eos_ids, pad_id
         from unisd.rollout.engine import Sampling, seed_of
@@ -237,11 +314,11 @@ class _Evaluation:
         if self.server is not None:
             asked = [row["prompt"] for row in rows for _ in range(options.num_samples)]
             drawn: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p}
-            drawn["seeds"] = [seed_of(key) for key in keys]
+            drawn |= {"stop": options.stop} if options.stop else {}
+            seeds = [seed_of(key) for key in keys]
             with show_progress(f"answering {what}", len(asked)) as advance:
-                told = iter(self.server.answers(asked, max_tokens=cap, on_rows=advance, **drawn))
+                told = iter(self.server.answers(asked, max_tokens=cap, seeds=seeds, on_rows=advance, **drawn))
             return [[next(told) for _ in range(options.num_samples)] for _ in rows]
-        rendering.check_rows(self.tokenizer, rows, what)
         prompts = [
             encode_prompt(self.tokenizer, row["prompt"]) for row in rows for _ in range(options.num_samples)
         ]
@@ -254,8 +331,11 @@ class _Evaluation:
                 eos_ids=eos_ids(self.model, self.tokenizer),
                 pad_id=pad_id(self.model, self.tokenizer),
                 keys=keys if options.temperature > 0 else None,
-                batch_size=options.batch_size,
+                batch_size=self.batch_size,
                 on_rows=advance,
             )
-        texts = iter([completion_text(self.tokenizer, completion.ids) for completion in written])
-        return [[next(texts) for _ in range(options.num_samples)] for _ in rows]
+        texts = [completion_text(self.tokenizer, completion.ids) for completion in written]
+        if options.stop:
+            texts = [re.split("|".join(map(re.escape, options.stop)), text, maxsplit=1)[0] for text in texts]
+        found = map(Answer, texts)
+        return [[next(found) for _ in range(options.num_samples)] for _ in rows]

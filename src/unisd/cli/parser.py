@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from unisd.errors import UserError
-from unisd.files import why_unwritable
+from unisd.files import REPORT, why_unwritable, written_in
 from unisd.options.option import nearest
 from unisd.options.parser import json_mapping, refuse_repeats
 
@@ -49,6 +51,12 @@ class CommandParser(argparse.ArgumentParser):
             raise UserError(f"unknown flag {flag}: {hint}")
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        given = vars(found)
+        outputs = {
+            action.dest: given.get(action.dest) for action in self._actions if action.type is output_file
+        }
+        inputs = {name: value for name, value in given.items() if name not in outputs}
+        refuse_inputs({f"--{name}": path for name, path in outputs.items()}, inputs.values())
         return found
 
 
@@ -72,6 +80,54 @@ def add_template_options(parser: CommandParser) -> None:
         metavar="JSON",
         help="options of the chat template (default: those kept with the tokenizer)",
     )
+
+
+def refuse_inputs(outputs: Mapping[str, object], inputs: Iterable[object]) -> None:
+    """Refuse to write over what is read, before any of it is lost.
+
+    Args:
+        outputs: the files that will be written, by their flags; None: none.
+        inputs: values of other flags and options, whatever they are: files, folders, patterns of
+            files, `TASK=FILE`, lists of these. Of a folder what a run has written there is read.
+
+    Raises:
+        UserError: an output is one of them, or two outputs are one file.
+    """
+    read = {place: name for value in inputs for name in _texts(value) for place in _files(name)}
+    written: dict[Path, str] = {}
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        place = Path(str(path)).expanduser().resolve()
+        if place in read:
+            raise UserError(f"{flag} {path} is a file that is read ({read[place]}): choose another name.")
+        if place in written and (place.is_file() or not place.exists()):  # no device
+            raise UserError(f"{flag} {path} is written by {written[place]} too: choose another name.")
+        written[place] = flag
+
+
+def _texts(value: object) -> list[str]:
+    """The texts that an option's value holds."""
+    if isinstance(value, (list, tuple)):
+        return [text for one in value for text in _texts(one)]
+    if isinstance(value, (str, Path)) and str(value) and "\0" not in str(value):
+        return [str(value), *str(value).split("=", 1)[1:]]
+    return []
+
+
+def _files(name: str) -> Iterator[Path]:
+    """The files that a name stands for."""
+    path = Path(name).expanduser()
+    with suppress(OSError, ValueError):
+        if path.is_dir():
+            from unisd.study.store import ATTEMPTS, RUNS
+
+            kept = (*written_in(path), path / RUNS, path / ATTEMPTS)
+            yield from (one.resolve() for one in kept if one.name != REPORT)
+        elif path.is_file():
+            yield path.resolve()
+        elif glob.has_magic(name):
+            yield from (Path(one).resolve() for one in glob.glob(str(path)))  # noqa: PTH207 (absolute ones)
 
 
 def output_file(text: str) -> Path:

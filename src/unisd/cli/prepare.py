@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unisd.cli.parser import CommandParser, output_file
+from unisd.cli.parser import CommandParser, output_file, refuse_inputs
 from unisd.console import make_console, quiet_libraries, show_table
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rendering import set_options
 from unisd.data.rows import Row
 from unisd.data.text import prompt_text
-from unisd.errors import UserError
 from unisd.files import write_text
 from unisd.run.options import RunOptions
 from unisd.run.resolve import resolve_shared, shared_options
@@ -40,7 +39,7 @@ def prepare_command(arguments: Sequence[str]) -> int:
     if "agreement_contexts" not in options.explicit:
         # here nothing is built unasked, whatever the default recipe says
         options = replace(options, agreement_contexts="columns")
-    _refuse_input(own.output, options)
+    refuse_inputs({"--output": own.output}, (options.train_file, options.data_files))
     _prepare(options, config, own.output)
     return 0
 
@@ -78,15 +77,8 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
     if output:
         write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} rows written to {output}")
-
-
-def _refuse_input(output: str | Path | None, options: RunOptions) -> None:
-    """Writing the rows over the file that they came from would lose the rest of it."""
-    if output is None:
-        return
-    for given in (options.train_file, *(options.data_files or ())):
-        if given is not None and Path(output).resolve() == Path(given).resolve():
-            raise UserError(f"--output {output} is the file that the rows are read from: choose another.")
+        if options.agreement_contexts != "columns" and data.task is None:
+            print("a context may show any of these rows: report on others (unisd train --eval_file)")
 
 
 def _show(rows: Sequence[Row], prompts: PromptBuilder, config: UniSDConfig, limit: int, model: str) -> None:

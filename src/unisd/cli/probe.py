@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from unisd.cli.parser import CommandParser, at_least_one, output_file
+from unisd.cli.parser import CommandParser, at_least_one, output_file, refuse_inputs
 from unisd.console import make_console, number, quiet_libraries, show_table
 from unisd.data import rendering
 from unisd.data.prompts import PromptBuilder
@@ -52,6 +52,7 @@ def probe_command(arguments: Sequence[str]) -> int:
     at_least_one(n=own.n, max_new_tokens=own.max_new_tokens, batch_size=own.batch_size)
     quiet_libraries()
     options, config = resolve_shared(own, "probe")
+    refuse_inputs({"--json": own.json}, (options.train_file, options.data_files))
     options = replace(options, max_train_rows=own.n if options.task is not None else None)
     report = probe(options, config, own.n, own.max_new_tokens, own.batch_size)
     if own.json:

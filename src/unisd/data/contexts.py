@@ -31,7 +31,7 @@ from unisd.data.rows import Row
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, prompt_text, shingles, words
 from unisd.errors import UserError
 
-FORMAT = 1  # of the cache; a new number forgets what older versions built
+FORMAT = 2  # of the cache; a new number forgets what older versions built
 KINDS = ("columns", "random", "retrieval", "induction")
 EXAMPLE = "Problem: {prompt}\nSolution: {reference}"
 DEMONSTRATIONS = 4  # solved problems that an instruction is written from (3-5 published)
@@ -93,16 +93,17 @@ class _Problem:
             EXAMPLE.format(prompt=text, reference=reference),
         )
 
+    def is_same(self, other: _Problem) -> bool:
+        """Whether `other` is this problem, or a near-duplicate of it."""
+        if other.number == self.number or other.words == self.words:
+            return True
+        if self.key is not None:
+            return bool(self.key == other.key)
+        return jaccard(self.shingles, other.shingles) >= NEAR_DUPLICATE_THRESHOLD
+
     def allows(self, other: _Problem) -> bool:
         """Whether `other` may be shown to this problem's auxiliary teachers."""
-        if other.number == self.number or other.words == self.words:
-            return False
-        same = (
-            self.key == other.key
-            if self.key is not None
-            else jaccard(self.shingles, other.shingles) >= NEAR_DUPLICATE_THRESHOLD
-        )
-        return not same and not contains(other.example, self.reference)
+        return not self.is_same(other) and not contains(other.example, self.reference)
 
 
 def build(
@@ -208,7 +209,9 @@ class _TfIdf:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        sparse = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b").fit_transform(texts)
+        if not any(text.split() for text in texts):
+            return np.zeros((len(texts), 1))
+        sparse = TfidfVectorizer(sublinear_tf=True, analyzer=str.split).fit_transform(texts)
         if sparse.shape[0] * sparse.shape[1] <= 5e7:
             dense: np.ndarray = sparse.toarray()
             return dense
@@ -275,11 +278,12 @@ def _induced(
                 written[i] = " ".join(text.split())
     contexts = []
     for i in missing:
-        # Not from this problem itself, and not one that gives its answer away.
+        # Not from this problem itself or one like it, and not one that gives its answer away.
         fitting = [
             text
             for number, text in written.items()
-            if i not in shown[number] and not contains(text, problems[i].reference)
+            if not any(problems[i].is_same(problems[n]) for n in shown[number])
+            and not contains(text, problems[i].reference)
         ]
         order = random.Random(f"{settings.seed} {problems[i].words}")
         contexts.append(order.sample(sorted(set(fitting)), min(settings.k, len(set(fitting)))))

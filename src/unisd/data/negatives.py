@@ -2,12 +2,13 @@
 
 | kind | the wrong reference is |
 |---|---|
-| `corrupt` | the right one with its last number, option letter or yes/no changed |
+| `corrupt` | the right one with its last number, date, time, option letter or yes/no changed |
 | `model` | written by the model when asked for a plausible wrong answer |
 
-A task may word that request. With a grader each is proved wrong before it is used; one that turns
-out right is tried again, and a row for which none is found goes without (it is reported, never
-dropped).
+What is changed keeps its form: digits, separators, leading zeros; dates and times stay valid, and a
+letter becomes another option of the row. A task may word the request to the model. With a grader
+each is proved wrong before it is used; one that turns out right is tried again, and a row for which
+none is found goes without (it is reported, never dropped).
 """
 
 from __future__ import annotations
@@ -28,8 +29,19 @@ from unisd.errors import UserError
 KINDS = ("columns", "corrupt", "model")
 FORMAT = 1  # of the cache
 TRIES = 3
-_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?![\w])")
-_LETTER = re.compile(r"(?<![A-Za-z])([A-E])(?=[).:,]?\s*$)")
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_FORM = re.compile(
+    rf"""(?<![\w.])(?:
+      (?P<date>\d{{4}}([-/.])\d{{1,2}}\2\d{{1,2}} | \d{{1,2}}([-/.])\d{{1,2}}\3\d{{4}}
+        | {_MONTH}\s\d{{1,2}},?\s\d{{4}} | \d{{1,2}}\s{_MONTH},?\s\d{{4}})
+    | (?P<time>\d{{1,2}}:\d\d(?::\d\d)?)
+    | (?P<number>-?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?)(?P<percent>\s?%)?
+    )(?!\w)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_LETTER = re.compile(r"(?<![^\W\d_])([A-Ja-j])(?=[).:,\]]*\s*$)")
+_OPTION = re.compile(r"(?:^|(?<=[\s(\[]))([A-Ja-j])[).:\]](?=\s)", re.MULTILINE)
+_YEARS = range(1500, 2100)
 _SWAPS = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
 WRONG_ANSWER = (
@@ -97,7 +109,11 @@ def _proved_wrong(
     for attempt in range(TRIES):
         if kind == "corrupt":
             texts = [
-                corrupted(_reference(rows[i]), random.Random(f"{seed} {attempt} {rows[i].get('id', i)}"))
+                corrupted(
+                    _reference(rows[i]),
+                    random.Random(f"{seed} {attempt} {rows[i].get('id', i)}"),
+                    options_of(prompt_text(rows[i]["prompt"])),
+                )
                 for i in waiting
             ]
         else:
@@ -123,36 +139,101 @@ def _reference(row: Row) -> str:
     return str(row.get("privileged_context") or row.get("completion") or "")
 
 
-def corrupted(reference: str, rng: random.Random) -> str | None:
-    """The reference with its final answer changed; None where it shows nothing that could be."""
+def options_of(prompt: str) -> str:
+    """The letters of a prompt's options, in their order; empty where it shows none."""
+    found = dict.fromkeys(match[1] for match in _OPTION.finditer(prompt))
+    for first in "Aa":
+        letters = ""
+        while (letter := chr(ord(first) + len(letters))) in found:
+            letters += letter
+        if len(letters) > 1:
+            return letters
+    return ""
+
+
+def corrupted(reference: str, rng: random.Random, options: str = "") -> str | None:
+    """The reference with its final answer changed; None where it shows nothing that could be.
+
+    Args:
+        options: letters that are options of the row; empty: not known.
+    """
     last = reference.rstrip().rpartition("\n")[2]
     start = len(reference.rstrip()) - len(last)
-    if letter := _LETTER.search(last):
-        other = rng.choice([c for c in "ABCDE" if c != letter[1]])
+    letter = _LETTER.search(last)
+    if letter and letter[1] in (options or "ABCDE"):
+        other = rng.choice([c for c in options or "ABCDE" if c != letter[1]])
         return reference[: start + letter.start(1)] + other + reference[start + letter.end(1) :]
-    numbers = list(_NUMBER.finditer(reference))
-    if numbers:
-        old = numbers[-1][0]
-        return _every(reference, old, _other_number(old, rng))
+    forms = list(_FORM.finditer(reference))
+    if forms:
+        old = forms[-1][0]
+        return _every(reference, old, _other(forms[-1], rng))
     for word in re.findall(r"[A-Za-z]+", last)[::-1]:
         if word.lower() in _SWAPS:
             swapped = _SWAPS[word.lower()]
+            swapped = swapped.upper() if word.isupper() else swapped
             place = start + last.rindex(word)
             return (
                 reference[:place]
-                + (swapped.capitalize() if word[0].isupper() else swapped)
+                + (swapped.capitalize() if word.istitle() else swapped)
                 + reference[place + len(word) :]
             )
     return None
 
 
-def _other_number(old: str, rng: random.Random) -> str:
+def _other(form: re.Match[str], rng: random.Random) -> str:
+    """Another date, time or number of the same form."""
+    if form["date"]:
+        return _other_date(form[0], rng)
+    if form["time"]:
+        hours, minutes, *seconds = form[0].split(":")
+        new = rng.choice([minute for minute in range(60) if minute != int(minutes)])
+        return ":".join([hours, f"{new:02}", *seconds])
+    percent = form["percent"] or ""
+    return _other_number(form["number"], rng, bool(percent)) + percent
+
+
+def _other_date(old: str, rng: random.Random) -> str:
+    """The same with another day, which all months have."""
+    parts = list(re.finditer(r"\d+", old))
+    short = [part for part in parts if len(part[0]) < 3]
+    # of two, the day is what cannot be a month; else what stands after the month in ISO's order
+    day = next((part for part in short if int(part[0]) > 12), short[-1 if len(parts[0][0]) == 4 else 0])
+    low, high = (1, 9) if len(day[0]) == 1 else (1 if day[0][0] == "0" else 10, 28)
+    if day[0][0] == "0":
+        high = 9
+    if len(short) > 1 and int(day[0]) <= 12:  # it may be read as a month too
+        high = min(high, 12)
+    new = rng.choice([number for number in range(low, high + 1) if number != int(day[0])])
+    return old[: day.start()] + f"{new:0{len(day[0])}}" + old[day.end() :]
+
+
+def _other_number(old: str, rng: random.Random, percent: bool = False) -> str:
+    """Another number near it, with as many digits, the same sign and separators."""
+    whole, point, decimals = old.partition(".")
+    digits = whole.replace(",", "").removeprefix("-")
+    if digits == "0" and decimals.strip("0"):  # a share, a probability: stays below 1
+        return f"{whole}.{_other_number('1' + decimals, rng)[1:]}"
     value = float(old.replace(",", ""))
     spread = max(3, int(abs(value)) // 4)
-    new = value + rng.choice((-1, 1)) * rng.randint(1, spread)
-    if value >= 0 > new:
-        new = value + rng.randint(1, spread)
-    return f"{new:,.0f}" if "," in old else f"{new:.{len(old.partition('.')[2])}f}"
+    if not point and "," not in old and int(value) in _YEARS:
+        spread = 30
+
+    def written(number: float) -> str:
+        text = f"{abs(number):.{len(decimals)}f}"
+        head, _, tail = text.partition(".")
+        head = head.zfill(len(digits)) if digits[0] == "0" else head
+        head = f"{int(head):,}" if "," in whole else head
+        return ("-" if number < 0 else "") + head + point + tail
+
+    step = rng.choice((-1, 1)) * rng.randint(1, spread)
+    fitting = [
+        text
+        for number in (value + step, value - step)
+        if len(text := written(number)) == len(old)
+        and (number < 0) == (value < 0)
+        and not (percent and abs(value) <= 100 < abs(number))
+    ]
+    return fitting[0] if fitting else written(value - abs(step) if value > 0 else value + abs(step))
 
 
 def _every(text: str, old: str, new: str) -> str:
@@ -160,7 +241,7 @@ def _every(text: str, old: str, new: str) -> str:
 
     These are the result and the step that gives it.
     """
-    mentions = [match for match in _NUMBER.finditer(text) if match[0] == old][-2:]
+    mentions = [match for match in _FORM.finditer(text) if match[0] == old][-2:]
     for match in reversed(mentions):
         text = text[: match.start()] + new + text[match.end() :]
     return text

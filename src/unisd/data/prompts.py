@@ -57,8 +57,8 @@ def encode_prompt(
         return rendering.encode(tokenizer, as_messages(prompt), options, kept)
     if not isinstance(prompt, str):
         raise UserError(
-            "the prompt is a list of messages, but the tokenizer has no chat template: give prompts as"
-            " plain strings, or use a model with a chat template."
+            "the prompt is a list of messages (as columns system and tools make it), but the tokenizer has no"
+            " chat template: give prompts as plain strings, or use a model with a chat template."
         )
     ids: list[int] = tokenizer(prompt)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -74,6 +74,18 @@ def encode_prompt(
     # Some tokenizers close every text with an end token; the answer must follow the prompt
     # instead.
     return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
+
+
+def overlong(tokenizer: Any, rows: Sequence[Mapping[str, Any]], context: int | None) -> dict[int, int]:
+    """Tokens of the prompts that leave no room for an answer in the context, by row."""
+    if context is None:
+        return {}
+    lengths = {
+        number: len(encode_prompt(tokenizer, row["prompt"]))
+        for number, row in enumerate(rows)
+        if len(str(row["prompt"]).encode()) + 1024 > context  # no other can be too long
+    }
+    return {number: length for number, length in lengths.items() if length >= context}
 
 
 def encode_completion(
@@ -302,11 +314,11 @@ class PromptBuilder:
             UserError: the chat template refuses one, or leaves something out; or the model has no
                 embedding of a token.
         """
+        self.check_asked(row)
         if self.embedded is not None:
-            self._check_embedded(row, self.embedded)
+            self._check_embedded(self.at_level(row, self.level) or [], self.embedded)
         if self.tokenizer.chat_template is None:
             return
-        rendering.render(self.tokenizer, as_messages(row["prompt"]))
         wrong = row.get("negative_context")
         views = (
             self._view(row, self.level) if self.level != "plain" else None,
@@ -315,15 +327,23 @@ class PromptBuilder:
         for prompt, kept in filter(None, views):
             rendering.render(self.tokenizer, as_messages(prompt), self.teacher_options, kept=kept)
 
-    def _check_embedded(self, row: dict[str, Any], rows: int) -> None:
-        answer = self.tokenizer(str(row.get("completion") or ""), add_special_tokens=False)["input_ids"]
-        for ids in (self.student(row), self.at_level(row, self.level) or [], answer):
-            if (highest := max(ids, default=0)) >= rows:
-                raise UserError(
-                    f"it holds the token {self.tokenizer.convert_ids_to_tokens(highest)!r} ({highest}), but"
-                    f" the model's embedding has {rows} rows: take its text out, or give the model's own"
-                    " tokenizer."
-                )
+    def check_asked(self, row: dict[str, Any]) -> None:
+        """The same of what the student is asked and what it could answer, all that an evaluation
+        reads.
+        """
+        if self.embedded is not None:
+            answer = self.tokenizer(str(row.get("completion") or ""), add_special_tokens=False)["input_ids"]
+            self._check_embedded([*self.student(row), *answer], self.embedded)
+        if self.tokenizer.chat_template is not None:
+            rendering.render(self.tokenizer, as_messages(row["prompt"]))
+
+    def _check_embedded(self, ids: Sequence[int], rows: int) -> None:
+        if (highest := max(ids, default=0)) >= rows:
+            raise UserError(
+                f"it holds the token {self.tokenizer.convert_ids_to_tokens(highest)!r} ({highest}), but"
+                f" the model's embedding has {rows} rows: take its text out, or give the model's own"
+                " tokenizer."
+            )
 
     def without_question(self, prompt: Prompt, reference: str) -> Prompt:
         """The reference alone, in the append layout's words; system turns stay."""
@@ -331,7 +351,9 @@ class PromptBuilder:
         text = fill(template, prompt="", privileged_context=reference).strip()
         if isinstance(prompt, str):
             return text
-        return [*(turn for turn in prompt if turn["role"] == "system"), {"role": "user", "content": text}]
+        plain, tools = rendering.apart_from_tools(prompt)
+        turns = [*(turn for turn in plain if turn["role"] == "system"), {"role": "user", "content": text}]
+        return turns if tools is None else [{**turns[0], "tools": tools}, *turns[1:]]
 
     def negative(self, row: dict[str, Any]) -> list[int]:
         wrong = row["negative_context"]

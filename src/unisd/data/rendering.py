@@ -14,8 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from unisd.errors import UserError
 
 Messages = list[dict[str, Any]]
@@ -25,9 +23,14 @@ _OF_TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quo
 """What a template asks the date by; it takes values from outside, but no function."""
 OPTIONS, DATE = "chat_template_kwargs", "chat_template_date"
 _STARTED = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
-_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _QUESTION: Messages = [{"role": "user", "content": "question"}]
 _TURNS: Messages = [*_QUESTION, {"role": "assistant", "content": "answer"}]
+
+
+NO_TOOLS = (
+    "the chat template does not show the tools of the row: give the tokenizer a chat_template that does, put"
+    " the tools into the prompt's text, or remove the column tools."
+)
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -39,7 +42,7 @@ def has_template(tokenizer: Any) -> bool:
         return True
     try:
         return bool(tokenizer.apply_chat_template(_QUESTION, add_generation_prompt=True))
-    except (*_REFUSALS, NotImplementedError, ImportError):
+    except Exception:  # a template is a program
         return False
 
 
@@ -95,9 +98,12 @@ def rendered_with(tokenizer: Any) -> dict[str, Any]:
 def _apply(tokenizer: Any, messages: Messages, options: Mapping[str, Any] | None, **how: Any) -> Any:
     kept = rendered_with(tokenizer)
     values = dict(kept.get(OPTIONS, {}) if options is None else options)
+    messages, tools = apart_from_tools(messages)
+    if tools:
+        values["tools"] = tools
     if is_dated(tokenizer):
         day = datetime.fromisoformat(kept[DATE]) if DATE in kept else _STARTED
-        template = values.get("chat_template") or tokenizer.get_chat_template()
+        template = values.get("chat_template") or tokenizer.get_chat_template(tools=tools)
         values["chat_template"] = _OF_TODAY.sub(lambda call: repr(day.strftime(call["format"])), template)
     return tokenizer.apply_chat_template(messages, **how, **values)
 
@@ -121,20 +127,37 @@ def render(
     """
     must = [str(turn["content"]) for turn in messages if turn["role"] in ("system", "developer", "user")]
     must += kept
+    names = [name for tool in apart_from_tools(messages)[1] or () if (name := name_of_tool(tool))]
     in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
     refusal: Exception | None = None
     lost: str | None = None
     for form in (messages, in_parts):  # templates of models that also see images take parts alone
         try:
             text = str(_apply(tokenizer, form, options, tokenize=False, add_generation_prompt=answering))
-        except _REFUSALS as error:
+        except Exception as error:  # a template is a program
             refusal = refusal or error
             continue
+        if _lost(text, names) is not None:
+            raise UserError(NO_TOOLS)
         missing = _lost(text, must)
         if missing is None and (form is messages or "'type': 'text'" not in text):
             return text
         lost = lost or missing
     raise UserError(_refused(messages, refusal) if lost is None else _left_out(lost, kept))
+
+
+def apart_from_tools(messages: Messages) -> tuple[Messages, list[Any] | None]:
+    """The turns, and the tools that the first of them may bring; templates take them apart."""
+    tools = next((turn["tools"] for turn in messages if turn.get("tools")), None)
+    if tools is None:
+        return messages, None
+    return [{name: turn[name] for name in turn if name != "tools"} for turn in messages], tools
+
+
+def name_of_tool(tool: Any) -> str:
+    """What a description of a function calls it."""
+    described = tool.get("function", tool) if isinstance(tool, dict) else None
+    return str(described.get("name") or "") if isinstance(described, dict) else ""
 
 
 def _refused(messages: Messages, error: Exception | None) -> str:

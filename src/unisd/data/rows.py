@@ -17,61 +17,24 @@ are kept: a grader may need them.
 
 from __future__ import annotations
 
-import difflib
-import gzip
 import itertools
-import json
+import math
 import random
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unisd.data import formats
+from unisd.data.formats import parse_column_mapping
+from unisd.data.reading import describe, load_file, refuse_broken_text
+from unisd.data.text import problem_key
 from unisd.errors import UserError
 
 Row = dict[str, Any]
 
-COLUMNS = (
-    "prompt",
-    "privileged_context",
-    "teacher_prompt",
-    "completion",
-    "auxiliary_contexts",
-    "negative_context",
-    "id",
-)
 # What only models for images, films and sound read.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# Names that other projects use; never mapped silently, only suggested.
-FOREIGN = {
-    "prompt": ("question", "problem", "instruction", "query", "input", "messages"),
-    "privileged_context": (
-        "golden_response",
-        "golden_answer",
-        "solution",
-        "answer",
-        "response",
-        "output",
-        "reference",
-    ),
-}
-
-
-def parse_column_mapping(text: str | None) -> dict[str, str]:
-    """Parse `"prompt=question,privileged_context=answer"` into a dict, ours to theirs."""
-    if not text:
-        return {}
-    mapping = {}
-    for part in text.split(","):
-        ours, equals, theirs = part.partition("=")
-        ours, theirs = ours.strip(), theirs.strip()
-        if not equals or not theirs or ours not in COLUMNS:
-            raise UserError(
-                f"columns: {part!r} is not of the form ours=theirs with ours one of {', '.join(COLUMNS)}."
-            )
-        mapping[ours] = theirs
-    return mapping
 
 
 def load_rows(
@@ -104,7 +67,9 @@ def load_rows(
     if name is None:
         name = str(source) if isinstance(source, (str, Path)) else "the dataset"
     mapping = parse_column_mapping(columns) if isinstance(columns, str) else dict(columns or {})
-    return prepare_rows(rows, mapping, name, needs_reference)
+    prepared = prepare_rows(rows, mapping, name, needs_reference)
+    formats.say_what_is_odd(prepared, name, mapping.get("prompt", "prompt"))
+    return prepared
 
 
 def prepare_rows(
@@ -130,21 +95,39 @@ def prepare_rows(
     rows = _plain(dataset, name, of_stream)
     if not rows:
         raise UserError(f"{name} is empty: give at least one row.")
-    for ours, theirs in (mapping or {}).items():
-        if theirs not in rows[0]:
-            close = difflib.get_close_matches(theirs, rows[0], n=1)
-            hint = (
-                f" Did you mean {close[0]!r}?" if close else f" Its columns: {', '.join(map(str, rows[0]))}."
-            )
-            raise UserError(f"{name} has no column {theirs!r} (mapped to {ours!r}).{hint}")
-    for number, row in enumerate(rows):
-        _rename(row, mapping or {})
-        _as_text(row, f"row {number} of {name}")
-    _check_columns(rows[0], name, needs_reference)
+    rows = in_our_form(rows, mapping or {}, name)
+    _check_columns(dict.fromkeys(column for row in rows for column in row), name, needs_reference)
     for number, row in enumerate(rows):
         _check_row(row, f"row {number} of {name}", needs_reference)
-        row.setdefault("id", str(number))
+        if row.get("id") is None:
+            row["id"] = str(number)
     return rows
+
+
+def in_our_form(rows: Sequence[Row], mapping: Mapping[str, str], name: str) -> list[Row]:
+    """Rows of any layout (see :mod:`unisd.data.formats`) in ours, not yet checked."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    formats.check_mapping(mapping, columns, name)
+    found = []
+    for number, given in enumerate(rows):
+        where = f"row {number} of {name}"
+        row = {column: None if _is_nan(value) else value for column, value in given.items()}
+        refuse_broken_text(row, where)
+        formats.rename(row, mapping, columns, where)
+        row |= {
+            column: formats.as_turns(row[column], where)
+            for column in ("prompt", "teacher_prompt")
+            if column in row
+        }
+        _as_text(row, where)
+        formats.with_system_and_tools(row, where)
+        found.append(row)
+    return found
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether a cell of a table is missing: tables of numbers have no other sign for it."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _plain(dataset: Any, name: str, of_stream: int | None) -> list[Row]:
@@ -171,7 +154,7 @@ def _plain(dataset: Any, name: str, of_stream: int | None) -> list[Row]:
     rows = list(dataset)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise UserError(f"row {number} of {name} is {_describe(row)}, a dict of columns is needed.")
+            raise UserError(f"row {number} of {name} is {describe(row)}, a dict of columns is needed.")
     return [dict(row) for row in rows]
 
 
@@ -186,14 +169,6 @@ def _of_numpy(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _rename(row: Row, mapping: dict[str, str]) -> None:
-    """Give columns our names; one of theirs may serve for two of ours."""
-    named = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
-    for theirs in set(mapping.values()) - set(mapping):
-        row.pop(theirs, None)
-    row |= named
-
-
 def _as_text(row: Row, where: str) -> None:
     """Reduce forms that mean the same to one.
 
@@ -202,6 +177,8 @@ def _as_text(row: Row, where: str) -> None:
     """
     for column in ("privileged_context", "completion", "negative_context"):
         if type(row.get(column)) in (int, float):
+            if math.isinf(row[column]):
+                raise UserError(f"{where}: {column} is infinite: mend or remove the row.")
             row[column] = str(row[column])
     if (
         (content := _answer_of(row.get("prompt"))) is not None
@@ -218,7 +195,7 @@ def _as_text(row: Row, where: str) -> None:
         completion = row["completion"] = content
     if completion is not None and (not isinstance(completion, str) or not completion.strip()):
         raise UserError(
-            f"{where}: completion is {_describe(completion)}, a non-empty string or one assistant message is"
+            f"{where}: completion is {describe(completion)}, a non-empty string or one assistant message is"
             " needed: mend or remove the row."
         )
 
@@ -240,13 +217,7 @@ def _check_columns(row: Row, name: str, needs_reference: bool) -> None:
     for column, *alternatives in needed if needs_reference else needed[:1]:
         if column in row or any(alternative in row for alternative in alternatives):
             continue
-        candidates = [theirs for theirs in FOREIGN[column] if theirs in row]
-        hint = (
-            f"if it is {' or '.join(map(repr, candidates))}, pass --columns {column}={candidates[0]}"
-            if candidates
-            else f"its columns are {', '.join(map(str, row))}; name one with --columns {column}=NAME"
-        )
-        raise UserError(f"{name} has no column {column!r}: {hint}.")
+        raise formats.missing_column(column, list(row), name, needs_reference)
 
 
 def _check_row(row: Row, where: str, needs_reference: bool) -> None:
@@ -261,7 +232,7 @@ def _check_row(row: Row, where: str, needs_reference: bool) -> None:
         reference = row.get("privileged_context")
         if not isinstance(reference, str) or not reference.strip():
             raise UserError(
-                f"{where}: privileged_context is {_describe(reference)}, a non-empty string is needed: mend"
+                f"{where}: privileged_context is {describe(reference)}, a non-empty string is needed: mend"
                 " or remove the row."
             )
     if row.get("completion") is None:
@@ -270,10 +241,10 @@ def _check_row(row: Row, where: str, needs_reference: bool) -> None:
     if contexts is not None and not (
         isinstance(contexts, (list, tuple)) and all(isinstance(c, str) for c in contexts)
     ):
-        raise UserError(f"{where}: auxiliary_contexts is {_describe(contexts)}, a list of strings is needed.")
+        raise UserError(f"{where}: auxiliary_contexts is {describe(contexts)}, a list of strings is needed.")
     negative = row.get("negative_context")
     if negative is not None and not isinstance(negative, str):
-        raise UserError(f"{where}: negative_context is {_describe(negative)}, a string is needed.")
+        raise UserError(f"{where}: negative_context is {describe(negative)}, a string is needed.")
 
 
 def _refuse_images(row: Row, where: str) -> None:
@@ -303,7 +274,7 @@ def check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
                 or not isinstance(turn.get("content"), str)
             ):
                 raise UserError(
-                    f"{where}: {column} holds {_describe(turn)}, messages with role and content are needed."
+                    f"{where}: {column} holds {describe(turn)}, messages with role and content are needed."
                 )
         if prompt[-1]["role"] != "user":
             raise UserError(
@@ -311,80 +282,15 @@ def check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
             )
         return
     raise UserError(
-        f"{where}: {column} is {_describe(prompt)}, a non-empty string or a list of messages is needed: mend"
+        f"{where}: {column} is {describe(prompt)}, a non-empty string or a list of messages is needed: mend"
         " or remove the row."
     )
-
-
-def _describe(value: Any) -> str:
-    if value is None:
-        return "missing"
-    if value == "" or (isinstance(value, str) and not value.strip()):
-        return "empty"
-    text = repr(value)
-    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
-
-
-def load_file(path: str | Path) -> list[Row]:
-    """Rows of a .jsonl, .json (also .gz), .csv or .parquet file.
-
-    Raises:
-        UserError: unreadable file or broken line, by its number (from 1).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: check the path.")
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    if kind in (".parquet", ".csv"):
-        from datasets import Dataset
-
-        load = Dataset.from_parquet if kind == ".parquet" else Dataset.from_csv
-        try:
-            return [dict(row) for row in load(str(path))]
-        except Exception as error:  # pandas' and pyarrow's kinds, wrapped by the library
-            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-            hint = " (is it saved as UTF-8?)" if kind == ".csv" else ""
-            raise UserError(f"{path} cannot be read: {reason.rstrip('.')}{hint}.") from None
-    if kind not in (".jsonl", ".json"):
-        raise UserError(f"{path}: unknown kind {kind or 'of file'}: use .jsonl, .json, .csv or .parquet.")
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    return _parse_json(text, path) if kind == ".json" else _parse_jsonl(text, path)
-
-
-def _parse_json(text: str, path: Path) -> list[Row]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise UserError(f"{path} must hold a list of objects.")
-    return value
-
-
-def _parse_jsonl(text: str, path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}.") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is {_describe(row)}, an object is needed.")
-        rows.append(row)
-    return rows
 
 
 def hold_out(
     rows: Sequence[Row], share: float = 0.1, seed: int = 0, count: int | None = None
 ) -> tuple[list[Row], list[Row]]:
-    """Split into (train, held out) by a seeded shuffle; rows with one prompt stay together.
+    """Split into (train, held out) by a seeded shuffle; rows of one problem stay together.
 
     Each gets at least one problem where there are two or more; a single one is not held out.
 
@@ -394,8 +300,8 @@ def hold_out(
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     wanted = min(max(1, round(share * len(rows)) if count is None else count), len(rows) - 1)
-    problems = [json.dumps(row["prompt"], sort_keys=True, default=str) for row in rows]
-    sizes, held, taken = Counter(problems), set[str](), 0
+    problems = [problem_key(row["prompt"]) for row in rows]
+    sizes, held, taken = Counter(problems), set[Any](), 0
     for i in order:
         if taken >= wanted or len(held) == len(sizes) - 1:
             break

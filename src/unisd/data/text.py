@@ -1,4 +1,8 @@
-"""When two problems are the same: normalised words, and the overlap of their word triples."""
+"""When two problems are the same: normalised words, and the overlap of their word triples.
+
+In scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each
+character counts as a word.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,23 @@ NEAR_DUPLICATE_THRESHOLD = (
     0.8  # Jaccard similarity of word triples from which two texts count as near-duplicates
 )
 SHORT = 5  # words below which a text is too common to give anything away
-_WORD = re.compile(r"\w+")
+_UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59"  # Thai
+    "\u0e81-\u0ebd\u0ec0-\u0edf"  # Lao
+    "\u1000-\u1049\u1050-\u109f"  # Burmese
+    "\u1780-\u17d3\u17e0-\u17e9"  # Khmer
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"  # Japanese
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+
+
+def problem_key(prompt: Any) -> tuple[tuple[str, str], ...]:
+    """What makes two prompts the same problem: their turns, but for case and white space."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tuple(
+        (str(turn.get("role")), " ".join(str(turn.get("content")).casefold().split())) for turn in turns
+    )
 
 
 def prompt_text(prompt: Any) -> str:
@@ -29,8 +49,9 @@ def prompt_text(prompt: Any) -> str:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Words in order, without case, punctuation and spacing."""
-    return tuple(_WORD.findall(text.casefold()))
+    """Words in order, without case, punctuation and spacing; of text without words its signs."""
+    folded = text.casefold()
+    return tuple(_WORD.findall(folded) or "".join(folded.split()))
 
 
 def shingles(found: tuple[str, ...]) -> frozenset[tuple[str, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -39,7 +39,7 @@ def grade_many(
         return list(pool.map(one, zip(rows, completions, strict=True)))
 
 
-def wilson(correct: int, n: int, z: float = 1.959963984540054) -> Interval:
+def wilson(correct: float, n: int, z: float = 1.959963984540054) -> Interval:
     """A share with its 95 % Wilson interval: `{"value", "low", "high", "n"}`.
 
     NaN, 0 and 1 for n = 0.
@@ -53,10 +53,16 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> Interval:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """A mean over rows with its 95 % percentile-bootstrap interval, in the form of `wilson`."""
+    """A mean of shares over rows with its 95 % interval, in the form of `wilson`.
+
+    It is a percentile bootstrap over rows; of rows that are all alike, or of fewer than 6, which
+    would give a width of 0 or next to it, Wilson's interval (it holds for any shares of that mean).
+    """
     n = len(values)
     if n == 0:
         return wilson(0, 0)
+    if n < 6 or len(set(values)) == 1:
+        return wilson(sum(values), n)
     rng = random.Random(seed)
     means = sorted(sum(rng.choices(values, k=n)) / n for _ in range(BOOTSTRAP))
     return {
@@ -80,9 +86,10 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
 
     Returns:
         `accuracy` (one answer a row: Wilson; several: mean share of right ones, bootstrap),
-        `by_skill`, `extraction_rate` (share of answers in which an answer was found), `details`
-        (means of the graders' further figures), and `pass_at_k` by k where rows have several
-        answers. Each as `{"value", "low", "high", "n"}`.
+        `by_skill`, `extraction_rate` (share of answers in which an answer was found), `outcomes`
+        (how many are right, wrong, unanswered and ambiguous), `details` (means of the graders'
+        further figures), and `pass_at_k` by k where rows have several answers. Shares and means
+        are `{"value", "low", "high", "n"}`.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
@@ -101,6 +108,7 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
         "accuracy": share(range(len(rows))),
         "by_skill": {name: share(chosen) for name, chosen in sorted(groups.items())},
         "extraction_rate": wilson(sum(answer.extracted is not None for answer in answers), len(answers)),
+        "outcomes": outcomes(answers),
         "details": {name: bootstrap([answer.details.get(name, 0.0) for answer in answers]) for name in names},
     }
     most = min((len(row_answers) for row_answers in grades), default=1)
@@ -111,8 +119,34 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
     return found
 
 
+OUTCOMES = ("right", "wrong", "unanswered", "ambiguous")
+
+
+def outcomes(grades: Iterable[Grade]) -> dict[str, int]:
+    """How many answers are right, wrong, unanswered and ambiguous."""
+    counted = Counter(grade.outcome for grade in grades)
+    return {name: counted[name] for name in OUTCOMES}
+
+
+def unsettled(counts: dict[str, int] | None) -> str:
+    """Say how many answers settle on nothing; "" where all do."""
+    parts = [f"{counts[name]} {name}" for name in OUTCOMES[2:] if counts[name]] if counts else []
+    return ", ".join(parts)
+
+
+def unsettled_lines(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
+    """Lines of a table of before and after: answers that settle nothing, where there are any."""
+    lines = []
+    for name in ("task", "retention"):
+        sides = [unsettled(side.get(f"{name}_outcomes")) for side in (before, after)]
+        if any(sides):
+            lines.append([f"{name} answers that settle nothing", *(side or "0" for side in sides), ""])
+    return lines
+
+
 def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
-    """One object an answer: `id`, `correct`, `score`, `extracted`, `reason`, details.
+    """One object an answer: `id`, `correct`, `outcome`, `score`, `extracted`, `how`, `reason`, ...
+
 
     The details are the grader's.
     """
@@ -120,8 +154,10 @@ def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[
         {
             "id": row["id"],
             "correct": answer.correct,
+            "outcome": answer.outcome,
             "score": float(answer.correct),
             "extracted": answer.extracted,
+            "how": answer.how,
             "reason": answer.reason
             or ("" if answer.correct else "wrong" if answer.extracted is not None else "no answer found"),
             **answer.details,

@@ -30,7 +30,7 @@ from unisd.kernels.attention import takes_packed
 from unisd.losses.chunked import chunked_loss, token_logprobs
 from unisd.losses.terms import LossInputs
 from unisd.methods.divergence import DivergenceSpec
-from unisd.models.tokens import eos_ids, pad_id
+from unisd.models.tokens import eos_ids, mark_ends, pad_id
 from unisd.rollout.engine import Completion, Sampling
 from unisd.rollout.transformers_engine import generate
 from unisd.scoring.passes import Job, Passes, PassLayout
@@ -85,6 +85,7 @@ class Probe:
         self.on_phase, self.on_rows = on_phase, on_rows
         self.eos_ids = eos_ids(model, tokenizer)
         self.pad_id = pad_id(model, tokenizer)
+        mark_ends(model, tokenizer)
         self.backbone = Backbone(model)
         self.packed = self.backbone.check(self.pad_id) and takes_packed(model.device)
 

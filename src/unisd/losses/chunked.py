@@ -56,6 +56,7 @@ def chunked_loss(inputs: LossInputs, chunk_tokens: int | None = None) -> LossOut
     it costs nothing. A head that is trained sums over tokens, and must know them before: a first
     sweep without gradient finds the values.
     """
+    inputs = inputs.with_outcomes()
     hidden_NH, head = inputs.student_hidden_NH, inputs.student_head
     tracked = (hidden_NH, head.weight, head.bias)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked)
@@ -201,7 +202,8 @@ def _by_autograd(part: LossInputs, want_gradient: bool) -> ChunkResult:
     spec = part.spec
     projected_CV = part.student_head.project(part.student_hidden_NH).requires_grad_(want_gradient)
     with torch.set_grad_enabled(want_gradient):
-        logp_CV = log_probs(part.student_head.shape_logits(projected_CV), spec.temperature)
+        logits_CV = part.student_head.shape_logits(projected_CV)
+        logp_CV = part.student_head.with_one_end(log_probs(logits_CV, spec.temperature))
         own_CV, logq_CV = teacher_logp(part, logp_CV)
         divergence_C = divergence_of_logp(logp_CV, logq_CV, part.targets_N, spec)
         logp_C, teacher_logp_C = pick(logp_CV, part.targets_N), pick(own_CV, part.targets_N)
@@ -282,7 +284,7 @@ def _scores(
     chunk = _chunk(len(hidden_NH), chunk_tokens or (usual if on_cpu else 2 * usual))
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     logp_N, entropy_N = torch.empty(2, len(hidden_NH), dtype=dtype, device=hidden_NH.device)
-    head = _autocast_head(head)
+    head, targets_N = _autocast_head(head), head.outcomes(targets_N)
     room = None
     # in the heap it would lie between what passes use again
     if on_cpu and head.weight.dtype == torch.float32:
@@ -290,9 +292,10 @@ def _scores(
     with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
         for start in range(0, len(hidden_NH), chunk):
             rows = slice(start, start + chunk)
-            if fused.runs_on(head.weight):
+            if fused.takes(head):
+                projected_CV, _ = fused.project(head, hidden_NH[rows], temperature)
                 _, logp_N[rows], entropy_N[rows] = fused.moments(
-                    head.matmul(hidden_NH[rows]), head, targets_N[rows], temperature
+                    projected_CV, head, targets_N[rows], temperature
                 )
                 continue
             projected_CV = project_into(head, hidden_NH[rows], room)
@@ -300,7 +303,7 @@ def _scores(
             scratch_RV = torch.empty_like(projected_CV[blocks[0]]) if want_entropy else projected_CV
             for block in blocks:
                 chosen = slice(start + block.start, start + block.stop)
-                logp_RV = log_probs_in_place(head, projected_CV[block], temperature)
+                logp_RV, _ = log_probs_in_place(head, projected_CV[block], temperature)
                 logp_N[chosen] = pick(logp_RV, targets_N[chosen])
                 if want_entropy:
                     p_RV = torch.exp(logp_RV, out=scratch_RV[: len(logp_RV)])

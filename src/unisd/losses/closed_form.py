@@ -95,10 +95,10 @@ def _closed_form_of(
     """
     head, spec = part.student_head, part.spec
     cap_slope_CV = None if head.softcap is None else 1.0 - (head.shape_logits(student_CV) / head.softcap) ** 2
-    logp_CV = log_probs_in_place(head, student_CV, spec.temperature)
+    logp_CV, share_CE = log_probs_in_place(head, student_CV, spec.temperature)
     p_CV = torch.exp(logp_CV, out=scratch[0])
     logp_C, entropy_C = pick(logp_CV, part.targets_N), -torch.mul(p_CV, logp_CV, out=scratch[1]).sum(-1)
-    logq_CV = log_probs_in_place(part.teacher_head, teacher_CV, spec.temperature)
+    logq_CV, _ = log_probs_in_place(part.teacher_head, teacher_CV, spec.temperature)
     teacher_logp_C = pick(logq_CV, part.targets_N)
     if part.target is not None:
         logq_CV = part.target.logp(logp_CV, logq_CV, part.targets_N, spec)
@@ -118,20 +118,24 @@ def _closed_form_of(
     grad_CV = torch.mul(pr_CV, slope_C1, out=student_CV).addcmul_(p_CV, p_slope_C1, value=-1.0)
     if l_slope_C1 is not None:
         grad_CV.scatter_add_(-1, part.targets_N[:, None], l_slope_C1)
+    head.part_ends(grad_CV, share_CE)
     if cap_slope_CV is not None:
         grad_CV.mul_(cap_slope_CV)
     return values
 
 
-def log_probs_in_place(head: Head, projected_CV: Tensor, temperature: float) -> Tensor:
-    """log softmax of the head's logits / temperature, in the memory of the projection."""
+def log_probs_in_place(head: Head, projected_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
+    """log softmax of the head's logits / temperature, in the memory of the projection; and each
+    end's share of all, where there are several.
+    """
     if head.softcap is not None:
         projected_CV.copy_(head.shape_logits(projected_CV))
     elif head.scale != 1.0:
         projected_CV.mul_(head.scale)
     if temperature != 1.0:
         projected_CV.div_(temperature)
-    return torch.log_softmax(projected_CV, -1, out=projected_CV)
+    logp_CV = torch.log_softmax(projected_CV, -1, out=projected_CV)
+    return logp_CV, head.join_ends(logp_CV)
 
 
 def _sums_and_slopes(

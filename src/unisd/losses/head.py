@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unisd.kernels.cpu_linear import linear
-from unisd.methods.divergence import LOWEST_LOGIT, at_least_float32
+from unisd.methods.divergence import LOWEST_LOGIT, at_least_float32, log_probs
 
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Names of the factor that logits are multiplied with."""
@@ -34,6 +34,8 @@ class Head:
     bias: Tensor | None = None  # [V]
     scale: float = 1.0  # Cohere: logit_scale; Granite: 1 / logits_scaling
     softcap: float | None = None  # Gemma-2: cap * tanh(x / cap)
+    # several tokens that end an answer: one outcome, which stands in the column of the first
+    ends: tuple[int, ...] = ()
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N,V] in float32 (float64 stays); the product runs in the weight's dtype, or in
@@ -64,3 +66,45 @@ class Head:
         if self.softcap is not None:
             logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
         return logits_NV
+
+    # ---------------------------------------------------------- of what the logits are the logits
+
+    def log_probs(self, hidden_NH: Tensor, temperature: float) -> Tensor:
+        """log softmax(logits / temperature) [N,V], all ends as one outcome."""
+        return self.with_one_end(log_probs(self.logits(hidden_NH), temperature))
+
+    def outcomes(self, tokens_N: Tensor) -> Tensor:
+        """The column that holds each token's probability: for an end, the first one's."""
+        for end in self.ends[1:]:
+            tokens_N = tokens_N.masked_fill(tokens_N == end, self.ends[0])
+        return tokens_N
+
+    def with_one_end(self, logp_NV: Tensor) -> Tensor:
+        """A copy of log-probabilities in which the first end has those of all, the others none."""
+        if not self.ends:
+            return logp_NV
+        ends = torch.tensor(self.ends, device=logp_NV.device)
+        together_NE = torch.full_like(logp_NV[:, : len(ends)], LOWEST_LOGIT)
+        together_NE[:, 0] = logp_NV[:, ends].logsumexp(-1)
+        return logp_NV.index_copy(-1, ends, together_NE)
+
+    def join_ends(self, x_NV: Tensor, factor: float = 1.0) -> Tensor | None:
+        """The same in place, of anything whose softmax is taken after `factor`.
+
+        Returns each end's share [N,E] of all; None where nothing was joined.
+        """
+        if not self.ends:
+            return None
+        each_NE = at_least_float32(torch.stack([x_NV[:, end] for end in self.ends], -1)) * factor
+        all_N1 = each_NE.logsumexp(-1, keepdim=True)
+        x_NV[:, self.ends[0]] = all_N1[:, 0] / factor
+        for end in self.ends[1:]:
+            x_NV[:, end] = max(LOWEST_LOGIT, torch.finfo(x_NV.dtype).min)
+        return (each_NE - all_N1).exp()
+
+    def part_ends(self, grad_NV: Tensor, share_NE: Tensor | None) -> None:
+        """The gradient of what `join_ends` was given, in the place of that of what it left."""
+        if share_NE is not None:
+            of_all_N = grad_NV[:, self.ends[0]].clone()
+            for end, share_N in zip(self.ends, share_NE.unbind(-1), strict=True):
+                grad_NV[:, end] = of_all_N * share_N

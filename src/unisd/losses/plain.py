@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unisd.losses.terms import LossInputs, LossOutput, output, total
-from unisd.methods.divergence import divergence_of_logp, entropy, log_probs, pick
+from unisd.methods.divergence import divergence_of_logp, entropy, pick
 
 
 def plain_loss(inputs: LossInputs) -> LossOutput:
@@ -19,8 +19,9 @@ def plain_loss(inputs: LossInputs) -> LossOutput:
 
     N = 0 gives exactly zero, still attached to the graph.
     """
+    inputs = inputs.with_outcomes()
     targets_N, spec = inputs.targets_N, inputs.spec
-    student_logp_NV = log_probs(inputs.student_head.logits(inputs.student_hidden_NH), spec.temperature)
+    student_logp_NV = inputs.student_head.log_probs(inputs.student_hidden_NH, spec.temperature)
     own_NV, teacher_logp_NV = teacher_logp(inputs, student_logp_NV)
     own_N = pick(own_NV, targets_N)
     divergence_N = divergence_of_logp(student_logp_NV, teacher_logp_NV, targets_N, spec)
@@ -39,7 +40,7 @@ def teacher_logp(part: LossInputs, student_logp_CV: Tensor) -> tuple[Tensor, Ten
     """
     if part.spec.mode == "nll":
         return student_logp_CV.detach(), student_logp_CV.detach()
-    own_CV = log_probs(part.teacher_head.logits(part.teacher_hidden_NH), part.spec.temperature)
+    own_CV = part.teacher_head.log_probs(part.teacher_hidden_NH, part.spec.temperature)
     return own_CV, (
         own_CV
         if part.target is None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unisd.losses.head import Head
-from unisd.methods.divergence import DivergenceSpec, log_probs, pick
+from unisd.methods.divergence import DivergenceSpec, pick
 from unisd.methods.registry import Term
 from unisd.methods.scores import TargetInputs, TermInputs
 from unisd.methods.targets import STUDENT, Source, Target
@@ -74,7 +74,7 @@ class TargetStates:
         value = self.states[source]
         if value.dim() == 1:
             return value
-        logp_NV = log_probs(self.heads[source].logits(value), spec.temperature)
+        logp_NV = self.heads[source].log_probs(value, spec.temperature)
         return pick(logp_NV, targets_N) if realised else logp_NV
 
 
@@ -192,6 +192,10 @@ class LossInputs:
             terms=tuple(term.rows(rows) for term in self.terms),
             target=None if self.target is None else self.target.rows(rows),
         )
+
+    def with_outcomes(self) -> LossInputs:
+        """The same with realised outcomes for tokens: all ends of an answer are one."""
+        return replace(self, targets_N=self.student_head.outcomes(self.targets_N))
 
     def divided_by(self, unit: Tensor) -> LossInputs:
         terms = tuple(replace(term, coefficient_N=term.coefficient_N / unit) for term in self.terms)

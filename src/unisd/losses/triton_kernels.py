@@ -168,13 +168,16 @@ def fits(part: LossInputs) -> bool:
     """Whether this chunk can be computed here: full vocabulary, no clip of entries, the teacher
     itself as the target.
     """
-    return runs_on(part.student_head.weight) and part.target is None and part.spec.entry_clip is None
+    return takes(part.student_head) and part.target is None and part.spec.entry_clip is None
 
 
-def runs_on(weight: Tensor) -> bool:
-    """Whether logits of this head can be worked on here."""
+def takes(head: Head) -> bool:
+    """Whether logits of this head can be worked on here: ends are joined before a softcap that
+    comes in the kernel.
+    """
+    weight = head.weight
     on_device = AVAILABLE and (INTERPRETED or (weight.is_cuda and _works(weight.device)))
-    return on_device and weight.dtype != torch.float64
+    return on_device and weight.dtype != torch.float64 and not (head.ends and head.softcap is not None)
 
 
 @lru_cache
@@ -200,6 +203,12 @@ def _shape(head: Head, temperature: float) -> tuple[float, float, bool]:
     return head.softcap / temperature, head.softcap / head.scale, True
 
 
+def project(head: Head, hidden_CH: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
+    """The projection that the kernels read, all ends in one column, and each end's share."""
+    projected_CV = head.matmul(hidden_CH).contiguous()
+    return projected_CV, head.join_ends(projected_CV, head.scale / temperature)
+
+
 def moments(projected_CV: Tensor, head: Head, targets_C: Tensor, temperature: float) -> Tensor:
     """Log of the softmax's sum, log-probability of the target and entropy of each row, `[3,C]` in
     float32.
@@ -217,10 +226,8 @@ def closed_form(part: LossInputs, want_gradient: bool) -> ChunkResult:
     projection.
     """
     head, other, spec = part.student_head, part.teacher_head, part.spec
-    zp_CV, zq_CV = (
-        head.matmul(part.student_hidden_NH).contiguous(),
-        other.matmul(part.teacher_hidden_NH).contiguous(),
-    )
+    zp_CV, share_CE = project(head, part.student_hidden_NH, spec.temperature)
+    zq_CV, _ = project(other, part.teacher_hidden_NH, spec.temperature)
     lsep_C, logp_C, entropy_C = moments(zp_CV, head, part.targets_N, spec.temperature)
     lseq_C, teacher_logp_C, _ = moments(zq_CV, other, part.targets_N, spec.temperature)
     C, V = zp_CV.shape
@@ -245,4 +252,5 @@ def closed_form(part: LossInputs, want_gradient: bool) -> ChunkResult:
         slope_C if l_slope_C is None else l_slope_C, V,
         *factors, *capped, kind, l_slope_C is not None, BLOCK, num_warps=8,
     )  # fmt: skip
+    head.part_ends(zp_CV, share_CE)
     return values, zp_CV

@@ -64,20 +64,44 @@ def mark_defined(model: Any, tokenizer: Any) -> None:
     Rows of the head beyond them fill it up to a round number: they are no outcome, neither in
     sampling nor in the divergence.
     """
-    head = without_adapter(model).get_output_embeddings()
-    known = known_tokens(tokenizer)
-    for module in () if head is None else head.modules():  # peft may have wrapped it
-        if hasattr(module, "out_features"):
-            module.defined_tokens = known
+    _mark(model, "defined_tokens", known_tokens(tokenizer))
 
 
 def defined_tokens(head: Any) -> int | None:
     """How many rows of a head stand for tokens; None: all of them."""
-    for module in () if head is None else head.modules():
-        known: int | None = vars(module).get("defined_tokens")
-        if known is not None:
-            return known if known < module.out_features else None
-    return None
+    module, known = _marked(head, "defined_tokens")
+    return known if known is not None and known < module.out_features else None
+
+
+def mark_ends(model: Any, tokenizer: Any, together: bool = True) -> list[int]:
+    """Tell the head which tokens end an answer, so that losses and scores take them for one.
+
+    Which of them ends an answer is no part of it: a teacher that prefers another one does not
+    disagree. Returns those tokens; none where there are no two, or not `together`.
+    """
+    ends = [i for i in eos_ids(model, tokenizer) if i < embedded_tokens(model)] if together else []
+    ends = ends if len(ends) > 1 else []
+    _mark(model, "end_tokens", tuple(ends))
+    return ends
+
+
+def end_tokens(head: Any) -> tuple[int, ...]:
+    """The tokens that count as one end; empty: each is one for itself."""
+    return _marked(head, "end_tokens")[1] or ()
+
+
+def _mark(model: Any, name: str, value: Any) -> None:
+    head = without_adapter(model).get_output_embeddings()
+    for module in () if head is None else head.modules():  # peft may have wrapped it
+        if hasattr(module, "out_features"):
+            setattr(module, name, value)
+
+
+def _marked(head: Any, name: str) -> tuple[Any, Any]:
+    """The first module of a head with a mark, and the mark."""
+    found = (module for module in (() if head is None else head.modules()) if name in vars(module))
+    module = next(found, None)
+    return module, None if module is None else vars(module)[name]
 
 
 def check_embedded(rows: int, sequences: Sequence[Sequence[int]]) -> None:

@@ -30,7 +30,6 @@ from unisd.data.privilege import MARK, final_answer, reference_at, wrong_twin
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.errors import UserError
-from unisd.methods.divergence import log_probs
 from unisd.methods.targets import jensen_shannon
 from unisd.monitoring.alarms import NGRAM, pull_cosine
 from unisd.rollout.engine import Completion
@@ -373,7 +372,7 @@ def distributions(
     for states_of_row in hidden:
         with torch.no_grad(), passes.autocast():
             found = {
-                name: log_probs(heads.get(name, other).logits(states), scorer.spec.temperature)
+                name: heads.get(name, other).log_probs(states, scorer.spec.temperature)
                 for name, states in states_of_row.items()
             }
         yield found

@@ -62,7 +62,8 @@ class UniSDOptions:
     )
     disable_dropout: bool = option(
         "training",
-        "Switch the model's own dropout off (not lora_dropout): student and teacher would differ by noise.",
+        "Switch the model's own dropout and routers' noise off (not lora_dropout): student and teacher would"
+        " differ by it.",
         True,
     )
     router_aux_loss_coef: float = option(
@@ -178,6 +179,9 @@ class UniSDOptions:
     )
     num_loss_tokens_to_skip: int = option(
         "rollout", "First tokens of each answer that carry no loss.", 0, low=0
+    )
+    merge_stop_tokens: bool = option(
+        "rollout", "Count all tokens that end an answer as one; no: the divergence tells them apart.", True
     )
     mask_truncated_completions: bool = option(
         "rollout", "Leave answers that ran into max_completion_length out of the loss.", False

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd.errors import UserError
+from unisd.evaluation.grading import unsettled_lines
 from unisd.files import ANSWERS, METRICS, RESULTS, SAMPLES, read_lines
 from unisd.monitoring.alarms import Watch
 from unisd.report import plots
@@ -193,6 +194,7 @@ def _changes(results: Figures, rows: Sequence[tuple[str, Figures, Figures]]) -> 
         [name, percent(old), percent(new), f"{100 * (new['value'] - old['value']):+.1f}"]
         for name, old, new in rows
     ]
+    lines += unsettled_lines(results["before"], results["after"])
     old_ppl, new_ppl = results["before"]["gold_ppl"], results["after"]["gold_ppl"]
     if old_ppl is not None and new_ppl is not None:
         lines.append(

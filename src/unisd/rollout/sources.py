@@ -7,6 +7,7 @@ Which source a row gets, and what is sampled for it, depends on (seed, step, row
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -92,6 +93,7 @@ class CompletionSource:
                     ]
             else:
                 written = self.engine.generate(prompts, keys, self.sampling)
+            written = [self._without_end(c) for c in written]
             self.prefilled += sum(map(len, prompts))
             self.generated += sum(len(completion.ids) for completion in written)
             found.update(zip(chosen, written, strict=True))
@@ -126,6 +128,16 @@ class CompletionSource:
             )
             for place, completion in zip(shown, completions, strict=True)
         ]
+
+    def _without_end(self, completion: Completion) -> Completion:
+        """What an engine of its own tells of one of several ends is less than the student's of all:
+        no importance ratio is made of it.
+        """
+        logps, several = completion.logps, self.args.merge_stop_tokens and len(self.eos_ids) > 1
+        if not logps or not several or not getattr(self.engine, "returns_logps", False):
+            return completion
+        told = zip(completion.ids, logps, strict=True)
+        return replace(completion, logps=[math.nan if i in self.eos_ids else logp for i, logp in told])
 
     def _sync(self) -> None:
         start = time.perf_counter()

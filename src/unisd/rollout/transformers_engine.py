@@ -19,6 +19,8 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from unisd.distributed.sharding import all_ranks_must_join
 from unisd.memory import smaller_until_it_fits
+from unisd.models.adapters import without_adapter
+from unisd.models.tokens import end_tokens
 from unisd.rollout.decoding import decode
 from unisd.rollout.engine import Completion, NoiseKey, Sampling, uniform_noise
 
@@ -28,10 +30,17 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
 
     Each row has its own number for each position. As a logits processor under greedy search: it
     leaves the drawn token as the only possible one.
+
+    ends: what log-probabilities tell as one outcome.
     """
 
     def __init__(
-        self, keys: Sequence[NoiseKey], sampling: Sampling, prompt_length: int, tell_logps: bool
+        self,
+        keys: Sequence[NoiseKey],
+        sampling: Sampling,
+        prompt_length: int,
+        tell_logps: bool,
+        ends: Sequence[int] = (),
     ) -> None:
         self.uniform_BT = torch.from_numpy(
             np.stack([uniform_noise(key, sampling.max_new_tokens) for key in keys])
@@ -39,6 +48,7 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
         self.prompt_length = prompt_length
         self.temperature = sampling.temperature
         self.drawn_logps: list[Tensor] | None = [] if tell_logps else None  # [B,1] each
+        self.ends = ends
         self.warpers = LogitsProcessorList()
         if sampling.top_k > 0:
             self.warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -57,23 +67,36 @@ class KeyedSampler(LogitsProcessor):  # type: ignore[misc]
         target_B1 = self.uniform_BT[:, position, None] * cumulative_BV[:, -1:]
         drawn_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_max(scores.shape[-1] - 1)
         if self.drawn_logps is not None:
-            below_B1 = torch.where(drawn_B1 > 0, cumulative_BV.gather(1, (drawn_B1 - 1).clamp_min(0)), 0.0)
-            self.drawn_logps.append(
-                ((cumulative_BV.gather(1, drawn_B1) - below_B1) / cumulative_BV[:, -1:]).log()
-            )
+            mass_B1 = _mass(cumulative_BV, drawn_B1)
+            of_ends_B1 = sum(_mass(cumulative_BV, torch.full_like(drawn_B1, end)) for end in self.ends)
+            for end in self.ends:
+                mass_B1 = torch.where(drawn_B1 == end, of_ends_B1, mass_B1)
+            self.drawn_logps.append((mass_B1 / cumulative_BV[:, -1:]).log())
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn_B1, 0.0)
+
+
+def _mass(cumulative_BV: Tensor, token_B1: Tensor) -> Tensor:
+    below_B1 = torch.where(token_B1 > 0, cumulative_BV.gather(1, (token_B1 - 1).clamp_min(0)), 0.0)
+    return cumulative_BV.gather(1, token_B1) - below_B1
 
 
 class KeyedSamplers:
     """Makes the sampler of each batch of rows, and gathers the log-probabilities that they tell."""
 
-    def __init__(self, keys: Sequence[NoiseKey], sampling: Sampling, tell_logps: bool = False) -> None:
-        self.keys, self.sampling, self.tell_logps = keys, sampling, tell_logps
+    def __init__(
+        self,
+        keys: Sequence[NoiseKey],
+        sampling: Sampling,
+        tell_logps: bool = False,
+        ends: Sequence[int] = (),
+    ) -> None:
+        self.keys, self.sampling, self.tell_logps, self.ends = keys, sampling, tell_logps, ends
         self._made: list[tuple[Sequence[int], KeyedSampler]] = []
 
     def __call__(self, alive: Sequence[int], prompt_length: int) -> LogitsProcessorList:
         keys = [self.keys[i] for i in alive]
-        self._made.append((alive, KeyedSampler(keys, self.sampling, prompt_length, self.tell_logps)))
+        told = (self.tell_logps, self.ends)
+        self._made.append((alive, KeyedSampler(keys, self.sampling, prompt_length, *told)))
         return LogitsProcessorList([self._made[-1][1]])
 
     def logps(self) -> list[list[float]] | None:
@@ -154,8 +177,10 @@ class TransformersEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
     ) -> list[Completion]:
+        ends = end_tokens(without_adapter(self.model).get_output_embeddings())
+
         def in_batches_of(size: int) -> list[Completion]:
-            samplers = None if keys is None else KeyedSamplers(keys, sampling, self.tells_logps)
+            samplers = None if keys is None else KeyedSamplers(keys, sampling, self.tells_logps, ends)
             written = decode(
                 self.model,
                 prompts,

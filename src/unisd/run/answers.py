@@ -25,6 +25,7 @@ def verdicts(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "token_ids": found["completion_ids"],
         "correct": [bool(verdict) for verdict in found["grades"]],
+        "outcomes": found["outcomes"],
         "texts": [text[:MAX_ANSWER] for text in found["completions"][:MAX_EXAMPLES]],
         "reasons": [verdict.reason[:500] for verdict in found["grades"][:MAX_EXAMPLES]],
     }

@@ -13,7 +13,9 @@ from typing import Any
 
 from unisd import tasks
 from unisd.config import UniSDConfig
+from unisd.data.reading import load_file
 from unisd.data.rows import Row, hold_out, load_rows, prepare_rows
+from unisd.data.text import problem_key
 from unisd.errors import UserError
 from unisd.models.adapters import is_adapter, make_trainable
 from unisd.run.options import RunOptions
@@ -85,6 +87,7 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: 
     if options.eval_file is not None:
         evaluation = load_rows(options.eval_file, options.columns)
         _named_grader(options, evaluation, options.eval_file)
+        _say_what_is_trained_on(evaluation, rows, options.eval_file, name)
     elif whole:
         pass
     elif len(rows) == 1:
@@ -103,6 +106,22 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: 
         evaluation=evaluation[: options.max_eval_rows],
         grade=grade,
     )
+
+
+def _say_what_is_trained_on(evaluation: list[Row], rows: list[Row], eval_file: str, name: str) -> None:
+    if Path(eval_file).resolve() == Path(name).resolve():  # on purpose
+        return
+    known = {problem_key(row["prompt"]) for row in rows}
+    shared = sum(problem_key(row["prompt"]) in known for row in evaluation)
+    if shared:
+        logger.warning(
+            "%s: %d of %d rows ask problems of %s, which are trained on: what is reported of them is not what"
+            " the model does on new ones.",
+            eval_file,
+            shared,
+            len(evaluation),
+            name,
+        )
 
 
 def hold_out_validation(data: RunData, options: RunOptions, config: UniSDConfig) -> None:
@@ -180,6 +199,9 @@ def _load_dataset(options: RunOptions) -> list[Row]:
     whole = (Path(name) / "dataset_dict.json").is_file()  # the two that save_to_disk writes
     try:
         if not whole and not (Path(name) / "state.json").is_file():
+            builder = datasets.load_dataset_builder(name, options.dataset_config)
+            if (rows := _as_they_stand(builder, split)) is not None:
+                return rows
             loaded = datasets.load_dataset(name, options.dataset_config, split=split)
         elif options.dataset_config is not None:
             raise ValueError("a saved dataset has no configurations: unset dataset_config.")
@@ -196,6 +218,20 @@ def _load_dataset(options: RunOptions) -> list[Row]:
     return [dict(row) for row in loaded]
 
 
+def _as_they_stand(builder: Any, split: str) -> list[Row] | None:
+    """Rows of local files of text, whose types the library would guess; None: it reads others."""
+    import datasets
+
+    named = getattr(builder.config, "data_files", None) or {}
+    files = {part: [Path(str(file)) for file in found] for part, found in named.items()}
+    every = [file for found in files.values() for file in found]
+    if not every or not all(file.is_file() and {".csv", ".jsonl"} & {*file.suffixes} for file in every):
+        return None
+    rows = {str(part): [row for file in found for row in load_file(file)] for part, found in files.items()}
+    chosen = datasets.ReadInstruction.from_spec(split).to_absolute({part: len(rows[part]) for part in rows})
+    return [row for part in chosen for row in rows[part.splitname][part.from_ : part.to]]
+
+
 def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunction | None:
     """The grader of the user's own rows, which compares with their answer, or runs their tests."""
     name = options.grader
@@ -203,7 +239,7 @@ def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunc
         return None
     import difflib
 
-    from unisd.tasks.graders import GRADERS
+    from unisd.tasks.graders import GRADERS, check_gold, gold_of
 
     if name not in GRADERS:
         close = difflib.get_close_matches(name, GRADERS, n=1, cutoff=0.4)
@@ -212,22 +248,24 @@ def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunc
     code = name == "code"
     columns = ("tests",) if code else ("answer", "completion")
     for number, row in enumerate(rows):
-        if _gold(row, columns) is None:
+        gold = _gold(row, columns)
+        if gold is None:
             needed = "a column tests with Python assertions" if code else "a column answer, or a reference"
             raise UserError(
                 f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row."
             )
+        check_gold(name, row, gold, f"{where}, row {number}")
     if code:
         sandbox.require(options.allow_unsafe_code_execution)
         sandbox.allow_unsafe(options.allow_unsafe_code_execution)
     grader = GRADERS[name]
-    return lambda row, text: grader(text, _gold(row, columns) or "")
+    return lambda row, text: grader(text, gold_of(name, row, _gold(row, columns)))
 
 
-def _gold(row: Row, columns: Sequence[str]) -> str | None:
+def _gold(row: Row, columns: Sequence[str]) -> Any:
     """What the grader compares with: the first of the columns that holds something."""
     values = (row.get(column) for column in columns)
-    return next((str(value) for value in values if value is not None and str(value).strip()), None)
+    return next((value for value in values if value is not None and str(value).strip()), None)
 
 
 def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) -> UniSDConfig:

@@ -10,6 +10,7 @@ from unisd.config import UniSDConfig
 from unisd.console import number
 from unisd.data.rows import Row
 from unisd.evaluation.accuracy import accuracy
+from unisd.evaluation.grading import unsettled_lines
 from unisd.evaluation.likelihood import gold_ppl
 from unisd.evaluation.retention import retention, retention_along
 from unisd.run import answers
@@ -43,8 +44,10 @@ def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> t
     )
     figures = {
         "task_accuracy": task,
+        "task_outcomes": (task_answers or {}).get("outcomes"),
         "skills": skills,
         "retention_accuracy": retention,
+        "retention_outcomes": (retention_answers or {}).get("outcomes"),
         "retention_skills": retention_skills,
         "gold_ppl": gold_ppl(model, tokenizer, data.evaluation),
     }
@@ -114,6 +117,7 @@ def change_lines(results: Figures) -> list[list[str]]:
         lines.append(_accuracy_line(name, before[total], after[total]))
         for skill, value in (after[skills] or {}).items():
             lines.append(_accuracy_line(f"  {skill}", before[skills][skill], value))
+    lines += unsettled_lines(before, after)
     if after["gold_ppl"] is not None:
         change = f"{after['gold_ppl'] - before['gold_ppl']:+.3f}"
         lines.append(

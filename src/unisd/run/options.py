@@ -157,7 +157,8 @@ class RunOptions:
     )
     columns: str | None = option(
         "data",
-        "Names of your columns: prompt=question,privileged_context=answer.",
+        "Names of your columns: prompt=question,privileged_context=answer; prompt=a+b joins the texts of two,"
+        " and names with a comma are quoted.",
         shared=("probe", "prepare"),
     )
     grader: str | None = option(
@@ -202,6 +203,12 @@ class RunOptions:
             raise UserError(
                 "num_processes belongs to accelerate_config: unset it, or give --accelerate_config ddp."
             )
+        if self.writer_url is not None:
+            from unisd.http_client import check_server  # heavy
+
+            check_server("writer_url", self.writer_url)
+        elif self.writer_model is not None:
+            raise UserError("writer_model is a name on a server: give its writer_url, too.")
         if self.load_in_4bit and not self.trains_adapter:
             raise UserError("load_in_4bit needs use_peft: 4-bit weights cannot be trained themselves.")
 

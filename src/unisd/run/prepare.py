@@ -17,6 +17,7 @@ from unisd.data.rendering import OPTIONS, rendered_with
 from unisd.data.rows import Row
 from unisd.data.thoughts import answer_of, completion_text
 from unisd.errors import UserError
+from unisd.http_client import Unavailable
 from unisd.methods.registry import parse_weight
 from unisd.models.gguf import cache_dir
 from unisd.rollout.engine import seed_of
@@ -91,7 +92,11 @@ def server_writer(server: ChatServer, seed: int, what: str) -> Callable[[list[st
         with show_progress(f"writing {what}", len(prompts)) as advance:
             seeds = [seed_of((seed, attempt, i, 0)) for i in range(len(prompts))]
             drawn: dict[str, Any] = {"max_tokens": WRITTEN_TOKENS, "temperature": 0.7, "top_p": 0.95}
-            return [text.strip() for text in server.answers(prompts, seeds=seeds, on_rows=advance, **drawn)]
+            told = server.answers(prompts, seeds=seeds, on_rows=advance, **drawn)
+        for answer in told:  # what is missing because of an outage must not be kept as found nowhere
+            if isinstance(answer.failed, Unavailable):
+                raise server.problem(answer.failed) from answer.failed
+        return [answer_of(answer.text).strip() for answer in told]
 
     return write
 
@@ -184,6 +189,8 @@ def prepare(
     """
     rows = data.train
     written = options.agreement_contexts == "induction" or options.negatives == "model"
+    if options.writer_url and not written:
+        logger.warning("writer_url is not asked: neither agreement_contexts=induction nor negatives=model.")
     server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
     with_contexts = _wants_contexts(data, options, config)
     data.contexts = _contexts_line(data, options, with_contexts)

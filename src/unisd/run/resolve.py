@@ -94,6 +94,8 @@ def resolve(
     values = parser.from_dict(recipe.options, str(recipe.file))
     if named.get("model_name_or_path", "pocket") == "pocket":
         values |= parser.from_dict(recipe.pocket, str(recipe.file))
+    if "num_train_epochs" in named and "max_steps" not in named:  # which would win over it
+        values.pop("max_steps", None)
     of_run = {item.name for item in declared(RunOptions)}
     explicit = frozenset(named)
 

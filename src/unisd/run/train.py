@@ -18,12 +18,13 @@ from unisd.compat import NEW_NAMES
 from unisd.config import UniSDConfig
 from unisd.console import make_console, show_example, show_table
 from unisd.data import rendering
+from unisd.data.prompts import overlong
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
 from unisd.files import ANSWERS
 from unisd.kernels.devices import gains_from_bf16
-from unisd.models.load import AUTO_BF16_FROM, can_checkpoint
+from unisd.models.load import AUTO_BF16_FROM, can_checkpoint, context_length
 from unisd.monitoring.cost import Energy, cost_of
 from unisd.monitoring.progress import ProgressDisplay
 from unisd.processes import alone_in
@@ -44,6 +45,7 @@ from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import holds_optimizer, last_complete_checkpoint
 from unisd.training.guards import Interruption
 from unisd.training.plan import planned_steps
+from unisd.training.preflight import check_evaluated
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         logger.warning("push_to_hub uploads samples.jsonl and answers.json too, with texts of your rows.")
     model, tokenizer, _ = load_model(options)
     _settle_rendering(tokenizer, config, data)
+    _check_lengths(model, tokenizer, data)
     config = _in_bf16(model, options, config)
     if config.process_index == 0:
         data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
@@ -92,6 +95,8 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         grader=data.grader,
         probe_dataset=data.retention[: config.diagnostics_probe_rows] or None,
     )
+    for name, evaluated in (("evaluation", data.evaluation), ("retention", data.retention)):
+        check_evaluated(trainer, evaluated, f"the {name} data")
     config = trainer.args = _within_memory(trainer, options, config)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -113,6 +118,19 @@ def _settle_rendering(tokenizer: Any, config: UniSDConfig, data: RunData) -> Non
     rendering.fix_date(tokenizer, checkpoint)
     for name, rows in (("evaluation", data.evaluation), ("retention", data.retention)):
         rendering.check_rows(tokenizer, rows, f"the {name} data")
+
+
+def _check_lengths(model: Any, tokenizer: Any, data: RunData) -> None:
+    """Raise `UserError` for rows to report on that leave no room for an answer."""
+    context = context_length(model)
+    for name, rows in (("evaluation", data.evaluation), ("retention", data.retention)):
+        if too_long := overlong(tokenizer, rows, context):
+            number, length = next(iter(too_long.items()))
+            raise UserError(
+                f"row {number} of the {name} data: the prompt has {length} tokens, and the model's context is"
+                f" {context}; {len(too_long)} such row(s): shorten or remove them, or give a model with a"
+                " longer context."
+            )
 
 
 def _in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> UniSDConfig:

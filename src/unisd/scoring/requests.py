@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from unisd.config import UniSDConfig
 from unisd.data.privilege import reference_at
-from unisd.data.prompts import PromptBuilder
+from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rendering import naming
 from unisd.data.rows import Row
 from unisd.errors import UserError
@@ -80,7 +80,7 @@ class RequestBuilder:
         self.prompts = prompts
         self.needs = needs
         self.sources = sources
-        self.context_is = context_is
+        self.context, self.context_is = context, context_is
         self.room = _UNLIMITED if context is None else context - args.max_completion_length
         if self.room < 1:
             raise UserError(
@@ -137,6 +137,28 @@ class RequestBuilder:
                     f"row {row} of the training data: the {what} has {length} tokens, over the limit of"
                     f" {limit} ({name}); {len(too_long)} such row(s): shorten or remove them, or {remedy}."
                 )
+
+    def check_evaluated(self, rows: Sequence[Row], name: str, ends: Sequence[int], cap: int) -> None:
+        """The same for rows to evaluate on, of which the student's prompt is read: before a
+        reference, and before an answer of up to `cap` tokens.
+        """
+        prompts, limit = self.prompts, self.context or _UNLIMITED
+        for number, row in enumerate(rows):
+            with naming(f"row {number} of {name}"):
+                prompts.check_asked(row)
+                reference = str(row.get("completion") or row.get("privileged_context") or "")
+                if len(str(row["prompt"]).encode()) + len(reference.encode()) + cap + 1024 <= limit:
+                    continue
+                asked = len(prompts.student(row))
+                told = (
+                    encode_completion(prompts.tokenizer, reference, ends, row["prompt"]) if reference else []
+                )
+                if asked + max(cap, len(told)) > limit:
+                    raise UserError(
+                        f"the prompt has {asked} tokens, its reference {len(told)} and an answer up to {cap},"
+                        f" over {self.context_is} of {limit}: shorten or remove it, or lower"
+                        " eval_max_new_tokens."
+                    )
 
     def of(
         self,

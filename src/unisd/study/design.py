@@ -114,6 +114,11 @@ def load(path: Path, overrides: Options | None = None) -> Study:
 
 
 def from_dict(values: Options, where: str = "study") -> Study:
+    if "'hub_token'" in repr(values):
+        raise UserError(
+            f"{where}: hub_token would stand in the files of the study: leave it out, and set HF_TOKEN, which"
+            " its runs inherit."
+        )
     for key, value in values.items():
         if key not in KEYS:
             raise UserError(f"{where}: unknown key {key!r}: there are {', '.join(KEYS)}.")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG, LOG = "run.yaml", "run.log"
 CACHE = "before"
 CALIBRATION_STEPS, CALIBRATION_ROWS = 2, 16
+OF_THE_ROWS = ("task", "task_options", "data_files", "train_file", "eval_file", "columns", "grader")
 STOPPED = "(alarms=stop)"  # in the last words of a run that an alarm ended
 WEIGHTS = ("*.safetensors", "*.bin", "checkpoint-*")
 
@@ -43,12 +44,14 @@ def check_runs(runs: Sequence[Run], study: Study) -> None:
             cannot be studied.
     """
     seen: set[str] = set()
+    read: set[str] = set()
     for run in runs:
         text = json.dumps({**run.options, "seed": 0}, sort_keys=True, default=str)
         if text not in seen:
             seen.add(text)
             try:
-                resolved(run.options, f"cell {run.cell.name}")
+                options, _ = resolved(run.options, f"cell {run.cell.name}")
+                _check_rows(options, read)
             except UserError as error:
                 raise UserError(f"cell {run.cell.name}: {error}") from None
     by_levels = {tuple(run.cell.levels.items()): run for run in runs}
@@ -66,6 +69,19 @@ def check_runs(runs: Sequence[Run], study: Study) -> None:
                     f"mechanism {factor.name} is off in this study's recipe: choose one that has it (recipe:"
                     " unisd-star), or give its options in base."
                 )
+
+
+def _check_rows(options: RunOptions, read: set[str]) -> None:
+    """Read the rows of a run from the files that it names, each setting of them once."""
+    if options.train_file is None and options.data_files is None:
+        return  # a hub's, or a task that needs none
+    data = {name: value for name, value in vars(options).items() if name in OF_THE_ROWS}
+    text = json.dumps(data, sort_keys=True, default=str)
+    if text not in read:
+        from unisd.run.inputs import load_data
+
+        read.add(text)
+        load_data(options)
 
 
 def command_of(run: Run, store: Store) -> tuple[str, ...]:

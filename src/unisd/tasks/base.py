@@ -32,8 +32,9 @@ class Grade:
     in a few words why an answer is wrong. `details` are further figures of this answer, each
     between 0 and 1 (a report shows their means). `ambiguous`: there are several answers, and the
     completion settles on none of them. `how` says how the answer was found ("final marker",
-    "stated", "boxed", "last line", "mention"). `feedback` tells the one who answered what is wrong
-    with this answer, without the right one.
+    "stated", "boxed", "last line", "mention"). `passed_over` are answers that might have been
+    taken, best first, each with how it was found and why it was not taken. `feedback` tells the one
+    who answered what is wrong with this answer, without the right one.
     """
 
     correct: bool
@@ -42,6 +43,7 @@ class Grade:
     details: dict[str, float] = field(default_factory=dict)
     ambiguous: bool = False
     how: str = ""
+    passed_over: tuple[tuple[str, str, str], ...] = field(default=(), compare=False, repr=False)
     feedback: str = ""
 
     @property

@@ -21,8 +21,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unisd.data.rows import load_file
-from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, shingles, words
+from unisd.data.reading import load_file
+from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, problem_key, shingles, words
 from unisd.errors import UserError
 from unisd.tasks.base import Row, Task
 
@@ -78,7 +78,8 @@ class Benchmark(Task):
         """Turn a checked record into this task's own dict.
 
         It must have `key` (text that makes it the same problem), and `id` (str) where the dataset
-        has one, else the row's number is taken.
+        has one, else the row's number is taken; `same` where problems with other keys are held out
+        with it.
 
         Raises `UserError` for a record that is no such problem; where a field holds something else,
         any error will do.
@@ -184,10 +185,12 @@ class Benchmark(Task):
             self.data_files is not None and {named for _, named in problems} <= {"train", None}
         )
         held_out = []
+        first: dict[Any, str] = {}  # prompts that differ in case and white space are one problem
         for problem, named in problems:
+            key = first.setdefault(problem.get("same") or problem_key(problem["key"]), problem["key"])
             if named is not None and not whole:
                 found.setdefault(named, []).append(problem)
-            elif int.from_bytes(hashlib.sha256(problem["key"].encode()).digest()[:4], "big") % HOLD_OUT == 0:
+            elif int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % HOLD_OUT == 0:
                 held_out.append(problem)
             else:
                 found["train"].append(problem)
@@ -220,13 +223,17 @@ class Benchmark(Task):
             expanded = str(Path(pattern).expanduser())
             for path in sorted(glob.glob(expanded)) or [expanded]:  # noqa: PTH207 (Path.glob takes no absolute pattern)
                 try:
-                    records = load_file(path)
+                    records = self._records(path)
                 except UserError as error:
                     raise UserError(f"{self.name}: {error}") from None
                 by_name = _split_of(Path(path).name)
                 for number, record in enumerate(records):
                     for raw, problem in self._read(record, f"{path}, row {number}"):
                         yield problem, self.split_of(raw) or by_name
+
+    def _records(self, path: str) -> list[Raw]:
+        """The records of a file."""
+        return load_file(path)
 
     def split_of(self, raw: Raw) -> str | None:
         """The split that a record names itself."""
@@ -259,6 +266,12 @@ class Benchmark(Task):
                     yield problem, ours
 
     def _checked(self, raw: Raw, where: str) -> Raw:
+        # cells of a CSV file are text
+        raw = raw | {
+            name: int(raw[name])
+            for name, kind in self.fields.items()
+            if kind is int and isinstance(raw.get(name), str) and raw[name].strip().lstrip("-").isdecimal()
+        }
         missing = [
             name
             for name, kind in self.fields.items()

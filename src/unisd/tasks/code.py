@@ -6,11 +6,13 @@ import ast
 import random
 from collections.abc import Iterator
 
+from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.tasks import sandbox
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark
-from unisd.tasks.graders.programs import extract_code
+from unisd.tasks.graders.base import Reading
+from unisd.tasks.graders.programs import read_program, run_tests
 
 TRIES = 12  # mutants of a reference that are run before it goes without a wrong version
 
@@ -27,21 +29,13 @@ class CodeTask(Benchmark):
     )
     timeout_s = 10.0
 
-    def program(self, row: Row, completion: str) -> str | None:
-        """The program that a completion gives, None where it gives none."""
-        return extract_code(completion)
+    def read(self, row: Row, completion: str) -> Reading:
+        """The programs that a completion gives, best first."""
+        return read_program(completion, row["tests"])
 
     def grade(self, row: Row, completion: str) -> Grade:
         """pass@1 of one completion: its program passes the row's tests."""
-        program = self.program(row, completion)
-        if program is None:
-            return Grade(False, None, "no code")
-        verdict = sandbox.run_program(program, row["tests"], self.timeout_s)
-        return Grade(
-            verdict.passed,
-            program,
-            f"{verdict.reason}: {verdict.detail}" if verdict.detail else verdict.reason,
-        )
+        return run_tests(self.read(row, answer_of(completion)), row["tests"], self.timeout_s)
 
     def wrong_program(self, code: str, tests: str, rng: random.Random) -> str | None:
         """A slip away from `code`, and proved wrong: it fails `tests`.

@@ -42,6 +42,7 @@ class CosETask(MultipleChoice):
             "key": f"{question.strip()}\n{sorted(texts)}",
             "question": question.strip(),
             "options": texts,
+            "published": [option.strip() for option in options],
             "answer": index,
             "rationale": (raw.get("abstractive_explanation") or "").strip(),
         }

@@ -12,7 +12,8 @@ import random
 from unisd.tasks.base import Row
 from unisd.tasks.benchmark import Problem, Raw
 from unisd.tasks.code import CodeTask, fenced
-from unisd.tasks.graders.programs import extract_code
+from unisd.tasks.graders.base import Reading
+from unisd.tasks.graders.programs import read_program
 
 
 class HumanEvalTask(CodeTask):
@@ -60,11 +61,6 @@ class HumanEvalTask(CodeTask):
     def solved(self, problem: Problem) -> str:
         return f"Problem: {problem['stub']}\nSolution:\n{fenced(problem['code'])}"
 
-    def program(self, row: Row, completion: str) -> str | None:
-        """The whole function, or a mere body after the stub."""
-        program = extract_code(completion)
-        if program is not None and f"def {row['entry_point']}" in program:
-            # Helpers and imports of the stub may be taken for granted.
-            return f"{row['stub']}    pass\n\n{program}"
-        body = completion if program is None else program
-        return f"{row['stub']}{body}" if body.startswith((" ", "\t")) else program
+    def read(self, row: Row, completion: str) -> Reading:
+        """The whole function, or what completes the stub."""
+        return read_program(completion, row["tests"], row["stub"], row["entry_point"])

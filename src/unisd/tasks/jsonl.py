@@ -6,20 +6,27 @@ unisd eval --task jsonl --data_files rows.jsonl --grader number
 from __future__ import annotations
 
 import difflib
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from unisd.data.rows import check_prompt
+from unisd.data.formats import joined, say_what_is_odd, suggested
+from unisd.data.reading import load_file
+from unisd.data.rows import check_prompt, in_our_form
+from unisd.data.text import problem_key
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
-from unisd.tasks.graders import GRADERS
+from unisd.tasks.graders import GRADERS, check_gold, gold_of
+from unisd.tasks.graders.base import Grader, aliases
 
 
 class JsonlTask(Benchmark):
     """Args:
-    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the answer as tests.
+    grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the column `tests` as tests, else
+        the answer, `choice` the options of a column `options` or `choices` too.
     prompt_column, answer_column: where the rows hold them. `privileged_context` (default: the
     answer) is the reference;
         `auxiliary_contexts` and `negative_context` are taken as they are.
@@ -46,23 +53,57 @@ class JsonlTask(Benchmark):
         self.grader = grader
         self.runs_code = grader == "code"
         self.prompt_column, self.answer_column = prompt_column, answer_column
-        self.fields = {prompt_column: object, answer_column: object}
+        self._seen: set[str] = set()
+        # a program may be judged by a column `tests` alone
+        named = [prompt_column] if self.runs_code else [prompt_column, answer_column]
+        self.fields = dict.fromkeys(named, object)
+
+    def _records(self, path: str) -> list[Raw]:
+        """The rows in whatever layout `unisd train` takes too."""
+        rows = load_file(path)
+        columns = dict.fromkeys(column for row in rows for column in row)
+        known = set(joined(self.prompt_column, columns)) <= set(columns)
+        if not known and (named := suggested("prompt", columns)):
+            raise UserError(
+                f"{path} has no column {self.prompt_column!r}: if it is {named[0]!r}, pass --task_options"
+                f" prompt_column={named[0]}."
+            )
+        rows = in_our_form(rows, {"prompt": self.prompt_column} if known else {}, path)
+        if path not in self._seen:  # each split is read anew
+            say_what_is_odd(rows, path, self.prompt_column)
+        self._seen.add(path)
+        for row in rows:
+            row[self.prompt_column] = row.get("prompt")
+            if row.get(self.answer_column) is None:  # what a conversation ends in
+                row[self.answer_column] = row.get("completion")
+        return rows
 
     def problem(self, raw: Raw, where: str) -> Problem:
-        prompt, answer = raw[self.prompt_column], raw[self.answer_column]
+        prompt, answer = raw[self.prompt_column], self._answer(raw)
         if not isinstance(prompt, (str, list)) or answer is None or not str(answer).strip():
             raise UserError(
                 f"jsonl: {where} has no prompt in {self.prompt_column!r} or no answer in"
                 f" {self.answer_column!r}"
             )
         check_prompt(prompt, f"jsonl: {where}", self.prompt_column)
+        check_gold(self.grader, raw, answer, f"jsonl: {where}")
         key = str(prompt)
-        return {"raw": raw, "key": key, **own_id(raw, "id")}
+        return {"raw": raw, "key": key, "same": problem_key(prompt), **own_id(raw, "id")}
+
+    def _answer(self, raw: Raw) -> Any:
+        """What gold is; tests stand in for it where a program is judged by them alone."""
+        answer = raw.get(self.answer_column)
+        return raw.get("tests") if answer is None and self.runs_code else answer
 
     def row(self, problem: Problem, rng: random.Random) -> Row:
         raw = problem["raw"]
-        answer = str(raw[self.answer_column])
-        reference = str(raw.get("privileged_context") or answer)
+        answer = self._answer(raw)  # as it is: a list holds several right ones
+        if not isinstance(GRADERS[self.grader], Grader):
+            answer = str(answer)
+        shown = next(iter(aliases(answer)), None) or (
+            answer if isinstance(answer, str) else json.dumps(answer)
+        )
+        reference = str(raw.get("privileged_context") or shown)
         return {
             **raw,
             "prompt": raw[self.prompt_column],
@@ -75,4 +116,4 @@ class JsonlTask(Benchmark):
         return {**self.row(problem, random.Random(seed)), "id": problem["id"]}
 
     def grade(self, row: Row, completion: str) -> Grade:
-        return GRADERS[self.grader](completion, row["answer"])
+        return GRADERS[self.grader](completion, gold_of(self.grader, row, row["answer"]))

@@ -1,6 +1,7 @@
 """Multiple choice: options in an order shuffled row by row, graded by the letter.
 
-A reference ends in "Answer: <letter>".
+A reference ends in "Answer: <letter>". What another system answered refers to the data set's order,
+which rows keep in `published_options` and `published_answers` (letters, any of which is right).
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from pathlib import Path
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem
-from unisd.tasks.graders.choices import choice
+from unisd.tasks.graders.choices import ALPHABET as LETTERS
+from unisd.tasks.graders.choices import Gold, choice
 
-LETTERS = "ABCDEFGHIJ"
 REASONED = 'Reason briefly, then end with "Answer: <letter>".'
 SHORT = 'Reply with "Answer: <letter>" alone.'
 
@@ -52,8 +53,7 @@ class MultipleChoice(Benchmark):
 
     def prompt(self, problem: Problem) -> str:
         options, _ = self.choices(problem)
-        listed = "\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))
-        return f"{problem['question']}\n\nOptions:\n{listed}\n\n{SHORT if self.short else REASONED}"
+        return f"{problem['question']}\n\nOptions:\n{_listed(options)}\n\n{SHORT if self.short else REASONED}"
 
     def reference(self, problem: Problem, index: int) -> str:
         """Write a solution that settles on option `index`.
@@ -79,6 +79,7 @@ class MultipleChoice(Benchmark):
             "negative_context": self.reference(problem, wrong),
             "answer": LETTERS[right],
             "options": options,
+            **self.published(problem),
             **problem.get("metadata", {}),
         }
 
@@ -86,8 +87,29 @@ class MultipleChoice(Benchmark):
         _, right = self.choices(problem)
         return f"Problem: {self.prompt(problem)}\nSolution: {self.reference(problem, right)}"
 
+    def published(self, problem: Problem) -> Row:
+        """The options as the data set has them, and the letters that are right there."""
+        options: list[str] = problem.get("published") or problem["options"]
+        right = problem["options"][problem["answer"]]
+        same = [i for i, option in enumerate(options) if option == right]
+        places = same if "published" in problem else [problem["answer"]]
+        return {"published_options": list(options), "published_answers": [LETTERS[i] for i in places]}
+
+    def arranged(self, row: Row, order: Sequence[int] | None) -> Row:
+        """The row with its options in another order: places in the data set's own; None: that."""
+        options, answers = row["published_options"], row["published_answers"]
+        places = list(range(len(options))) if order is None else list(order)
+        right = [LETTERS[i] for i, place in enumerate(places) if LETTERS[place] in answers]
+        shown = [options[place] for place in places]
+        prompt = row["prompt"].replace(_listed(row["options"]), _listed(shown))
+        return {**row, "prompt": prompt, "options": shown, "answer": right}
+
     def grade(self, row: Row, completion: str) -> Grade:
-        return choice(completion, row["answer"])
+        return choice.grade(completion, Gold(frozenset(row["answer"]), options=tuple(row["options"])))
+
+
+def _listed(options: Sequence[str]) -> str:
+    return "\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))
 
 
 def check_options(options: Sequence[object], answer: object, where: str, name: str) -> tuple[list[str], int]:
@@ -98,6 +120,8 @@ def check_options(options: Sequence[object], answer: object, where: str, name: s
     texts = ["" if option is None else str(option).strip() for option in options]
     if not 2 <= len(texts) <= len(LETTERS) or len(set(texts)) != len(texts) or not all(texts):
         raise UserError(f"{name}: {where} has no 2 to {len(LETTERS)} different options: {texts!r:.200}")
+    if isinstance(answer, str) and answer.strip().lstrip("-").isdecimal():  # a cell of a CSV file
+        answer = int(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
         raise UserError(f"{name}: {where}: the answer {answer!r} is no index of its {len(texts)} options")
     return texts, answer

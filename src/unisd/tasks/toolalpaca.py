@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from unisd.errors import UserError
@@ -133,6 +134,7 @@ def wrong_steps(steps: Sequence[ToolStep], functions: list[str], rng: random.Ran
     changed: ToolStep | None = None
     if arguments and rng.random() < 0.7:
         name = rng.choice(sorted(arguments))
+        arguments = {key: _plain(value) for key, value in arguments.items()}
         value = arguments[name]
         other: object = (
             value + 1
@@ -141,7 +143,7 @@ def wrong_steps(steps: Sequence[ToolStep], functions: list[str], rng: random.Ran
             if isinstance(value, str) and value
             else "unknown"
         )
-        changed = ToolStep(step.name, json.dumps(arguments | {name: other}))
+        changed = ToolStep(step.name, json.dumps(arguments | {name: other}, default=float))
     others = [name for name in functions if name != step.name]
     if changed is None and others:
         changed = ToolStep(rng.choice(others), step.arguments)
@@ -150,3 +152,8 @@ def wrong_steps(steps: Sequence[ToolStep], functions: list[str], rng: random.Ran
     wrong = [*steps[:place], changed, *steps[place + 1 :]]
     # Another value where gold has a placeholder would be as good as any.
     return None if grade_calls(wrong, steps).correct else wrong
+
+
+def _plain(value: object) -> object:
+    """A number as Python's own."""
+    return float(value) if isinstance(value, Decimal) else value

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from unisd.config import UniSDConfig
 from unisd.data.prompts import encode_completion
+from unisd.data.rows import Row
 from unisd.distributed.collectives import on_all_ranks
 from unisd.errors import UserError, one_line
 from unisd.kernels.devices import shares_host
@@ -56,6 +57,11 @@ def check_ready(trainer: UniSDTrainer) -> None:
     if args.uses_reference:
         trainer.prompts.check_generation_prefix(trainer.rows[0])
     _check_references_carry_loss(trainer)
+    evaluated = trainer.eval_dataset if trainer.eval_dataset is not None else []
+    parts = evaluated if isinstance(evaluated, dict) else {"": evaluated}
+    for name, rows in parts.items():
+        check_evaluated(trainer, rows, f"the evaluation data {name!r}" if name else "the evaluation data")
+    check_evaluated(trainer, trainer.observer.probes.rows, "the probe set")
     _check_trained(trainer.model)
     _check_full_batch(args, len(trainer.rows))
     trainer._get_train_sampler()  # of num_iterations, which needs whole steps
@@ -79,6 +85,13 @@ def check_ready(trainer: UniSDTrainer) -> None:
         _try_optimizer(trainer)
         _try_schedule(trainer)
     on_all_ranks(trainer.accelerator, lambda: _try_saving(trainer) if args.should_save else None)
+
+
+def check_evaluated(trainer: UniSDTrainer, rows: Sequence[Row], name: str) -> None:
+    """Raise `UserError` for the first row that an evaluation could not ask, by its number."""
+    args = trainer.args
+    cap = args.eval_max_new_tokens or args.max_completion_length
+    trainer.request_builder.check_evaluated(rows, name, trainer.eos_ids, cap)
 
 
 # ------------------------------------------------------------------------------ nothing to train on

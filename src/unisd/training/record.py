@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from unisd.config import UniSDConfig
-from unisd.data.rows import COLUMNS, Row
+from unisd.data.formats import COLUMNS
+from unisd.data.rows import Row
 from unisd.errors import UserError
 
 FILE = "trained_with.json"

@@ -26,7 +26,7 @@ from unisd.memory import default_token_budget
 from unisd.methods.targets import Source
 from unisd.models.adapters import check_adapter, is_adapter, keep_new_tokens, make_trainable, without_adapter
 from unisd.models.load import can_checkpoint, load_model_and_tokenizer, with_adapter
-from unisd.models.tokens import embedded_tokens, known_tokens, mark_defined
+from unisd.models.tokens import embedded_tokens, known_tokens, mark_defined, mark_ends
 from unisd.rollout.engine import Engine
 from unisd.rollout.transformers_engine import TransformersEngine
 from unisd.rollout.vllm.build import build_engine as vllm_engine
@@ -83,6 +83,7 @@ def load_student(
     if args.disable_dropout:
         disable_dropout(student)
     mark_defined(student, tokenizer)
+    _join_ends(student, tokenizer, args)
     if peft_config is not None:
         student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
     if hasattr(student, "peft_config"):
@@ -95,8 +96,19 @@ def load_student(
     return student, tokenizer
 
 
+def _join_ends(student: Any, tokenizer: Any, args: UniSDConfig) -> None:
+    """Several tokens that mean stop count as one, but where no teacher is asked."""
+    ends = mark_ends(student, tokenizer, args.merge_stop_tokens and args.divergence_spec.mode != "nll")
+    if ends:
+        names = " ".join(map(str, tokenizer.convert_ids_to_tokens(ends)))
+        logger.warning("%d tokens mean stop (%s): they count as one.", len(ends), names)
+
+
 def disable_dropout(model: nn.Module) -> None:
-    """Switch a model's own dropout off; that of an adapter stays, and so does the config."""
+    """Switch a model's own dropout off, and the noise of its routers.
+
+    That of an adapter stays, and so does the config.
+    """
     layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in model.named_modules():
         if any(name.startswith(f"{layer}.") and ".base_layer" not in name for layer in layers):
@@ -106,6 +118,13 @@ def disable_dropout(model: nn.Module) -> None:
         for attribute, value in vars(module).items():
             if "dropout" in attribute and isinstance(value, float):  # of attention, given to a kernel
                 setattr(module, attribute, 0.0)
+        if any("jitter_noise" in attribute for attribute in vars(module)):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _args: Any) -> None:
+    """A router that draws experts, or adds noise, does so in training mode (PhiMoE, Mixtral)."""
+    module.training = False
 
 
 def check_routers(backbone: Backbone, coefficient: float, pad_id: int) -> None:

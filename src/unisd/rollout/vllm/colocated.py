@@ -171,7 +171,7 @@ class ColocatedEngine(common.VllmEngine):
             )
         requests = [
             SamplingParams(
-                **common.sampling_fields(sampling, key, self.eos_ids, self.undefined), detokenize=False
+                **common.sampling_fields(sampling, key, self.eos_ids, self.forbidden), detokenize=False
             )
             for key in (keys if keys is not None else [None] * len(prompts))
         ]

@@ -50,7 +50,9 @@ class VllmEngine:
         head = self.bare.get_output_embeddings()
         rows = int(head.weight.shape[0])
         self._vocabulary = defined_tokens(head) or rows
-        self.undefined = range(self._vocabulary, rows)
+        # The lowest that a server takes. One entry a row, in each request: vLLM 0.32 has no shorter
+        # way (allowed_token_ids lists the others, bad_words are texts, which these rows lack).
+        self.forbidden = dict.fromkeys(range(self._vocabulary, rows), -100.0)
         self._dtype = str(self._precision()).removeprefix("torch.")  # that the engine computes with
 
     def _precision(self) -> torch.dtype:
@@ -74,11 +76,14 @@ class VllmEngine:
 
 
 def sampling_fields(
-    sampling: Sampling, key: NoiseKey | None, eos_ids: Sequence[int], undefined: Sequence[int] = ()
+    sampling: Sampling,
+    key: NoiseKey | None,
+    eos_ids: Sequence[int],
+    forbidden: dict[int, float] | None = None,
 ) -> dict[str, Any]:
     """One request's options by the names that vLLM gives them, in process and over HTTP.
 
-    Greedy where `key` is None. `undefined`: tokens that must not be written.
+    Greedy where `key` is None. `forbidden`: the bias against tokens that must not be written.
 
     All end tokens count, as in `generate`, so the engine's own idea of them is switched off.
     """
@@ -93,8 +98,8 @@ def sampling_fields(
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
     }
-    if undefined:
-        fields["logit_bias"] = dict.fromkeys(undefined, -100.0)  # the lowest that a server takes
+    if forbidden:
+        fields["logit_bias"] = forbidden
     if key is None:
         return {**fields, "temperature": 0.0}
     drawn = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p, "seed": seed_of(key)}

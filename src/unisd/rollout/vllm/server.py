@@ -11,7 +11,6 @@ import shutil
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 
 from unisd.config import UniSDConfig
 from unisd.errors import RolloutError
-from unisd.http_client import BadAnswer, Refused, Unavailable, openai_client
+from unisd.http_client import BadAnswer, Client, Refused, Request, Unavailable
 from unisd.rollout.engine import Completion, NoiseKey, Sampling
 from unisd.rollout.vllm import common
 from unisd.rollout.vllm.plugin import BACKEND
@@ -29,6 +28,7 @@ from unisd.rollout.vllm.plugin import BACKEND
 logger = logging.getLogger(__name__)
 
 COMPLETIONS = "/v1/completions"
+COLOCATED = ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode")
 ADAPTERS_KEPT = 2  # on disk; a server that was started anew is given the newest again
 
 
@@ -60,7 +60,7 @@ class ServerEngine(common.VllmEngine):
         folder: Path,
     ) -> None:
         super().__init__(args, model, accelerator, eos_ids, finished_steps)
-        self.client = openai_client(args.vllm_server_url, args.vllm_server_timeout)
+        self.client = Client(args.vllm_server_url, args.vllm_server_timeout, waits=True)
         self._requests_at_once = args.rollout_batch_size
         self._tag = ""  # what the server calls the weights of the newest sync; the same on all ranks
         self._syncs = 0
@@ -70,6 +70,8 @@ class ServerEngine(common.VllmEngine):
         self._run = run[0]
         self._folder = folder.absolute() / self._run
         if accelerator.is_main_process:
+            if ignored := [name for name in COLOCATED if getattr(args, name) != getattr(UniSDConfig, name)]:
+                logger.warning("%s: a server has its own, from its start.", ", ".join(ignored))
             shutil.rmtree(folder, ignore_errors=True)
             weakref.finalize(self, _remove, self._folder)
         self._start = self._start_command(args)
@@ -101,30 +103,32 @@ class ServerEngine(common.VllmEngine):
     def _unfit(self, what: str) -> RolloutError:
         return RolloutError(f"the vLLM server at {self.client.url} {what}: start it with: {self._start}")
 
-    def _ask(
-        self,
-        path: str,
-        body: dict[str, Any] | None = None,
-        *,
-        refusal: str = "refuses a request",
-        **options: Any,
-    ) -> Any:
-        """Ask as `Client.ask`, with errors that end the run and lose no step.
+    def _ask(self, path: str, body: dict[str, Any] | None = None, **options: Any) -> Any:
+        """Ask one `Request`; what goes wrong ends the run and loses no step.
 
         `refusal` says what a 4xx means.
         """
+        refusal = options.pop("refusal", "refuses a request")
         try:
-            return self.client.ask(path, body, **options)
-        except Unavailable as error:
-            raise self._gone(error) from error
-        except Refused as error:
-            if error.status == 404 and path == COMPLETIONS:  # it does not know the model, say an adapter
-                raise Restarted(error.text) from error
-            if error.wants_key:
-                raise RolloutError(
-                    f"the vLLM server at {self.client.url} {refusal} ({error}): set OPENAI_API_KEY."
-                ) from error
-            raise self._unfit(f"{refusal} ({error})") from error
+            return self.client.ask(Request(path, body, **options))
+        except (Refused, Unavailable) as error:
+            raise self._error(error, path, refusal) from error
+
+    def _error(self, error: Exception, path: str, refusal: str) -> Exception:
+        """What a run ends with, or `Restarted`."""
+        if not isinstance(error, Refused):
+            return self._gone(error)
+        if error.status == 404 and path == COMPLETIONS:  # it does not know the model, say an adapter
+            return Restarted(error.text)
+        if error.wants_key:
+            return RolloutError(
+                f"the vLLM server at {self.client.url} {refusal} ({error}): set OPENAI_API_KEY."
+            )
+        if not error.status:
+            return RolloutError(
+                f"the vLLM server at {self.client.url} is not to be had ({error}): correct its address."
+            )
+        return self._unfit(f"{refusal} ({error})")
 
     def _connect(self, args: UniSDConfig) -> str:
         """Wait for the server, look at what it can do, and return the name of its model."""
@@ -199,9 +203,8 @@ class ServerEngine(common.VllmEngine):
         for path in older:
             shutil.rmtree(path, ignore_errors=True)
             try:
-                self.client.ask(
-                    "/v1/unload_lora_adapter", {"lora_name": path.name}, retry=False, sentence=True
-                )
+                body = {"lora_name": path.name}
+                self.client.ask(Request("/v1/unload_lora_adapter", body, retry=False, sentence=True))
             except (Refused, Unavailable):
                 logger.debug("The server did not know the adapter %s any more.", path.name)
 
@@ -214,12 +217,10 @@ class ServerEngine(common.VllmEngine):
         file = self._folder / "weights.safetensors"
         refusal = f"does not take over the weights in {file}"
 
-        def start() -> None:
-            self._ask("/start_weight_update", {}, done="already active", refusal=refusal)
-
+        start = Request("/start_weight_update", {}, done="already active")
         try:
             common.save_full_weights(self.model, file)
-            start()
+            self._ask(start.path, start.body, done=start.done, refusal=refusal)
             # One that fails ends the update that was started.
             self._ask("/update_weights", {"update_info": {"path": str(file)}}, again=start, refusal=refusal)
             self._ask(
@@ -286,28 +287,24 @@ class ServerEngine(common.VllmEngine):
     def _generate(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
     ) -> list[Completion]:
-        def one(number: int) -> Completion:
+        def one(number: int) -> Request:
             prompt = list(prompts[number])
-            asked = common.sampling_fields(
-                sampling, None if keys is None else keys[number], self.eos_ids, self.undefined
-            )
-            name = (self._with_adapter and self._tag) or self._base
+            key = None if keys is None else keys[number]
             body = {
-                "model": name,
+                "model": (self._with_adapter and self._tag) or self._base,
                 "prompt": prompt,
                 "return_token_ids": True,
                 "add_special_tokens": False,
-                **asked,
+                **common.sampling_fields(sampling, key, self.eos_ids, self.forbidden),
             }
+            return Request(COMPLETIONS, body, read=lambda answer: self._completion(answer, prompt, sampling))
 
-            def read(answer: Any) -> Completion:
-                return self._completion(answer, prompt, sampling)
-
-            result: Completion = self._ask(COMPLETIONS, body, read=read)
-            return result
-
-        with ThreadPoolExecutor(self._requests_at_once) as pool:
-            written = list(pool.map(one, range(len(prompts))))
+        written = self.client.ask_each(
+            [one(number) for number in range(len(prompts))], self._requests_at_once
+        )
+        for found in written:
+            if isinstance(found, Exception):
+                raise self._error(found, COMPLETIONS, "refuses a request") from found
         self._check_version()
         return written
 

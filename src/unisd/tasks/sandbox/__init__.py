@@ -11,11 +11,13 @@ code does, short of returning the right values, makes a test pass. What the code
 away.
 
 Tests take from the code every name that neither they nor Python define; a built-in or
-standard-library name is always the real one.
+standard-library name is always the real one. Programs and tests have the standard library, and
+numpy where it is installed beside this package.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import secrets
@@ -40,9 +42,11 @@ from unisd.tasks.sandbox import syscalls
 __all__ = ["Verdict", "check_isolation", "run_many", "run_program"]
 
 MAX_PROCESSES = 8  # and threads, of the code
+THREADS = {"OPENBLAS_NUM_THREADS": "1"}  # of numpy, which would count as processes
 MAX_FILE_BYTES = 16 * 2**20
 GRACE_S = 2.0  # start-up, beside the time limit
 GUEST = Path(__file__).parent / "guest"
+PACKAGES = ("numpy", "numpy.libs")  # folders beside the standard library, where they are installed
 HOW_TO_ENABLE = (
     "Install bubblewrap (Debian, Ubuntu: apt install bubblewrap; Fedora: dnf install bubblewrap) and allow"
     " user namespaces (sysctl kernel.unprivileged_userns_clone=1; on Ubuntu also"
@@ -56,7 +60,8 @@ class Verdict:
     """What became of one program.
 
     `reason`: `passed`; `wrong` (a test failed), `error` (an exception), `syntax`, `timeout`,
-    `memory`, `ended` (the program ended itself or was killed), `sandbox` (it could not be started).
+    `memory`, `ended` (the program ended itself or was killed), `untested` (the tests asserted
+    nothing), `sandbox` (it could not be started).
     `detail`: the failed line or the exception. `seconds`: wall time.
     """
 
@@ -228,8 +233,8 @@ def _start(role: str, setting: dict[str, Any], safe: bool) -> subprocess.Popen[b
     """A guest process, in its sandbox; its setting arrives on standard input."""
     fds = [*setting["fds"], *([setting["verdict_fd"]] if "verdict_fd" in setting else [])]
     forbidden = syscalls.forbidden() if safe else b""
-    folder = "/guest" if safe else str(GUEST.parent)
-    program = f"import sys; sys.path.append({folder!r}); from guest.{role} import main; main()"
+    folders = ["/guest"] if safe else [str(GUEST.parent), *{str(path.parent) for path in _packages()}]
+    program = f"import sys; sys.path += {folders!r}; from guest.{role} import main; main()"
     with (
         tempfile.TemporaryFile() as stdin,
         tempfile.TemporaryFile() as rules,
@@ -248,7 +253,7 @@ def _start(role: str, setting: dict[str, Any], safe: bool) -> subprocess.Popen[b
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[*fds, rules.fileno()] if forbidden else fds,
-            env={},
+            env={} if safe else THREADS,
             cwd=empty if not safe else "/",
             start_new_session=True,
         )
@@ -258,6 +263,19 @@ def _start(role: str, setting: dict[str, Any], safe: bool) -> subprocess.Popen[b
 def _interpreter() -> str:
     """The interpreter itself, not the link of a virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+@cache
+def _packages() -> list[Path]:
+    """The folders of `PACKAGES` that are there."""
+    try:
+        found = importlib.util.find_spec(PACKAGES[0])
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.submodule_search_locations:
+        return []
+    folder = Path(found.submodule_search_locations[0]).resolve().parent
+    return [folder / name for name in PACKAGES if (folder / name).is_dir()]
 
 
 @cache
@@ -284,6 +302,8 @@ def _isolation() -> tuple[str, ...]:
             files += ["--symlink", str(path.readlink()), str(path)]
         elif path.exists():
             files += ["--ro-bind", str(path), str(path)]
+    for path in _packages():
+        files += ["--ro-bind", str(path), f"/guest/{path.name}"]
     return (
         bwrap,
         *(
@@ -295,6 +315,7 @@ def _isolation() -> tuple[str, ...]:
             "--unshare-uts",
         ),
         *("--unshare-cgroup-try", *user, "--clearenv", "--setenv", "LANG", "C.UTF-8"),
+        *(word for name, value in THREADS.items() for word in ("--setenv", name, value)),
         *(*files, "--ro-bind", own, own, "--ro-bind", str(GUEST), "/guest/guest", "--proc", "/proc"),
         *("--dev", "/dev", "--remount-ro", "/dev"),
         *(

@@ -1,15 +1,20 @@
 """Plain data on a pipe: one JSON line a message, every value with its exact type.
 
 `dump` turns a value into JSON: None, bool and str as they are, all else as `[tag, ...]`. Subclasses
-of built-in types are sent as what they hold, so that no method of theirs survives. Anything else is
-*held*: it stays with its owner, and a number goes over.
+of built-in types are sent as what they hold: no method of theirs takes part in a comparison.
+Values of the standard library that are plain data (`Decimal`, `date`, `deque`, ...: `RECORDS`) and
+arrays of numpy are taken apart and put together again. Anything else is *held*: it stays with its
+owner, and a number goes over.
 """
 
 from __future__ import annotations
 
 import builtins
+import importlib
 import json
 import os
+import re
+import sys
 from collections.abc import Callable
 from os import _exit, getpid
 from typing import Any
@@ -18,6 +23,7 @@ MAX_MESSAGE = 32 * 2**20  # bytes
 
 Hold = Callable[[Any], list[Any]]
 Find = Callable[[list[Any]], Any]
+Wrap = Callable[[Any, Any], Any]
 
 
 class ChannelClosed(Exception):
@@ -78,10 +84,30 @@ class Channel:
         return self.closed
 
 
-def dump(value: Any, hold: Hold) -> Any:
-    """`value` as JSON; `hold` gives the `[tag, number]` of what is no plain data."""
+def dump(value: Any, hold: Hold, wrap: Wrap = lambda value, data: data) -> Any:
+    """`value` as JSON; `hold` gives the `[tag, number, ...]` of what is no plain data.
+
+    Where the value is of a subclass of a built-in type, `wrap` may add who owns it.
+    """
     if value is None or value is True or value is False:
         return value
+    kind = type(value)
+    if kind is str:
+        return value
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    if path in RECORDS and _standard_type(path) is kind:
+        return ["v", path, [dump(part, hold, wrap) for part in RECORDS[path](value)]]
+    if str(kind.__module__) == "numpy" and (array := _array(value)) is not None:
+        return array
+    data = _data(value, hold, wrap)
+    if data is None:
+        return hold(value)
+    exact = _BUILT_IN_TYPES.get(kind.__name__) is kind or isinstance(value, type)
+    return data if exact or kind.__module__ == "numpy" else wrap(value, data)
+
+
+def _data(value: Any, hold: Hold, wrap: Wrap) -> Any:
+    """What a value of a built-in type, or of a subclass, holds; None for other values."""
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
@@ -98,10 +124,36 @@ def dump(value: Any, hold: Hold) -> Any:
         return ["r", *(format(x, "x") for x in (value.start, value.stop, value.step))]
     for tag, kind in _CONTAINERS:
         if isinstance(value, kind):
-            return [tag, [dump(item, hold) for item in kind.__iter__(value)]]
+            return [tag, [dump(item, hold, wrap) for item in kind.__iter__(value)]]
     if isinstance(value, dict):
-        return ["d", [[dump(key, hold), dump(item, hold)] for key, item in dict.items(value)]]
-    return hold(value)
+        pairs = dict.items(value)
+        return ["d", [[dump(key, hold, wrap), dump(item, hold, wrap)] for key, item in pairs]]
+    return None
+
+
+def _standard_type(path: str) -> Any:
+    """The type of that path, where its module has been imported."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _array(value: Any) -> list[Any] | None:
+    """An array or a scalar of numpy as type, shape (None for a scalar) and bytes."""
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, (float, complex)) or not isinstance(value, (numpy.ndarray, numpy.generic)):  # type: ignore[union-attr]
+        return None
+    if not _DTYPE.fullmatch(value.dtype.str):
+        return None
+    shape = list(value.shape) if isinstance(value, numpy.ndarray) else None  # type: ignore[union-attr]
+    return ["N", value.dtype.str, shape, value.tobytes().hex()]
+
+
+def _load_array(dtype: str, shape: list[int] | None, data: str) -> Any:
+    if not _DTYPE.fullmatch(dtype):
+        raise ValueError("no value")
+    numpy = importlib.import_module("numpy")
+    flat = numpy.frombuffer(bytes.fromhex(data), dtype=dtype)
+    return flat[0] if shape is None else flat.reshape(shape).copy()
 
 
 def load(data: Any, find: Find) -> Any:
@@ -114,16 +166,55 @@ def load(data: Any, find: Find) -> Any:
     if not isinstance(data, list) or not data:
         raise ValueError("no value")
     tag, rest = data[0], data[1:]
-    if tag in ("h", "g"):
+    if tag in HELD:
         return find(data)
     try:
+        if tag == "w":
+            return find([tag, rest[0], load(rest[1], find)])
+        if tag == "v":
+            return _load_record(rest[0], [load(part, find) for part in rest[1]])
+        if tag == "N":
+            return _load_array(*rest)
         if tag == "d":
             return {load(key, find): load(item, find) for key, item in rest[0]}
         if tag in _KINDS:
             return _KINDS[tag](load(item, find) for item in rest[0])
         return _SCALARS[tag](*rest)
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError, ArithmeticError, ImportError):
         raise ValueError("no value") from None
+
+
+def _load_record(path: str, parts: list[Any]) -> Any:
+    if path not in RECORDS:
+        raise ValueError("no value")
+    importlib.import_module(path.rpartition(".")[0])
+    return _standard_type(path)(*parts)
+
+
+# What is held: an object, a function of the judge's, an exception and its class, a generator, a
+# coroutine, an asynchronous generator.
+HELD = ("h", "g", "X", "x", "n", "a", "A")
+_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d+(\[\w+\])?")
+RECORDS: dict[str, Callable[[Any], list[Any]]] = {
+    "decimal.Decimal": lambda x: [str(x)],
+    "fractions.Fraction": lambda x: [x.numerator, x.denominator],
+    "datetime.date": lambda x: [x.year, x.month, x.day],
+    "datetime.time": lambda x: [x.hour, x.minute, x.second, x.microsecond, x.tzinfo],
+    "datetime.datetime": lambda x: [
+        *(x.year, x.month, x.day, x.hour, x.minute, x.second, x.microsecond, x.tzinfo)
+    ],
+    "datetime.timedelta": lambda x: [x.days, x.seconds, x.microseconds],
+    "datetime.timezone": lambda x: [x.utcoffset(None)],
+    "uuid.UUID": lambda x: [x.hex],
+    "pathlib.PosixPath": lambda x: [str(x)],
+    "pathlib.PurePosixPath": lambda x: [str(x)],
+    "collections.deque": lambda x: [list(x), x.maxlen],
+    "collections.Counter": lambda x: [dict(x)],
+    "collections.OrderedDict": lambda x: [list(x.items())],
+    "collections.defaultdict": lambda x: [x.default_factory, dict(x)],
+    "builtins.slice": lambda x: [x.start, x.stop, x.step],
+}
+"""Types of plain data by path, with what their constructor takes to make an equal value."""
 
 
 _CONTAINERS: tuple[tuple[str, Any], ...] = (("l", list), ("t", tuple), ("s", set), ("z", frozenset))
