@@ -241,3 +241,27 @@ def test_a_report_writes_over_nothing_of_its_run(tmp_path, capsys):
     with pytest.raises(UserError, match=r"--json .* is a file that is read"):
         refuse_inputs({"--json": folder / name}, [None, 3, [str(folder / "*.jsonl")]])
     refuse_inputs({"--out": "/dev/null", "--json": "/dev/null"}, ["x"])
+
+
+def test_answers_that_failed_are_no_answers(tmp_path, capsys):
+    data, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data.write_text("".join(json.dumps({"id": i, "prompt": "?", "answer": "5"}) + "\n" for i in range(3)))
+    lines = [{"id": 0, "completion": "5"}, {"id": 1, "completion": None, "failed": "HTTP 400: too long"}]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [
+        "grade",
+        "jsonl",
+        "--data_files",
+        str(data),
+        "--grader",
+        "number",
+        "--completions",
+        str(answers),
+    ]
+    out = tmp_path / "out.json"
+    assert main([*command, "--json", str(out)]) == 0
+    assert "1 of 2 lines hold no answer, for it failed: not counted." in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["accuracy"]["value"] == 1.0 and found["accuracy"]["n"] == 1
+    answers.write_text(json.dumps(lines[1]) + "\n")
+    assert main(command) == 2 and "holds failed answers alone" in capsys.readouterr().err

@@ -492,3 +492,11 @@ def test_a_wrong_letter_is_an_option_of_the_row(prompt: str, reference: str, oth
     found = {row["negative_context"][place] for row in built}
     assert found == set(others)
     assert {len(row["negative_context"]) for row in built} == {len(reference)}
+
+
+def test_numbers_longer_than_a_float_are_changed_in_one_digit() -> None:
+    for seed in range(20):
+        right = "1" + "9" * 400
+        wrong = negatives.corrupted(f"The answer is {right}", random.Random(seed))
+        assert wrong is not None and len(wrong) == len(f"The answer is {right}")
+        assert sum(a != b for a, b in zip(wrong[len("The answer is ") :], right, strict=True)) == 1

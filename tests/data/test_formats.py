@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from tests.helpers import templates
@@ -266,3 +267,12 @@ def test_a_template_that_raises_whatever_it_does() -> None:
     tokenizer = templates.tokenizer("{{ 1 / 0 }}")
     with pytest.raises(UserError, match=r"the chat template refuses the prompt \(division by zero\)"):
         render(tokenizer, [{"role": "user", "content": "a"}])
+
+
+def test_columns_of_any_kind_are_looked_at(caplog):
+    rows = [
+        {"prompt": "a", "privileged_context": "b", "meta": {1: 2, "a": 3}, "context": numpy.array([1, 2])},
+        {"prompt": "a", "privileged_context": "b", "meta": {1: 2, "a": 3}, "context": numpy.array([])},
+    ]
+    assert len(load_rows(rows)) == 2
+    assert "no prompt shows the column context (1 of 2 rows have it)" in caplog.text

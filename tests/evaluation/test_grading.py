@@ -304,7 +304,7 @@ GOLD = {
 }
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(9_978, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [300, pytest.param(9_978, marks=pytest.mark.slow)])
 @pytest.mark.long
 @pytest.mark.parametrize("name", sorted(GOLD))
 def test_no_grader_raises_or_hangs(name, count):

@@ -116,7 +116,7 @@ def test_no_answer_breaks_or_stalls_a_grader(name):
     assert slowest(name, 200, 1) <= 0.05
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLD)
 def test_none_of_ten_thousand_answers_breaks_or_stalls_a_grader(name):
     assert slowest(name, 10_000, 2) <= 0.05

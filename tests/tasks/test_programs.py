@@ -307,7 +307,7 @@ def test_any_text_can_be_read():
     assert slowest(fuzzed(1, 200)) <= 0.05
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_ten_thousand_texts_are_read_in_time():
     assert slowest(fuzzed(2, 10_000)) <= 0.05
     assert slowest(piece * (20_000 // len(piece)) for piece in PIECES) <= 0.25

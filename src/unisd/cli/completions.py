@@ -45,7 +45,9 @@ def match_completions(task: Task, rows: list[Row], path: str, in_order: bool = F
         UserError: lines without a completion, ids that are not among the rows, an id that several
             rows have, or more or fewer lines than rows where only their order is known.
     """
-    records = load_file(path)
+    written = load_file(path)
+    # lines that `unisd eval` writes where a server gave no answer: neither right nor wrong
+    records = [record for record in written if not (record.get("failed") and "completion" in record)]
     for place, record in enumerate(records):
         if not isinstance(record.get("completion"), str):
             raise UserError(
@@ -53,8 +55,11 @@ def match_completions(task: Task, rows: list[Row], path: str, in_order: bool = F
                 ' "..."}.'
             )
     if not records:
-        raise UserError(f"{path} is empty: give one completion a line.")
+        holds = "holds failed answers alone" if written else "is empty"
+        raise UserError(f"{path} {holds}: give one completion a line.")
     notes: list[str] = []
+    if lost := len(written) - len(records):
+        notes.append(f"{path}: {lost} of {len(written)} lines hold no answer, for it failed: not counted.")
     places = _in_order(records, rows, path, in_order, notes)
     if places is None:
         places = _by_id(records, rows, path)

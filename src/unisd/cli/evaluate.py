@@ -46,8 +46,14 @@ def eval_command(arguments: Sequence[str]) -> int:
     chosen = {name: task_of(name, files[name], options) for name in options.task}
     sets = {name: _sets(name, task, options) for name, task in chosen.items()}
     evaluation = _Evaluation(options)
-    for name, task in chosen.items():
-        evaluation.add(name, task, sets[name])
+    try:
+        for name, task in chosen.items():
+            evaluation.add(name, task, sets[name])
+    except (UserError, KeyboardInterrupt):
+        _write_rows(options, evaluation.records)
+        if options.rows and evaluation.records:
+            logger.warning("%s holds the %d answers until then.", options.rows, len(evaluation.records))
+        raise
     figures = {"schema_version": SCHEMA_VERSION, "model": evaluation.name, "tasks": evaluation.figures}
     # One task: its figures stand at the top as well, under the names of results.json.
     if len(chosen) == 1:
@@ -139,14 +145,18 @@ def _check(options: Any) -> None:
             )
 
 
+def _write_rows(options: Any, records: Sequence[Figures]) -> None:
+    if options.rows and records:
+        write_text(options.rows, "".join(json.dumps(record) + "\n" for record in records))
+
+
 def _write(
     options: Any, figures: Figures, records: Sequence[Figures], table: Sequence[Sequence[str]]
 ) -> None:
     """Write the files that were asked for."""
     if options.json:
         write_text(options.json, json.dumps(figures, indent=2) + "\n")
-    if options.rows:
-        write_text(options.rows, "".join(json.dumps(record) + "\n" for record in records))
+    _write_rows(options, records)
     if options.markdown:
         rule = ["---"] * len(table[0])
         cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in (table[0], rule, *table[1:])]
@@ -281,18 +291,13 @@ class _Evaluation:
             order = {"order": OURS} if "published_options" in row else {}
             results = iter(row_results([row], [of_grades]))
             for answer in of_row:
-                reason = f"failed: {answer.failed}"
-                missing = {
-                    "id": row["id"],
-                    "correct": None,
-                    "score": None,
-                    "extracted": None,
-                    "reason": reason,
-                }
-                record = next(results) if answer.failed is None else missing
-                self.records.append(
-                    {"task": name, "part": part, **record, "completion": answer.text, **order}
-                )
+                if answer.failed is None:
+                    record = {**next(results), "completion": answer.text}
+                else:
+                    nothing = dict.fromkeys(("correct", "score", "extracted", "completion"))
+                    why = str(answer.failed)
+                    record = {"id": row["id"], **nothing, "reason": f"failed: {why}", "failed": why}
+                self.records.append({"task": name, "part": part, **record, **order})
         answered = [(row, of_row) for row, of_row in zip(rows, grades, strict=True) if of_row]
         summary = summarize([row for row, _ in answered], [of_row for _, of_row in answered])
         if self.server is not None:

@@ -238,6 +238,11 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
     return tools or None
 
 
+def _holds_something(value: Any) -> bool:
+    """Whether a cell holds something, be it a text, a list or an array."""
+    return value is not None and (len(value) > 0 if hasattr(value, "__len__") else bool(value))
+
+
 def say_what_is_odd(rows: Sequence[Row], name: str, prompt: str = "prompt") -> None:
     """Name columns that no prompt shows and often should, and count duplicates.
 
@@ -245,7 +250,7 @@ def say_what_is_odd(rows: Sequence[Row], name: str, prompt: str = "prompt") -> N
         prompt: the column that the prompt is made of.
     """
     for column in UNSHOWN:
-        count = sum(bool(row.get(column)) for row in rows)
+        count = sum(_holds_something(row.get(column)) for row in rows)
         if count:
             logger.warning(
                 "%s: no prompt shows the column %s (%d of %d rows have it): join it (prompt=%s+%s), or remove"
@@ -257,10 +262,7 @@ def say_what_is_odd(rows: Sequence[Row], name: str, prompt: str = "prompt") -> N
                 prompt,
                 column,
             )
-    counts = Counter(
-        json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True, default=str)
-        for row in rows
-    )
+    counts = Counter(repr([(key, row[key]) for key in sorted(row, key=str) if key != "id"]) for row in rows)
     twice = sum(counts.values()) - len(counts)
     if twice:
         logger.warning(

@@ -27,7 +27,7 @@ from unisd.data.text import prompt_text, words
 from unisd.errors import UserError
 
 KINDS = ("columns", "corrupt", "model")
-FORMAT = 1  # of the cache
+FORMAT = 2  # of the cache: graders, too, are part of what is kept
 TRIES = 3
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _FORM = re.compile(
@@ -213,6 +213,9 @@ def _other_number(old: str, rng: random.Random, percent: bool = False) -> str:
     digits = whole.replace(",", "").removeprefix("-")
     if digits == "0" and decimals.strip("0"):  # a share, a probability: stays below 1
         return f"{whole}.{_other_number('1' + decimals, rng)[1:]}"
+    if len(digits) > 15:  # beyond what a float holds: one digit changes
+        place = len(whole) - 1 - rng.randrange(3)  # before it a comma may stand
+        return f"{old[:place]}{(int(old[place]) + rng.randint(1, 9)) % 10}{old[place + 1 :]}"
     value = float(old.replace(",", ""))
     spread = max(3, int(abs(value)) // 4)
     if not point and "," not in old and int(value) in _YEARS:

@@ -225,7 +225,8 @@ def _as_they_stand(builder: Any, split: str) -> list[Row] | None:
     named = getattr(builder.config, "data_files", None) or {}
     files = {part: [Path(str(file)) for file in found] for part, found in named.items()}
     every = [file for found in files.values() for file in found]
-    if not every or not all(file.is_file() and {".csv", ".jsonl"} & {*file.suffixes} for file in every):
+    kinds = (".csv", ".jsonl", ".csv.gz", ".jsonl.gz")
+    if not every or not all(file.is_file() and file.name.endswith(kinds) for file in every):
         return None
     rows = {str(part): [row for file in found for row in load_file(file)] for part, found in files.items()}
     chosen = datasets.ReadInstruction.from_spec(split).to_absolute({part: len(rows[part]) for part in rows})

@@ -173,8 +173,9 @@ class Benchmark(Task):
             problem["number"] = len(problems)
             # What is drawn for a problem must not depend on its place in the files.
             problem["seed"] = problem.get("id") or short_id(problem["key"])
-            numbered = named if self.data_files is None and split != "all" else None
-            problem.setdefault("id", str(counts[numbered]))
+            # The same whatever else is loaded: what `unisd eval` names, `unisd grade` must find.
+            numbered = named if self.data_files is None else None
+            problem.setdefault("id", f"{numbered}-{counts[numbered]}" if numbered else str(counts[None]))
             counts[numbered] += 1
             problems.append((problem, named))
         self.rows_in_files = len(problems) if self.data_files is not None else None

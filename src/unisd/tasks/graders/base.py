@@ -12,6 +12,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 from unisd.data.thoughts import answer_of
@@ -151,6 +153,8 @@ def aliases(value: object, from_json: bool = False) -> list[object]:
     if isinstance(value, (list, tuple)):
         parts = [aliases(one) if not isinstance(one, (list, tuple, dict)) else [] for one in value]
         return [one for part in parts for one in part] if all(parts) else []
+    if isinstance(value, (Decimal, date)):  # of tables with types
+        return aliases(str(value))
     missing = value is None or (isinstance(value, float) and not math.isfinite(value))
     return [] if missing or not isinstance(value, (bool, int, float)) else [value]
 

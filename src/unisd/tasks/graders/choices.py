@@ -116,7 +116,7 @@ class Choice(Grader):
 
     def gold_of(self, row: Mapping[str, Any], answer: object) -> object:
         """Gold with the row's options, where a column holds them and gold does not."""
-        key = next((key for key in OPTION_KEYS if row.get(key) is not None), None)
+        key = next((key for key in OPTION_KEYS if row.get(key) not in (None, "")), None)
         held = isinstance(answer, Mapping) and any(answer.get(key) is not None for key in OPTION_KEYS)
         several = answer if isinstance(answer, (list, tuple)) else [answer]
         if key is None and any(_whole(one) is not None for one in several):

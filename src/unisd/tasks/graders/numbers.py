@@ -70,7 +70,7 @@ _EXPLAINS = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _ANY_DIGIT = re.compile(r"\d")
-_BARE_NUMBER = re.compile(r"[^\w\n]*+\d[\d.,/ ]*+[^\w\n]*+(?:[^\W\d]++[^\w\n]*+)?")
+_BARE_NUMBER = re.compile(r"[^\w\n]*+\d[\d.,/ ]*+[^\w\n=<>+*^]*+(?:[^\W\d]++[^\w\n]*+)?")
 _BULLET = re.compile(r"^\s{0,12}(?:\(?\d{1,3}[.)]|[-*+\u2022\u2013])\s+(?=\S)")
 _LABEL = re.compile(
     r"\b(?:step|part|question|problem|case|chapter|figure|table|equation|page"

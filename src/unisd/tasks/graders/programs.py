@@ -188,7 +188,7 @@ class Programs(Grader):
 
     def gold_of(self, row: Mapping[str, Any], answer: object) -> object:
         """The column `tests`, where a row has one."""
-        return answer if row.get("tests") is None else row["tests"]
+        return answer if row.get("tests") in (None, "") else row["tests"]
 
     def read(self, completion: str) -> Reading:
         return read_program(completion)
