@@ -16,8 +16,8 @@ from tests.helpers.engines import ByKey
 from tests.helpers.steps import STAR
 from unisd import UniSDConfig, UserError
 from unisd import testing as tiny
+from unisd.data.outcomes import Outcome
 from unisd.files import METRICS
-from unisd.methods.outcomes import Outcome
 from unisd.tasks.base import Verdict
 from unisd.testing import gradients, trainer
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from unisd.data.outcomes import KEEPS
 from unisd.data.privilege import LEVELS
-from unisd.methods.outcomes import KEEPS
 from unisd.options.option import option
 
 GROUPS = (

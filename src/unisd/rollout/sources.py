@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from unisd.config import UniSDConfig
+from unisd.data.outcomes import Outcome, kept, siblings
 from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rows import Row
 from unisd.data.thoughts import answer_of, completion_text
 from unisd.distributed.sharding import all_ranks_must_join
 from unisd.errors import UserError
-from unisd.methods.outcomes import Outcome, kept, siblings
 from unisd.rollout.engine import Completion, Engine, NoiseKey, Sampling, uniform_noise
 from unisd.rollout.verdicts import Judge
 from unisd.teacher import Teacher

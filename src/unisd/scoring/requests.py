@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from unisd.config import UniSDConfig
+from unisd.data.outcomes import NO_LOSS, Outcome
 from unisd.data.privilege import reference_at
 from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rendering import naming
 from unisd.data.rows import Row
 from unisd.errors import UserError
-from unisd.methods.outcomes import NO_LOSS, Outcome
 from unisd.methods.targets import NEGATIVE, Source
 from unisd.rollout.engine import Completion
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from unisd.methods.outcomes import KEEPS, Outcome, kept, siblings
+from unisd.data.outcomes import KEEPS, Outcome, kept, siblings
 
 P, F = True, False
 GROUPS = [0, 0, 0, 1, 1, 2, 2, 3]
