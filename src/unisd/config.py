@@ -20,6 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from unisd import recipes
 from unisd.compat import fill_new_names, set_argument
+from unisd.data.outcomes import AFTER_ROLLOUT, NO_LOSS
 from unisd.errors import UserError
 from unisd.http_client import check_server
 from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence_bound
@@ -145,6 +146,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         self._check_trackers()
         self._check_length()
         self._check_rollout()
+        self._check_outcomes()
         self._check_mechanisms()
         if self.distillation_mode == "nll":
             self._check_without_teacher()
@@ -212,6 +214,33 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
                 " start the script with `accelerate launch`)."
             )
 
+    def _check_outcomes(self) -> None:
+        for place, name in enumerate(self.rollout_contexts):
+            if name not in (*AFTER_ROLLOUT, NO_LOSS):
+                raise UserError(f"rollout_contexts has {name!r}: use {', '.join((*AFTER_ROLLOUT, NO_LOSS))}.")
+            if name in self.rollout_contexts[:place] or (
+                name == NO_LOSS and place < len(self.rollout_contexts) - 1
+            ):
+                raise UserError(
+                    f"rollout_contexts: what follows {name!r} can never be reached: name each once, and none"
+                    " last."
+                )
+        if self.needs_verdicts and self.completion_source == "reference":
+            raise UserError(
+                "rollout_contexts and rollout_keep judge what a model writes: unset"
+                " completion_source=reference."
+            )
+        shows_sibling = any("sibling" in name for name in self.rollout_contexts)
+        if shows_sibling and self.num_generations == 1:
+            raise UserError(
+                "rollout_contexts=sibling needs several answers a prompt: set num_generations of 2 or more."
+            )
+
+    @property
+    def needs_verdicts(self) -> bool:
+        """Whether each answer is judged by the grader before it is scored."""
+        return bool(self.rollout_contexts) or self.rollout_keep != "all"
+
     def _check_mechanisms(self) -> None:
         if self.feature_only and self.feature_weight == 0:
             raise UserError("feature_only needs a feature_weight above 0: there would be no loss.")
@@ -274,6 +303,8 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         """Whether training looks at the rows' references: not where the likelihood of the model's
         own answers is all.
         """
+        if self.rollout_contexts[-1:] == [NO_LOSS] and self.completion_source in ("student", "initial"):
+            return False  # the teacher is told of the answers alone
         return self.distillation_mode != "nll" or self.completion_source in ("reference", "mixture")
 
     @property

@@ -40,6 +40,7 @@ from unisd.monitoring.observer import Observer, Probes
 from unisd.rollout.engine import Completion, Engine, Sampling
 from unisd.rollout.replay import RolloutStore
 from unisd.rollout.sources import CompletionSource
+from unisd.rollout.verdicts import Judge
 from unisd.scoring.findings import TeacherStates
 from unisd.scoring.passes import Passes
 from unisd.scoring.requests import RequestBuilder, ScoreRequest
@@ -51,7 +52,7 @@ from unisd.training.coefficients import (
     loss_coefficients,
     most_uncertain,
     once,
-    with_rollout_logps,
+    with_rollout,
 )
 from unisd.training.evaluating_trainer import EvaluatingTrainer, evaluation_rows
 from unisd.training.plan import Plan, check_data_serves
@@ -179,8 +180,9 @@ class UniSDTrainer(EvaluatingTrainer):
         self.sampling = Sampling(
             args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p
         )
+        judge = Judge(self.grader, args.verdict_seconds) if self.grader and self.plan.judged else None
         self.completions = CompletionSource(
-            args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids
+            args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids, judge
         )
         self.store = RolloutStore(args.num_iterations)
         if args.num_iterations > 1:
@@ -233,8 +235,8 @@ class UniSDTrainer(EvaluatingTrainer):
             versions = [c.version for c in completions if c.version is not None]
             if versions:
                 self.metrics.values["rollout/weights_version"] = float(min(versions))
-            if versions and store.is_fresh(step):  # a part of the rollout's time
-                self.metrics.values["step_time/sync"] = self.completions.sync_s
+            if store.is_fresh(step):  # parts of the rollout's time
+                self.metrics.values |= {f"step_time/{k}": s for k, s in self.completions.seconds.items()}
         return completions
 
     def _requests(
@@ -243,12 +245,12 @@ class UniSDTrainer(EvaluatingTrainer):
         """The prompts that the completions are scored under; the last `fill` of them carry no
         loss.
         """
-        requests = []
-        for place, ((number, _), completion) in enumerate(zip(numbers, completions, strict=True)):
-            carries_loss = place < len(numbers) - fill and self.completions.carries_loss(completion)
-            request, overlong = self.request_builder.of(
-                self.rows[number], number, completion, carries_loss, self.state.global_step
-            )
+        requests, step = [], self.state.global_step
+        carried = self.completions.carry_loss(numbers, completions)
+        outcomes = self.completions.outcomes(numbers, completions)
+        for i, (number, _) in enumerate(numbers):
+            found = (completions[i], carried[i] and i < len(numbers) - fill, step, outcomes[i])
+            request, overlong = self.request_builder.of(self.rows[number], number, *found)
             requests.append(request)
             self.metrics.add(overlong_views=float(overlong))
             written = len(request.completion)
@@ -282,7 +284,7 @@ class UniSDTrainer(EvaluatingTrainer):
             (scores, states), _ = smaller_until_it_fits(
                 within, budget, least=64, what=what, remedy=remedy, together=together
             )
-        return with_rollout_logps(scores, self.plan, self.store, numbers, completions), states
+        return with_rollout(scores, self.plan, self.store, numbers, completions), states
 
     def _progress(self) -> float:
         """The share of the run's optimizer steps that are done."""

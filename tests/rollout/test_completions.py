@@ -89,9 +89,9 @@ def test_empty_answers_of_the_initial_model_carry_no_loss(tmp_path: Any) -> None
     from unisd.rollout.engine import Completion
 
     built = trainer(tmp_path, completion_source="initial", distillation_mode="nll")
-    assert not built.completions.carries_loss(Completion([2], False))
-    assert built.completions.carries_loss(Completion([40, 2], False))
-    assert trainer(tmp_path).completions.carries_loss(Completion([2], False))
+    found = [Completion([2], False), Completion([40, 2], False)]
+    assert built.completions.carry_loss([(0, 0), (1, 0)], found) == [False, True]
+    assert trainer(tmp_path).completions.carry_loss([(0, 0), (1, 0)], found) == [True, True]
 
 
 @pytest.mark.parametrize("masked", [True, False])

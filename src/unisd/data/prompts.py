@@ -32,6 +32,10 @@ AUXILIARY_TEMPLATE = "{context}\n\n{prompt}\n\nStudy the material above, then so
 # A plain language model continues the text, so the question comes last, as in the student's prompt.
 PLAIN_TEACHER_TEMPLATE = "Example response:\n{privileged_context}\n\n{prompt}"
 PLAIN_AUXILIARY_TEMPLATE = "{context}\n\n{prompt}"
+# What the teacher is told of the step's own answers: the problem, then what there is of both.
+SIBLING_PART = "\n\nThis is an answer that was found correct:\n{sibling}"
+FEEDBACK_PART = "\n\nAn earlier attempt failed. This was said about it:\n{feedback}"
+AFTER_ROLLOUT_END = "\n\nStudy this, then solve the question yourself. Answer in the same format."
 
 
 def encode_prompt(
@@ -289,6 +293,19 @@ class PromptBuilder:
 
     def _encode(self, prompt: Prompt, kept: tuple[str, ...] = ()) -> list[int]:
         return encode_prompt(self.tokenizer, prompt, self.teacher_options, kept)
+
+    def after_rollout(self, row: dict[str, Any], sibling: str | None, feedback: str | None) -> list[int]:
+        """Ids of a teacher's prompt that tells of the step's own answers: the problem, a passed
+        answer of another generation, feedback on this one, and what to do (the order of SDPO, arXiv
+        2601.20802).
+
+        A plain language model continues the text, so the problem comes last, without instructions.
+        """
+        parts = ((SIBLING_PART, "sibling", sibling), (FEEDBACK_PART, "feedback", feedback))
+        told = "".join(fill(part, **{name: text}) for part, name, text in parts if text is not None)
+        if not self.is_chat:
+            return self._encode(f"{told.lstrip()}\n\n{row['prompt']}")
+        return self._encode(_on_last_turn(row["prompt"], lambda text: text + told + AFTER_ROLLOUT_END))
 
     def check(self, row: dict[str, Any]) -> None:
         """Render a row's prompts.

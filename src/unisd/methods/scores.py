@@ -83,6 +83,9 @@ class StepScores:
     behaviour_logp: Tensor | None = _scored(
         "BT", None, "l' at which the token was drawn, NaN if nobody drew it"
     )
+    score: Tensor | None = _scored("B", "verdict", "the grader's, from 0 to 1; NaN if it gave none")
+    passed: Tensor | None = _scored("B", "verdict", "bool: the answer counts as solved")
+    group: Tensor | None = _scored("B", "verdict", "int: the prompt that the answer is to")
     untempered_logp: Tensor | None = _scored("BT", "untempered", "l+, at temperature 1 as l^k is")
 
 

@@ -82,6 +82,27 @@ class Probes:
         return values
 
 
+def outcomes(scores: StepScores) -> dict[str, float]:
+    """The verdicts on a step's answers: shares of the judged that passed and mean score, of groups
+    of which all, none or some passed, and of answers without a verdict.
+    """
+    assert scores.score is not None and scores.passed is not None and scores.group is not None
+
+    def share(values: Tensor) -> float:
+        return float(values.double().mean())
+
+    judged = scores.score.isfinite()
+    found = {"outcome/no_verdict": share(~judged)}
+    if not judged.any():
+        return found
+    found["outcome/passed"] = share(scores.passed[judged])
+    found["outcome/score"] = share(scores.score[judged])
+    named = sorted(set(scores.group[judged].tolist()))
+    groups = [scores.passed[judged & (scores.group == group)] for group in named]
+    kinds = ["all" if group.all() else "some" if group.any() else "none" for group in groups]
+    return found | {f"outcome/groups_{k}": kinds.count(k) / len(kinds) for k in ("all", "some", "none")}
+
+
 class Observer:
     """Fills `metrics` and the sampled records of the step in progress.
 
@@ -133,6 +154,8 @@ class Observer:
             values["contrastive/negative_logp"] = masked_mean(everywhere.negative_logp, mask)
         if token_clip is not None:
             values["clip/threshold"] = token_clip
+        if everywhere.score is not None:
+            values.update(outcomes(everywhere))
 
     def record(
         self,

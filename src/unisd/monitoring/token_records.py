@@ -96,9 +96,15 @@ class SampleRecorder:
             "id": str(row.get("id", "")),
             "prompt": as_text(row["prompt"])[:MAX_TEXT],
             "reference": str(row.get("privileged_context") or row.get("completion") or "")[:MAX_TEXT],
-            "correct": None if self.grader is None else bool(self.grader(row, answer)),
+            **self._judged(row, completion, answer),
             "tokens": token_texts(self.tokenizer, completion.ids[:MAX_TOKENS]),
         }
+
+    def _judged(self, row: Row, completion: Completion, answer: str) -> dict[str, Any]:
+        """The verdict that the answer got already, else what the grader says."""
+        if (verdict := completion.verdict) is not None:
+            return {"correct": verdict.passed, "score": verdict.score, "feedback": verdict.feedback}
+        return {"correct": None if self.grader is None else bool(self.grader(row, answer))}
 
     def spans(self, part: Sequence[int], mask_BT: Tensor) -> list[Span]:
         """Where the recorded rows' loss tokens lie in a micro-batch made of the rows `part`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from unisd.data.outcomes import KEEPS
 from unisd.data.privilege import LEVELS
 from unisd.options.option import option
 
@@ -186,6 +187,14 @@ class UniSDOptions:
         "rollout", "Leave answers that ran into max_completion_length out of the loss.", False
     )
 
+    rollout_keep: str = option(
+        "rollout",
+        "Which answers carry loss, by the grader's verdict: all, passed, failed, shortest_passed (one a"
+        " prompt), mixed_groups (of prompts where some passed and some failed).",
+        "all",
+        choices=KEEPS,
+    )
+    verdict_seconds: float = option("rollout", "Seconds that the grader has for one verdict.", 30.0, low=0.01)
     chat_template_kwargs: dict[str, Any] | None = option(
         "rollout",
         "Options of the model's chat template, as JSON: '{\"enable_thinking\": false}'; kept with the"
@@ -256,6 +265,16 @@ class UniSDOptions:
         " final answer only), unconditioned (the reference without the problem) or plain (nothing).",
         "full",
         choices=LEVELS,
+    )
+    rollout_contexts: list[str] = option(
+        "teacher",
+        "What the teacher is told of the step's own answers in place of teacher_context, the first that there"
+        " is: sibling+feedback, sibling (another answer to the prompt, which passed), feedback (the grader's"
+        " words on this answer), none (last: no loss).",
+        [],
+    )
+    sibling: str = option(
+        "teacher", "Which passed answer is shown as sibling.", "first", choices=("first", "shortest")
     )
     target: str | None = option(
         "teacher",

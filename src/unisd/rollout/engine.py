@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from unisd.tasks.base import Verdict
+
 NoiseKey = tuple[int, int, int, int]  # seed, optimizer step, row of the dataset, generation
 
 
@@ -22,6 +24,7 @@ class Completion:
     sampled: bool = True  # by the student; False for references and the initial model's answers
     # optimizer step of the weights that wrote it, from engines with weights of their own
     version: int | None = None
+    verdict: Verdict | None = None  # of the grader; None: it was not asked, or gave none
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.utils.data import Sampler
 
 from unisd.errors import UserError
 from unisd.rollout.engine import Completion
+from unisd.tasks.base import Verdict
 
 FILE = "rollout.json"
 Key = tuple[int, int]  # row of the dataset, generation
@@ -113,7 +114,8 @@ class RolloutStore:
     def save(self, folder: str | Path, is_writer: bool, world_size: int) -> None:
         """Write the completions of all ranks (all must call)."""
         rows: list[Any] = [
-            [*key, c.ids, c.truncated, c.logps, c.sampled, c.version] for key, c in self._kept.items()
+            [*key, c.ids, c.truncated, c.logps, c.sampled, c.version, c.verdict and astuple(c.verdict)]
+            for key, c in self._kept.items()
         ]
         if world_size > 1:
             rows = gather_object(rows)
@@ -130,8 +132,14 @@ class RolloutStore:
         content = json.loads(path.read_text(encoding="utf-8"))
         self.step = content["step"]
         self._kept = {
-            (row, generation): Completion(*fields) for row, generation, *fields in content["completions"]
+            (row, generation): _completion(*fields) for row, generation, *fields in content["completions"]
         }
+
+
+def _completion(*fields: Any) -> Completion:
+    """A completion as `save` wrote it; earlier versions wrote no verdict."""
+    *others, verdict = fields if len(fields) == 6 else (*fields, None)
+    return replace(Completion(*others), verdict=verdict and Verdict(*verdict))
 
 
 def behaviour_logp(completions: Sequence[Completion], width: int) -> Tensor:

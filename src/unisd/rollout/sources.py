@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from unisd.config import UniSDConfig
+from unisd.data.outcomes import Outcome, kept, siblings
 from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rows import Row
+from unisd.data.thoughts import answer_of, completion_text
 from unisd.distributed.sharding import all_ranks_must_join
 from unisd.errors import UserError
 from unisd.rollout.engine import Completion, Engine, NoiseKey, Sampling, uniform_noise
+from unisd.rollout.verdicts import Judge
 from unisd.teacher import Teacher
 
 OFFLINE_STEP = 0  # the initial model's samples are the same in every epoch, as if drawn beforehand
@@ -34,11 +37,15 @@ class CompletionSource:
     teacher: Teacher
     sampling: Sampling
     eos_ids: Sequence[int]
+    judge: Judge | None = None
+    """Gives the verdicts, where the options ask for them."""
     generated: int = 0
     """Tokens that a model has written so far, and `prefilled`: of the prompts it read for them."""
     prefilled: int = 0
-    sync_s: float = 0.0
-    """Seconds of the newest sync of an engine with weights of its own."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the newest rollout: `sync` of an engine with weights of its own, `verdict` of the
+    grader.
+    """
 
     def check(self) -> None:
         """Raise `UserError` for the first reference that is missing or too long.
@@ -91,7 +98,36 @@ class CompletionSource:
             self.generated += sum(len(completion.ids) for completion in written)
             found.update(zip(chosen, written, strict=True))
         self.engine.sleep()
-        return [found[i] for i in range(len(numbers))]
+        if all(completion.version is None for completion in found.values()):
+            self.seconds.pop("sync", None)  # the engine has the student's own weights
+        return self._judged(numbers, [found[i] for i in range(len(numbers))])
+
+    def _judged(self, numbers: Sequence[tuple[int, int]], completions: list[Completion]) -> list[Completion]:
+        if self.judge is None:
+            return completions
+        start = time.perf_counter()
+        texts = [self._answer(completion) for completion in completions]
+        verdicts = self.judge.verdicts([self.rows[row] for row, _ in numbers], texts)
+        self.seconds["verdict"] = time.perf_counter() - start
+        return [replace(c, verdict=verdict) for c, verdict in zip(completions, verdicts, strict=True)]
+
+    def _answer(self, completion: Completion) -> str:
+        return answer_of(completion_text(self.prompts.tokenizer, completion.ids))
+
+    def outcomes(
+        self, numbers: Sequence[tuple[int, int]], completions: Sequence[Completion]
+    ) -> list[Outcome]:
+        """What the teacher can be told of each answer's group, which is on one rank."""
+        if not self.args.rollout_contexts:
+            return [Outcome()] * len(numbers)
+        shown = siblings(*_groups(numbers, completions), self.args.sibling == "shortest")
+        return [
+            Outcome(
+                None if place is None else self._answer(completions[place]),
+                None if completion.verdict is None else completion.verdict.feedback or None,
+            )
+            for place, completion in zip(shown, completions, strict=True)
+        ]
 
     def _without_end(self, completion: Completion) -> Completion:
         """What an engine of its own tells of one of several ends is less than the student's of all:
@@ -106,7 +142,7 @@ class CompletionSource:
     def _sync(self) -> None:
         start = time.perf_counter()
         self.engine.sync()
-        self.sync_s = time.perf_counter() - start
+        self.seconds["sync"] = time.perf_counter() - start
 
     def _others_sample(self, source: str) -> bool:
         """Whether other ranks may need this one to sample from `source`.
@@ -116,15 +152,17 @@ class CompletionSource:
         of_rows = "student" if self.args.completion_source == "mixture" else self.args.completion_source
         return source == of_rows and all_ranks_must_join(self.teacher.model)
 
-    def carries_loss(self, completion: Completion) -> bool:
-        """False for answers that are left out.
+    def carry_loss(self, numbers: Sequence[tuple[int, int]], completions: Sequence[Completion]) -> list[bool]:
+        """Whether each answer carries loss, by `rollout_keep` and `_is_left_out`."""
+        wanted = kept(*_groups(numbers, completions), self.args.rollout_keep)
+        return [keep and not self._is_left_out(c) for keep, c in zip(wanted, completions, strict=True)]
 
-        Cut ones if asked so, and empty ones of the initial model (SSD's filter).
-        """
+    def _is_left_out(self, completion: Completion) -> bool:
+        """Cut answers if asked so, and empty ones of the initial model (SSD's filter)."""
         if completion.truncated and self.args.mask_truncated_completions:
-            return False
-        return self.args.completion_source != "initial" or any(
-            token not in self.eos_ids for token in completion.ids
+            return True
+        return self.args.completion_source == "initial" and all(
+            token in self.eos_ids for token in completion.ids
         )
 
     def _source(self, row: int, generation: int, step: int) -> str:
@@ -140,3 +178,14 @@ class CompletionSource:
             self.prompts.tokenizer, str(found["completion"]), self.eos_ids, found["prompt"]
         )
         return Completion(ids, truncated=False, sampled=False)
+
+
+def _groups(
+    numbers: Sequence[tuple[int, int]], completions: Sequence[Completion]
+) -> tuple[list[int], list[bool | None], list[int]]:
+    """Of each answer: its prompt's row, whether it has passed, its length in tokens."""
+    return (
+        [row for row, _ in numbers],
+        [None if c.verdict is None else c.verdict.passed for c in completions],
+        [len(c.ids) for c in completions],
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from unisd.config import UniSDConfig
+from unisd.data.outcomes import NO_LOSS, Outcome
 from unisd.data.privilege import reference_at
 from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rendering import naming
@@ -51,6 +52,7 @@ def subsample_contexts(
 
 
 _UNLIMITED = 1 << 60
+NOTHING_TOLD = Outcome()
 
 
 class RequestBuilder:
@@ -159,15 +161,25 @@ class RequestBuilder:
                     )
 
     def of(
-        self, row: Row, number: int, completion: Completion, carries_loss: bool, step: int
+        self,
+        row: Row,
+        number: int,
+        completion: Completion,
+        carries_loss: bool,
+        step: int,
+        outcome: Outcome = NOTHING_TOLD,
     ) -> tuple[ScoreRequest, int]:
         """Build the request of one completion of row `number`; also returns how many prompts were
         left out because they are too long.
+
+        outcome: what the teacher may be told of the step's answers.
         """
         args = self.args
+        teacher, untold = self._teacher_told(row, outcome)
+        carries_loss = carries_loss and teacher is not None
         views = self.prompts.auxiliary(row, args.num_auxiliary_contexts) if "auxiliary" in self.needs else []
         fitting = [ids for ids in views if len(ids) <= self.teacher_room]
-        overlong = len(views) - len(fitting)
+        overlong = len(views) - len(fitting) + untold
         negative = (
             self.prompts.negative(row) if "negative" in self.needs and row.get("negative_context") else None
         )
@@ -180,7 +192,7 @@ class RequestBuilder:
                 carries_loss and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))
             ],
             student=self.prompts.student(row),
-            teacher=self._teacher(row),
+            teacher=self._teacher(row) if teacher is None else teacher,
             negative=negative,
             auxiliary=subsample_contexts(fitting, args.agreement_budget_contexts, args.seed, step, number),
             sources=self._sources(row),
@@ -192,6 +204,23 @@ class RequestBuilder:
         if self.args.uses_reference:
             return self.prompts.teacher(row)
         return self.prompts.at_level(row, self.args.teacher_context) or self.prompts.student(row)
+
+    def _teacher_told(self, row: Row, outcome: Outcome) -> tuple[list[int] | None, int]:
+        """The teacher's prompt by the first of `rollout_contexts` that serves and fits, else by
+        `teacher_context`; None where the answer is to carry no loss. Also how many did not fit.
+        """
+        untold = 0
+        for name in self.args.rollout_contexts:
+            if name == NO_LOSS:
+                return None, untold
+            if not outcome.serves(name):
+                continue
+            told = outcome.told(name)
+            ids = self.prompts.after_rollout(row, told.sibling, told.feedback)
+            if len(ids) <= self.teacher_room:
+                return ids, untold
+            untold += 1
+        return self._teacher(row), untold
 
     def _sources(self, row: Row) -> dict[Source, list[int]]:
         """The prompts of the target's sources, without those that the row cannot serve or that are

@@ -33,7 +33,8 @@ class Grade:
     between 0 and 1 (a report shows their means). `ambiguous`: there are several answers, and the
     completion settles on none of them. `how` says how the answer was found ("final marker",
     "stated", "boxed", "last line", "mention"). `passed_over` are answers that might have been
-    taken, best first, each with how it was found and why it was not taken.
+    taken, best first, each with how it was found and why it was not taken. `feedback` tells the one
+    who answered what is wrong with this answer, without the right one.
     """
 
     correct: bool
@@ -43,6 +44,7 @@ class Grade:
     ambiguous: bool = False
     how: str = ""
     passed_over: tuple[tuple[str, str, str], ...] = field(default=(), compare=False, repr=False)
+    feedback: str = ""
 
     @property
     def outcome(self) -> str:
@@ -54,6 +56,19 @@ class Grade:
     def __bool__(self) -> bool:
         """A grade stands for its verdict, so that a grader may return a `Grade` or a plain bool."""
         return self.correct
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a student's answer, given before the teacher scores it.
+
+    score: from 0 to 1. passed: whether it counts as solved. feedback: a few words about *this*
+    answer (the failing test and what it gave), never the reference; the teacher may be shown it.
+    """
+
+    score: float
+    passed: bool
+    feedback: str = ""
 
 
 class Task:

@@ -65,15 +65,15 @@ def once(choose: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return first
 
 
-def with_rollout_logps(
+def with_rollout(
     scores: StepScores,
     plan: Plan,
     store: RolloutStore,
     numbers: Sequence[tuple[int, int]],
     completions: Sequence[Completion],
 ) -> StepScores:
-    """The scores with what the importance ratio and some weights know of the rollout: the
-    log-probabilities that its tokens were sampled with.
+    """The scores with what is known of the rollout: the verdicts, and for the importance ratio and
+    some weights the log-probabilities that its tokens were sampled with.
     """
     width = scores.mask.shape[1]
     if plan.off_policy and scores.student_logp is not None:
@@ -82,6 +82,14 @@ def with_rollout_logps(
         scores = replace(scores, behaviour_logp=behaviour_logp(completions, width))
     if plan.rollout_logps and scores.student_logp is None:
         scores = replace(scores, student_logp=behaviour_logp(completions, width))
+    if plan.judged:
+        verdicts = [completion.verdict for completion in completions]
+        scores = replace(
+            scores,
+            score=torch.tensor([math.nan if v is None else v.score for v in verdicts]),
+            passed=torch.tensor([v is not None and v.passed for v in verdicts]),
+            group=torch.tensor([row for row, _ in numbers]),
+        )
     return scores
 
 

@@ -31,6 +31,7 @@ class Plan:
     # corrects
     off_policy: bool
     rollout_logps: bool  # the rollout tells the student's log-probabilities to the weights
+    judged: bool  # each answer gets a verdict before it is scored
     needs: frozenset[str]  # what the mechanisms look at; nothing else is scored
 
     @classmethod
@@ -56,6 +57,7 @@ class Plan:
             sources=_scored_sources(args, target),
             off_policy=off_policy,
             rollout_logps=rollout_logps,
+            judged=args.needs_verdicts or any("verdict" in weight.needs for weight in weights),
             needs=frozenset(),
         )
         return replace(plan, needs=needed_scores(args, plan))
@@ -138,7 +140,7 @@ def _scored_sources(args: UniSDConfig, target: Target | None) -> tuple[Source, .
     """
     if target is None:
         return ()
-    known = (STUDENT, Source("teacher", args.teacher_context))
+    known = (STUDENT, *([] if args.rollout_contexts else [Source("teacher", args.teacher_context)]))
     sources = tuple(source for source in target.sources if source not in known)
     if any(source.weights == "step" for source in sources) and args.target_reference_steps is None:
         raise UserError(

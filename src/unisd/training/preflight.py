@@ -67,6 +67,11 @@ def check_ready(trainer: UniSDTrainer) -> None:
     trainer._get_train_sampler()  # of num_iterations, which needs whole steps
     if args.eval_on_start and trainer.eval_dataset is None:
         raise UserError("eval_on_start has no rows: set eval_strategy (from Python: give eval_dataset).")
+    if trainer.plan.judged and trainer.grader is None:
+        raise UserError(
+            "the answers are to be judged (rollout_contexts, rollout_keep or a weight asks for it), but"
+            " nothing judges them: give --grader, or a task that grades (from Python: grader)."
+        )
     check_best_metric(args, trainer.eval_dataset, trainer.grader is not None)
     given, schedule = trainer.optimizer, trainer.lr_scheduler
     own = trainer.cuts_weights or trainer.is_deepspeed_enabled  # optimizers of shards are built already

@@ -1,0 +1,87 @@
+"""Verdicts on a step's completions: what a grader may return, and graders that misbehave."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from unisd.rollout.verdicts import Judge, as_verdict, tells_reference
+from unisd.tasks.base import Grade, Verdict
+
+ROWS = [
+    {"id": str(i), "prompt": f"{i}?", "privileged_context": f"reference number {i} is this one"}
+    for i in range(6)
+]
+
+
+def test_what_a_grader_may_return() -> None:
+    assert as_verdict(True) == Verdict(1.0, True) and as_verdict(0) == Verdict(0.0, False)
+    assert as_verdict(0.25) == Verdict(0.25, False) and as_verdict(1.0) == Verdict(1.0, True)
+    assert as_verdict(Grade(False, "7", feedback="too low")) == Verdict(0.0, False, "too low")
+    assert as_verdict(given := Verdict(0.5, True, "half")) is given
+    for nonsense in (math.nan, math.inf, -0.1, 1.1, "right", [1], Verdict(math.nan, True)):
+        assert as_verdict(nonsense) is None
+
+
+def test_verdicts_come_in_order_and_several_at_once() -> None:
+    together, lock, most = 0, threading.Lock(), 0
+
+    def slow(row: dict[str, Any], text: str) -> Verdict:
+        nonlocal together, most
+        with lock:
+            together, most = together + 1, max(most, together + 1)
+        time.sleep(0.02 * (6 - int(row["id"])))
+        with lock:
+            together -= 1
+        return Verdict(int(row["id"]) / 10, False, text)
+
+    found = Judge(slow, workers=3).verdicts(ROWS, [f"answer {i}" for i in range(6)])
+    assert found == [Verdict(i / 10, False, f"answer {i}") for i in range(6)] and most == 3
+
+
+def test_graders_that_misbehave_are_told_and_cost_their_own_verdict_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def grade(row: dict[str, Any], text: str) -> Any:
+        if row["id"] in "05":
+            raise ValueError("no such city")
+        if row["id"] == "1":
+            time.sleep(60)
+        return {"2": math.nan, "3": None}.get(row["id"], True)
+
+    judge = Judge(grade, limit_s=0.2, workers=2)
+    start = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        found = judge.verdicts(ROWS, [""] * 6)
+    assert time.monotonic() - start < 5
+    assert found == [None, None, None, None, Verdict(1.0, True), None]
+    assert judge.failures == {"raises": 2, "hangs": 1, "nonsense": 1}
+    said = [record.getMessage() for record in caplog.records]
+    assert sorted(text.partition(",")[0] for text in said) == [
+        "The grader gave nan",
+        "The grader gave no verdict within 0.2 s",
+        "The grader raised ValueError: no such city",
+    ]
+    assert all("for row" in text for text in said)
+
+
+def test_feedback_never_holds_the_reference() -> None:
+    generator = random.Random(0)
+    for _ in range(500):
+        words = [generator.choice(["one", "two", "three", "four", "five", "six", "seven"]) for _ in range(9)]
+        row = {"id": "r", "privileged_context": " ".join(words), "answer": words[0]}
+        noise = generator.choice(["It is wrong: ", "", "Expected "]) + generator.choice(
+            [" ".join(words).upper(), ", ".join(words), "\n" + words[0] + "\nwas wanted"]
+        )
+        assert tells_reference(noise, row)
+        [verdict] = Judge(lambda row, text, noise=noise: Verdict(0.0, False, noise)).verdicts([row], ["x"])
+        assert verdict == Verdict(0.0, False)
+    kept = "argument city is wrong; 3 of 4 calls are right"
+    [verdict] = Judge(lambda row, text: Verdict(0.75, False, kept)).verdicts([row], ["x"])
+    assert verdict == Verdict(0.75, False, kept)
