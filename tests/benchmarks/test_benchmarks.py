@@ -136,7 +136,10 @@ CONTRACT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bench", sorted(CONTRACT))
+@pytest.mark.parametrize(
+    "bench",
+    [pytest.param(b, marks=pytest.mark.long if b in ("memory", "step") else []) for b in sorted(CONTRACT)],
+)
 def test_the_result_is_a_file_with_the_promised_ratios(bench: str, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is measured here: pip install 'unisd[dev]'")
     file = tmp_path / "result.json"

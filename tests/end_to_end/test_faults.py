@@ -185,7 +185,12 @@ def garble_the_manifest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "damage", [truncate, flip_a_bit, lose_a_file, lose_the_manifest, garble_the_manifest]
+    "damage",
+    [
+        flip_a_bit,
+        lose_the_manifest,
+        *(pytest.param(d, marks=pytest.mark.long) for d in (truncate, lose_a_file, garble_the_manifest)),
+    ],
 )
 def test_broken_checkpoint_is_found_and_the_newest_good_one_named(
     tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture

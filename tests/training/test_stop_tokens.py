@@ -58,7 +58,11 @@ def test_it_is_said_once_and_can_be_switched_off(tmp_path: Path, caplog: pytest.
     assert not [line for line in caplog.messages if "mean stop" in line]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "distillation_alpha": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.7, "distillation_alpha": 0.5}, pytest.param({}, marks=pytest.mark.long)],
+    ids=str,
+)
 def test_the_trainer_does_what_the_reference_says(
     tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,10 @@ def test_answers_that_are_not_kept_are_as_if_they_were_not_there(tmp_path: Path,
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"rollout_keep": "mixed_groups"}, STAR])
+@pytest.mark.parametrize(
+    "options",
+    [STAR, *(pytest.param(o, marks=pytest.mark.long) for o in ({}, {"rollout_keep": "mixed_groups"}))],
+)
 def test_the_invariants_hold_with_verdicts(tmp_path: Path, options: dict[str, Any]) -> None:
     four = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     whole = gradients(judged(tmp_path / "a", **options, **four))
@@ -160,6 +163,7 @@ def test_the_invariants_hold_with_verdicts(tmp_path: Path, options: dict[str, An
             torch.testing.assert_close(value, whole[1][key], rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_with_its_verdicts(tmp_path: Path) -> None:
     options = {
         "num_iterations": 2,
