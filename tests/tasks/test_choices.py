@@ -172,6 +172,6 @@ def test_own_rows_bring_their_options(tmp_path):
         assert not task.grade(row, "Answer: A").correct
     path.write_text(json.dumps({"prompt": "Where?", "answer": 1}) + "\n")
     with pytest.raises(
-        UserError, match=r"jsonl: .*rows.jsonl, row 0: choice: gold .* which may count from 0"
+        UserError, match=r"^jsonl: [^ ]*rows.jsonl, row 0: choice: gold .* which may count from 0"
     ):
         task.load("all")

@@ -209,6 +209,8 @@ class Benchmark(Task):
         """The problems of one record."""
         try:
             return [(raw, self.problem(self._checked(raw, where), where)) for raw in self.flatten(record)]
+        except UserError:
+            raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             reason = (
                 f"it lacks {error}"
