@@ -238,14 +238,9 @@ def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunc
     name = options.grader
     if name is None:
         return None
-    import difflib
+    from unisd.tasks.graders import check_gold, get_grader
 
-    from unisd.tasks.graders import GRADERS, check_gold, gold_of
-
-    if name not in GRADERS:
-        close = difflib.get_close_matches(name, GRADERS, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(GRADERS))}."
-        raise UserError(f"unknown grader {name!r}: {hint}")
+    grader = get_grader(name)
     code = name == "code"
     columns = ("tests",) if code else ("answer", "completion")
     for number, row in enumerate(rows):
@@ -255,12 +250,11 @@ def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunc
             raise UserError(
                 f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row."
             )
-        check_gold(name, row, gold, f"{where}, row {number}")
+        check_gold(grader, row, gold, f"{where}, row {number}")
     if code:
         sandbox.require(options.allow_unsafe_code_execution)
         sandbox.allow_unsafe(options.allow_unsafe_code_execution)
-    grader = GRADERS[name]
-    return lambda row, text: grader(text, gold_of(name, row, _gold(row, columns)))
+    return lambda row, text: grader(text, grader.gold_of(row, _gold(row, columns)))
 
 
 def _gold(row: Row, columns: Sequence[str]) -> Any:

@@ -5,7 +5,6 @@ unisd eval --task jsonl --data_files rows.jsonl --grader number
 
 from __future__ import annotations
 
-import difflib
 import json
 import random
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from unisd.data.text import problem_key
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
-from unisd.tasks.graders import GRADERS, check_gold, gold_of
-from unisd.tasks.graders.base import Grader, aliases
+from unisd.tasks.graders import check_gold, get_grader
+from unisd.tasks.graders.base import aliases
 
 
 class JsonlTask(Benchmark):
@@ -46,11 +45,7 @@ class JsonlTask(Benchmark):
         if data_files is None:
             raise UserError("task jsonl needs --data_files: your rows, with a prompt and an answer each")
         super().__init__(data_files, num_auxiliary_contexts=0)
-        if grader not in GRADERS:
-            close = difflib.get_close_matches(grader, GRADERS, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(GRADERS))}"
-            raise UserError(f"unknown grader {grader!r}: {hint}")
-        self.grader = grader
+        self.grader = get_grader(grader)
         self.runs_code = grader == "code"
         self.prompt_column, self.answer_column = prompt_column, answer_column
         self._seen: set[str] = set()
@@ -98,8 +93,6 @@ class JsonlTask(Benchmark):
     def row(self, problem: Problem, rng: random.Random) -> Row:
         raw = problem["raw"]
         answer = self._answer(raw)  # as it is: a list holds several right ones
-        if not isinstance(GRADERS[self.grader], Grader):
-            answer = str(answer)
         shown = next(iter(aliases(answer)), None) or (
             answer if isinstance(answer, str) else json.dumps(answer)
         )
@@ -116,4 +109,4 @@ class JsonlTask(Benchmark):
         return {**self.row(problem, random.Random(seed)), "id": problem["id"]}
 
     def grade(self, row: Row, completion: str) -> Grade:
-        return GRADERS[self.grader](completion, gold_of(self.grader, row, row["answer"]))
+        return self.grader(completion, self.grader.gold_of(row, row["answer"]))

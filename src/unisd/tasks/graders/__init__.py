@@ -17,11 +17,11 @@ takes time linear in its length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from unisd.errors import UserError
-from unisd.tasks.base import Grade
 from unisd.tasks.graders.base import Grader
 from unisd.tasks.graders.calls import call
 from unisd.tasks.graders.choices import choice
@@ -30,34 +30,27 @@ from unisd.tasks.graders.numbers import number
 from unisd.tasks.graders.programs import code
 from unisd.tasks.graders.text import contains, exact
 
-Graded = Callable[[Any, Any], Grade]
-
-GRADERS: dict[str, Graded] = {
-    "exact": exact,
-    "contains": contains,
-    "choice": choice,
-    "number": number,
-    "math": math,
-    "call": call,
-    "code": code,
+GRADERS: dict[str, Grader] = {
+    grader.name: grader for grader in (exact, contains, choice, number, math, call, code)
 }
 
 
-def gold_of(name: str, row: Mapping[str, Any], answer: object) -> object:
-    """Gold of a user's row for the grader of that name: the answer, with the row's options."""
-    grader = GRADERS[name]
-    return grader.gold_of(row, answer) if isinstance(grader, Grader) else answer
+def get_grader(name: str) -> Grader:
+    """The grader of that name; raises `UserError` where there is none, with the nearest."""
+    if name not in GRADERS:
+        close = difflib.get_close_matches(name, GRADERS, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(GRADERS))}."
+        raise UserError(f"unknown grader {name!r}: {hint}")
+    return GRADERS[name]
 
 
-def check_gold(name: str, row: Mapping[str, Any], answer: object, where: str) -> None:
-    """Refuse gold of a user's row that the grader of that name cannot read, before anything runs.
+def check_gold(grader: Grader, row: Mapping[str, Any], answer: object, where: str) -> None:
+    """Refuse gold of a user's row that a grader cannot read, before anything runs.
 
     Raises:
         UserError: says where (a file and its row), what it is, and what is needed.
     """
-    grader = GRADERS[name]
-    if isinstance(grader, Grader):
-        try:
-            grader.read_gold(grader.gold_of(row, answer))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+    try:
+        grader.read_gold(grader.gold_of(row, answer))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
