@@ -25,6 +25,7 @@ import torch
 from tests.helpers.serving import passing_on
 from unisd.cli.main import main
 from unisd.data.prompts import encode_prompt
+from unisd.http_client import Request
 from unisd.models import load as models
 from unisd.rollout.engine import Sampling
 from unisd.rollout.vllm.server import COMPLETIONS, ServerEngine
@@ -159,7 +160,7 @@ def train_and_compare(
     assert seen["before"] < TOLERANCE and synced < TOLERANCE
     assert unsynced > 20 * TOLERANCE  # so that a sync that does nothing would be seen
     if "server" in flags and "--use_peft" in flags:  # as if it had been started anew
-        engine.client.ask("/v1/unload_lora_adapter", {"lora_name": engine._tag}, sentence=True)
+        engine.client.ask(Request("/v1/unload_lora_adapter", {"lora_name": engine._tag}, sentence=True))
         assert largest_gap(engine, model) < TOLERANCE
     seen.clear()
     gc.collect()
