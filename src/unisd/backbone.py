@@ -38,7 +38,8 @@ from unisd.models.tokens import defined_tokens, end_tokens
 
 logger = logging.getLogger(__name__)
 
-OWN, KEPT = "attention_before_unisd", "keeps_its_attention"  # on the model, for all who look at it
+# on the model, for all who look at it
+OWN, KEPT, CHECKED = "attention_before_unisd", "keeps_its_attention", "checked_by_unisd"
 CHECKED_TOKENS = 160
 """Of the longest row that a model is checked on: beyond short windows, and blocks of 128 tokens."""
 CHECKED_COLUMNS = 1024
@@ -282,6 +283,11 @@ class Backbone:
                 limits.append(config.max_position_embeddings)
         return min((int(limit) for limit in limits if limit), default=None)
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether `check` has found this model, in this wrapper, to be read as it should."""
+        return vars(self.causal_lm).get(CHECKED) is type(self.model)
+
     @torch.no_grad()
     def check(self, pad_id: int, packing: str = "auto") -> bool:
         """Check all that is relied on, on the model itself; returns whether rows may be packed.
@@ -306,6 +312,7 @@ class Backbone:
                 return self.check(pad_id, packing)
             if not self._agrees(rows, torch.cat(own), pad_id):
                 self._refuse("a padded row", "changes the logits of its neighbours")
+            setattr(self.causal_lm, CHECKED, type(self.model))
             if packing == "padded":
                 return False
             # Code of its own may look exact here, and not be it in longer rows.

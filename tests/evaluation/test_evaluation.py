@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from unisd import testing as tiny
+from unisd.backbone import Backbone
 from unisd.data.prompts import encode_completion, encode_prompt
 from unisd.errors import UserError
 from unisd.evaluation import likelihood
@@ -440,3 +441,15 @@ def test_smollm2_uses_a_reference():
         model, tokenizer, rows, grade, prompt_ids=[builder.teacher(row) for row in rows], max_new_tokens=96
     )
     assert taught["overall"]["value"] >= plain["overall"]["value"] + 0.25
+
+
+def test_a_model_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own logits are computed for that, which takes seconds of a larger one."""
+    model, checks = tiny.model(), []
+    check = Backbone.check
+    monkeypatch.setattr(Backbone, "check", lambda self, *a, **k: checks.append(1) or check(self, *a, **k))
+    values = [sequence_logprobs(model, [[5, 6]], [[7, 8]])[0] for _ in range(3)]
+    assert len(checks) == 1 and values[0] == values[1] == values[2]
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    sequence_logprobs(adapted, [[5, 6]], [[7, 8]])
+    assert len(checks) == 2  # another wrapper may change logits

@@ -52,7 +52,8 @@ class _States:
         self.backbone: Backbone | None = None
         try:
             self.backbone = Backbone(model)
-            self.backbone.check(pad_id=0, packing="padded")
+            if not self.backbone.is_checked:
+                self.backbone.check(pad_id=0, packing="padded")
         except UserError:  # not trainable here, but it can be evaluated
             self.backbone = None
 
