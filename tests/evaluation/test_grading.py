@@ -17,8 +17,9 @@ from unisd.cli.main import main
 from unisd.evaluation.grading import bootstrap, pass_at_k, row_results, summarize
 from unisd.tasks.base import Grade
 from unisd.tasks.graders import GRADERS
+from unisd.tasks.graders.call_grading import grade_calls
 from unisd.tasks.graders.programs import read_program
-from unisd.tasks.tool_calls import ToolStep, extract_calls, grade_calls
+from unisd.tasks.tool_calls import ToolStep, extract_calls
 
 
 def rows_file(tmp_path: Path, count: int = 6) -> str:

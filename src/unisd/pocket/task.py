@@ -16,7 +16,7 @@ from typing import Any
 
 from unisd.data.text import contains
 from unisd.errors import UserError
-from unisd.pocket.expressions import equivalent
+from unisd.pocket.expressions import mistake
 from unisd.pocket.skills import SKILLS, Item, Problem
 from unisd.pocket.world import (
     EXAMPLE_TEMPLATE,
@@ -131,7 +131,8 @@ class PocketTask(Task):
         if row["skill"] == "tool":
             return Grade(json.loads(extracted) == json.loads(row["answer"]), extracted)
         if row["skill"] == "code":
-            return Grade(equivalent(extracted, row["answer"], row["variable"]), extracted)
+            wrong = mistake(extracted, row["answer"], row["variable"])
+            return Grade(not wrong, extracted, feedback=wrong)
         return Grade(extracted == row["answer"], extracted)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from unisd.data.rows import Row
 from unisd.data.text import contains, words
 from unisd.tasks.base import Grade, Verdict
+from unisd.tasks.graders.base import shortened
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +97,17 @@ def as_verdict(answer: Any) -> Verdict | None:
     if isinstance(answer, Verdict):
         return answer if _is_share(answer.score) else None
     if isinstance(answer, Grade):
-        return Verdict(float(answer.correct), answer.correct, answer.feedback)
+        return Verdict(float(answer.correct), answer.correct, answer.feedback or _in_words(answer))
     return Verdict(float(answer), float(answer) == 1.0) if _is_share(answer) else None
+
+
+def _in_words(grade: Grade) -> str:
+    """What a grade says of an answer that is not right, in a sentence."""
+    if grade.outcome == "wrong":
+        return f"The answer {shortened(grade.extracted or '', 200)} is wrong."
+    if grade.outcome == "ambiguous":
+        return f"No single answer is given: {grade.reason}."
+    return "" if grade.correct else "No answer is given in the form that is asked for."
 
 
 def _is_share(value: Any) -> bool:

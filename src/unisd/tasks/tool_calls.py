@@ -1,22 +1,14 @@
-"""Tool calls in what a model wrote: found, parsed, and compared with gold step by step.
+"""Tool calls in what a model wrote, found and parsed (compared: `graders.call_grading`).
 
 Forms that are read, the first of which any is found:
 
 | form | example |
 |---|---|
 | ReAct | `Action: name`, then `Action Input: {...}` |
-| tags | `<tool_call>...</tool_call>`, `<function=name>{...}</function>`, `<invoke name=...>` |
 | tags | `<tool_call>...</tool_call>`, `<function=f>{...}</function>`, `<invoke name=...>` |
 | messages | OpenAI's `tool_calls` (arguments as JSON text), Anthropic's `tool_use` |
 | code | `name(city="Paris")`, alone or in a list |
 | by name | `{"name": {...}}` |
-
-Values are compared by their types: numbers as exact numbers, so that ids of any length count whole
-and 3 is 3.0, true is not 1, and NaN is itself; texts as texts ("1.10" is not "1.1"). A text is a
-number where it is the way to write it: "3" is 3, but "007" is not 7, nor "1.10" 1.1, for zip codes
-and versions would be lost. Letter case is ignored in words, not in keys ("aB3xY"), paths and
-addresses. Key order, spacing and Unicode's composed forms don't matter, and an empty value is a
-missing one.
 """
 
 from __future__ import annotations
@@ -24,13 +16,10 @@ from __future__ import annotations
 import ast
 import json
 import re
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
-
-from unisd.tasks.base import Grade
 
 TAIL = 20_000  # characters of a completion that are looked at, the last ones
 MOST_CALLS = 100
@@ -47,7 +36,6 @@ _ACTION = re.compile(
 _INPUT = re.compile(r"(?:ASSISTANT )?Action[ _]Input:", re.IGNORECASE)
 _AFTER_INPUT = re.compile(r"\n[ \t]{0,8}(?:Observation|Thought|Final Answer)\b", re.IGNORECASE)
 _BARE_PLACEHOLDER = re.compile(r'(?<!["\w])\$\{[^{}\n"]{0,200}\}(?!["\w])')
-_PLACEHOLDER = re.compile(r"\$\{[^{}\n]{0,200}\}")
 _TAGGED = re.compile(r"<(tool_calls?|function_calls?|tool_code)>(.{0,20000}?)(?:</\1>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(
     r"<(?:function=|(?:invoke|function)\s{1,3}name=)[\"']?([\w.:-]{1,200})[\"']?\s{0,3}>(.{0,20000}?)"
@@ -73,8 +61,6 @@ _CALL_LINE = re.compile(
     r"^[ \t>*`-]{0,8}(\[?[ \t]{0,3}[A-Za-z_][\w.]{0,199}\(.{0,4000}\)[ \t]{0,3}\]?)[ \t`;,.]{0,8}$",
     re.MULTILINE,
 )
-_WRITTEN_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,400})(?:\.\d{0,400}[1-9])?")
-_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 _PYTHON = {"true": True, "false": False, "null": None, "nan": Decimal("nan")}
 
 
@@ -396,100 +382,3 @@ def _by_name(value: Any) -> Iterator[ToolStep]:
             name, arguments = next(iter(one.items()))
             if isinstance(arguments, dict) and _IDENTIFIER.fullmatch(name):
                 yield _step(name, arguments)
-
-
-def grade_calls(found: Sequence[ToolStep], gold: Sequence[ToolStep], placeholders: bool = True) -> Grade:
-    """Correct when all steps are gold's, in order and no more.
-
-    placeholders: whether a `${...}` in gold stands for any value (ToolAlpaca's).
-
-    Details: `name_accuracy` and `argument_accuracy`, shares of gold's steps with the right name,
-    and with the right name and arguments, at their place.
-    """
-    names = [f.name == g.name for f, g in zip(found, gold, strict=False)]
-    whole = [ok and same_arguments(f, g, placeholders) for ok, f, g in zip(names, found, gold, strict=False)]
-    steps = max(len(gold), len(found), 1)
-    details = {"name_accuracy": sum(names) / steps, "argument_accuracy": sum(whole) / steps}
-    correct = bool(gold) and len(found) == len(gold) and all(whole)
-    reason = (
-        ""
-        if correct
-        else "no call"
-        if not found
-        else "wrong arguments"
-        if all(names) and len(names) == len(gold)
-        else "wrong call"
-    )
-    extracted = "; ".join(f"{step.name}({' '.join(step.arguments.split())})" for step in found)[:1000] or None
-    return Grade(correct, extracted, reason, details)
-
-
-def same_arguments(found: ToolStep, gold: ToolStep, placeholders: bool = True) -> bool:
-    """Whether two calls have the same arguments."""
-    ours, theirs = found.parsed(), gold.parsed()
-    if theirs is None or ours is None:  # gold that is no JSON can only be compared as text
-        return theirs is ours and _folded(found.arguments) == _folded(gold.arguments)
-    try:
-        return _same(ours, theirs, placeholders)
-    except RecursionError:
-        return False
-
-
-def _same(found: Any, gold: Any, placeholders: bool) -> bool:
-    if placeholders and isinstance(gold, str) and _PLACEHOLDER.search(gold):
-        return found not in (None, "")
-    if isinstance(gold, dict) and isinstance(found, dict):
-        given, wanted = ({k: v for k, v in side.items() if v not in (None, "")} for side in (found, gold))
-        return given.keys() == wanted.keys() and all(
-            _same(given[key], wanted[key], placeholders) for key in wanted
-        )
-    if isinstance(gold, list) and isinstance(found, list):
-        return len(found) == len(gold) and all(
-            _same(ours, theirs, placeholders) for ours, theirs in zip(found, gold, strict=True)
-        )
-    if isinstance(gold, (dict, list)) or isinstance(found, (dict, list)):
-        return False
-    return _same_scalar(found, gold)
-
-
-def _same_scalar(found: Any, gold: Any) -> bool:
-    if isinstance(found, str) and isinstance(gold, str):
-        return _folded(found) == _folded(gold)
-    if isinstance(found, str) or isinstance(gold, str):
-        text, value = (found, gold) if isinstance(found, str) else (gold, found)
-        if isinstance(value, bool):
-            return text.strip().lower() == str(value).lower()
-        written = _WRITTEN_NUMBER.fullmatch(text.strip())
-        return bool(written) and _is_number(value) and Decimal(text.strip()) == value
-    if isinstance(found, bool) or isinstance(gold, bool) or found is None or gold is None:
-        return found is gold
-    if found != found or gold != gold:  # NaN
-        return bool(found != found and gold != gold)
-    return bool(_exact(found) == _exact(gold))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and value == value
-
-
-def _exact(value: Any) -> Any:
-    """A number as it is written: 0.1 is a tenth (gold may come as Python's own numbers)."""
-    return Decimal(repr(value)) if isinstance(value, float) else value
-
-
-def _folded(text: str) -> list[tuple[str, ...]]:
-    """The lines of a text as they are compared: words, with their case where it says something."""
-    text = unicodedata.normalize("NFC", text).translate(_QUOTES)
-    lines = [line for line in text.splitlines() if line.strip()]
-    folded = []
-    for line in lines:
-        words = tuple(word if _is_key(word) else word.casefold() for word in line.split())
-        indent = line[: len(line) - len(line.lstrip())] if len(lines) > 1 else ""
-        folded.append((indent, *words))
-    return folded
-
-
-def _is_key(word: str) -> bool:
-    """Whether the case of a word's letters matters: keys, paths, addresses."""
-    mixed = any(c.isdigit() for c in word) and word.lower() != word and word.upper() != word
-    return mixed or word.startswith(("/", "./", "~/")) or "://" in word or "\\" in word

@@ -19,7 +19,8 @@ from pathlib import Path
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, as_list
-from unisd.tasks.tool_calls import ToolStep, extract_calls, grade_calls
+from unisd.tasks.graders.call_grading import grade_calls
+from unisd.tasks.tool_calls import ToolStep, extract_calls
 
 FORM = (
     "Answer with the calls that are needed, in order, each as two lines:\nAction: <function>\nAction Input:"

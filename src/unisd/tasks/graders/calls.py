@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.tasks.base import Grade
 from unisd.tasks.graders.base import Candidate, Grader, Reading, shown
-from unisd.tasks.tool_calls import TAIL, ToolStep, calls_in, find_calls, grade_calls
+from unisd.tasks.graders.call_grading import grade_calls
+from unisd.tasks.tool_calls import TAIL, ToolStep, calls_in, find_calls
 
 
 class Call(Grader):
@@ -54,7 +56,7 @@ class Call(Grader):
         if found is None:
             return grade_calls((), gold, placeholders=False)
         grade = grade_calls(found.value, gold, placeholders=False)
-        return Grade(grade.correct, grade.extracted, grade.reason, grade.details, how=found.how)
+        return replace(grade, how=found.how)
 
 
 call = Call()

@@ -174,7 +174,19 @@ def run_tests(found: Reading, tests: str, timeout_s: float = 10.0) -> Grade:
         return Grade(False, None, "no code")
     verdict = sandbox.run_program(found.chosen.text, tests, timeout_s)
     reason = f"{verdict.reason}: {verdict.detail}" if verdict.detail else verdict.reason
-    return Grade(verdict.passed, found.chosen.text, reason, how=found.chosen.how)
+    feedback = _WHAT_HAPPENED.get(verdict.reason, "").format(verdict.detail)
+    return Grade(verdict.passed, found.chosen.text, reason, how=found.chosen.how, feedback=feedback)
+
+
+_WHAT_HAPPENED = {
+    "wrong": "The program fails a test: {}",
+    "error": "Under a test the program raises an error: {}",
+    "syntax": "The program is no Python: {}",
+    "timeout": "The program is too slow, or does not end: {}.",
+    "memory": "The program needs too much memory.",
+    "ended": "The program ends itself, or is killed, under a test.",
+    "untested": "The program does not define what is asked for.",
+}
 
 
 class Programs(Grader):
