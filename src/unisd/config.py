@@ -155,6 +155,8 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         check_token_clip(self.divergence_spec, self.token_clip)
         if self.distillation_mode == "sampled" and self.token_clip_quantile is not None:
             raise UserError("distillation_mode=sampled cannot be clipped: unset token_clip_quantile.")
+        if self.topk_estimator == "residual":
+            self._check_residual()
 
     def _check_trackers(self) -> None:
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
@@ -194,9 +196,14 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
             raise UserError(
                 "remove_unused_columns must stay false: the rows' columns are the teacher's context."
             )
-        if self.completion_source == "initial" and self.teacher_model_kind != "base":
+        refreshed = self.refresh_rollouts_every is not None
+        if self.completion_source == "initial" and self.teacher_model_kind != "base" and not refreshed:
             raise UserError(
                 "completion_source=initial needs the initial weights: set teacher_model_kind=base."
+            )
+        if refreshed and self.completion_source != "initial":
+            raise UserError(
+                "refresh_rollouts_every is for answers written ahead: set completion_source=initial."
             )
         if self.num_iterations > 1 and self.completion_source not in ("student", "mixture"):
             raise UserError(
@@ -236,20 +243,30 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
                 "rollout_contexts=sibling needs several answers a prompt: set num_generations of 2 or more."
             )
 
+    def _check_residual(self) -> None:
+        """Its samples must be the student's, of the very distribution that the loss is about."""
+        if self.completion_source != "student" or (self.top_p, self.top_k, self.min_p) != (1, 0, 0):
+            raise UserError(
+                "topk_estimator=residual is right for samples of the student's whole distribution: set"
+                " completion_source=student, and unset top_p, top_k and min_p."
+            )
+        if self.token_clip_quantile is not None:
+            raise UserError("topk_estimator=residual cannot be clipped: unset token_clip_quantile.")
+
     @property
     def needs_verdicts(self) -> bool:
         """Whether each answer is judged by the grader before it is scored."""
         return bool(self.rollout_contexts) or self.rollout_keep != "all"
 
     def _check_mechanisms(self) -> None:
-        if self.feature_only and self.feature_weight == 0:
-            raise UserError("feature_only needs a feature_weight above 0: there would be no loss.")
-        if self.feature_only and (
-            self.token_clip or self.token_clip_quantile or self.entry_clip or self.contrastive_weight
-        ):
+        alone = self.distillation_weight == 0
+        if alone and not (self.feature_weight or self.contrastive_weight or self.terms):
             raise UserError(
-                "feature_only trains without the divergence: unset the clips and contrastive_weight."
+                "distillation_weight=0 leaves no loss: give terms, or a feature_weight or contrastive_weight"
+                " above 0."
             )
+        if alone and (self.token_clip or self.token_clip_quantile or self.entry_clip):
+            raise UserError("distillation_weight=0 trains without the divergence: unset the clips.")
         if (self.teacher_restart_steps is not None) != (self.teacher_model_kind == "restart"):
             raise UserError(
                 "teacher_model_kind=restart and teacher_restart_steps go together: set both or neither."
@@ -316,6 +333,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
             topk=self.distillation_topk,
             add_tail=self.distillation_add_tail,
             topk_support=self.distillation_topk_support,
+            topk_estimator=self.topk_estimator,
             entry_clip=self.entry_clip,
             # The likelihood is the model's own, whatever temperature its samples were drawn at.
             temperature=1.0 if self.distillation_mode == "nll" else self.temperature,

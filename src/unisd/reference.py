@@ -64,7 +64,7 @@ def step(model: Any, teacher: dict[str, Tensor], optimizer: Any, batch: Sequence
     D_BT = [divergence(p.logp_TV, q.logp_TV, o) for p, q in zip(p_B, q_B, strict=True)]
     h_BT = [contrast(p.l_T, q.l_T, n.l_T, o) for p, q, n in zip(p_B, q_B, n_B, strict=True) if n]
     f_BT = [(p.h_TH - q.h_TH).square().mean(-1) for p, q in zip(p_B, q_B, strict=True)]  # Eq. 6, mean over H
-    loss = (not o.feature_only) * aggregate(clip(D_BT, o), token_BT, row_B, o)
+    loss: Tensor = o.distillation_weight * aggregate(clip(D_BT, o), token_BT, row_B, o)
     for weight, x_BT in ((o.contrastive_weight, h_BT), (o.feature_weight, f_BT)):
         if weight and x_BT:  # over the rows that have the term, all alike
             ones_BT = [torch.ones_like(x_T) for x_T in x_BT]

@@ -160,7 +160,7 @@ class UniSDTrainer(EvaluatingTrainer):
         self.place_model()
         self.packed = layout.packed
         self.teacher = build_teacher(self.model, args)
-        self.other_teachers = other_teachers(self.teacher, plan.sources, args.target_reference_steps)
+        self.other_teachers = other_teachers(self.teacher, plan.sources, args)
         self.teachers = by_file(self.teacher, self.other_teachers)
         self.stateful = [self.stateful_teacher(*item) for item in self.teachers.items()]
         self.scorer = Scorer(
@@ -181,8 +181,9 @@ class UniSDTrainer(EvaluatingTrainer):
             args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p
         )
         judge = Judge(self.grader, args.verdict_seconds) if self.grader and self.plan.judged else None
+        author = self.other_teachers.get("rollout", self.teacher)
         self.completions = CompletionSource(
-            args, self.rows, self.prompts, self.engine, self.teacher, self.sampling, self.eos_ids, judge
+            args, self.rows, self.prompts, self.engine, author, self.sampling, self.eos_ids, judge
         )
         self.store = RolloutStore(args.num_iterations)
         if args.num_iterations > 1:

@@ -168,13 +168,13 @@ def test_token_budget_changes_nothing(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [{"feature_only": True, "feature_weight": 1.0}, {"feature_layers": [0, 1], "feature_weight": 0.5}],
+    [{"distillation_weight": 0.0, "feature_weight": 1.0}, {"feature_layers": [0, 1], "feature_weight": 0.5}],
 )
 def test_feature_matching_equals_naive(tmp_path: Any, extra: dict[str, Any]) -> None:
     """Against all hidden states of the model, one row at a time."""
     built = trainer(tmp_path, **extra)
     ours = gradients(built)
-    base = 0.0 if built.args.feature_only else naive_sdft(built, 0.0)[0]
+    base = 0.0 if built.args.distillation_weight == 0 else naive_sdft(built, 0.0)[0]
     distances = []
     for i, row in enumerate(built.rows):
         completion = built.engine.generate([built.prompts.student(row)], [(3, 0, i, 0)], built.sampling)[

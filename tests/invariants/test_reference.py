@@ -115,7 +115,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ema": (EMA, {"teacher_update_rate": 0.25}),
     "contrast": ({"contrastive_weight": 0.5}, {"contrastive_margin": 0.1}),
     "features": ({"feature_weight": 0.5}, {"feature_weight": 0.4}),
-    "features_only": ({"feature_weight": 1.0, "feature_only": True}, {"feature_only": False}),
+    "features_only": ({"feature_weight": 1.0, "distillation_weight": 0.0}, {"distillation_weight": 1.0}),
     "token_clip": ({"token_clip": 0.1}, {"token_clip": None}),
     "token_clip_quantile": ({"token_clip_quantile": 0.813}, {"token_clip_quantile": 0.85}),
     "star": ({**STAR, **EMA}, {"agreement": "none"}),

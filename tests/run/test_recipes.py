@@ -53,7 +53,7 @@ def test_star_has_all_five(model: str) -> None:
     assert config.agreement == "token" and config.agreement_gamma > 0 and config.num_auxiliary_contexts >= 2
     assert config.teacher_model_kind == "ema"
     assert config.contrastive_weight > 0
-    assert config.feature_weight > 0 and not config.feature_only
+    assert config.feature_weight > 0 and config.distillation_weight == 1
     assert (config.token_clip is None) != (config.token_clip_quantile is None)
 
 

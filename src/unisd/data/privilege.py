@@ -8,7 +8,10 @@
 | `answer` | the problem and the final answer (**) |
 | `unconditioned` | the reference without the problem |
 | `plain` | the problem, as the student does |
+| `wrong` | the problem and the row's wrong reference, `negative_context` |
+| `other` | the problem after another one, solved: the first of `auxiliary_contexts` |
 
+The last three are controls of what a reference is worth.
 (*) Without such a column: the reference without its last sentence, results of equations hidden.
 (**) The row's `answer`, or what follows "Answer:", "####" or \\boxed in the reference.
 """
@@ -18,7 +21,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-LEVELS = ("full", "half", "hints", "answer", "unconditioned", "plain")
+LEVELS = ("full", "half", "hints", "answer", "unconditioned", "plain", "wrong", "other")
+REMEDIES = {
+    "wrong": "add a column negative_context, or build it with --negatives corrupt",
+    "other": "add a column auxiliary_contexts, or build it with --agreement_contexts retrieval",
+}
+"""What gives rows something for a level; of the others a column `answer` or `hints` does."""
 _RESULT = re.compile(r"(=\s*)[-+]?[\d.,]*\d")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 MARK = r"(?:(?:[Aa]nswer\s*(?:is|:)|####)\s*|\\boxed\{)"  # what a final answer is stated after
@@ -30,6 +38,10 @@ def reference_at(row: dict[str, Any], level: str) -> str | None:
 
     None where there is no such part (`plain` shows none).
     """
+    if level == "other":
+        return next((str(context) for context in row.get("auxiliary_contexts") or ()), None)
+    if level == "wrong":
+        return str(row["negative_context"]) if row.get("negative_context") else None
     reference = str(row.get("privileged_context") or "")
     if not reference.strip() or level == "plain":
         return None

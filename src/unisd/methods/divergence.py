@@ -58,6 +58,9 @@ class DivergenceSpec:
     topk, add_tail, topk_support: size of the support, whether one bucket holds the mass outside it
         (else both sides are renormalised on the support), and whose largest entries make the
         support (`teacher` or `student`).
+    topk_estimator: `support`, the divergence of the support alone; `residual` (reverse KL),
+        corrected by the realised token where it lies outside, so that value and gradient are those
+        of the whole vocabulary on average over the student's samples (ResOPD, arXiv 2610.04882).
     entry_clip: cap on every vocabulary entry's summand of D, in nats (OPSD: 0.05). It is one-sided:
         D can become negative, and a clipped entry's logit gets gradient
         `p_v * (sum of the unclipped q)`, which pushes the teacher's favourite token slightly *down*
@@ -71,6 +74,7 @@ class DivergenceSpec:
     topk: int = 100
     add_tail: bool = True
     topk_support: str = "teacher"
+    topk_estimator: str = "support"
     entry_clip: float | None = None
     temperature: float = 1.0
 
@@ -91,6 +95,10 @@ class DivergenceSpec:
             raise UserError(
                 f"distillation_topk_support must be teacher or student, got {self.topk_support!r}."
             )
+        if self.topk_estimator not in ("support", "residual"):
+            raise UserError(f"topk_estimator must be support or residual, got {self.topk_estimator!r}.")
+        if self.topk_estimator == "residual":
+            self._check_residual()
         if self.topk < 1:
             raise UserError(f"distillation_topk must be at least 1, got {self.topk}.")
         if self.entry_clip is not None and not self.entry_clip > 0.0:
@@ -106,6 +114,15 @@ class DivergenceSpec:
             )
         if self.mode == "sampled" and self.entry_clip is not None:
             raise UserError("distillation_mode=sampled has no vocabulary entries to clip: unset entry_clip.")
+
+    def _check_residual(self) -> None:
+        if self.mode != "topk" or self.alpha != 1.0 or not self.add_tail:
+            raise UserError(
+                "topk_estimator=residual estimates the reverse KL from a support with a tail: set"
+                " distillation_mode=topk, distillation_alpha=1 and distillation_add_tail."
+            )
+        if self.entry_clip is not None:
+            raise UserError("topk_estimator=residual has a sampled part: unset entry_clip.")
 
 
 def divergence_bound(alpha: float) -> float:
@@ -128,6 +145,8 @@ def check_token_clip(spec: DivergenceSpec, token_clip: float | None) -> None:
             "distillation_mode=sampled cannot be clipped (its value is one signed log-ratio): unset"
             " token_clip."
         )
+    if spec.topk_estimator == "residual":
+        raise UserError("topk_estimator=residual cannot be clipped (it is an estimate): unset token_clip.")
     bound = divergence_bound(spec.alpha)
     if token_clip >= bound and bound < math.inf:
         raise UserError(
@@ -157,17 +176,43 @@ def divergence_of_logp(
         return -pick(student_logp_NV, targets_N)
     if spec.mode == "sampled":
         l_N, teacher_l_N = pick(student_logp_NV, targets_N), pick(teacher_logp_NV, targets_N)
-        ratio_N = (l_N - teacher_l_N).detach()
-        return ratio_N + ratio_N * (l_N - l_N.detach())  # value l - l+, gradient sg(l - l+) * grad l
+        return _score_function(l_N - teacher_l_N, l_N)
+    residual_N = None
     if spec.mode == "topk":
         owner_NV = teacher_logp_NV if spec.topk_support == "teacher" else student_logp_NV.detach()
         support_NK = owner_NV.topk(min(spec.topk, owner_NV.shape[-1]), dim=-1).indices
+        if spec.topk_estimator == "residual":
+            residual_N = _residual(student_logp_NV, teacher_logp_NV, support_NK, targets_N)
         student_logp_NV = _on_support(student_logp_NV, support_NK, spec.add_tail)
         teacher_logp_NV = _on_support(teacher_logp_NV, support_NK, spec.add_tail)
     summand_NV = _summands(student_logp_NV, teacher_logp_NV, spec.alpha)
     if spec.entry_clip is not None:
         summand_NV = summand_NV.clamp(max=spec.entry_clip)
-    return summand_NV.sum(-1)
+    total_N = summand_NV.sum(-1)
+    return total_N if residual_N is None else total_N + residual_N
+
+
+def _score_function(ratio: Tensor, logp: Tensor) -> Tensor:
+    """Value r, gradient sg(r) * grad log p."""
+    ratio = ratio.detach()
+    return ratio + ratio * (logp - logp.detach())
+
+
+def _residual(logp_NV: Tensor, logq_NV: Tensor, support_NK: Tensor, targets_N: Tensor) -> Tensor:
+    """What the support's tail, taken as one outcome, says wrong of a realised token A outside of
+    it: `1[A not in S] (r_A s_A - mu)`, r = log p/q, s = grad log p, and mu the same of the tail.
+
+    On average over A ~ p it turns the divergence on the support into that of the whole vocabulary.
+    """
+    if support_NK.shape[-1] == logp_NV.shape[-1]:
+        return torch.zeros_like(logp_NV[:, 0])
+    outside_N = (support_NK != targets_N[:, None]).all(-1)
+    tail_N, teacher_tail_N = (
+        logp.scatter(-1, support_NK, -math.inf).logsumexp(-1) for logp in (logp_NV, logq_NV)
+    )
+    l_N = pick(logp_NV, targets_N)
+    own_N = _score_function(l_N - pick(logq_NV, targets_N), l_N)
+    return torch.where(outside_N, own_N - _score_function(tail_N - teacher_tail_N, tail_N), 0.0)
 
 
 def _summands(logp_NV: Tensor, logq_NV: Tensor, alpha: float) -> Tensor:

@@ -38,6 +38,22 @@ def features(inputs: TermInputs) -> Tensor:
     return torch.stack([feature_distance(student, teacher) for student, teacher in inputs.hidden]).mean(0)
 
 
+@register_term("nsd", needs=frozenset({"negative"}))
+def nsd(inputs: TermInputs, *, kl: float = 0.01) -> Tensor:
+    """NSD (arXiv 2609.11699): G / (2 - p) + kl p_ref log(p_ref / p), away from a bad self.
+
+    Of the realised token: p the student's probability, p_ref the teacher's, p_neg that under a
+    wrong reference, G = max(0, p_neg - p_ref). As published with a fixed teacher that is told
+    nothing (`teacher_model_kind=base`, `teacher_context=plain`) and without the divergence
+    (`distillation_weight=0`).
+    """
+    assert inputs.negative_logp is not None
+    reference_N = inputs.teacher_logp.exp()
+    excess_N = torch.relu(inputs.negative_logp.exp() - reference_N)
+    pull_N = reference_N * (inputs.teacher_logp - inputs.student_logp)
+    return excess_N / (2 - inputs.student_logp.exp()) + kl * pull_N
+
+
 # ---------------------------------------------------------------------------------- clipping (E)
 
 

@@ -1,4 +1,4 @@
-"""Every option of how a run trains, grouped by mechanism.
+"""Every option of how a run trains; those of the method itself are in `method_table.py`.
 
 Flat names, TRL's where TRL has one. What `unisd train` runs is in `run/options.py`.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from unisd.data.outcomes import KEEPS
-from unisd.data.privilege import LEVELS
+from unisd.options.method_table import MethodOptions
 from unisd.options.option import option
 
 GROUPS = (
@@ -35,7 +35,7 @@ those that a run seldom sets.
 
 
 @dataclass
-class UniSDOptions:
+class UniSDOptions(MethodOptions):
     """The options that `UniSDConfig` adds to `TrainingArguments`, and those whose default it
     changes or whose meaning help explains.
     """
@@ -164,6 +164,12 @@ class UniSDOptions:
         "student",
         choices=("student", "reference", "initial", "mixture"),
     )
+    refresh_rollouts_every: int | None = option(
+        "rollout",
+        "initial: take the student's weights of every so many optimizer steps for the initial model's; unset:"
+        " never.",
+        low=1,
+    )
     on_policy_share: float = option(
         "rollout", "mixture: share of rows that the student answers (lambda of GKD).", 0.5, low=0, high=1
     )
@@ -236,206 +242,6 @@ class UniSDOptions:
         " counts as gone.",
         240.0,
         low=0.1,
-    )
-
-    # -- teacher: the same model under the reference (and other weights) ---------------------------
-    teacher_model_kind: str = option(
-        "teacher",
-        "Weights of the teacher: base (initial model), live (current student), ema (Eq. 3), or restart (a"
-        " fixed copy of the student, taken anew every teacher_restart_steps).",
-        "base",
-        choices=("base", "live", "ema", "restart"),
-    )
-    teacher_update_rate: float = option(
-        "teacher",
-        "EMA: weight of the student in each update, 1 - beta of Eq. 3 (0.01-0.05 is usual).",
-        0.02,
-        low=0,
-        high=1,
-    )
-    teacher_sync_steps: int = option(
-        "teacher", "EMA: update the teacher every so many optimizer steps.", 1, low=1
-    )
-    teacher_restart_steps: int | None = option(
-        "teacher", "restart: copy the student into the teacher every so many optimizer steps.", low=1
-    )
-    teacher_context: str = option(
-        "teacher",
-        "How much of the reference the teacher sees: full, half, hints (steps without results), answer (the"
-        " final answer only), unconditioned (the reference without the problem) or plain (nothing).",
-        "full",
-        choices=LEVELS,
-    )
-    rollout_contexts: list[str] = option(
-        "teacher",
-        "What the teacher is told of the step's own answers in place of teacher_context, the first that there"
-        " is: sibling+feedback, sibling (another answer to the prompt, which passed), feedback (the grader's"
-        " words on this answer), none (last: no loss).",
-        [],
-    )
-    sibling: str = option(
-        "teacher", "Which passed answer is shown as sibling.", "first", choices=("first", "shortest")
-    )
-    target: str | None = option(
-        "teacher",
-        "What the student is moved towards instead of the teacher's distribution, by registered name"
-        " (view_consensus, contrast, geometric, pmi); options as name:key=value,key=value.",
-    )
-    target_reference_steps: int | None = option(
-        "teacher", "A target's source step/...: copy the student every so many optimizer steps.", low=1
-    )
-    teacher_prompt_layout: str = option(
-        "teacher",
-        "append: reference after the problem in one user turn; turn: reference as the assistant's answer,"
-        " then the problem again. `unisd probe` measures which one suits a model and task.",
-        "append",
-        choices=("append", "turn"),
-        shared=("prepare",),
-    )
-    teacher_prompt_template: str | None = option(
-        "teacher",
-        "Free template of the append layout with {prompt} and {privileged_context}; unset: built in.",
-        shared=("probe", "prepare"),
-    )
-    auxiliary_prompt_template: str | None = option(
-        "teacher",
-        "Template of auxiliary views with {context} and {prompt}; unset: built in.",
-        shared=("probe", "prepare"),
-    )
-    teacher_chat_template_kwargs: dict[str, Any] | None = option(
-        "teacher",
-        "The same for what the teacher reads; unset: the student's.",
-        shared=("probe", "prepare"),
-    )
-    max_teacher_prompt_length: int | None = option(
-        "teacher",
-        "Longest teacher prompt in tokens; unset: what the model's context leaves. Longer rows are errors.",
-        low=1,
-        shared=("prepare",),
-    )
-
-    # -- divergence (Eq. 7-8) ----------------------------------------------------------------------
-    distillation_alpha: float = option(
-        "divergence",
-        "0: forward KL(teacher||student); 1: reverse KL; between: generalised Jensen-Shannon.",
-        0.0,
-    )
-    distillation_mode: str = option(
-        "divergence",
-        "full vocabulary, topk (a support of distillation_topk tokens), sampled (realised token); or nll: no"
-        " teacher (SFT).",
-        "full",
-        choices=("full", "topk", "sampled", "nll"),
-    )
-    distillation_topk: int = option("divergence", "topk: size of the support.", 100, low=1)
-    distillation_topk_support: str = option(
-        "divergence",
-        "topk: whose most likely tokens: teacher or student.",
-        "teacher",
-        choices=("teacher", "student"),
-    )
-    distillation_add_tail: bool = option("divergence", "topk: one more bucket for all other tokens.", True)
-    loss_aggregation: str = option(
-        "divergence",
-        "sequence: mean per answer, then over answers; token: mean over all tokens of the step.",
-        "sequence",
-        choices=("sequence", "token"),
-    )
-    loss_implementation: str = option(
-        "divergence",
-        "chunked (never holds logits, gradient in the forward pass) or plain (the oracle).",
-        "chunked",
-        choices=("chunked", "plain"),
-    )
-    loss_chunk_tokens: int | None = option(
-        "divergence", "Tokens projected to the vocabulary at once; unset: by memory.", low=1
-    )
-
-    # -- A. agreement and other reliability weights ------------------------------------------------
-    agreement: str = option(
-        "agreement",
-        "Weigh by the model's agreement with itself over auxiliary contexts: none, token or sequence.",
-        "none",
-        choices=("none", "token", "sequence"),
-    )
-    num_auxiliary_contexts: int = option(
-        "agreement", "Most auxiliary contexts used per row (K).", 3, low=0, shared=("probe", "prepare")
-    )
-    agreement_gamma: float = option(
-        "agreement", "Strength: the weight is 1 / (1 + gamma * scaled disagreement).", 0.01, low=0
-    )
-    agreement_stat: str = option(
-        "agreement", "Disagreement of the K log-probabilities: var or range.", "var", choices=("var", "range")
-    )
-    agreement_quantile: float = option(
-        "agreement", "token: quantile of disagreement that becomes the unit.", 0.95, low=0, high=1
-    )
-    agreement_cap: float = option("agreement", "token: largest scaled disagreement.", 10.0, low=1e-06)
-    agreement_budget_contexts: int | None = option(
-        "agreement",
-        "Budget: score so many of a row's contexts only, drawn anew in every step (unset: all).",
-        low=2,
-    )
-    agreement_uncertain_share: float = option(
-        "agreement",
-        "Budget: score contexts only for this share of a step's rows, those of largest teacher entropy.",
-        1.0,
-        low=0,
-        high=1,
-    )
-    token_weights: list[str] = option(
-        "agreement",
-        "More reliability weights by registered name, multiplied in order; options as"
-        " name:key=value,key=value.",
-        [],
-    )
-    weight_normalizer: str | None = option(
-        "agreement",
-        "Divide by the sum of weights (weights) or by the token count (tokens; mean1: after scaling each"
-        " answer's weights to mean 1); unset: as published for the last of the weights.",
-        choices=(None, "weights", "tokens", "mean1"),
-    )
-
-    # -- C. contrast (Eq. 4-5) ---------------------------------------------------------------------
-    contrastive_weight: float = option(
-        "contrast", "Weight of the hinge towards the reference, away from a wrong one.", 0.0, low=0
-    )
-    contrastive_margin: float = option("contrast", "Margin of the hinge in nats.", 0.5, low=0)
-
-    # -- D. feature matching (Eq. 6) ---------------------------------------------------------------
-    feature_weight: float = option(
-        "features", "Weight of the squared distance of hidden states (mean over hidden size).", 0.0, low=0
-    )
-    feature_only: bool = option("features", "Match features alone, without the divergence.", False)
-    feature_layers: list[int] | None = option(
-        "features",
-        "Layers to match (0 is the first block's output); unset: the head's input, after the final norm.",
-    )
-
-    # -- further terms of the loss -----------------------------------------------------------------
-    terms: list[str] = option(
-        "terms",
-        "More terms of the loss by registered name; options as name:coefficient=value,key=value.",
-        [],
-    )
-
-    # -- E. clipping -------------------------------------------------------------------------------
-    token_clip: float | None = option(
-        "clipping",
-        "Largest divergence of one token in nats (after the vocabulary sum).",
-        low=1e-09,
-        excludes="token_clip_quantile",
-    )
-    token_clip_quantile: float | None = option(
-        "clipping",
-        "The same, as a quantile of the step's divergences (costs one student pass without gradient).",
-        low=1e-06,
-        high=0.99999,
-    )
-    entry_clip: float | None = option(
-        "clipping",
-        "Largest summand of one vocabulary entry (OPSD: 0.05). Can make a token's loss negative.",
-        low=1e-09,
     )
 
     # -- scoring -----------------------------------------------------------------------------------

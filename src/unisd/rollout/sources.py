@@ -23,8 +23,6 @@ from unisd.rollout.engine import Completion, Engine, NoiseKey, Sampling, uniform
 from unisd.rollout.verdicts import Judge
 from unisd.teacher import Teacher
 
-OFFLINE_STEP = 0  # the initial model's samples are the same in every epoch, as if drawn beforehand
-
 
 @dataclass
 class CompletionSource:
@@ -34,7 +32,8 @@ class CompletionSource:
     rows: Sequence[Row]
     prompts: PromptBuilder
     engine: Engine
-    teacher: Teacher
+    author: Teacher
+    """Holds the weights that write the answers of `completion_source=initial`."""
     sampling: Sampling
     eos_ids: Sequence[int]
     judge: Judge | None = None
@@ -78,17 +77,19 @@ class CompletionSource:
         }
         if "student" in sources:
             self._sync()
-        for source, at_step in (("student", step), ("initial", OFFLINE_STEP)):
+        # As if drawn beforehand: the same in every epoch, until they are refreshed.
+        drawn = step - step % (self.args.refresh_rollouts_every or step + 1)
+        for source, at_step in (("student", step), ("initial", drawn)):
             chosen = [i for i, s in enumerate(sources) if s == source]
             keys: list[NoiseKey] = [(self.args.seed, at_step, *numbers[i]) for i in chosen]
             if not chosen and not self._others_sample(source):
                 continue
             prompts = [self.prompts.student(self.rows[numbers[i][0]]) for i in chosen]
             if source == "initial":
-                with self.teacher.in_place():
+                with self.author.in_place():
                     self._sync()  # an engine with weights of its own must have these
                     written = [
-                        replace(c, sampled=False, version=None if c.version is None else OFFLINE_STEP)
+                        replace(c, sampled=False, version=None if c.version is None else at_step)
                         for c in self.engine.generate(prompts, keys, self.sampling)
                     ]
             else:
@@ -150,7 +151,7 @@ class CompletionSource:
         They do where they share the model's weights.
         """
         of_rows = "student" if self.args.completion_source == "mixture" else self.args.completion_source
-        return source == of_rows and all_ranks_must_join(self.teacher.model)
+        return source == of_rows and all_ranks_must_join(self.author.model)
 
     def carry_loss(self, numbers: Sequence[tuple[int, int]], completions: Sequence[Completion]) -> list[bool]:
         """Whether each answer carries loss, by `rollout_keep` and `_is_left_out`."""

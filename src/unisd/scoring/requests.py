@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from unisd.config import UniSDConfig
 from unisd.data.outcomes import NO_LOSS, Outcome
-from unisd.data.privilege import reference_at
+from unisd.data.privilege import REMEDIES, reference_at
 from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rendering import naming
 from unisd.data.rows import Row
@@ -105,9 +105,10 @@ class RequestBuilder:
             if level not in ("full", "plain") and reference_at(row, level) is None
         ]
         if empty:
+            remedy = REMEDIES.get(level, "add a column answer or hints")
             raise UserError(
                 f"row {empty[0]} of the training data has nothing for teacher_context={level} ({len(empty)}"
-                " such row(s)): add a column answer or hints, or use teacher_context=full."
+                " such row(s)): {remedy}, or use teacher_context=full."
             )
         limits = (
             ("prompt", "max_prompt_length", self.args.max_prompt_length, self.prompts.student),

@@ -158,7 +158,7 @@ def loss_coefficients(args: UniSDConfig, plan: Plan, scores: StepScores) -> Coef
 
     Deferred weights are left to :class:`DeferredWeights`.
     """
-    B, T = scores.mask.shape
+    B = len(scores.mask)
     token_BT, sequence_B, metrics = reliability(plan, scores)
     if scores.auxiliary_present is not None:
         metrics["agreement/contexts"] = float(scores.auxiliary_present.sum()) / max(B, 1)
@@ -176,8 +176,7 @@ def loss_coefficients(args: UniSDConfig, plan: Plan, scores: StepScores) -> Coef
         policies = (scores.student_logp, scores.behaviour_logp, scores.mask, args.importance_cap)
         divergence_BT = divergence_BT * importance_ratio(*policies)
         metrics |= importance_stats(*policies)
-    if args.feature_only:
-        divergence_BT = torch.zeros(B, T)
+    divergence_BT = args.distillation_weight * divergence_BT
     terms: dict[str, Tensor] = {}
     for term in plan.terms:
         present_B = scores.negative_present if "negative" in term.needs else None

@@ -237,18 +237,18 @@ def build_teacher(model: nn.Module, args: UniSDConfig) -> Teacher:
     )
 
 
-def other_teachers(
-    teacher: Teacher, sources: Sequence[Source], reference_steps: int | None
-) -> dict[str, Teacher]:
-    """Weights that the target's sources name beside the teacher's; a fixed teacher is the initial
-    model already.
+def other_teachers(teacher: Teacher, sources: Sequence[Source], args: UniSDConfig) -> dict[str, Teacher]:
+    """Weights beside the teacher's: those that the target's sources name (a fixed teacher is the
+    initial model already), and those that write the answers of `refresh_rollouts_every`.
     """
     others: dict[str, Teacher] = {}
     named = {source.weights for source in sources}
     if "base" in named:
         others["base"] = teacher if teacher.kind == "base" else Teacher(teacher.model, "base")
     if "step" in named:
-        others["step"] = Teacher(teacher.model, "restart", restart_steps=reference_steps)
+        others["step"] = Teacher(teacher.model, "restart", restart_steps=args.target_reference_steps)
+    if args.refresh_rollouts_every is not None:
+        others["rollout"] = Teacher(teacher.model, "restart", restart_steps=args.refresh_rollouts_every)
     return others
 
 
