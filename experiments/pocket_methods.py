@@ -67,7 +67,7 @@ VARIANTS = {
 SCALES = (0.5, 1.0, 2.0)
 # The middle one of three rates. The likelihood of off-policy answers moves a model faster than a
 # divergence does.
-MIDDLE_RATE = {"sft": 3e-4, CONTROL: 3e-4, "ssd": 3e-4}
+MIDDLE_RATE = {"sft": 3e-4, CONTROL: 3e-4, "ssd": 3e-4, "rejection-sft": 3e-4}
 DEFAULT_RATE = 8e-4
 
 
@@ -122,7 +122,7 @@ def run_cell(plan: Plan) -> Cell:
         options, config = parse([*arguments(plan), "--output_dir", folder])
         data: RunData = load_data(options, config.seed)
         model, tokenizer, _ = load_model(options)
-        trainer = UniSDTrainer(model, config, data.train, processing_class=tokenizer)
+        trainer = UniSDTrainer(model, config, data.train, processing_class=tokenizer, grader=data.grade)
         trainer.remove_callback(PrinterCallback)
         clock = time.process_time()
         if plan.method != RAW:

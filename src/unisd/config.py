@@ -106,7 +106,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
             raise UserError(f"unknown option {unknown[0]!r}: {hint}")
         parser = OptionParser(UniSDOptions)
         of_training = {key: value for key, value in recipe.options.items() if key in known}
-        values = layered(parser.from_dict(of_training, str(recipe.file)), overrides)
+        values = layered(parser.from_dict(of_training, str(recipe.files[0])), overrides)
         return cls(**{key: value for key, value in values.items() if value is not UNSET})
 
     def __getstate__(self) -> dict[str, Any]:

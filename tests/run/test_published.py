@@ -110,6 +110,51 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
             "token_clip": 10.0,
         },
     ),
+    "sdpo": (
+        "2601.20802, code of TRL 1.16",
+        {
+            "num_generations": 8,
+            "rollout_contexts": ["sibling", "feedback", "none"],
+            "teacher_model_kind": "ema",
+            "teacher_update_rate": 0.05,
+            "distillation_alpha": JSD,
+            "distillation_mode": "topk",
+            "distillation_topk": 100,
+            "distillation_add_tail": True,
+            "distillation_topk_support": "student",
+            "learning_rate": 1e-5,
+        },
+    ),
+    "oasis": (
+        "2609.37915",
+        {
+            "num_generations": 8,
+            "rollout_keep": "shortest_passed",
+            "rollout_contexts": ["sibling", "none"],
+            "distillation_alpha": FORWARD,
+        },
+    ),
+    "nsd": (
+        "2609.11699",
+        {"teacher_context": "plain", "distillation_weight": 0.0, "terms": ["nsd:kl=0.01"]},
+    ),
+    "op2sd": ("2608.09228", {"teacher_context": "other", "agreement_contexts": "retrieval"}),
+    "semi-opd": ("2610.11291", {"completion_source": "initial"}),
+    "other-solution": ("a control", {"teacher_context": "other", "agreement_contexts": "random"}),
+    "rejection-sft": (
+        "a control",
+        {
+            "num_generations": 4,
+            "rollout_keep": "passed",
+            "distillation_mode": "nll",
+            "teacher_model_kind": "live",
+        },
+    ),
+}
+STAR = METHODS["unisd-star"][1]
+METHODS |= {
+    "reference-free": ("a control", {**STAR, "teacher_context": "plain"}),
+    "wrong-reference": ("a control", {**STAR, "teacher_context": "wrong"}),
 }
 SHARED = {
     "learning_rate": 2e-5,
@@ -132,7 +177,12 @@ POCKET: dict[str, dict[str, Any]] = {
     "unisd-agree-seq": {"agreement_gamma": 1.0},
     "unisd-agree-tok": {"agreement_gamma": 1.0},
     "unisd-clip": CLIP,
-    "unisd-star": {"teacher_update_rate": 0.005, **CLIP},
+    "sdpo": {"teacher_update_rate": 0.005},
+    "oasis": {"distillation_alpha": FORWARD},
+    **{
+        name: {"teacher_update_rate": 0.005, **CLIP}
+        for name in ("unisd-star", "reference-free", "wrong-reference")
+    },
 }
 OF_METHODS = {field.name for field in dataclasses.fields(UniSDOptions)} | {"agreement_contexts"}
 # of the run, not of a method

@@ -22,7 +22,7 @@ def recipes_command(arguments: Sequence[str]) -> int:
             print(f"{name.ljust(width)}  {recipes.load(name).description}")
         return 0
     recipe = recipes.load(arguments[0])
-    for file in (recipe.file, recipes.FOLDER / "_published.yaml", recipes.FOLDER / "_pocket.yaml"):
+    for file in (*recipe.files, recipes.FOLDER / "_published.yaml", recipes.FOLDER / "_pocket.yaml"):
         print(f"# -- {file}")
         print(file.read_text(encoding="utf-8"))
     return 0

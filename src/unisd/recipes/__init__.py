@@ -2,7 +2,8 @@
 
 A recipe holds a `description`, `options` (the published hyper-parameters, for real models) and
 `pocket` (what changes on the embedded pocket model). `_published.yaml` and `_pocket.yaml` hold what
-all recipes share; a recipe's own values win.
+all recipes share; a recipe's own values win. `based_on` names a recipe whose values it has where it
+gives none.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Recipe:
     description: str
     options: dict[str, Any]
     pocket: dict[str, Any]
-    file: Path
+    files: tuple[Path, ...]
+    """Its own, and that of the recipe that it is based on."""
 
 
 def names() -> list[str]:
@@ -48,12 +50,17 @@ def load(name: str) -> Recipe:
         raise UserError(f"unknown recipe {name!r}: {hint}")
     file = FOLDER / f"{name}.yaml"
     own = _read(file)
+    files = (file, *(FOLDER / f"{base}.yaml" for base in [own.get("based_on")] if base))
+    parts = {
+        part: {name: value for each in files[::-1] for name, value in _read(each)[part].items()}
+        for part in ("options", "pocket")
+    }
     return Recipe(
         name=name,
         description=own["description"],
-        options={**_read(FOLDER / "_published.yaml"), **own["options"]},
-        pocket={**_read(FOLDER / "_pocket.yaml"), **own["pocket"]},
-        file=file,
+        options={**_read(FOLDER / "_published.yaml"), **parts["options"]},
+        pocket={**_read(FOLDER / "_pocket.yaml"), **parts["pocket"]},
+        files=files,
     )
 
 

@@ -91,9 +91,9 @@ def resolve(
     if not any(name in named for name in ("task", "train_file", "dataset_name")):
         given = {**given, "task": "pocket"}
     recipe = recipes.load(named.get("recipe", recipes.DEFAULT))
-    values = parser.from_dict(recipe.options, str(recipe.file))
+    values = parser.from_dict(recipe.options, str(recipe.files[0]))
     if named.get("model_name_or_path", "pocket") == "pocket":
-        values |= parser.from_dict(recipe.pocket, str(recipe.file))
+        values |= parser.from_dict(recipe.pocket, str(recipe.files[0]))
     if "num_train_epochs" in named and "max_steps" not in named:  # which would win over it
         values.pop("max_steps", None)
     of_run = {item.name for item in declared(RunOptions)}
