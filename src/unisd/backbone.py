@@ -43,9 +43,7 @@ OWN, KEPT, CHECKED = "attention_before_unisd", "keeps_its_attention", "checked_b
 CHECKED_TOKENS = 160
 """Of the longest row that a model is checked on: beyond short windows, and blocks of 128 tokens."""
 CHECKED_COLUMNS = 1024
-"""Most columns of the logits that are compared: all of a large vocabulary would take more memory
-than the step itself.
-"""
+"""Most columns of the logits that are compared: all would take more memory than a step does."""
 
 
 @dataclass

@@ -93,7 +93,7 @@ def test_unknown_key_in_yaml(mistake: Any, tmp_path: Path) -> None:
         (["train", "--recipe", "unisd-str"], "did you mean 'unisd-star'?"),
         (["train", "--task", "pockett"], "did you mean pocket?"),
         (["train", "--token_clip", "0.5", "--token_clip_quantile", "0.9"], "exclude each other"),
-        (["train", "--distillation_weight", "0"], "distillation_weight=0 leaves no loss"),
+        (["train", "--recipe", "sdft", "--distillation_weight", "0"], "distillation_weight=0 leaves no loss"),
         (["train", "--temperature", "0"], "temperature must be above 0"),
         (["train", "--train_file", "missing.jsonl"], "missing.jsonl is not a file"),
         (["recipes", "sdfd"], "did you mean 'sdft'?"),

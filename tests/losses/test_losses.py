@@ -63,6 +63,7 @@ SPECS = [
     *[DivergenceSpec(alpha=alpha, mode="topk", topk=5, temperature=1.3) for alpha in ALPHAS],
     DivergenceSpec(alpha=0.5, mode="topk", topk=5, add_tail=False, topk_support="student", entry_clip=0.05),
     DivergenceSpec(alpha=1.0, mode="sampled", temperature=0.7),
+    DivergenceSpec(alpha=1.0, mode="topk", topk=5, topk_estimator="residual", temperature=0.7),
 ]
 ENDS = (4, 11, 30)
 HEADS = [
@@ -71,7 +72,7 @@ HEADS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.mode}-{s.alpha}-{s.entry_clip}")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.mode}-{s.alpha}-{s.entry_clip}-{s.topk_estimator}")
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (F64, 1e-10)])
 def test_chunked_equals_plain(spec: DivergenceSpec, head: dict, dtype: torch.dtype, tolerance: float) -> None:
@@ -90,7 +91,7 @@ def of_one_end(logits_NV: Tensor, temperature: float) -> Tensor:
     return torch.cat([logits_NV[:, rest], logits_NV[:, ENDS].exp().sum(-1, keepdim=True).log()], -1)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.mode}-{s.alpha}-{s.entry_clip}")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.mode}-{s.alpha}-{s.entry_clip}-{s.topk_estimator}")
 @pytest.mark.parametrize("head", [{}, {"scale": 2.0, "softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("function", [plain_loss, chunked_loss])
 def test_ends_are_one_outcome(spec: DivergenceSpec, head: dict, function: Callable[..., LossOutput]) -> None:
