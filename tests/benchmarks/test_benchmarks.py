@@ -40,6 +40,7 @@ def rows() -> list[shapes.Example]:
     return shapes.examples(320, 4, (8, 24), (3, 17), reference=6)
 
 
+@pytest.mark.long
 def test_the_plain_version_has_our_losses(base: Any, rows: list[shapes.Example]) -> None:
     """Three steps with a large learning rate: were a gradient different, the second loss would
     be.

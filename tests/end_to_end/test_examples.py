@@ -46,6 +46,7 @@ def test_every_mechanism_is_active_in_the_default_run(tmp_path: Path) -> None:
     assert all(line["features/distance"] > 0 for line in lines[1:])
 
 
+@pytest.mark.long
 def test_a_target_from_outside_the_package(tmp_path: Path) -> None:
     """The worked example of docs/field.md, with the test that it carries; short enough to be an
     afternoon's work.

@@ -49,6 +49,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 # -- signals ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_the_resumed_run_ends_alike(tmp_path: Path, capsys: Any) -> None:
     whole = build(tmp_path / "whole", max_steps=3, **STAR)
     whole.train()

@@ -86,6 +86,7 @@ def test_kill_and_resume_is_bit_identical(tmp_path: Path, lora: bool) -> None:
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 
 
+@pytest.mark.long
 def test_resuming_from_an_earlier_step_leaves_its_old_branch_aside(tmp_path: Path) -> None:
     build(tmp_path, False, max_steps=3, save_steps=1).train()
     (tmp_path / "set-aside" / "checkpoint-3").mkdir(parents=True)  # of an earlier time

@@ -14,6 +14,7 @@ from unisd.data.prompts import PromptBuilder
 from unisd.evaluation.teacher_probe import SIDE_ROWS, Limits, Probe, advice
 
 
+@pytest.mark.long
 def test_pocket_probe_finds_the_headroom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "--n", "24", "--json", str(tmp_path / "p.json")]) == 0
     report = json.loads((tmp_path / "p.json").read_text())

@@ -38,6 +38,7 @@ def pocket_cell(plan: compare.Plan, rng: np.random.Generator) -> store.Cell:
     return cell | {"retention_ppl_forward": 1.1, "retention_ppl_reverse": 1.2, "retention_jsd": 0.01}
 
 
+@pytest.mark.long
 def test_the_pocket_comparison_runs_every_cell_once_and_pilots_first() -> None:
     rng, cells = np.random.default_rng(0), []
     for plan in compare.plans(cells):
@@ -74,6 +75,7 @@ def test_knowledge_is_graded_in_any_wording() -> None:
     )
 
 
+@pytest.mark.long
 def test_pilots_and_table_share_no_rows() -> None:
     pilot, table = compare.evaluation_rows(True), compare.evaluation_rows(False)
     ids = {row["id"] for rows in table.values() for row in rows}
@@ -188,6 +190,7 @@ def test_a_killed_comparison_leaves_no_cell_at_work(tmp_path: Path) -> None:
     assert store.carry_out(file, lambda cells: [], sleeps, 1, None) == []
 
 
+@pytest.mark.long
 def test_intervals_cover_the_truth() -> None:
     rng = np.random.default_rng(1)
     covered = 0

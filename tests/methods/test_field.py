@@ -387,7 +387,9 @@ def replace_coefficient(x: Any, coefficient: Tensor) -> Any:
 STUDENT_WEIGHTS = {"token_weights": ["dash", "confidence_gate:threshold=0.005"], "entry_clip": 0.5}
 
 
-@pytest.mark.parametrize("normalizer", [pytest.param("tokens", marks=pytest.mark.long), "weights", "mean1"])
+@pytest.mark.parametrize(
+    "normalizer", [*(pytest.param(name, marks=pytest.mark.long) for name in ("tokens", "mean1")), "weights"]
+)
 def test_in_forward_weights_equal_a_pass_of_their_own(tmp_path: Any, normalizer: str) -> None:
     """The same step, scored by a student pass beforehand."""
     free = trainer(tmp_path, weight_normalizer=normalizer, **STUDENT_WEIGHTS)
@@ -535,6 +537,7 @@ def test_targets_score_what_they_declare(
     assert ours[0] != pytest.approx(gradients(trainer(tmp_path, **plain))[0], rel=1e-6)
 
 
+@pytest.mark.long
 def test_neutral_targets_change_nothing(tmp_path: Any) -> None:
     off = gradients(trainer(tmp_path))
     assert_same(off, gradients(trainer(tmp_path, target="geometric:a=0.0")))

@@ -101,6 +101,7 @@ def _tokens(trainer: UniSDTrainer, record: dict[str, Any]) -> list[str]:
     return tiny.tokenizer().convert_ids_to_tokens(completion.ids)
 
 
+@pytest.mark.long
 def test_recording_changes_no_bit(tmp_path: Path) -> None:
     states = [
         trained(tmp_path / str(n), record_samples=n, learning_rate=1e-2).model.state_dict() for n in (0, 2)

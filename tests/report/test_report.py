@@ -269,6 +269,7 @@ def test_nothing_is_fetched_and_every_colour_follows_the_theme(tmp_path: Path) -
     assert "var(--c1)" in text
 
 
+@pytest.mark.long
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     text, tags = built(a_run(tmp_path / "run", LONG))
     assert [tag for tag, _ in tags.found if tag in ("img", "b")].count("img") == 0

@@ -74,6 +74,7 @@ def test_answers_are_those_of_the_student_at_the_last_refresh(tmp_path: Path) ->
     assert all(torch.equal(author.state[name], weights[4][name]) for name in author.state)
 
 
+@pytest.mark.long
 def test_a_resumed_run_meets_the_same_answers(tmp_path: Path) -> None:
     options = {**SEMI, "refresh_rollouts_every": 2, "save_strategy": "steps", "save_steps": 3}
     whole = trainer(tmp_path / "whole", train_dataset=tiny.rows(4), **options)

@@ -182,7 +182,9 @@ class Shifted:
         return [float(logp[t, token]) - self.shift for t, token in enumerate(ids)]
 
 
-@pytest.mark.parametrize(("cap", "mean"), [(2.0, math.exp(0.3)), (1.1, 1.1)])
+@pytest.mark.parametrize(
+    ("cap", "mean"), [pytest.param(2.0, math.exp(0.3), marks=pytest.mark.long), (1.1, 1.1)]
+)
 def test_engine_with_other_log_probabilities_is_corrected(tmp_path: Path, cap: float, mean: float) -> None:
     plain = trainer(tmp_path / "plain", max_steps=1)
     plain.train()

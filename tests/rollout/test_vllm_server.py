@@ -271,7 +271,7 @@ def test_an_adapter_goes_alone_under_a_new_name_and_again_to_a_restarted_server(
     assert server.calls["/update_weights"] == 0
 
 
-@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("with_adapter", [pytest.param(False, marks=pytest.mark.long), True])
 def test_no_weights_are_left_over(server: StandIn, tmp_path: Path, with_adapter: bool) -> None:
     """Neither an earlier run's, which was killed, nor this one's."""
     folder = tmp_path / "sync"

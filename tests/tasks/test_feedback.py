@@ -112,7 +112,7 @@ def test_no_feedback_holds_the_reference() -> None:
         text = gold if isinstance(gold, str) else json.dumps(gold)
         row = {"id": name, "prompt": "?", "answer": text, "privileged_context": f"Thus the answer is {text}"}
         judge = Judge(lambda row, completion, name=name, gold=gold: get_grader(name)(completion, gold))
-        texts = [" ".join(rng.choices(pieces, k=rng.randint(0, 9))) for _ in range(400)]
+        texts = [" ".join(rng.choices(pieces, k=rng.randint(0, 9))) for _ in range(150)]
         for verdict in judge.verdicts([row] * len(texts), texts):
             assert verdict is not None
             said += bool(verdict.feedback)
@@ -120,4 +120,4 @@ def test_no_feedback_holds_the_reference() -> None:
             assert verdict.passed or words(text) != words(verdict.feedback)
             if len(words(text)) > 3:
                 assert " ".join(words(text)) not in " ".join(words(verdict.feedback))
-    assert said > 500
+    assert said > 200

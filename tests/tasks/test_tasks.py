@@ -170,6 +170,7 @@ def test_mutants_change_one_place():
 
 
 @needs_data
+@pytest.mark.long
 def test_options_are_shuffled_row_by_row_and_never_change():
     task = tasks.get(
         "scienceqa", data_files=str(DATA / "scienceqa" / "text_only_full_fields_sample.jsonl.gz")

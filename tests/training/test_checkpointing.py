@@ -42,7 +42,9 @@ def layer_passes(trainer: Any) -> int:
     return len(counted)
 
 
-@pytest.mark.parametrize("way", ["off", "asked for", "switched on"])
+@pytest.mark.parametrize(
+    "way", ["switched on", *(pytest.param(way, marks=pytest.mark.long) for way in ("off", "asked for"))]
+)
 def test_a_step_computes_its_layers_twice(way: str, tmp_path: Path) -> None:
     plain = layer_passes(tiny.trainer(tmp_path / "plain"))
     assert plain

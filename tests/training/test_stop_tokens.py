@@ -60,7 +60,7 @@ def test_it_is_said_once_and_can_be_switched_off(tmp_path: Path, caplog: pytest.
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.7, "distillation_alpha": 0.5}, pytest.param({}, marks=pytest.mark.long)],
+    [pytest.param({"temperature": 0.7, "distillation_alpha": 0.5}, marks=pytest.mark.long), {}],
     ids=str,
 )
 def test_the_trainer_does_what_the_reference_says(
