@@ -1,9 +1,9 @@
 """Published methods as short YAML files in `recipes/`; a new method is one more file.
 
-A recipe holds a `description`, `options` (the published hyper-parameters, for real models) and
-`pocket` (what changes on the embedded pocket model). `_published.yaml` and `_pocket.yaml` hold what
-all recipes share; a recipe's own values win. `based_on` names a recipe whose values it has where it
-gives none.
+A recipe holds a `description`, the `evidence` for it with its weakness, `options` (the published
+hyper-parameters, for real models) and `pocket` (what changes on the embedded pocket model).
+`_published.yaml` and `_pocket.yaml` hold what all recipes share; a recipe's own values win.
+`based_on` names a recipe whose values it has where it gives none.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Recipe:
 
     name: str
     description: str
+    evidence: str
     options: dict[str, Any]
     pocket: dict[str, Any]
     files: tuple[Path, ...]
@@ -58,6 +59,7 @@ def load(name: str) -> Recipe:
     return Recipe(
         name=name,
         description=own["description"],
+        evidence=own["evidence"],
         options={**_read(FOLDER / "_published.yaml"), **parts["options"]},
         pocket={**_read(FOLDER / "_pocket.yaml"), **parts["pocket"]},
         files=files,
