@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from unisd import recipes
 from unisd.compat import fill_new_names, set_argument
 from unisd.data.outcomes import AFTER_ROLLOUT, NO_LOSS
+from unisd.data.privilege import REMEDIES
 from unisd.errors import UserError
 from unisd.http_client import check_server
 from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence_bound
@@ -252,6 +253,12 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
             )
         if self.token_clip_quantile is not None:
             raise UserError("topk_estimator=residual cannot be clipped: unset token_clip_quantile.")
+        told = any("feedback" in name for name in self.rollout_contexts)
+        if self.num_iterations > 1 or self.rollout_keep != "all" or told:
+            raise UserError(
+                "topk_estimator=residual is right on average over all answers, new and scored alike: unset"
+                " num_iterations, rollout_keep, and feedback in rollout_contexts."
+            )
 
     @property
     def needs_verdicts(self) -> bool:
@@ -259,14 +266,28 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         return bool(self.rollout_contexts) or self.rollout_keep != "all"
 
     def _check_mechanisms(self) -> None:
+        named = [text.partition(":")[0] for text in self.terms]
+        if self.teacher_context == "wrong" and (self.contrastive_weight or "nsd" in named):
+            raise UserError(
+                "teacher_context=wrong shows the teacher what contrast and nsd lead away from: unset"
+                " contrastive_weight, and nsd in terms."
+            )
         alone = self.distillation_weight == 0
         if alone and not (self.feature_weight or self.contrastive_weight or self.terms):
             raise UserError(
                 "distillation_weight=0 leaves no loss: give terms, or a feature_weight or contrastive_weight"
                 " above 0."
             )
-        if alone and (self.token_clip or self.token_clip_quantile or self.entry_clip):
-            raise UserError("distillation_weight=0 trains without the divergence: unset the clips.")
+        of_divergence = {
+            "the clips": self.token_clip or self.token_clip_quantile or self.entry_clip,
+            "agreement and token_weights": bool(self.reliability_weights),
+            "target": self.target is not None,
+            "num_iterations": self.num_iterations > 1,
+        }
+        if alone and (asked := [name for name, given in of_divergence.items() if given]):
+            raise UserError(
+                f"distillation_weight=0 trains without the divergence: unset {' and '.join(asked)}."
+            )
         if (self.teacher_restart_steps is not None) != (self.teacher_model_kind == "restart"):
             raise UserError(
                 "teacher_model_kind=restart and teacher_restart_steps go together: set both or neither."
@@ -322,6 +343,9 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         """
         if self.rollout_contexts[-1:] == [NO_LOSS] and self.completion_source in ("student", "initial"):
             return False  # the teacher is told of the answers alone
+        told = self.teacher_context not in ("plain", *REMEDIES) or self.target is not None
+        if not told and self.completion_source in ("student", "initial"):
+            return False
         return self.distillation_mode != "nll" or self.completion_source in ("reference", "mixture")
 
     @property

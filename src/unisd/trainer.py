@@ -58,10 +58,10 @@ from unisd.training.evaluating_trainer import EvaluatingTrainer, evaluation_rows
 from unisd.training.plan import Plan, check_data_serves
 from unisd.training.setup import (
     RowNumbers,
-    build_engine,
     build_prompts,
     build_teacher,
     by_file,
+    chosen_engine,
     collate_numbers,
     load_student,
     other_teachers,
@@ -85,10 +85,11 @@ class UniSDTrainer(EvaluatingTrainer):
         processing_class: the tokenizer; default: the model's own.
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: trains an adapter instead of all weights.
-        grader: `(row, completion text) -> bool`; `evaluate` then reports greedy accuracy beside the
-            reference's likelihood.
+        grader: `(row, completion text) -> bool`, a share from 0 to 1, or a `Grade`; `evaluate` then
+            reports greedy accuracy beside the reference's likelihood.
         engine: writes the completions; default: vLLM with `use_vllm`, else transformers' `generate`
-            on the student itself.
+            on the student itself. Or a function that takes this default and returns another, an
+            environment with tools for one.
         probe_dataset: rows of what must not be lost: the untrained model's own answers to them are
             watched (`diagnostics_probe_steps`).
 
@@ -107,8 +108,8 @@ class UniSDTrainer(EvaluatingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
-        grader: Callable[[Row, str], bool] | None = None,
-        engine: Engine | None = None,
+        grader: Callable[[Row, str], Any] | None = None,
+        engine: Engine | Callable[[Engine], Engine] | None = None,
         probe_dataset: Any = None,
     ) -> None:
         args = args if args is not None else UniSDConfig()
@@ -165,17 +166,17 @@ class UniSDTrainer(EvaluatingTrainer):
         self.stateful = [self.stateful_teacher(*item) for item in self.teachers.items()]
         self.scorer = Scorer(
             Passes(self.backbone, layout, self.accelerator.autocast),
-            {"teacher": self.teacher, **self.other_teachers},
+            {"teacher": self.teacher} | {k: t for k, t in self.other_teachers.items() if k != "rollout"},
             args.divergence_spec,
             needs=plan.needs,
             target=plan.target,
             sources=plan.sources,
         )
 
-    def _build_rollout(self, student: Any, engine: Engine | None) -> None:
+    def _build_rollout(self, student: Any, engine: Engine | Callable[[Engine], Engine] | None) -> None:
         args, ends = self.args, (self.eos_ids, self.pad_id)
-        self.engine = engine or build_engine(
-            args, self.plan, student, self.accelerator, *ends, lambda: self.state.global_step
+        self.engine = chosen_engine(
+            engine, args, self.plan, student, self.accelerator, *ends, lambda: self.state.global_step
         )
         self.sampling = Sampling(
             args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p

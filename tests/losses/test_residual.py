@@ -89,6 +89,9 @@ def test_what_it_needs_is_asked(tmp_path: Path) -> None:
         {"token_clip": 1.0},
         {"token_clip_quantile": 0.99},
         {"completion_source": "reference"},
+        {"num_iterations": 2},
+        {"rollout_keep": "passed"},
+        {"rollout_contexts": ["feedback", "none"]},
     )
     for wrong in asked:
         with pytest.raises(UserError, match="residual"):

@@ -154,7 +154,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 STAR = METHODS["unisd-star"][1]
 METHODS |= {
     "reference-free": ("a control", {**STAR, "teacher_context": "plain"}),
-    "wrong-reference": ("a control", {**STAR, "teacher_context": "wrong"}),
+    "wrong-reference": ("a control", {**STAR, "teacher_context": "wrong", "contrastive_weight": 0.0}),
 }
 SHARED = {
     "learning_rate": 2e-5,

@@ -56,6 +56,8 @@ def calls(*steps: tuple[str, object]) -> list[ToolStep]:
          "1 of 2 calls right; call 2: buy is the wrong function."),
         (calls(("find", {"city": "Oslo", "day": 3}), ("book", {"id": 7}), ("book", {"id": 7})),
          "2 of 3 calls right; there are more calls than needed."),
+        (calls(("find", {"city": "Rome", "day": 3, "unit": ""}), ("book", {"id": 7})),
+         "1 of 2 calls right; call 1, find: argument city is wrong."),
         ([ToolStep("find", "Oslo"), *calls(("book", {"id": 7}))],
          "1 of 2 calls right; call 1, find: its arguments are no JSON object."),
     ],
@@ -82,8 +84,8 @@ def test_feedback_on_programs(program: str, feedback: str) -> None:
 
 
 def test_every_end_of_a_program_is_told() -> None:
-    ends = {"wrong", "error", "syntax", "timeout", "memory", "ended", "untested"}
-    assert set(_WHAT_HAPPENED) == ends  # not `passed`; `sandbox` is no fault of the program
+    ends = {"wrong", "error", "syntax", "timeout", "memory", "ended", "untested", "sandbox"}
+    assert set(_WHAT_HAPPENED) == ends  # not `passed`
 
 
 def test_feedback_of_the_pocket() -> None:

@@ -91,7 +91,7 @@ def probe(
             model,
             tokenizer,
             rows,
-            data.grader,
+            data.grade,
             prompts,
             limits=Limits(max_new_tokens, config.num_auxiliary_contexts, batch_size),
             on_phase=on_phase,

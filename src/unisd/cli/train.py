@@ -62,7 +62,7 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
     from unisd.training.preflight import check_hub
 
     console, shards = make_console(), shards_of(options)
-    data = load_data(options, config.seed)
+    data = load_data(options, config.seed, needs_reference=config.uses_reference)
     folder, checkpoint = outputs.choose_output_dir(options, config, data.name, reserve=False)
     with tempfile.TemporaryDirectory() as nowhere:  # the Trainer makes its folder at construction
         newest = last_complete_checkpoint(folder) if checkpoint is True else checkpoint

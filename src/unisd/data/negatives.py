@@ -19,6 +19,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from unisd.data.contexts import read_cache, write_cache
 from unisd.data.prompts import fill
@@ -56,7 +57,7 @@ def build(
     kind: str,
     *,
     seed: int = 0,
-    grade: Callable[[Row, str], bool] | None = None,
+    grade: Callable[[Row, str], Any] | None = None,
     write: Callable[[list[str], int], list[str]] | None = None,
     template: str | None = None,
     model_key: str = "",
@@ -99,7 +100,7 @@ def _proved_wrong(
     rows: Sequence[Row],
     kind: str,
     seed: int,
-    grade: Callable[[Row, str], bool] | None,
+    grade: Callable[[Row, str], Any] | None,
     write: Callable[[list[str], int], list[str]] | None,
     template: str,
 ) -> dict[int, str]:

@@ -5,7 +5,7 @@
 | `prompt` | the problem: a string, or chat messages (required) |
 | `privileged_context` | the reference solution, for the teacher only; default: `completion` |
 | `teacher_prompt` | a whole teacher prompt, instead of the template |
-| `completion` | the reference as an answer: a string or one assistant message |
+| `completion` | the reference as an answer: a string, an assistant message, or several turns |
 | `auxiliary_contexts` | solved examples of *other* problems, or instructions (for agreement) |
 | `negative_context` | a plausible wrong reference (for contrast) |
 | `id` | the row's name in reports |
@@ -29,6 +29,7 @@ from unisd.data import formats
 from unisd.data.formats import parse_column_mapping
 from unisd.data.reading import describe, load_file, refuse_broken_text
 from unisd.data.text import problem_key
+from unisd.data.trajectories import TURNS, is_trajectory
 from unisd.errors import UserError
 
 Row = dict[str, Any]
@@ -187,6 +188,9 @@ def _as_text(row: Row, where: str) -> None:
     ):
         row["prompt"], row["completion"] = row["prompt"][:-1], content
     completion = row.get("completion")
+    if is_trajectory(completion) and (content := _answer_of(completion)):
+        row[TURNS], completion = completion, content
+        row["completion"] = completion
     if (
         isinstance(completion, list)
         and len(completion) == 1
@@ -195,8 +199,8 @@ def _as_text(row: Row, where: str) -> None:
         completion = row["completion"] = content
     if completion is not None and (not isinstance(completion, str) or not completion.strip()):
         raise UserError(
-            f"{where}: completion is {describe(completion)}, a non-empty string or one assistant message is"
-            " needed: mend or remove the row."
+            f"{where}: completion is {describe(completion)}; a non-empty text, one assistant message or turns"
+            " that begin and end with an assistant's are needed: mend or remove the row."
         )
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from unisd.data.thoughts import answer_of
-from unisd.tasks.base import Grade, Row
+from unisd.tasks.base import Grade, Row, is_right
 
 BOOTSTRAP = 2000  # resamples of an interval
 Interval = dict[str, Any]
@@ -33,7 +33,7 @@ def grade_many(
         row, text = pair
         verdict = grade(row, answer_of(text))
         on_done(1)
-        return verdict if isinstance(verdict, Grade) else Grade(bool(verdict))
+        return verdict if isinstance(verdict, Grade) else Grade(is_right(verdict))
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return list(pool.map(one, zip(rows, completions, strict=True)))

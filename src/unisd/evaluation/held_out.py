@@ -25,7 +25,7 @@ def held_out(
     accelerator: Accelerator,
     engine: Engine,
     answer: Callable[[Sequence[Row]], list[Completion]],
-    grader: Callable[[Row, str], bool] | None,
+    grader: Callable[[Row, str], Any] | None,
 ) -> dict[str, float]:
     """Measure `loss` (nats per token of the reference, given the plain prompt).
 

@@ -72,7 +72,7 @@ class Probe:
         model: Any,
         tokenizer: Any,
         rows: Sequence[Row],
-        grade: Callable[[Row, str], bool] | None,
+        grade: Callable[[Row, str], Any] | None,
         prompts: PromptBuilder,
         *,
         limits: Limits = Limits(),

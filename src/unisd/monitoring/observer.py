@@ -117,7 +117,7 @@ class Observer:
         accelerator: Accelerator,
         metrics: StepMetrics,
         tokenizer: Any,
-        grader: Callable[[Row, str], bool] | None,
+        grader: Callable[[Row, str], Any] | None,
         probes: Probes,
     ) -> None:
         self.args = args

@@ -24,6 +24,7 @@ from unisd.files import keep_until
 from unisd.losses.terms import LossOutput
 from unisd.methods.scores import StepScores
 from unisd.rollout.engine import Completion
+from unisd.tasks.base import is_right
 
 MAX_RECORDS = 200
 MAX_TOKENS = 512
@@ -43,7 +44,7 @@ class SampleRecorder:
     """
 
     def __init__(
-        self, path: Path, per_step: int, tokenizer: Any, grader: Callable[[Row, str], bool] | None
+        self, path: Path, per_step: int, tokenizer: Any, grader: Callable[[Row, str], Any] | None
     ) -> None:
         self.path = path
         self.per_step = per_step
@@ -104,7 +105,7 @@ class SampleRecorder:
         """The verdict that the answer got already, else what the grader says."""
         if (verdict := completion.verdict) is not None:
             return {"correct": verdict.passed, "score": verdict.score, "feedback": verdict.feedback}
-        return {"correct": None if self.grader is None else bool(self.grader(row, answer))}
+        return {"correct": None if self.grader is None else is_right(self.grader(row, answer))}
 
     def spans(self, part: Sequence[int], mask_BT: Tensor) -> list[Span]:
         """Where the recorded rows' loss tokens lie in a micro-batch made of the rows `part`."""

@@ -25,6 +25,9 @@ class Completion:
     # optimizer step of the weights that wrote it, from engines with weights of their own
     version: int | None = None
     verdict: Verdict | None = None  # of the grader; None: it was not asked, or gave none
+    # of each token: whether the student wrote it; None: all. Others (a tool's result, a user's
+    # turn) are read as they are, and carry no loss
+    written: list[bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,11 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[NoiseKey] | None, sampling: Sampling
     ) -> list[Completion]:
-        """One completion per prompt; `keys=None` means greedy."""
+        """One completion per prompt; `keys=None` means greedy.
+
+        A completion may be a conversation of several turns, with `written` to tell whose tokens are
+        whose; it is scored as it is, never tokenised again.
+        """
 
     def sleep(self) -> None:
         """Give memory back until the next `sync`."""

@@ -113,10 +113,7 @@ class RolloutStore:
 
     def save(self, folder: str | Path, is_writer: bool, world_size: int) -> None:
         """Write the completions of all ranks (all must call)."""
-        rows: list[Any] = [
-            [*key, c.ids, c.truncated, c.logps, c.sampled, c.version, c.verdict and astuple(c.verdict)]
-            for key, c in self._kept.items()
-        ]
+        rows: list[Any] = [[*key, *_fields(c)] for key, c in self._kept.items()]
         if world_size > 1:
             rows = gather_object(rows)
         if is_writer:
@@ -136,10 +133,15 @@ class RolloutStore:
         }
 
 
+def _fields(c: Completion) -> tuple[Any, ...]:
+    """A completion as a line of JSON keeps it."""
+    return c.ids, c.truncated, c.logps, c.sampled, c.version, c.verdict and astuple(c.verdict), c.written
+
+
 def _completion(*fields: Any) -> Completion:
-    """A completion as `save` wrote it; earlier versions wrote no verdict."""
-    *others, verdict = fields if len(fields) == 6 else (*fields, None)
-    return replace(Completion(*others), verdict=verdict and Verdict(*verdict))
+    """A completion of `_fields`; earlier versions wrote no verdict, and none of who wrote what."""
+    ids, truncated, logps, sampled, version, verdict, written = (*fields, None, None)[:7]
+    return Completion(ids, truncated, logps, sampled, version, verdict and Verdict(*verdict), written)
 
 
 def behaviour_logp(completions: Sequence[Completion], width: int) -> Tensor:

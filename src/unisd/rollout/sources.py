@@ -15,8 +15,10 @@ from dataclasses import dataclass, field, replace
 from unisd.config import UniSDConfig
 from unisd.data.outcomes import Outcome, kept, siblings
 from unisd.data.prompts import PromptBuilder, encode_completion
+from unisd.data.rendering import naming
 from unisd.data.rows import Row
 from unisd.data.thoughts import answer_of, completion_text
+from unisd.data.trajectories import TURNS, encode_turns
 from unisd.distributed.sharding import all_ranks_must_join
 from unisd.errors import UserError
 from unisd.rollout.engine import Completion, Engine, NoiseKey, Sampling, uniform_noise
@@ -60,10 +62,9 @@ class CompletionSource:
                     f"row {number} of the training data has no completion, which"
                     f" completion_source={self.args.completion_source} trains on: add the column."
                 )
-            if (
-                len(str(row["completion"]).encode()) >= limit
-                and (length := len(self._reference(number).ids)) > limit
-            ):
+            if (TURNS in row or len(str(row["completion"]).encode()) >= limit) and (
+                length := len(self._reference(number).ids)
+            ) > limit:
                 raise UserError(
                     f"row {number} of the training data: the completion has {length} tokens, over"
                     f" max_completion_length={limit}: shorten or remove it, or raise max_completion_length."
@@ -94,9 +95,9 @@ class CompletionSource:
                     ]
             else:
                 written = self.engine.generate(prompts, keys, self.sampling)
-            written = [self._without_end(c) for c in written]
+            written = [self._without_end(_checked(c)) for c in written]
             self.prefilled += sum(map(len, prompts))
-            self.generated += sum(len(completion.ids) for completion in written)
+            self.generated += sum(len(c.ids) if c.written is None else sum(c.written) for c in written)
             found.update(zip(chosen, written, strict=True))
         self.engine.sleep()
         if all(completion.version is None for completion in found.values()):
@@ -175,10 +176,24 @@ class CompletionSource:
 
     def _reference(self, row: int) -> Completion:
         found = self.rows[row]
+        if TURNS in found:
+            with naming(f"row {row} of the training data"):
+                ids, own = encode_turns(self.prompts.tokenizer, found["prompt"], found[TURNS], self.eos_ids)
+            return Completion(ids, truncated=False, sampled=False, written=own)
         ids = encode_completion(
             self.prompts.tokenizer, str(found["completion"]), self.eos_ids, found["prompt"]
         )
         return Completion(ids, truncated=False, sampled=False)
+
+
+def _checked(completion: Completion) -> Completion:
+    """Raise `UserError` for what an engine of the user's own must not return."""
+    if completion.written is not None and len(completion.written) != len(completion.ids):
+        raise UserError(
+            f"the engine returned {len(completion.ids)} tokens and {len(completion.written)} entries of"
+            " `written`: give one a token."
+        )
+    return completion
 
 
 def _groups(

@@ -45,12 +45,6 @@ class RunData:
     contexts: str = ""
     """A line that says where the auxiliary contexts of the training rows come from."""
 
-    @property
-    def grader(self) -> Callable[[Row, str], bool] | None:
-        """The grade as a plain verdict, as the trainer takes it."""
-        grade = self.grade
-        return None if grade is None else lambda row, text: grade(row, text).correct
-
 
 def get_task(options: RunOptions) -> Task:
     """The task that the options name, with those of its own options that were given."""
@@ -64,11 +58,19 @@ def get_task(options: RunOptions) -> Task:
     return task
 
 
-def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: bool = False) -> RunData:
+def load_data(
+    options: RunOptions,
+    seed: int = 0,
+    training: bool = True,
+    whole: bool = False,
+    needs_reference: bool = True,
+) -> RunData:
     """Rows of the task, or the user's own.
 
     Args:
         whole: hold none of the user's own rows out.
+        needs_reference: refuse rows of the user's own without a reference, which contexts and wrong
+            references are built of, too.
 
     Raises:
         UserError: unreadable or empty data, a row that breaks the contract or that the grader
@@ -76,16 +78,18 @@ def load_data(options: RunOptions, seed: int = 0, training: bool = True, whole: 
     """
     if options.task is not None:
         return _task_data(options, seed, training)
+    source: Any
+    needed = needs_reference or {options.negatives, options.agreement_contexts} != {"columns"}
     if options.dataset_name is not None:
-        name = options.dataset_name
-        rows = load_rows(_load_dataset(options), options.columns, name=name)
+        name, source = options.dataset_name, _load_dataset(options)
     else:
         assert options.train_file is not None
-        name, rows = options.train_file, load_rows(options.train_file, options.columns)
+        name, source = options.train_file, options.train_file
+    rows = load_rows(source, options.columns, needs_reference=needed, name=name)
     grade = _named_grader(options, rows, name)
     evaluation: list[Row] = []
     if options.eval_file is not None:
-        evaluation = load_rows(options.eval_file, options.columns)
+        evaluation = load_rows(options.eval_file, options.columns, needs_reference=needed)
         _named_grader(options, evaluation, options.eval_file)
         _say_what_is_trained_on(evaluation, rows, options.eval_file, name)
     elif whole:
@@ -276,7 +280,9 @@ def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) ->
     if config.agreement != "none" and "agreement" not in asked and not contexts:
         off["agreement"] = "none"
         dropped.append("agreement (needs a column auxiliary_contexts, or --agreement_contexts retrieval)")
-    if config.contrastive_weight and "contrastive_weight" not in asked and not negatives:
+    # without a reference the contrast is all that moves the student
+    kept = "contrastive_weight" in asked or config.teacher_context == "plain"
+    if config.contrastive_weight and not kept and not negatives:
         off["contrastive_weight"] = 0.0
         dropped.append("contrast (needs a column negative_context, or --negatives corrupt)")
     if not off:

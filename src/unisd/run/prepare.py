@@ -228,6 +228,7 @@ def _wants_contexts(data: RunData, options: RunOptions, config: UniSDConfig) -> 
     if kind == "columns" or "agreement_contexts" in options.explicit:
         return kind != "columns"
     needed = any("auxiliary" in parse_weight(text).needs for text in config.reliability_weights)
+    needed |= config.teacher_context == "other"
     return (
         needed and len(data.train) > 1 and (not _with_some(data) or _brought(data) not in ("columns", kind))
     )
@@ -282,7 +283,7 @@ def _with_negatives(
         rows,
         options.negatives,
         seed=config.seed,
-        grade=data.grader,
+        grade=data.grade,
         write=write,
         template=data.task.negative_prompt_template if data.task is not None else None,
         model_key=f"{key} {data.name} {options.grader} {options.task_options}",

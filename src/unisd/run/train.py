@@ -18,7 +18,9 @@ from unisd.compat import NEW_NAMES
 from unisd.config import UniSDConfig
 from unisd.console import make_console, show_example, show_table
 from unisd.data import rendering
+from unisd.data.outcomes import NO_LOSS, Outcome
 from unisd.data.prompts import overlong
+from unisd.data.rows import Row
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
@@ -92,7 +94,7 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         processing_class=tokenizer,
         callbacks=[progress, interruption],
         peft_config=adapter_config(options),
-        grader=data.grader,
+        grader=data.grade,
         probe_dataset=data.retention[: config.diagnostics_probe_rows] or None,
     )
     for name, evaluated in (("evaluation", data.evaluation), ("retention", data.retention)):
@@ -174,7 +176,7 @@ def _within_memory(trainer: UniSDTrainer, options: RunOptions, config: UniSDConf
 
 def longest_prompt(trainer: UniSDTrainer) -> int:
     """Tokens of the longest teacher prompt among the first rows."""
-    return max(len(trainer.prompts.teacher(row)) for row in trainer.rows[:64])
+    return max(len(trainer.request_builder.teacher_prompt(row)) for row in trainer.rows[:64])
 
 
 def train(options: RunOptions, config: UniSDConfig) -> Results | None:
@@ -186,7 +188,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     """
     started = time.perf_counter()
     console = make_console()
-    data = load_data(options, config.seed)
+    data = load_data(options, config.seed, needs_reference=config.uses_reference)
     config, checkpoint = _agree_on_folder(options, config, data.name)
     folder = Path(str(config.output_dir))
     try:
@@ -422,7 +424,16 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
     trainer.engine.sleep()
     decode = setting.tokenizer.decode
     cut = " ..." if len(answer) == SHOWN_TOKENS else ""
-    show_example(console, decode(student), decode(trainer.prompts.teacher(row)), decode(answer) + cut)
+    show_example(console, decode(student), decode(_shown_to_teacher(trainer, row)), decode(answer) + cut)
+
+
+def _shown_to_teacher(trainer: UniSDTrainer, row: Row) -> list[int]:
+    """A teacher's prompt; what it will be told of the answers is not known yet."""
+    told = trainer.args.rollout_contexts[:1]
+    if not told or told == [NO_LOSS]:
+        return trainer.request_builder.teacher_prompt(row)
+    example = Outcome("(an answer that passed)", "(what the grader says)").told(told[0])
+    return trainer.prompts.after_rollout(row, example.sibling, example.feedback)
 
 
 def _say_how_to_resume(options: RunOptions, folder: Path) -> None:

@@ -98,7 +98,8 @@ class RequestBuilder:
         for number, found in enumerate(rows):
             with naming(f"row {number} of the training data"):
                 self.prompts.check(found)
-        level = self.args.teacher_context if self.args.uses_reference else "plain"
+        level = self.args.teacher_context
+        level = level if self.args.uses_reference or level in REMEDIES else "plain"
         empty = [
             i
             for i, row in enumerate(rows)
@@ -108,7 +109,7 @@ class RequestBuilder:
             remedy = REMEDIES.get(level, "add a column answer or hints")
             raise UserError(
                 f"row {empty[0]} of the training data has nothing for teacher_context={level} ({len(empty)}"
-                " such row(s)): {remedy}, or use teacher_context=full."
+                f" such row(s)): {remedy}, or use teacher_context=full."
             )
         limits = (
             ("prompt", "max_prompt_length", self.args.max_prompt_length, self.prompts.student),
@@ -116,7 +117,7 @@ class RequestBuilder:
                 "prompt with its reference",
                 "max_teacher_prompt_length",
                 self.args.max_teacher_prompt_length,
-                self._teacher,
+                self.teacher_prompt,
             ),
         )
         for what, option, own_limit, encode in limits:
@@ -186,21 +187,22 @@ class RequestBuilder:
         )
         if negative is not None and len(negative) > self.teacher_room:
             negative, overlong = None, overlong + 1
+        own = completion.written or [True] * len(completion.ids)
         request = ScoreRequest(
             number=number,
             completion=completion.ids,
             loss_mask=[
-                carries_loss and t >= args.num_loss_tokens_to_skip for t in range(len(completion.ids))
+                carries_loss and mine and t >= args.num_loss_tokens_to_skip for t, mine in enumerate(own)
             ],
             student=self.prompts.student(row),
-            teacher=self._teacher(row) if teacher is None else teacher,
+            teacher=self.teacher_prompt(row) if teacher is None else teacher,
             negative=negative,
             auxiliary=subsample_contexts(fitting, args.agreement_budget_contexts, args.seed, step, number),
             sources=self._sources(row),
         )
         return request, overlong
 
-    def _teacher(self, row: Row) -> list[int]:
+    def teacher_prompt(self, row: Row) -> list[int]:
         """The teacher's prompt; the student's where the row has no reference and needs none."""
         if self.args.uses_reference:
             return self.prompts.teacher(row)
@@ -221,7 +223,7 @@ class RequestBuilder:
             if len(ids) <= self.teacher_room:
                 return ids, untold
             untold += 1
-        return self._teacher(row), untold
+        return self.teacher_prompt(row), untold
 
     def _sources(self, row: Row) -> dict[Source, list[int]]:
         """The prompts of the target's sources, without those that the row cannot serve or that are
@@ -244,6 +246,7 @@ def _length_over(limit: int, encode: Callable[[Row], list[int]], row: Row) -> in
     tokenised.
     """
     texts = [row.get("teacher_prompt"), row["prompt"], row["prompt"], row.get("privileged_context")]
+    texts += [row.get("negative_context"), *(row.get("auxiliary_contexts") or [])[:1]]
     if sum(len(str(text).encode()) for text in texts if text) + 1024 <= limit:
         return 0
     length = len(encode(row))

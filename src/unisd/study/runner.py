@@ -271,7 +271,7 @@ def _calibrate(run: Run, store: Store, executor: Executor) -> float:
         )
     results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     remove_weights(folder / "run")
-    data = load_data(options, config.seed)
+    data = load_data(options, config.seed, needs_reference=config.uses_reference)
     hold_out_validation(data, options, config)
     steps = planned_steps(config, len(data.train))
     rows = len(data.evaluation) + len(data.retention)

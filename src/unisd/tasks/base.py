@@ -71,6 +71,13 @@ class Verdict:
     feedback: str = ""
 
 
+def is_right(answer: Any) -> bool:
+    """Whether what a grader returned counts as right: a share does from 1 on."""
+    if isinstance(answer, Verdict):
+        return answer.passed
+    return answer.correct if isinstance(answer, Grade) else bool(answer == 1)
+
+
 class Task:
     """The base class of tasks: override `load` and `grade`.
 

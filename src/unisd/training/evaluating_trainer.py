@@ -35,7 +35,7 @@ class EvaluatingTrainer(FaultTolerantTrainer):
     prompts: PromptBuilder
     engine: Engine
     sampling: Sampling
-    grader: Callable[[Row, str], bool] | None
+    grader: Callable[[Row, str], Any] | None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mechanisms' metrics (means over the steps since the last line) to the Trainer's

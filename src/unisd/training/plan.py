@@ -11,7 +11,6 @@ from unisd.data.rows import Row
 from unisd.errors import UserError
 from unisd.methods.registry import Term, WeightFunction, parse_term, parse_weight
 from unisd.methods.targets import NEGATIVE, STUDENT, Source, Target, parse_target
-from unisd.rollout.engine import Engine
 from unisd.rollout.vllm.common import logps_compare
 
 STUDENT_NEEDS = frozenset({"student", "divergence"})
@@ -35,8 +34,10 @@ class Plan:
     needs: frozenset[str]  # what the mechanisms look at; nothing else is scored
 
     @classmethod
-    def of(cls, args: UniSDConfig, engine: Engine | None = None) -> Plan:
-        """engine: what the caller gives; None: the one that the options name."""
+    def of(cls, args: UniSDConfig, engine: object = None) -> Plan:
+        """engine: what the caller gives (a function that wraps one tells no log-probabilities);
+        None: the one that the options name.
+        """
         weights = tuple(parse_weight(spec) for spec in args.reliability_weights)
         target = None if args.target is None else parse_target(args.target)
         other_engine = engine is not None or args.use_vllm
@@ -180,5 +181,5 @@ def check_data_serves(needs: frozenset[str], rows: Sequence[Row]) -> None:
         raise UserError(
             "contrast needs wrong references, but no row has one: add a column negative_context, build them"
             " with --negatives corrupt, or unset what needs them (contrastive_weight, contrast_weight, the"
-            " target contrast)."
+            " target contrast, the term nsd)."
         )

@@ -18,6 +18,7 @@ import torch
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from unisd.config import UniSDConfig
+from unisd.data.privilege import REMEDIES
 from unisd.data.prompts import encode_completion
 from unisd.data.rows import Row
 from unisd.distributed.collectives import on_all_ranks
@@ -54,7 +55,12 @@ def check_ready(trainer: UniSDTrainer) -> None:
     args = trainer.args
     trainer.request_builder.check(trainer.rows)
     trainer.completions.check()
-    if args.uses_reference:
+    if args.teacher_context == "plain" and _teaches_nothing(args):
+        logger.warning(
+            "teacher_context=plain: student and teacher read the same, with the same weights at the start, so"
+            " that nothing is learnt."
+        )
+    if args.uses_reference or args.teacher_context in REMEDIES:
         trainer.prompts.check_generation_prefix(trainer.rows[0])
     _check_references_carry_loss(trainer)
     evaluated = trainer.eval_dataset if trainer.eval_dataset is not None else []
@@ -85,6 +91,12 @@ def check_ready(trainer: UniSDTrainer) -> None:
         _try_optimizer(trainer)
         _try_schedule(trainer)
     on_all_ranks(trainer.accelerator, lambda: _try_saving(trainer) if args.should_save else None)
+
+
+def _teaches_nothing(args: UniSDConfig) -> bool:
+    """Whether a teacher that is told nothing has nothing else to tell."""
+    told = args.rollout_contexts or args.target or args.contrastive_weight or args.terms
+    return not told and args.distillation_mode != "nll"
 
 
 def check_evaluated(trainer: UniSDTrainer, rows: Sequence[Row], name: str) -> None:

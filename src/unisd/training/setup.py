@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -224,6 +224,16 @@ def build_engine(
     return TransformersEngine(
         student, eos_ids, pad_id, args.rollout_batch_size, tells_logps=plan.rollout_logps
     )
+
+
+def chosen_engine(
+    given: Engine | Callable[[Engine], Engine] | None, args: UniSDConfig, plan: Plan, student: Any, *rest: Any
+) -> Engine:
+    """The engine that was given, the one that the options name, or what a function makes of it."""
+    if given is None or not hasattr(given, "generate"):
+        engine = build_engine(args, plan, student, *rest)
+        return engine if given is None else given(engine)
+    return cast(Engine, given)
 
 
 def build_teacher(model: nn.Module, args: UniSDConfig) -> Teacher:

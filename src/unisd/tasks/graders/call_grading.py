@@ -72,6 +72,7 @@ def _wrong_arguments(found: ToolStep, gold: ToolStep, placeholders: bool) -> str
     ours, theirs = found.parsed(), gold.parsed()
     if ours is None or theirs is None:
         return "its arguments are no JSON object" if ours is None else "its arguments are wrong"
+    ours, theirs = _given(ours), _given(theirs)
     wrong = [
         f"argument {shortened(name)} is {'wrong' if name in theirs else 'not wanted'}"
         for name in ours
@@ -96,7 +97,7 @@ def _same(found: Any, gold: Any, placeholders: bool) -> bool:
     if placeholders and isinstance(gold, str) and _PLACEHOLDER.search(gold):
         return found not in (None, "")
     if isinstance(gold, dict) and isinstance(found, dict):
-        given, wanted = ({k: v for k, v in side.items() if v not in (None, "")} for side in (found, gold))
+        given, wanted = _given(found), _given(gold)
         return given.keys() == wanted.keys() and all(
             _same(given[key], wanted[key], placeholders) for key in wanted
         )
@@ -107,6 +108,11 @@ def _same(found: Any, gold: Any, placeholders: bool) -> bool:
     if isinstance(gold, (dict, list)) or isinstance(found, (dict, list)):
         return False
     return _same_scalar(found, gold)
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Without those that are empty, which are missing ones."""
+    return {name: value for name, value in arguments.items() if value not in (None, "")}
 
 
 def _same_scalar(found: Any, gold: Any) -> bool:

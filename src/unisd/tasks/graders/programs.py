@@ -186,6 +186,7 @@ _WHAT_HAPPENED = {
     "memory": "The program needs too much memory.",
     "ended": "The program ends itself, or is killed, under a test.",
     "untested": "The program does not define what is asked for.",
+    "sandbox": "The program could not be run here.",
 }
 
 
