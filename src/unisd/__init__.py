@@ -28,6 +28,7 @@ _PUBLIC = {
     "UniSDConfig": "unisd.config",
     "UniSDTrainer": "unisd.trainer",
     "UserError": "unisd.errors",
+    "Verdict": "unisd.tasks.base",
     "build_contexts": "unisd.run.prepare",
     "get_task": "unisd.tasks",
     "load_model_and_tokenizer": "unisd.models.load",
@@ -50,6 +51,7 @@ __all__ = [
     "UniSDConfig",
     "UniSDTrainer",
     "UserError",
+    "Verdict",
     "__version__",
     "build_contexts",
     "get_task",
@@ -71,7 +73,7 @@ if TYPE_CHECKING:
     from unisd.rollout.engine import Completion, Engine, Sampling
     from unisd.run.prepare import build_contexts
     from unisd.tasks import get_task
-    from unisd.tasks.base import Grade, Task
+    from unisd.tasks.base import Grade, Task, Verdict
     from unisd.tasks.benchmark import Benchmark
     from unisd.trainer import UniSDTrainer
     from unisd.training.guards import Interruption

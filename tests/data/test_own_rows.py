@@ -49,7 +49,7 @@ def test_code_is_graded_by_tests(tmp_path: Path) -> None:
         allow_unsafe_code_execution=True,
     )
     row = data.train[0]
-    assert data.grader(row, ADD) and not data.grader(row, "def add(a, b):\n    return 0")
+    assert data.grade(row, ADD) and not data.grade(row, "def add(a, b):\n    return 0")
 
 
 def test_code_needs_a_sandbox_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +63,9 @@ def test_code_needs_a_sandbox_before_anything_else(tmp_path: Path, monkeypatch: 
 
 def test_an_answer_column_is_what_graders_compare_with(tmp_path: Path) -> None:
     data = data_of(tmp_path, {"completion": "It is 4, or 5.", "answer": 4}, grader="exact")
-    assert data.grader(data.train[0], "4") and not data.grader(data.train[0], "It is 4, or 5.")
+    assert data.grade(data.train[0], "4") and not data.grade(data.train[0], "It is 4, or 5.")
     data = data_of(tmp_path, {"completion": "4"}, grader="exact")
-    assert data.grader(data.train[0], "4")
+    assert data.grade(data.train[0], "4")
     with pytest.raises(UserError, match=r"row 0 of .* needs a column answer, or a reference"):
         data_of(tmp_path, {"privileged_context": None, "teacher_prompt": "t"}, grader="exact")
 

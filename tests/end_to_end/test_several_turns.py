@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_given_turns_carry_loss_where_the_assistant_speaks(tmp_path: Path) -> No
 
 
 def test_a_template_that_changes_earlier_turns_is_refused() -> None:
-    tokenizer = tiny.tokenizer()
+    tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}"
         "{{ m['role'] + m['content'] }}<|end|>{% endif %}{% endfor %}"

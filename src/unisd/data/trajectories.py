@@ -12,6 +12,7 @@ The row's `completion` is what the last turn says; all turns are kept as `comple
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from unisd.data import rendering
@@ -23,12 +24,13 @@ ROLES = ("assistant", "tool", "user", "system", "function", "ipython")
 
 
 def is_trajectory(completion: Any) -> bool:
-    """Whether a completion is messages that begin and end with an assistant's, several of them."""
+    """Whether a completion is messages from an assistant's to an assistant's, others between."""
     if not isinstance(completion, list) or len(completion) < 2:
         return False
     if not all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in completion):
         return False
-    return all(completion[place]["role"] == "assistant" for place in (0, -1))
+    own = [turn["role"] == "assistant" for turn in completion]
+    return own[0] and own[-1] and (True, True) not in set(pairwise(own))
 
 
 def encode_turns(
