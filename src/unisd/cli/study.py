@@ -83,6 +83,12 @@ def study_parser() -> CommandParser:
         "--run_s", type=float, help="expected seconds of a run; unset: a short calibration run measures it"
     )
     parser.add_argument("--keep_models", action="store_true", default=None, help="keep every run's weights")
+    parser.add_argument(
+        "--controls",
+        nargs="*",
+        help="add what critics ask for, at equal tokens: reference-free, wrong-reference, other-solution,"
+        " sft, rejection-sft (default: all of them)",
+    )
     parser.add_argument("--jobs", type=int, help="runs at once (default: one a GPU, else one a core)")
     parser.add_argument(
         "--executor", choices=("local", "ray"), default="local", help="where runs are run (default: local)"
@@ -123,8 +129,10 @@ def _study_of(options: Any, of_runs: Sequence[str]) -> design.Study:
     """
     from unisd.files import read_yaml
 
-    names = ("mechanisms", "design", "tasks", "seeds", "budget_minutes", "run_s", "keep_models")
+    names = ("mechanisms", "design", "tasks", "seeds", "budget_minutes", "run_s", "keep_models", "controls")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if given.get("controls") == []:
+        given["controls"] = True
     values = {**(read_yaml(Path(options.config)) if options.config else {}), **given}
     further = {"base": _typed(of_runs), "factors": {}}
     for name, *levels in options.factor or ():

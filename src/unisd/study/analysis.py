@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from unisd.study.against import compare
 from unisd.study.contrasts import Effect, effects_of
-from unisd.study.design import Cell, Study, cells_of, runs_of
+from unisd.study.design import Cell, Study, cells_of, controls_of, method_levels, runs_of
 from unisd.study.estimate import NO_ANSWERS, ONE_RUN, Estimate, Fit, Values, holm
 from unisd.study.store import DONE, FAILED, Record, Store
 
@@ -40,7 +41,7 @@ def analyse(study: Study, store: Store, margin: float = 1.0) -> Figures | None:
     for task in study.tasks:
         chosen = [record for record in records.values() if record["task"] == task]
         if any(record["status"] == DONE for record in chosen):
-            tasks[task] = _of_task(study, cells, chosen, margin)
+            tasks[task] = _of_task(study, task, cells, chosen, margin)
     if not tasks:
         return None
     others = len(store.runs()) - len(records)
@@ -97,7 +98,9 @@ def _reach(tasks: dict[str, Figures]) -> str:
     )
 
 
-def _of_task(study: Study, cells: Sequence[Cell], records: Sequence[Record], margin: float) -> Figures:
+def _of_task(
+    study: Study, task: str, cells: Sequence[Cell], records: Sequence[Record], margin: float
+) -> Figures:
     from unisd.study.recommend import verdict
 
     table = {(record["cell"], record["seed"]): record for record in records if record["status"] == DONE}
@@ -140,20 +143,44 @@ def _of_task(study: Study, cells: Sequence[Cell], records: Sequence[Record], mar
             "operations" if unclear else "time",
         )
         verdicts.append({"name": name, "verdict": decision, "text": f"{name}: {text}"})
+    controls = [cell for cell, _ in controls_of(study, cells, study.tasks[task])]
     return {
         "runs": len(table),
+        "controls": _against(study, cells, controls, table, margin) if controls else None,
         "failed": sum(record["status"] == FAILED for record in records),
         "failures": [
             {name: record[name] for name in ("run", "cell", "seed", "reason")}
             for record in records
             if record["status"] == FAILED
         ],
-        "planned": len(cells) * len(study.seeds),
+        "planned": (len(cells) + len(controls)) * len(study.seeds),
         "seeds": sorted({seed for _, seed in table}),
-        "cells": [_cell(cell, study, table) for cell in cells if any(name == cell.name for name, _ in table)],
+        "cells": [
+            _cell(cell, study, table)
+            for cell in [*cells, *controls]
+            if any(name == cell.name for name, _ in table)
+        ],
         "effects": found,
         "verdicts": verdicts,
     }
+
+
+def _against(
+    study: Study,
+    cells: Sequence[Cell],
+    controls: Sequence[Cell],
+    table: dict[tuple[str, int], Record],
+    margin: float,
+) -> Figures:
+    """The method's cell against the study's controls."""
+    levels = method_levels(study, cells)
+    method = next(cell for cell in cells if cell.levels == levels)
+    fits = {outcome: _fit(outcome, [method, *controls], study.seeds, table)[0] for outcome in POINTS}
+    found = compare(method, controls, fits, margin)
+    for line in found["lines"]:
+        for outcome in ("task", "retention"):
+            line[outcome] = None if line[outcome] is None else asdict(line[outcome])
+    return found
 
 
 def _line(effect: Effect, outcome: str, estimate: Estimate, note: str) -> Figures:

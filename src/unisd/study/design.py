@@ -19,6 +19,7 @@ from typing import Any
 
 from unisd.errors import UserError
 from unisd.files import read_yaml
+from unisd.study import controls
 
 Levels = dict[str, str]
 Options = dict[str, Any]
@@ -83,6 +84,7 @@ class Study:
     run_s: float | None = None
     retries: int = 1
     keep_models: bool = False
+    controls: dict[str, Options] = field(default_factory=dict)
     source: Options = field(default_factory=dict)
 
 
@@ -99,6 +101,7 @@ KEYS = {
     "run_s": (int, float),
     "retries": int,
     "keep_models": bool,
+    "controls": (bool, list, dict),
 }
 RESERVED = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "before_cache", "dry_run"}
 
@@ -156,6 +159,7 @@ def from_dict(values: Options, where: str = "study") -> Study:
         run_s=given.get("run_s"),
         retries=given.get("retries", 1),
         keep_models=given.get("keep_models", False),
+        controls=controls.read(given.get("controls"), where),
         source=given,
     )
 
@@ -320,7 +324,27 @@ def runs_of(study: Study) -> list[Run]:
                 runs.append(
                     Run(_id(cell.name, task, seed, options), cell, task, seed, {**options, "seed": seed})
                 )
+            runs += [
+                Run(_id(cell.name, task, seed, options), cell, task, seed, {**options, "seed": seed})
+                for cell, options in controls_of(study, cells, chosen)
+            ]
     return runs
+
+
+def method_levels(study: Study, cells: Sequence[Cell]) -> Levels:
+    """The levels of the cell that controls are made of and compared with."""
+    top = {factor.name: list(factor.levels)[-1] for factor in study.factors}
+    return top if any(cell.levels == top for cell in cells) else cells[0].levels
+
+
+def controls_of(study: Study, cells: Sequence[Cell], chosen: Options) -> list[tuple[Cell, Options]]:
+    """The controls of a study on one task (`chosen`), with the options of their runs."""
+    shared = {**study.base, **chosen}
+    method, by_name = dict(shared), {factor.name: factor for factor in study.factors}
+    for name, label in method_levels(study, cells).items():
+        method |= by_name[name].levels[label]
+    found = controls.expanded(study.controls, shared, method)
+    return [(Cell(name, {}), options) for name, options in found]
 
 
 def _id(cell: str, task: str, seed: int, options: Options) -> str:

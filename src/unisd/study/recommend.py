@@ -16,6 +16,7 @@ import yaml
 
 from unisd.console import markdown_table
 from unisd.files import write_json
+from unisd.study.controls import PREFIX
 from unisd.study.design import Study
 from unisd.study.estimate import ONE_RUN, Estimate
 
@@ -193,6 +194,8 @@ def console_lines(found: Figures) -> list[str]:
         failed = f", {figures['failed']} failed" if figures["failed"] else ""
         lines.append(f"{task}: {figures['runs']} of {figures['planned']} runs{failed}")
         lines += [f"  {line['text']}" for line in figures["verdicts"]]
+        if figures.get("controls"):
+            lines.append(f"  {figures['controls']['text']}")
     return lines
 
 
@@ -281,6 +284,35 @@ def cost_table(figures: Figures) -> list[list[str]]:
     ]
 
 
+def control_table(figures: Figures) -> list[list[str]]:
+    """Header and lines: what the method has over each control, and both their device seconds."""
+    found = figures.get("controls")
+    if not found:
+        return []
+    seconds = {cell["name"]: cell["train_s"] for cell in figures["cells"]}
+    head = [f"{found['method']} against", "task (points)", "retention (points)", "beaten", "train s"]
+    lines = [
+        [
+            line["name"],
+            shown(line["task"]),
+            shown(line["retention"]),
+            "yes" if line["beaten"] else "no",
+            number(seconds.get(f"{PREFIX}{line['name']}")),
+        ]
+        for line in found["lines"]
+    ]
+    return [head, *lines, [f"({found['method']} itself)", "", "", "", number(seconds.get(found["method"]))]]
+
+
+def control_lines(figures: Figures) -> list[str]:
+    """The part of the analysis on controls; none where there are none."""
+    table = control_table(figures)
+    if not table:
+        return []
+    text = str(figures["controls"]["text"])
+    return ["", "### Controls", "", f"{text[0].upper()}{text[1:]}.", "", *markdown_table(table[0], table[1:])]
+
+
 def markdown(found: Figures) -> str:
     parts = ["# What the study found", ""]
     for task, figures in found["tasks"].items():
@@ -294,6 +326,7 @@ def markdown(found: Figures) -> str:
         parts += [f"- {failure['run']} failed: {failure['reason']}" for failure in figures["failures"]]
         parts += [""] if figures["failures"] else []
         parts += [f"- **{line['verdict']}** {line['text']}" for line in figures["verdicts"]]
+        parts += control_lines(figures)
         for kind, title in TITLES.items():
             table = effect_table(figures, kind)
             if len(table) > 1:

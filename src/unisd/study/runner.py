@@ -54,7 +54,7 @@ def check_runs(runs: Sequence[Run], study: Study) -> None:
                 _check_rows(options, read)
             except UserError as error:
                 raise UserError(f"cell {run.cell.name}: {error}") from None
-    by_levels = {tuple(run.cell.levels.items()): run for run in runs}
+    by_levels = {tuple(run.cell.levels.items()): run for run in runs if run.cell.levels}
     for factor in study.factors:
         example = next(
             (run for run in by_levels.values() if run.cell.levels[factor.name] != factor.baseline), None
@@ -245,7 +245,8 @@ def seconds_of_a_run(
 
 
 def _distance(cell: Cell, study: Study) -> int:
-    return sum(cell.levels[factor.name] != factor.baseline for factor in study.factors)
+    """Factors off their baseline; none of a control."""
+    return sum(cell.levels.get(factor.name, factor.baseline) != factor.baseline for factor in study.factors)
 
 
 def _calibrate(run: Run, store: Store, executor: Executor) -> float:

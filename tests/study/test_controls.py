@@ -1,0 +1,121 @@
+"""Controls of a study: which runs they are, and when the method counts as better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.helpers.studies import FakeExecutor, carried_out, study
+from unisd import UserError
+from unisd.cli.main import main
+from unisd.cli.study import _study_of, study_parser
+from unisd.study import recommend, runner
+from unisd.study.against import compare
+from unisd.study.analysis import analyse
+from unisd.study.controls import NAMES
+from unisd.study.design import Cell, cells_of, runs_of
+from unisd.study.estimate import Fit
+
+
+def test_controls_are_runs_beside_the_design() -> None:
+    spec = study(controls=True, base={"max_steps": 3, "learning_rate": 1e-3, "agreement_gamma": 0.5})
+    runs = {run.cell.name: run for run in runs_of(spec) if run.seed == 1}
+    named = [name for name in runs if name.startswith("control ")]
+    assert len(cells_of(spec)) == 4 and len(runs) == 4 + len(named)
+    assert [name.split()[1] for name in named] == [*NAMES[:3], "sft", "sft", "sft", "rejection-sft"]
+    wrong = runs["control wrong-reference"].options
+    assert wrong == {**runs["+ema+clip"].options, "teacher_context": "wrong", "contrastive_weight": 0.0}
+    rates = [runs[name].options["learning_rate"] for name in named if " sft " in f"{name} "]
+    assert rates == [1e-4, 3e-4, 9e-4]  # a third, all and three times of the recipe's
+    plain = runs["control sft 0.0003"].options
+    assert plain == {"max_steps": 3, "recipe": "sft", "learning_rate": 3e-4, "seed": 1}
+    runner.check_runs(runs_of(spec), spec)  # as `unisd train` resolves them
+    assert len({run.id for run in runs_of(spec)}) == 2 * len(runs)
+
+
+def test_without_a_cell_of_all_mechanisms_the_reference_is_the_method() -> None:
+    spec = study(controls=["other-solution"], design="list", cells=[{"ema": "off", "clip": "off"}])
+    found = {run.cell.name: run.options for run in runs_of(spec)}
+    assert found["control other-solution"] == {**found["reference"], "teacher_context": "other"}
+
+
+def test_options_of_a_control_win() -> None:
+    given = {"sft": {"learning_rate": [1e-5, 2e-5], "num_train_epochs": 2}, "rejection-sft": {}}
+    found = {run.cell.name: run.options for run in runs_of(study(controls=given, seeds=[1]))}
+    assert found["control sft 1e-05"]["num_train_epochs"] == 2 and "control sft 2e-05" in found
+    assert found["control rejection-sft"]["recipe"] == "rejection-sft"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["sdft"], "unknown control 'sdft': there are reference-free"),
+        ({"sft": 3}, "control sft must be a mapping"),
+    ],
+)
+def test_mistakes_are_told(given: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        study(controls=given)
+
+
+def test_the_flag_asks_for_all_or_for_some() -> None:
+    asked = study_parser().parse(["--controls"])
+    assert tuple(_study_of(asked, []).controls) == NAMES
+    asked = study_parser().parse(["--controls", "sft"])
+    assert tuple(_study_of(asked, []).controls) == ("sft",)
+
+
+def fit(*shares: float, seeds: int = 4, problems: int = 200) -> Fit:
+    """Cells that answer each problem right with these chances."""
+    rng = np.random.default_rng(0)
+    answers_CSP = (rng.random((len(shares), seeds, problems)) < np.array(shares)[:, None, None]).astype(float)
+    return Fit(answers_CSP.mean(axis=2), answers_CSP)
+
+
+CELLS = [Cell(name, {}) for name in ("all", "control sft", "control reference-free")]
+
+
+@pytest.mark.parametrize(
+    ("task", "retention", "seeds", "text"),
+    [
+        ((0.9, 0.5, 0.6), (0.8, 0.8, 0.8), 12, "self-distillation pays here: all beats all 2 controls"),
+        ((0.9, 0.5, 0.6), (0.5, 0.8, 0.6), 12, "is not shown to pay here: control sft is not beaten"),
+        ((0.6, 0.9, 0.5), (0.8, 0.8, 0.8), 12, "is not shown to pay here: control sft wins"),
+        ((0.6, 0.6, 0.2), (0.8, 0.8, 0.8), 12, "is not shown to pay here: control sft is not beaten"),
+        ((0.9, 0.5, 0.6), (0.8, 0.8, 0.8), 1, "is not shown to pay here"),  # training noise is not known
+    ],
+)
+def test_the_verdict_names_the_control_that_is_not_beaten(
+    task: tuple[float, ...], retention: tuple[float, ...], seeds: int, text: str
+) -> None:
+    fits = {
+        "task_accuracy": fit(*task, seeds=seeds, problems=800),
+        "retention_accuracy": fit(*retention, seeds=seeds, problems=800),
+    }
+    found = compare(CELLS[0], CELLS[1:], fits, margin=2.0)
+    assert text in found["text"] and found["pays"] == ("pays here" in text)
+
+
+def test_a_study_says_whether_it_pays(tmp_path: Path) -> None:
+    spec = study(controls=True)
+    complete, store = carried_out(tmp_path, spec, FakeExecutor())
+    found = analyse(spec, store)
+    assert complete and found is not None
+    [figures] = found["tasks"].values()
+    assert figures["runs"] == figures["planned"] == len(runs_of(spec))
+    assert len(figures["controls"]["lines"]) == len(figures["cells"]) - len(cells_of(spec))
+    without = analyse(study(), store)
+    assert without is not None and without["tasks"]["pocket"]["effects"] == figures["effects"]
+    recommend.write(tmp_path, spec, found)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(spec.source))
+    assert main(["report", str(tmp_path), "--no_run_pages"]) == 0
+    assert "is not shown to pay here" in (tmp_path / "report.html").read_text()
+    text = recommend.markdown(found)
+    assert (
+        "### Controls\n\nSelf-distillation is not shown to pay here" in text and "(+ema+clip itself)" in text
+    )
+    assert any("is not shown to pay here" in line for line in recommend.console_lines(found))
