@@ -19,6 +19,7 @@ How it is kept honest:
 - an answer counts if it is right in any wording (`PocketTask.knows`), the model's own or an
   annotator's: form is reported apart, or supervised fine-tuning on the annotators' references would
   get nothing for what it knows;
+- `sft-graft` is `sft` with a part of its change, chosen on validation rows by the same sum;
 - all methods see the same number of optimizer steps and rows, and the same test problems; the
   divergence is Jensen-Shannon, 0.5, so that a method's row shows its mechanism, but for methods
   whose recipe has its own (OPSD and what is built on it, DemoPSD, AVSD).
@@ -39,6 +40,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback
 
 from experiments.grid import Cell, add_jobs, carry_out
@@ -57,13 +59,18 @@ SEEDS = (0, 1, 2)
 PILOT_SEED = 11
 NOISE = {"clean": 0.0, "noisy": 0.3}
 N_TEST, N_HARD, N_RETENTION, N_DRIFT = 500, 200, 400, 200
-CONTROL, REFERENCE, RAW = "sft-own", "fixed-teacher", "raw"
+CONTROL, REFERENCE, RAW, GRAFT = "sft-own", "fixed-teacher", "raw", "sft-graft"
 # Cells that are no recipe of their own: which recipe they start from, and what they change.
 VARIANTS = {
     RAW: ["--recipe", "sft"],
     CONTROL: ["--recipe", "sft", "--reference_style", "own"],
     REFERENCE: ["--recipe", "unisd-ema", "--teacher_model_kind", "base"],
+    GRAFT: ["--recipe", "sft"],
 }
+PILOTS_OF = {GRAFT: "sft"}
+"""Methods that take the rate of another's pilots."""
+GRAFTED = (0.25, 0.5, 0.75)
+"""Parts of the fine-tuned change, of which validation rows choose one."""
 SCALES = (0.5, 1.0, 2.0)
 # The middle one of three rates. The likelihood of off-policy answers moves a model faster than a
 # divergence does.
@@ -88,7 +95,7 @@ class Plan:
 
 def methods() -> list[str]:
     """All recipes, the control and the reference cell."""
-    return [*recipes.names(), CONTROL, REFERENCE]
+    return [*recipes.names(), CONTROL, REFERENCE, GRAFT]
 
 
 def rates(method: str) -> list[float]:
@@ -129,12 +136,35 @@ def run_cell(plan: Plan) -> Cell:
             trainer.train()
         seconds = time.process_time() - clock
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        base = load_model(options)[0]
+        grafted = _graft(trainer.model, tokenizer, base) if plan.method == GRAFT else {}
         cell: Cell = {
             **asdict(plan),
+            **grafted,
             "train_cpu_s": seconds,
             "peak_mb": peak,
         }
-        return cell | _measure(trainer.model, tokenizer, load_model(options)[0], plan.pilot)
+        return cell | _measure(trainer.model, tokenizer, base, plan.pilot)
+
+
+def _graft(model: Any, tokenizer: Any, base: Any) -> Cell:
+    """Leave that part of the change in the model which validation rows choose."""
+    trained = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    start = dict(base.named_parameters())
+
+    @torch.no_grad()
+    def scaled(scale: float) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(start[name] + scale * (trained[name] - start[name]))
+
+    points = {}
+    for scale in GRAFTED:
+        scaled(scale)
+        found = _measure(model, tokenizer, base, pilot=True)
+        points[scale] = found["task_accuracy"] + found["retention_accuracy"]
+    best = max(points, key=lambda scale: points[scale])
+    scaled(best)
+    return {"scale": best}
 
 
 def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
@@ -170,6 +200,7 @@ def chosen_rate(cells: list[Cell], method: str) -> float | None:
 
     None: pilots are missing.
     """
+    method = PILOTS_OF.get(method, method)
     pilots = {cell["learning_rate"]: cell for cell in cells if cell["pilot"] and cell["method"] == method}
     if set(pilots) != set(rates(method)):
         return None
@@ -185,7 +216,11 @@ def plans(cells: list[Cell], only: list[str] | None = None) -> Iterator[Plan]:
     """
     names = [name for name in methods() if not only or name in only]
     wanted = [Plan(RAW, "clean", 0, 0.0)]
-    wanted += [Plan(name, "clean", PILOT_SEED, rate, pilot=True) for name in names for rate in rates(name)]
+    wanted += [
+        Plan(name, "clean", PILOT_SEED, rate, pilot=True)
+        for name in dict.fromkeys(PILOTS_OF.get(name, name) for name in names)
+        for rate in rates(name)
+    ]
     for plan in wanted:
         if plan.key not in _done(cells):
             yield plan
@@ -207,7 +242,8 @@ def _done(cells: list[Cell]) -> set[tuple[Any, ...]]:
 def total(only: list[str] | None = None) -> int:
     """Cells of the whole comparison."""
     names = [name for name in methods() if not only or name in only]
-    return 1 + len(names) * (len(SCALES) + len(SEEDS) * len(NOISE))
+    piloted = {PILOTS_OF.get(name, name) for name in names}
+    return 1 + len(piloted) * len(SCALES) + len(names) * len(SEEDS) * len(NOISE)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,11 +2,11 @@
 
 `python -m experiments.pocket_page [--folder docs/results]`.
 
-Writes `pocket.md` and, for the recipes of later papers, `field.md` between their markers (what a
-person wrote around them stays), and a figure for each. Both pages are of the same cells, with the
-same splits, seeds, steps and rows. Intervals are 95 %, by bootstrap over problems only: the marks
-of all seeds on one problem are drawn together, and methods are compared on the same problems and
-seeds.
+Writes `pocket.md`, `field.md` for the recipes of later papers and `controls.md` for those that
+judge answers and for the controls, between their markers (what a person wrote around them stays),
+and a figure for each. All pages are of the same cells, with the same splits, seeds, steps and rows.
+Intervals are 95 %, by bootstrap over problems only: the marks of all seeds on one problem are drawn
+together, and methods are compared on the same problems and seeds.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from unisd.console import markdown_table
 Marks = NDArray[np.float64]
 
 DRAWS = 2000
-# recipes of later papers, on a page of their own
+# recipes of later papers, and what judges answers with the controls, on pages of their own
 FIELD = ("dash", "pw-opsd", "avsd", "opsd-ectr", "demopsd", "purified-opsd")
+OUTCOMES = ("sdpo", "oasis", "nsd", "op2sd", "semi-opd")
+CONTROLS = ("reference-free", "wrong-reference", "other-solution", "rejection-sft", compare.GRAFT)
 CAVEAT = (
     "Intervals draw problems anew, and take the seeds as they are: they hold for other problems of this kind,"
     " not for other seeds. Those of differences are one by one, not adjusted for how many there are: of 20"
@@ -36,6 +38,12 @@ CAVEAT = (
 )
 # what they stand beside there; some add to OPSD
 BESIDE_FIELD = ("opsd", "sdft", "unisd-star", compare.REFERENCE)
+PAGES = {
+    "pocket": "Methods on the pocket task",
+    "field": "Recipes of later papers on the pocket task",
+    "controls": "Judged answers and controls on the pocket task",
+}
+"""Titles by the name of the page's file."""
 
 
 def marks(cells: list[Cell], name: str, kind: str = "known") -> Marks:
@@ -154,11 +162,18 @@ def pilots(cells: list[Cell]) -> list[str]:
     return markdown_table(("method", "rate: task / old skills on validation, %", "", ""), lines)
 
 
-def of_page(field: bool) -> list[str]:
-    """The methods of one page: of the field's, or of the methods page."""
-    return [
-        name for name in compare.methods() if (name in FIELD + BESIDE_FIELD if field else name not in FIELD)
-    ]
+def own_methods(page: str) -> list[str]:
+    """The methods that no other page shows as its own."""
+    apart = {"field": FIELD, "controls": OUTCOMES + CONTROLS}
+    if page in apart:
+        return [name for name in compare.methods() if name in apart[page]]
+    return [name for name in compare.methods() if name not in FIELD + OUTCOMES + CONTROLS]
+
+
+def of_page(page: str) -> list[str]:
+    """All methods of a page of `PAGES`, those among them that its own stand beside."""
+    beside = {"field": BESIDE_FIELD, "controls": ("sft", *BESIDE_FIELD[1:])}.get(page, ())
+    return [name for name in compare.methods() if name in (*own_methods(page), *beside)]
 
 
 def page(cells: list[Cell], figure: str, methods: list[str]) -> str:
@@ -239,18 +254,10 @@ def draw(cells: list[Cell], file: Path) -> None:
 
 
 def write(folder: Path, cells: list[Cell]) -> None:
-    """Put the tables into `pocket.md` and, once it has cells of its own, `field.md`.
-
-    And draw `pocket.svg` and `field.svg`.
-    """
-    for name, title in (
-        ("pocket", "Methods on the pocket task"),
-        ("field", "Recipes of later papers on the pocket task"),
-    ):
-        methods = of_page(name == "field")
-        if not any(
-            cell["method"] in methods for cell in cells if name == "pocket" or cell["method"] in FIELD
-        ):
+    """Put the tables into each page that has cells of its own, and draw its figure."""
+    for name, title in PAGES.items():
+        methods = of_page(name)
+        if not any(cell["method"] in own_methods(name) for cell in cells):
             continue
         draw([cell for cell in cells if cell["method"] in (compare.RAW, *methods)], folder / f"{name}.svg")
         update(folder / f"{name}.md", title, page(cells, f"{name}.svg", methods))

@@ -56,11 +56,13 @@ def test_the_pocket_comparison_runs_every_cell_once_and_pilots_first() -> None:
     for method in compare.methods():
         used = {cell["learning_rate"] for cell in cells if cell["method"] == method and not cell["pilot"]}
         assert used == {compare.chosen_rate(cells, method)}
-    for field in (False, True):
-        text = comparison.page(cells, "figure.svg", comparison.of_page(field))
+    own = []
+    for name in comparison.PAGES:
+        text = comparison.page(cells, "figure.svg", comparison.of_page(name))
         shown = {method for method in compare.methods() if f"| {method} |" in text}
-        assert shown == set(comparison.of_page(field)) and "30 % wrong" in text
-    assert {*comparison.of_page(False), *comparison.of_page(True)} == set(compare.methods())
+        assert shown == set(comparison.of_page(name)) and "30 % wrong" in text
+        own += comparison.own_methods(name)
+    assert sorted(own) == sorted(compare.methods())
 
 
 def test_knowledge_is_graded_in_any_wording() -> None:
@@ -100,6 +102,16 @@ def test_a_cell_of_the_pocket_comparison(monkeypatch: pytest.MonkeyPatch) -> Non
     cell = compare.run_cell(compare.Plan("sdft", "clean", 0, 1e-3))
     assert len(cell["task_correct"]) == 8 and cell["train_cpu_s"] > 0 and cell["peak_mb"] > 100
     assert cell["retention_ppl_reverse"] >= 1
+
+
+@pytest.mark.long
+def test_a_grafted_cell_keeps_a_part_of_the_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "OVERLAY", [*compare.OVERLAY[:1], "1", *compare.OVERLAY[2:]])
+    for name in ("N_TEST", "N_HARD", "N_RETENTION", "N_DRIFT"):
+        monkeypatch.setattr(compare, name, 8)
+    monkeypatch.setattr(compare, "GRAFTED", (0.0,))
+    cell = compare.run_cell(compare.Plan(compare.GRAFT, "clean", 0, 1e-3))
+    assert cell["scale"] == 0.0 and cell["retention_jsd"] == pytest.approx(0, abs=1e-6)  # the base again
 
 
 def whose(plan: int) -> store.Cell:
