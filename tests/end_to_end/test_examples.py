@@ -24,6 +24,7 @@ def test_python_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_a_weight_from_outside_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_resuming_from_an_earlier_step_leaves_its_old_branch_aside(tmp_path: Pat
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
+@pytest.mark.long
 def test_resuming_with_another_teacher_is_refused(tmp_path: Path) -> None:
     build(tmp_path, False, max_steps=2, teacher_model_kind="base").train()
     with pytest.raises(UserError, match="teacher_model_kind"):

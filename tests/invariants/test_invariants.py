@@ -226,7 +226,7 @@ def test_the_ema_teacher_follows_every_so_many_steps(tmp_path: Any) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in built.teacher.state.items())
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_ema_teacher_is_the_closed_form(tmp_path: Any, lora: bool) -> None:
     """phi_n = beta^n theta_0 + (1 - beta) sum_k beta^(n-k) theta_k, on all trained weights (for
     LoRA: on the factors).
@@ -262,6 +262,7 @@ def test_ema_teacher_is_the_closed_form(tmp_path: Any, lora: bool) -> None:
     assert moved > 0
 
 
+@pytest.mark.long
 def test_base_teacher_stays_and_adapters_share_the_base(tmp_path: Any) -> None:
     built = trainer(
         tmp_path, peft_config=LoraConfig(r=4, target_modules="all-linear"), max_steps=3, num_train_epochs=9

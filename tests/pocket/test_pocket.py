@@ -131,6 +131,7 @@ def test_rows_are_deterministic_complete_and_gradable(split):
             assert all(row["prompt"] not in context for context in row["auxiliary_contexts"])
 
 
+@pytest.mark.long
 def test_splits_are_disjoint_balanced_and_loaded_fast():
     problems()
     start = time.process_time()

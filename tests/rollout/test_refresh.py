@@ -49,6 +49,7 @@ def by_row(found: dict[int, dict[int, list[int]]]) -> dict[int, list[tuple[int, 
     return rows
 
 
+@pytest.mark.long
 def test_without_a_refresh_each_row_keeps_its_answer(tmp_path: Path) -> None:
     found = by_row(written(trainer(tmp_path, train_dataset=tiny.rows(4), **SEMI)))
     assert all(len({tuple(ids) for _, ids in answers}) == 1 for answers in found.values())

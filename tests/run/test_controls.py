@@ -113,11 +113,11 @@ def test_what_would_be_ignored_is_refused(options: dict[str, Any], says: str, tm
 @pytest.mark.parametrize(
     ("recipe", "columns"),
     [
-        ("ssd", ()),
-        ("rejection-sft", ("answer",)),
+        pytest.param("ssd", (), marks=pytest.mark.long),
+        pytest.param("rejection-sft", ("answer",), marks=pytest.mark.long),
         ("sdpo", ("answer",)),
-        ("oasis", ("answer",)),
-        ("nsd", ("negative_context",)),
+        pytest.param("oasis", ("answer",), marks=pytest.mark.long),
+        pytest.param("nsd", ("negative_context",), marks=pytest.mark.long),
     ],
 )
 def test_rows_need_what_the_map_says(

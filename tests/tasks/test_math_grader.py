@@ -51,6 +51,7 @@ def grader(tmp_path, monkeypatch):
     made.close()
 
 
+@pytest.mark.long
 def test_it_grades_in_any_thread_and_survives_what_takes_too_long(grader):
     found = []
     thread = threading.Thread(target=lambda: found.append(grader("2", "2")))

@@ -146,7 +146,7 @@ def test_answers_that_are_not_kept_are_as_if_they_were_not_there(tmp_path: Path,
 
 @pytest.mark.parametrize(
     "options",
-    [STAR, *(pytest.param(o, marks=pytest.mark.long) for o in ({}, {"rollout_keep": "mixed_groups"}))],
+    [pytest.param(o, marks=pytest.mark.long) for o in (STAR, {}, {"rollout_keep": "mixed_groups"})],
 )
 def test_the_invariants_hold_with_verdicts(tmp_path: Path, options: dict[str, Any]) -> None:
     four = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}

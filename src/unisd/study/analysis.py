@@ -101,8 +101,6 @@ def _reach(tasks: dict[str, Figures]) -> str:
 def _of_task(
     study: Study, task: str, cells: Sequence[Cell], records: Sequence[Record], margin: float
 ) -> Figures:
-    from unisd.study.recommend import verdict
-
     table = {(record["cell"], record["seed"]): record for record in records if record["status"] == DONE}
     effects = effects_of(cells, study.factors)
     found: list[Figures] = []
@@ -121,6 +119,33 @@ def _of_task(
     ]
     for line, p in zip(asked, holm([line["p"] for line in asked]), strict=True):
         line["p_holm"] = p
+
+    verdicts = _verdicts(effects, found, margin)
+    controls = [cell for cell, _ in controls_of(study, cells, study.tasks[task])]
+    return {
+        "runs": len(table),
+        "controls": _against(study, cells, controls, table, margin) if controls else None,
+        "failed": sum(record["status"] == FAILED for record in records),
+        "failures": [
+            {name: record[name] for name in ("run", "cell", "seed", "reason")}
+            for record in records
+            if record["status"] == FAILED
+        ],
+        "planned": (len(cells) + len(controls)) * len(study.seeds),
+        "seeds": sorted({seed for _, seed in table}),
+        "cells": [
+            _cell(cell, study, table)
+            for cell in [*cells, *controls]
+            if any(name == cell.name for name, _ in table)
+        ],
+        "effects": found,
+        "verdicts": verdicts,
+    }
+
+
+def _verdicts(effects: Sequence[Effect], found: Sequence[Figures], margin: float) -> list[Figures]:
+    """What to make of each main effect, in words."""
+    from unisd.study.recommend import verdict
 
     def main(name: str, outcome: str) -> Figures | None:
         return next(
@@ -143,26 +168,7 @@ def _of_task(
             "operations" if unclear else "time",
         )
         verdicts.append({"name": name, "verdict": decision, "text": f"{name}: {text}"})
-    controls = [cell for cell, _ in controls_of(study, cells, study.tasks[task])]
-    return {
-        "runs": len(table),
-        "controls": _against(study, cells, controls, table, margin) if controls else None,
-        "failed": sum(record["status"] == FAILED for record in records),
-        "failures": [
-            {name: record[name] for name in ("run", "cell", "seed", "reason")}
-            for record in records
-            if record["status"] == FAILED
-        ],
-        "planned": (len(cells) + len(controls)) * len(study.seeds),
-        "seeds": sorted({seed for _, seed in table}),
-        "cells": [
-            _cell(cell, study, table)
-            for cell in [*cells, *controls]
-            if any(name == cell.name for name, _ in table)
-        ],
-        "effects": found,
-        "verdicts": verdicts,
-    }
+    return verdicts
 
 
 def _against(
