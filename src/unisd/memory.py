@@ -271,6 +271,8 @@ def estimate(
 def _held(size: ModelSize, config: UniSDConfig, shards: int) -> dict[str, float]:
     """What is there all the time."""
     teacher = {"ema": 4.0, "live": 0.0}.get(config.teacher_model_kind, size.bytes_per_trained)
+    others = (config.refresh_rollouts_every, config.target_reference_steps)  # each a copy of the student
+    teacher += size.bytes_per_trained * sum(steps is not None for steps in others)
     held = {
         "weights": size.parameters * size.bytes_per_weight / shards,
         "optimizer": size.trained * 8 / shards,

@@ -33,6 +33,11 @@ def config(*options: str) -> Any:
 SIZE = ModelSize(1000, 100, 2.0, 4.0, hidden=8, layers=2, vocabulary=50, intermediate=20, key_value=4)
 
 
+def test_other_copies_of_the_student_are_counted() -> None:
+    options = ["--completion_source", "initial", "--refresh_rollouts_every", "4"]
+    assert estimate(SIZE, config(*options))["teacher"] == estimate(SIZE, config())["teacher"] + 400
+
+
 def test_the_estimate_follows_its_formulae() -> None:
     settings = config("--max_completion_length", "100")
     sizes = estimate(SIZE, settings, prompt_tokens=20)
