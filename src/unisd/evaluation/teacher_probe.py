@@ -34,6 +34,7 @@ from unisd.models.tokens import eos_ids, mark_ends, pad_id
 from unisd.rollout.engine import Completion, Sampling
 from unisd.rollout.transformers_engine import generate
 from unisd.scoring.passes import Job, Passes, PassLayout
+from unisd.tasks.base import is_right
 
 LAYOUTS = ("append", "turn")
 HEADROOM = 0.05  # least gain in accuracy that is worth a run
@@ -127,7 +128,7 @@ class Probe:
         }
         if self.grade is not None:
             texts = [answer_of(completion_text(self.tokenizer, one.ids)) for one in completions]
-            figures["accuracy"] = wilson(sum(map(self.grade, rows, texts)), len(rows))
+            figures["accuracy"] = wilson(sum(map(is_right, map(self.grade, rows, texts))), len(rows))
         return figures
 
     # -- how far its distributions lie from the student's ------------------------------------------
