@@ -119,7 +119,7 @@ def run_cell(plan: Plan, base: Path, steps: int | None = None) -> Cell:
             data.train,
             {"task": data.evaluation, "retention": data.retention},
             processing_class=tokenizer,
-            grader=data.grader,
+            grader=data.grade,
             probe_dataset=data.retention[: config.diagnostics_probe_rows],
         )
         trainer.remove_callback(PrinterCallback)

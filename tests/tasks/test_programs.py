@@ -109,7 +109,8 @@ def test_own_rows_are_graded_alike_by_task_command_and_training(form, tmp_path):
         assert task.grade(task.load("all")[1], texts[1]["completion"]).correct
         given = [{**row, "privileged_context": "r"} for row in ROWS[form]]
         file.write_text("".join(json.dumps(row) + "\n" for row in given))
-        grader = load_data(RunOptions(train_file=str(file), grader="code")).grader
+        grader = load_data(RunOptions(train_file=str(file), grader="code")).grade
+        assert grader is not None
         assert [bool(grader(row, t["completion"])) for row, t in zip(given, texts, strict=True)] == [
             False,
             True,
