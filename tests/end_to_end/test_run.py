@@ -254,6 +254,7 @@ def test_ctrl_c_says_how_to_resume_and_resuming_ends_alike(
     assert set(expected) == set(found) and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.long
 def test_resuming_where_nothing_was_saved_starts_anew(own: list[str], tmp_path: Path, capsys: Any) -> None:
     """As a scheduler's command does that is given again after a machine was lost."""
     again = [

@@ -339,6 +339,7 @@ def test_jsd_of_known_distributions():
 
 
 @pytest.mark.parametrize("chunk", [2, 1000])
+@pytest.mark.long
 def test_retention_equals_slow_float64(chunk, monkeypatch):
     base = tiny.model("llama")
     model, tokenizer = near_copy(base), tiny.tokenizer()

@@ -321,6 +321,7 @@ def test_no_grader_raises_or_hangs(name, count):
     assert slowest <= 0.05
 
 
+@pytest.mark.long
 def test_extracting_code_never_raises_or_hangs():
     rng = random.Random(8)
     slowest = 0.0

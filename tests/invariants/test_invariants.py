@@ -169,6 +169,7 @@ def test_token_budget_changes_nothing(tmp_path: Any) -> None:
     "extra",
     [{"distillation_weight": 0.0, "feature_weight": 1.0}, {"feature_layers": [0, 1], "feature_weight": 0.5}],
 )
+@pytest.mark.long
 def test_feature_matching_equals_naive(tmp_path: Any, extra: dict[str, Any]) -> None:
     """Against all hidden states of the model, one row at a time."""
     built = trainer(tmp_path, **extra)

@@ -234,6 +234,7 @@ def test_diagnostics_watch_and_do_not_touch(tmp_path: Any) -> None:
     assert "leak/wrong_jsd" not in on.metrics.values
 
 
+@pytest.mark.long
 def test_diagnostics_are_in_the_metrics_file(tmp_path: Any) -> None:
     built = trainer(tmp_path, max_steps=2, num_train_epochs=9, diagnostics_probe_steps=2)
     built.observer.probes.rows = [{"prompt": "p", "completion": "c", "privileged_context": "c"}]

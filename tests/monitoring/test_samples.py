@@ -131,6 +131,7 @@ def test_token_texts_join_to_the_text() -> None:
     assert "".join(token_texts(tokenizer, ids)) == "It is 4 and so on."
 
 
+@pytest.mark.long
 def test_tokens_are_counted_by_use(tmp_path: Path) -> None:
     trainer = trained(tmp_path, token_clip=None, token_clip_quantile=0.9, record_samples=0)
     trained_on, scored = trainer.tokens, trainer.scorer.passes.tokens
@@ -155,6 +156,7 @@ def test_tokens_are_counted_by_use(tmp_path: Path) -> None:
     ],
     ids=["star", "budget", "target", "prompts read once"],
 )
+@pytest.mark.long
 def test_tokens_scored_are_those_of_the_passes(
     tmp_path: Path, options: dict[str, Any], views: set[str]
 ) -> None:

@@ -272,6 +272,7 @@ def test_an_adapter_goes_alone_under_a_new_name_and_again_to_a_restarted_server(
 
 
 @pytest.mark.parametrize("with_adapter", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
 def test_no_weights_are_left_over(server: StandIn, tmp_path: Path, with_adapter: bool) -> None:
     """Neither an earlier run's, which was killed, nor this one's."""
     folder = tmp_path / "sync"
@@ -337,6 +338,7 @@ def lines(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / file).read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_weights_follow_the_student_and_their_version_is_recorded(server: StandIn, tmp_path: Path) -> None:
     built = run(tmp_path, server, temperature=0.7, num_iterations=2, save_strategy="no")
     seen = []

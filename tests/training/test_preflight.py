@@ -155,6 +155,7 @@ def test_nothing_is_trainable(tmp_path: Path) -> None:
         trainer(tmp_path, model=adapted)
 
 
+@pytest.mark.long
 def test_an_adapters_folder_is_opened_for_training(tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny.model().save_pretrained(base)

@@ -75,6 +75,7 @@ def test_the_best_model_is_the_one_that_was_best(tmp_path: Path, family: str) ->
     assert same(weights_of(built), wanted)
 
 
+@pytest.mark.long
 def test_the_best_adapter_is_the_one_that_was_best(tmp_path: Path) -> None:
     adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     built, wanted = best_of_two(tmp_path, None, peft_config=adapter)
