@@ -284,10 +284,8 @@ class PromptBuilder:
         reference = reference_at(row, level)
         if reference is None:
             return None
-        if level == "other" and not question:
-            return None
         if level == "other":
-            return self.with_context(row["prompt"], reference), ()
+            return (self.with_context(row["prompt"], reference), ()) if question else None
         build = self.with_reference if question and level != "unconditioned" else self.without_question
         return build(row["prompt"], reference), self._kept(reference)
 

@@ -313,22 +313,23 @@ def cell_name(levels: Levels, factors: Sequence[Factor]) -> str:
 def runs_of(study: Study) -> list[Run]:
     """All runs, seed by seed, so that a study cut short has whole blocks."""
     runs = []
-    factors = {factor.name: factor for factor in study.factors}
     cells = cells_of(study)
     for seed in study.seeds:
         for task, chosen in study.tasks.items():
-            for cell in cells:
-                options = {**study.base, **chosen}
-                for name, label in cell.levels.items():
-                    options |= factors[name].levels[label]
-                runs.append(
-                    Run(_id(cell.name, task, seed, options), cell, task, seed, {**options, "seed": seed})
-                )
+            of_cells = [(cell, _options(study, chosen, cell.levels)) for cell in cells]
             runs += [
                 Run(_id(cell.name, task, seed, options), cell, task, seed, {**options, "seed": seed})
-                for cell, options in controls_of(study, cells, chosen)
+                for cell, options in [*of_cells, *controls_of(study, cells, chosen)]
             ]
     return runs
+
+
+def _options(study: Study, chosen: Options, levels: Levels) -> Options:
+    """The options of a cell's runs on one task (`chosen`), without their seed."""
+    options = {**study.base, **chosen}
+    for factor in study.factors:
+        options |= factor.levels[levels[factor.name]]
+    return options
 
 
 def method_levels(study: Study, cells: Sequence[Cell]) -> Levels:
@@ -339,11 +340,8 @@ def method_levels(study: Study, cells: Sequence[Cell]) -> Levels:
 
 def controls_of(study: Study, cells: Sequence[Cell], chosen: Options) -> list[tuple[Cell, Options]]:
     """The controls of a study on one task (`chosen`), with the options of their runs."""
-    shared = {**study.base, **chosen}
-    method, by_name = dict(shared), {factor.name: factor for factor in study.factors}
-    for name, label in method_levels(study, cells).items():
-        method |= by_name[name].levels[label]
-    found = controls.expanded(study.controls, shared, method)
+    method = _options(study, chosen, method_levels(study, cells))
+    found = controls.expanded(study.controls, {**study.base, **chosen}, method)
     return [(Cell(name, {}), options) for name, options in found]
 
 
