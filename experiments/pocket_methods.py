@@ -20,9 +20,10 @@ How it is kept honest:
   annotator's: form is reported apart, or supervised fine-tuning on the annotators' references would
   get nothing for what it knows;
 - `sft-graft` is `sft` with a part of its change, chosen on validation rows by the same sum;
-- all methods see the same number of optimizer steps and rows, and the same test problems; the
-  divergence is Jensen-Shannon, 0.5, so that a method's row shows its mechanism, but for methods
-  whose recipe has its own (OPSD and what is built on it, DemoPSD, AVSD).
+- all methods see the same number of optimizer steps and answers, and the same test problems (a
+  method that draws eight answers of a prompt sees an eighth of the prompts); the divergence is
+  Jensen-Shannon, 0.5, so that a method's row shows its mechanism, but for methods whose recipe has
+  its own (OPSD and what is built on it, DemoPSD, AVSD, OASIS).
 
 `experiments.pocket_page` makes the page from the lines.
 """
@@ -53,8 +54,10 @@ from unisd.run.inputs import RunData, load_data, load_model
 from unisd.run.resolve import parse
 from unisd.trainer import UniSDTrainer
 
-# The comparison's overlay: short enough that all cells end within an evening on two cores.
-OVERLAY = ["--max_steps", "40", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "3"]
+# The comparison's overlay: short enough that all cells end within an evening on two cores. A step
+# has 24 answers, of as many prompts but where a method draws several answers of one.
+OVERLAY = ["--max_steps", "40", "--gradient_accumulation_steps", "3"]
+ANSWERS = 8  # of a micro-batch
 SEEDS = (0, 1, 2)
 PILOT_SEED = 11
 NOISE = {"clean": 0.0, "noisy": 0.3}
@@ -107,7 +110,10 @@ def arguments(plan: Plan) -> list[str]:
     """The flags of `unisd train` for a cell."""
     method = VARIANTS.get(plan.method, ["--recipe", plan.method])
     noise = ["--noise", str(NOISE[plan.condition])]
-    return [*method, *noise, "--seed", str(plan.seed), "--learning_rate", str(plan.learning_rate), *OVERLAY]
+    of_one_prompt = recipes.load(method[1]).options.get("num_generations", 1)
+    batch = ["--per_device_train_batch_size", str(ANSWERS // of_one_prompt)]
+    rate = ["--learning_rate", str(plan.learning_rate)]
+    return [*method, *noise, "--seed", str(plan.seed), *rate, *OVERLAY, *batch]
 
 
 def evaluation_rows(pilot: bool) -> dict[str, list[Any]]:
