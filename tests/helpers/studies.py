@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from unisd.run import grafting
 from unisd.study import runner
 from unisd.study.design import Study, from_dict, runs_of
 from unisd.study.executor import Finished, Job
@@ -105,6 +106,11 @@ def write_run(folder: Path, options: dict[str, Any], problems: int = 40) -> None
     (folder / "model.safetensors").write_text("weights")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "step_time": 1.0 + 0.5 * clip}) + "\n")
     (folder / "answers.json").write_text(json.dumps(parts))
+    if scales := options.get("graft_scales"):
+        marks = {part: [True] * problems for part in parts}  # a part knows all
+        point = {"task": "task", "gold_ppl": 1.4, "correct": marks}
+        point |= {f"{part}_accuracy": {"value": 1.0, "low": 1.0, "high": 1.0} for part in parts}
+        grafting.add(folder, [{"scale": scale, **point} for scale in (0.0, *scales, 1.0)])
     (folder / "results.json").write_text(json.dumps(results))
 
 

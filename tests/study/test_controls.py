@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ def test_controls_are_runs_beside_the_design() -> None:
     runs = {run.cell.name: run for run in runs_of(spec) if run.seed == 1}
     named = [name for name in runs if name.startswith("control ")]
     assert len(cells_of(spec)) == 4 and len(runs) == 4 + len(named)
-    assert [name.split()[1] for name in named] == [*NAMES[:3], "sft", "sft", "sft", "rejection-sft"]
+    of_runs = [*NAMES[:3], "sft", "sft", "sft", "rejection-sft"]  # sft-graft is none
+    assert [name.split()[1] for name in named] == of_runs
     wrong = runs["control wrong-reference"].options
     assert wrong == {**runs["+ema+clip"].options, "teacher_context": "wrong", "contrastive_weight": 0.0}
     rates = [runs[name].options["learning_rate"] for name in named if " sft " in f"{name} "]
     assert rates == [1e-4, 3e-4, 9e-4]  # a third, all and three times of the recipe's
     plain = runs["control sft 0.0003"].options
-    assert plain == {"max_steps": 3, "recipe": "sft", "learning_rate": 3e-4, "seed": 1}
+    parts = {"graft_scales": [0.25, 0.5, 0.75]}
+    assert plain == {"max_steps": 3, "recipe": "sft", "learning_rate": 3e-4, "seed": 1, **parts}
     runner.check_runs(runs_of(spec), spec)  # as `unisd train` resolves them
     assert len({run.id for run in runs_of(spec)}) == 2 * len(runs)
 
@@ -51,8 +54,58 @@ def test_options_of_a_control_win() -> None:
 
 
 @pytest.mark.parametrize(
+    ("base", "of_sft", "of_rejection"),
+    [
+        ({}, {}, {}),  # eight answers, as the recipes have them on the pocket
+        ({"per_device_train_batch_size": 6}, {}, {"num_generations": 2, "per_device_train_batch_size": 3}),
+        ({"recipe": "sdpo"}, {}, {}),  # one prompt of eight answers
+        ({"model_name_or_path": "a/b"}, {}, {"per_device_train_batch_size": 1}),
+        (
+            {"per_device_train_batch_size": 2, "num_generations": 8, "recipe": "sdpo"},
+            {"per_device_train_batch_size": 16},
+            {"per_device_train_batch_size": 4},
+        ),
+    ],
+)
+def test_recipes_without_a_teacher_see_as_many_answers(
+    base: dict[str, Any], of_sft: dict[str, Any], of_rejection: dict[str, Any]
+) -> None:
+    spec = study(
+        controls=["sft", "rejection-sft"], base=base, factors={"seed_x": {"a": {}, "b": {}}}, mechanisms=[]
+    )
+    found = {run.cell.name: run.options for run in runs_of(spec)}
+    names = ("per_device_train_batch_size", "num_generations")
+    for name, changed in (("sft", of_sft), ("rejection-sft", of_rejection)):
+        options = next(value for key, value in found.items() if key.startswith(f"control {name}"))
+        given = {key: value for key, value in base.items() if key == "per_device_train_batch_size"}
+        assert {key: options[key] for key in names if key in options} == given | changed
+
+
+def test_parts_of_fine_tuning_are_cells_of_its_runs(tmp_path: Path) -> None:
+    spec = study(controls={"sft-graft": {"graft_scales": [0.5]}})
+    named = {run.cell.name for run in runs_of(spec) if run.cell.name.startswith("control ")}
+    assert named == {"control sft 0.0001", "control sft 0.0003", "control sft 0.0009"}
+    _, store = carried_out(tmp_path, spec, FakeExecutor())
+    found = analyse(spec, store)
+    assert found is not None
+    [figures] = found["tasks"].values()
+    assert figures["runs"] == figures["planned"] == len(runs_of(spec))
+    cells = {cell["name"]: cell for cell in figures["cells"]}
+    whole, part = cells["control sft 0.0003"], cells["control sft-graft 0.5 of 0.0003"]
+    assert part["task_accuracy"] == 1.0 > whole["task_accuracy"]
+    assert (part["runs"], part["train_s"]) == (whole["runs"], whole["train_s"])
+    assert part["retention_ppl"] is None  # of a part nobody measured it
+    assert len(figures["controls"]["lines"]) == 6
+    assert "control sft-graft 0.5 of 0.0001 wins" in figures["controls"]["text"]
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
+        (
+            {"sft-graft": {"learning_rate": 1}},
+            "sft-graft takes graft_scales alone.*give learning_rate to that",
+        ),
         (["sdft"], "unknown control 'sdft': there are reference-free"),
         ({"sft": 3}, "control sft must be a mapping"),
     ],
@@ -119,3 +172,16 @@ def test_a_study_says_whether_it_pays(tmp_path: Path) -> None:
         "### Controls\n\nSelf-distillation is not shown to pay here" in text and "(+ema+clip itself)" in text
     )
     assert any("is not shown to pay here" in line for line in recommend.console_lines(found))
+
+
+def test_rows_need_references_where_a_run_does(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = {"train_file": str(file), "grader": "number", "max_steps": 1}
+    levels = {"rate": {"low": {"learning_rate": 1e-5}, "high": {"learning_rate": 1e-4}}}
+    spec = study(base={**base, "recipe": "sdpo"}, factors=levels, mechanisms=[])
+    runner.check_runs(runs_of(spec), spec)
+    spec = study(base={**base, "recipe": "sdft"}, factors=levels, mechanisms=[])
+    with pytest.raises(UserError, match=r"cell reference: .*privileged_context"):
+        runner.check_runs(runs_of(spec), spec)

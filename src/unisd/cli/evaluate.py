@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from unisd import tasks
@@ -21,10 +23,12 @@ from unisd.data.prompts import encode_prompt, overlong
 from unisd.data.thoughts import completion_text
 from unisd.errors import UserError
 from unisd.evaluation.grading import row_results, summarize
-from unisd.files import write_text
+from unisd.files import RESULTS, write_text
 from unisd.http_client import check_server
 from unisd.models.inference import load_any
+from unisd.run import grafting
 from unisd.run.chat_server import Answer, ChatServer
+from unisd.run.options import check_scales
 from unisd.tasks.base import Row, Task
 
 logger = logging.getLogger(__name__)
@@ -45,6 +49,8 @@ def eval_command(arguments: Sequence[str]) -> int:
     files = _files_by_task(options.task, options.data_files)
     chosen = {name: task_of(name, files[name], options) for name in options.task}
     sets = {name: _sets(name, task, options) for name, task in chosen.items()}
+    if options.scales:
+        return _grafting(options, chosen, sets)
     evaluation = _Evaluation(options)
     try:
         for name, task in chosen.items():
@@ -64,6 +70,43 @@ def eval_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _grafting(options: Any, chosen: dict[str, Task], sets: dict[str, dict[str, list[Row]]]) -> int:
+    """Measure the model, its base, and parts of the change between them: the grafting curve."""
+    folder = str(options.model_name_or_path)
+    base = grafting.base_of(folder, options.base)
+
+    def measured(place: str) -> _Evaluation:
+        evaluation = _Evaluation(Namespace(**{**vars(options), "model_name_or_path": place}))
+        for name, task in chosen.items():
+            evaluation.add(name, task, dict(sets[name]))
+        return evaluation
+
+    parts = grafting.curve(
+        folder,
+        base,
+        sorted({grafting.NONE, *options.scales}),
+        measured,
+        trust_remote_code=options.trust_remote_code,
+    )
+    found = sorted({**parts, grafting.ALL: measured(folder)}.items())
+    points = [
+        {"scale": scale, "task": name, **figures}
+        for scale, evaluation in found
+        for name, figures in evaluation.figures.items()
+    ]
+    table = grafting.lines(points)
+    show_table(make_console(), grafting.HEAD, table)
+    _write(
+        options,
+        {"schema_version": SCHEMA_VERSION, "model": folder, "base": base, "points": points},
+        [{"scale": scale, **record} for scale, evaluation in found for record in evaluation.records],
+        [grafting.HEAD, *table],
+    )
+    if (Path(folder) / RESULTS).is_file():
+        print(f"written to {grafting.add(Path(folder), points)}; see it: unisd report {folder}")
+    return 0
+
+
 def _parser() -> CommandParser:
     parser = CommandParser(
         "eval", "Accuracy on tasks, retention skills and, with --base, retention perplexities."
@@ -72,6 +115,13 @@ def _parser() -> CommandParser:
         "--model_name_or_path", "--model", help="a folder (model or adapter) or a name (default: pocket)"
     )
     parser.add_argument("--base", help="the model that it was adapted from, for retention perplexities")
+    parser.add_argument(
+        "--scales",
+        nargs="+",
+        type=float,
+        metavar="L",
+        help="measure also base + L x what training changed, for each L: what a part of it gains and keeps",
+    )
     parser.add_argument(
         "--task", nargs="+", default=["pocket"], help=f"one or several of {', '.join(tasks.names())}"
     )
@@ -124,6 +174,10 @@ def _check(options: Any) -> None:
         raise UserError("--num_samples: greedy answers are all alike; give a --temperature.")
     if "" in (options.stop or ()):
         raise UserError("--stop: an empty text stands everywhere; give another.")
+    if options.scales is not None:
+        check_scales(options.scales, "--scales")
+        if options.model_name_or_path is None or options.server_url is not None:
+            raise UserError("--scales are parts of what a training changed: give its folder as --model.")
     if options.server_url is None:
         if options.server_model is not None:
             raise UserError("--server_model is a name on a server: give its --server_url, too.")

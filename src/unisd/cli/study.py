@@ -87,7 +87,7 @@ def study_parser() -> CommandParser:
         "--controls",
         nargs="*",
         help="add what critics ask for, at equal tokens: reference-free, wrong-reference, other-solution,"
-        " sft, rejection-sft (default: all of them)",
+        " sft, sft-graft, rejection-sft (default: all of them)",
     )
     parser.add_argument("--jobs", type=int, help="runs at once (default: one a GPU, else one a core)")
     parser.add_argument(

@@ -251,6 +251,24 @@ def trade_off(cells: Sequence[tuple[str, float, float]], front: Sequence[str]) -
         return Plot(figure, "task gain against forgetting")
 
 
+def grafting(points: Sequence[tuple[str, float, float]]) -> Plot:
+    """Draw task gain against the change in retention, of growing parts of one change."""
+    with _figure(7.0, 4.4) as (figure, axes):
+        axes.plot(
+            [kept for _, _, kept in points],
+            [gain for _, gain, _ in points],
+            "o-",
+            color=_colour(SERIES[0]),
+            linewidth=1.2,
+            markersize=6,
+        )
+        axes.set_xlabel("change in retention, points (right: less forgotten)")
+        axes.set_ylabel("gain on the task, points")
+        axes.margins(0.15)
+        _label(figure, axes, [(clean(name), kept, gain) for name, gain, kept in points])
+        return Plot(figure, "task gain against forgetting, of parts of the change")
+
+
 def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
     """Put names beside their points, moved until none covers another or a point.
 

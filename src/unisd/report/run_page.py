@@ -20,6 +20,7 @@ from unisd.report import plots
 from unisd.report.health import health
 from unisd.report.html import escape, page, section, table, tiles
 from unisd.report.supervision import supervision
+from unisd.run import grafting
 
 MAX_EXAMPLES = 24
 MAX_POINTS = 1000
@@ -91,6 +92,8 @@ def build(folder: Path) -> str:
         table(changes),
         note=note,
     )
+    for curve in grafting.read(folder):
+        body += _grafted(curve)
     body += section("Curves", plots.curves((*CURVES, *_by_weight(metrics)), metrics))
     body += health(results.get("alarms"), metrics, results["config"].get("alarm_window", DEFAULT_WINDOW))
     body += section("Time, memory, cost", _cost(results))
@@ -112,6 +115,31 @@ def build(folder: Path) -> str:
             f" {100 * after['task_accuracy']['value']:.1f} %"
         )
     return page(title, body)
+
+
+def _grafted(points: Sequence[grafting.Point]) -> str:
+    """What parts of the change gain and keep: a plot of each task that has both, and the table."""
+    drawn = []
+    for task in dict.fromkeys(point["task"] for point in points):
+        of_task = [point for point in points if point["task"] == task]
+        base = next(point for point in of_task if point["scale"] == grafting.NONE)
+        names = ("task_accuracy", "retention_accuracy")
+        if all(point[name] is not None for point in of_task for name in names):
+            gains = [
+                [100 * (point[name]["value"] - base[name]["value"]) for name in names] for point in of_task
+            ]
+            drawn.append(
+                plots.grafting(
+                    [(f"{point['scale']:g}", *gain) for point, gain in zip(of_task, gains, strict=True)]
+                )
+            )
+    return section(
+        "Parts of the change",
+        *(plot.inline(wide=True) for plot in drawn),
+        table([list(grafting.HEAD), *grafting.lines(points)]),
+        note="The base with a part of what training changed added to it (0: the base, 1: the trained model),"
+        " without any further training. unisd merge --scale makes such a model.",
+    )
 
 
 def _unfinished(folder: Path) -> str:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unisd.errors import UserError
@@ -38,6 +40,11 @@ class RunOptions:
         "run",
         "Folder that keeps `before` for other runs with the same model and evaluation rows, so that it is"
         " measured once.",
+    )
+    graft_scales: list[float] | None = option(
+        "run",
+        "After training, measure also base + L x what training changed, for each of these L (a part of it"
+        " often keeps more than it loses): grafting.json, the report's curve.",
     )
     device_tdp: float | None = option(
         "run",
@@ -203,6 +210,8 @@ class RunOptions:
             raise UserError(
                 "num_processes belongs to accelerate_config: unset it, or give --accelerate_config ddp."
             )
+        if self.graft_scales is not None:
+            self._check_grafting()
         if self.writer_url is not None:
             from unisd.http_client import check_server  # heavy
 
@@ -211,6 +220,19 @@ class RunOptions:
             raise UserError("writer_model is a name on a server: give its writer_url, too.")
         if self.load_in_4bit and not self.trains_adapter:
             raise UserError("load_in_4bit needs use_peft: 4-bit weights cannot be trained themselves.")
+
+    def _check_grafting(self) -> None:
+        check_scales(self.graft_scales or (), "graft_scales")
+        if is_adapter(self.model_name_or_path):
+            raise UserError(
+                "graft_scales are parts of what is added to the base, and this run trains an adapter further:"
+                " unset it, or merge that adapter first (`unisd merge`)."
+            )
+        if self.accelerate_config is not None:
+            raise UserError(
+                "graft_scales are measured by one process: unset it, and run `unisd eval --scales`"
+                " afterwards."
+            )
 
     def _check_source(self) -> None:
         """Check that there is one source of rows, and no option of another kind of source."""
@@ -227,3 +249,15 @@ class RunOptions:
                     raise UserError(
                         f"{name} belongs to your own rows: unset it, or give --train_file instead of a task."
                     )
+
+
+def check_scales(scales: Sequence[float], option: str) -> None:
+    """Raise `UserError` unless all are parts of a change that need asking for, each once."""
+    for scale in scales:
+        if not math.isfinite(scale) or scale in (0.0, 1.0):
+            raise UserError(
+                f"{option}: {scale:g} is no part to ask for: give numbers such as 0.25 0.5 0.75; the base (0)"
+                " and all of the change (1) are measured anyway."
+            )
+    if len(set(scales)) < len(scales):
+        raise UserError(f"{option} {' '.join(f'{one:g}' for one in scales)}: one is given twice.")

@@ -26,12 +26,13 @@ from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
 from unisd.files import ANSWERS
 from unisd.kernels.devices import gains_from_bf16
+from unisd.models.inference import load_any
 from unisd.models.load import AUTO_BF16_FROM, can_checkpoint, context_length
 from unisd.monitoring.cost import Energy, cost_of
 from unisd.monitoring.progress import ProgressDisplay
 from unisd.processes import alone_in
 from unisd.run import baseline as shared
-from unisd.run import outputs
+from unisd.run import grafting, outputs
 from unisd.run.inputs import (
     RunData,
     adapter_config,
@@ -234,6 +235,9 @@ def _carried_out(
         after |= _drift(setting, options, config, answers, before["answers"])
     after["n_task"], after["n_retention"] = len(data.evaluation), len(data.retention)
     phases["eval"] += time.perf_counter() - clock + trainer.metrics.phases["eval"]
+    clock = time.perf_counter()
+    points = _graft(setting, options, before, (after, answers)) if options.graft_scales else []
+    phases["graft"] = time.perf_counter() - clock
     results = {
         **_described(setting, options, config),
         "wall_s": time.perf_counter() - started,
@@ -246,7 +250,7 @@ def _carried_out(
         outputs.write_json(folder / ANSWERS, pair_answers(data, before["answers"], answers))
     _finish(setting, options, config, folder, results)
     if is_writer:
-        _report(console, results, folder, options)
+        _report(console, results, folder, options, points)
     return results
 
 
@@ -374,6 +378,27 @@ def _drift(
     )
 
 
+def _graft(
+    setting: Setting, options: RunOptions, before: Results, after: tuple[Results, Results]
+) -> list[grafting.Point]:
+    """Measure parts of what training changed, and keep the curve between both ends."""
+    folder, task = str(setting.config.output_dir), setting.data.name
+    dtype = str(next(setting.trainer.model.parameters()).dtype).removeprefix("torch.")
+
+    def measured(place: str) -> tuple[Results, Results]:
+        model, tokenizer = load_any(place, dtype, options.trust_remote_code)
+        with setting.trainer.accelerator.autocast():
+            return measure(model, tokenizer, setting.data, setting.config)
+
+    further = {"trust_remote_code": options.trust_remote_code, "load_in_4bit": options.load_in_4bit}
+    base = grafting.base_of(folder, options.model_name_or_path)
+    parts = grafting.curve(folder, base, options.graft_scales or (), measured, **further)
+    sides = {grafting.NONE: (before["figures"], before["answers"]), **parts, grafting.ALL: after}
+    points = [grafting.point(task, scale, *side) for scale, side in sides.items()]
+    grafting.add(Path(folder), points)
+    return points
+
+
 def _save_model(setting: Setting, folder: Path) -> None:
     # Pushed once, at the end, with our card: the Trainer would push each save and write a card of
     # its own.
@@ -450,8 +475,12 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
     print(f"interrupted; resume from {checkpoint.name} with:\n  {outputs.resume_command(options, folder)}")
 
 
-def _report(console: Console, results: Results, folder: Path, options: RunOptions) -> None:
+def _report(
+    console: Console, results: Results, folder: Path, options: RunOptions, points: list[grafting.Point]
+) -> None:
     show_table(console, ("", "before", "after", "change"), change_lines(results))
+    if points:
+        show_table(console, grafting.HEAD, grafting.lines(points))
     if chosen := chosen_line(results):
         console.print(chosen, markup=False, highlight=False)
     for alarm in results["alarms"] or ():

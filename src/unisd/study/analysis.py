@@ -17,9 +17,10 @@ import numpy as np
 
 from unisd.study.against import compare
 from unisd.study.contrasts import Effect, effects_of
-from unisd.study.design import Cell, Study, cells_of, controls_of, method_levels, runs_of
+from unisd.study.controls import parts_of
+from unisd.study.design import Cell, Options, Study, cells_of, controls_of, method_levels, runs_of
 from unisd.study.estimate import NO_ANSWERS, ONE_RUN, Estimate, Fit, Values, holm
-from unisd.study.store import DONE, FAILED, Record, Store
+from unisd.study.store import DONE, FAILED, Record, Store, with_a_part
 
 SCHEMA_VERSION = 1
 POINTS = {"task_accuracy": "task", "retention_accuracy": "retention"}
@@ -121,9 +122,12 @@ def _of_task(
         line["p_holm"] = p
 
     verdicts = _verdicts(effects, found, margin)
-    controls = [cell for cell, _ in controls_of(study, cells, study.tasks[task])]
+    runs = controls_of(study, cells, study.tasks[task])
+    controls = [cell for cell, _ in runs]
+    count, planned = len(table), (len(cells) + len(controls)) * len(study.seeds)
+    table, controls = _with_parts(runs, controls, table)
     return {
-        "runs": len(table),
+        "runs": count,
         "controls": _against(study, cells, controls, table, margin) if controls else None,
         "failed": sum(record["status"] == FAILED for record in records),
         "failures": [
@@ -131,7 +135,7 @@ def _of_task(
             for record in records
             if record["status"] == FAILED
         ],
-        "planned": (len(cells) + len(controls)) * len(study.seeds),
+        "planned": planned,
         "seeds": sorted({seed for _, seed in table}),
         "cells": [
             _cell(cell, study, table)
@@ -141,6 +145,20 @@ def _of_task(
         "effects": found,
         "verdicts": verdicts,
     }
+
+
+def _with_parts(
+    runs: Sequence[tuple[Cell, Options]], controls: Sequence[Cell], table: dict[tuple[str, int], Record]
+) -> tuple[dict[tuple[str, int], Record], list[Cell]]:
+    """The table and the controls with what the runs of controls bring beside their own cells."""
+    table, controls = dict(table), list(controls)
+    for cell, options in runs:
+        of_cell = {seed: record for (name, seed), record in table.items() if name == cell.name}
+        for scale, name in parts_of(cell.name, options).items():
+            parts = {seed: with_a_part(record, scale) for seed, record in of_cell.items()}
+            table |= {(name, seed): part for seed, part in parts.items() if part is not None}
+            controls.append(Cell(name, {}))
+    return table, controls
 
 
 def _verdicts(effects: Sequence[Effect], found: Sequence[Figures], margin: float) -> list[Figures]:

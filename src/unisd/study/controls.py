@@ -2,11 +2,13 @@
 
 Controls are cells beside the design: they take part in no effect of a factor. Those of a teacher
 are the method with another context; those without one are recipes of their own, on the study's
-data, steps and batches. Fine-tuning gets three rates, since the method's was chosen too.
+data, steps and answers a step. Fine-tuning gets three rates, since the method's was chosen too.
+`sft-graft` is no run: those of fine-tuning also measure parts of their change.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -23,9 +25,11 @@ CONTEXTS: dict[str, Options] = {
     "other-solution": {"teacher_context": "other"},
 }
 """The method with another context."""
-RECIPES = ("sft", "rejection-sft")
+FINE_TUNED, GRAFTED = "sft", "sft-graft"
+RECIPES = (FINE_TUNED, "rejection-sft")
 """Without a teacher."""
-NAMES = (*CONTEXTS, *RECIPES)
+NAMES = (*CONTEXTS, FINE_TUNED, GRAFTED, "rejection-sft")
+SCALES, PARTS = "graft_scales", [0.25, 0.5, 0.75]
 RATES = {"sft": (1 / 3, 1.0, 3.0), "rejection-sft": (1.0,)}
 """Of the learning rate that the recipe has."""
 OF_THE_METHOD = {field.name for field in fields(MethodOptions)} | {
@@ -51,7 +55,13 @@ def read(given: Any, where: str) -> dict[str, Options]:
         raise UserError(f"{where}: unknown control {unknown[0]!r}: there are {', '.join(NAMES)}.")
     if wrong := [name for name, options in asked.items() if not isinstance(options, dict | None)]:
         raise UserError(f"{where}: control {wrong[0]} must be a mapping of options.")
-    return {name: dict(options or {}) for name, options in asked.items()}
+    found = {name: dict(options or {}) for name, options in asked.items()}
+    if further := found.get(GRAFTED, {}).keys() - {SCALES}:
+        raise UserError(
+            f"{where}: control {GRAFTED} takes {SCALES} alone, as its runs are those of {FINE_TUNED}: give"
+            f" {min(further)} to that."
+        )
+    return found
 
 
 def expanded(controls: Mapping[str, Options], shared: Options, method: Options) -> list[tuple[str, Options]]:
@@ -64,14 +74,51 @@ def expanded(controls: Mapping[str, Options], shared: Options, method: Options) 
     """
     found: list[tuple[str, Options]] = []
     shared = {key: value for key, value in shared.items() if key not in OF_THE_METHOD}
+    parts = controls.get(GRAFTED)
+    if parts is not None:
+        controls = {**controls, FINE_TUNED: controls.get(FINE_TUNED, {})}
     for name, own in controls.items():
         if name in CONTEXTS:
             found.append((PREFIX + name, {**method, **CONTEXTS[name], **own}))
-            continue
-        for label, rate in _rates(name, own, shared):
-            options = {**shared, "recipe": name, **own, "learning_rate": rate}
+        for label, rate in _rates(name, own, shared) if name in RECIPES else ():
+            options = {**shared, "recipe": name}
+            options |= _as_many_answers(options, method) | own | {"learning_rate": rate}
+            if name == FINE_TUNED and parts is not None:
+                options[SCALES] = parts.get(SCALES, PARTS)
             found.append((PREFIX + name + label, options))
     return found
+
+
+def parts_of(name: str, options: Options) -> dict[float, str]:
+    """The cells that the runs of a control bring beside their own: names by the part of the change.
+
+    Args:
+        name: of the control's own cell.
+        options: of its runs.
+    """
+    rate = name.removeprefix(PREFIX + FINE_TUNED).strip()
+    of = f" of {rate}" if rate else ""
+    return {scale: f"{PREFIX}{GRAFTED} {scale:g}{of}" for scale in options.get(SCALES) or ()}
+
+
+def _as_many_answers(options: Options, method: Options) -> Options:
+    """What a recipe must change to see as many answers in a micro-batch as the method."""
+    answers = _setting(method, "per_device_train_batch_size") * _setting(method, "num_generations")
+    of_one_prompt = _setting(options, "num_generations")
+    generations = math.gcd(of_one_prompt, answers)
+    wanted = {"num_generations": generations, "per_device_train_batch_size": answers // generations}
+    return {name: value for name, value in wanted.items() if _setting(options, name) != value}
+
+
+def _setting(options: Options, name: str) -> int:
+    """What a run's options and their recipe say; one where nobody does."""
+    return int(options.get(name) or _of_the_recipe(options).get(name, 1))
+
+
+def _of_the_recipe(options: Options) -> Options:
+    recipe = recipes.load(options.get("recipe", recipes.DEFAULT))
+    pocket = options.get("model_name_or_path", "pocket") == "pocket"
+    return recipe.options | (recipe.pocket if pocket else {})
 
 
 def _rates(name: str, own: Options, shared: Options) -> list[tuple[str, Any]]:
@@ -80,9 +127,7 @@ def _rates(name: str, own: Options, shared: Options) -> list[tuple[str, Any]]:
     if given is not None:
         listed = given if isinstance(given, list) else [given]
         return [(f" {rate:g}" if len(listed) > 1 else "", rate) for rate in listed]
-    recipe = recipes.load(name)
-    pocket = shared.get("model_name_or_path", "pocket") == "pocket"
-    usual = (recipe.options | (recipe.pocket if pocket else {}))["learning_rate"]
+    usual = _of_the_recipe({**shared, "recipe": name})["learning_rate"]
     scales = RATES[name]
     return [
         (f" {usual * scale:.2g}" if len(scales) > 1 else "", float(f"{usual * scale:.3g}"))

@@ -50,8 +50,8 @@ def check_runs(runs: Sequence[Run], study: Study) -> None:
         if text not in seen:
             seen.add(text)
             try:
-                options, _ = resolved(run.options, f"cell {run.cell.name}")
-                _check_rows(options, read)
+                options, config = resolved(run.options, f"cell {run.cell.name}")
+                _check_rows(options, config.uses_reference, read)
             except UserError as error:
                 raise UserError(f"cell {run.cell.name}: {error}") from None
     by_levels = {tuple(run.cell.levels.items()): run for run in runs if run.cell.levels}
@@ -71,17 +71,18 @@ def check_runs(runs: Sequence[Run], study: Study) -> None:
                 )
 
 
-def _check_rows(options: RunOptions, read: set[str]) -> None:
+def _check_rows(options: RunOptions, needs_reference: bool, read: set[str]) -> None:
     """Read the rows of a run from the files that it names, each setting of them once."""
     if options.train_file is None and options.data_files is None:
         return  # a hub's, or a task that needs none
     data = {name: value for name, value in vars(options).items() if name in OF_THE_ROWS}
+    data["needs_reference"] = needs_reference
     text = json.dumps(data, sort_keys=True, default=str)
     if text not in read:
         from unisd.run.inputs import load_data
 
         read.add(text)
-        load_data(options)
+        load_data(options, needs_reference=needs_reference)
 
 
 def command_of(run: Run, store: Store) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from typing import IO, Any
 from unisd import __version__
 from unisd.files import ANSWERS, METRICS, RESULTS, append_line, read_lines
 from unisd.processes import lock
+from unisd.run import grafting
 from unisd.study.design import Run
 
 SCHEMA_VERSION = 1
@@ -89,6 +90,7 @@ def found_in(folder: Path) -> Record:
     """
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     answers = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))
+    curves = grafting.read(folder)
     after = results["after"]
 
     def value(name: str) -> float | None:
@@ -110,7 +112,28 @@ def found_in(folder: Path) -> Record:
             }
             for part, found in answers.items()
         },
+        **({"parts": curves[0]} if curves else {}),
     }
+
+
+def with_a_part(record: Record, scale: float) -> Record | None:
+    """The record of a run as if a part of its change were all; None if it was not measured.
+
+    What it took stays that of the run: a part needs no further training.
+    """
+    point = next((point for point in record.get("parts", ()) if point["scale"] == scale), None)
+    if point is None:
+        return None
+    names = ("task_accuracy", "retention_accuracy")
+    figures = {name: point[name] for name in (*names, "gold_ppl")}
+    results = record["results"]
+    answers = {
+        part: {**found, "after": [*map(int, point["correct"][part])]}
+        for part, found in record["answers"].items()
+    }
+    values = {name: None if point[name] is None else point[name]["value"] for name in names}
+    after = {**results["after"], **figures, "retention_ppl": None}
+    return {**record, **values, "results": {**results, "after": after}, "answers": answers}
 
 
 def is_complete(folder: Path) -> bool:
