@@ -33,6 +33,7 @@ from unisd.distributed import zero as zero_stages
 from unisd.models.load import load_model_and_tokenizer
 from unisd.run import launch
 from unisd.tasks import get
+from unisd.tasks.base import Verdict
 from unisd.testing import trainer
 from unisd.training.checkpoints import last_complete_checkpoint, problem_of
 from unisd.training.step import rows_to_fill
@@ -49,6 +50,22 @@ OTHERS: dict[str, Any] = {
     "agreement_uncertain_share": 0.5,
     "max_steps": 2,
 }
+
+
+# Answers are judged: teachers are told of others of the group, some answers carry no loss.
+JUDGED: dict[str, Any] = {
+    "num_generations": 4,
+    "per_device_train_batch_size": 1,
+    "rollout_contexts": ["sibling+feedback", "sibling", "feedback", "none"],
+    "rollout_keep": "mixed_groups",
+    "max_steps": 3,
+}
+
+
+def by_their_letters(row: dict[str, Any], text: str) -> Verdict:
+    """A verdict that any process gives alike."""
+    rest = sum(map(ord, text)) % 3
+    return Verdict(rest / 2, rest == 2, f"the letters leave {rest}" if rest == 1 else "")
 
 
 def build(folder: Path, micro_batches: int, lora: bool, pocket: bool = False, **options: Any) -> Any:
@@ -125,11 +142,18 @@ def others(folder: Path, micro_batches: int) -> None:
     (folder / "eval.json").write_text(json.dumps(losses))
 
 
+def judged(folder: Path, micro_batches: int) -> None:
+    built = build(folder, micro_batches, False, grader=by_their_letters, **JUDGED)
+    built.train()
+    built.save_model()
+
+
 def in_one_process(folder: Path, pocket: bool) -> None:
     for lora in (False, True):
         train(folder, "one", lora, pocket)
     if not pocket:
         others(folder / "one" / "others", 4)
+        judged(folder / "one" / "judged", 4)
         ragged(folder / "one" / "ragged", 4)
 
 
@@ -140,6 +164,7 @@ def in_two_processes(folder: Path, pocket: bool) -> None:
             os.environ.update(launch.environment("fsdp2", on_cpu=True))
         if not pocket:
             ragged(folder / kind / "ragged", 2)
+            judged(folder / kind / "judged", 2)
         for lora in (False, True):
             train(folder, kind, lora, pocket)
             if not pocket:
@@ -365,6 +390,16 @@ def test_everything_else_is_the_same_too(runs: Path) -> None:
     assert json.loads((one / "eval.json").read_text()) == pytest.approx(
         json.loads((two / "eval.json").read_text()), rel=1e-4
     )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_change_nothing_of_what_verdicts_do(runs: Path, kind: str) -> None:
+    one, two = runs / "one" / "judged", runs / kind / "judged"
+    same_lines(lines(one), lines(two))
+    assert all(0 < line["outcome/passed"] < 1 for line in lines(one))
+    assert any(line["outcome/groups_some"] for line in lines(one)) and len(lines(one)) == 3
+    assert apart(one / "model.safetensors", two / "model.safetensors") < 1e-4
 
 
 def same_lines(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:

@@ -11,9 +11,8 @@ import math
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from unisd.data.rows import Row
@@ -26,6 +25,60 @@ logger = logging.getLogger(__name__)
 Grader = Callable[[Row, str], Any]  # gives a bool, a number in [0, 1], a `Grade` or a `Verdict`
 LIMIT_S = 30.0
 """Seconds that a verdict may take."""
+
+
+class _Work:
+    """Answers that wait for a grader's verdict, and what it said of the others."""
+
+    def __init__(self, grader: Grader, rows: Sequence[Row], texts: Sequence[str]) -> None:
+        self.grader, self.rows, self.texts = grader, rows, texts
+        self.waiting = deque(range(len(rows)))
+        self.answers: dict[int, tuple[Any, Exception | None]] = {}
+        self.given_up: set[int] = set()
+        self.lock = threading.Lock()
+
+
+class _Worker(threading.Thread):
+    """Takes one answer after the other: a thread for each of them would cost more than most
+    graders.
+    """
+
+    def __init__(self, work: _Work) -> None:
+        super().__init__(daemon=True)
+        self.work = work
+        self.place: int | None = None
+        self.since = time.monotonic()
+        self.start()
+
+    def run(self) -> None:
+        work = self.work
+        while self._takes() and self.place is not None:
+            answer: tuple[Any, Exception | None]
+            try:
+                answer = work.grader(work.rows[self.place], work.texts[self.place]), None
+            except Exception as error:
+                answer = None, error
+            with work.lock:
+                work.answers[self.place] = answer
+
+    def _takes(self) -> bool:
+        """Whether there is another answer for this worker."""
+        work = self.work
+        with work.lock:
+            if not work.waiting or self.place in work.given_up:
+                return False
+            self.place, self.since = work.waiting.popleft(), time.monotonic()
+            return True
+
+    def gives_up(self, limit_s: float) -> bool:
+        """Whether it has had its answer for too long, which then gets no verdict."""
+        work = self.work
+        with work.lock:
+            in_time = time.monotonic() < self.since + limit_s
+            if self.place is None or in_time or self.place in work.answers:
+                return False
+            work.given_up.add(self.place)
+            return True
 
 
 class Judge:
@@ -45,31 +98,22 @@ class Judge:
 
     def verdicts(self, rows: Sequence[Row], texts: Sequence[str]) -> list[Verdict | None]:
         """The verdict on each text, None where the grader gave none; in their order."""
-        found: list[Verdict | None] = [None] * len(rows)
-        done: SimpleQueue[tuple[int, Any, Exception | None]] = SimpleQueue()
-        waiting, running = list(range(len(rows)))[::-1], dict[int, float]()
-        while waiting or running:
-            while waiting and len(running) < self.workers:
-                place = waiting.pop()
-                running[place] = time.monotonic() + self.limit_s
-                work = (place, rows[place], texts[place], done)
-                threading.Thread(target=self._ask, args=work, daemon=True).start()
-            try:
-                place, answer, error = done.get(timeout=max(0.0, min(running.values()) - time.monotonic()))
-            except Empty:
-                for place in [p for p, end in running.items() if end <= time.monotonic()]:
-                    del running[place]
-                    self._say("hangs", rows[place], f"gave no verdict within {self.limit_s:g} s")
-                continue
-            if running.pop(place, None) is not None:  # else it comes too late
-                found[place] = self._checked(rows[place], answer, error)
-        return found
-
-    def _ask(self, place: int, row: Row, text: str, done: SimpleQueue[Any]) -> None:
-        try:
-            done.put((place, self.grader(row, text), None))
-        except Exception as error:
-            done.put((place, None, error))
+        work = _Work(self.grader, rows, texts)
+        workers = [_Worker(work) for _ in range(min(self.workers, len(rows)))]
+        while workers:
+            ends = min(worker.since for worker in workers) + self.limit_s
+            workers[0].join(max(0.0, ends - time.monotonic()))
+            for worker in list(workers):
+                if not worker.is_alive():
+                    workers.remove(worker)
+                elif worker.gives_up(self.limit_s):
+                    workers[workers.index(worker)] = _Worker(work)
+        for place in sorted(work.given_up):
+            self._say("hangs", rows[place], f"gave no verdict within {self.limit_s:g} s")
+        return [
+            None if place in work.given_up else self._checked(row, *work.answers[place])
+            for place, row in enumerate(rows)
+        ]
 
     def _checked(self, row: Row, answer: Any, error: Exception | None) -> Verdict | None:
         if error is not None:
