@@ -270,6 +270,23 @@ def test_nan_step_is_skipped_and_the_row_named(tmp_path: Path, caplog: pytest.Lo
     assert lines(tmp_path)[-1]["guard/skipped_steps"] == 1
 
 
+def test_a_restart_comes_also_at_a_step_that_is_skipped(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"teacher_model_kind": "restart", "teacher_restart_steps": 2}
+    built = build(tmp_path, max_steps=2, save_strategy="no", **options)
+    compute_loss = built.compute_loss
+
+    def second_is_bad(*args: Any, **kwargs: Any) -> Any:
+        return compute_loss(*args, **kwargs) * (float("nan") if built.state.global_step == 1 else 1.0)
+
+    built.compute_loss = second_is_bad
+    before = weights(built)
+    built.train()
+    assert lines(tmp_path)[-1]["guard/skipped_steps"] == 1
+    after = weights(built)
+    assert not same(before, after)  # the first step did train
+    assert all(value.equal(after[name]) for name, value in built.teacher.state.items())
+
+
 def test_many_bad_steps_stop_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     built = build(tmp_path, max_steps=9, max_skipped_steps=2, save_steps=100)
     for row in range(8):

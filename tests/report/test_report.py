@@ -41,6 +41,7 @@ def record(step: int = 1, tokens: int = 6, text: str = " word") -> dict[str, Any
         "prompt": "a prompt",
         "reference": "a reference",
         "correct": True,
+        "feedback": "what the <b>grader</b> says",
         "tokens": [text] * tokens,
         "cut": 0,
         "temperature": 1.0,
@@ -239,6 +240,17 @@ def test_every_weight_has_its_curve_and_those_not_recorded_no_mode(tmp_path: Pat
     text, tags = built(folder)
     assert "Reliability weight dash over 2 steps" in text and 'value="weight"' not in text
     assert '"weight":null' in text and "agreement weight" not in tags.text.lower()
+
+
+def test_a_run_page_shows_what_the_grader_said(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run", records=[record()])
+    names = ("passed", "score", "no_verdict", "groups_all", "groups_some", "groups_none")
+    lines = [{"step": step, **{f"outcome/{name}": 0.25 * step for name in names}} for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, _ = built(folder)
+    assert "Verdicts on the answers over 2 steps" in text
+    assert "Groups of which answers passed over 2 steps" in text
+    assert "feedback: what the &lt;b&gt;grader&lt;/b&gt; says" in text
 
 
 @pytest.mark.long

@@ -45,13 +45,27 @@ CURVES: plots.Wanted = (
         {"mean": "completions/mean_length", "longest": "completions/max_length"},
     ),
     ("Cut completions", "share", {"cut": "completions/truncated_share"}),
+    (
+        "Verdicts on the answers",
+        "share",
+        {"passed": "outcome/passed", "mean score": "outcome/score", "no verdict": "outcome/no_verdict"},
+    ),
+    (
+        "Groups of which answers passed",
+        "share",
+        {"all": "outcome/groups_all", "some": "outcome/groups_some", "none": "outcome/groups_none"},
+    ),
     ("Student's entropy", "nats a token", {"entropy": "student/entropy"}),
     (
         "Log-probability of the completion",
         "nats a token",
         {"student": "student/logp", "teacher": "teacher/logp"},
     ),
-    ("Time of a step", "s", {name: f"step_time/{name}" for name in ("rollout", "score", "student")}),
+    (
+        "Time of a step",
+        "s",
+        {name: f"step_time/{name}" for name in ("rollout", "verdict", "score", "student")},
+    ),
     ("Learning rate", "", {"rate": "learning_rate"}),
 )
 Figures = dict[str, Any]

@@ -108,6 +108,8 @@ def _card(number: int, record: Record, tops: dict[str, float]) -> str:
         if correct
         else ', <span class="wrong">wrong</span>'
     )
+    if record.get("feedback"):
+        verdict += f', <span class="soft">feedback: {escape(record["feedback"])}</span>'
     texts = f"<pre>{escape(record['prompt'])}</pre><pre>{escape(record['reference'])}</pre>"
     return (
         f'<div class="card"><span class="soft">step {int(record["step"])},'

@@ -47,9 +47,10 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.metrics.values["learning_rate"] = float(kwargs["optimizer"].param_groups[0]["lr"])
-        if not self.skipping:
-            with self.trainer.metrics.timed("update"):
-                for teacher in self.trainer.teachers.values():
+        with self.trainer.metrics.timed("update"):
+            for teacher in self.trainer.teachers.values():
+                # A restart comes at its step also where the student has stayed as it was.
+                if not self.skipping or teacher.restart_steps is not None:
                     teacher.update(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
