@@ -23,6 +23,7 @@ from experiments import pocket_methods as compare
 from experiments.grid import Cell, read
 from experiments.pages import update
 from unisd.console import markdown_table
+from unisd.pocket.task import PocketTask
 
 Marks = NDArray[np.float64]
 
@@ -143,6 +144,18 @@ def differences(cells: list[Cell], condition: str, reference: str) -> list[str]:
     return markdown_table((f"less {reference}", "task", "old skills"), lines)
 
 
+def by_skill(cells: list[Cell], condition: str) -> list[str]:
+    """Markdown lines: accuracy on the task's test problems of each skill, one row per method."""
+    skills = np.array([row["skill"] for row in PocketTask().load("test", limit=compare.N_TEST)])
+    names = sorted(set(skills))
+    lines = [
+        [method, *(percent(marks(group, "task")[:, skills == name]) for name in names)]
+        for (method, state), group in finished(cells).items()
+        if state == condition or method == compare.RAW
+    ]
+    return markdown_table(("task, %", *names), lines)
+
+
 def pilots(cells: list[Cell]) -> list[str]:
     """Markdown lines: what the pilots saw, the chosen rate in bold."""
     lines = []
@@ -158,8 +171,10 @@ def pilots(cells: list[Cell]) -> list[str]:
             )
             shown.append(f"**{text}**" if run["learning_rate"] == chosen else text)
         if runs:
-            lines.append([method, *shown, *[""] * (3 - len(shown))])
-    return markdown_table(("method", "rate: task / old skills on validation, %", "", ""), lines)
+            lines.append([method, *shown])
+    columns = max(map(len, lines), default=2)
+    header = ["method", "rate: task / old skills on validation, %", *[""] * (columns - 2)]
+    return markdown_table(header, [[*line, *[""] * (columns - len(line))] for line in lines])
 
 
 def own_methods(page: str) -> list[str]:
@@ -192,6 +207,8 @@ def page(cells: list[Cell], figure: str, methods: list[str]) -> str:
                 for other in (compare.REFERENCE, *(["sft"] if "sft" in methods else ["opsd", "unisd-star"]))
                 if (other, condition) in finished(cells)
             ]
+            if set(OUTCOMES) & set(methods):  # each skill has a grader, and feedback, of its own
+                parts += ["\n".join(by_skill(cells, condition))]
     parts += ["## Pilots", "\n".join(pilots(cells))]
     return "\n\n".join(parts)
 

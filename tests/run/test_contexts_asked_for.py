@@ -103,6 +103,17 @@ def test_contexts_of_ones_own_rows_stay_unless_the_option_is_given(tmp_path: Pat
     assert prepared(*jsonl)[2][0] == ["mine", "too"]
 
 
+@pytest.mark.parametrize(("recipe", "kind"), [("other-solution", "random"), ("op2sd", "retrieval by tfidf")])
+def test_which_other_problem_a_teacher_is_told_is_the_recipes_to_say(recipe: str, kind: str) -> None:
+    data, brought, used = prepared("--task", "pocket", recipe=recipe)
+    assert all(brought) and all(
+        shown and shown[0] not in had for shown, had in zip(used, brought, strict=True)
+    )
+    assert data.contexts.startswith(f"auxiliary contexts: {kind}, as recipe {recipe} says, in the place of")
+    data, brought, used = prepared("--task", "pocket", "--agreement_contexts", "columns", recipe=recipe)
+    assert used == brought
+
+
 def test_rows_without_contexts_get_those_of_the_recipe(tmp_path: Path) -> None:
     data, _, used = prepared(*write_own(tmp_path / "own.jsonl"))
     assert all(len(shown) == 3 for shown in used)

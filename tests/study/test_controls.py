@@ -43,7 +43,8 @@ def test_controls_are_runs_beside_the_design() -> None:
 def test_without_a_cell_of_all_mechanisms_the_reference_is_the_method() -> None:
     spec = study(controls=["other-solution"], design="list", cells=[{"ema": "off", "clip": "off"}])
     found = {run.cell.name: run.options for run in runs_of(spec)}
-    assert found["control other-solution"] == {**found["reference"], "teacher_context": "other"}
+    others = {"teacher_context": "other", "agreement_contexts": "random"}
+    assert found["control other-solution"] == {**found["reference"], **others}
 
 
 def test_options_of_a_control_win() -> None:

@@ -221,17 +221,17 @@ def prepare(
 def _wants_contexts(data: RunData, options: RunOptions, config: UniSDConfig) -> bool:
     """Whether the user asks for contexts, or a weight of the recipe needs others than there are.
 
-    What the recipe says leaves the user's own contexts alone, and a task's of the same kind; a
-    single row has no others.
+    What the recipe says leaves the user's own contexts alone, and a task's of the same kind, but
+    for a teacher that is told of another problem: which one is what the recipe is about. A single
+    row has no others.
     """
     kind = options.agreement_contexts
     if kind == "columns" or "agreement_contexts" in options.explicit:
         return kind != "columns"
     needed = any("auxiliary" in parse_weight(text).needs for text in config.reliability_weights)
-    needed |= config.teacher_context == "other"
-    return (
-        needed and len(data.train) > 1 and (not _with_some(data) or _brought(data) not in ("columns", kind))
-    )
+    told = config.teacher_context == "other"
+    others = told or not _with_some(data) or _brought(data) not in ("columns", kind)
+    return (needed or told) and len(data.train) > 1 and others
 
 
 def _with_some(data: RunData) -> int:

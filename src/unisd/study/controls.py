@@ -22,7 +22,7 @@ Options = dict[str, Any]
 CONTEXTS: dict[str, Options] = {
     "reference-free": {"teacher_context": "plain"},
     "wrong-reference": {"teacher_context": "wrong", "contrastive_weight": 0.0},
-    "other-solution": {"teacher_context": "other"},
+    "other-solution": {"teacher_context": "other", "agreement_contexts": "random"},
 }
 """The method with another context."""
 FINE_TUNED, GRAFTED = "sft", "sft-graft"
