@@ -130,7 +130,7 @@ def test_no_interval_has_width_0():
 
 def test_tables_of_a_run_say_how_many_answers_settle_nothing():
     from unisd.report.run_page import _changes
-    from unisd.run.measure import change_lines
+    from unisd.run.changes import change_lines
 
     def side(**counts):
         share = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}

@@ -22,7 +22,6 @@ HEALTHY = {
     "counted/stated": 40.0,
     "counted/places": 32.0,
     "leak/gold_stated_share": 0.4,
-    "retained/nll": 0.3,
     "leak/pull_answers": 40.0,
     **{
         f"{run}leak/pull_{told}{name}": value
@@ -57,7 +56,6 @@ CASES = [
     ({"counted/places": 4.0}, "leak", "first stated after 10 %"),
     ({"run/leak/pull_both": 1.0}, "blind teacher", "cosine 0.50; shown the whole reference -0.05"),
     ({"leak/pull_both": 1.0}, "gone blind", "cosine from -0.05 to 0.50"),
-    ({"retained/nll": 0.8}, "forgetting", "nats a token"),
 ]
 
 

@@ -163,7 +163,7 @@ def summary_lines(summary: Figures, name: str = "accuracy") -> list[list[str]]:
     """Name, value with interval, and number of answers, one line a figure; the accuracy is called
     `name`.
     """
-    from unisd.run.measure import percent
+    from unisd.run.changes import percent
 
     shown = {name: summary["accuracy"]}
     shown |= {f"  {skill}": value for skill, value in summary["by_skill"].items()}

@@ -150,7 +150,7 @@ def _predicted(
 
 def _print(console: Console, report: dict[str, Any]) -> None:
     from unisd.evaluation.teacher_probe import LAYOUTS
-    from unisd.run.measure import percent
+    from unisd.run.changes import percent
 
     lines = []
 

@@ -33,6 +33,16 @@ def jsd(logp_CV: Tensor, logq_CV: Tensor) -> Tensor:
     return terms_CV.sum(-1).clamp_min(0) / 2
 
 
+def kl(logp_CV: Tensor, logq_CV: Tensor) -> Tensor:
+    """Kullback-Leibler divergence [C] of q from p, given as log-probabilities, in nats.
+
+    Exactly 0 for equal ones.
+    """
+    # What p cannot say adds nothing, also where q cannot either.
+    terms_CV = torch.where(logp_CV.isneginf(), 0.0, logp_CV.exp() * (logp_CV - logq_CV))
+    return terms_CV.sum(-1).clamp_min(0)
+
+
 def retention(
     model: Any,
     base: Any | None,
@@ -79,8 +89,9 @@ def retention_along(
         `forward`: the adapted model's answers; `reverse`: the base's answers; `n`: rows. Each of
         the two holds `ppl` (of the answers under the *other* model: PPL_ret), `own_ppl` (under the
         model that wrote them), `delta` (paired difference of their log-probabilities per token, own
-        minus other, nats: `value`, `low`, `high` of a 95 % interval over rows), `jsd` (of the two
-        models, mean over tokens, full vocabulary, nats), `tokens`.
+        minus other, nats: `value`, `low`, `high` of a 95 % interval over rows), `jsd` and `kl` (of
+        the two models, the one that wrote first; means over tokens, full vocabulary, nats),
+        `tokens`.
 
     Raises:
         UserError: no base, and no adapter to take off.
@@ -120,7 +131,8 @@ def _along(
     _check_pairs(prompts, answers)
     logp_N2 = torch.zeros(len(prompts), 2, dtype=torch.float64)  # adapted, base
     count_N = torch.tensor([len(a) for a in answers], dtype=torch.int64)
-    divergence = 0.0
+    own, other = (1, 0) if written_by_base else (0, 1)
+    divergence = relative = 0.0
     with inference(model, *([] if base is None else [base])):
         adapted_states = _States(model)
         base_states = adapted_states if base is None else _States(base)
@@ -138,14 +150,17 @@ def _along(
                         theirs_CV = base_states.logp(theirs_TH[part].to(base_states.model.device)).to(ours_CV)
                     for side, logp_CV in enumerate((ours_CV, theirs_CV)):
                         logp_N2[i, side] += logp_CV.gather(-1, target_T[part, None]).double().sum().cpu()
-                    divergence += float(jsd(ours_CV, theirs_CV).double().sum())
-    own, other = (1, 0) if written_by_base else (0, 1)
+                    sides = (ours_CV, theirs_CV)
+                    divergence += float(jsd(*sides).double().sum())
+                    relative += float(kl(sides[own], sides[other]).double().sum())
+    count = int(count_N.sum())
     return {
         "ppl": corpus_ppl(logp_N2[:, other], count_N),
         "own_ppl": corpus_ppl(logp_N2[:, own], count_N),
         "delta": paired_delta(logp_N2[:, own] - logp_N2[:, other], count_N),
-        "jsd": divergence / int(count_N.sum()) if count_N.sum() else math.nan,
-        "tokens": int(count_N.sum()),
+        "jsd": divergence / count if count else math.nan,
+        "kl": relative / count if count else math.nan,
+        "tokens": count,
     }
 
 

@@ -240,8 +240,8 @@ def gone_blind(first: Values, last: Values) -> str | None:
     )
 
 
-def forgetting(first: Values, last: Values) -> str | None:
-    before, now = first["retained/nll"], last["retained/nll"]
+def forgetting(before: float, now: float) -> str | None:
+    """Compare two probes, of the same answers: that needs no window of steps."""
     if now <= before + FORGOTTEN_NATS:
         return None
     return (
@@ -272,9 +272,9 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Values, Values], str | None]]
         blind_teacher,
     ),
     ("gone blind", ("leak/pull_answers", *PULLS), gone_blind),
-    ("forgetting", ("retained/nll",), forgetting),
 )
-WATCHED = frozenset(metric.removeprefix("run/") for _, metrics, _ in RULES for metric in metrics)
+RETAINED = "retained/nll"
+WATCHED = frozenset(metric.removeprefix("run/") for _, metrics, _ in RULES for metric in metrics) | {RETAINED}
 
 
 def find(first: Values, last: Values) -> dict[str, str]:
@@ -297,25 +297,31 @@ def middle(metric: str, values: Sequence[float]) -> float:
     return mean(values) if metric.startswith("words/") else median(values)
 
 
-def silence(steps: int, window: int, counted: bool, probed: bool) -> str:
+def silence(steps: int, window: int, counted: bool, probed: bool, retained: bool = False) -> str:
     """What it means that no alarm was raised in so many steps.
 
     Args:
         counted: whether the answers' words were (`diagnostics`).
         probed: whether a probe was taken (`diagnostics_probe_steps`).
+        retained: whether what must not be lost was measured before and after.
     """
-    if steps < 2 * window:
+    short = steps < 2 * window
+    if short and not (probed or retained):
         return (
             f"No alarm could be raised: {steps} steps are fewer than the {window} first and {window} last"
             " that alarms compare."
         )
     said = "No alarm was raised."
-    if not counted:
-        said += " Nobody looked for words of doubt, stated answers or repetition: that needs diagnostics."
-    if not probed:
+    if short:
         said += (
-            " Nobody looked for forgetting, or under a wrong reference: that needs diagnostics_probe_steps."
+            f" Only forgetting was looked for: {steps} steps are fewer than the {window} first and {window}"
+            " last that the others compare."
         )
+    if not counted and not short:
+        said += " Nobody looked for words of doubt, stated answers or repetition: that needs diagnostics."
+    if not probed and not short:
+        what = "under a wrong reference" if retained else "for forgetting, or under a wrong reference"
+        said += f" Nobody looked {what}: that needs diagnostics_probe_steps."
     return said
 
 
@@ -337,6 +343,8 @@ class Watch:
         self._sums: dict[str, float] = {}
         self._last: deque[Mapping[str, float | None]] = deque(maxlen=window)
         self._present: set[str] = set()
+        self._retained: float | None = None  # of the first probe
+        self._is_forgetting = False
 
     def update(self, step: int, values: Mapping[str, float | None]) -> list[Alarm]:
         """Return the alarms that are new with optimizer step number `step`.
@@ -350,14 +358,15 @@ class Watch:
         new: list[Alarm] = []
         if step == 1 and (text := never_ends(_finite(values))) is not None:
             new = [Alarm("never ends", step, text)]
-            self.alarms += new
+        new += self._forgetting(step, _finite(values).get(RETAINED))
+        self.alarms += new
         if self._steps <= self.window:
             for metric, value in _finite(values).items():
                 self._first.setdefault(metric, []).append(value)
             return new
         self._last.append(values)
         if len(self._last) < self.window:
-            return []
+            return new
         recent: dict[str, list[float]] = {}
         for earlier in self._last:
             for metric, value in _finite(earlier).items():
@@ -368,13 +377,22 @@ class Watch:
         )
         whole = {f"run/{metric}": value for metric, value in self._sums.items()}
         found = find(first | whole, last | whole)
-        new = [Alarm(name, step, text) for name, text in found.items() if name not in self._present]
+        raised = [Alarm(name, step, text) for name, text in found.items() if name not in self._present]
         # What these steps did not measure has not gone: a probe may be rarer than the window is
         # long.
         judged = {name for name, metrics, _ in RULES if (last | whole).keys() >= set(metrics)}
         self._present = self._present - judged | set(found)
-        self.alarms += new
-        return new
+        self.alarms += raised
+        return new + raised
+
+    def _forgetting(self, step: int, now: float | None) -> list[Alarm]:
+        """The alarm of a probe that is clearly worse than the first, once until it is better."""
+        if now is None:
+            return []
+        self._retained = now if self._retained is None else self._retained
+        text, had = forgetting(self._retained, now), self._is_forgetting
+        self._is_forgetting = text is not None
+        return [Alarm("forgetting", step, text)] if text is not None and not had else []
 
 
 def _finite(values: Mapping[str, float | None]) -> dict[str, float]:

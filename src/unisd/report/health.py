@@ -47,13 +47,16 @@ CURVES: plots.Wanted = (
 
 
 def health(
-    alarms: Sequence[Mapping[str, Any]] | None, metrics: Sequence[Mapping[str, Any]], window: int
+    alarms: Sequence[Mapping[str, Any]] | None,
+    metrics: Sequence[Mapping[str, Any]],
+    window: int,
+    retained: bool = False,
 ) -> str:
     """The section; nothing where the run has neither alarms nor diagnostic metrics.
 
     `alarms` is None where nobody watched.
 
-    window: the run's `alarm_window`.
+    window: the run's `alarm_window`. retained: whether skills were measured before and after.
     """
     shown = list(alarms or ())[:MAX_ALARMS]
     lines = [
@@ -67,7 +70,7 @@ def health(
         probed = any("retained/nll" in line or "leak/wrong_jsd" in line for line in metrics)
         counted = any("words/all" in line for line in metrics)
         steps = max((int(line["step"]) for line in metrics), default=0)
-        said = f"<p>{silence(steps, window, counted, probed)}</p>"
+        said = f"<p>{silence(steps, window, counted, probed, retained)}</p>"
     marks = sorted({int(alarm["step"]) for alarm in shown})
     note = "What a low loss does not tell. Dashed lines: steps at which an alarm was raised." if marks else ""
     return section(

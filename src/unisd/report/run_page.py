@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from unisd.errors import UserError
-from unisd.evaluation.grading import unsettled_lines
 from unisd.files import ANSWERS, METRICS, RESULTS, SAMPLES, read_lines
 from unisd.monitoring.alarms import Watch
 from unisd.report import plots
@@ -21,6 +20,7 @@ from unisd.report.health import health
 from unisd.report.html import escape, page, section, table, tiles
 from unisd.report.supervision import supervision
 from unisd.run import grafting
+from unisd.run.changes import change_lines, side_of
 
 MAX_EXAMPLES = 24
 MAX_POINTS = 1000
@@ -96,7 +96,7 @@ def build(folder: Path) -> str:
     ]
     rows = _accuracy_rows(results)
     body = tiles(facts)
-    changes = [["measure", "before", "after", "change"], *_changes(results, rows)]
+    changes = [["measure", "before", "after", "change"], *change_lines(results)]
     note = (
         "One seed. Bars and brackets are 95 % intervals of an accuracy; differences within them mean little."
     )
@@ -109,9 +109,14 @@ def build(folder: Path) -> str:
     for curve in grafting.read(folder):
         body += _grafted(curve)
     body += section("Curves", plots.curves((*CURVES, *_by_weight(metrics)), metrics))
-    body += health(results.get("alarms"), metrics, results["config"].get("alarm_window", DEFAULT_WINDOW))
+    body += health(
+        results.get("alarms"),
+        metrics,
+        results["config"].get("alarm_window", DEFAULT_WINDOW),
+        bool(results.get("retention")),
+    )
     body += section("Time, memory, cost", _cost(results))
-    names = {"task": "task", "retention": "old skills"}
+    names = {"task": "task", "retention": "what must not be lost"}
     body += section(
         "Answers before and after",
         *(_examples(names.get(part, part), found["examples"]) for part, found in answers.items()),
@@ -210,42 +215,25 @@ def read_metrics(path: Path) -> list[Figures]:
 
 
 def _accuracy_rows(results: Figures) -> list[tuple[str, Figures, Figures]]:
+    """The accuracies of the plot, by name, before and after."""
     before, after = results["before"], results["after"]
+    sides = [side_of(side, "task_accuracy", "skills") for side in (before, after)]
+    pairs = [("task", sides[0], sides[1])]
+    if "retention" in results:
+        names = [one["name"] for one in results["retention"]]
+        pairs += [(name, before["retention"][name], after["retention"][name]) for name in names]
+    else:  # of an earlier version
+        sides = [side_of(side, "retention_accuracy", "retention_skills") for side in (before, after)]
+        pairs.append(("old skills", sides[0], sides[1]))
     rows = []
-    for name, total, skills in (
-        ("task", "task_accuracy", "skills"),
-        ("old skills", "retention_accuracy", "retention_skills"),
-    ):
-        if after[total] is not None:
-            rows.append((name, before[total], after[total]))
+    for name, old, new in pairs:
+        if new["accuracy"] is not None:
+            rows.append((name, old["accuracy"], new["accuracy"]))
             rows += [
-                (f"  {name}: {skill}", before[skills][skill], value)
-                for skill, value in (after[skills] or {}).items()
+                (f"  {name}: {skill}", old["skills"][skill], value)
+                for skill, value in (new["skills"] or {}).items()
             ]
     return rows
-
-
-def _changes(results: Figures, rows: Sequence[tuple[str, Figures, Figures]]) -> list[list[str]]:
-    """Measure, before, after and change, one line each."""
-
-    def percent(share: Figures) -> str:
-        value, low, high = (100 * share[name] for name in ("value", "low", "high"))
-        return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
-
-    lines = [
-        [name, percent(old), percent(new), f"{100 * (new['value'] - old['value']):+.1f}"]
-        for name, old, new in rows
-    ]
-    lines += unsettled_lines(results["before"], results["after"])
-    old_ppl, new_ppl = results["before"]["gold_ppl"], results["after"]["gold_ppl"]
-    if old_ppl is not None and new_ppl is not None:
-        lines.append(
-            ["perplexity of the references", f"{old_ppl:.3f}", f"{new_ppl:.3f}", f"{new_ppl - old_ppl:+.3f}"]
-        )
-    whose = {"forward": "own answers under the base", "reverse": "the base's answers under it"}
-    for way, value in (results["after"]["retention_ppl"] or {}).items():
-        lines.append([f"retention perplexity, {whose[way]}", "", _number(value, ".3f"), ""])
-    return lines
 
 
 def _cost(results: Figures) -> str:

@@ -31,7 +31,7 @@ def key_of(options: RunOptions, config: UniSDConfig, data: RunData, rendered: An
         "model": [options.model_name_or_path, options.dtype, options.load_in_4bit, options.use_peft],
         "files": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
         "data": [data.name, options.grader, options.task_options],
-        "rows": [data.evaluation, data.retention],
+        "rows": [data.evaluation, [(one.name, one.rows, one.free, one.cap) for one in data.retention]],
         "answers": [config.eval_max_new_tokens, config.max_completion_length, config.rollout_batch_size],
         "rendered": rendered,
         "computed": [str(config.device), config.mixed_precision],

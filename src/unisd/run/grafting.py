@@ -17,6 +17,7 @@ from unisd.console import show_progress
 from unisd.errors import UserError
 from unisd.files import GRAFTING, RESULTS, write_json
 from unisd.models.adapters import is_adapter
+from unisd.run.changes import percent
 
 NONE, ALL = 0.0, 1.0
 Measured = TypeVar("Measured")
@@ -101,8 +102,6 @@ HEAD = ("part of the change", "task", "retention")
 
 def lines(points: Sequence[Point]) -> list[list[str]]:
     """One line a point: scale (of several tasks with its name), and both accuracies."""
-    from unisd.run.measure import percent
-
     several = len({point["task"] for point in points}) > 1
     return [
         [

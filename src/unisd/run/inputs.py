@@ -19,6 +19,7 @@ from unisd.data.text import problem_key
 from unisd.errors import UserError
 from unisd.models.adapters import is_adapter, make_trainable
 from unisd.run.options import RunOptions
+from unisd.run.retention import RetentionSet, load_sets
 from unisd.tasks import sandbox
 from unisd.tasks.base import Grade, Task
 
@@ -31,19 +32,32 @@ GradeFunction = Callable[[Row, str], Grade]
 class RunData:
     """Rows by use.
 
-    `grade` is None where nobody can tell a right answer; `retention` is empty where there are no
-    such skills, and `validation` where evaluations during training choose nothing.
+    `grade` is None where nobody can tell a right answer; `retention` is empty where nothing is
+    asked that must not be lost, and `validation` where evaluations during training choose nothing.
     """
 
     name: str
     train: list[Row]
     evaluation: list[Row]
-    retention: list[Row] = field(default_factory=list)
+    retention: list[RetentionSet] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
     grade: GradeFunction | None = None
     task: Task | None = None
     contexts: str = ""
     """A line that says where the auxiliary contexts of the training rows come from."""
+
+    @property
+    def probed(self) -> RetentionSet | None:
+        """The set on whose rows drift is measured: the first with free prompts, else the first."""
+        return next((one for one in self.retention if one.free), next(iter(self.retention), None))
+
+    @property
+    def evaluated(self) -> dict[str, list[Row]]:
+        """All rows that are answered before and after, by what they are called."""
+        found = {"the evaluation data": self.evaluation}
+        for one in self.retention:
+            found[f"the retention data {one.name}"] = [*one.rows, *one.free]
+        return found
 
 
 def get_task(options: RunOptions) -> Task:
@@ -108,8 +122,14 @@ def load_data(
         name=Path(name).stem if options.train_file else name,
         train=rows[: options.max_train_rows],
         evaluation=evaluation[: options.max_eval_rows],
+        retention=_retention(options, None) if training else [],
         grade=grade,
     )
+
+
+def _retention(options: RunOptions, task: Task | None) -> list[RetentionSet]:
+    asked, rows, most = options.retention, options.retention_rows, options.max_eval_rows
+    return load_sets(asked, rows, most, task, options.model_name_or_path, options.grader)
 
 
 def _say_what_is_trained_on(evaluation: list[Row], rows: list[Row], eval_file: str, name: str) -> None:
@@ -190,7 +210,7 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
         else [],
         # Evaluation rows do not depend on the run's seed, so that runs can be compared.
         evaluation=prepare_rows(task.load("test", limit=options.max_eval_rows), name=where),
-        retention=task.retention_rows(limit=options.max_eval_rows),
+        retention=_retention(options, task),
         grade=task.grade,
         task=task,
     )

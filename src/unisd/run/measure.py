@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from unisd.config import UniSDConfig
-from unisd.console import number
+from unisd.data import rendering
 from unisd.data.rows import Row
-from unisd.evaluation.accuracy import accuracy
-from unisd.evaluation.grading import unsettled_lines
+from unisd.distributed.sharding import all_ranks_must_join
+from unisd.evaluation.accuracy import accuracy, generate_greedy
 from unisd.evaluation.likelihood import gold_ppl
 from unisd.evaluation.retention import retention, retention_along
-from unisd.run import answers
-from unisd.run.inputs import GradeFunction, RunData
+from unisd.models.inference import load_any
+from unisd.run import answers, grafting
+from unisd.run import baseline as shared
+from unisd.run.changes import change, drift_of, forgotten, items
+from unisd.run.inputs import GradeFunction, RunData, load_model
+from unisd.run.options import RunOptions
+from unisd.run.retention import RetentionSet
+from unisd.trainer import UniSDTrainer
 
 Figures = dict[str, Any]
+TASK, RETENTION, FREE = "task", "retention", "free"
+"""Parts of the answers: the task's, those of the first retention set, and free ones."""
 
 
 def graded(
@@ -32,6 +41,14 @@ def graded(
     return found["overall"], found["by_skill"] or None, answers.verdicts(found)
 
 
+def parts_of(data: RunData) -> dict[str, RetentionSet]:
+    """The graded retention sets by the part of the answers that is theirs; the first is plain
+    `retention`.
+    """
+    sets = [one for one in data.retention if one.grade is not None and one.rows]
+    return {RETENTION if place == 0 else f"{RETENTION} {one.name}": one for place, one in enumerate(sets)}
+
+
 def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> tuple[Figures, Figures]:
     """Measure one state of the model: the `before` or `after` of `results.json`, and answers.
 
@@ -39,28 +56,36 @@ def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> t
     """
     cap, batch = config.eval_max_new_tokens or config.max_completion_length, config.rollout_batch_size
     task, skills, task_answers = graded(model, tokenizer, data.evaluation, data.grade, cap, batch)
-    retention, retention_skills, retention_answers = graded(
-        model, tokenizer, data.retention, data.grade, cap, batch
-    )
+    found: dict[str, Figures | None] = {TASK: task_answers}
+    sets: dict[str, Figures] = {}
+    for part, one in parts_of(data).items():
+        share, by_skill, found[part] = graded(model, tokenizer, one.rows, one.grade, one.cap or cap, batch)
+        outcomes = (found[part] or {}).get("outcomes")
+        sets[one.name] = {"accuracy": share, "skills": by_skill, "outcomes": outcomes}
+    first: Figures = next(iter(sets.values()), {})
+    if (probed := data.probed) is not None and (probed.free or probed.grade is None):
+        prompts = [row["prompt"] for row in probed.probed]
+        found[FREE] = {"token_ids": generate_greedy(model, tokenizer, prompts, probed.cap or cap, batch)}
     figures = {
         "task_accuracy": task,
         "task_outcomes": (task_answers or {}).get("outcomes"),
         "skills": skills,
-        "retention_accuracy": retention,
-        "retention_outcomes": (retention_answers or {}).get("outcomes"),
-        "retention_skills": retention_skills,
+        "retention_accuracy": first.get("accuracy"),
+        "retention_outcomes": first.get("outcomes"),
+        "retention_skills": first.get("skills"),
+        "retention": sets,
         "gold_ppl": gold_ppl(model, tokenizer, data.evaluation),
     }
-    return figures, {"task": task_answers, "retention": retention_answers}
+    return figures, found
 
 
 def pair_answers(data: RunData, before: Figures, after: Figures) -> Figures:
     """What `answers.json` holds, from the answers of both states."""
-    rows = {"task": data.evaluation, "retention": data.retention}
+    rows = {TASK: data.evaluation, **{part: one.rows for part, one in parts_of(data).items()}}
     return {
-        part: answers.paired(rows[part], before[part], after[part])
-        for part in rows
-        if before[part] and after[part]
+        part: answers.paired(of_part, before[part], after[part])
+        for part, of_part in rows.items()
+        if before.get(part) and after.get(part)
     }
 
 
@@ -77,8 +102,8 @@ def drift(
 
     `retention_ppl` both ways, and details (`evaluation.retention`).
 
-    known: what `graded` says of the model's and the base's answers to these very rows; where it is
-    missing they are written anew.
+    known: the model's and the base's answers to these very rows; where they are missing they are
+    written anew.
     """
     after, before = ((side or {}).get("token_ids") for side in known)
     if after is None or before is None:
@@ -88,46 +113,123 @@ def drift(
     ways = ("forward", "reverse")
     return {
         "retention_ppl": {way: _finite(found[way]["ppl"]) for way in ways},
-        "retention_detail": {w: found[w] for w in ways},
+        "retention_detail": {w: found[w] for w in (*ways, "n")},
+    }
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Takes the figures of a run's model, before and after its training."""
+
+    trainer: UniSDTrainer
+    tokenizer: Any
+    data: RunData
+    options: RunOptions
+    config: UniSDConfig
+
+    def before(self) -> Figures:
+        """`figures` and `answers` of the untrained model, which several runs may share."""
+        rendered = rendering.rendered_with(self.tokenizer)
+        key = shared.key_of(self.options, self.config, self.data, rendered)
+        # Ranks measure together: none can wait for a file.
+        cache = self.options.before_cache if self.config.world_size == 1 else None
+        return shared.measured_once(
+            cache, key, lambda: dict(zip(("figures", "answers"), self.now(), strict=True))
+        )
+
+    def now(self) -> tuple[Figures, Figures]:
+        """Figures and answers of the model as it is, in the precision that it is trained in.
+
+        Before training no wrapper sees to that.
+        """
+        with self.trainer.accelerator.autocast():
+            return measure(self.trainer.model, self.tokenizer, self.data, self.config)
+
+    def drift(self, after: Figures, before: Figures) -> Figures:
+        """Measure how far the model is from the initial one, from the answers of both.
+
+        Not of a sharded model without an adapter: `unisd eval --base` measures it afterwards.
+        """
+        model, probed = self.trainer.model, self.data.probed
+        # Where processes share a model, none has room for a whole initial one beside it.
+        if probed is None or (all_ranks_must_join(model) and not self.options.use_peft):
+            return {"retention_ppl": None, "retention_detail": None}
+        base = None if self.options.use_peft else load_model(self.options)[0].to(model.device)
+        cap = self.config.eval_max_new_tokens or self.config.max_completion_length
+        part = FREE if FREE in after else RETENTION
+        known = after.get(part), before.get(part)
+        with self.trainer.accelerator.autocast():
+            return drift(
+                model,
+                base,
+                self.tokenizer,
+                probed.probed,
+                probed.cap or cap,
+                self.config.rollout_batch_size,
+                known,
+            )
+
+    def parts(self, before: Figures, after: tuple[Figures, Figures]) -> list[grafting.Point]:
+        """Measure parts of what training changed, and keep the curve between both ends."""
+        folder, options, scales = str(self.config.output_dir), self.options, self.options.graft_scales or ()
+        dtype = str(next(self.trainer.model.parameters()).dtype).removeprefix("torch.")
+
+        def measured(place: str) -> tuple[Figures, Figures]:
+            model, tokenizer = load_any(place, dtype, options.trust_remote_code)
+            with self.trainer.accelerator.autocast():
+                return measure(model, tokenizer, self.data, self.config)
+
+        further = {"trust_remote_code": options.trust_remote_code, "load_in_4bit": options.load_in_4bit}
+        base = grafting.base_of(folder, options.model_name_or_path)
+        found = grafting.curve(folder, base, scales, measured, **further)
+        sides = {grafting.NONE: (before["figures"], before["answers"]), **found, grafting.ALL: after}
+        points = [grafting.point(self.data.name, scale, *side) for scale, side in sides.items()]
+        grafting.add(self.trainer.args.output_dir, points)
+        return points
+
+
+def compared(data: RunData, before: Figures, after: tuple[Figures, Figures]) -> Figures:
+    """The parts `acquisition`, `retention` and `drift` of `results.json`.
+
+    Args:
+        before: figures and answers of the untrained model.
+        after: the same of the trained one.
+    """
+    old, new = before["figures"], after[0]
+    sides = before["answers"], after[1]
+
+    def of_items(part: str) -> Figures | None:
+        marks = [side[part]["correct"] for side in sides if side.get(part)]
+        return items(*marks) if len(marks) == 2 else None
+
+    kept = []
+    for part, one in parts_of(data).items():
+        shares = old["retention"][one.name], new["retention"][one.name]
+        kept.append(
+            {
+                "name": one.name,
+                "rows": len(one.rows),
+                "accuracy": change(*(share["accuracy"]["value"] for share in shares)),
+                "items": of_items(part),
+                "skills": {
+                    skill: change(share["value"], shares[1]["skills"][skill]["value"])
+                    for skill, share in (shares[0]["skills"] or {}).items()
+                },
+            }
+        )
+    moved = None if data.probed is None else drift_of(new.get("retention_detail"), data.probed.name)
+    accuracies = [side["task_accuracy"] and side["task_accuracy"]["value"] for side in (old, new)]
+    return {
+        "acquisition": {
+            "accuracy": change(*accuracies),
+            "items": of_items(TASK),
+            "reference_ppl": change(old["gold_ppl"], new["gold_ppl"]),
+        },
+        "retention": kept,
+        "drift": moved,
+        "forgotten": forgotten(kept, moved),
     }
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def percent(accuracy: Figures | None) -> str:
-    """`62.3 % [57.1, 67.0]`."""
-    if accuracy is None:
-        return "-"
-    value, low, high = (100 * accuracy[name] for name in ("value", "low", "high"))
-    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
-
-
-def change_lines(results: Figures) -> list[list[str]]:
-    """Measure, before, after and change, one line each; skills indented under their total."""
-    before, after = results["before"], results["after"]
-    lines = []
-    for name, total, skills in (
-        ("task accuracy", "task_accuracy", "skills"),
-        ("retention accuracy", "retention_accuracy", "retention_skills"),
-    ):
-        if after[total] is None:
-            continue
-        lines.append(_accuracy_line(name, before[total], after[total]))
-        for skill, value in (after[skills] or {}).items():
-            lines.append(_accuracy_line(f"  {skill}", before[skills][skill], value))
-    lines += unsettled_lines(before, after)
-    if after["gold_ppl"] is not None:
-        change = f"{after['gold_ppl'] - before['gold_ppl']:+.3f}"
-        lines.append(
-            ["perplexity of the references", number(before["gold_ppl"]), number(after["gold_ppl"]), change]
-        )
-    whose = {"forward": "own answers under the base", "reverse": "base's answers under it"}
-    for way, value in (after["retention_ppl"] or {}).items():
-        lines.append([f"retention perplexity, {whose[way]}", "", number(value), ""])
-    return lines
-
-
-def _accuracy_line(name: str, before: Figures, after: Figures) -> list[str]:
-    return [name, percent(before), percent(after), f"{100 * (after['value'] - before['value']):+.1f}"]

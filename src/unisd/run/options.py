@@ -182,6 +182,14 @@ class RunOptions:
         "Training rows held out, by problem, for evaluations during training: a share, or from 1 on a number;"
         " unset: 10 % (at most max_eval_rows) where one of them chooses (load_best_model_at_end).",
     )
+    retention: list[str] | None = option(
+        "data",
+        "What must not be lost, asked before and after: none, general (short everyday items), tasks, or files"
+        " of rows; several may be given. Unset: the task's own, and general for a real model.",
+    )
+    retention_rows: int | None = option(
+        "data", "Most rows of each retention set; unset: 120 of general, max_eval_rows of others.", low=1
+    )
     max_eval_rows: int = option("data", "Most rows of each evaluation (task, retention).", 400, low=1)
 
     # -- not on the command line -------------------------------------------------------------------

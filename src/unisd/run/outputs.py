@@ -35,7 +35,7 @@ from unisd.training.checkpoints import (
 
 __all__ = ["RESULTS", "write_json"]
 logger = logging.getLogger(__name__)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DEFAULT_ROOT = "unisd-output"
 RESUME = "--resume_from_checkpoint"
 OVERWRITE = "--overwrite_output_dir"
@@ -227,6 +227,7 @@ def _silence(results: dict[str, Any]) -> str:
         config["alarm_window"],
         config["diagnostics"],
         config["diagnostics_probe_steps"] is not None,
+        bool(results["retention"]),
     )
 
 

@@ -26,13 +26,13 @@ from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
 from unisd.files import ANSWERS
 from unisd.kernels.devices import gains_from_bf16
-from unisd.models.inference import load_any
 from unisd.models.load import AUTO_BF16_FROM, can_checkpoint, context_length
+from unisd.monitoring.alarms import Alarm
 from unisd.monitoring.cost import Energy, cost_of
 from unisd.monitoring.progress import ProgressDisplay
 from unisd.processes import alone_in
-from unisd.run import baseline as shared
 from unisd.run import grafting, outputs
+from unisd.run.changes import change_lines
 from unisd.run.inputs import (
     RunData,
     adapter_config,
@@ -41,7 +41,7 @@ from unisd.run.inputs import (
     load_data,
     load_model,
 )
-from unisd.run.measure import change_lines, drift, measure, pair_answers
+from unisd.run.measure import Measurements, compared, pair_answers
 from unisd.run.options import RunOptions
 from unisd.run.prepare import prepare
 from unisd.trainer import UniSDTrainer
@@ -96,10 +96,10 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         callbacks=[progress, interruption],
         peft_config=adapter_config(options),
         grader=data.grade,
-        probe_dataset=data.retention[: config.diagnostics_probe_rows] or None,
+        probe_dataset=data.probed.probed[: config.diagnostics_probe_rows] if data.probed else None,
     )
-    for name, evaluated in (("evaluation", data.evaluation), ("retention", data.retention)):
-        check_evaluated(trainer, evaluated, f"the {name} data")
+    for name, evaluated in data.evaluated.items():
+        check_evaluated(trainer, evaluated, name)
     config = trainer.args = _within_memory(trainer, options, config)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -119,18 +119,18 @@ def _settle_rendering(tokenizer: Any, config: UniSDConfig, data: RunData) -> Non
     if checkpoint and not Path(str(checkpoint)).is_dir():  # the newest
         checkpoint = last_complete_checkpoint(str(config.output_dir))
     rendering.fix_date(tokenizer, checkpoint)
-    for name, rows in (("evaluation", data.evaluation), ("retention", data.retention)):
-        rendering.check_rows(tokenizer, rows, f"the {name} data")
+    for name, rows in data.evaluated.items():
+        rendering.check_rows(tokenizer, rows, name)
 
 
 def _check_lengths(model: Any, tokenizer: Any, data: RunData) -> None:
     """Raise `UserError` for rows to report on that leave no room for an answer."""
     context = context_length(model)
-    for name, rows in (("evaluation", data.evaluation), ("retention", data.retention)):
+    for name, rows in data.evaluated.items():
         if too_long := overlong(tokenizer, rows, context):
             number, length = next(iter(too_long.items()))
             raise UserError(
-                f"row {number} of the {name} data: the prompt has {length} tokens, and the model's context is"
+                f"row {number} of {name}: the prompt has {length} tokens, and the model's context is"
                 f" {context}; {len(too_long)} such row(s): shorten or remove them, or give a model with a"
                 " longer context."
             )
@@ -220,8 +220,12 @@ def _carried_out(
     phases = {"load": time.perf_counter() - started}
 
     clock = time.perf_counter()
-    before = _measured_before(setting, options, config)
+    measurements = Measurements(trainer, setting.tokenizer, data, options, config)
+    before = measurements.before()
     phases["eval"] = time.perf_counter() - clock
+    if is_writer and data.retention:
+        said = f"measured before training in {phases['eval']:.0f} s; the same follows after it"
+        console.print(said, markup=False, highlight=False)
     energy = _trained(setting, checkpoint)
     if energy is None:
         if is_writer:
@@ -230,13 +234,13 @@ def _carried_out(
 
     _save_model(setting, folder)  # a run that is stopped while it measures has done its work
     clock = time.perf_counter()
-    after, answers = _measured(setting, config)
-    with trainer.accelerator.autocast():
-        after |= _drift(setting, options, config, answers, before["answers"])
-    after["n_task"], after["n_retention"] = len(data.evaluation), len(data.retention)
+    after, answers = measurements.now()
+    after |= measurements.drift(answers, before["answers"])
+    after["n_task"] = len(data.evaluation)
+    after["n_retention"] = sum(len(one.rows) for one in data.retention)
     phases["eval"] += time.perf_counter() - clock + trainer.metrics.phases["eval"]
     clock = time.perf_counter()
-    points = _graft(setting, options, before, (after, answers)) if options.graft_scales else []
+    points = measurements.parts(before, (after, answers)) if options.graft_scales else []
     phases["graft"] = time.perf_counter() - clock
     results = {
         **_described(setting, options, config),
@@ -244,8 +248,9 @@ def _carried_out(
         "phases_s": {**trainer.metrics.phases, **phases},
         "before": before["figures"],
         "after": after,
+        **compared(data, before, (after, answers)),
     }
-    results |= _accounted(setting, options, config, results["phases_s"], energy)
+    results |= _accounted(setting, options, config, results, energy)
     if is_writer:  # before results.json, which completes a run
         outputs.write_json(folder / ANSWERS, pair_answers(data, before["answers"], answers))
     _finish(setting, options, config, folder, results)
@@ -330,73 +335,16 @@ def chosen_line(results: Results) -> str | None:
 
 
 def _accounted(
-    setting: Setting, options: RunOptions, config: UniSDConfig, phases: dict[str, float], energy: Energy
+    setting: Setting, options: RunOptions, config: UniSDConfig, results: Results, energy: Energy
 ) -> Results:
-    alarms = setting.trainer.health.alarms if config.alarms != "off" else None
+    alarms = list(setting.trainer.health.alarms) if config.alarms != "off" else None
+    if alarms is not None and results["forgotten"] is not None:
+        alarms.append(Alarm("forgetting", results["steps"], results["forgotten"]))
     return {
-        "cost": cost_of(setting.trainer, config, phases, options.device_tdp, energy.kwh),
+        "cost": cost_of(setting.trainer, config, results["phases_s"], options.device_tdp, energy.kwh),
         "alarms": None if alarms is None else [asdict(alarm) for alarm in alarms],
         "config": outputs.resolved(options, config),
     }
-
-
-def _measured_before(setting: Setting, options: RunOptions, config: UniSDConfig) -> Results:
-    """`figures` and `answers` of the untrained model, which several runs may share."""
-    key = shared.key_of(options, config, setting.data, rendering.rendered_with(setting.tokenizer))
-    # Ranks measure together: none can wait for a file.
-    cache = options.before_cache if config.world_size == 1 else None
-    names = ("figures", "answers")
-    return shared.measured_once(cache, key, lambda: dict(zip(names, _measured(setting, config), strict=True)))
-
-
-def _measured(setting: Setting, config: UniSDConfig) -> tuple[Results, Results]:
-    """Figures and answers of the model as it is, in the precision that it is trained in.
-
-    Before training no wrapper sees to that.
-    """
-    with setting.trainer.accelerator.autocast():
-        return measure(setting.trainer.model, setting.tokenizer, setting.data, config)
-
-
-def _drift(
-    setting: Setting, options: RunOptions, config: UniSDConfig, after: Results, before: Results
-) -> Results:
-    """Measure how far the model is from the initial one on the retention rows.
-
-    Where the task has none, on the evaluation rows. Not of a sharded model without an adapter:
-    `unisd eval --base` measures it afterwards.
-    """
-    model, rows = setting.trainer.model, setting.data.retention or setting.data.evaluation
-    # Where processes share a model, none has room for a whole initial one beside it.
-    if all_ranks_must_join(model) and not options.use_peft:
-        return {"retention_ppl": None, "retention_detail": None}
-    base = None if options.use_peft else load_model(options)[0].to(model.device)
-    cap = config.eval_max_new_tokens or config.max_completion_length
-    part = "retention" if setting.data.retention else "task"
-    return drift(
-        model, base, setting.tokenizer, rows, cap, config.rollout_batch_size, (after[part], before[part])
-    )
-
-
-def _graft(
-    setting: Setting, options: RunOptions, before: Results, after: tuple[Results, Results]
-) -> list[grafting.Point]:
-    """Measure parts of what training changed, and keep the curve between both ends."""
-    folder, task = str(setting.config.output_dir), setting.data.name
-    dtype = str(next(setting.trainer.model.parameters()).dtype).removeprefix("torch.")
-
-    def measured(place: str) -> tuple[Results, Results]:
-        model, tokenizer = load_any(place, dtype, options.trust_remote_code)
-        with setting.trainer.accelerator.autocast():
-            return measure(model, tokenizer, setting.data, setting.config)
-
-    further = {"trust_remote_code": options.trust_remote_code, "load_in_4bit": options.load_in_4bit}
-    base = grafting.base_of(folder, options.model_name_or_path)
-    parts = grafting.curve(folder, base, options.graft_scales or (), measured, **further)
-    sides = {grafting.NONE: (before["figures"], before["answers"]), **parts, grafting.ALL: after}
-    points = [grafting.point(task, scale, *side) for scale, side in sides.items()]
-    grafting.add(Path(folder), points)
-    return points
 
 
 def _save_model(setting: Setting, folder: Path) -> None:
@@ -434,7 +382,7 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
         f"{options.recipe}: model {options.model_name_or_path} ({size.parameters / 1e6:.1f}M parameters,"
         f" {size.trained / 1e6:.1f}M trained), {data.name}: {len(data.train)} training rows,"
         f" {len(data.evaluation)} to report on"
-        + (f", {len(data.retention)} on retention" if data.retention else "")
+        + (f"; must not be lost: {', '.join(map(str, data.retention))}" if data.retention else "")
         + (f", {len(data.validation)} for evaluations during training" if data.validation else "")
         + f"; {steps} steps of {rows_per_step} rows",
         markup=False,

@@ -276,7 +276,7 @@ def _calibrate(run: Run, store: Store, executor: Executor) -> float:
     data = load_data(options, config.seed, needs_reference=config.uses_reference)
     hold_out_validation(data, options, config)
     steps = planned_steps(config, len(data.train))
-    rows = len(data.evaluation) + len(data.retention)
+    rows = len(data.evaluation) + sum(len(one.rows) for one in data.retention)
     short_rows = results["after"]["n_task"] + results["after"]["n_retention"]
     seconds = results["phases_s"]
     step_s = results["cost"]["train_s"] / CALIBRATION_STEPS

@@ -1,0 +1,164 @@
+"""Says what a run has changed: acquisition, retention and drift, each apart.
+
+Acquisition is the task's accuracy. Retention is what the model could do before, item by item. Drift
+is how far its free answers have moved. A single number for "forgetting" would hide which of them it
+is. Light: a report reads it without torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unisd.console import number
+from unisd.evaluation.grading import unsettled_lines
+from unisd.monitoring.alarms import FORGOTTEN_NATS, at_most
+
+CLEARLY = 0.01
+"""Chance of as many lost items, with as many gained, in a model that has kept its skills."""
+LOST_AT_LEAST = 0.05  # of the items, less those gained
+Figures = dict[str, Any]
+
+
+def items(before: Sequence[bool], after: Sequence[bool]) -> Figures:
+    """Count the items that were kept, lost, gained and right neither time.
+
+    `p`: of McNemar's exact test, that lost and gained ones differ by chance alone.
+    """
+    pairs = list(zip(before, after, strict=True))
+    lost, gained = pairs.count((True, False)), pairs.count((False, True))
+    p = min(1.0, 2 * at_most(min(lost, gained), lost + gained, 0.5)) if lost + gained else 1.0
+    kept, neither = pairs.count((True, True)), pairs.count((False, False))
+    return {"kept": kept, "lost": lost, "gained": gained, "neither": neither, "p": p}
+
+
+def change(before: float | None, after: float | None) -> Figures | None:
+    """A figure before and after, and its change; None where it was not measured."""
+    if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
+        return None
+    return {"before": before, "after": after, "change": after - before}
+
+
+def drift_of(detail: Mapping[str, Any] | None, name: str) -> Figures | None:
+    """The part `drift` of `results.json`, from what `evaluation.retention` gives.
+
+    `reverse`: perplexity of the base's answers, under the base and under the model. `forward`:
+    perplexity under the base, of its own answers and of the model's. `kl`: of base and model on the
+    base's answers, nats a token. A model that has not changed has the changes 0.
+    """
+    if detail is None:
+        return None
+    reverse, forward = detail["reverse"], detail["forward"]
+    return {
+        "set": name,
+        "rows": detail["n"],
+        "tokens": reverse["tokens"],
+        "reverse": change(reverse["own_ppl"], reverse["ppl"]),
+        "forward": change(reverse["own_ppl"], forward["ppl"]),
+        "kl": change(0.0, reverse["kl"]),
+        "nats": reverse["delta"],
+    }
+
+
+def forgotten(retention: Sequence[Figures], drift: Figures | None) -> str | None:
+    """Say in words what was lost from before the training to after it; None: nothing clear.
+
+    Items lost beyond chance and by a share that matters, or the base's own answers less likely by
+    more than `FORGOTTEN_NATS` a token, beyond chance.
+    """
+    said = []
+    for one in retention:
+        found = one["items"]
+        count = sum(found[name] for name in ("kept", "lost", "gained", "neither"))
+        if found["p"] < CLEARLY and found["lost"] - found["gained"] >= LOST_AT_LEAST * count:
+            said.append(
+                f"{found['lost']} of {found['kept'] + found['lost']} items of {one['name']} that were right"
+                f" are lost, {found['gained']} gained"
+            )
+    nats = None if drift is None else drift["nats"]
+    if drift is not None and nats is not None and nats["value"] > FORGOTTEN_NATS and nats["low"] > 0:
+        said.append(
+            f"the base's own answers to {drift['set']} lost {nats['value']:.2f} nats a token (perplexity"
+            f" {drift['reverse']['before']:.2f} to {drift['reverse']['after']:.2f})"
+        )
+    if not said:
+        return None
+    remedy = "lower the rate, train for fewer steps, or keep a part of the change (--graft_scales)."
+    return f"{'; '.join(said)}: {remedy}"
+
+
+def percent(accuracy: Figures | None) -> str:
+    """`62.3 % [57.1, 67.0]`."""
+    if accuracy is None:
+        return "-"
+    value, low, high = (100 * accuracy[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def change_lines(results: Figures) -> list[list[str]]:
+    """Measure, before, after and change, one line each; skills indented under their total.
+
+    First what was acquired, then what was kept, then how far answers have moved.
+    """
+    before, after = results["before"], results["after"]
+    lines = _accuracy_lines(
+        "task accuracy", *(side_of(side, "task_accuracy", "skills") for side in (before, after))
+    )
+    lines += unsettled_lines(before, after)
+    if after["gold_ppl"] is not None and before["gold_ppl"] is not None:
+        lines.append(_ppl_line("perplexity of the references", change(before["gold_ppl"], after["gold_ppl"])))
+    if "drift" not in results:  # of an earlier version
+        return lines + _earlier_lines(before, after)
+    for one in results["retention"]:
+        sides = (side["retention"][one["name"]] for side in (before, after))
+        lines += _accuracy_lines(f"retention: {one['name']}", *sides)
+        found = one["items"]
+        counts = f"{found['kept']} / {found['lost']} / {found['gained']}"
+        lines.append(["  items kept / lost / gained", "", counts, f"p {found['p']:.2g}"])
+    return lines + _drift_lines(results["drift"])
+
+
+def side_of(side: Figures, accuracy: str, skills: str) -> Figures:
+    """An accuracy and its skills, as each retention set has them."""
+    return {"accuracy": side[accuracy], "skills": side[skills]}
+
+
+def _accuracy_lines(name: str, old: Figures, new: Figures) -> list[list[str]]:
+    if old["accuracy"] is None or new["accuracy"] is None:
+        return []
+    pairs = [(name, old["accuracy"], new["accuracy"])]
+    pairs += [(f"  {skill}", old["skills"][skill], share) for skill, share in (new["skills"] or {}).items()]
+    return [
+        [what, percent(was), percent(now), f"{100 * (now['value'] - was['value']):+.1f}"]
+        for what, was, now in pairs
+    ]
+
+
+def _ppl_line(name: str, found: Figures | None) -> list[str]:
+    if found is None:
+        return [name, "-", "-", "-"]
+    return [name, number(found["before"]), number(found["after"]), f"{found['change']:+.3f}"]
+
+
+def _drift_lines(drift: Figures | None) -> list[list[str]]:
+    if drift is None:
+        return []
+    return [
+        _ppl_line("drift: perplexity of the base's answers", drift["reverse"]),
+        _ppl_line("drift: perplexity of answers under the base", drift["forward"]),
+        _ppl_line("drift: KL from the base, nats a token", drift["kl"]),
+    ]
+
+
+def _earlier_lines(before: Figures, after: Figures) -> list[list[str]]:
+    """What schema 1 had in place of retention sets and drift."""
+    sides = (side_of(side, "retention_accuracy", "retention_skills") for side in (before, after))
+    whose = {"forward": "own answers under the base", "reverse": "base's answers under it"}
+    return [
+        *_accuracy_lines("retention accuracy", *sides),
+        *(
+            [f"retention perplexity, {whose[way]}", "", number(value), ""]
+            for way, value in (after["retention_ppl"] or {}).items()
+        ),
+    ]
