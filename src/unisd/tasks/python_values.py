@@ -19,7 +19,8 @@ MOST = 50  # candidates of a kind
 
 _FENCED = re.compile(r"```[a-z]{0,10}\n([^`]{1,2000})\n?```")
 _STATED = re.compile(
-    r"\b(?:is|be|prints?|printed|outputs?|returns?|answer|result)\b\s{0,3}:?\s{0,3}(?=([^\n]{1,200}))", re.I
+    r"\b(?:is|be|prints?|printed|outputs?|returns?|answer|result)\b(?!\()\s{0,3}:?\s{0,3}(?=([^\n]{1,200}))",
+    re.IGNORECASE,
 )
 _QUOTED = re.compile(r"(?<!`)`([^`\n]{1,200})`(?!`)")
 _MENTIONED = re.compile(
@@ -75,7 +76,7 @@ class PythonValue(AliasGrader):
         lines = [line for line in text.splitlines() if line.strip()]
         blocks = [block.strip().splitlines()[-1:] for block in _FENCED.findall(text)]
         found = [
-            *_candidates(lines[:1], "first line"),
+            *_candidates([] if text.lstrip().startswith("```") else lines[:1], "first line"),
             *_candidates((line for block in blocks for line in block), "fenced block"),
             *_candidates(_STATED.findall(text), "stated"),
             *_candidates(_QUOTED.findall(text), "inline code"),
