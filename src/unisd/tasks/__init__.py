@@ -28,6 +28,7 @@ ENTRY_POINT_GROUP = "unisd.tasks"
 _BUILT_IN: dict[str, str] = {
     "pocket": "unisd.pocket.task:PocketTask",
     "new_facts": "unisd.tasks.new_facts:NewFactsTask",
+    "general": "unisd.tasks.general:General",
     "gsm8k": "unisd.tasks.gsm8k:GSM8KTask",
     "scienceqa": "unisd.tasks.scienceqa:ScienceQATask",
     "cos_e": "unisd.tasks.cos_e:CosETask",
