@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import sys
 import threading
 import time
 from typing import Any
@@ -85,3 +86,33 @@ def test_feedback_never_holds_the_reference() -> None:
     kept = "argument city is wrong; 3 of 4 calls are right"
     [verdict] = Judge(lambda row, text: Verdict(0.75, False, kept)).verdicts([row], ["x"])
     assert verdict == Verdict(0.75, False, kept)
+
+
+def test_a_grader_that_exits_costs_its_own_verdict_only(caplog: pytest.LogCaptureFixture) -> None:
+    def grade(row: Any, text: str) -> bool:
+        if text == "answer 2":
+            sys.exit(1)
+        return True
+
+    judge = Judge(grade, workers=2)
+    found = judge.verdicts(ROWS, [f"answer {i}" for i in range(6)])
+    assert [verdict is None for verdict in found] == [i == 2 for i in range(6)]
+    assert "raised SystemExit" in caplog.text
+
+
+def test_nobody_goes_on_in_the_background_of_an_interrupted_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def grade(row: Any, text: str) -> bool:
+        asked.append(text)
+        time.sleep(0.05)
+        return True
+
+    def interrupted(self: Any, timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unisd.rollout.verdicts._Worker.join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Judge(grade, workers=1).verdicts(ROWS, [f"answer {i}" for i in range(6)])
+    time.sleep(0.3)
+    assert len(asked) <= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,51 @@ def test_what_is_no_part_is_refused(flags: list[str], message: str) -> None:
 
 
 def test_of_what_a_model_was_trained_is_known_or_asked_for(tmp_path: Path) -> None:
+    def says(name: str) -> None:
+        (tmp_path / "results.json").write_text(json.dumps({"config": {"model_name_or_path": name}}))
+
     with pytest.raises(UserError, match="give --base"):
         grafting.base_of(str(tmp_path), None)
-    (tmp_path / "results.json").write_text(json.dumps({"config": {"model_name_or_path": "pocket"}}))
+    with pytest.raises(UserError, match="is no folder"):
+        grafting.base_of("some/model", "pocket")
+    says("pocket")
     assert grafting.base_of(str(tmp_path), None) == "pocket"
     assert grafting.base_of(str(tmp_path), "other") == "other"
+    says("gone/base")
+    with pytest.raises(UserError, match=r"gone/base, which .* is not there: give --base"):
+        grafting.base_of(str(tmp_path), None)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    says(str(adapter))
+    assert grafting.base_of(str(adapter), None) is None
+    (adapter / "results.json").write_text((tmp_path / "results.json").read_text())
+    with pytest.raises(UserError, match="parts of both trainings"):
+        grafting.base_of(str(adapter), None)
+    with pytest.raises(UserError, match="leave --base out"):
+        grafting.base_of(str(adapter), "pocket")
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, busy = tmp_path / ".unisd-graft-999999999-x", tmp_path / f".unisd-graft-{os.getpid()}-x"
+    left.mkdir()
+    busy.mkdir()
+    monkeypatch.setattr("unisd.run.merge.Merge", lambda *args, **options: args)
+    monkeypatch.setattr("unisd.run.merge.merge", lambda asked, advance: [])
+    with grafting.part(str(tmp_path), 0.5, "pocket") as place:
+        assert not left.exists() and busy.exists() and Path(place).parent.parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == [busy.name]
+
+
+@pytest.mark.long
+def test_a_curve_that_fails_takes_no_results_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("unisd.run.merge.merge", fails)
+    folder = tmp_path / "run"
+    assert main(["train", *SHORT_SFT, "--graft_scales", "0.5", "--output_dir", str(folder)]) == 0
+    assert (folder / "results.json").is_file() and not (folder / "grafting.json").exists()
+    assert "No space left on device" in caplog.text and f"{folder} --scales 0.5" in caplog.text

@@ -107,6 +107,7 @@ def test_parts_of_fine_tuning_are_cells_of_its_runs(tmp_path: Path) -> None:
             {"sft-graft": {"learning_rate": 1}},
             "sft-graft takes graft_scales alone.*give learning_rate to that",
         ),
+        ({"sft-graft": {"graft_scales": "half"}}, "must be numbers, not 'half'"),
         (["sdft"], "unknown control 'sdft': there are reference-free"),
         ({"sft": 3}, "control sft must be a mapping"),
     ],
@@ -186,3 +187,32 @@ def test_rows_need_references_where_a_run_does(tmp_path: Path) -> None:
     spec = study(base={**base, "recipe": "sdft"}, factors=levels, mechanisms=[])
     with pytest.raises(UserError, match=r"cell reference: .*privileged_context"):
         runner.check_runs(runs_of(spec), spec)
+
+
+@pytest.mark.parametrize("given", [0.5, "5e-1", [0.5]])
+def test_parts_are_numbers_however_a_file_writes_them(given: Any) -> None:
+    found = {
+        run.cell.name: run.options for run in runs_of(study(controls={"sft-graft": {"graft_scales": given}}))
+    }
+    assert found["control sft 0.0003"]["graft_scales"] == [0.5]
+
+
+def test_where_parts_cannot_be_measured_all_others_are_meant() -> None:
+    several = {"accelerate_config": "ddp"}
+    assert "sft-graft" not in study(controls=True, base=several).controls
+    with pytest.raises(UserError, match="control sft-graft needs one process"):
+        study(controls=["sft-graft"], base=several)
+
+
+def test_answers_a_step_count_the_micro_batches_too() -> None:
+    spec = study(
+        controls={"rejection-sft": {"num_generations": 8}},
+        base={"per_device_train_batch_size": 8},
+        factors={"gradient_accumulation_steps": [4, 2]},
+        mechanisms=[],
+    )
+    options = next(run.options for run in runs_of(spec) if run.cell.name == "control rejection-sft")
+    names = ("per_device_train_batch_size", "num_generations", "gradient_accumulation_steps")
+    assert [options[name] for name in names] == [1, 8, 2]
+    with pytest.raises(UserError, match="draws 4 answers a prompt, and the method has 3"):
+        runs_of(study(controls=["rejection-sft"], base={"per_device_train_batch_size": 3}))

@@ -75,31 +75,33 @@ def _grafting(options: Any, chosen: dict[str, Task], sets: dict[str, dict[str, l
     folder = str(options.model_name_or_path)
     base = grafting.base_of(folder, options.base)
 
-    def measured(place: str) -> _Evaluation:
-        evaluation = _Evaluation(Namespace(**{**vars(options), "model_name_or_path": place}))
-        for name, task in chosen.items():
-            evaluation.add(name, task, dict(sets[name]))
-        return evaluation
+    records: list[Figures] = []
 
-    parts = grafting.curve(
-        folder,
-        base,
-        sorted({grafting.NONE, *options.scales}),
-        measured,
-        trust_remote_code=options.trust_remote_code,
-    )
-    found = sorted({**parts, grafting.ALL: measured(folder)}.items())
-    points = [
-        {"scale": scale, "task": name, **figures}
-        for scale, evaluation in found
-        for name, figures in evaluation.figures.items()
-    ]
+    def measured(place: str, scale: float) -> list[Figures]:
+        # Each point is a model: none is kept, and drift is not measured of parts.
+        evaluation = _Evaluation(Namespace(**{**vars(options), "model_name_or_path": place, "base": None}))
+        try:
+            for name, task in chosen.items():
+                evaluation.add(name, task, dict(sets[name]))
+        finally:
+            records.extend({"scale": scale, **record} for record in evaluation.records)
+        return [{"scale": scale, "task": name, **found} for name, found in evaluation.figures.items()]
+
+    scales = sorted({grafting.NONE, *options.scales})
+    try:
+        trust = {"trust_remote_code": options.trust_remote_code}
+        parts = grafting.curve(folder, base, scales, measured, **trust)
+        points = [point for of_part in (*parts.values(), measured(folder, grafting.ALL)) for point in of_part]
+    except (UserError, KeyboardInterrupt):
+        _write_rows(options, records)
+        raise
+    points.sort(key=lambda point: point["scale"])
     table = grafting.lines(points)
     show_table(make_console(), grafting.HEAD, table)
     _write(
         options,
         {"schema_version": SCHEMA_VERSION, "model": folder, "base": base, "points": points},
-        [{"scale": scale, **record} for scale, evaluation in found for record in evaluation.records],
+        records,
         [grafting.HEAD, *table],
     )
     if (Path(folder) / RESULTS).is_file():

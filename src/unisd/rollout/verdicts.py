@@ -33,7 +33,7 @@ class _Work:
     def __init__(self, grader: Grader, rows: Sequence[Row], texts: Sequence[str]) -> None:
         self.grader, self.rows, self.texts = grader, rows, texts
         self.waiting = deque(range(len(rows)))
-        self.answers: dict[int, tuple[Any, Exception | None]] = {}
+        self.answers: dict[int, tuple[Any, BaseException | None]] = {}
         self.given_up: set[int] = set()
         self.lock = threading.Lock()
 
@@ -53,10 +53,10 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         work = self.work
         while self._takes() and self.place is not None:
-            answer: tuple[Any, Exception | None]
+            answer: tuple[Any, BaseException | None]
             try:
                 answer = work.grader(work.rows[self.place], work.texts[self.place]), None
-            except Exception as error:
+            except BaseException as error:  # also of a grader that wants to exit
                 answer = None, error
             with work.lock:
                 work.answers[self.place] = answer
@@ -99,7 +99,20 @@ class Judge:
     def verdicts(self, rows: Sequence[Row], texts: Sequence[str]) -> list[Verdict | None]:
         """The verdict on each text, None where the grader gave none; in their order."""
         work = _Work(self.grader, rows, texts)
-        workers = [_Worker(work) for _ in range(min(self.workers, len(rows)))]
+        try:
+            self._work_through(work)
+        finally:
+            with work.lock:
+                work.waiting.clear()  # where a person interrupts, nobody goes on in the background
+        for place in sorted(work.given_up):
+            self._say("hangs", rows[place], f"gave no verdict within {self.limit_s:g} s")
+        return [
+            None if place in work.given_up else self._checked(row, *work.answers[place])
+            for place, row in enumerate(rows)
+        ]
+
+    def _work_through(self, work: _Work) -> None:
+        workers = [_Worker(work) for _ in range(min(self.workers, len(work.rows)))]
         while workers:
             ends = min(worker.since for worker in workers) + self.limit_s
             workers[0].join(max(0.0, ends - time.monotonic()))
@@ -108,14 +121,8 @@ class Judge:
                     workers.remove(worker)
                 elif worker.gives_up(self.limit_s):
                     workers[workers.index(worker)] = _Worker(work)
-        for place in sorted(work.given_up):
-            self._say("hangs", rows[place], f"gave no verdict within {self.limit_s:g} s")
-        return [
-            None if place in work.given_up else self._checked(row, *work.answers[place])
-            for place, row in enumerate(rows)
-        ]
 
-    def _checked(self, row: Row, answer: Any, error: Exception | None) -> Verdict | None:
+    def _checked(self, row: Row, answer: Any, error: BaseException | None) -> Verdict | None:
         if error is not None:
             self._say("raises", row, f"raised {type(error).__name__}: {error}")
             return None

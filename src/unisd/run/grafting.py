@@ -7,6 +7,8 @@ and for full models, and costs a merge and an evaluation each; no part is kept.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from unisd.models.adapters import is_adapter
 from unisd.run.changes import percent
 
 NONE, ALL = 0.0, 1.0
+PREFIX = ".unisd-graft-"
 Measured = TypeVar("Measured")
 Point = dict[str, Any]
 """`scale`, `task`, and the figures of that part as `results.json` names them."""
@@ -29,16 +32,37 @@ def base_of(folder: str, base: str | None) -> str | None:
     """The model that a full model was trained from, as said or as its run says; None of an adapter.
 
     Raises:
-        UserError: nobody says it, or two do.
+        UserError: nobody says it, or the change is not that of one training.
     """
-    if is_adapter(folder):
-        return None
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder: parts of a change are those of a run's folder.")
     results = Path(folder) / RESULTS
-    if base is None and results.is_file():
-        base = json.loads(results.read_text(encoding="utf-8"))["config"].get("model_name_or_path")
-    if base is None:
+    said = None
+    if results.is_file():
+        said = json.loads(results.read_text(encoding="utf-8"))["config"].get("model_name_or_path")
+    if is_adapter(folder):
+        if base is not None:
+            raise UserError(f"{folder} is an adapter, which names its base: leave --base out.")
+        if said is not None and is_adapter(said):
+            raise UserError(
+                f"{folder} was trained from the adapter {said}: parts of it would be parts of both trainings."
+            )
+        return None
+    if base is None and said is not None and os.sep in said and not Path(said).exists():
+        raise UserError(f"{said}, which {folder} was trained from, is not there: give --base.")
+    if base is None and said is None:
         raise UserError(f"{folder} does not say what it was trained from: give --base.")
-    return base
+    return base or said
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 @contextmanager
@@ -50,25 +74,29 @@ def part(folder: str, scale: float, base: str | None, **options: Any) -> Iterato
     """
     from unisd.run.merge import Merge, merge
 
-    with tempfile.TemporaryDirectory(prefix=".unisd-graft-", dir=Path(folder).parent) as aside:
-        place = Path(aside) / "part"
-        merge(Merge(folder, str(place), [scale], base, "float32", **options), lambda done: None)
-        yield str(place)
+    place = folder if os.access(folder, os.W_OK) else None
+    for left in Path(folder).glob(f"{PREFIX}*"):  # by a process that was killed
+        if not _is_alive(int(left.name.removeprefix(PREFIX).split("-")[0])):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=place) as aside:
+        made = Path(aside) / "part"
+        merge(Merge(folder, str(made), [scale], base, "float32", **options), lambda done: None)
+        yield str(made)
 
 
 def curve(
     folder: str,
     base: str | None,
     scales: Sequence[float],
-    measured: Callable[[str], Measured],
+    measured: Callable[[str, float], Measured],
     **options: Any,
 ) -> dict[float, Measured]:
-    """What `measured` says of each part's folder (see `part`), by its scale."""
+    """What `measured` says of each part, given its folder (see `part`) and scale."""
     found = {}
     with show_progress("parts of the change", len(scales)) as advance:
         for scale in scales:
             with part(folder, scale, base, **options) as place:
-                found[scale] = measured(place)
+                found[scale] = measured(place, scale)
             advance(1)
     return found
 

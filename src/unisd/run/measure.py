@@ -174,7 +174,7 @@ class Measurements:
         folder, options, scales = str(self.config.output_dir), self.options, self.options.graft_scales or ()
         dtype = str(next(self.trainer.model.parameters()).dtype).removeprefix("torch.")
 
-        def measured(place: str) -> tuple[Figures, Figures]:
+        def measured(place: str, scale: float) -> tuple[Figures, Figures]:
             model, tokenizer = load_any(place, dtype, options.trust_remote_code)
             with self.trainer.accelerator.autocast():
                 return measure(model, tokenizer, self.data, self.config)

@@ -14,6 +14,8 @@ from unisd.models.adapters import is_adapter
 from unisd.options.option import check_declared, option
 from unisd.recipes import DEFAULT
 
+ONE_PROCESS = "graft_scales are measured by one process: unset it, and run `unisd eval --scales` afterwards."
+
 # Headings of `unisd train --help`, in this order; the others are `options.table.GROUPS`.
 RUN_GROUPS = ("run", "model", "adapter", "data")
 
@@ -135,7 +137,8 @@ class RunOptions:
     agreement_contexts: str = option(
         "data",
         "Auxiliary contexts: columns (those that the rows bring), or built for all rows: random, retrieval"
-        " or induction. What a recipe says leaves contexts of your own rows alone.",
+        " or induction. What a recipe says leaves contexts of your own rows alone, but for"
+        " teacher_context=other.",
         "columns",
         choices=("columns", "random", "retrieval", "induction"),
         shared=("prepare",),
@@ -237,10 +240,7 @@ class RunOptions:
                 " unset it, or merge that adapter first (`unisd merge`)."
             )
         if self.accelerate_config is not None:
-            raise UserError(
-                "graft_scales are measured by one process: unset it, and run `unisd eval --scales`"
-                " afterwards."
-            )
+            raise UserError(ONE_PROCESS)
 
     def _check_source(self) -> None:
         """Check that there is one source of rows, and no option of another kind of source."""

@@ -24,7 +24,7 @@ from unisd.data.rows import Row
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
-from unisd.files import ANSWERS
+from unisd.files import ANSWERS, GRAFTING
 from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM, can_checkpoint, context_length
 from unisd.monitoring.alarms import Alarm
@@ -42,7 +42,7 @@ from unisd.run.inputs import (
     load_model,
 )
 from unisd.run.measure import Measurements, compared, pair_answers
-from unisd.run.options import RunOptions
+from unisd.run.options import ONE_PROCESS, RunOptions
 from unisd.run.prepare import prepare
 from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import holds_optimizer, last_complete_checkpoint
@@ -188,6 +188,8 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             `UniSDTrainer`.
     """
     started = time.perf_counter()
+    if options.graft_scales and config.world_size > 1:
+        raise UserError(ONE_PROCESS)
     console = make_console()
     data = load_data(options, config.seed, needs_reference=config.uses_reference)
     config, checkpoint = _agree_on_folder(options, config, data.name)
@@ -206,6 +208,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     with alone_in(folder, busy):
         if checkpoint is None or options.overwrite_output_dir:
             outputs.clear_earlier_run(folder)
+        (folder / GRAFTING).unlink(missing_ok=True)  # of other weights than those to come
         return _carried_out(setting, options, checkpoint, console, started)
 
 
@@ -240,7 +243,7 @@ def _carried_out(
     after["n_retention"] = sum(len(one.rows) for one in data.retention)
     phases["eval"] += time.perf_counter() - clock + trainer.metrics.phases["eval"]
     clock = time.perf_counter()
-    points = measurements.parts(before, (after, answers)) if options.graft_scales else []
+    points = _parts(measurements, before, (after, answers)) if options.graft_scales else []
     phases["graft"] = time.perf_counter() - clock
     results = {
         **_described(setting, options, config),
@@ -257,6 +260,20 @@ def _carried_out(
     if is_writer:
         _report(console, results, folder, options, points)
     return results
+
+
+def _parts(
+    measurements: Measurements, before: Results, after: tuple[Results, Results]
+) -> list[grafting.Point]:
+    """The grafting curve; what goes wrong with it must not take the run's results along."""
+    try:
+        return measurements.parts(before, after)
+    except (Exception, KeyboardInterrupt) as error:
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+        scales = " ".join(f"{scale:g}" for scale in measurements.options.graft_scales or ())
+        later = f"unisd eval --model_name_or_path {measurements.config.output_dir} --scales {scales}"
+        logger.warning("the parts of the change were not measured (%s); later: %s", why, later)
+        return []
 
 
 def _agree_on_folder(
@@ -388,7 +405,7 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
         markup=False,
         highlight=False,
     )
-    if "auxiliary" in trainer.plan.needs:
+    if "auxiliary" in trainer.plan.needs or config.teacher_context == "other":
         console.print(data.contexts, markup=False, highlight=False)
     row = trainer.rows[0]
     student = trainer.prompts.student(row)

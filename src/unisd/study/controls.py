@@ -15,6 +15,7 @@ from typing import Any
 
 from unisd import recipes
 from unisd.errors import UserError
+from unisd.models.adapters import is_adapter
 from unisd.options.method_table import MethodOptions
 
 Options = dict[str, Any]
@@ -40,15 +41,18 @@ OF_THE_METHOD = {field.name for field in fields(MethodOptions)} | {
 PREFIX = "control "
 
 
-def read(given: Any, where: str) -> dict[str, Options]:
+def read(given: Any, where: str, base: Options) -> dict[str, Options]:
     """The controls that a study asks for, by name, with options of their own.
+
+    All of them, where one process trains a model that is no adapter; else all but `sft-graft`.
 
     Raises:
         UserError: none of that name.
     """
     if given is None or given is False:
         return {}
-    asked = dict.fromkeys(NAMES) if given is True else given
+    alone = base.get("accelerate_config") is None and not is_adapter(str(base.get("model_name_or_path", "")))
+    asked = dict.fromkeys(name for name in NAMES if alone or name != GRAFTED) if given is True else given
     if isinstance(asked, list):
         asked = dict.fromkeys(asked)
     if unknown := [name for name in asked if name not in NAMES]:
@@ -61,7 +65,21 @@ def read(given: Any, where: str) -> dict[str, Options]:
             f"{where}: control {GRAFTED} takes {SCALES} alone, as its runs are those of {FINE_TUNED}: give"
             f" {min(further)} to that."
         )
+    if GRAFTED in found:
+        if not alone:
+            raise UserError(
+                f"{where}: control {GRAFTED} needs one process and a model that is no adapter: leave it out."
+            )
+        found[GRAFTED] = {SCALES: _numbers(found[GRAFTED].get(SCALES), where)}
     return found
+
+
+def _numbers(given: Any, where: str) -> list[float]:
+    """The parts of the change, from what a file says."""
+    try:
+        return [float(one) for one in (given if isinstance(given, list) else [given] if given else PARTS)]
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {SCALES} of control {GRAFTED} must be numbers, not {given!r}.") from None
 
 
 def expanded(controls: Mapping[str, Options], shared: Options, method: Options) -> list[tuple[str, Options]]:
@@ -82,9 +100,9 @@ def expanded(controls: Mapping[str, Options], shared: Options, method: Options) 
             found.append((PREFIX + name, {**method, **CONTEXTS[name], **own}))
         for label, rate in _rates(name, own, shared) if name in RECIPES else ():
             options = {**shared, "recipe": name}
-            options |= _as_many_answers(options, method) | own | {"learning_rate": rate}
+            options |= _as_many_answers({**options, **own}, method) | own | {"learning_rate": rate}
             if name == FINE_TUNED and parts is not None:
-                options[SCALES] = parts.get(SCALES, PARTS)
+                options[SCALES] = parts[SCALES]
             found.append((PREFIX + name + label, options))
     return found
 
@@ -96,17 +114,29 @@ def parts_of(name: str, options: Options) -> dict[float, str]:
         name: of the control's own cell.
         options: of its runs.
     """
+    if options.get("recipe") != FINE_TUNED or not name.startswith(PREFIX + FINE_TUNED):
+        return {}
     rate = name.removeprefix(PREFIX + FINE_TUNED).strip()
     of = f" of {rate}" if rate else ""
     return {scale: f"{PREFIX}{GRAFTED} {scale:g}{of}" for scale in options.get(SCALES) or ()}
 
 
 def _as_many_answers(options: Options, method: Options) -> Options:
-    """What a recipe must change to see as many answers in a micro-batch as the method."""
+    """What a recipe must change to see as many answers a step as the method.
+
+    Raises:
+        UserError: the recipe draws several answers of a prompt, and the method's do not divide so.
+    """
     answers = _setting(method, "per_device_train_batch_size") * _setting(method, "num_generations")
     of_one_prompt = _setting(options, "num_generations")
     generations = math.gcd(of_one_prompt, answers)
+    if generations == 1 < of_one_prompt:
+        raise UserError(
+            f"control {options['recipe']} draws {of_one_prompt} answers a prompt, and the method has"
+            f" {answers} in a micro-batch: give per_device_train_batch_size an even number, or leave it out."
+        )
     wanted = {"num_generations": generations, "per_device_train_batch_size": answers // generations}
+    wanted |= {name: _setting(method, name) for name in ("gradient_accumulation_steps",)}
     return {name: value for name, value in wanted.items() if _setting(options, name) != value}
 
 

@@ -103,7 +103,15 @@ KEYS = {
     "keep_models": bool,
     "controls": (bool, list, dict),
 }
-RESERVED = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "before_cache", "dry_run"}
+RESERVED = {
+    "graft_scales",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "seed",
+    "before_cache",
+    "dry_run",
+}
 
 
 def load(path: Path, overrides: Options | None = None) -> Study:
@@ -159,7 +167,7 @@ def from_dict(values: Options, where: str = "study") -> Study:
         run_s=given.get("run_s"),
         retries=given.get("retries", 1),
         keep_models=given.get("keep_models", False),
-        controls=controls.read(given.get("controls"), where),
+        controls=controls.read(given.get("controls"), where, base),
         source=given,
     )
 

@@ -112,7 +112,7 @@ def found_in(folder: Path) -> Record:
             }
             for part, found in answers.items()
         },
-        **({"parts": curves[0]} if curves else {}),
+        **({"parts": curves[-1]} if curves else {}),
     }
 
 
