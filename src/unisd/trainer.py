@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from unisd.backbone import Backbone
 from unisd.config import UniSDConfig
-from unisd.data.rows import Row, prepare_rows
+from unisd.data.rows import Row
 from unisd.distributed.collectives import gather_scores, on_all_ranks
 from unisd.distributed.sharding import all_ranks_must_join
 from unisd.errors import UserError
@@ -197,9 +197,8 @@ class UniSDTrainer(EvaluatingTrainer):
         # of the student's passes with gradient; the scorer counts its own
         self.tokens: Counter[str] = Counter()
         self._said_idle = False
-        rows = [] if probe_dataset is None else prepare_rows(probe_dataset, name="the probe set")
         looked_at = (self.model, tokenizer, self.prompts, self.engine, self.sampling, self.scorer)
-        probes = Probes(args, rows, *looked_at, is_writer=self.is_world_process_zero())
+        probes = Probes(args, probe_dataset, *looked_at, is_writer=self.is_world_process_zero())
         self.observer = Observer(args, self.accelerator, self.metrics, tokenizer, self.grader, probes)
 
     # -- lines 1-3: everything that a step knows before its first gradient -------------------------

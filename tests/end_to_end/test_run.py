@@ -39,7 +39,8 @@ ACCURACY = {"value", "low", "high", "n"}
 
 @pytest.fixture(scope="module")
 def own(model_dir: Path, rows_file: Path) -> list[str]:
-    return ["train", "--train_file", str(rows_file), "--model_name_or_path", str(model_dir), *SHORT]
+    rows = ["--train_file", str(rows_file), "--retention_rows", "2"]
+    return ["train", *rows, "--model_name_or_path", str(model_dir), *SHORT]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,8 @@ def test_own_rows_without_contexts(own: list[str], tmp_path: Path, capfd: pytest
     assert results["task"] == "sums"
     assert results["config"]["agreement"] == "token" and results["config"]["contrastive_weight"] == 0
     assert results["config"]["agreement_contexts"] == "retrieval"
-    assert results["before"]["task_accuracy"] is None and results["after"]["retention_accuracy"] is None
+    assert results["before"]["task_accuracy"] is None
+    assert [(one["name"], one["rows"]) for one in results["retention"]] == [("general", 2)]
     assert results["after"]["n_task"] == 1  # a tenth, held out
     assert results["after"]["gold_ppl"] != results["before"]["gold_ppl"]
 
@@ -292,7 +294,7 @@ def test_overwriting_removes_only_what_a_run_wrote(own: list[str], tmp_path: Pat
     (folder / "notes.txt").write_text("mine")
     assert main([*own, "--output_dir", str(folder), "--overwrite_output_dir"]) == 0
     assert (folder / "notes.txt").exists() and not (folder / "checkpoint-9").exists()
-    assert read(folder)["schema_version"] == 1
+    assert read(folder)["schema_version"] == 2
 
 
 @pytest.mark.long

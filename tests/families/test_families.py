@@ -166,7 +166,7 @@ def command(folder: Path, out: Path, lora: bool) -> list[str]:
     short = {
         "train_file": rows, "model_name_or_path": folder, "max_steps": 2, "max_completion_length": 6,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
-        "output_dir": out,
+        "output_dir": out, "retention_rows": 2,
     }  # fmt: skip
     words = [word for name, value in short.items() for word in (f"--{name}", str(value))]
     return ["train", *words, *(["--use_peft", "--lora_r", "4"] if lora else [])]

@@ -28,7 +28,7 @@ from unisd.run.resolve import parse
 def own(model_dir: Path, rows_file: Path) -> list[str]:
     short = "--recipe sdft --max_steps 1 --max_completion_length 4 --per_device_train_batch_size 2"
     command = ["train", "--train_file", str(rows_file), "--gradient_accumulation_steps", "1", *short.split()]
-    return [*command, "--model_name_or_path", str(model_dir)]
+    return [*command, "--retention", "none", "--model_name_or_path", str(model_dir)]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unisd.config import UniSDConfig
 from unisd.data.prompts import PromptBuilder
-from unisd.data.rows import Row
+from unisd.data.rows import Row, prepare_rows
 from unisd.distributed.collectives import on_all_ranks
 from unisd.files import PROBE, SAMPLES
 from unisd.losses.terms import LossOutput
@@ -43,7 +43,7 @@ class Probes:
     """
 
     args: UniSDConfig
-    rows: Sequence[Row]  # of what must not be lost
+    dataset: Any  # rows of what must not be lost, with or without references; or None
     model: nn.Module
     tokenizer: Any
     prompts: PromptBuilder
@@ -52,6 +52,10 @@ class Probes:
     scorer: Scorer
     is_writer: bool
     _answers: list[Row] | None = None
+
+    def __post_init__(self) -> None:
+        found = self.dataset
+        self.rows = [] if found is None else prepare_rows(found, name="the probe set", needs_reference=False)
 
     def run(self, scored: Sequence[tuple[Row, ScoreRequest]], step: int) -> dict[str, float]:
         """Measure this rank's share of the probe set, and of the step's answers.

@@ -191,7 +191,7 @@ class RunOptions:
         " of rows; several may be given. Unset: the task's own, and general for a real model.",
     )
     retention_rows: int | None = option(
-        "data", "Most rows of each retention set; unset: 120 of general, max_eval_rows of others.", low=1
+        "data", "Most rows of each retention set; unset: max_eval_rows, and of general 120 at most.", low=1
     )
     max_eval_rows: int = option("data", "Most rows of each evaluation (task, retention).", 400, low=1)
 

@@ -59,7 +59,7 @@ def load_sets(
     Args:
         asked: `none`, `general`, names of tasks or files of rows.
         rows: most rows of each.
-        most: the same of a task's own, where `rows` is None.
+        most: the same where `rows` is None; of general no more than `GRADED`.
         task: that of the run, if it has one.
         grader: of the run's own rows, which grades those of files too.
 
@@ -77,13 +77,13 @@ def load_sets(
     found = [_own(task, rows or most)] if task is not None else []
     found = [one for one in found if one.rows]
     if model != POCKET:
-        return [*found, _general(rows)]
+        return [*found, _general(rows, most)]
     return found or [_own(tasks.get(POCKET), rows or most)]
 
 
 def _named(name: str, rows: int | None, most: int, task: Task | None, grader: str | None) -> RetentionSet:
     if name == GENERAL:
-        return _general(rows)
+        return _general(rows, most)
     if task is not None and name == task.name:
         if not (found := _own(task, rows or most)).rows:
             raise UserError(f"retention: task {name} has no retention rows: leave it out, or give {GENERAL}.")
@@ -103,16 +103,11 @@ def _own(task: Task, limit: int) -> RetentionSet:
     return RetentionSet(task.name, task.retention_rows(limit=limit), task.grade)
 
 
-def _general(rows: int | None) -> RetentionSet:
-    task = tasks.get(GENERAL)
-    graded, free = rows or GRADED, FREE if rows is None else max(1, math.ceil(rows * FREE / GRADED))
-    return RetentionSet(
-        GENERAL,
-        task.load("test", limit=graded),
-        task.grade,
-        task.load("chat", limit=free),
-        task.max_new_tokens,
-    )
+def _general(rows: int | None, most: int) -> RetentionSet:
+    task, graded = tasks.get(GENERAL), rows or min(GRADED, most)
+    free = math.ceil(graded * FREE / GRADED)
+    loaded = task.load("test", limit=graded), task.load("chat", limit=free)
+    return RetentionSet(GENERAL, loaded[0], task.grade, loaded[1], task.max_new_tokens)
 
 
 def _of_file(name: str, limit: int, grader: str | None) -> RetentionSet:
