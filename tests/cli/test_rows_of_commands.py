@@ -1,16 +1,12 @@
-"""What commands tell of rows that are too long, of files that are missing, and of no input."""
+"""What commands tell of rows that are too long, and of files that are missing."""
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from unisd import testing as tiny
 from unisd.cli.contamination import contamination
 from unisd.cli.main import main
 from unisd.run.resolve import parse
@@ -57,52 +53,6 @@ def test_rows_to_report_on_are_refused_as_training_rows(
         "row 1 of the evaluation data: the prompt has 552 tokens, and the model's context is 512; 1 such"
         " row(s): shorten or remove them" in capsys.readouterr().err
     )
-
-
-@pytest.fixture()
-def speaker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unisd.cli.chat.load_any", lambda *_, **__: (tiny.model(), tiny.tokenizer()))
-
-
-@pytest.mark.usefixtures("speaker")
-def test_a_chat_refuses_what_is_too_long_and_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    told = "the prompt has 552 tokens, and the model's context is 512: shorten it."
-    assert main(["chat", "tiny", "--prompt", LONG]) == 2
-    assert told in capsys.readouterr().err
-    lines = iter([LONG, ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    assert main(["chat", "tiny"]) == 0
-    assert f"error: {told}" in capsys.readouterr().out
-
-
-class Closed:
-    def isatty(self) -> bool:
-        return False
-
-    def read(self) -> str:
-        raise ValueError("I/O operation on closed file.")
-
-
-@pytest.mark.usefixtures("speaker")
-@pytest.mark.parametrize(
-    ("stdin", "told"),
-    [
-        (None, "there is no prompt: give --prompt TEXT, or text on standard input"),
-        (Closed(), "standard input cannot be read (I/O operation on closed file.): give --prompt TEXT"),
-        (io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"), "standard input cannot be read ('utf-8' codec"),
-    ],
-    ids=["none", "closed", "not utf-8"],
-)
-def test_a_chat_without_input(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stdin: Any, told: str
-) -> None:
-    monkeypatch.setattr(sys, "stdin", stdin)
-    assert main(["chat", "tiny"]) == 2
-    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["--train_file", "--eval_file", "--data_files"])

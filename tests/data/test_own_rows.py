@@ -222,18 +222,6 @@ def test_malformed_messages_are_named(tmp_path: Path) -> None:
         tasks.get("jsonl", data_files=file).load("all")
 
 
-def test_each_speaker_reads_with_its_own_tokenizer(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = []
-    monkeypatch.setattr(
-        "unisd.cli.chat.load_any", lambda name, **_: (f"model of {name}", f"tokenizer of {name}")
-    )
-    monkeypatch.setattr(
-        "unisd.cli.chat._answer", lambda model, tokenizer, *_: used.append((model, tokenizer)) or ""
-    )
-    assert main(["chat", str(model_dir), "--compare", "other", "--prompt", "x"]) == 0
-    assert used == [(f"model of {name}", f"tokenizer of {name}") for name in ("other", model_dir)]
-
-
 @pytest.mark.parametrize(
     ("row", "what"),
     [

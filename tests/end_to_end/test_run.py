@@ -188,6 +188,10 @@ def test_chat_beside_the_base(
     ]
     import io
 
+    monkeypatch.setattr("sys.stdin", io.StringIO("/examples\n1\n"))
+    assert main(["chat", str(adapter), "--max_new_tokens", "6"]) == 0
+    example = json.loads((adapter / "answers.json").read_text())["task"]["examples"][0]
+    assert capsys.readouterr().out.endswith(f"{example['after']['text']}\n")  # as the run was answered
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 3?\n"))
     assert main(["chat", str(adapter), "--max_new_tokens", "4", "--temperature", "1"]) == 0
 

@@ -20,6 +20,12 @@ def as_text(prompt: Any) -> str:
     return "\n\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
 
 
+def record_of(prompt: Any) -> dict[str, Any]:
+    """A prompt as the files of a run keep it: its text, cut, and beside it the turns of a chat."""
+    kept = {"prompt": as_text(prompt)[:MAX_TEXT]}
+    return kept if isinstance(prompt, str) else {**kept, "messages": prompt}
+
+
 NEAR_DUPLICATE_THRESHOLD = (
     0.8  # Jaccard similarity of word triples from which two texts count as near-duplicates
 )

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from unisd.data.rows import Row
-from unisd.data.text import MAX_TEXT, as_text
+from unisd.data.text import MAX_TEXT, record_of
 from unisd.data.thoughts import answer_of, completion_text
 from unisd.files import keep_until
 from unisd.losses.terms import LossOutput
@@ -95,7 +95,7 @@ class SampleRecorder:
         answer = answer_of(completion_text(self.tokenizer, completion.ids))
         return {
             "id": str(row.get("id", "")),
-            "prompt": as_text(row["prompt"])[:MAX_TEXT],
+            **record_of(row["prompt"]),
             "reference": str(row.get("privileged_context") or row.get("completion") or "")[:MAX_TEXT],
             **self._judged(row, completion, answer),
             "tokens": token_texts(self.tokenizer, completion.ids[:MAX_TOKENS]),
@@ -149,7 +149,7 @@ class SampleRecorder:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in self._pending.values())
+            file.writelines(json.dumps(record, default=str) + "\n" for record in self._pending.values())
         self._pending = {}
 
     def forget_after(self, step: int) -> None:

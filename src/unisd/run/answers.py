@@ -4,7 +4,7 @@ Paired statistics and reports need single answers.
 
 `{part: {"ids", "skills", "before", "after", "examples"}}` for the parts `task` and `retention`;
 `before` and `after` hold one verdict a row. Of the first `MAX_EXAMPLES` rows the texts are kept
-too.
+too, and the messages where a prompt is a chat.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from unisd.data.text import MAX_TEXT, as_text
+from unisd.data.text import MAX_TEXT, record_of
 from unisd.tasks.base import Row
 
 MAX_EXAMPLES = 64
@@ -36,7 +36,7 @@ def paired(rows: Sequence[Row], before: dict[str, Any], after: dict[str, Any]) -
     examples = [
         {
             "id": str(row.get("id", number)),
-            "prompt": as_text(row["prompt"])[:MAX_TEXT],
+            **record_of(row["prompt"]),
             "reference": str(row.get("privileged_context") or row.get("completion") or "")[:MAX_TEXT],
             **{
                 when: {
