@@ -169,6 +169,8 @@ def _choice(config: UniSDConfig) -> str | None:
         return "load_best_model_at_end"
     if config.save_strategy == "best":
         return "save_strategy=best"
+    if config.early_stopping_patience is not None:
+        return "early_stopping_patience"
     plateau = config.lr_scheduler_type == "reduce_lr_on_plateau"
     return "lr_scheduler_type=reduce_lr_on_plateau" if plateau else None
 

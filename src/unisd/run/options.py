@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from unisd.errors import UserError
 from unisd.models.adapters import is_adapter
 from unisd.options.option import check_declared, option
+from unisd.options.parser import Values
 from unisd.recipes import DEFAULT
 
 # Headings of `unisd train --help`, in this order; the others are `options.table.GROUPS`.
@@ -189,6 +190,8 @@ class RunOptions:
     """Names that the user gave in the config file or as flags."""
     command: tuple[str, ...] = ()
     """The arguments as given, for telling how to resume."""
+    values: Values = field(default_factory=dict)
+    """What recipe, task, config file and flags set, the user's above the others."""
 
     @property
     def trains_adapter(self) -> bool:
