@@ -184,8 +184,8 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
     def _check_early_stopping(self) -> None:
         if self.eval_strategy == "no":
             raise UserError(
-                "early_stopping_patience needs evaluations during training: set eval_strategy (steps or epoch)"
-                ", or unset it."
+                "early_stopping_patience needs evaluations during training: set eval_strategy (steps or"
+                " epoch), or unset it."
             )
         plateau = self.lr_scheduler_type == "reduce_lr_on_plateau"  # compares losses anyway
         if self.metric_for_best_model is None and not self.load_best_model_at_end and not plateau:

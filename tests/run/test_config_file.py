@@ -29,15 +29,12 @@ def again(folder: Path, *flags: str) -> tuple[Any, Any]:
         [],
         ["--recipe", "sdft", "--model_name_or_path", "some/model", "--use_peft", "--lora_r", "8"],
         ["--token_clip", "0.5", "--num_train_epochs", "2", "--save_steps", "0.5", "--report_to", "none"],
-        ["--token_clip_quantile", "none", "--task_options", "a=1", "b=2", "--task", "jsonl"],
+        ["--token_clip_quantile", "none", "--task", "pocket", "--noise", "0.3", "--graft_scales", "0.5", "2"],
         ["--train_file", "rows.jsonl", "--columns", "prompt=a+b", "--optim", "sgd", "--weight_decay", "0.1"],
         ["--chat_template_kwargs", '{"enable_thinking": false}', "--distillation_alpha", "0.25"],
     ],
 )
 def test_the_file_says_the_same(tmp_path: Path, flags: list[str]) -> None:
-    if "jsonl" in flags:
-        (tmp_path / "train.jsonl").write_text('{"prompt": "a", "privileged_context": "b"}\n')
-        flags = [*flags[:-4], "--data_files", str(tmp_path / "train.jsonl"), "--task", "jsonl"]
     (options, config), (old_options, old_config) = again(tmp_path / "run", *flags)
     new, old = (resolved(*pair) for pair in ((options, config), (old_options, old_config)))
     assert {name: value for name, value in new.items() if value != old[name]} == {}

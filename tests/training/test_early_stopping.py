@@ -21,8 +21,6 @@ from unisd.run import choice
 OFTEN: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": 1,
-    "save_steps": 1,
-    "save_strategy": "steps",
     "metric_for_best_model": "loss",
     "gradient_accumulation_steps": 1,
     "max_completion_length": 4,
@@ -63,33 +61,40 @@ def build(folder: Path, **options: Any) -> UniSDTrainer:
     return tiny.trainer(folder, **{**OFTEN, "early_stopping_patience": 2, "max_steps": 6, **options})
 
 
-def test_a_run_stops_when_evaluations_get_no_better_and_goes_on_counting(tmp_path: Path) -> None:
-    whole = told(build(tmp_path / "whole"), [3.0, 2.0, 2.5, 2.0])
-    whole.train()
-    assert whole.state.global_step == whole.stopped_early == 4  # as good is no better
-    found = choice.stopped(whole)
+def test_a_run_stops_when_evaluations_get_no_better(tmp_path: Path) -> None:
+    trainer = told(build(tmp_path), [3.0, 2.0, 2.5, 2.0])
+    trainer.train()
+    assert trainer.state.global_step == trainer.stopped_early == 4  # as good is no better
+    found = choice.stopped(trainer)
     assert found is not None and (found["step"], found["of"], found["best"]) == (4, 6, 2.0)
     [line] = choice.lines({"stopped": found, "chosen": None})
     assert line.startswith("stopped at step 4 of 6: eval_loss was no better than 2 in 2 evaluations in a row")
 
-    cut = told(build(tmp_path / "cut", max_steps=3), [3.0, 2.0, 2.5])
+
+@pytest.mark.long
+def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    cut = told(build(tmp_path, max_steps=3, **saved), [3.0, 2.0, 2.5])
     cut.train()
     assert cut.stopped_early is None and choice.stopped(cut) is None
-    resumed = told(build(tmp_path / "cut", eval_on_start=True), [2.5, 2.1, 1.0])
-    resumed.train(resume_from_checkpoint=True)  # what was evaluated at its start was counted before
+    saved = {"save_strategy": "steps", "save_steps": 4}
+    # what is evaluated at its start was counted before
+    resumed = told(build(tmp_path, eval_on_start=True, **saved), [2.5, 2.1, 1.0])
+    resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == resumed.stopped_early == 4
-
-    over = build(tmp_path / "whole")
+    over = build(tmp_path, **saved)
     over.train(resume_from_checkpoint=True)
     assert over.state.global_step == over.stopped_early == 4, "no step after the end"
-    patient = told(build(tmp_path / "whole", early_stopping_patience=3), [1.0, 0.9])
+    patient = told(build(tmp_path, early_stopping_patience=3), [1.0, 0.9])
     patient.train(resume_from_checkpoint=True)
     assert patient.state.global_step == 6 and patient.stopped_early is None
 
 
+@pytest.mark.long
 def test_a_resumed_run_may_begin_to_stop_early(tmp_path: Path) -> None:
-    told(build(tmp_path, early_stopping_patience=None, max_steps=1), [3.0]).train()
-    resumed = told(build(tmp_path, early_stopping_patience=1), [4.0])
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    told(build(tmp_path, early_stopping_patience=None, max_steps=1, **saved), [3.0]).train()
+    resumed = told(build(tmp_path, early_stopping_patience=1, **saved), [4.0])
     resumed.train(resume_from_checkpoint=True)
     assert resumed.stopped_early == 2
 
@@ -126,7 +131,6 @@ def test_evaluations_are_written_printed_drawn_and_logged(
         tmp_path,
         max_steps=2,
         callbacks=[log, display],
-        save_strategy="no",
         grader=lambda row, text: True,
     )
     trainer.train()
@@ -143,7 +147,7 @@ def test_evaluations_are_written_printed_drawn_and_logged(
         "nats a token",
         "share",
     ]
-    # A run that goes on watches its steps, and keeps the evaluation of the step that it goes on from.
+    # A run that goes on watches its steps, and keeps the evaluation of its last one.
     assert [line["step"] for line in trainer.metrics.forget_after(1)] == [1]
     assert [is_evaluation(line) for line in read_lines(tmp_path / "metrics.jsonl")] == [False, True]
 

@@ -182,7 +182,9 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
         raise UserError(
             f"task {task.name} is for evaluation only (its authors ask so): train on another one."
         )
-    where = f"task {task.name}"
+    where, split = f"task {task.name}", options.eval_split or "test"
+    if split == "train":
+        raise UserError("eval_split=train would report on what is trained on: give test or validation.")
     if training:
         task.prepare_training()
     return RunData(
@@ -191,11 +193,26 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
         if training
         else [],
         # Evaluation rows do not depend on the run's seed, so that runs can be compared.
-        evaluation=prepare_rows(task.load("test", limit=options.max_eval_rows), name=where),
-        retention=task.retention_rows(limit=options.max_eval_rows),
+        evaluation=prepare_rows(task.load(split, limit=options.max_eval_rows), name=where),
+        retention=_kept(task, split, options.max_eval_rows),
         grade=task.grade,
         task=task,
     )
+
+
+def _kept(task: Task, split: str, limit: int) -> list[Row]:
+    """Rows of skills to keep: to choose on (`validation`) others than those that are reported."""
+    if split != "validation":
+        return task.retention_rows(limit=limit)
+    if {problem_key(row["prompt"]) for row in task.load("validation")} & {
+        problem_key(row["prompt"]) for row in task.load("test")
+    }:
+        logger.warning(
+            "task %s: some validation rows are test rows too: what they choose is reported too well there.",
+            task.name,
+        )
+    rows = task.retention_rows()
+    return rows[max(len(rows) - limit, min(limit, len(rows) // 2)) :]
 
 
 def _load_dataset(options: RunOptions) -> list[Row]:

@@ -50,6 +50,7 @@ class RunOptions:
     device_tdp: float | None = option(
         "run",
         "Watts of one device at full load, for the energy estimate; unset: what the driver of a GPU says.",
+        shared=("probe",),
     )
     accelerate_config: str | None = option(
         "run",
@@ -120,6 +121,10 @@ class RunOptions:
     )
     eval_file: str | None = option(
         "data", "Rows to report on; unset: a seeded 10 % of the training rows, held out."
+    )
+    eval_split: str | None = option(
+        "data",
+        "Split of the task to report on; unset: test. validation: to choose settings on, as a study does.",
     )
     dataset_name: str | None = option(
         "data",
@@ -243,7 +248,7 @@ class RunOptions:
         if len(sources) > 1:
             raise UserError(f"{' and '.join(sources)} exclude each other: give one source of training rows.")
         if self.task is None:
-            for name in ("noise", "reference_style", "data_files", "task_options"):
+            for name in ("noise", "reference_style", "data_files", "task_options", "eval_split"):
                 if getattr(self, name) is not None:
                     raise UserError(f"{name} belongs to a task: unset it, or give --task.")
         else:

@@ -236,15 +236,15 @@ def resolved(options: RunOptions, config: UniSDConfig) -> dict[str, Any]:
     """Every option with its value in this run."""
     own = {item.name: getattr(options, item.name) for item in declared(options)}
     inherited: dict[str, Any] = config.to_dict()  # tokens are masked in it
-    return {name: _without_password(value) for name, value in {**own, **inherited}.items()}
+    return {name: without_password(value) for name, value in {**own, **inherited}.items()}
 
 
-def _without_password(value: Any) -> Any:
+def without_password(value: Any) -> Any:
     """An address without the user's name and password in it, also among others."""
     if isinstance(value, (list, tuple)):
-        return [_without_password(one) for one in value]
+        return [without_password(one) for one in value]
     if isinstance(value, dict):
-        return {name: _without_password(one) for name, one in value.items()}
+        return {name: without_password(one) for name, one in value.items()}
     return re.sub(r"(?<=://)[^/@\s]+@", "***@", value) if isinstance(value, str) else value
 
 
@@ -277,7 +277,7 @@ def write_config(folder: Path, options: RunOptions, config: UniSDConfig) -> None
         else:
             values[name] = None if value is UNSET else _plain(taken_back.get(name, value))
     folder.mkdir(parents=True, exist_ok=True)
-    body = yaml.safe_dump(_without_password(values), sort_keys=False, allow_unicode=True)
+    body = yaml.safe_dump(without_password(values), sort_keys=False, allow_unicode=True)
     (folder / CONFIG).write_text("\n".join([*head, body]), encoding="utf-8")
 
 
