@@ -121,8 +121,8 @@ def probe(
         **measured,
     }
     report["overlong"] = overlong
-    longest = max(len(prompts.teacher(row)) for row in rows)
-    found = recommend(options, report, model, tokenizer, data.train, longest)
+    lengths = [len(prompts.teacher(row)) for row in rows]
+    found = recommend(options, report, model, tokenizer, data.train, lengths)
     report |= {"recommended": found.values, "predicted": found.predicted}
     _print(console, report)
     _print_recommendation(console, found)

@@ -183,8 +183,8 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
             f"task {task.name} is for evaluation only (its authors ask so): train on another one."
         )
     where, split = f"task {task.name}", options.eval_split or "test"
-    if split == "train":
-        raise UserError("eval_split=train would report on what is trained on: give test or validation.")
+    if split in ("train", "all"):
+        raise UserError(f"eval_split={split} would report on what is trained on: give test or validation.")
     if training:
         task.prepare_training()
     return RunData(
@@ -211,8 +211,7 @@ def _kept(task: Task, split: str, limit: int) -> list[Row]:
             "task %s: some validation rows are test rows too: what they choose is reported too well there.",
             task.name,
         )
-    rows = task.retention_rows()
-    return rows[max(len(rows) - limit, min(limit, len(rows) // 2)) :]
+    return task.retention_rows()[-limit:]
 
 
 def _load_dataset(options: RunOptions) -> list[Row]:

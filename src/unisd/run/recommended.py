@@ -85,7 +85,12 @@ class Recommendation:
 
 
 def recommend(
-    options: RunOptions, report: Figures, model: Any, tokenizer: Any, rows: Sequence[Row], prompt_tokens: int
+    options: RunOptions,
+    report: Figures,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    prompts: Sequence[int],
 ) -> Recommendation:
     """The options of a first run on these rows.
 
@@ -93,7 +98,7 @@ def recommend(
         options: what the probe was told; it stays as it is.
         report: what it has measured.
         rows: all training rows.
-        prompt_tokens: length of the longest teacher's prompt.
+        prompts: lengths of the teacher's prompts.
     """
     values = _given(options)
     reasons: dict[str, str] = {}
@@ -115,13 +120,14 @@ def recommend(
     add("gradient_accumulation_steps", STEP_ROWS, f"steps of {STEP_ROWS} rows, as published for UniSD")
     resolved, config = resolve(train_parser("unisd probe"), _as_given(values))
     size = _size(model, resolved.lora_r) if adapter else _whole(model)
-    config, why = _fitting(size, config, prompt_tokens, _free(model, config))
+    config, why = _fitting(size, config, max(prompts), _free(model, config))
     if config.gradient_checkpointing:
         add("gradient_checkpointing", True, "the step would not fit without it")
     add("per_device_train_batch_size", config.per_device_train_batch_size, why)
     values["gradient_accumulation_steps"] = config.gradient_accumulation_steps
-    sizes = memory.estimate(size, config, prompt_tokens)
-    predicted = _predicted(report, config, len(rows), prompt_tokens, options.device_tdp)
+    sizes = memory.estimate(size, config, max(prompts))
+    mean = sum(prompts) / len(prompts)
+    predicted = _predicted(report, config, len(rows), mean, options.device_tdp)
     return Recommendation(values, reasons, {**predicted, "memory_bytes": sizes["total"]})
 
 
@@ -243,7 +249,7 @@ def _fitting(
 
 
 def _predicted(
-    report: Figures, config: UniSDConfig, rows: int, prompt_tokens: int, tdp_w: float | None
+    report: Figures, config: UniSDConfig, rows: int, prompt_tokens: float, tdp_w: float | None
 ) -> Figures:
     """Time and energy of the training on this machine, from the measured speeds.
 
