@@ -22,6 +22,7 @@ from unisd.data.prompts import encode_completion
 from unisd.data.rows import Row
 from unisd.evaluation.teacher_probe import teaches
 from unisd.files import write_text
+from unisd.models.tokens import eos_ids
 from unisd.monitoring.cost import driver_tdp, energy_of
 from unisd.options.parser import UNSET
 from unisd.run.options import RunOptions
@@ -113,7 +114,9 @@ def recommend(
     adapter = options.trains_adapter or parameters > FULL_UP_TO
     if adapter and not options.trains_adapter:
         add("use_peft", True, "a LoRA adapter, as UniSD and OPSD train models of this size")
-    add("max_completion_length", *_length(report, tokenizer, rows, values["recipe"] == "sft"))
+    ends = eos_ids(model, tokenizer)
+    references = sorted(len(encode_completion(tokenizer, *_answered(row, ends))) for row in rows)
+    add("max_completion_length", *_length(report, references, values["recipe"] == "sft"))
     rate, source = _rate(parameters, adapter)
     add("learning_rate", rate, f"a place to begin at: {source}")
     add("per_device_train_batch_size", 1, "")
@@ -169,17 +172,20 @@ def _recipe(report: Figures) -> tuple[str, str]:
     )
 
 
-def _length(report: Figures, tokenizer: Any, rows: Sequence[Row], all_references: bool) -> tuple[int, str]:
+def _answered(row: Row, ends: Sequence[int]) -> tuple[str, Sequence[int], Any]:
+    """The reference as an answer to the row's prompt, as `encode_completion` takes it."""
+    return str(row.get("completion") or row.get("privileged_context") or ""), ends, row["prompt"]
+
+
+def _length(report: Figures, references: Sequence[int], of_all: bool) -> tuple[int, str]:
     """Room for 95 % of the references and of the probe's answers; never less than what was cut.
 
     Args:
-        all_references: room for the longest reference, of which none may be cut.
+        references: their sorted lengths.
+        of_all: they are trained on, so that none may be cut.
     """
-    texts = [str(row.get("completion") or row.get("privileged_context") or "") for row in rows]
-    lengths = sorted(len(encode_completion(tokenizer, text)) for text in texts if text)
-    reference = (lengths[-1] if all_references else percentile(lengths)) if lengths else 0
-    of = "the longest" if all_references else "95 %"
-    told = [f"{of} of the references have up to {reference} tokens"] if lengths else []
+    reference = references[-1] if of_all else percentile(references)
+    told = [f"{'all' if of_all else '95 %'} of the references have up to {reference} tokens"]
     asked = [report["student"], *(part for part in report["teacher"].values() if "lengths" in part)]
     answers = percentile(sorted(length for part in asked for length in part["lengths"]))
     told.append(f"95 % of the probe's answers up to {answers}")
