@@ -75,8 +75,9 @@ def test_a_file_of_the_users_own_is_kept(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_the_same_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    short = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--max_eval_rows", "4"]
-    assert main(["train", *short, "--max_train_rows", "32", "--output_dir", str(first)]) == 0
+    short = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]
+    short += ["--max_completion_length", "12", "--eval_max_new_tokens", "12", "--max_eval_rows", "2"]
+    assert main(["train", *short, "--max_train_rows", "16", "--output_dir", str(first)]) == 0
     assert "config.yaml" in capsys.readouterr().out
     assert main(["train", "--config", str(first / CONFIG), "--output_dir", str(second)]) == 0
     losses = [[line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in (first, second)]
