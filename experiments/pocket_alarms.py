@@ -35,7 +35,7 @@ from transformers import PrinterCallback
 from experiments.grid import Cell, add_jobs, carry_out
 from experiments.pages import update
 from unisd.console import markdown_table
-from unisd.files import METRICS, read_lines
+from unisd.files import METRICS, is_evaluation, read_lines
 from unisd.monitoring import alarms
 from unisd.run.inputs import load_data, load_model
 from unisd.run.resolve import parse
@@ -125,7 +125,7 @@ def run_cell(plan: Plan, base: Path, steps: int | None = None) -> Cell:
         trainer.remove_callback(PrinterCallback)
         clock = time.process_time()
         trainer.train()
-        lines = read_lines(Path(folder) / METRICS)
+        lines = [line for line in read_lines(Path(folder) / METRICS) if not is_evaluation(line)]
         return {
             **asdict(plan),
             "steps": trainer.state.global_step,

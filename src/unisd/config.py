@@ -178,6 +178,21 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
             )
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise UserError("save_strategy=best saves nothing without evaluations: set eval_strategy.")
+        if self.early_stopping_patience is not None:
+            self._check_early_stopping()
+
+    def _check_early_stopping(self) -> None:
+        if self.eval_strategy == "no":
+            raise UserError(
+                "early_stopping_patience needs evaluations during training: set eval_strategy (steps or"
+                " epoch), or unset it."
+            )
+        plateau = self.lr_scheduler_type == "reduce_lr_on_plateau"  # compares losses anyway
+        if self.metric_for_best_model is None and not self.load_best_model_at_end and not plateau:
+            raise UserError(
+                "early_stopping_patience needs a metric to compare evaluations by: set metric_for_best_model"
+                " (loss or accuracy), or unset it."
+            )
 
     def _try_trackers(self) -> None:
         """Build what reports to each tracker, which opens nothing yet; the Trainer builds its

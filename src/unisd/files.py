@@ -23,11 +23,12 @@ ANSWERS = "answers.json"
 GRAFTING = "grafting.json"
 PROBE = "probe.json"  # the answers that the diagnostics compare with
 REPORT = "report.html"
+CONFIG = "config.yaml"  # the options of a run, for the same run again
 OF_A_RUN = (RESULTS, METRICS, SAMPLES, ANSWERS, PROBE)
 """What nothing else writes: a folder that holds one of them is a run's."""
 WRITTEN = (
     *OF_A_RUN,
-    *(GRAFTING, REPORT, "README.md", "training_args.bin", "config.json", "generation_config.json"),
+    *(GRAFTING, REPORT, CONFIG, "README.md", "training_args.bin", "config.json", "generation_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model-*-of-*.safetensors"),
     *("adapter_model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"),
@@ -128,6 +129,11 @@ def read_lines(path: Path) -> list[Record]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def is_evaluation(record: Record) -> bool:
+    """Whether a line of `metrics.jsonl` is of an evaluation, not of an optimizer step."""
+    return any(name.startswith("eval_") for name in record)
 
 
 def keep_until(path: Path, step: int) -> list[Record]:

@@ -22,8 +22,10 @@ from unisd.cli import study as command
 from unisd.cli.main import main
 from unisd.errors import UserError
 from unisd.files import append_line, read_lines
+from unisd.run.inputs import load_data
+from unisd.run.resolve import parse
 from unisd.study import analysis, recommend
-from unisd.study.design import Study, cells_of, from_dict, runs_of
+from unisd.study.design import Study, cells_of, from_dict, load, runs_of
 from unisd.study.executor import Finished, Job, LocalExecutor
 from unisd.study.store import DONE, FAILED, Store
 
@@ -89,6 +91,31 @@ def test_options_are_checked_before_anything_runs(tmp_path: Path, capsys: pytest
     assert main([*arguments, "--hub_token", "hf_secret"]) == 2 and not (tmp_path / "s").exists()
     said = capsys.readouterr().err
     assert "set HF_TOKEN, which its runs inherit" in said and "hf_secret" not in said
+
+
+@pytest.mark.long
+def test_the_sweep_of_rates_chooses_on_validation_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parents[2] / "examples" / "rate-sweep.yaml"
+    assert main(["study", "--config", str(file), "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "9 runs: 3 cells x 1 tasks x 3 seeds" in shown
+    runs = runs_of(load(file))
+    assert all(run.id in shown for run in runs)
+    assert {str(run.options["learning_rate"]) for run in runs} == {"3e-4", "6e-4", "0.0012"}
+    chosen, reported = (
+        load_data(parse(["--max_eval_rows", "8", "--max_train_rows", "8", *split])[0])
+        for split in (["--eval_split", "validation"], [])
+    )
+    for part in ("evaluation", "retention"):
+        prompts = [{row["prompt"] for row in getattr(data, part)} for data in (chosen, reported)]
+        assert len(prompts[0]) == 8 and prompts[0].isdisjoint(prompts[1])
+    for flags, told in (
+        (["--eval_split", "train"], "would report on what is trained on"),
+        (["--eval_split", "dev"], "dev"),
+        (["--eval_split", "validation", "--train_file", "rows.jsonl"], "eval_split belongs to a task"),
+    ):
+        with pytest.raises(UserError, match=told):
+            load_data(parse(flags)[0])
 
 
 def test_flags_of_the_runs_are_the_studys_base() -> None:

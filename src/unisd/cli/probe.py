@@ -1,6 +1,7 @@
-"""`unisd probe`: arguments in, table and advice out.
+"""`unisd probe`: arguments in, table, advice and what to set out.
 
-What is measured is in `evaluation/teacher_probe.py`.
+What is measured is in `evaluation/teacher_probe.py`, what follows for a run in
+`run/recommended.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -26,9 +26,9 @@ from unisd.run.resolve import resolve_shared, shared_options
 
 if TYPE_CHECKING:  # heavy: imported where the work begins, so that help and mistakes answer at once
     from unisd.config import UniSDConfig
+    from unisd.run.recommended import Recommendation
 
 SCHEMA_VERSION = 1
-STEP_ROWS = 16
 DESCRIPTION = (
     "Before training: is the teacher worth learning from? Measures the model's answers without and with the"
     " reference (in each layout, right and wrong) and with auxiliary contexts, and ends in plain words."
@@ -46,26 +46,43 @@ def probe_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="cap on each answer (default: 256)")
     parser.add_argument("--batch_size", type=int, default=64, help="rows generated at once (default: 64)")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--write_config",
+        type=output_file,
+        metavar="RUN.yaml",
+        help="write what is recommended there, for unisd train --config (a new file)",
+    )
     own = parser.parse(arguments)
     if own is None:
         return 0
     at_least_one(n=own.n, max_new_tokens=own.max_new_tokens, batch_size=own.batch_size)
     quiet_libraries()
     options, config = resolve_shared(own, "probe")
-    refuse_inputs({"--json": own.json}, (options.train_file, options.data_files))
-    options = replace(options, max_train_rows=own.n if options.task is not None else None)
-    report = probe(options, config, own.n, own.max_new_tokens, own.batch_size)
+    refuse_inputs(
+        {"--json": own.json, "--write_config": own.write_config}, (options.train_file, options.data_files)
+    )
+    if own.write_config is not None and own.write_config.is_file():
+        raise UserError(
+            f"--write_config {own.write_config}: the file exists: remove it, or give another name."
+        )
+    report, recommended = probe(options, config, own.n, own.max_new_tokens, own.batch_size)
     if own.json:
         write_text(own.json, json.dumps(report, indent=2) + "\n")
+    if own.write_config is not None:
+        recommended.write(own.write_config, report["advice"])
+        print(f"written: {own.write_config}; start it with: unisd train --config {own.write_config}")
+    else:
+        print("--write_config run.yaml writes this down for unisd train --config run.yaml")
     return 0
 
 
 def probe(
     options: RunOptions, config: UniSDConfig, n: int, max_new_tokens: int, batch_size: int
-) -> dict[str, Any]:
-    """Measure, print and return the report."""
+) -> tuple[dict[str, Any], Recommendation]:
+    """Measure and print; returns the report, and what is recommended for a run."""
     from unisd.evaluation.teacher_probe import Limits, Probe
     from unisd.run.inputs import load_data, load_model
+    from unisd.run.recommended import recommend
 
     console = make_console()
     data = load_data(options, config.seed)
@@ -104,9 +121,12 @@ def probe(
         **measured,
     }
     report["overlong"] = overlong
-    report["predicted"] = _predicted(report, model, config, prompts, rows)
+    lengths = [len(prompts.teacher(row)) for row in rows]
+    found = recommend(options, report, model, tokenizer, data.train, lengths)
+    report |= {"recommended": found.values, "predicted": found.predicted}
     _print(console, report)
-    return report
+    _print_recommendation(console, found)
+    return report, found
 
 
 def _fitting(
@@ -125,27 +145,6 @@ def _fitting(
             "lower --max_new_tokens or shorten the rows."
         )
     return fitting, len(rows) - len(fitting)
-
-
-def _predicted(
-    report: dict[str, Any], model: Any, config: UniSDConfig, prompts: PromptBuilder, rows: list[Row]
-) -> dict[str, Any]:
-    """Time and memory of a UniSD* step of 16 rows on this machine, from the measured speeds.
-
-    A step writes 16 answers, scores them under K + 2 views, and takes a student pass with gradient,
-    which costs about three passes without.
-    """
-    from unisd import memory
-
-    answer = report["student"]["mean_length"]
-    prompt_lengths = [len(prompts.teacher(row)) for row in rows]
-    passage = sum(prompt_lengths) / len(rows) + answer
-    views = config.num_auxiliary_contexts + 2
-    seconds = STEP_ROWS * (
-        answer / report["student"]["tokens_per_s"] + (views + 3) * passage / report["score_tokens_per_s"]
-    )
-    sizes = memory.estimate(memory.ModelSize.of(model), config, max(prompt_lengths))
-    return {"rows_per_step": STEP_ROWS, "s_per_step": seconds, "memory_bytes": sizes["total"]}
 
 
 def _print(console: Console, report: dict[str, Any]) -> None:
@@ -182,9 +181,16 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         console.print(note, markup=False, highlight=False)
 
 
+def _print_recommendation(console: Console, found: Recommendation) -> None:
+    from unisd.run.recommended import predicted_line
+
+    console.print()
+    show_table(console, ("set", "to", "why"), found.lines, "What to set for a first run")
+    console.print(predicted_line(found.predicted), markup=False, highlight=False)
+
+
 def _notes(report: dict[str, Any]) -> list[str]:
     """What the figures mean, and what they leave out."""
-    from unisd import memory
     from unisd.evaluation.teacher_probe import COMPARED_TOKENS
 
     notes = [
@@ -202,11 +208,6 @@ def _notes(report: dict[str, Any]) -> list[str]:
         )
     if report["overlong"]:
         notes.append(f"{report['overlong']} row(s) are too long for the model's context and were left out.")
-    predicted = report["predicted"]
-    notes.append(
-        f"A UniSD* step of {predicted['rows_per_step']} rows would take about {predicted['s_per_step']:.0f} s"
-        f" here, and training with all weights about {memory.readable(predicted['memory_bytes'])}."
-    )
     return notes
 
 

@@ -124,6 +124,7 @@ class Probe:
         figures: dict[str, Any] = {
             "n": len(rows),
             "mean_length": sum(len(completion.ids) for completion in completions) / len(completions),
+            "lengths": [len(completion.ids) for completion in completions],
             "truncated": sum(completion.truncated for completion in completions),
         }
         if self.grade is not None:
@@ -235,6 +236,7 @@ class Probe:
         report: dict[str, Any] = {
             "n": len(rows),
             "n_compared": len(compared),
+            "max_new_tokens": self.limits.max_new_tokens,
             "student": student,
             "teacher": teacher,
             "layout": best,
@@ -299,6 +301,19 @@ class Probe:
         return {**figures, "spread": self.spread([self.rows[i] for i in both], [own[i] for i in both])}
 
 
+def teaches(report: dict[str, Any]) -> bool:
+    """Whether there is something to learn from this teacher, by the best judge that there is."""
+    student, teacher, wrong = (
+        report["student"],
+        report["teacher"][report["layout"]],
+        report["wrong_reference"],
+    )
+    if "accuracy" in student:
+        return bool(teacher["accuracy"]["value"] - student["accuracy"]["value"] >= HEADROOM)
+    reads = wrong is None or wrong["divergence_from_right"] >= NOTABLE
+    return bool(teacher["divergence"] >= NOTABLE and reads)
+
+
 def advice(report: dict[str, Any]) -> str:
     """Say the figures in plain words: layout, headroom, whether agreement can weigh anything."""
     judge = _by_accuracy if "accuracy" in report["student"] else _by_divergence
@@ -313,7 +328,7 @@ def _by_accuracy(report: dict[str, Any]) -> list[str]:
     """Whether the teacher is right more often than the student."""
     student, teacher = report["student"]["accuracy"], report["teacher"][report["layout"]]["accuracy"]
     gain = teacher["value"] - student["value"]
-    if gain < HEADROOM:
+    if not teaches(report):
         return [
             "Self-distillation cannot help here: with the reference in its prompt the model is right in"
             f" {teacher['value']:.0%}, without it in {student['value']:.0%}. Try another prompt, better"

@@ -1,4 +1,7 @@
-"""Collects what a step did over micro-batches and ranks: a line of `metrics.jsonl` per step."""
+"""Collects what a step did over micro-batches and ranks: a line of `metrics.jsonl` per step.
+
+An evaluation during training has a line of its own, after that of its step.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from unisd.files import keep_until
+from unisd.files import append_line, is_evaluation, keep_until
 from unisd.kernels.devices import synchronize
 
 
@@ -115,13 +118,15 @@ class StepMetrics:
             }
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                finite = {
-                    name: value if math.isfinite(value) else None for name, value in (line | values).items()
-                }
-                file.write(json.dumps(finite) + "\n")
+                file.write(json.dumps(_finite(line | values)) + "\n")
         self._unlogged.append(values)
         self.values, self._sums = {}, {}
         return values
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the line of an evaluation that followed optimizer step number `step`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        append_line(self.path, {"step": step, **_finite(values)})
 
     def take_means(self) -> dict[str, float]:
         """Means over the steps since the last call, without what the Trainer logs itself."""
@@ -130,11 +135,11 @@ class StepMetrics:
         return {name: mean([step[name] for step in steps if name in step]) for name in names}
 
     def forget_after(self, step: int) -> list[dict[str, Any]]:
-        """Drop lines of steps that a resumed run does again; returns the others.
+        """Drop lines of steps that a resumed run does again; returns those of earlier steps.
 
         And a line that a kill cut short.
         """
-        return keep_until(self.path, step)
+        return [line for line in keep_until(self.path, step) if not is_evaluation(line)]
 
 
 TERM_METRICS = {
@@ -154,6 +159,11 @@ def _of_terms(sums: Mapping[str, float]) -> dict[str, float]:
         if f"term_active/{name}" in sums:
             values[of_share] = sums[f"term_active/{name}"] / tokens
     return values
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The values as JSON can hold them."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def mean(values: list[float]) -> float:

@@ -22,6 +22,20 @@ def _metrics_text(logs: dict[str, float], steps_per_second: float) -> str:
     return "  ".join([*parts, f"{steps_per_second:.2f} steps/s"])
 
 
+def _evaluation_text(metrics: dict[str, float]) -> str:
+    """The values of an evaluation, accuracies in percent, and the seconds that it took."""
+    parts = []
+    for key, value in metrics.items():
+        name = key.removeprefix("eval_")
+        if name.endswith("accuracy"):
+            parts.append(f"{name} {100 * value:.1f} %")
+        elif name.endswith("runtime"):
+            parts.append(f"{value:.0f} s")
+        elif name != "epoch":
+            parts.append(f"{name} {value:.4f}")
+    return "  ".join(parts)
+
+
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
     """Progress of the training with its latest metrics: a bar on a terminal, else about 20 plain
     lines.
@@ -52,6 +66,16 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
         if logs and "loss" in logs:
             self.logs = dict(logs)
             self._show(state)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if metrics and state.is_world_process_zero:
+            text = f"evaluation at step {state.global_step}/{state.max_steps}  {_evaluation_text(metrics)}"
+            if self.progress is not None:
+                self.progress.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress is not None:

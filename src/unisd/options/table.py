@@ -90,6 +90,11 @@ class UniSDOptions(MethodOptions):
     eval_steps: float | None = option(
         "training", "eval_strategy=steps: evaluate every so many steps; unset: every save_steps."
     )
+    early_stopping_patience: int | None = option(
+        "training",
+        "Stop after so many evaluations in a row without a better metric_for_best_model; unset: never.",
+        low=1,
+    )
     save_strategy: Literal["no", "steps", "epoch", "best"] = option(
         "training",
         "When to save a checkpoint: no, steps (every save_steps), epoch or best (so far).",

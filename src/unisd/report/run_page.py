@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd.errors import UserError
-from unisd.files import ANSWERS, METRICS, RESULTS, SAMPLES, read_lines
+from unisd.files import ANSWERS, METRICS, RESULTS, SAMPLES, is_evaluation, read_lines
 from unisd.monitoring.alarms import Watch
 from unisd.report import plots
 from unisd.report.health import health
@@ -91,7 +91,7 @@ def build(folder: Path) -> str:
         ("model", Path(str(results["model"])).name),
         ("task", str(results["task"])),
         ("seed", str(results["seed"])),
-        ("steps", str(results.get("steps", len(metrics)))),
+        ("steps", str(results.get("steps", max((line["step"] for line in metrics), default=0)))),
         ("time", f"{results['wall_s']:.0f} s"),
     ]
     rows = _accuracy_rows(results)
@@ -108,7 +108,7 @@ def build(folder: Path) -> str:
     )
     for curve in grafting.read(folder):
         body += _grafted(curve)
-    body += section("Curves", plots.curves((*CURVES, *_by_weight(metrics)), metrics))
+    body += _curves(metrics)
     body += health(
         results.get("alarms"),
         metrics,
@@ -166,7 +166,8 @@ def _unfinished(folder: Path) -> str:
 
     An alarm, a crash or a person has ended it, or it goes on still.
     """
-    lines, metrics = read_lines(folder / METRICS), read_metrics(folder / METRICS)
+    metrics = read_metrics(folder / METRICS)
+    lines = [line for line in read_lines(folder / METRICS) if not is_evaluation(line)]
     watch = Watch(DEFAULT_WINDOW)
     for line in lines:
         watch.update(line["step"], line)
@@ -178,7 +179,7 @@ def _unfinished(folder: Path) -> str:
         f" with the default alarm_window of {DEFAULT_WINDOW}."
     )
     body += section("Unfinished", f"<p>{said}</p>")
-    body += section("Curves", plots.curves((*CURVES, *_by_weight(metrics)), metrics))
+    body += _curves(metrics)
     body += health([asdict(alarm) for alarm in watch.alarms], metrics, DEFAULT_WINDOW)
     body += supervision(read_lines(folder / SAMPLES))
     return page(f"{folder.resolve().name}: unfinished", body)
@@ -209,9 +210,28 @@ def read_json(path: Path) -> Figures:
 
 
 def read_metrics(path: Path) -> list[Figures]:
-    """Lines of `metrics.jsonl`; of a long run so many that a plot can show."""
+    """Lines of `metrics.jsonl`: all evaluations, and so many steps as a plot can show."""
     lines = read_lines(path)
-    return lines[:: max(1, -(-len(lines) // MAX_POINTS))]
+    steps = [line for line in lines if not is_evaluation(line)]
+    return steps[:: max(1, -(-len(steps) // MAX_POINTS))] + [line for line in lines if is_evaluation(line)]
+
+
+def _curves(metrics: Sequence[Figures]) -> str:
+    """The section of all curves; evaluations come after the loss that they are read beside."""
+    loss, *others = CURVES
+    drawn = plots.curves((loss, *_evaluations(metrics), *others, *_by_weight(metrics)), metrics)
+    return section("Curves", drawn)
+
+
+def _evaluations(metrics: Sequence[Figures]) -> plots.Wanted:
+    """A figure of each measure of the evaluations during training; one line each set of rows."""
+    names = sorted({name for line in metrics for name in line if name.startswith("eval_")})
+    kinds = (("loss", "nats a token"), ("accuracy", "share"))
+    return [
+        (f"Evaluations: {kind}", unit, {name.removeprefix("eval_"): name for name in found})
+        for kind, unit in kinds
+        if (found := [name for name in names if name.endswith(f"_{kind}")])
+    ]
 
 
 def _accuracy_rows(results: Figures) -> list[tuple[str, Figures, Figures]]:

@@ -127,11 +127,6 @@ def load_data(
     )
 
 
-def _retention(options: RunOptions, task: Task | None) -> list[RetentionSet]:
-    asked, rows, most = options.retention, options.retention_rows, options.max_eval_rows
-    return load_sets(asked, rows, most, task, options.model_name_or_path, options.grader)
-
-
 def _say_what_is_trained_on(evaluation: list[Row], rows: list[Row], eval_file: str, name: str) -> None:
     if Path(eval_file).resolve() == Path(name).resolve():  # on purpose
         return
@@ -189,6 +184,8 @@ def _choice(config: UniSDConfig) -> str | None:
         return "load_best_model_at_end"
     if config.save_strategy == "best":
         return "save_strategy=best"
+    if config.early_stopping_patience is not None:
+        return "early_stopping_patience"
     plateau = config.lr_scheduler_type == "reduce_lr_on_plateau"
     return "lr_scheduler_type=reduce_lr_on_plateau" if plateau else None
 
@@ -200,7 +197,9 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
         raise UserError(
             f"task {task.name} is for evaluation only (its authors ask so): train on another one."
         )
-    where = f"task {task.name}"
+    where, split = f"task {task.name}", options.eval_split or "test"
+    if split in ("train", "all"):
+        raise UserError(f"eval_split={split} would report on what is trained on: give test or validation.")
     if training:
         task.prepare_training()
     return RunData(
@@ -209,11 +208,24 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
         if training
         else [],
         # Evaluation rows do not depend on the run's seed, so that runs can be compared.
-        evaluation=prepare_rows(task.load("test", limit=options.max_eval_rows), name=where),
-        retention=_retention(options, task),
+        evaluation=prepare_rows(task.load(split, limit=options.max_eval_rows), name=where),
+        retention=_retention(options, task, others=split == "validation"),
         grade=task.grade,
         task=task,
     )
+
+
+def _retention(options: RunOptions, task: Task | None, others: bool = False) -> list[RetentionSet]:
+    """The sets that must not be lost; of a task's own, to choose on, `others` than are reported."""
+    if task is not None and others:
+        shared = {problem_key(row["prompt"]) for row in task.load("validation")}
+        if shared & {problem_key(row["prompt"]) for row in task.load("test")}:
+            logger.warning(
+                "task %s: some validation rows are test rows too, where what they choose is reported too well.",
+                task.name,
+            )
+    asked, rows, most = options.retention, options.retention_rows, options.max_eval_rows
+    return load_sets(asked, rows, most, task, options.model_name_or_path, options.grader, others)
 
 
 def _load_dataset(options: RunOptions) -> list[Row]:

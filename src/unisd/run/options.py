@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from unisd.errors import UserError
 from unisd.models.adapters import is_adapter
 from unisd.options.option import check_declared, option
+from unisd.options.parser import Values
 from unisd.recipes import DEFAULT
 
 ONE_PROCESS = "graft_scales are measured by one process: unset it, and run `unisd eval --scales` afterwards."
@@ -51,6 +52,7 @@ class RunOptions:
     device_tdp: float | None = option(
         "run",
         "Watts of one device at full load, for the energy estimate; unset: what the driver of a GPU says.",
+        shared=("probe",),
     )
     accelerate_config: str | None = option(
         "run",
@@ -121,6 +123,10 @@ class RunOptions:
     )
     eval_file: str | None = option(
         "data", "Rows to report on; unset: a seeded 10 % of the training rows, held out."
+    )
+    eval_split: str | None = option(
+        "data",
+        "Split of the task to report on; unset: test. validation: to choose settings on, as a study does.",
     )
     dataset_name: str | None = option(
         "data",
@@ -200,6 +206,8 @@ class RunOptions:
     """Names that the user gave in the config file or as flags."""
     command: tuple[str, ...] = ()
     """The arguments as given, for telling how to resume."""
+    values: Values = field(default_factory=dict)
+    """What recipe, task, config file and flags set, the user's above the others."""
 
     @property
     def trains_adapter(self) -> bool:
@@ -248,7 +256,7 @@ class RunOptions:
         if len(sources) > 1:
             raise UserError(f"{' and '.join(sources)} exclude each other: give one source of training rows.")
         if self.task is None:
-            for name in ("noise", "reference_style", "data_files", "task_options"):
+            for name in ("noise", "reference_style", "data_files", "task_options", "eval_split"):
                 if getattr(self, name) is not None:
                     raise UserError(f"{name} belongs to a task: unset it, or give --task.")
         else:

@@ -6,15 +6,18 @@ import logging
 import re
 import shlex
 import shutil
-from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from unisd import __version__
 from unisd.config import UniSDConfig
 from unisd.console import markdown_table
 from unisd.errors import UserError
 from unisd.files import (
+    CONFIG,
     METRICS,
     OF_A_RUN,
     RESULTS,
@@ -25,6 +28,8 @@ from unisd.files import (
 )
 from unisd.models.load import POCKET, SMOLLM2
 from unisd.monitoring.alarms import silence
+from unisd.options.option import declared
+from unisd.options.parser import UNSET, Values
 from unisd.run.options import RunOptions
 from unisd.training.checkpoints import (
     clear_staging,
@@ -83,6 +88,7 @@ def choose_output_dir(
         check_writable(Path(DEFAULT_ROOT))
         candidates = _candidates(options, data_name)
         folder = next(path for path in candidates if (_made(path) if reserve else not path.exists()))
+    _keep_foreign_config(folder)
     check_writable(folder)
     if newest:
         return folder, _has_checkpoint(folder) or None
@@ -169,15 +175,33 @@ def _refuse_used(folder: Path) -> None:
             f"{folder} holds an unfinished run: go on with --resume_from_checkpoint, start over with"
             " --overwrite_output_dir, or choose another --output_dir."
         )
-    if folder.is_dir() and any(folder.iterdir()):
+    # A run that was killed before its first step has left its options alone.
+    if folder.is_dir() and any(path.name != CONFIG or not _is_of_a_run(path) for path in folder.iterdir()):
         raise UserError(
             f"{folder} holds other files, which a run might replace: choose another --output_dir."
         )
 
 
+def _keep_foreign_config(folder: Path) -> None:
+    path = folder / CONFIG
+    if path.exists() and not _is_of_a_run(path):
+        raise UserError(
+            f"{path} was not written by a run, and a run writes its options there: give it another name, or"
+            " choose another --output_dir."
+        )
+
+
+def _is_of_a_run(config: Path) -> bool:
+    try:
+        return config.read_bytes().startswith(CONFIG_HEAD.encode())
+    except OSError:
+        return False
+
+
 def _refuse_foreign(folder: Path) -> None:
     """Overwriting replaces a run; what else has files of these names is not ours to remove."""
     is_run = any((folder / name).exists() for name in OF_A_RUN) or any(folder.glob("checkpoint-*"))
+    is_run = is_run or _is_of_a_run(folder / CONFIG)
     if not is_run and (files := written_in(folder)):
         raise UserError(
             f"{folder} is not the folder of a run, but holds {files[0].name}, which a run would replace:"
@@ -210,14 +234,56 @@ def clear_earlier_run(folder: Path) -> None:
 
 def resolved(options: RunOptions, config: UniSDConfig) -> dict[str, Any]:
     """Every option with its value in this run."""
-    own = {name: value for name, value in asdict(options).items() if name not in ("explicit", "command")}
+    own = {item.name: getattr(options, item.name) for item in declared(options)}
     inherited: dict[str, Any] = config.to_dict()  # tokens are masked in it
-    return {name: _without_password(value) for name, value in {**own, **inherited}.items()}
+    return {name: without_password(value) for name, value in {**own, **inherited}.items()}
 
 
-def _without_password(value: Any) -> Any:
-    """An address without the user's name and password in it."""
+def without_password(value: Any) -> Any:
+    """An address without the user's name and password in it, also among others."""
+    if isinstance(value, (list, tuple)):
+        return [without_password(one) for one in value]
+    if isinstance(value, dict):
+        return {name: without_password(one) for name, one in value.items()}
     return re.sub(r"(?<=://)[^/@\s]+@", "***@", value) if isinstance(value, str) else value
+
+
+CONFIG_HEAD = "# A run of unisd"
+"""How the `config.yaml` of a run begins: one that begins otherwise is the user's own."""
+NOT_IN_CONFIG = {"recipe", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run"}
+"""Of a run's options, what its `config.yaml` leaves out: where it is, and whether it goes on."""
+WHERE_ROWS_HAVE_NONE = "agreement_contexts"
+"""An option that a recipe means for rows without contexts, and a user for all rows."""
+
+
+def write_config(folder: Path, options: RunOptions, config: UniSDConfig) -> None:
+    """Write `config.yaml`: what the user gave and the recipe sets, for the same run again.
+
+    Without tokens and passwords. What the run took back of its recipe is written as it was.
+    """
+    taken_back = {change.name: change.after for change in config.changes}
+    values: Values = {"recipe": options.recipe}
+    head = [
+        f"{CONFIG_HEAD} {__version__}. The same again: unisd train --config"
+        f" {shlex.quote(str(folder / CONFIG))} --output_dir OTHER_FOLDER"
+    ]
+    for name, value in options.values.items():
+        if name in NOT_IN_CONFIG:
+            continue
+        if name.endswith("_token"):
+            head.append(f"# {name} was given, and is not written down")
+        elif name == WHERE_ROWS_HAVE_NONE and name not in options.explicit:
+            head.append(f"# {name} is the recipe's: {value}")
+        else:
+            values[name] = None if value is UNSET else _plain(taken_back.get(name, value))
+    folder.mkdir(parents=True, exist_ok=True)
+    body = yaml.safe_dump(without_password(values), sort_keys=False, allow_unicode=True)
+    (folder / CONFIG).write_text("\n".join([*head, body]), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """As YAML holds it; transformers' choices are enumerations."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def _silence(results: dict[str, Any]) -> str:

@@ -101,7 +101,7 @@ def resolve(
 
     def run_options(values: Values) -> RunOptions:
         own = {name: value for name, value in _without_unset(values).items() if name in of_run}
-        return RunOptions(**own, explicit=explicit, command=tuple(arguments))
+        return RunOptions(**own, explicit=explicit, command=tuple(arguments), values=values)
 
     options = run_options(given)
     options.check()

@@ -50,6 +50,7 @@ def load_sets(
     task: Task | None,
     model: str,
     grader: str | None = None,
+    others: bool = False,
 ) -> list[RetentionSet]:
     """The sets that were asked for; by default the task's own, and `general` for a real model.
 
@@ -62,6 +63,7 @@ def load_sets(
         most: the same where `rows` is None; of general no more than `GRADED`.
         task: that of the run, if it has one.
         grader: of the run's own rows, which grades those of files too.
+        others: of a task's own other rows than those that are reported, to choose on.
 
     Raises:
         UserError: `none` beside others, an unknown name, a file that cannot be read.
@@ -72,26 +74,28 @@ def load_sets(
         return []
     if asked is not None and (twice := [name for name in asked if list(asked).count(name) > 1]):
         raise UserError(f"retention: {twice[0]} is given twice.")
+    own = _own(task, rows or most, others) if task is not None else None
     if asked is not None:
-        return [_named(name, rows, most, task, grader) for name in asked]
-    found = [_own(task, rows or most)] if task is not None else []
-    found = [one for one in found if one.rows]
+        return [_named(name, rows, most, own, grader) for name in asked]
+    found = [own] if own is not None and own.rows else []
     if model != POCKET:
         return [*found, _general(rows, most)]
     return found or [_own(tasks.get(POCKET), rows or most)]
 
 
-def _named(name: str, rows: int | None, most: int, task: Task | None, grader: str | None) -> RetentionSet:
+def _named(
+    name: str, rows: int | None, most: int, own: RetentionSet | None, grader: str | None
+) -> RetentionSet:
     if name == GENERAL:
         return _general(rows, most)
-    if task is not None and name == task.name:
-        if not (found := _own(task, rows or most)).rows:
+    if own is not None and name == own.name:
+        if not own.rows:
             raise UserError(f"retention: task {name} has no retention rows: leave it out, or give {GENERAL}.")
-        return found
+        return own
     if name in tasks.names():
         other = tasks.get(name)
-        own = other.retention_rows(limit=rows or most) or other.load("test", limit=rows or most)
-        return RetentionSet(name, own, other.grade, cap=other.max_new_tokens)
+        found = other.retention_rows(limit=rows or most) or other.load("test", limit=rows or most)
+        return RetentionSet(name, found, other.grade, cap=other.max_new_tokens)
     if Path(name).suffix and Path(name).exists():
         return _of_file(name, rows or most, grader)
     raise UserError(
@@ -99,8 +103,9 @@ def _named(name: str, rows: int | None, most: int, task: Task | None, grader: st
     )
 
 
-def _own(task: Task, limit: int) -> RetentionSet:
-    return RetentionSet(task.name, task.retention_rows(limit=limit), task.grade)
+def _own(task: Task, limit: int, others: bool = False) -> RetentionSet:
+    rows = task.retention_rows()[-limit:] if others else task.retention_rows(limit=limit)
+    return RetentionSet(task.name, rows, task.grade)
 
 
 def _general(rows: int | None, most: int) -> RetentionSet:

@@ -31,7 +31,7 @@ from unisd.monitoring.alarms import Alarm
 from unisd.monitoring.cost import Energy, cost_of
 from unisd.monitoring.progress import ProgressDisplay
 from unisd.processes import alone_in
-from unisd.run import grafting, outputs
+from unisd.run import choice, grafting, outputs
 from unisd.run.changes import change_lines
 from unisd.run.inputs import (
     RunData,
@@ -209,6 +209,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
         if checkpoint is None or options.overwrite_output_dir:
             outputs.clear_earlier_run(folder)
         (folder / GRAFTING).unlink(missing_ok=True)  # of other weights than those to come
+        outputs.write_config(folder, options, setting.config)
         return _carried_out(setting, options, checkpoint, console, started)
 
 
@@ -320,35 +321,9 @@ def _described(setting: Setting, options: RunOptions, config: UniSDConfig) -> Re
         "task": setting.data.name,
         "seed": config.seed,
         "steps": setting.trainer.state.global_step,
-        "chosen": _chosen(setting),
+        "stopped": choice.stopped(setting.trainer),
+        "chosen": choice.chosen(setting.trainer, len(setting.data.validation)),
     }
-
-
-def _chosen(setting: Setting) -> Results | None:
-    """Which model load_best_model_at_end has kept, and by what; its step is None if none was."""
-    config, state = setting.config, setting.trainer.state
-    if not config.load_best_model_at_end:
-        return None
-    found = state.best_model_checkpoint is not None
-    return {
-        "step": state.best_global_step if found else None,
-        "metric": f"eval_{str(config.metric_for_best_model).removeprefix('eval_')}",
-        "value": state.best_metric if found else None,
-        "rows": len(setting.data.validation),
-    }
-
-
-def chosen_line(results: Results) -> str | None:
-    """Say which model was chosen; None where nothing was to be."""
-    chosen = results["chosen"]
-    if chosen is None:
-        return None
-    if chosen["step"] is None:
-        return "load_best_model_at_end: no evaluation took place, so the model is that of the last step"
-    return (
-        f"chosen: the model of step {chosen['step']} of {results['steps']}, by {chosen['metric']}"
-        f" {chosen['value']:.4g} on {chosen['rows']} validation rows"
-    )
 
 
 def _accounted(
@@ -446,8 +421,8 @@ def _report(
     show_table(console, ("", "before", "after", "change"), change_lines(results))
     if points:
         show_table(console, grafting.HEAD, grafting.lines(points))
-    if chosen := chosen_line(results):
-        console.print(chosen, markup=False, highlight=False)
+    for line in choice.lines(results):
+        console.print(line, markup=False, highlight=False)
     for alarm in results["alarms"] or ():
         console.print(
             f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}", markup=False, highlight=False
@@ -457,7 +432,7 @@ def _report(
     console.print(f"{results['wall_s']:.0f} s ({spent})", markup=False, highlight=False)
     what = "adapter" if options.trains_adapter else "model"
     console.print(
-        f"written to {folder}: the {what}, results.json, metrics.jsonl, README.md",
+        f"written to {folder}: the {what}, results.json, metrics.jsonl, config.yaml, README.md",
         markup=False,
         highlight=False,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from unisd import __version__
-from unisd.files import ANSWERS, METRICS, RESULTS, append_line, read_lines
+from unisd.files import ANSWERS, METRICS, RESULTS, append_line, is_evaluation, read_lines
 from unisd.processes import lock
 from unisd.run import grafting
 from unisd.study.design import Run
@@ -97,7 +97,7 @@ def found_in(folder: Path) -> Record:
         return None if after[name] is None else after[name]["value"]
 
     # From the metrics, so that a run which was resumed counts all of its steps.
-    steps = read_lines(folder / METRICS)
+    steps = [line for line in read_lines(folder / METRICS) if not is_evaluation(line)]
     return {
         "task_accuracy": value("task_accuracy"),
         "retention_accuracy": value("retention_accuracy"),

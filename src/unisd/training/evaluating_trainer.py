@@ -68,6 +68,8 @@ class EvaluatingTrainer(FaultTolerantTrainer):
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.metrics.phases["eval"] += metrics[f"{metric_key_prefix}_runtime"]
         self.log(dict(metrics))
+        if self.is_in_train and metric_key_prefix.startswith("eval") and self.is_world_process_zero():
+            self.metrics.evaluated(self.state.global_step, metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -34,6 +34,7 @@ from unisd.monitoring.metrics import StepMetrics
 from unisd.rollout.replay import RepeatedSteps, RolloutStore
 from unisd.teacher import Teacher
 from unisd.training import checkpoints, record
+from unisd.training.early_stopping import EarlyStopping, is_over
 from unisd.training.guards import FiniteGuard, pieces_of
 from unisd.training.plan import planned_steps
 from unisd.training.sharded_trainer import ShardedTrainer
@@ -42,6 +43,8 @@ from unisd.training.step import MicroBatch, Step
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+MEASURE = {"metric_for_best_model", "greater_is_better", "evaluation"}
+"""What evaluations are compared by."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class FaultTolerantTrainer(ShardedTrainer):
         self._changed: set[str] = set()  # options that are otherwise than in the resumed checkpoint
         super().__init__(args=args, **kwargs)
         self.finite = FiniteGuard(args.max_skipped_steps, self.accelerator.num_processes)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(args.early_stopping_patience))
         self.health = Watch(args.alarm_window)
         self.stop_reason: str | None = None
         self._run_folder: str | None = None  # where the Trainer puts checkpoints while one is being built
@@ -291,6 +296,8 @@ class FaultTolerantTrainer(ShardedTrainer):
     def _take_over(self, checkpoint: str) -> None:
         """Say what has changed since the checkpoint, and load what is `stateful`."""
         lines = self.check_resume(checkpoint)
+        if not self._changed & MEASURE:
+            self._all_done |= is_over(checkpoint, self.args.early_stopping_patience)
         fix_date(self.processing_class, checkpoint)
         for part in self.stateful:
             part.load(checkpoint)
@@ -354,7 +361,7 @@ class FaultTolerantTrainer(ShardedTrainer):
         found: tuple[int, int] = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
         self.state.train_batch_size = self._train_batch_size
-        if self._changed & {"metric_for_best_model", "greater_is_better", "evaluation"}:
+        if self._changed & MEASURE:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         return found
 
@@ -398,6 +405,13 @@ class FaultTolerantTrainer(ShardedTrainer):
         if checkpoints.problem_of(Path(self.args.output_dir) / name, contents=False) is not None:
             self._save_checkpoint(self.model, trial=None)
         return f"Step {self.state.global_step} is saved in {name}."
+
+    @property
+    def stopped_early(self) -> int | None:
+        """The step at which `early_stopping_patience` has ended the training, if it did."""
+        # By its type: transformers puts another one in its place where it restores callbacks.
+        callbacks = (one for one in self.callback_handler.callbacks if isinstance(one, EarlyStopping))
+        return next((one.stopped for one in callbacks), None)
 
     # -- bad steps ---------------------------------------------------------------------------------
 
