@@ -21,7 +21,6 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from unisd import recipes
 from unisd.compat import fill_new_names, set_argument
 from unisd.data.outcomes import AFTER_ROLLOUT, NO_LOSS
-from unisd.data.privilege import REMEDIES
 from unisd.errors import UserError
 from unisd.http_client import check_server
 from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence_bound
@@ -350,18 +349,6 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         """Where the vLLM server of `vllm_mode=server` is."""
         url = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
         return url.rstrip("/")
-
-    @property
-    def uses_reference(self) -> bool:
-        """Whether training looks at the rows' references: not where the likelihood of the model's
-        own answers is all.
-        """
-        if self.rollout_contexts[-1:] == [NO_LOSS] and self.completion_source in ("student", "initial"):
-            return False  # the teacher is told of the answers alone
-        told = self.teacher_context not in ("plain", *REMEDIES) or self.target is not None
-        if not told and self.completion_source in ("student", "initial"):
-            return False
-        return self.distillation_mode != "nll" or self.completion_source in ("reference", "mixture")
 
     @property
     def divergence_spec(self) -> DivergenceSpec:

@@ -176,10 +176,14 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(
 
 
 def test_missing_column(own: Any) -> None:
-    rows = [{"question": row["prompt"], "answer": row["privileged_context"]} for row in ROWS]
-    assert "no column 'prompt': if it is 'question', pass --columns prompt=question" in own(rows)
-    assert "no column 'privileged_context': if it is 'answer'" in own(rows, "--columns", "prompt=question")
-    assert "did you mean 'question'" in own(rows, "--columns", "prompt=qestion").lower()
+    rows = [{"question": row["prompt"], "gold": row["privileged_context"]} for row in ROWS]
+    assert (
+        "rows.jsonl has no columns 'prompt' and 'privileged_context': its columns are question, gold; pass"
+        " --columns prompt=question,privileged_context=NAME" in own(rows)
+    )
+    line = own(rows, "--columns", "prompt=qestion,completion=gold")
+    assert "no column 'qestion' (mapped to 'prompt')" in line
+    assert "pass --columns prompt=question,completion=gold" in line
 
 
 def test_empty_dataset(own: Any) -> None:

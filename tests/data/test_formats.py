@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from unisd.data.rows import load_rows
 from unisd.errors import UserError
 from unisd.run.inputs import load_data
 from unisd.run.options import RunOptions
+from unisd.run.resolve import check_own_rows, given_by, train_parser
+from unisd.tasks.graders import get_grader
 
 Rows = list[dict[str, Any]]
 ALPACA = [
@@ -36,6 +40,21 @@ def turns(number: int, role: str = "role", text: str = "content", names: Any = (
 MESSAGES = [{"messages": turns(i)} for i in range(3)]
 SHARED = [{"conversations": turns(i, "from", "value", ("human", "gpt"))} for i in range(3)]
 OURS = [{"prompt": f"{i}?", "privileged_context": "r", "answer": "r"} for i in range(3)]
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Bonn"}'}}
+SPOKEN = [  # what messages may hold beside one question and one answer
+    {"messages": [{"role": "system", "content": "Be brief."}, *turns(0)]},
+    {"messages": [{"role": "developer", "content": "Be brief."}, *turns(1), *turns(2)]},
+    {"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Weather"}, {"type": "text", "text": "in 3?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "sunny", "tool_calls": None},
+        {"role": "assistant", "content": "It is sunny."},
+    ]},
+]  # fmt: skip
+PAIRS = {
+    "prompt/response": ("prompt", "response"),
+    "question/answer": ("question", "answer"),
+}
 CSV = "prompt,privileged_context,answer\n" + "".join(f"{i}?,r,r\n" for i in range(3))
 
 # name -> rows or text of the file, its ending, the mapping, what is said (None: all rows are read)
@@ -45,17 +64,31 @@ FORMATS: dict[str, tuple[Any, str, str | None, str | None]] = {
     "csv": (CSV, "csv", None, None),
     "csv, semicolons": (CSV.replace(",", ";"), "csv", None, None),
     "csv, tabs": (CSV.replace(",", "\t"), "csv", None, None),
-    "alpaca": (ALPACA, "json", None, "prompt{}=instruction+input"),
+    "alpaca": (ALPACA, "json", None, None),
     "alpaca, mapped": (ALPACA, "json", "prompt=instruction+input,privileged_context=output", None),
-    "messages": (MESSAGES, "jsonl", None, "prompt{}=messages"),
+    "messages": (MESSAGES, "jsonl", None, None),
+    "messages of all kinds": (SPOKEN, "jsonl", None, None),
+    "messages as text": (
+        [{"messages": json.dumps(row["messages"])} for row in MESSAGES], "jsonl", None, None
+    ),
     "messages, mapped": (MESSAGES, "jsonl", "prompt=messages", None),
-    "conversations": (SHARED, "jsonl", None, "prompt{}=conversations"),
+    "conversations": (SHARED, "jsonl", None, None),
+    **{name: ([{a: f"{i}?", b: "r"} for i in range(3)], "jsonl", None, None)
+       for name, (a, b) in PAIRS.items()},
+    "csv, windows": (CSV.replace("r,r", "\xe9,\xe9"), "csv", None, None),
     "conversations, mapped": (SHARED, "jsonl", "prompt=conversations", None),
-    "a tool speaks": (
-        [*SHARED, {"conversations": turns(3, "from", "value", ("human", "observation"))}],
+    "a stranger speaks": (
+        [*SHARED, {"conversations": turns(3, "from", "value", ("human", "narrator"))}],
         "jsonl",
-        "prompt=conversations",
-        "row 3 of {file}: a turn comes from 'observation', and only human, user, gpt,",
+        None,
+        "row 3 of {file}: a turn comes from 'narrator', and only human, user, gpt,",
+    ),
+    "a call that is none": (
+        [*SPOKEN, {"messages": [*turns(0)[:1], {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": "{"}}]}]}],
+        "jsonl",
+        None,
+        "row 3 of {file}: a tool call holds '{{' (str), a JSON object is needed: mend or remove the row",
     ),
     "tools": ([row | {"tools": [TOOL]} for row in MESSAGES], "jsonl", "prompt=messages", None),
     "tools as text": ([row | {"tools": json.dumps([TOOL])} for row in OURS], "jsonl", None, None),
@@ -84,7 +117,8 @@ def write(path: Path, content: Any, ending: str) -> Path:
     file = path / f"rows.{ending}"
     if ending == "jsonl" and not isinstance(content, str):
         content = "".join(json.dumps(row) + "\n" for row in content)
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    text = content if isinstance(content, str) else json.dumps(content)
+    file.write_text(text, encoding="cp1252" if "\xe9" in text else "utf-8")
     return file
 
 
@@ -139,7 +173,8 @@ def test_all_commands_read_the_same_layouts(
     if told is not None:
         option = "_column" if command in GRADING else ""
         assert code == 2 and told.format(option, file=file) in said
-        assert said.count("\n") == said.count("error: ") == 1
+        errors = [line for line in said.splitlines() if not line.startswith("note: ")]
+        assert len(errors) == 1 and errors[0].startswith("unisd: error: ")
     elif command in ("study", "grade"):
         assert code == 0
     else:
@@ -153,12 +188,126 @@ def test_no_row_is_lost(tmp_path: Path, name: str) -> None:
     data = load_data(RunOptions(train_file=str(file), columns=columns))
     assert len(data.train) + len(data.evaluation) == 3
     mapping = parse_column_mapping(columns)
-    answer = mapping.get("privileged_context", "answer")
-    prompt = mapping.get("prompt", "prompt")
-    task = tasks.get("jsonl", data_files=str(file), prompt_column=prompt, answer_column=answer)
+    named = {"prompt_column": "prompt", "answer_column": "privileged_context"}
+    named = {option: mapping[ours] for option, ours in named.items() if ours in mapping}
+    task = tasks.get("jsonl", data_files=str(file), **named)
     rows = task.load("all")
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in load_rows(file, columns)]
     assert all(task.grade(row, row["answer"]).correct for row in rows) and len(rows) == 3
+
+
+# ---------------------------------------------------------------- what is read, and what is said
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (ALPACA, "alpaca (prompt = instruction + input, reference = output)"),
+        (SPOKEN, "messages (prompt = messages, reference = the answer that ends it)"),
+        (SHARED, "ShareGPT (prompt = conversations, reference = the answer that ends it)"),
+        ([{"prompt": "p", "response": "r"}], "prompt/response (prompt = prompt, reference = response)"),
+        ([{"prompt": "p", "completion": "r"}], None),
+        (OURS, None),
+    ],
+)
+def test_a_layout_is_said_in_one_line(caplog: pytest.LogCaptureFixture, rows: Rows, told: str | None) -> None:
+    found = load_rows(rows, name="mine.json")
+    assert len(found) == len(rows) and all(row["privileged_context"] for row in found)
+    said = [f"mine.json: read as: {told}; --columns says otherwise."] if told else []
+    assert [record.getMessage() for record in caplog.records] == said
+    caplog.clear()
+    assert load_rows(found) == found and not caplog.records  # a trainer looks at them again
+
+
+def test_what_messages_hold_is_kept() -> None:
+    brief, developer, tool = load_rows(SPOKEN)
+    assert brief["prompt"][0]["role"] == "system" and brief["completion"] == "sunny"
+    assert [turn["role"] for turn in developer["prompt"]] == ["developer", "user", "assistant", "user"]
+    assert tool["prompt"] == [{"role": "user", "content": "Weather\nin 3?"}]
+    call, result, answer = tool["completion_turns"]
+    assert call["content"] == "" and call["tool_calls"][0]["function"]["arguments"] == {"city": "Bonn"}
+    assert result == {"role": "tool", "content": "sunny"} and answer["content"] == tool["completion"]
+    as_text = [{"messages": json.dumps(row["messages"])} for row in SPOKEN]
+    assert load_rows(as_text) == [brief, developer, tool]
+    shared = {"conversations": [
+        {"from": "human", "value": "Weather in 3?"},
+        {"from": "function_call", "value": '{"name": "get_weather", "arguments": {"city": "Bonn"}}'},
+        {"from": "observation", "value": "sunny"},
+        {"from": "gpt", "value": "It is sunny."},
+    ]}  # fmt: skip
+    assert load_rows([shared])[0]["completion_turns"] == tool["completion_turns"]
+    last = load_rows([{"messages": SPOKEN[2]["messages"][:2]}])[0]
+    assert last["completion"] == '{"name": "get_weather", "arguments": {"city": "Bonn"}}'
+    assert len(last["completion_turns"]) == 1
+    assert get_grader("call")(last["completion"], get_grader("call").gold_of(last, last["completion"]))
+
+
+def test_columns_override_a_layout(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"question": "q", "answer": "4", "rationale": "2 + 2", "messages": turns(0)}]
+    assert load_rows(rows, "prompt=question,privileged_context=rationale")[0]["privileged_context"] == "2 + 2"
+    assert not caplog.records
+    assert load_rows(rows, "prompt=question")[0]["privileged_context"] == "4"  # the rest is found
+    assert load_rows(rows)[0]["completion"] == "sunny"
+    assert load_rows(ALPACA, "prompt=instruction")[0]["prompt"] == "Translate into French."
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "told"),
+    [
+        (
+            [{"promt": "a", "gold": "b"}],
+            None,
+            "mine.jsonl has no columns 'prompt' and 'privileged_context': its columns are promt, gold; pass"
+            " --columns prompt=promt,privileged_context=NAME (NAME: the column that holds it).",
+        ),
+        (
+            [{"Question": "a", "Answer": "b"}],
+            "prompt=qestion,negative_context=wrong",
+            "mine.jsonl has no columns 'qestion' (mapped to 'prompt') and 'wrong' (mapped to"
+            " 'negative_context') and 'privileged_context': its columns are Question, Answer; pass --columns"
+            " prompt=Question,negative_context=NAME,privileged_context=Answer (NAME: the column that holds"
+            " it).",
+        ),
+        (
+            [{"prompt": "a", "golden_answer": "b"}],
+            None,
+            "mine.jsonl has no column 'privileged_context': its columns are prompt, golden_answer; pass"
+            " --columns privileged_context=golden_answer.",
+        ),
+    ],
+)
+def test_all_that_is_wrong_with_columns_is_one_line(rows: Rows, columns: str | None, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_rows(rows, columns, name="mine.jsonl")
+    assert str(caught.value) == told
+
+
+def test_columns_are_told_before_torch_is_there(tmp_path: Path) -> None:
+    write(tmp_path, [{"text": "a"}], "jsonl")
+    code = (
+        "import sys; from unisd.cli.main import main;"
+        " code = main(['train', '--train_file', 'rows.jsonl', '--columns', 'id=nr']);"
+        " sys.exit(code if not {'torch', 'transformers', 'datasets'} & set(sys.modules) else 1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(
+        "unisd: error: rows.jsonl has no columns 'nr' (mapped to 'id') and 'prompt'"
+    )
+
+
+def test_a_recipe_without_references_needs_none_at_once_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, [{"prompt": "a"}, {"prompt": "b"}], "jsonl")
+    parser = train_parser()
+    check_own_rows(parser, given_by(parser, ["--train_file", str(file), "--recipe", "ssd"]))
+    with pytest.raises(UserError, match="no column 'privileged_context'"):
+        check_own_rows(parser, given_by(parser, ["--train_file", str(file), "--recipe", "sdft"]))
+    monkeypatch.setattr("unisd.run.own_rows.LOOKED_AT", 1)  # read when the run reads it
+    check_own_rows(parser, given_by(parser, ["--train_file", str(file), "--recipe", "sdft"]))
 
 
 # ---------------------------------------------------------------- columns
@@ -173,9 +322,6 @@ def test_an_instruction_keeps_its_input(tmp_path: Path, caplog: pytest.LogCaptur
         "Name a colour.",
     ]
     assert not caplog.text
-    hint = r"no column 'prompt': .* pass --columns prompt=instruction\+input,privileged_context=output\."
-    with pytest.raises(UserError, match=hint):
-        load_rows(file)
     with pytest.raises(UserError, match="only texts are joined: map b alone, or make it a text"):
         load_rows([{"a": "x", "b": ["y"], "completion": "z"}], "prompt=a+b")
     assert load_rows([{"a+b": "x", "completion": "z"}], "prompt=a+b")[0]["prompt"] == "x"
@@ -261,6 +407,23 @@ def test_tools_are_shown_to_student_and_teachers() -> None:
         encode_prompt(without, row["prompt"])
     with pytest.raises(UserError, match="no chat template"):
         encode_prompt(testing.tokenizer(chat=False), row["prompt"])
+
+
+SHOWS_CALLS = templates.CHATML.replace(
+    "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or () %}{{ c.function | tojson }}{% endfor %}"
+)
+
+
+def test_calls_and_developer_turns_are_shown() -> None:
+    _, developer, tool = load_rows(SPOKEN)
+    chat = [*tool["prompt"], *tool["completion_turns"]]
+    shown = '{"name": "get_weather", "arguments": {"city": "Bonn"}}'
+    assert shown in render(templates.tokenizer(SHOWS_CALLS), chat, answering=False)
+    with pytest.raises(UserError, match="the chat template does not show the tool calls of the row: give"):
+        render(templates.tokenizer(templates.CHATML), chat, answering=False)
+    strict = "{% for m in messages if m.role == 'developer' %}{{ raise_exception('who?') }}{% endfor %}"
+    text = render(templates.tokenizer(strict + templates.CHATML), developer["prompt"])
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
 
 
 def test_a_template_that_raises_whatever_it_does() -> None:

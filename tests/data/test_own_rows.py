@@ -15,7 +15,6 @@ import pytest
 from unisd import tasks
 from unisd import testing as tiny
 from unisd.cli.main import main
-from unisd.data.reading import load_file
 from unisd.data.rows import load_rows, prepare_rows
 from unisd.errors import UserError
 from unisd.models.load import with_adapter
@@ -148,22 +147,6 @@ def test_prepare_writes_every_row(
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
     assert main([*command, str(tmp_path / "." / "rows.jsonl")]) == 2
     assert "rows.jsonl is a file that is read" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("latin.csv", "prompt,answer\nä,b\n".encode("latin-1")),
-        ("broken.parquet", b"PAR1 and no more"),
-    ],
-)
-def test_tables_that_cannot_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} cannot be read: ."):
-        load_file(tmp_path / name)
 
 
 def test_unknown_modules_of_an_adapter() -> None:

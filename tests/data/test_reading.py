@@ -39,6 +39,28 @@ def test_a_csv_file_is_read_by_its_header(tmp_path: Path, separator: str, encodi
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [
+        ("utf-8", None),
+        ("utf-8-sig", None),
+        ("cp1252", "Windows-1252"),
+        ("utf-16", "UTF-16"),
+        ("utf-16-be", "UTF-16"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_other_encodings_are_read_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, encoding: str, told: str | None, kind: str
+) -> None:
+    text = '{"prompt": "Größe?", "answer": "5 €"}' if kind == "jsonl" else "prompt\tanswer\nGröße?\t5 €\n"
+    path = tmp_path / f"rows.{kind}"
+    path.write_bytes((("\ufeff" if encoding == "utf-16-be" else "") + text).encode(encoding))
+    assert load_file(path) == [{"prompt": "Größe?", "answer": "5 €"}]
+    said = f"{path} is not UTF-8: read as {told}; if letters come out wrong, save it as UTF-8."
+    assert [record.getMessage() for record in caplog.records] == ([said] if told else [])
+
+
 def test_names_may_hold_other_separators(tmp_path: Path) -> None:
     rows = csv_rows(tmp_path, "prompt,answer (a; b; c)\nwhat; now,x\n")
     assert rows == [{"prompt": "what; now", "answer (a; b; c)": "x"}]
@@ -97,13 +119,13 @@ def test_numbers_are_the_same_from_all_kinds(tmp_path: Path) -> None:
         ("a.json", b'[{"b": 1, "a": ["\\ud83d"]}]', "row 0 of .*: 'a' holds half a character"),
         ("a.json", b'{"a": 1}\n{"a": 2}\n', r"Extra data: .* \(is it JSON Lines\? then name it .jsonl\)"),
         ("a.json", b'{"data": []}', "must hold a list of objects"),
-        ("a.jsonl", "ä".encode("latin-1"), "cannot be read: .*: save it as UTF-8"),
-        ("a.csv", "a,ä".encode("utf-16"), "cannot be read: .*: save it as UTF-8"),
+        ("a.csv", "a,äöü\n1,".encode() + b"\xff", "cannot be read: .*invalid start byte: save it as UTF-8"),
+        ("a.csv", b"a\x81\x8d", "cannot be read: .*: save it as UTF-8"),
         ("a.jsonl.gz", b"{}", "cannot be read: Not a gzipped file .*: decompress it, or name it without .gz"),
         ("a.parquet", b"", "a.parquet cannot be read: "),
         ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read: "),
         ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
-        ("a.txt", b"", "unknown kind .txt: use .jsonl, .json, .csv or .parquet"),
+        ("a.txt", b"", "unknown kind .txt: use .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read(tmp_path: Path, name: str, content: bytes, told: str) -> None:

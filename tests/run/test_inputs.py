@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
+from unisd.config import UniSDConfig
 from unisd.errors import UserError
-from unisd.run.inputs import load_data
+from unisd.run.inputs import hold_out_validation, load_data
 from unisd.run.options import RunOptions
+from unisd.run.resolve import given_by, train_parser
 
 FIRST = [{"prompt": f"What is {i}?", "privileged_context": f"It is {i}."} for i in range(20)]
 SECOND = [{"prompt": f"Who is {i}?", "privileged_context": f"She is {i}."} for i in range(20)]
@@ -45,6 +49,12 @@ def test_a_split_of_a_saved_dataset(tmp_path: Path) -> None:
     assert prompts(tmp_path / "two", dataset_train_split="more") == prompts_of(SECOND)
     with pytest.raises(UserError, match="no split 'test': set dataset_train_split to one of train, more"):
         prompts(tmp_path / "two", dataset_train_split="test")
+    options = RunOptions(dataset_name=str(tmp_path / "two"), eval_split="more")
+    options.check()
+    data = load_data(options)
+    assert (prompts_of(data.train), prompts_of(data.evaluation)) == (prompts_of(FIRST), prompts_of(SECOND))
+    with pytest.raises(UserError, match="no split 'test': set eval_split to one of train, more"):
+        prompts(tmp_path / "two", eval_split="test")
 
 
 def test_files_of_a_folder_are_read_as_they_stand(tmp_path: Path) -> None:
@@ -75,3 +85,120 @@ def test_configuration_and_split_of_a_folder_of_files(tmp_path: Path) -> None:
     assert prompts(folder, dataset_config="a", dataset_train_split="own[:50%]") == prompts_of(FIRST[:10])
     with pytest.raises(UserError, match="cannot be loaded"):
         prompts(folder, dataset_config="c", dataset_train_split="own")
+
+
+# ---------------------------------------------------------------- several sources, rows held out
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[str]:
+    """Files of two layouts; the first problem of one is in the other, too."""
+    asked = [{"question": row["prompt"].upper(), "answer": "so"} for row in [FIRST[0], *SECOND]]
+    return [write(tmp_path / "a.jsonl", FIRST), write(tmp_path / "b.jsonl", asked)]
+
+
+def test_several_files(two: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    data = load_data(RunOptions(train_file=two), seed=1)
+    assert data.name == "a+b" and len(data.train) + len(data.evaluation) == 41
+    assert len({row["id"] for row in [*data.train, *data.evaluation]}) == 41
+    shared = [
+        [row["prompt"].upper() == "WHAT IS 0?" for row in part] for part in (data.train, data.evaluation)
+    ]
+    assert sorted(map(sum, shared)) == [0, 2]  # one problem is on one side
+    kinds = [row["privileged_context"] == "so" for row in data.train]
+    assert len(set(kinds[:12])) == 2  # mixed, for max_train_rows
+    (first, second) = (kinds.count(False), kinds.count(True))
+    assert caplog.messages[-1] == (
+        f"training rows, mixed: {first} of {two[0]} ({first} x 1), {second} of {two[1]} ({second} x 1);"
+        f" {len(kinds)} in all."
+    )
+    again = load_data(RunOptions(train_file=two), seed=1)
+    assert again.train == data.train != load_data(RunOptions(train_file=two), seed=2).train
+    whole = load_data(RunOptions(train_file=two), whole=True).train
+    assert [row["prompt"] for row in whole[:20]] == [row["prompt"] for row in FIRST] and len(whole) == 41
+
+
+def test_weights(two: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    others = write(tmp_path / "other.jsonl", [{"prompt": "Why?", "completion": "So."}])
+    options = RunOptions(train_file=two, train_weights=[2.5, 1 / 3], eval_file=others)
+    options.check()
+    train = load_data(options).train
+    counts = Counter(row["prompt"] for row in train if row["privileged_context"] != "so")
+    assert sorted(counts.values()) == [2] * 10 + [3] * 10 and len(train) == 50 + 7
+    assert "50 of" in caplog.messages[-1] and "(20 x 2.5), 7 of" in caplog.messages[-1]
+    assert len(load_data(RunOptions(train_file=two[:1], train_weights=[0.5], eval_file=others)).train) == 10
+    with pytest.raises(UserError, match=r"a weight of 0.01 takes none of the 20 training rows of .*a\.jsonl"):
+        load_data(RunOptions(train_file=two[:1], train_weights=[0.01], eval_file=others))
+
+
+def test_rows_that_count_twice_are_validated_on_once(two: list[str], tmp_path: Path) -> None:
+    options = RunOptions(train_file=two, train_weights=[2, 3], validation_split=0.2)
+    data = load_data(options)
+    config = UniSDConfig(str(tmp_path), eval_strategy="steps", use_cpu=True, bf16=False)
+    hold_out_validation(data, options, config)
+    parts = [[row["id"] for row in part] for part in (data.train, data.validation, data.evaluation)]
+    assert all(len(part) == len(set(part)) for part in parts[1:])
+    assert not any(set(a) & set(b) for a, b in combinations(parts, 2))
+
+
+def test_several_datasets(tmp_path: Path) -> None:
+    for name, rows in (("a", FIRST), ("b", SECOND)):
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    names = [str(tmp_path / "a"), str(tmp_path / "b")]
+    data = load_data(RunOptions(dataset_name=names, train_weights=[1, 2], eval_split="8"))
+    assert len(data.evaluation) == 8 and 32 < len(data.train) < 72
+
+
+@pytest.mark.parametrize(("split", "count"), [("0.25", 5), (0.25, 5), ("7", 7), (None, 2)])
+def test_how_many_rows_are_reported(tmp_path: Path, split: Any, count: int) -> None:
+    options = RunOptions(train_file=write(tmp_path / "rows.jsonl", FIRST), eval_split=split)
+    options.check()
+    data = load_data(options)
+    assert (len(data.train), len(data.evaluation)) == (20 - count, count)
+
+
+def test_no_row_is_held_out_and_not_reported(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", FIRST)
+    data = load_data(RunOptions(train_file=file, max_eval_rows=1))
+    assert (len(data.train), len(data.evaluation)) == (19, 1)
+    for split, told in (("20", "has 20 rows, and none would be left"), ("0.5", "set --max_eval_rows 10")):
+        with pytest.raises(UserError, match=f"eval_split={split}.*{told}"):
+            load_data(RunOptions(train_file=file, eval_split=split, max_eval_rows=4))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"train_file": ["a", "b"], "train_weights": [1.0]},
+            r"has 1 weights for 2 sources \(a, b\): give one",
+        ),
+        ({"train_file": "a", "train_weights": [0.0]}, "each must be a number above 0"),
+        ({"train_file": ["a", "a"]}, "a is given twice: give it once, and say how often by train_weights"),
+        ({"task": "pocket", "train_weights": [1.0]}, "train_weights belongs to your own rows"),
+        ({"task": "pocket", "eval_split": "0.1"}, "eval_split belongs to your own rows"),
+        ({"train_file": "a", "eval_split": "0.1", "eval_file": "b"}, "eval_file and eval_split exclude"),
+        ({"train_file": "a", "eval_split": "test"}, "splits by name belong to dataset_name"),
+        ({"train_file": "a", "eval_split": "-1"}, "must be a share between 0 and 1, or a whole number"),
+        ({"train_file": "a", "eval_split": "1.5"}, "must be a share between 0 and 1, or a whole number"),
+    ],
+)
+def test_sources_that_contradict(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        RunOptions(**given).check()
+
+
+def test_they_are_given_as_flags_and_in_a_file(tmp_path: Path) -> None:
+    parser = train_parser()
+    flags = ["--train_file", "a", "b", "--train_weights", "2", "0.5", "--eval_split", "0.2"]
+    (tmp_path / "run.yaml").write_text("train_file: [a, b]\ntrain_weights: [2, 0.5]\neval_split: 0.2\n")
+    given = given_by(parser, flags)
+    assert given == given_by(parser, ["--config", str(tmp_path / "run.yaml")])
+    assert given == {"train_file": ["a", "b"], "train_weights": [2.0, 0.5], "eval_split": "0.2"}
+    with pytest.raises(UserError, match=r"--train_file is given twice: .*\(--train_file A B gives several"):
+        given_by(parser, ["--train_file", "a", "--train_file", "b"])

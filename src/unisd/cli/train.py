@@ -11,7 +11,7 @@ from rich.console import Console
 from unisd.cli.help import HEADINGS, group_of, help_text
 from unisd.console import make_console, quiet_libraries, show_table
 from unisd.run.options import RunOptions
-from unisd.run.resolve import given_by, resolve, train_parser
+from unisd.run.resolve import check_own_rows, given_by, resolve, train_parser
 
 if TYPE_CHECKING:  # heavy: imported where the work begins, so that help and mistakes answer at once
     from unisd.config import UniSDConfig
@@ -30,6 +30,7 @@ def train_command(arguments: Sequence[str]) -> int:
         print(help_text(parser, everything=bool(HELP_ALL & set(arguments))), end="")
         return 0
     given = given_by(parser, arguments)  # misspelt names are told before anything heavy is imported
+    check_own_rows(parser, given)
     quiet_libraries()
     options, config = resolve(parser, given, arguments)
     from unisd.run import launch

@@ -2,28 +2,27 @@
 
 | layout | how it is read |
 |---|---|
+| one of `LAYOUTS` | by its columns, where ours are not there; said in one line |
 | other names | `--columns prompt=question,privileged_context=answer` |
 | several columns | `--columns prompt=instruction+input` joins their texts by a blank line |
-| `messages` (role, content) | `--columns prompt=messages`; an assistant's last turn: completion |
-| `conversations` (from, value) | `--columns prompt=conversations`; likewise |
+| a conversation as prompt | its last answer is the completion (:mod:`unisd.data.conversations`) |
 | a column `system` | a system turn before the prompt |
 | a column `tools` | descriptions of functions, or JSON of such: the chat template shows them |
-
-Names are never guessed: a file without our columns is refused with the mapping that would fit.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, NamedTuple
 
 import yaml
 
+from unisd.data import conversations
 from unisd.data.reading import describe
 from unisd.errors import UserError
 
@@ -41,38 +40,52 @@ COLUMNS = (
     "system",
     "tools",
 )
-# Names that other projects use; never mapped silently, only suggested.
-FOREIGN = {
-    "prompt": (
-        "question",
-        "problem",
-        "instruction",
-        "query",
-        "input",
-        "messages",
-        "conversations",
-        "conversation",
-    ),
-    "privileged_context": (
-        "golden_response",
-        "golden_answer",
-        "solution",
-        "answer",
-        "response",
-        "output",
-        "reference",
-    ),
-}
-TURNS = ("messages", "conversations", "conversation")
+REFERENCES = ("privileged_context", "completion", "teacher_prompt")
+"""Columns of which one has to be there: what the teacher is told."""
+
+
+class Layout(NamedTuple):
+    """A layout that others use: which columns hold prompt and reference."""
+
+    name: str
+    prompt: str
+    reference: str | None = None
+    """None: the answer that ends the conversation of `prompt`."""
+
+    @property
+    def columns(self) -> list[str]:
+        return [*self.prompt.split("+"), *([self.reference] if self.reference else ())]
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        return {"prompt": self.prompt} | ({"privileged_context": self.reference} if self.reference else {})
+
+    def said(self) -> str:
+        """The layout in one line."""
+        reference = self.reference or "the answer that ends it"
+        return f"{self.name} (prompt = {self.prompt.replace('+', ' + ')}, reference = {reference})"
+
+
+LAYOUTS = (
+    Layout("messages", "messages"),
+    Layout("ShareGPT", "conversations"),
+    Layout("ShareGPT", "conversation"),
+    Layout("alpaca", "instruction+input", "output"),
+    Layout("alpaca", "instruction", "output"),
+    Layout("dolly", "instruction+context", "response"),
+    Layout("instruction/response", "instruction", "response"),
+    Layout("prompt/response", "prompt", "response"),
+    Layout("prompt/answer", "prompt", "answer"),
+    Layout("question/answer", "question", "answer"),
+    Layout("question/response", "question", "response"),
+    Layout("query/response", "query", "response"),
+    Layout("problem/solution", "problem", "solution"),
+)
+"""All that are read without `--columns`; the first whose columns are all there."""
+ALSO = {"prompt": ("input",), "privileged_context": ("golden_response", "golden_answer", "reference")}
+"""Further names that are never taken, but named where ours are not there."""
 UNSHOWN = ("input", "context", "contexts", "passage", "document", "documents", "history", "functions")
 """Columns that other projects show to a model; here they are named where no prompt holds them."""
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 _PART = re.compile(r'(?:[^,"]|"[^"]*")+')
 
 
@@ -97,9 +110,12 @@ def parse_column_mapping(text: str | None) -> dict[str, str]:
         if len(theirs) > 1 and theirs[0] == theirs[-1] == '"':
             theirs = theirs[1:-1]
         if not theirs or ours not in COLUMNS:
+            close = get_close_matches(ours, COLUMNS, n=1)
+            hint = f" (did you mean {close[0]}?)" if close and ours not in COLUMNS else ""
             raise UserError(
                 f"columns: {f'{ours}={theirs}' if theirs else ours!r} is not of the form ours=theirs with"
-                f" ours one of {', '.join(COLUMNS)}; a name that holds a comma is put into double quotes."
+                f" ours one of {', '.join(COLUMNS)}{hint}; a name that holds a comma is put into double"
+                " quotes."
             )
         if ours in mapping:
             raise UserError(f"columns: {ours} is given twice: to join columns write {ours}=a+b.")
@@ -112,40 +128,114 @@ def joined(theirs: str, columns: Collection[str]) -> list[str]:
     return [theirs] if theirs in columns else [part.strip() for part in theirs.split("+")]
 
 
-def check_mapping(mapping: Mapping[str, str], columns: Collection[str], name: str) -> None:
-    """Raise `UserError` for the first column that is mapped and not there."""
-    for ours, theirs in mapping.items():
-        for column in joined(theirs, columns):
-            if column not in columns:
-                close = difflib.get_close_matches(column, list(columns), n=1)
-                hint = (
-                    f" Did you mean {close[0]!r}?"
-                    if close
-                    else f" Its columns: {', '.join(map(str, columns))}."
-                )
-                raise UserError(f"{name} has no column {column!r} (mapped to {ours!r}).{hint}")
+def settled(
+    rows: Sequence[Row],
+    mapping: Mapping[str, str],
+    name: str,
+    needs_reference: bool = True,
+    say: bool = True,
+) -> dict[str, str]:
+    """The mapping with what a layout says of columns that are needed and not there.
+
+    Args:
+        say: tell which layout it is.
+
+    Raises:
+        UserError: columns that are mapped and not there, or needed and neither there nor known to a
+            layout: all of them.
+    """
+    columns = dict.fromkeys(column for row in rows for column in row)
+    unknown = [
+        (column, ours)
+        for ours, theirs in mapping.items()
+        for column in joined(theirs, columns)
+        if column not in columns
+    ]
+    missing = _missing(rows, columns, mapping, needs_reference)
+    layout = layout_of(columns, mapping, missing) if missing else None
+    if unknown or (missing and layout is None):
+        raise _problems(columns, mapping, unknown, [] if layout else missing, name)
+    if layout is None:
+        return dict(mapping)
+    if say:
+        logger.warning("%s: read as: %s; --columns says otherwise.", name, layout.said())
+    return {**layout.mapping, **mapping}
 
 
-def missing_column(column: str, columns: Collection[str], name: str, needs_reference: bool) -> UserError:
-    """What to say of a column that is not there: which mapping would fit."""
-    named = {ours: suggested(ours, columns) for ours in FOREIGN if ours not in columns}
-    if not named[column]:
-        hint = f"its columns are {', '.join(map(str, columns))}; name one with --columns {column}=NAME"
-        return UserError(f"{name} has no column {column!r}: {hint}.")
-    alone = not needs_reference or column != "prompt" or named["prompt"][0] in TURNS
-    wanted = [column] if alone or "completion" in columns else list(named)
-    given = ",".join(f"{ours}={named[ours][0]}" for ours in wanted if named[ours])
-    which = " or ".join(map(repr, named[column]))
-    return UserError(f"{name} has no column {column!r}: if it is {which}, pass --columns {given}.")
+def layout_of(
+    columns: Collection[str], mapping: Mapping[str, str], missing: Collection[str]
+) -> Layout | None:
+    """The first layout whose columns are there and hold what is missing."""
+    for layout in LAYOUTS:
+        held = {"prompt", "privileged_context"}
+        if layout.reference is None and "prompt" in mapping:
+            held = set()  # another column is the prompt, so that no conversation is read
+        if held.issuperset(missing) and all(column in columns for column in layout.columns):
+            return layout
+    return None
+
+
+def _missing(
+    rows: Sequence[Row], columns: Collection[str], mapping: Mapping[str, str], needs_reference: bool
+) -> list[str]:
+    """Which of prompt and reference no column holds."""
+    there = {*columns, *mapping}
+    found = [] if "prompt" in there else ["prompt"]
+    prompt = mapping.get("prompt", "prompt")
+    has_reference = (
+        not there.isdisjoint(REFERENCES)
+        or prompt in conversations.COLUMNS
+        or any(conversations.ends_in_answer(row.get(prompt)) for row in rows)
+    )
+    return found if has_reference or not needs_reference else [*found, "privileged_context"]
+
+
+def _problems(
+    columns: Collection[str],
+    mapping: Mapping[str, str],
+    unknown: Sequence[tuple[str, str]],
+    missing: Sequence[str],
+    name: str,
+) -> UserError:
+    """All that is wrong with the columns of some rows, and the mapping that would fit."""
+    said = [f"{column!r} (mapped to {ours!r})" for column, ours in unknown]
+    said += [f"{column!r}" for column in missing]
+    fits = {
+        ours: "+".join(
+            part if part in columns else _nearest(part, columns, 0.6) or "NAME"
+            for part in joined(theirs, columns)
+        )
+        for ours, theirs in mapping.items()
+    }
+    taken = {column for theirs in fits.values() for column in joined(theirs, columns)}
+    for ours in missing:
+        free = [theirs for theirs in suggested(ours, columns) if taken.isdisjoint(joined(theirs, columns))]
+        fits[ours] = (free or ["NAME"])[0]
+        taken.update(joined(fits[ours], columns))
+    given = ",".join(f"{ours}={theirs}" for ours, theirs in fits.items())
+    there = ", ".join(map(str, columns)) or "none"
+    few = "no column" if len(said) == 1 else "no columns"
+    which = " (NAME: the column that holds it)" if "NAME" in given else ""
+    return UserError(
+        f"{name} has {few} {' and '.join(said)}: its columns are {there}; pass --columns {given}{which}."
+    )
 
 
 def suggested(ours: str, columns: Collection[str]) -> list[str]:
-    """Which of the columns may hold ours, likeliest first; an instruction goes with its input."""
-    found = [theirs for theirs in FOREIGN[ours] if theirs in columns]
-    if "instruction" in found and "input" in found:
-        both = "instruction+input"
-        return [both if name == "instruction" else name for name in found if name != "input"]
-    return found
+    """Which of the columns may hold ours, likeliest first: names of layouts, similar ones."""
+    of_layouts = [layout.mapping[ours] for layout in LAYOUTS if ours in layout.mapping]
+    names = list(dict.fromkeys([*of_layouts, *ALSO[ours]]))
+    found = [theirs for theirs in names if all(part in columns for part in theirs.split("+"))]
+    joint = {part for theirs in found if "+" in theirs for part in theirs.split("+")}
+    found = [theirs for theirs in found if theirs not in joint]
+    similar = [_nearest(theirs, columns) for theirs in (ours, *names)]
+    return list(dict.fromkeys([*found, *filter(None, similar)]))
+
+
+def _nearest(name: str, columns: Collection[str], cutoff: float = 0.8) -> str | None:
+    """The column that is spelt nearly so, but for case."""
+    folded = {str(column).casefold(): str(column) for column in columns}
+    return next((folded[close] for close in get_close_matches(name.casefold(), folded, 1, cutoff)), None)
 
 
 def rename(row: Row, mapping: Mapping[str, str], columns: Collection[str], where: str) -> None:
@@ -158,6 +248,8 @@ def rename(row: Row, mapping: Mapping[str, str], columns: Collection[str], where
             named[ours] = _joined_text([(part, row.get(part)) for part in parts], where)
         elif parts[0] in row:
             named[ours] = row[parts[0]]
+            if parts[0] in conversations.COLUMNS:
+                named[ours] = conversations.of_text(named[ours], f"{where}: {parts[0]}")
     for theirs in used - set(mapping):
         row.pop(theirs, None)
     row |= named
@@ -175,23 +267,6 @@ def _joined_text(parts: Iterable[tuple[str, Any]], where: str) -> str | None:
             )
         texts.append(str(value).strip())
     return "\n\n".join(filter(None, texts)) or None
-
-
-def as_turns(prompt: Any, where: str) -> Any:
-    """A conversation of turns with `from` and `value` as messages; anything else as it is."""
-    if not (isinstance(prompt, list) and prompt and all(_is_turn(turn) for turn in prompt)):
-        return prompt
-    for turn in prompt:
-        if str(turn["from"]).lower() not in SPEAKERS:
-            raise UserError(
-                f"{where}: a turn comes from {turn['from']!r}, and only {', '.join(SPEAKERS)} are known: mend"
-                " or remove the row."
-            )
-    return [{"role": SPEAKERS[str(turn["from"]).lower()], "content": turn["value"]} for turn in prompt]
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and {"from", "value"} <= set(turn) and "role" not in turn
 
 
 def with_system_and_tools(row: Row, where: str) -> None:

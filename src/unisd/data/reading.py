@@ -1,4 +1,6 @@
-"""Read the rows of a file: JSON, JSON Lines and CSV (all also .gz), and Parquet.
+"""Read the rows of a file: JSON, JSON Lines, CSV and TSV (all also .gz), and Parquet.
+
+Text is UTF-8; UTF-16 with a byte order mark and Windows-1252 are read too, and that is said.
 
 Cells of a CSV file are text, as they stand there (007 stays 007, NA stays NA); an empty one is
 missing. What is no text, no JSON or no table is refused by its line.
@@ -6,10 +8,12 @@ missing. What is no text, no JSON or no table is refused by its line.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import logging
 import math
 import re
 import sys
@@ -20,14 +24,20 @@ from typing import Any, NoReturn
 
 from unisd.errors import UserError
 
-KINDS = (".jsonl", ".json", ".csv", ".parquet")
+logger = logging.getLogger(__name__)
+
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _QUOTED = re.compile(r'"[^"]*"')
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(NaN|-?Infinity)')
+SAID = {"utf-16": "UTF-16", "cp1252": "Windows-1252"}
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
 
-def load_file(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl, .json, .csv (all also .gz) or .parquet file.
+def load_file(path: str | Path, say: bool = True) -> list[dict[str, Any]]:
+    """Rows of a .jsonl, .json, .csv, .tsv (all also .gz) or .parquet file.
+
+    Args:
+        say: tell of text that is not UTF-8.
 
     Raises:
         UserError: unreadable file or broken line, by its number (from 1).
@@ -40,24 +50,43 @@ def load_file(path: str | Path) -> list[dict[str, Any]]:
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     kind = suffixes[-1].lower() if suffixes else ""
     if kind not in KINDS:
-        raise UserError(f"{path}: unknown kind {kind or 'of file'}: use .jsonl, .json, .csv or .parquet.")
+        raise UserError(f"{path}: unknown kind {kind or 'of file'}: use {', '.join(KINDS)}.")
     if kind == ".parquet":
         return _parquet(path)
-    read = {".json": _json, ".jsonl": _jsonl, ".csv": _csv}[kind]
-    return read(_text(path), path)
+    read = {".json": _json, ".jsonl": _jsonl}.get(kind, _csv)
+    return read(_text(path, say), path)
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, say: bool) -> str:
     try:
         content = path.read_bytes()
-        # a byte order mark is what some programs begin UTF-8 with
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        encoding = _encoding(content)
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read: {error}: save it as UTF-8.") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         hint = ": decompress it, or name it without .gz" if path.suffix == ".gz" else ""
         raise UserError(f"{path} cannot be read: {reason}{hint}.") from None
+    if say and encoding in SAID:
+        logger.warning(
+            "%s is not UTF-8: read as %s; if letters come out wrong, save it as UTF-8.", path, SAID[encoding]
+        )
+    return text
+
+
+def _encoding(content: bytes) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        # Bytes of Windows-1252 seldom make a character of UTF-8: where many do, some are broken.
+        beyond = Counter(char == "\ufffd" for char in content.decode("utf-8", "replace") if char > "\x7f")
+        if beyond[True] > beyond[False]:
+            return "cp1252"
+    return "utf-8-sig"  # a byte order mark is what some programs begin UTF-8 with
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:

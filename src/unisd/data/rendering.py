@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from unisd.data.conversations import calls_of
 from unisd.errors import UserError
 
 Messages = list[dict[str, Any]]
@@ -30,6 +31,11 @@ _TURNS: Messages = [*_QUESTION, {"role": "assistant", "content": "answer"}]
 NO_TOOLS = (
     "the chat template does not show the tools of the row: give the tokenizer a chat_template that does, put"
     " the tools into the prompt's text, or remove the column tools."
+)
+
+NO_CALLS = (
+    "the chat template does not show the tool calls of the row: give the tokenizer a chat_template that"
+    " does, or remove the row."
 )
 
 
@@ -129,9 +135,14 @@ def render(
     must += kept
     names = [name for tool in apart_from_tools(messages)[1] or () if (name := name_of_tool(tool))]
     in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+    # only some templates know developer turns, which say what system turns do
+    as_system = [
+        {**turn, "role": "system" if turn["role"] == "developer" else turn["role"]} for turn in messages
+    ]
     refusal: Exception | None = None
     lost: str | None = None
-    for form in (messages, in_parts):  # templates of models that also see images take parts alone
+    # templates of models that also see images take parts alone
+    for form in (messages, in_parts, *([as_system] if as_system != messages else ())):
         try:
             text = str(_apply(tokenizer, form, options, tokenize=False, add_generation_prompt=answering))
         except Exception as error:  # a template is a program
@@ -139,8 +150,10 @@ def render(
             continue
         if _lost(text, names) is not None:
             raise UserError(NO_TOOLS)
+        if _lost(text, calls_of(messages)) is not None:
+            raise UserError(NO_CALLS)
         missing = _lost(text, must)
-        if missing is None and (form is messages or "'type': 'text'" not in text):
+        if missing is None and (form is not in_parts or "'type': 'text'" not in text):
             return text
         lost = lost or missing
     raise UserError(_refused(messages, refusal) if lost is None else _left_out(lost, kept))

@@ -25,7 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unisd.data import formats
+from unisd.data import conversations, formats
+from unisd.data.conversations import answer_of, before_answer
 from unisd.data.formats import parse_column_mapping
 from unisd.data.reading import describe, load_file, refuse_broken_text
 from unisd.data.text import problem_key
@@ -51,7 +52,8 @@ def load_rows(
         source: a file (.jsonl, .json, both also .gz; .csv, .parquet), or the rows themselves: a
             `datasets.Dataset`, a table (pandas, polars, pyarrow), a dict of columns or any
             iterable of dicts.
-        columns: our column names to yours, as a dict or as `"prompt=question,completion=answer"`.
+        columns: our column names to yours, as a dict or as `"prompt=question,completion=answer"`;
+            layouts that are widely used need none (`unisd.data.formats.LAYOUTS`).
         needs_reference: refuse rows without a reference (`privileged_context`, `completion` or
             `teacher_prompt`).
         name: what to call the rows in errors; default: the file.
@@ -64,10 +66,12 @@ def load_rows(
         UserError: an unreadable or empty file, a missing column (with candidates), or the first
             row that breaks the contract, by its number.
     """
-    rows = load_file(source) if isinstance(source, (str, Path)) else source
     if name is None:
         name = str(source) if isinstance(source, (str, Path)) else "the dataset"
+    rows = _plain(load_file(source) if isinstance(source, (str, Path)) else source, name, None)
     mapping = parse_column_mapping(columns) if isinstance(columns, str) else dict(columns or {})
+    if rows:
+        mapping = formats.settled(rows, mapping, name, needs_reference)
     prepared = prepare_rows(rows, mapping, name, needs_reference)
     formats.say_what_is_odd(prepared, name, mapping.get("prompt", "prompt"))
     return prepared
@@ -96,8 +100,7 @@ def prepare_rows(
     rows = _plain(dataset, name, of_stream)
     if not rows:
         raise UserError(f"{name} is empty: give at least one row.")
-    rows = in_our_form(rows, mapping or {}, name)
-    _check_columns(dict.fromkeys(column for row in rows for column in row), name, needs_reference)
+    rows = in_our_form(rows, formats.settled(rows, mapping or {}, name, needs_reference), name)
     for number, row in enumerate(rows):
         _check_row(row, f"row {number} of {name}", needs_reference)
         if row.get("id") is None:
@@ -108,7 +111,6 @@ def prepare_rows(
 def in_our_form(rows: Sequence[Row], mapping: Mapping[str, str], name: str) -> list[Row]:
     """Rows of any layout (see :mod:`unisd.data.formats`) in ours, not yet checked."""
     columns = dict.fromkeys(column for row in rows for column in row)
-    formats.check_mapping(mapping, columns, name)
     found = []
     for number, given in enumerate(rows):
         where = f"row {number} of {name}"
@@ -116,8 +118,8 @@ def in_our_form(rows: Sequence[Row], mapping: Mapping[str, str], name: str) -> l
         refuse_broken_text(row, where)
         formats.rename(row, mapping, columns, where)
         row |= {
-            column: formats.as_turns(row[column], where)
-            for column in ("prompt", "teacher_prompt")
+            column: conversations.as_messages(row[column], where)
+            for column in ("prompt", "teacher_prompt", "completion")
             if column in row
         }
         _as_text(row, where)
@@ -181,47 +183,22 @@ def _as_text(row: Row, where: str) -> None:
             if math.isinf(row[column]):
                 raise UserError(f"{where}: {column} is infinite: mend or remove the row.")
             row[column] = str(row[column])
-    if (
-        (content := _answer_of(row.get("prompt"))) is not None
-        and len(row["prompt"]) > 1
-        and row.get("completion") is None
-    ):
-        row["prompt"], row["completion"] = row["prompt"][:-1], content
+    prompt: Any = row.get("prompt")
+    if row.get("completion") is None and answer_of(prompt) is not None and len(prompt) > 1:
+        place = before_answer(prompt)
+        row["prompt"], row["completion"] = prompt[:place], prompt[place:]
     completion = row.get("completion")
-    if is_trajectory(completion) and (content := _answer_of(completion)):
-        row[TURNS], completion = completion, content
-        row["completion"] = completion
-    if (
-        isinstance(completion, list)
-        and len(completion) == 1
-        and (content := _answer_of(completion)) is not None
-    ):
-        completion = row["completion"] = content
+    content = answer_of(completion)
+    if is_trajectory(completion) and content:
+        row[TURNS], row["completion"] = completion, content
+    elif isinstance(completion, list) and len(completion) == 1 and content is not None:
+        row["completion"] = content
+    completion = row.get("completion")
     if completion is not None and (not isinstance(completion, str) or not completion.strip()):
         raise UserError(
             f"{where}: completion is {describe(completion)}; a non-empty text, one assistant message or turns"
             " that begin and end with an assistant's are needed: mend or remove the row."
         )
-
-
-def _answer_of(turns: Any) -> str | None:
-    """What the assistant says in the last of some messages."""
-    last = turns[-1] if isinstance(turns, list) and turns else None
-    if (
-        not isinstance(last, dict)
-        or last.get("role") != "assistant"
-        or not isinstance(last.get("content"), str)
-    ):
-        return None
-    return str(last["content"])
-
-
-def _check_columns(row: Row, name: str, needs_reference: bool) -> None:
-    needed = [("prompt",), ("privileged_context", "completion", "teacher_prompt")]
-    for column, *alternatives in needed if needs_reference else needed[:1]:
-        if column in row or any(alternative in row for alternative in alternatives):
-            continue
-        raise formats.missing_column(column, list(row), name, needs_reference)
 
 
 def _check_row(row: Row, where: str, needs_reference: bool) -> None:

@@ -24,10 +24,15 @@ ROLES = ("assistant", "tool", "user", "system", "function", "ipython")
 
 
 def is_trajectory(completion: Any) -> bool:
-    """Whether a completion is messages from an assistant's to an assistant's, others between."""
-    if not isinstance(completion, list) or len(completion) < 2:
+    """Whether a completion is messages from an assistant's to an assistant's, others between.
+
+    A single one is, where it calls a function.
+    """
+    if not isinstance(completion, list) or not completion:
         return False
     if not all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in completion):
+        return False
+    if len(completion) == 1 and not completion[0].get("tool_calls"):
         return False
     own = [turn["role"] == "assistant" for turn in completion]
     return own[0] and own[-1] and (True, True) not in set(pairwise(own))

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from unisd.data.outcomes import KEEPS
+from unisd.data.outcomes import KEEPS, NO_LOSS
+from unisd.data.privilege import REMEDIES
 from unisd.options.method_table import MethodOptions
 from unisd.options.option import option
 
@@ -308,3 +309,15 @@ class UniSDOptions(MethodOptions):
         5,
         low=1,
     )
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether training looks at the rows' references: not where the likelihood of the model's
+        own answers is all.
+        """
+        if self.rollout_contexts[-1:] == [NO_LOSS] and self.completion_source in ("student", "initial"):
+            return False  # the teacher is told of the answers alone
+        told = self.teacher_context not in ("plain", *REMEDIES) or self.target is not None
+        if not told and self.completion_source in ("student", "initial"):
+            return False
+        return self.distillation_mode != "nll" or self.completion_source in ("reference", "mixture")

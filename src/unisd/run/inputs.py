@@ -14,11 +14,12 @@ from typing import Any
 from unisd import tasks
 from unisd.config import UniSDConfig
 from unisd.data.reading import load_file
-from unisd.data.rows import Row, hold_out, load_rows, prepare_rows
+from unisd.data.rows import Row, hold_out, prepare_rows
 from unisd.data.text import problem_key
 from unisd.errors import UserError
 from unisd.models.adapters import is_adapter, make_trainable
-from unisd.run.options import RunOptions
+from unisd.run.options import RunOptions, as_list, number_of
+from unisd.run.own_rows import apart, load_own, named
 from unisd.run.retention import RetentionSet, load_sets
 from unisd.tasks import sandbox
 from unisd.tasks.base import Grade, Task
@@ -92,39 +93,41 @@ def load_data(
     """
     if options.task is not None:
         return _task_data(options, seed, training)
-    source: Any
-    needed = needs_reference or {options.negatives, options.agreement_contexts} != {"columns"}
-    if options.dataset_name is not None:
-        name, source = options.dataset_name, _load_dataset(options)
+    files = as_list(options.train_file)
+    given: list[tuple[str, Any]] = [(file, file) for file in files]
+    for dataset in as_list(options.dataset_name):
+        given.append((dataset, _load_dataset(options, dataset, options.dataset_train_split)))
+    sources = load_own(options, given, needs_reference)
+    grade: GradeFunction | None = None
+    for source, found in sources:
+        grade = _named_grader(options, found, source)
+    others = _rows_to_report_on(options, needs_reference)
+    evaluation: list[Row]
+    if whole and not others:
+        rows, evaluation = [row for _, found in sources for row in found], []
     else:
-        assert options.train_file is not None
-        name, source = options.train_file, options.train_file
-    rows = load_rows(source, options.columns, needs_reference=needed, name=name)
-    grade = _named_grader(options, rows, name)
-    evaluation: list[Row] = []
-    if options.eval_file is not None:
-        evaluation = load_rows(options.eval_file, options.columns, needs_reference=needed)
-        _named_grader(options, evaluation, options.eval_file)
-        _say_what_is_trained_on(evaluation, rows, options.eval_file, name)
-    elif whole:
-        pass
-    elif len(rows) == 1:
-        raise UserError(
-            f"{name} has a single row, so that none can be held out: give more rows, or --eval_file."
-        )
-    else:
-        rows, evaluation = hold_out(rows, seed=seed)
-        if not evaluation:
-            raise UserError(
-                f"all rows of {name} have one prompt, so that none can be held out: give --eval_file."
-            )
+        rows, evaluation = apart(options, sources, seed, hold=not others)
+    for other, found in others:
+        _named_grader(options, found, other)
+        _say_what_is_trained_on(found, rows, other, " and ".join(name for name, _ in given))
+        evaluation += found
     return RunData(
-        name=Path(name).stem if options.train_file else name,
+        name=named([name for name, _ in given], bool(files)),
         train=rows[: options.max_train_rows],
         evaluation=evaluation[: options.max_eval_rows],
         retention=_retention(options, None) if training else [],
         grade=grade,
     )
+
+
+def _rows_to_report_on(options: RunOptions, needs_reference: bool) -> list[tuple[str, list[Row]]]:
+    """The rows of `eval_file`, or of the split that `eval_split` names; none: some are held out."""
+    given: list[tuple[str, Any]] = [(file, file) for file in as_list(options.eval_file)]
+    split = options.eval_split
+    if split is not None and number_of(split) is None:
+        for dataset in as_list(options.dataset_name):
+            given.append((f"{dataset} (split {split})", _load_dataset(options, dataset, split)))
+    return load_own(options, given, needs_reference)
 
 
 def _say_what_is_trained_on(evaluation: list[Row], rows: list[Row], eval_file: str, name: str) -> None:
@@ -168,7 +171,8 @@ def hold_out_validation(data: RunData, options: RunOptions, config: UniSDConfig)
             f"{what}: {total} training rows with {1 if not held else 'too few'} different prompts cannot be"
             " split: give more rows, or hold out fewer (validation_split)."
         )
-    data.train, data.validation = train, held
+    # rows that count several times are looked at once
+    data.train, data.validation = train, list({id(row): row for row in held}.values())
     if split is None and config.process_index == 0:
         logger.warning(
             "%s chooses on %d of %d training rows, which are held out (--validation_split says how many).",
@@ -221,17 +225,16 @@ def _retention(options: RunOptions, task: Task | None, others: bool = False) -> 
         shared = {problem_key(row["prompt"]) for row in task.load("validation")}
         if shared & {problem_key(row["prompt"]) for row in task.load("test")}:
             logger.warning(
-                "task %s: some validation rows are test rows too, where what they choose is reported too well.",
+                "task %s: some validation rows are test rows too: what they choose looks too good there.",
                 task.name,
             )
     asked, rows, most = options.retention, options.retention_rows, options.max_eval_rows
     return load_sets(asked, rows, most, task, options.model_name_or_path, options.grader, others)
 
 
-def _load_dataset(options: RunOptions) -> list[Row]:
+def _load_dataset(options: RunOptions, name: str, split: str) -> list[Row]:
     import datasets
 
-    name, split = str(options.dataset_name), options.dataset_train_split
     whole = (Path(name) / "dataset_dict.json").is_file()  # the two that save_to_disk writes
     try:
         if not whole and not (Path(name) / "state.json").is_file():
@@ -244,9 +247,8 @@ def _load_dataset(options: RunOptions) -> list[Row]:
         else:
             loaded = datasets.load_from_disk(name)
             if whole and split not in loaded:
-                raise ValueError(
-                    f"it has no split {split!r}: set dataset_train_split to one of {', '.join(loaded)}."
-                )
+                option = "dataset_train_split" if split == options.dataset_train_split else "eval_split"
+                raise ValueError(f"it has no split {split!r}: set {option} to one of {', '.join(loaded)}.")
             loaded = loaded[split] if whole else loaded
     except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -261,7 +263,7 @@ def _as_they_stand(builder: Any, split: str) -> list[Row] | None:
     named = getattr(builder.config, "data_files", None) or {}
     files = {part: [Path(str(file)) for file in found] for part, found in named.items()}
     every = [file for found in files.values() for file in found]
-    kinds = (".csv", ".jsonl", ".csv.gz", ".jsonl.gz")
+    kinds = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
     if not every or not all(file.is_file() and file.name.endswith(kinds) for file in every):
         return None
     rows = {str(part): [row for file in found for row in load_file(file)] for part, found in files.items()}

@@ -116,22 +116,30 @@ class RunOptions:
     reference_style: str | None = option(
         "data", "Pocket task: annotators, hedged (in words of doubt), or own (the model's wording)."
     )
-    train_file: str | None = option(
+    train_file: str | list[str] | None = option(
         "data",
-        "Your rows: .jsonl, .json, .csv or .parquet with prompt and privileged_context.",
+        "Your rows: .jsonl, .json, .csv, .tsv or .parquet, one file or several, with prompt and"
+        " privileged_context or in a layout that is widely used (messages, ShareGPT, alpaca, ...).",
         shared=("probe", "prepare"),
     )
     eval_file: str | None = option(
-        "data", "Rows to report on; unset: a seeded 10 % of the training rows, held out."
+        "data", "Rows to report on; unset: those that eval_split says.", excludes="eval_split"
     )
     eval_split: str | None = option(
         "data",
-        "Split of the task to report on; unset: test. validation: to choose settings on, as a study does.",
+        "Rows to report on: a share of the training rows, or from 1 on a number of them, held out by problem;"
+        " or a split of dataset_name; unset: a seeded 10 % (at most max_eval_rows). Of a task: its split"
+        " (unset: test; validation: to choose settings on, as a study does).",
     )
-    dataset_name: str | None = option(
+    dataset_name: str | list[str] | None = option(
         "data",
-        "Your rows from a folder of data files, one that save_to_disk wrote, or a hub id.",
+        "Your rows from a folder of data files, one that save_to_disk wrote, or a hub id; one or several.",
         shared=("probe", "prepare"),
+    )
+    train_weights: list[float] | None = option(
+        "data",
+        "How often the training rows of each train_file or dataset_name count, in their order: 2 takes them"
+        " twice, 0.5 takes a seeded half of them; unset: 1 each.",
     )
     dataset_config: str | None = option("data", "Configuration of dataset_name.", shared=("probe", "prepare"))
     dataset_train_split: str = option(
@@ -225,6 +233,7 @@ class RunOptions:
             raise UserError(
                 f"validation_split={split} must be a share between 0 and 1, or a whole number of rows."
             )
+        self._check_mixture()
         if self.num_processes is not None and self.accelerate_config is None:
             raise UserError(
                 "num_processes belongs to accelerate_config: unset it, or give --accelerate_config ddp."
@@ -250,21 +259,65 @@ class RunOptions:
         if self.accelerate_config is not None:
             raise UserError(ONE_PROCESS)
 
+    def _check_mixture(self) -> None:
+        """Check what says which rows of which source are trained on, and which reported."""
+        sources = as_list(self.train_file) or as_list(self.dataset_name)
+        if twice := next((name for name in sources if sources.count(name) > 1), None):
+            raise UserError(f"{twice} is given twice: give it once, and say how often by train_weights.")
+        if self.train_weights is not None:
+            if len(self.train_weights) != len(sources):
+                raise UserError(
+                    f"train_weights has {len(self.train_weights)} weights for {len(sources)} sources"
+                    f" ({', '.join(sources)}): give one for each."
+                )
+            if not all(0 < weight < math.inf for weight in self.train_weights):
+                raise UserError(f"train_weights={self.train_weights}: each must be a number above 0.")
+        if self.eval_split is None:
+            return
+        count = number_of(self.eval_split)
+        if self.task is not None:
+            if count is not None:
+                raise UserError(f"eval_split={self.eval_split}: a task has splits by name: test, validation.")
+            return
+        if count is None and self.dataset_name is None:
+            raise UserError(
+                f"eval_split={self.eval_split!r} must be a share between 0 and 1, or a whole number of rows;"
+                " splits by name belong to dataset_name."
+            )
+        if count is not None and not (0 < count < 1 or (count >= 1 and count == int(count))):
+            raise UserError(
+                f"eval_split={self.eval_split} must be a share between 0 and 1, or a whole number of rows."
+            )
+
     def _check_source(self) -> None:
         """Check that there is one source of rows, and no option of another kind of source."""
         sources = [name for name in ("task", "train_file", "dataset_name") if getattr(self, name) is not None]
         if len(sources) > 1:
             raise UserError(f"{' and '.join(sources)} exclude each other: give one source of training rows.")
         if self.task is None:
-            for name in ("noise", "reference_style", "data_files", "task_options", "eval_split"):
+            for name in ("noise", "reference_style", "data_files", "task_options"):
                 if getattr(self, name) is not None:
                     raise UserError(f"{name} belongs to a task: unset it, or give --task.")
         else:
-            for name in ("columns", "grader", "eval_file", "dataset_config"):
+            for name in ("columns", "grader", "eval_file", "dataset_config", "train_weights"):
                 if getattr(self, name) is not None and (name, self.task) != ("grader", "jsonl"):
                     raise UserError(
                         f"{name} belongs to your own rows: unset it, or give --train_file instead of a task."
                     )
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """The values of an option that takes one or several."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def number_of(split: str | float | None) -> float | None:
+    """The number that `eval_split` is; None: it is unset, or the name of a split."""
+    try:
+        number = math.nan if split is None else float(split)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def check_scales(scales: Sequence[float], option: str) -> None:

@@ -19,6 +19,7 @@ from unisd.options.option import declared
 from unisd.options.parser import UNSET, OptionParser, Values, unset
 from unisd.options.table import UniSDOptions
 from unisd.run.options import RunOptions
+from unisd.run.own_rows import check_columns
 
 if TYPE_CHECKING:  # it imports torch, which help and the check of names do without
     from unisd.config import UniSDConfig
@@ -79,6 +80,28 @@ def resolve_shared(own: argparse.Namespace, command: str) -> tuple[RunOptions, U
         train_parser(f"unisd {command}"),
         {name: unset(value) for name, value in vars(own).items() if name in names},
     )
+
+
+def check_own_rows(parser: OptionParser, given: Values) -> None:
+    """Look at the columns of the user's own files, before anything heavy is imported.
+
+    Raises:
+        UserError: unknown recipe, contradictory options, or all that is wrong with the columns of a
+            file.
+    """
+    named = _without_unset(given)
+    if "train_file" not in named:
+        return
+    recipe = recipes.load(named.get("recipe", recipes.DEFAULT))
+    known = {name: value for name, value in recipe.options.items() if name in parser.fields}
+    values = _without_unset({**parser.from_dict(known, str(recipe.files[0])), **given})
+    of_run, of_training = (
+        {item.name: values[item.name] for item in declared(kind) if item.name in values}
+        for kind in (RunOptions, UniSDOptions)
+    )
+    options = RunOptions(**of_run)
+    options.check()
+    check_columns(options, UniSDOptions(**of_training).uses_reference)
 
 
 def resolve(

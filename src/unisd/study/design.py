@@ -19,6 +19,8 @@ from typing import Any
 
 from unisd.errors import UserError
 from unisd.files import read_yaml
+from unisd.run.options import as_list
+from unisd.run.own_rows import named
 from unisd.study import controls
 
 Levels = dict[str, str]
@@ -231,9 +233,8 @@ def _tasks(given: list[Any] | None, base: Options, where: str) -> dict[str, Opti
         if not isinstance(options, dict):
             raise UserError(f"{where}: each of tasks is a name or a mapping of options, not {item!r}.")
         chosen = {**base, **options}
-        label = (
-            chosen.get("task")
-            or Path(str(chosen.get("train_file") or chosen.get("dataset_name") or "pocket")).stem
+        label = chosen.get("task") or named(
+            as_list(chosen.get("train_file") or chosen.get("dataset_name") or "pocket"), True
         )
         if label in found:
             raise UserError(f"{where}: two tasks are called {label}.")

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 CONFIG, LOG = "run.yaml", "run.log"
 CACHE = "before"
 CALIBRATION_STEPS, CALIBRATION_ROWS = 2, 16
-OF_THE_ROWS = ("task", "task_options", "data_files", "train_file", "eval_file", "columns", "grader")
+OF_THE_ROWS = (
+    *("task", "task_options", "data_files", "train_file", "train_weights", "eval_file", "eval_split"),
+    *("columns", "grader"),
+)
 STOPPED = "(alarms=stop)"  # in the last words of a run that an alarm ended
 WEIGHTS = ("*.safetensors", "*.bin", "checkpoint-*")
 

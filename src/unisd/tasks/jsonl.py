@@ -6,12 +6,13 @@ unisd eval --task jsonl --data_files rows.jsonl --grader number
 from __future__ import annotations
 
 import json
+import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from unisd.data.formats import joined, say_what_is_odd, suggested
+from unisd.data.formats import joined, layout_of, say_what_is_odd, suggested
 from unisd.data.reading import load_file
 from unisd.data.rows import check_prompt, in_our_form
 from unisd.data.text import problem_key
@@ -21,13 +22,15 @@ from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
 from unisd.tasks.graders import check_gold, get_grader
 from unisd.tasks.graders.base import aliases
 
+logger = logging.getLogger(__name__)
+
 
 class JsonlTask(Benchmark):
     """Args:
     grader: a name of `unisd.tasks.graders.GRADERS`; `code` takes the column `tests` as tests, else
         the answer, `choice` the options of a column `options` or `choices` too.
-    prompt_column, answer_column: where the rows hold them. `privileged_context` (default: the
-    answer) is the reference;
+    prompt_column, answer_column: where the rows hold them; layouts of `unisd.data.formats` need
+        neither. `privileged_context` (default: the answer) is the reference;
         `auxiliary_contexts` and `negative_context` are taken as they are.
     """
 
@@ -57,13 +60,8 @@ class JsonlTask(Benchmark):
         """The rows in whatever layout `unisd train` takes too."""
         rows = load_file(path)
         columns = dict.fromkeys(column for row in rows for column in row)
-        known = set(joined(self.prompt_column, columns)) <= set(columns)
-        if not known and (named := suggested("prompt", columns)):
-            raise UserError(
-                f"{path} has no column {self.prompt_column!r}: if it is {named[0]!r}, pass --task_options"
-                f" prompt_column={named[0]}."
-            )
-        rows = in_our_form(rows, {"prompt": self.prompt_column} if known else {}, path)
+        mapping = self._mapping(columns, path)
+        rows = in_our_form(rows, mapping, path)
         if path not in self._seen:  # each split is read anew
             say_what_is_odd(rows, path, self.prompt_column)
         self._seen.add(path)
@@ -71,7 +69,30 @@ class JsonlTask(Benchmark):
             row[self.prompt_column] = row.get("prompt")
             if row.get(self.answer_column) is None:  # what a conversation ends in
                 row[self.answer_column] = row.get("completion")
+            if "privileged_context" in mapping:
+                row[self.answer_column] = row["privileged_context"]
         return rows
+
+    def _mapping(self, columns: Collection[str], path: str) -> dict[str, str]:
+        """Where prompt and answer are: as the options say, else as a layout does."""
+        has_prompt = set(joined(self.prompt_column, columns)) <= set(columns)
+        has_answer = self.runs_code or {self.answer_column, "completion"} & set(columns)
+        given = {"prompt": self.prompt_column} if has_prompt else {}
+        missing = [*([] if has_prompt else ["prompt"]), *([] if has_answer else ["privileged_context"])]
+        layout = layout_of(columns, given, missing) if missing else None
+        if layout is None or not (has_prompt or self.prompt_column == "prompt"):
+            if not has_prompt and (named := suggested("prompt", columns)):
+                raise UserError(
+                    f"{path} has no column {self.prompt_column!r}: if it is {named[0]!r}, pass --task_options"
+                    f" prompt_column={named[0]}."
+                )
+            return given
+        if path not in self._seen:
+            logger.warning("%s: read as: %s; prompt_column says otherwise.", path, layout.said())
+        mapping = {**layout.mapping, **given}
+        if has_answer:
+            mapping.pop("privileged_context", None)
+        return mapping
 
     def problem(self, raw: Raw, where: str) -> Problem:
         prompt, answer = raw[self.prompt_column], self._answer(raw)
