@@ -103,13 +103,12 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
         return bootstrap([sum(map(bool, answers)) / len(answers) for answers in picked])
 
     answers = [answer for row_answers in grades for answer in row_answers]
-    names = sorted({name for answer in answers for name in answer.details})
     found = {
         "accuracy": share(range(len(rows))),
         "by_skill": {name: share(chosen) for name, chosen in sorted(groups.items())},
         "extraction_rate": wilson(sum(answer.extracted is not None for answer in answers), len(answers)),
         "outcomes": outcomes(answers),
-        "details": {name: bootstrap([answer.details.get(name, 0.0) for answer in answers]) for name in names},
+        "details": mean_details(answers),
     }
     most = min((len(row_answers) for row_answers in grades), default=1)
     if most > 1:
@@ -117,6 +116,12 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
         ks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= most]
         found["pass_at_k"] = {str(k): bootstrap([pass_at_k(n, c, k) for n, c in counts]) for k in ks}
     return found
+
+
+def mean_details(grades: Sequence[Grade]) -> dict[str, Interval]:
+    """Means of the graders' further figures, by their names."""
+    names = sorted({name for grade in grades for name in grade.details})
+    return {name: bootstrap([grade.details.get(name, 0.0) for grade in grades]) for name in names}
 
 
 OUTCOMES = ("right", "wrong", "unanswered", "ambiguous")
@@ -155,7 +160,7 @@ def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[
             "id": row["id"],
             "correct": answer.correct,
             "outcome": answer.outcome,
-            "score": float(answer.correct),
+            "score": answer.share,
             "extracted": answer.extracted,
             "how": answer.how,
             "reason": answer.reason

@@ -170,8 +170,8 @@ class RunOptions:
     )
     grader: str | None = option(
         "data",
-        "Grades answers to your rows, so that accuracy is reported: exact, contains, choice, number or call"
-        " compare with a column answer (else the completion); code runs a column tests.",
+        "Grades answers to your rows, so that accuracy is reported: exact, contains, choice, number, call or"
+        " similarity (of free text) compare with a column answer (else the completion); code runs a column tests.",
         shared=("probe", "prepare"),
     )
     max_train_rows: int | None = option(
