@@ -149,6 +149,23 @@ def unsettled_lines(before: dict[str, Any], after: dict[str, Any]) -> list[list[
     return lines
 
 
+def percent(share: Interval) -> str:
+    """`62.3 % [57.1, 67.0]`."""
+    value, low, high = (100 * share[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def detail_lines(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
+    """Lines of a table of before and after: means of the graders' further figures."""
+    lines = []
+    for part in ("task", "retention"):
+        old, new = (side.get(f"{part}_details") or {} for side in (before, after))
+        for name in (name for name in new if name in old):
+            change = f"{100 * (new[name]['value'] - old[name]['value']):+.1f}"
+            lines.append([f"{part} {name.replace('_', ' ')}", percent(old[name]), percent(new[name]), change])
+    return lines
+
+
 def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
     """One object an answer: `id`, `correct`, `outcome`, `score`, `extracted`, `how`, `reason`, ...
 
