@@ -41,6 +41,8 @@ class RunData:
     retention: list[Row] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
     grade: GradeFunction | None = None
+    answers_kept: int | None = None
+    """See `answers.kept`."""
     task: Task | None = None
     contexts: str = ""
     """A line that says where the auxiliary contexts of the training rows come from."""
@@ -109,6 +111,7 @@ def load_data(
         train=rows[: options.max_train_rows],
         evaluation=evaluation[: options.max_eval_rows],
         grade=grade,
+        answers_kept=options.answers_kept,
     )
 
 
@@ -192,6 +195,7 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
         evaluation=prepare_rows(task.load("test", limit=options.max_eval_rows), name=where),
         retention=task.retention_rows(limit=options.max_eval_rows),
         grade=task.grade,
+        answers_kept=options.answers_kept,
         task=task,
     )
 

@@ -9,8 +9,9 @@ from typing import Any
 from unisd.config import UniSDConfig
 from unisd.console import number
 from unisd.data.rows import Row
-from unisd.evaluation.accuracy import accuracy
-from unisd.evaluation.grading import unsettled_lines
+from unisd.data.thoughts import completion_text
+from unisd.evaluation.accuracy import accuracy, generate_greedy
+from unisd.evaluation.grading import detail_lines, unsettled_lines
 from unisd.evaluation.likelihood import gold_ppl
 from unisd.evaluation.retention import retention, retention_along
 from unisd.run import answers
@@ -20,16 +21,27 @@ Figures = dict[str, Any]
 
 
 def graded(
-    model: Any, tokenizer: Any, rows: Sequence[Row], grade: GradeFunction | None, cap: int, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    grade: GradeFunction | None,
+    cap: int,
+    batch_size: int,
+    answers_kept: int | None = None,
 ) -> tuple[Figures | None, Figures | None, Figures | None]:
     """Greedy accuracy, by skill where rows name one, and the answers.
 
-    None where there is nothing to grade.
+    None where there is nothing to grade; without a grader some rows are answered all the same.
     """
-    if grade is None or not rows:
+    kept = answers.kept(answers_kept, grade is not None)
+    if not rows or (grade is None and not kept):
         return None, None, None
+    if grade is None:
+        prompts = [row["prompt"] for row in rows[:kept]]
+        ids = generate_greedy(model, tokenizer, prompts, cap, batch_size)
+        return None, None, answers.ungraded([completion_text(tokenizer, one) for one in ids])
     found = accuracy(model, tokenizer, rows, grade, max_new_tokens=cap, batch_size=batch_size)
-    return found["overall"], found["by_skill"] or None, answers.verdicts(found)
+    return found["overall"], found["by_skill"] or None, answers.verdicts(found, kept)
 
 
 def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> tuple[Figures, Figures]:
@@ -38,20 +50,29 @@ def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> t
     Skills without a grader are null.
     """
     cap, batch = config.eval_max_new_tokens or config.max_completion_length, config.rollout_batch_size
-    task, skills, task_answers = graded(model, tokenizer, data.evaluation, data.grade, cap, batch)
+    task, skills, task_answers = graded(
+        model, tokenizer, data.evaluation, data.grade, cap, batch, data.answers_kept
+    )
     retention, retention_skills, retention_answers = graded(
         model, tokenizer, data.retention, data.grade, cap, batch
     )
     figures = {
         "task_accuracy": task,
         "task_outcomes": (task_answers or {}).get("outcomes"),
+        "task_details": (task_answers or {}).get("details"),
         "skills": skills,
         "retention_accuracy": retention,
         "retention_outcomes": (retention_answers or {}).get("outcomes"),
+        "retention_details": (retention_answers or {}).get("details"),
         "retention_skills": retention_skills,
         "gold_ppl": gold_ppl(model, tokenizer, data.evaluation),
     }
     return figures, {"task": task_answers, "retention": retention_answers}
+
+
+def kept_of(data: RunData) -> int:
+    """How many evaluation rows keep the texts of their answers."""
+    return min(len(data.evaluation), answers.kept(data.answers_kept, data.grade is not None))
 
 
 def pair_answers(data: RunData, before: Figures, after: Figures) -> Figures:
@@ -117,7 +138,7 @@ def change_lines(results: Figures) -> list[list[str]]:
         lines.append(_accuracy_line(name, before[total], after[total]))
         for skill, value in (after[skills] or {}).items():
             lines.append(_accuracy_line(f"  {skill}", before[skills][skill], value))
-    lines += unsettled_lines(before, after)
+    lines += detail_lines(before, after) + unsettled_lines(before, after)
     if after["gold_ppl"] is not None:
         change = f"{after['gold_ppl'] - before['gold_ppl']:+.3f}"
         lines.append(
