@@ -312,7 +312,8 @@ def _examples(part: str, examples: Sequence[Figures]) -> str:
     cards = []
     for example in chosen:
         sides = "".join(
-            f"<div><h3>{when}{_verdict(example[when]['correct'])}</h3><pre>{escape(example[when]['text'])}</pre></div>"
+            f"<div><h3>{when}{_verdict(example[when]['correct'])}</h3>"
+            f"<pre>{escape(example[when]['text'])}</pre></div>"
             for when in ("before", "after")
         )
         prompt = f"<pre>{escape(example['prompt'])}</pre>"
