@@ -21,6 +21,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 ANSWERS = "answers.json"
 GRAFTING = "grafting.json"
+JUDGE = "judge.json"
 PROBE = "probe.json"  # the answers that the diagnostics compare with
 REPORT = "report.html"
 CONFIG = "config.yaml"  # the options of a run, for the same run again
@@ -28,7 +29,8 @@ OF_A_RUN = (RESULTS, METRICS, SAMPLES, ANSWERS, PROBE)
 """What nothing else writes: a folder that holds one of them is a run's."""
 WRITTEN = (
     *OF_A_RUN,
-    *(GRAFTING, REPORT, CONFIG, "README.md", "training_args.bin", "config.json", "generation_config.json"),
+    *(GRAFTING, JUDGE, REPORT, CONFIG, "README.md", "training_args.bin", "config.json"),
+    "generation_config.json",
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model-*-of-*.safetensors"),
     *("adapter_model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"),

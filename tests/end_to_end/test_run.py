@@ -125,7 +125,14 @@ def test_pocket_run(
 
 def test_own_rows_without_contexts(own: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*own, "--output_dir", str(tmp_path / "run")]) == 0
-    notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: recipe")]
+    said = capfd.readouterr()
+    assert "1 to report on (1 answered before and after, as nothing grades them)" in said.out
+    answers = json.loads((tmp_path / "run" / "answers.json").read_text())
+    [example] = answers["task"]["examples"]
+    assert answers["task"]["before"] is answers["task"]["after"] is example["before"]["correct"] is None
+    place = said.out.splitlines().index(f"  {example['prompt']}")
+    assert said.out.splitlines()[place + 1].startswith("    before:  ")
+    notes = [line for line in said.err.splitlines() if line.startswith("note: recipe")]
     assert len(notes) == 1 and "agreement" not in notes[0] and "--negatives corrupt" in notes[0]
     results = read(tmp_path / "run")
     assert results["task"] == "sums"

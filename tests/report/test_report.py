@@ -21,6 +21,7 @@ import yaml
 
 from tests.helpers.studies import FakeExecutor, carried_out, study
 from unisd.cli.main import main
+from unisd.evaluation import judge
 from unisd.report import plots
 from unisd.report.html import clean, data_block, escape, page, table
 from unisd.report.supervision import MAX_SHOWN, shades, spread, supervision
@@ -240,6 +241,24 @@ def test_every_weight_has_its_curve_and_those_not_recorded_no_mode(tmp_path: Pat
     text, tags = built(folder)
     assert "Reliability weight dash over 2 steps" in text and 'value="weight"' not in text
     assert '"weight":null' in text and "agreement weight" not in tags.text.lower()
+
+
+def test_a_run_page_shows_answers_that_nobody_graded_and_what_a_judge_said(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run")
+    sides = {when: {"text": f"answer {when}", "correct": None, "reason": ""} for when in ("before", "after")}
+    same = {"id": "same", "prompt": "p", "reference": "", **dict.fromkeys(sides, sides["before"])}
+    examples = [same, *({**same, "id": f"row {n}", **sides} for n in range(30))]
+    part = {"ids": ["same"], "skills": [None], "before": None, "after": None, "examples": examples}
+    (folder / "answers.json").write_text(json.dumps({"task": part}))
+    pairs = [judge.Pair(f"{n}", "p", "", "old", "new") for n in range(4)]
+    found = judge.judged(pairs, lambda asked: [judge.Reply("[[B]]"), judge.Reply("[[A]]")] * 4)
+    judge.keep(folder, {"judge": "<b>J</b>", "of": ["before", "after"], **found})
+    text, tags = built(folder)
+    section = text.partition("<h2>Answers before and after</h2>")[2].partition("</section>")[0]
+    assert "24 of 31 kept answers" in section and "<h3>after</h3><pre>answer after</pre>" in section
+    assert "row 0" in section and ">same<" not in section  # what changed comes first
+    assert "right" not in section and "wrong" not in section
+    assert "Judged by <b>J</b>" in tags.text and "100.0 % [51.0, 100.0]" in tags.text
 
 
 def test_a_run_page_shows_what_the_grader_said(tmp_path: Path) -> None:

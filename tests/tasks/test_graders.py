@@ -146,6 +146,7 @@ GOLD = {
     "choice": "B",
     "call": '{"f": {"x": 1}}',
     "code": "assert f(1) == 1",
+    "similarity": "A",
 }
 
 

@@ -141,7 +141,9 @@ def grade_answers(
 def add_task_flags(parser: CommandParser) -> None:
     """Add the flags that say how a task reads and grades."""
     parser.add_argument("--task_options", nargs="+", metavar="NAME=VALUE", help="further options of the task")
-    parser.add_argument("--grader", help="task jsonl: exact, contains, number, math, choice, call or code")
+    parser.add_argument(
+        "--grader", help="task jsonl: exact, contains, number, math, choice, call, code or similarity"
+    )
     parser.add_argument(
         "--allow_unsafe_code_execution",
         action="store_true",

@@ -49,6 +49,12 @@ COMMANDS = {
         "eval_command",
     ),
     "grade": Command("TASK", "grade completions that any system wrote", "unisd.cli.grade", "grade_command"),
+    "judge": Command(
+        "DIR",
+        "let a server's model compare the answers before and after",
+        "unisd.cli.judge",
+        "judge_command",
+    ),
     "study": Command(
         "",
         "which mechanisms matter for a task: a design of runs, effects with intervals",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from unisd.console import show_progress
 from unisd.data.thoughts import completion_text
-from unisd.evaluation.grading import grade_many, outcomes, wilson
+from unisd.evaluation.grading import grade_many, mean_details, outcomes, wilson
 from unisd.evaluation.likelihood import Ids, _ids
 from unisd.models.tokens import eos_ids, pad_id
 from unisd.rollout.decoding import decode, default_batch_size
@@ -93,7 +93,8 @@ def accuracy(
     Returns:
         `overall` and each of `by_skill` as `wilson` gives them; `extraction_rate` (share of answers
         in which an answer was found; None where the grader does not say), `outcomes` (how many are
-        right, wrong, unanswered and ambiguous; likewise None), `completions` (texts),
+        right, wrong, unanswered and ambiguous; likewise None), `details` (means of the grader's
+        further figures), `completions` (texts),
         `completion_ids`, `grades`, `mean_tokens`, `truncated` (rows cut by `max_new_tokens`),
         `tokens_per_s`.
     """
@@ -118,6 +119,7 @@ def accuracy(
         "by_skill": {name: wilson(sum(marks), len(marks)) for name, marks in sorted(groups.items())},
         "extraction_rate": found / len(grades) if found else None,
         "outcomes": outcomes(grades) if found else None,
+        "details": mean_details(grades),
         "completions": texts,
         "completion_ids": ids,
         "grades": grades,

@@ -103,13 +103,12 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
         return bootstrap([sum(map(bool, answers)) / len(answers) for answers in picked])
 
     answers = [answer for row_answers in grades for answer in row_answers]
-    names = sorted({name for answer in answers for name in answer.details})
     found = {
         "accuracy": share(range(len(rows))),
         "by_skill": {name: share(chosen) for name, chosen in sorted(groups.items())},
         "extraction_rate": wilson(sum(answer.extracted is not None for answer in answers), len(answers)),
         "outcomes": outcomes(answers),
-        "details": {name: bootstrap([answer.details.get(name, 0.0) for answer in answers]) for name in names},
+        "details": mean_details(answers),
     }
     most = min((len(row_answers) for row_answers in grades), default=1)
     if most > 1:
@@ -117,6 +116,12 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
         ks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= most]
         found["pass_at_k"] = {str(k): bootstrap([pass_at_k(n, c, k) for n, c in counts]) for k in ks}
     return found
+
+
+def mean_details(grades: Sequence[Grade]) -> dict[str, Interval]:
+    """Means of the graders' further figures, by their names."""
+    names = sorted({name for grade in grades for name in grade.details})
+    return {name: bootstrap([grade.details.get(name, 0.0) for grade in grades]) for name in names}
 
 
 OUTCOMES = ("right", "wrong", "unanswered", "ambiguous")
@@ -144,6 +149,23 @@ def unsettled_lines(before: dict[str, Any], after: dict[str, Any]) -> list[list[
     return lines
 
 
+def percent(share: Interval) -> str:
+    """`62.3 % [57.1, 67.0]`."""
+    value, low, high = (100 * share[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def detail_lines(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
+    """Lines of a table of before and after: means of the graders' further figures."""
+    lines = []
+    for part in ("task", "retention"):
+        old, new = (side.get(f"{part}_details") or {} for side in (before, after))
+        for name in (name for name in new if name in old):
+            change = f"{100 * (new[name]['value'] - old[name]['value']):+.1f}"
+            lines.append([f"{part} {name.replace('_', ' ')}", percent(old[name]), percent(new[name]), change])
+    return lines
+
+
 def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
     """One object an answer: `id`, `correct`, `outcome`, `score`, `extracted`, `how`, `reason`, ...
 
@@ -155,7 +177,7 @@ def row_results(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> list[
             "id": row["id"],
             "correct": answer.correct,
             "outcome": answer.outcome,
-            "score": float(answer.correct),
+            "score": answer.share,
             "extracted": answer.extracted,
             "how": answer.how,
             "reason": answer.reason

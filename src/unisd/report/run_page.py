@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd.errors import UserError
+from unisd.evaluation import judge
 from unisd.files import ANSWERS, METRICS, RESULTS, SAMPLES, is_evaluation, read_lines
 from unisd.monitoring.alarms import Watch
 from unisd.report import plots
@@ -20,6 +21,7 @@ from unisd.report.health import health
 from unisd.report.html import escape, page, section, table, tiles
 from unisd.report.supervision import supervision
 from unisd.run import grafting
+from unisd.run.answers import by_change
 from unisd.run.changes import change_lines, side_of
 
 MAX_EXAMPLES = 24
@@ -120,8 +122,9 @@ def build(folder: Path) -> str:
     body += section(
         "Answers before and after",
         *(_examples(names.get(part, part), found["examples"]) for part, found in answers.items()),
-        note="Greedy answers. Rows whose verdict changed come first.",
+        note="Greedy answers. Rows whose verdict changed come first; without a grader, those whose text did.",
     )
+    body += "".join(map(_judged, judge.read(folder)))
     body += supervision(read_lines(folder / SAMPLES))
     settings = json.dumps(results["config"], indent=1, default=str)
     body += section(
@@ -134,6 +137,13 @@ def build(folder: Path) -> str:
             f" {100 * after['task_accuracy']['value']:.1f} %"
         )
     return page(title, body)
+
+
+def _judged(found: Figures) -> str:
+    """What a judge says of the answers before and after."""
+    return section(
+        f"Judged by {found['judge']}", table([judge.head(found), *judge.lines(found)]), note=judge.NOTE
+    )
 
 
 def _grafted(points: Sequence[grafting.Point]) -> str:
@@ -303,21 +313,14 @@ def _number(value: float | None, form: str) -> str:
 
 def _examples(part: str, examples: Sequence[Figures]) -> str:
     """Some answers of both states side by side: first what changed."""
-
-    def order(example: Figures) -> int:
-        change = (example["before"]["correct"], example["after"]["correct"])
-        return {(True, False): 0, (False, True): 1, (False, False): 2, (True, True): 3}[change]
-
-    # Both kinds of change are shown, whichever is rarer.
-    by_change: dict[int, list[Figures]] = {}
-    for example in examples:
-        by_change.setdefault(order(example), []).append(example)
-    chosen = [example for kind in sorted(by_change) for example in by_change[kind][: MAX_EXAMPLES // 4]]
+    graded = any(example["after"]["correct"] is not None for example in examples)
+    most = MAX_EXAMPLES // 4 if graded else MAX_EXAMPLES  # all kinds are shown, whichever is rarer
+    chosen = [example for kind in by_change(examples) for example in kind[:most]][:MAX_EXAMPLES]
     cards = []
     for example in chosen:
         sides = "".join(
-            f"<div><h3>{when}:"
-            f" {_verdict(example[when]['correct'])}</h3><pre>{escape(example[when]['text'])}</pre></div>"
+            f"<div><h3>{when}{_verdict(example[when]['correct'])}</h3>"
+            f"<pre>{escape(example[when]['text'])}</pre></div>"
             for when in ("before", "after")
         )
         prompt = f"<pre>{escape(example['prompt'])}</pre>"
@@ -336,5 +339,7 @@ def _examples(part: str, examples: Sequence[Figures]) -> str:
     )
 
 
-def _verdict(correct: bool) -> str:
-    return '<span class="right">right</span>' if correct else '<span class="wrong">wrong</span>'
+def _verdict(correct: bool | None) -> str:
+    if correct is None:  # nothing grades it
+        return ""
+    return ': <span class="right">right</span>' if correct else ': <span class="wrong">wrong</span>'

@@ -148,7 +148,7 @@ def as_verdict(answer: Any) -> Verdict | None:
     if isinstance(answer, Verdict):
         return answer if _is_share(answer.score) else None
     if isinstance(answer, Grade):
-        return Verdict(float(answer.correct), answer.correct, answer.feedback or _in_words(answer))
+        return Verdict(answer.share, answer.correct, answer.feedback or _in_words(answer))
     return Verdict(float(answer), float(answer) == 1.0) if _is_share(answer) else None
 
 

@@ -33,6 +33,7 @@ def key_of(options: RunOptions, config: UniSDConfig, data: RunData, rendered: An
         "data": [data.name, options.grader, options.task_options],
         "rows": [data.evaluation, [(one.name, one.rows, one.free, one.cap) for one in data.retention]],
         "answers": [config.eval_max_new_tokens, config.max_completion_length, config.rollout_batch_size],
+        "kept": options.answers_kept,
         "rendered": rendered,
         "computed": [str(config.device), config.mixed_precision],
     }

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unisd.console import number
-from unisd.evaluation.grading import unsettled_lines
+from unisd.evaluation import grading
+from unisd.evaluation.grading import detail_lines, unsettled_lines
 from unisd.monitoring.alarms import FORGOTTEN_NATS, at_most
 
 CLEARLY = 0.01
@@ -90,10 +91,7 @@ def forgotten(retention: Sequence[Figures], drift: Figures | None) -> str | None
 
 def percent(accuracy: Figures | None) -> str:
     """`62.3 % [57.1, 67.0]`."""
-    if accuracy is None:
-        return "-"
-    value, low, high = (100 * accuracy[name] for name in ("value", "low", "high"))
-    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+    return "-" if accuracy is None else grading.percent(accuracy)
 
 
 def change_lines(results: Figures) -> list[list[str]]:
@@ -105,7 +103,7 @@ def change_lines(results: Figures) -> list[list[str]]:
     lines = _accuracy_lines(
         "task accuracy", *(side_of(side, "task_accuracy", "skills") for side in (before, after))
     )
-    lines += unsettled_lines(before, after)
+    lines += detail_lines(before, after) + unsettled_lines(before, after)
     if after["gold_ppl"] is not None and before["gold_ppl"] is not None:
         lines.append(_ppl_line("perplexity of the references", change(before["gold_ppl"], after["gold_ppl"])))
     if "drift" not in results:  # of an earlier version

@@ -43,6 +43,8 @@ class RunData:
     retention: list[RetentionSet] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
     grade: GradeFunction | None = None
+    answers_kept: int | None = None
+    """See `answers.kept`."""
     task: Task | None = None
     contexts: str = ""
     """A line that says where the auxiliary contexts of the training rows come from."""
@@ -117,6 +119,7 @@ def load_data(
         evaluation=evaluation[: options.max_eval_rows],
         retention=_retention(options, None) if training else [],
         grade=grade,
+        answers_kept=options.answers_kept,
     )
 
 
@@ -215,6 +218,7 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
         evaluation=prepare_rows(task.load(split, limit=options.max_eval_rows), name=where),
         retention=_retention(options, task, others=split == "validation"),
         grade=task.grade,
+        answers_kept=options.answers_kept,
         task=task,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from unisd.config import UniSDConfig
 from unisd.data import rendering
 from unisd.data.rows import Row
+from unisd.data.thoughts import completion_text
 from unisd.distributed.sharding import all_ranks_must_join
 from unisd.evaluation.accuracy import accuracy, generate_greedy
 from unisd.evaluation.likelihood import gold_ppl
@@ -29,16 +30,27 @@ TASK, RETENTION, FREE = "task", "retention", "free"
 
 
 def graded(
-    model: Any, tokenizer: Any, rows: Sequence[Row], grade: GradeFunction | None, cap: int, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    grade: GradeFunction | None,
+    cap: int,
+    batch_size: int,
+    answers_kept: int | None = None,
 ) -> tuple[Figures | None, Figures | None, Figures | None]:
     """Greedy accuracy, by skill where rows name one, and the answers.
 
-    None where there is nothing to grade.
+    None where there is nothing to grade; without a grader some rows are answered all the same.
     """
-    if grade is None or not rows:
+    kept = answers.kept(answers_kept, grade is not None)
+    if not rows or (grade is None and not kept):
         return None, None, None
+    if grade is None:
+        prompts = [row["prompt"] for row in rows[:kept]]
+        ids = generate_greedy(model, tokenizer, prompts, cap, batch_size)
+        return None, None, answers.ungraded([completion_text(tokenizer, one) for one in ids])
     found = accuracy(model, tokenizer, rows, grade, max_new_tokens=cap, batch_size=batch_size)
-    return found["overall"], found["by_skill"] or None, answers.verdicts(found)
+    return found["overall"], found["by_skill"] or None, answers.verdicts(found, kept)
 
 
 def parts_of(data: RunData) -> dict[str, RetentionSet]:
@@ -55,13 +67,15 @@ def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> t
     Skills without a grader are null.
     """
     cap, batch = config.eval_max_new_tokens or config.max_completion_length, config.rollout_batch_size
-    task, skills, task_answers = graded(model, tokenizer, data.evaluation, data.grade, cap, batch)
+    task, skills, task_answers = graded(
+        model, tokenizer, data.evaluation, data.grade, cap, batch, data.answers_kept
+    )
     found: dict[str, Figures | None] = {TASK: task_answers}
     sets: dict[str, Figures] = {}
     for part, one in parts_of(data).items():
         share, by_skill, found[part] = graded(model, tokenizer, one.rows, one.grade, one.cap or cap, batch)
-        outcomes = (found[part] or {}).get("outcomes")
-        sets[one.name] = {"accuracy": share, "skills": by_skill, "outcomes": outcomes}
+        of_set = {name: (found[part] or {}).get(name) for name in ("outcomes", "details")}
+        sets[one.name] = {"accuracy": share, "skills": by_skill, **of_set}
     first: Figures = next(iter(sets.values()), {})
     if (probed := data.probed) is not None and (probed.free or probed.grade is None):
         prompts = [row["prompt"] for row in probed.probed]
@@ -69,14 +83,21 @@ def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> t
     figures = {
         "task_accuracy": task,
         "task_outcomes": (task_answers or {}).get("outcomes"),
+        "task_details": (task_answers or {}).get("details"),
         "skills": skills,
         "retention_accuracy": first.get("accuracy"),
         "retention_outcomes": first.get("outcomes"),
+        "retention_details": first.get("details"),
         "retention_skills": first.get("skills"),
         "retention": sets,
         "gold_ppl": gold_ppl(model, tokenizer, data.evaluation),
     }
     return figures, found
+
+
+def kept_of(data: RunData) -> int:
+    """How many evaluation rows keep the texts of their answers."""
+    return min(len(data.evaluation), answers.kept(data.answers_kept, data.grade is not None))
 
 
 def pair_answers(data: RunData, before: Figures, after: Figures) -> Figures:
@@ -199,7 +220,7 @@ def compared(data: RunData, before: Figures, after: tuple[Figures, Figures]) -> 
     sides = before["answers"], after[1]
 
     def of_items(part: str) -> Figures | None:
-        marks = [side[part]["correct"] for side in sides if side.get(part)]
+        marks = [side[part]["correct"] for side in sides if (side.get(part) or {}).get("correct")]
         return items(*marks) if len(marks) == 2 else None
 
     kept = []

@@ -44,6 +44,12 @@ class RunOptions:
         "Folder that keeps `before` for other runs with the same model and evaluation rows, so that it is"
         " measured once.",
     )
+    answers_kept: int | None = option(
+        "run",
+        "Evaluation rows whose answers before and after are kept (answers.json) and shown; unset: 64, without"
+        " a grader 24, each of which then costs two greedy answers. 0: none.",
+        low=0,
+    )
     graft_scales: list[float] | None = option(
         "run",
         "After training, measure also base + L x what training changed, for each of these L (a part of it"
@@ -187,8 +193,9 @@ class RunOptions:
     )
     grader: str | None = option(
         "data",
-        "Grades answers to your rows, so that accuracy is reported: exact, contains, choice, number or call"
-        " compare with a column answer (else the completion); code runs a column tests.",
+        "Grades answers to your rows, so that accuracy is reported: exact, contains, choice, number, call or"
+        " similarity (of free text) compare with a column answer (else the completion); code runs a column"
+        " tests.",
         shared=("probe", "prepare"),
     )
     max_train_rows: int | None = option(

@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from unisd.monitoring.cost import Energy, cost_of
 from unisd.monitoring.progress import ProgressDisplay
 from unisd.processes import alone_in
 from unisd.run import choice, grafting, outputs
+from unisd.run.answers import shown
 from unisd.run.changes import change_lines
 from unisd.run.inputs import (
     RunData,
@@ -41,7 +43,7 @@ from unisd.run.inputs import (
     load_data,
     load_model,
 )
-from unisd.run.measure import Measurements, compared, pair_answers
+from unisd.run.measure import Measurements, compared, kept_of, pair_answers
 from unisd.run.options import ONE_PROCESS, RunOptions
 from unisd.run.prepare import prepare
 from unisd.trainer import UniSDTrainer
@@ -255,11 +257,12 @@ def _carried_out(
         **compared(data, before, (after, answers)),
     }
     results |= _accounted(setting, options, config, results, energy)
+    pairs = pair_answers(data, before["answers"], answers)
     if is_writer:  # before results.json, which completes a run
-        outputs.write_json(folder / ANSWERS, pair_answers(data, before["answers"], answers))
+        outputs.write_json(folder / ANSWERS, pairs)
     _finish(setting, options, config, folder, results)
     if is_writer:
-        _report(console, results, folder, options, points)
+        _report(console, results, folder, options, points, pairs)
     return results
 
 
@@ -374,6 +377,7 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
         f"{options.recipe}: model {options.model_name_or_path} ({size.parameters / 1e6:.1f}M parameters,"
         f" {size.trained / 1e6:.1f}M trained), {data.name}: {len(data.train)} training rows,"
         f" {len(data.evaluation)} to report on"
+        + ("" if data.grade else f" ({kept_of(data)} answered before and after, as nothing grades them)")
         + (f"; must not be lost: {', '.join(map(str, data.retention))}" if data.retention else "")
         + (f", {len(data.validation)} for evaluations during training" if data.validation else "")
         + f"; {steps} steps of {rows_per_step} rows",
@@ -416,25 +420,21 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
 
 
 def _report(
-    console: Console, results: Results, folder: Path, options: RunOptions, points: list[grafting.Point]
+    console: Console, results: Results, folder: Path, options: RunOptions, points: list[Any], pairs: Results
 ) -> None:
+    say = partial(console.print, markup=False, highlight=False)
     show_table(console, ("", "before", "after", "change"), change_lines(results))
     if points:
         show_table(console, grafting.HEAD, grafting.lines(points))
+    for line in shown(pairs["task"]) if "task" in pairs else ():
+        say(line)
     for line in choice.lines(results):
-        console.print(line, markup=False, highlight=False)
+        say(line)
     for alarm in results["alarms"] or ():
-        console.print(
-            f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}", markup=False, highlight=False
-        )
+        say(f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}")
     seconds = results["phases_s"]
     spent = ", ".join(f"{name} {seconds[name]:.0f}" for name in ("rollout", "score", "student", "eval"))
-    console.print(f"{results['wall_s']:.0f} s ({spent})", markup=False, highlight=False)
+    say(f"{results['wall_s']:.0f} s ({spent})")
     what = "adapter" if options.trains_adapter else "model"
-    console.print(
-        f"written to {folder}: the {what}, results.json, metrics.jsonl, config.yaml, README.md",
-        markup=False,
-        highlight=False,
-    )
-    console.print(f"try it: unisd chat {folder} --compare base", markup=False, highlight=False)
-    console.print(f"see it: unisd report {folder}", markup=False, highlight=False)
+    say(f"written to {folder}: the {what}, results.json, metrics.jsonl, config.yaml, README.md")
+    say(f"try it: unisd chat {folder} --compare base\nsee it: unisd report {folder}")

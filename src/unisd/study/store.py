@@ -111,6 +111,7 @@ def found_in(folder: Path) -> Record:
                 "after": [*map(int, found["after"])],
             }
             for part, found in answers.items()
+            if found["before"] is not None  # graded
         },
         **({"parts": curves[-1]} if curves else {}),
     }

@@ -34,7 +34,8 @@ class Grade:
     completion settles on none of them. `how` says how the answer was found ("final marker",
     "stated", "boxed", "last line", "mention"). `passed_over` are answers that might have been
     taken, best first, each with how it was found and why it was not taken. `feedback` tells the one
-    who answered what is wrong with this answer, without the right one.
+    who answered what is wrong with this answer, without the right one. `score` is from 0 to 1, of
+    graders that tell how near an answer is; None: 1 if it is correct, else 0.
     """
 
     correct: bool
@@ -45,6 +46,12 @@ class Grade:
     how: str = ""
     passed_over: tuple[tuple[str, str, str], ...] = field(default=(), compare=False, repr=False)
     feedback: str = ""
+    score: float | None = None
+
+    @property
+    def share(self) -> float:
+        """How right the answer is, from 0 to 1."""
+        return float(self.correct) if self.score is None else self.score
 
     @property
     def outcome(self) -> str:

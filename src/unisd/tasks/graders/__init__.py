@@ -9,10 +9,11 @@
 | `math` | the expression that the completion ends in equals gold's, by math-verify |
 | `call` | the completion's tool calls are gold's (forms: :mod:`unisd.tasks.tool_calls`) |
 | `code` | the completion's program passes gold's tests, in :mod:`unisd.tasks.sandbox` |
+| `similarity` | half of the words of completion and gold are shared (token F1 of 0.5 or more) |
 
-Gold may be a list of right answers for `exact`, `contains`, `number` and `math`; what a grader
-cannot read is refused before anything runs. No grader raises, whatever the completion, and each
-takes time linear in its length.
+Gold may be a list of right answers for `exact`, `contains`, `number`, `math` and `similarity`;
+what a grader cannot read is refused before anything runs. No grader raises, whatever the
+completion, and each takes time linear in its length.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from unisd.tasks.graders.choices import choice
 from unisd.tasks.graders.maths import math
 from unisd.tasks.graders.numbers import number
 from unisd.tasks.graders.programs import code
+from unisd.tasks.graders.similarity import similarity
 from unisd.tasks.graders.text import contains, exact
 
 GRADERS: dict[str, Grader] = {
-    grader.name: grader for grader in (exact, contains, choice, number, math, call, code)
+    grader.name: grader for grader in (exact, contains, choice, number, math, call, code, similarity)
 }
 
 

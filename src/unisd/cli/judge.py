@@ -1,0 +1,175 @@
+"""`unisd judge`: a model behind a server compares answers, before with after, or of two files.
+
+How it is asked and what its verdicts count is in `evaluation/judge.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unisd import tasks
+from unisd.cli.completions import match_completions
+from unisd.cli.grade import add_task_flags, task_of
+from unisd.cli.parser import CommandParser, at_least_one, output_file
+from unisd.console import make_console, quiet_libraries, show_progress, show_table
+from unisd.data.text import as_text
+from unisd.data.thoughts import answer_of
+from unisd.errors import UserError
+from unisd.evaluation import judge
+from unisd.evaluation.judge import Pair, Reply
+from unisd.files import ANSWERS, JUDGE, write_text
+from unisd.http_client import check_server
+from unisd.run.chat_server import ChatServer
+
+
+def judge_command(arguments: Sequence[str]) -> int:
+    """Let a server's model judge pairs of answers; returns the exit code.
+
+    Raises:
+        UserError: no run with answers, files that do not fit, a server that does not answer.
+    """
+    options = _parser().parse(arguments)
+    if options is None:
+        return 0
+    _check(options)
+    quiet_libraries()
+    pairs, notes = _of_run(Path(options.run)) if options.run else _of_files(options)
+    for note in notes:
+        print(f"note: {note}")
+    kept = judge.read(Path(options.run)) if options.run else []  # unreadable: before anything is asked
+    server = ChatServer(options.judge_url, options.judge_model, at_once=options.batch_size)
+    if any(one["judge"] == server.model for one in kept):
+        print(f"note: {options.run}/{JUDGE} has a judgement by {server.model}, which is replaced.")
+    chosen = pairs[: options.n]
+    print(f"{len(chosen)} of {len(pairs)} pairs, each in both orders, are judged by {server.model}.")
+    found = judge.judged(chosen, lambda questions: _asked(server, questions, options))
+    of = ["before", "after"] if options.run else options.completions
+    found = {"judge": server.model, "server": server.client.url, "of": of, "rows": len(chosen), **found}
+    for one in found["failed"]:
+        print(f"row {one['id']} has no verdict: {one['reason']}")
+    show_table(make_console(), judge.head(found), judge.lines(found))
+    if options.run:
+        print(f"written to {judge.keep(Path(options.run), found)}; see it: unisd report {options.run}")
+    if options.json:
+        write_text(options.json, json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "judge",
+        "Let a model behind any OpenAI-compatible server compare the answers of a run before and after, or"
+        " those of two files; each pair twice, in both orders.",
+    )
+    parser.add_argument("run", metavar="RUN_DIR", nargs="?", help="a folder that `unisd train` has written")
+    parser.add_argument("--judge_url", metavar="URL", required=True, help="the judge's server")
+    parser.add_argument(
+        "--judge_model", metavar="NAME", help="its name there (default: the first that it serves)"
+    )
+    parser.add_argument("--n", type=int, help="most pairs (default: all whose answers are kept)")
+    parser.add_argument("--max_tokens", type=int, default=1024, help="cap on each reply (default: 1024)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of the judge (default: 0; some servers want 1)"
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="requests at once (default: 16)")
+    parser.add_argument(
+        "--completions",
+        nargs=2,
+        metavar=("A.jsonl", "B.jsonl"),
+        help="instead of a run: two files of answers to the rows of --task, B against A",
+    )
+    parser.add_argument("--task", help=f"of --completions: one of {', '.join(tasks.names())}")
+    parser.add_argument("--data_files", nargs="+", help="files that the task reads")
+    parser.add_argument("--split", default="all", help="rows that the files answer (default: all)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the judgement there")
+    add_task_flags(parser)
+    return parser
+
+
+def _check(options: Any) -> None:
+    """Refuse what is missing, out of range or contradicts, before anything is loaded."""
+    at_least_one(n=options.n, max_tokens=options.max_tokens, batch_size=options.batch_size)
+    if options.temperature < 0:
+        raise UserError(f"--temperature {options.temperature}: 0 or more is needed.")
+    check_server("--judge_url", options.judge_url)
+    if (options.run is None) == (options.completions is None):
+        raise UserError(
+            "give either the folder of a run, or --completions A.jsonl B.jsonl with their --task."
+        )
+    if options.completions and options.task is None:
+        raise UserError("--completions answers rows: name their --task (jsonl: your own rows).")
+    if options.run:
+        for name in ("task", "data_files", "task_options", "grader"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} belongs to --completions: a run has its rows with its answers.")
+
+
+def _of_run(folder: Path) -> tuple[list[Pair], list[str]]:
+    """The answers before and after to a run's evaluation rows, as far as their texts are kept."""
+    path = folder / ANSWERS
+    try:
+        part = json.loads(path.read_text(encoding="utf-8")).get("task", {"ids": [], "examples": []})
+        ids, examples = part["ids"], part["examples"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {ANSWERS}: give the folder of a finished run.") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give the folder of a finished run.") from None
+    if not examples:
+        raise UserError(f"{path} holds no texts of answers: train with --answers_kept 24.")
+    fewer = f"the texts of {len(examples)} of {len(ids)} rows are kept (unisd train --answers_kept)."
+    pairs = [
+        Pair(
+            one["id"],
+            one["prompt"],
+            one["reference"],
+            *(answer_of(one[s]["text"]) for s in ("before", "after")),
+        )
+        for one in examples
+    ]
+    return pairs, [fewer] if len(examples) < len(ids) else []
+
+
+def _of_files(options: Any) -> tuple[list[Pair], list[str]]:
+    """The answers of two files to the rows that both answer."""
+    task = task_of(options.task, options.data_files, options)
+    every = task.load(options.split)
+    sides, notes = [], []
+    for path in options.completions:
+        matched = match_completions(task, every, path)
+        several = next(
+            (row["id"] for row, texts in zip(matched.rows, matched.answers, strict=True) if texts[1:]), None
+        )
+        if several is not None:
+            raise UserError(f"{path}: row {several} has several answers: give one a row to compare.")
+        sides.append(
+            {str(row["id"]): texts[0] for row, texts in zip(matched.rows, matched.answers, strict=True)}
+        )
+        notes += matched.notes
+    old, new = sides
+    pairs = [
+        Pair(name, as_text(row["prompt"]), _reference(row), answer_of(old[name]), answer_of(new[name]))
+        for row in every
+        if (name := str(row["id"])) in old and name in new
+    ]
+    if not pairs:
+        raise UserError("no row is answered in both files: give answers to the same rows.")
+    return pairs, notes
+
+
+def _reference(row: dict[str, Any]) -> str:
+    return str(row.get("privileged_context") or row.get("completion") or "")
+
+
+def _asked(server: ChatServer, questions: list[str], options: Any) -> list[Reply]:
+    with show_progress("judging", len(questions)) as advance:
+        told = server.answers(
+            questions, max_tokens=options.max_tokens, on_rows=advance, temperature=options.temperature
+        )
+    cut = f"the reply was cut off after {options.max_tokens} tokens"
+    return [
+        Reply(one.text, str(one.failed) if one.failed is not None else cut if one.cut_off else "")
+        for one in told
+    ]
