@@ -48,7 +48,13 @@ COMMANDS = {
         "unisd.cli.evaluate",
         "eval_command",
     ),
-    "grade": Command("TASK", "grade completions that any system wrote", "unisd.cli.grade", "grade_command"),
+    "grade": Command("", "grade completions that any system wrote", "unisd.cli.grade", "grade_command"),
+    "contamination": Command(
+        "",
+        "do problems of the evaluation rows occur in the training rows?",
+        "unisd.cli.contamination",
+        "contamination_command",
+    ),
     "study": Command(
         "",
         "which mechanisms matter for a task: a design of runs, effects with intervals",

@@ -17,6 +17,12 @@ from unisd.recipes import DEFAULT
 # Headings of `unisd train --help`, in this order; the others are `options.table.GROUPS`.
 RUN_GROUPS = ("run", "model", "adapter", "data")
 
+# Commands that take what `unisd train` takes.
+_MODEL = ("probe", "prepare", "eval")
+_GRADED = (*_MODEL, "grade")
+_ROWS = (*_GRADED, "contamination")
+_ONE_TASK = ("probe", "prepare", "grade", "contamination")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -63,20 +69,18 @@ class RunOptions:
     model_name_or_path: str = option(
         "model",
         "A folder (of a model, or of an adapter to train further), hub id or .gguf file; or `pocket`"
-        " (embedded, 1M parameters) or `smollm2-135m`.",
+        " (embedded, 1M parameters) or `smollm2-135m`; --model is short for it.",
         "pocket",
-        shared=("probe", "prepare"),
+        shared=_MODEL,
     )
     dtype: str = option(
         "model",
         "float32, bfloat16 or float16; auto: float32, under an adapter bfloat16 where it is native. Products"
         " on one GPU are in bfloat16 (from 50M parameters) unless dtype, bf16 or fp16 is given.",
         "auto",
-        shared=("probe", "prepare"),
+        shared=_MODEL,
     )
-    trust_remote_code: bool = option(
-        "model", "Run code that comes with the model.", False, shared=("probe", "prepare")
-    )
+    trust_remote_code: bool = option("model", "Run code that comes with the model.", False, shared=_MODEL)
     load_in_4bit: bool = option(
         "model", "QLoRA: 4-bit base weights (needs bitsandbytes and use_peft).", False
     )
@@ -92,45 +96,49 @@ class RunOptions:
     task: str | None = option(
         "data",
         "Built-in or installed task; unset and no other data given: pocket.",
-        shared=("probe", "prepare"),
+        shared=_ONE_TASK,
     )
     data_files: list[str] | None = option(
-        "data", "Files that the task reads (tasks that come without data).", shared=("probe", "prepare")
+        "data", "Files that the task reads (tasks that come without data).", shared=_ONE_TASK
     )
     task_options: list[str] | None = option(
-        "data", "Further options of the task, as name=value.", shared=("probe", "prepare")
+        "data", "Further options of the task, as name=value.", shared=_ROWS
     )
     allow_unsafe_code_execution: bool = option(
         "data",
         "Run model-written code with your own rights where the machine cannot isolate it.",
         False,
-        shared=("probe", "prepare"),
+        shared=_GRADED,
     )
     noise: float | None = option(
         "data", "Pocket task: share of wrong training references.", shared=("probe", "prepare")
     )
     reference_style: str | None = option(
-        "data", "Pocket task: annotators, hedged (in words of doubt), or own (the model's wording)."
+        "data",
+        "Pocket task: annotators, hedged (in words of doubt), or own (the model's wording).",
+        shared=("probe", "prepare"),
     )
     train_file: str | None = option(
         "data",
         "Your rows: .jsonl, .json, .csv or .parquet with prompt and privileged_context.",
-        shared=("probe", "prepare"),
+        shared=_ROWS,
     )
     eval_file: str | None = option(
-        "data", "Rows to report on; unset: a seeded 10 % of the training rows, held out."
+        "data",
+        "Rows to report on; unset: a seeded 10 % of the training rows, held out.",
+        shared=_ROWS,
     )
     dataset_name: str | None = option(
         "data",
         "Your rows from a folder of data files, one that save_to_disk wrote, or a hub id.",
-        shared=("probe", "prepare"),
+        shared=_ROWS,
     )
-    dataset_config: str | None = option("data", "Configuration of dataset_name.", shared=("probe", "prepare"))
+    dataset_config: str | None = option("data", "Configuration of dataset_name.", shared=_ROWS)
     dataset_train_split: str = option(
         "data",
         "Split of dataset_name to train on (where it has splits).",
         "train",
-        shared=("probe", "prepare"),
+        shared=_ROWS,
     )
     agreement_contexts: str = option(
         "data",
@@ -166,13 +174,13 @@ class RunOptions:
         "data",
         "Names of your columns: prompt=question,privileged_context=answer; prompt=a+b joins the texts of two,"
         " and names with a comma are quoted.",
-        shared=("probe", "prepare"),
+        shared=_ROWS,
     )
     grader: str | None = option(
         "data",
         "Grades answers to your rows, so that accuracy is reported: exact, contains, choice, number or call"
         " compare with a column answer (else the completion); code runs a column tests.",
-        shared=("probe", "prepare"),
+        shared=_GRADED,
     )
     max_train_rows: int | None = option(
         "data", "Train on the first so many rows only.", low=1, shared=("prepare",)
