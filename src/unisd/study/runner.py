@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 CONFIG, LOG = "run.yaml", "run.log"
 CACHE = "before"
 CALIBRATION_STEPS, CALIBRATION_ROWS = 2, 16
-OF_THE_ROWS = (
-    *("task", "task_options", "data_files", "train_file", "eval_file", "columns", "grader"),
-    *("dataset_name", "dataset_config", "dataset_train_split"),
-)
+OF_THE_ROWS = ("task", "task_options", "data_files", "train_file", "eval_file", "columns", "grader")
 STOPPED = "(alarms=stop)"  # in the last words of a run that an alarm ended
 WEIGHTS = ("*.safetensors", "*.bin", "checkpoint-*")
 
@@ -79,7 +76,8 @@ def _check_rows(options: RunOptions, needs_reference: bool, read: set[str]) -> N
     local = options.dataset_name is not None and Path(options.dataset_name).exists()
     if options.train_file is None and options.data_files is None and not local:
         return  # a hub's, or a task that needs none
-    data = {name: value for name, value in vars(options).items() if name in OF_THE_ROWS}
+    named = [*OF_THE_ROWS, *(name for name in vars(options) if name.startswith("dataset_"))]
+    data = {name: getattr(options, name) for name in named}
     data["needs_reference"] = needs_reference
     text = json.dumps(data, sort_keys=True, default=str)
     if text not in read:
