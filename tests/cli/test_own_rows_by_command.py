@@ -163,6 +163,11 @@ def test_a_study_reads_own_rows(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "report.csv").write_text("question,gold\na,many\n")
     assert main(["study", *files, "--grader", "number", *flags]) == 2
     assert "report.csv, row 0: gold 'many' is no number" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    table(tmp_path / "data" / "train.csv")
+    dataset = ["--dataset_name", str(tmp_path / "data"), "--columns", "prompt=qestion"]
+    assert main(["study", *dataset, *flags]) == 2
+    assert "did you mean 'question'" in capsys.readouterr().err.lower()
 
 
 # -- one vocabulary --------------------------------------------------------------------------------
