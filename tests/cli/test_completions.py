@@ -213,9 +213,9 @@ def test_no_command_writes_over_what_it_reads(tmp_path, capsys, numbers, monkeyp
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     grade = ["grade", "jsonl", "--data_files", numbers, "--grader", "number", "--completions", given]
     commands = [
-        ([*grade, "--out", given], "--out"),
+        ([*grade, "--rows", given], "--rows"),
         ([*grade, "--json", numbers], "--json"),
-        (["grade", "jsonl", "--data_files", "r*.jsonl", "--completions", given, "--out", numbers], "--out"),
+        (["grade", "jsonl", "--data_files", "r*.jsonl", "--completions", given, "--rows", numbers], "--rows"),
         (["grade", "jsonl", "--data_files", numbers, "--write_prompts", "rows.jsonl"], "--write_prompts"),
         (["eval", "--task", "jsonl", "--data_files", f"jsonl={numbers}", "--rows", numbers], "--rows"),
         (["probe", "--task", "jsonl", "--data_files", numbers, "--json", numbers], "--json"),
@@ -224,8 +224,8 @@ def test_no_command_writes_over_what_it_reads(tmp_path, capsys, numbers, monkeyp
     for command, flag in commands:
         error = refused(capsys, *command)
         assert f"error: {flag} " in error and "is a file that is read" in error and "choose another" in error
-    error = refused(capsys, *grade, "--out", "new.jsonl", "--json", "new.jsonl")
-    assert "--json new.jsonl is written by --out too: choose another name." in error
+    error = refused(capsys, *grade, "--rows", "new.jsonl", "--json", "new.jsonl")
+    assert "--json new.jsonl is written by --rows too: choose another name." in error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -24,17 +24,19 @@ from unisd.run.resolve import given_by, resolve, shared_names, train_parser
 
 MISSPELT = {
     "train": ("--lerning_rate", "--learning_rate"),
-    "probe": ("--max_new_token", "--max_new_tokens"),
+    "probe": ("--max_new_token", "--eval_max_new_tokens"),
     "prepare": ("--num-auxiliary-context", "--num_auxiliary_contexts"),
     "eval": ("--num_sample", "--num_samples"),
     "grade": ("--completion", "--completions"),
+    "contamination": ("--colums", "--columns"),
     "study": ("--max_step", "--max_steps"),
     "report": ("--figure", "--figures"),
     "recipes": ("unisd-stir", "unisd-star"),
     "merge": ("--output_dirs", "--output_dir"),
     "chat": ("--promt", "--prompt"),
 }
-NEEDED = {"grade": ["t", "--completions", "c"], "report": ["d"], "merge": ["d"], "chat": ["d"]}
+NAMES = ["--task", "pockett"], ["--grader", "nubmer"], ["--recipe", "sdtf"], ["--eval_files", "x"]
+NEEDED = {"grade": ["--completions", "c"], "report": ["d"], "merge": ["d"], "chat": ["d"]}
 LIGHT = """\
 import contextlib, io, sys
 from unisd.cli.main import main
@@ -51,11 +53,15 @@ def test_help_and_the_check_of_names_import_nothing_heavy() -> None:
     calls = [[], *([name, "--help"] for name in COMMANDS)]
     calls += [[name, *NEEDED.get(name, []), wrong, "3"][: 2 if name == "recipes" else None]
               for name, (wrong, _) in MISSPELT.items()]  # fmt: skip
+    calls += [[name, *wrong] for name in ("train", "study") for wrong in NAMES]
+    calls += [[name, *wrong] for name in ("eval", "probe", "prepare", "grade") for wrong in NAMES[:2]]
+    calls += [[name, "pockett"] for name in ("grade", "contamination")]
     done = subprocess.run(
         [sys.executable, "-c", LIGHT.format(calls=calls)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("did you mean") == len(MISSPELT) == len(COMMANDS)
+    assert len(MISSPELT) == len(COMMANDS)
+    assert done.stderr.count("did you mean") == len(calls) - len(COMMANDS) - 1, done.stderr
 
 
 @pytest.mark.parametrize("command", MISSPELT)

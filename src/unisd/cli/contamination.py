@@ -1,6 +1,4 @@
-"""Do test problems occur in the training rows?
-
-`python -m unisd.cli.contamination TASK [--data_files F ...]` counts and shows them.
+"""`unisd contamination`: do problems of the evaluation rows occur in the training rows?
 
 Exact: the same words in the same order, whatever case, punctuation and spacing. Near: the Jaccard
 similarity of their sets of word triples is at least 0.8. What a task writes around each problem
@@ -15,11 +13,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unisd import tasks
 from unisd.cli.parser import CommandParser
-from unisd.console import make_console, show_table
+from unisd.cli.sources import add_task_by_place, one_task
+from unisd.console import make_console, quiet_libraries, show_table
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, prompt_text, shingles, words
 from unisd.errors import UserError
+from unisd.run.resolve import check_names, shared_names, shared_options
 from unisd.tasks.base import Row
 
 COMMON_LINE = 0.5  # a line in more than this share of the prompts is the task's own wording
@@ -68,24 +67,34 @@ def _words(row: Row, common: set[str]) -> tuple[str, ...]:
     return words("\n".join(line for line in prompt_text(row["prompt"]).splitlines() if line not in common))
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = CommandParser("contamination", __doc__ or "")
-    parser.add_argument("task", metavar="TASK", help=f"one of {', '.join(tasks.names())}")
-    parser.add_argument("--data_files", nargs="+")
-    parser.add_argument("--task_options", nargs="+", metavar="NAME=VALUE")
+def contamination_command(arguments: Sequence[str]) -> int:
+    """Count and show them; returns the exit code.
+
+    Raises:
+        UserError: unknown task, unreadable files, no training rows.
+    """
+    parser = CommandParser(
+        "contamination",
+        "Do problems of the evaluation rows occur in the training rows? Of a task, or of your own rows.",
+        shared_options("contamination"),
+    )
+    parser.set_defaults(**dict.fromkeys(shared_names("contamination")))
+    add_task_by_place(parser)
     options = parser.parse(arguments)
     if options is None:
         return 0
-    task = tasks.from_flags(options.task, options.data_files, options.task_options)
+    check_names({"task": options.named})
+    quiet_libraries()
+    name, task = one_task(options, runs_code=False)
     if task.evaluation_only:
-        raise UserError(f"task {task.name} has no training rows: it is for evaluation only.")
+        raise UserError(f"task {name} has no training rows: it is for evaluation only.")
     task.prepare_training()
     report = contamination(task.load("train"), task.load("test"))
     lines = [
-        [name, str(len(pairs)), f"{len(pairs) / report.test:.2%}"]
-        for name, pairs in (("exact", report.exact), ("near", report.near))
+        [kind, str(len(pairs)), f"{len(pairs) / report.test:.2%}"]
+        for kind, pairs in (("exact", report.exact), ("near", report.near))
     ]
-    show_table(make_console(), (f"{task.name}: test rows in train", "rows", f"of {report.test}"), lines)
+    show_table(make_console(), (f"{name}: test rows in train", "rows", f"of {report.test}"), lines)
     for kind, pairs in (("exact", report.exact), ("near", report.near)):
         for test_id, train_id in pairs[:5]:
             print(f"{kind}: test {test_id} = train {train_id}")
@@ -93,7 +102,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    from unisd.cli.main import main
+
+    sys.exit(main(["contamination", *sys.argv[1:]]))

@@ -10,13 +10,15 @@ import logging
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from unisd import tasks
 from unisd.cli.completions import OURS
-from unisd.cli.grade import SCHEMA_VERSION, Figures, add_task_flags, grade_answers, summary_lines, task_of
-from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one, output_file
+from unisd.cli.grade import SCHEMA_VERSION, Figures, grade_answers, summary_lines
+from unisd.cli.parser import DATA, MEASURED, MODEL, OUTPUT, CommandParser, at_least_one, output_file
+from unisd.cli.sources import tasks_of
 from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
 from unisd.data import rendering
 from unisd.data.prompts import encode_prompt, overlong
@@ -26,10 +28,12 @@ from unisd.evaluation.grading import row_results, summarize
 from unisd.files import RESULTS, write_text
 from unisd.http_client import check_server
 from unisd.models.inference import load_any
+from unisd.options.table import UniSDOptions
 from unisd.run import grafting
 from unisd.run.chat_server import Answer, ChatServer
 from unisd.run.options import check_scales
-from unisd.tasks.base import Row, Task
+from unisd.run.resolve import shared_names, shared_options
+from unisd.tasks.base import Grade, Row, Task
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +50,10 @@ def eval_command(arguments: Sequence[str]) -> int:
         return 0
     _check(options)
     quiet_libraries()
-    files = _files_by_task(options.task, options.data_files)
-    chosen = {name: task_of(name, files[name], options) for name in options.task}
+    chosen = tasks_of(options, options.task or ())
     sets = {name: _sets(name, task, options) for name, task in chosen.items()}
+    options.task, options.seed = list(chosen), UniSDOptions.seed if options.seed is None else options.seed
+    _refuse_nothing(options, chosen, sets)
     if options.scales:
         return _grafting(options, chosen, sets)
     evaluation = _Evaluation(options)
@@ -111,61 +116,84 @@ def _grafting(options: Any, chosen: dict[str, Task], sets: dict[str, dict[str, l
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        "eval", "Accuracy on tasks, retention skills and, with --base, retention perplexities."
+        "eval",
+        "Accuracy on tasks or your own rows, retention skills and, with --base, retention perplexities.",
+        shared_options("eval"),
     )
-    parser.add_argument(
-        "--model_name_or_path", "--model", help="a folder (model or adapter) or a name (default: pocket)"
+    parser.set_defaults(**{**dict.fromkeys(shared_names("eval")), "trust_remote_code": False})
+    _add_model(parser)
+    data, output = parser.under(DATA), parser.under(OUTPUT)
+    data.add_argument(
+        "--task", nargs="+", help=f"one or several of {', '.join(tasks.names())} (default: pocket)"
     )
-    parser.add_argument("--base", help="the model that it was adapted from, for retention perplexities")
-    parser.add_argument(
+    data.add_argument("--data_files", nargs="+", help="files of the task; with several tasks TASK=FILE")
+    data.add_argument(
+        "--split",
+        help="rows to answer: train, test or all (default: test, of task jsonl all); of your own rows test is"
+        " --eval_file, else what `unisd train` with this --seed holds out",
+    )
+    data.add_argument(
+        "--max_eval_rows", "--n", dest="n", type=int, default=500, help="most rows of each evaluation (500)"
+    )
+    _add_answers(parser)
+    output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
+    output.add_argument(
+        "--rows",
+        type=output_file,
+        metavar="FILE.jsonl",
+        help="write one object an answer there, with its text",
+    )
+    output.add_argument("--markdown", type=output_file, metavar="FILE.md", help="write the table there")
+    return parser
+
+
+def _add_model(parser: CommandParser) -> None:
+    """Add whom to ask, beside the options of `unisd train`."""
+    model = parser.under(MODEL)
+    model.add_argument("--base", help="the model that it was adapted from, for retention perplexities")
+    model.add_argument(
         "--scales",
         nargs="+",
         type=float,
         metavar="L",
         help="measure also base + L x what training changed, for each L: what a part of it gains and keeps",
     )
-    parser.add_argument(
-        "--task", nargs="+", default=["pocket"], help=f"one or several of {', '.join(tasks.names())}"
-    )
-    parser.add_argument("--data_files", nargs="+", help="files of the task; with several tasks TASK=FILE")
-    parser.add_argument("--split", help="rows to answer (default: test; of task jsonl all)")
-    parser.add_argument("--n", type=int, default=500, help="most rows of each evaluation (default: 500)")
-    parser.add_argument(
+    model.add_argument("--server_url", help="let an OpenAI-compatible server answer; no perplexities then")
+    model.add_argument("--server_model", help="the model's name there (default: the first that it serves)")
+
+
+def _add_answers(parser: CommandParser) -> None:
+    """Add how answers are drawn."""
+    measured = parser.under(MEASURED)
+    measured.add_argument(
         "--num_samples", type=int, default=1, help="answers a row; several give pass@k (needs a temperature)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--max_new_tokens", type=int, help="cap on each answer (default: the task's)")
-    parser.add_argument("--stop", nargs="+", metavar="TEXT", help="end an answer before any of these texts")
-    parser.add_argument(
-        "--batch_size", type=int, help="answers at once (default: 64, of a server 16 requests)"
+    measured.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    measured.add_argument("--top_p", type=float, default=1.0, help="share of probability to draw from (1)")
+    measured.add_argument(
+        "--eval_max_new_tokens",
+        "--max_new_tokens",
+        dest="max_new_tokens",
+        type=int,
+        help="cap on each answer (default: the task's; of your own rows 256)",
     )
-    parser.add_argument("--dtype", help="of the weights (default: auto)")
-    add_trust(parser)
-    add_template_options(parser)
-    parser.add_argument(
-        "--server_url", metavar="URL", help="let an OpenAI-compatible server answer; no perplexities then"
+    measured.add_argument("--stop", nargs="+", metavar="TEXT", help="end an answer before any of these texts")
+    measured.add_argument(
+        "--rollout_batch_size",
+        "--batch_size",
+        dest="batch_size",
+        type=int,
+        help="answers at once (default: 64, of a server 16 requests)",
     )
-    parser.add_argument(
-        "--server_model", metavar="NAME", help="the model's name there (default: the first that it serves)"
-    )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
-    parser.add_argument(
-        "--rows",
-        type=output_file,
-        metavar="FILE.jsonl",
-        help="write one object an answer there, with its text",
-    )
-    parser.add_argument("--markdown", type=output_file, metavar="FILE.md", help="write the table there")
-    add_task_flags(parser)
-    return parser
 
 
 def _check(options: Any) -> None:
     """Refuse values out of range and flags that contradict each other."""
     at_least_one(
-        **{name: getattr(options, name) for name in ("n", "num_samples", "max_new_tokens", "batch_size")}
+        max_eval_rows=options.n,
+        num_samples=options.num_samples,
+        eval_max_new_tokens=options.max_new_tokens,
+        rollout_batch_size=options.batch_size,
     )
     if options.temperature < 0 or not 0 < options.top_p <= 1:
         raise UserError(
@@ -201,6 +229,18 @@ def _check(options: Any) -> None:
             )
 
 
+def _refuse_nothing(options: Any, chosen: dict[str, Task], sets: dict[str, dict[str, list[Row]]]) -> None:
+    """Refuse rows of which nothing can be said, before anything is loaded."""
+    for name, task in chosen.items():
+        references = any(row.get("completion") for row in sets[name]["task"])
+        if task.graded or options.base or options.rows or (references and options.server_url is None):
+            continue
+        why = "a server tells no perplexity" if references else "its rows have no reference"
+        raise UserError(
+            f"{name}: there is no --grader, and {why}: give one, or --rows FILE to keep the answers."
+        )
+
+
 def _write_rows(options: Any, records: Sequence[Figures]) -> None:
     if options.rows and records:
         write_text(options.rows, "".join(json.dumps(record) + "\n" for record in records))
@@ -217,20 +257,6 @@ def _write(
         rule = ["---"] * len(table[0])
         cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in (table[0], rule, *table[1:])]
         write_text(options.markdown, "".join(f"| {' | '.join(line)} |\n" for line in cells))
-
-
-def _files_by_task(names: Sequence[str], files: Sequence[str] | None) -> dict[str, list[str] | None]:
-    """`--data_files` sorted to the tasks."""
-    found: dict[str, list[str] | None] = {name: None for name in names}
-    for file in files or []:
-        name, equals, path = file.partition("=")
-        if equals and name in found:
-            found[name] = [*(found[name] or []), path]
-        elif len(names) == 1:
-            found[names[0]] = [*(found[names[0]] or []), file]
-        else:
-            raise UserError(f"--data_files {file}: with several tasks say which one reads it, TASK=FILE.")
-    return found
 
 
 def _sets(name: str, task: Task, options: Any) -> dict[str, list[Row]]:
@@ -282,10 +308,15 @@ class _Evaluation:
             found[f"{part}_overlong"] = len(rows)
             rows = sets[part] = self._fitting(rows, f"{name}, {part}")
             found[f"{part}_overlong"] -= len(rows)
-            if not rows:
+            if not rows or not (task.graded or options.rows):  # nobody would look at the answers
                 found |= {f"{part}_accuracy": None, f"{part}_skills": None}
                 continue
             answers = self.answers(rows, options.max_new_tokens or task.max_new_tokens, f"{name}, {part}")
+            if not task.graded:
+                self.record(name, part, rows, answers)
+                self.lines.append([f"{prefix}{part}, not graded", "-", str(sum(map(len, answers)))])
+                found |= {f"{part}_accuracy": None, f"{part}_skills": None}
+                continue
             summary = self.graded(name, part, task, rows, answers)
             found |= {
                 f"{part}_accuracy": summary["accuracy"],
@@ -343,9 +374,27 @@ class _Evaluation:
         """
         there = [[answer.text for answer in of_row if answer.failed is None] for of_row in answers]
         grades = grade_answers(task, rows, there)
-        for row, of_row, of_grades in zip(rows, answers, grades, strict=True):
+        self.record(name, part, rows, answers, grades)
+        answered = [(row, of_row) for row, of_row in zip(rows, grades, strict=True) if of_row]
+        summary = summarize([row for row, _ in answered], [of_row for _, of_row in answered])
+        if self.server is not None:
+            every = [answer for of_row in answers for answer in of_row]
+            summary["failed"] = sum(answer.failed is not None for answer in every)
+            summary["cut_off"] = sum(answer.cut_off for answer in every)
+        return summary
+
+    def record(
+        self,
+        name: str,
+        part: str,
+        rows: Sequence[Row],
+        answers: Sequence[Sequence[Answer]],
+        grades: Sequence[Sequence[Grade]] | None = None,
+    ) -> None:
+        """Keep all answers, with the grades of those that are there, if anybody grades them."""
+        for place, (row, of_row) in enumerate(zip(rows, answers, strict=True)):
             order = {"order": OURS} if "published_options" in row else {}
-            results = iter(row_results([row], [of_grades]))
+            results = iter(row_results([row], [grades[place]])) if grades else repeat({"id": row["id"]})
             for answer in of_row:
                 if answer.failed is None:
                     record = {**next(results), "completion": answer.text}
@@ -354,13 +403,6 @@ class _Evaluation:
                     why = str(answer.failed)
                     record = {"id": row["id"], **nothing, "reason": f"failed: {why}", "failed": why}
                 self.records.append({"task": name, "part": part, **record, **order})
-        answered = [(row, of_row) for row, of_row in zip(rows, grades, strict=True) if of_row]
-        summary = summarize([row for row, _ in answered], [of_row for _, of_row in answered])
-        if self.server is not None:
-            every = [answer for of_row in answers for answer in of_row]
-            summary["failed"] = sum(answer.failed is not None for answer in every)
-            summary["cut_off"] = sum(answer.cut_off for answer in every)
-        return summary
 
     def answers(self, rows: Sequence[Row], cap: int, what: str) -> list[list[Answer]]:
         """One or several answers a row."""

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unisd import tasks
 from unisd.cli.completions import match_completions
-from unisd.cli.grade import add_task_flags, task_of
-from unisd.cli.parser import CommandParser, at_least_one, output_file
+from unisd.cli.parser import MEASURED, OUTPUT, CommandParser, at_least_one, output_file
+from unisd.cli.sources import OWN, one_task
 from unisd.console import make_console, quiet_libraries, show_progress, show_table
 from unisd.data.text import as_text
 from unisd.data.thoughts import answer_of
@@ -23,6 +22,7 @@ from unisd.evaluation.judge import Pair, Reply
 from unisd.files import ANSWERS, JUDGE, write_text
 from unisd.http_client import check_server
 from unisd.run.chat_server import ChatServer
+from unisd.run.resolve import shared_names, shared_options
 
 
 def judge_command(arguments: Sequence[str]) -> int:
@@ -63,29 +63,29 @@ def _parser() -> CommandParser:
         "judge",
         "Let a model behind any OpenAI-compatible server compare the answers of a run before and after, or"
         " those of two files; each pair twice, in both orders.",
+        shared_options("judge"),
     )
+    parser.set_defaults(named=None, **dict.fromkeys(shared_names("judge")))
     parser.add_argument("run", metavar="RUN_DIR", nargs="?", help="a folder that `unisd train` has written")
-    parser.add_argument("--judge_url", metavar="URL", required=True, help="the judge's server")
-    parser.add_argument(
+    measured, output = parser.under(MEASURED), parser.under(OUTPUT)
+    measured.add_argument("--judge_url", metavar="URL", required=True, help="the judge's server")
+    measured.add_argument(
         "--judge_model", metavar="NAME", help="its name there (default: the first that it serves)"
     )
-    parser.add_argument("--n", type=int, help="most pairs (default: all whose answers are kept)")
-    parser.add_argument("--max_tokens", type=int, default=1024, help="cap on each reply (default: 1024)")
-    parser.add_argument(
+    measured.add_argument("--n", type=int, help="most pairs (default: all whose answers are kept)")
+    measured.add_argument("--max_tokens", type=int, default=1024, help="cap on each reply (default: 1024)")
+    measured.add_argument(
         "--temperature", type=float, default=0.0, help="of the judge (default: 0; some servers want 1)"
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="requests at once (default: 16)")
-    parser.add_argument(
+    measured.add_argument("--batch_size", type=int, default=16, help="requests at once (default: 16)")
+    measured.add_argument(
         "--completions",
         nargs=2,
         metavar=("A.jsonl", "B.jsonl"),
-        help="instead of a run: two files of answers to the rows of --task, B against A",
+        help="instead of a run: two files of answers to the rows of --task or --eval_file, B against A",
     )
-    parser.add_argument("--task", help=f"of --completions: one of {', '.join(tasks.names())}")
-    parser.add_argument("--data_files", nargs="+", help="files that the task reads")
-    parser.add_argument("--split", default="all", help="rows that the files answer (default: all)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the judgement there")
-    add_task_flags(parser)
+    measured.add_argument("--split", default="all", help="rows that the files answer (default: all)")
+    output.add_argument("--json", type=output_file, metavar="FILE", help="write the judgement there")
     return parser
 
 
@@ -99,11 +99,11 @@ def _check(options: Any) -> None:
         raise UserError(
             "give either the folder of a run, or --completions A.jsonl B.jsonl with their --task."
         )
-    if options.completions and options.task is None:
-        raise UserError("--completions answers rows: name their --task (jsonl: your own rows).")
+    if options.completions and all(getattr(options, name) is None for name in ("task", *OWN)):
+        raise UserError("--completions answers rows: name their --task, or your own rows by --eval_file.")
     if options.run:
-        for name in ("task", "data_files", "task_options", "grader"):
-            if getattr(options, name) is not None:
+        for name in shared_names("judge"):
+            if getattr(options, name):
                 raise UserError(f"--{name} belongs to --completions: a run has its rows with its answers.")
 
 
@@ -134,7 +134,7 @@ def _of_run(folder: Path) -> tuple[list[Pair], list[str]]:
 
 def _of_files(options: Any) -> tuple[list[Pair], list[str]]:
     """The answers of two files to the rows that both answer."""
-    task = task_of(options.task, options.data_files, options)
+    _, task = one_task(options)
     every = task.load(options.split)
     sides, notes = [], []
     for path in options.completions:

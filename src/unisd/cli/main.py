@@ -48,12 +48,18 @@ COMMANDS = {
         "unisd.cli.evaluate",
         "eval_command",
     ),
-    "grade": Command("TASK", "grade completions that any system wrote", "unisd.cli.grade", "grade_command"),
+    "grade": Command("", "grade completions that any system wrote", "unisd.cli.grade", "grade_command"),
     "judge": Command(
         "DIR",
         "let a server's model compare the answers before and after",
         "unisd.cli.judge",
         "judge_command",
+    ),
+    "contamination": Command(
+        "",
+        "do problems of the evaluation rows occur in the training rows?",
+        "unisd.cli.contamination",
+        "contamination_command",
     ),
     "study": Command(
         "",

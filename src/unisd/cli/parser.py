@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,23 +14,66 @@ from typing import Any
 from unisd.errors import UserError
 from unisd.files import REPORT, why_unwritable, written_in
 from unisd.options.option import nearest
-from unisd.options.parser import json_mapping, refuse_repeats
+from unisd.options.parser import OptionParser, json_mapping, refuse_repeats
+from unisd.run.resolve import check_names
+
+MODEL, DATA, MEASURED, OUTPUT = "model", "data", "what is measured", "output"
+"""Headings of help, in this order."""
+
+
+class _Help(argparse.HelpFormatter):
+    """One line an option: its first name, and one short word for its value."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if name.startswith("--")][:1]
+        if action.const is True:  # it needs no value
+            shown.nargs = 0
+        return super()._format_action_invocation(shown)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return action.dest.rpartition("_")[2].upper()
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse, with mistakes as `UserError`.
+    """argparse, with mistakes as `UserError`, and with help that has a line an option.
+
+    An option may have older names: they come after the first, and work without being shown.
 
     Args:
         shared: options of `unisd train` that the command takes too (`resolve.shared_options`).
+        heading: where help shows those that are neither of the model nor of the data.
     """
 
-    def __init__(self, command: str, description: str, shared: argparse.ArgumentParser | None = None) -> None:
-        parents = [] if shared is None else [shared]
+    def __init__(
+        self, command: str, description: str, shared: OptionParser | None = None, heading: str = MEASURED
+    ) -> None:
         super().__init__(
-            prog=f"unisd {command}", description=description, allow_abbrev=False, parents=parents
+            prog=f"unisd {command}", description=description, allow_abbrev=False, formatter_class=_Help
         )
+        for title in (MODEL, DATA, heading, OUTPUT):
+            self.under(title)
+        if shared is not None:
+            for action in shared._actions:
+                group = str(shared.fields[action.dest].metadata["group"])
+                self.under(group if group in (MODEL, DATA) else heading)._add_action(action)
+
+    def under(self, title: str) -> argparse._ArgumentGroup:
+        """The part of help with this heading, to add options to."""
+        known = (group for group in self._action_groups if group.title == title)
+        return next(known, None) or self.add_argument_group(title)
+
+    def format_help(self) -> str:
+        """The help page; its usage names what has no flag, and not all flags."""
+        shown = [action for action in self._get_positional_actions() if action.help != argparse.SUPPRESS]
+        places = [f"[{action.metavar}]" if action.nargs == "?" else str(action.metavar) for action in shown]
+        self.usage = " ".join([self.prog, *places, "[--OPTION VALUE ...]"])
+        return super().format_help()
 
     def error(self, message: str) -> Any:
+        names, colon, reason = message.partition(": ")
+        if names.startswith("argument "):  # one name of the option is enough
+            message = f"{names.split('/')[0]}{colon}{reason}"
         raise UserError(f"{message} (see {self.prog} --help).")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace | None:
@@ -45,13 +89,15 @@ class CommandParser(argparse.ArgumentParser):
             return None
         flag = next((word.partition("=")[0] for word in unknown if word.startswith("--")), None)
         if flag is not None:
-            known = [known.removeprefix("--") for known in self._option_string_actions]
+            shown = {name for action in self._actions for name in action.option_strings[:1]} | {"--help"}
+            known = [name.removeprefix("--") for name in shown if name.startswith("--")]
             close = nearest(flag.removeprefix("--").replace("-", "_"), known)
             hint = f"did you mean --{close}?" if close else f"{self.prog} --help lists them all."
             raise UserError(f"unknown flag {flag}: {hint}")
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         given = vars(found)
+        check_names(given)
         outputs = {
             action.dest: given.get(action.dest) for action in self._actions if action.type is output_file
         }

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unisd.cli.parser import CommandParser, output_file, refuse_inputs
+from unisd.cli.parser import OUTPUT, CommandParser, output_file, refuse_inputs
 from unisd.console import make_console, quiet_libraries, show_table
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rendering import set_options
@@ -29,8 +29,10 @@ DESCRIPTION = (
 
 def prepare_command(arguments: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    parser = CommandParser("prepare", DESCRIPTION, shared_options("prepare"))
-    parser.add_argument("--output", type=output_file, metavar="FILE.jsonl", help="write the rows there")
+    parser = CommandParser("prepare", DESCRIPTION, shared_options("prepare"), heading="what is built")
+    parser.under(OUTPUT).add_argument(
+        "--output", type=output_file, metavar="FILE.jsonl", help="write the rows there"
+    )
     own = parser.parse(arguments)
     if own is None:
         return 0
@@ -39,7 +41,7 @@ def prepare_command(arguments: Sequence[str]) -> int:
     if "agreement_contexts" not in options.explicit:
         # here nothing is built unasked, whatever the default recipe says
         options = replace(options, agreement_contexts="columns")
-    refuse_inputs({"--output": own.output}, (options.train_file, options.data_files))
+    refuse_inputs({"--output": own.output}, (options.train_file, options.eval_file, options.data_files))
     _prepare(options, config, own.output)
     return 0
 
@@ -73,6 +75,8 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
     limit = RequestBuilder(config, prompts, (), (), context).teacher_room
     rows = prepare(data, options, config, load)
     print(data.contexts)
+    if options.eval_file:
+        print(f"{options.eval_file}: read and compared with these rows, and left as it is")
     _show(rows, prompts, config, limit, options.model_name_or_path)
     if output:
         write_text(output, "".join(json.dumps(row) + "\n" for row in rows))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from unisd.cli.parser import CommandParser, at_least_one, output_file, refuse_inputs
+from unisd.cli.parser import MEASURED, OUTPUT, CommandParser, at_least_one, output_file, refuse_inputs
 from unisd.console import make_console, number, quiet_libraries, show_table
 from unisd.data import rendering
 from unisd.data.prompts import PromptBuilder
@@ -42,11 +42,18 @@ def probe_command(arguments: Sequence[str]) -> int:
         UserError: as `unisd train` for model and data; rows too long for the model.
     """
     parser = CommandParser("probe", DESCRIPTION, shared_options("probe"))
-    parser.add_argument("--n", type=int, default=64, help="rows to probe (default: 64)")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="cap on each answer (default: 256)")
-    parser.add_argument("--batch_size", type=int, default=64, help="rows generated at once (default: 64)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
-    parser.add_argument(
+    measured, output = parser.under(MEASURED), parser.under(OUTPUT)
+    for name, dest, default, text in (
+        ("max_train_rows", "n", 64, "training rows to probe"),
+        ("eval_max_new_tokens", "max_new_tokens", 256, "cap on each answer"),
+        ("rollout_batch_size", "batch_size", 64, "rows generated at once"),
+    ):
+        names = (f"--{name}", f"--{dest}")
+        measured.add_argument(
+            *names, dest=dest, type=int, default=default, help=f"{text} (default: {default})"
+        )
+    output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
+    output.add_argument(
         "--write_config",
         type=output_file,
         metavar="RUN.yaml",
@@ -55,11 +62,14 @@ def probe_command(arguments: Sequence[str]) -> int:
     own = parser.parse(arguments)
     if own is None:
         return 0
-    at_least_one(n=own.n, max_new_tokens=own.max_new_tokens, batch_size=own.batch_size)
+    at_least_one(
+        max_train_rows=own.n, eval_max_new_tokens=own.max_new_tokens, rollout_batch_size=own.batch_size
+    )
     quiet_libraries()
     options, config = resolve_shared(own, "probe")
     refuse_inputs(
-        {"--json": own.json, "--write_config": own.write_config}, (options.train_file, options.data_files)
+        {"--json": own.json, "--write_config": own.write_config},
+        (options.train_file, options.eval_file, options.data_files),
     )
     if own.write_config is not None and own.write_config.is_file():
         raise UserError(

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from unisd.cli.parser import CommandParser
+from unisd.cli.parser import DATA, MEASURED, OUTPUT, CommandParser
 from unisd.errors import UserError
+from unisd.run.resolve import check_names
 from unisd.study import design
 from unisd.study.store import FAILED, RUNS, Store
 
@@ -54,50 +55,52 @@ def study_parser() -> CommandParser:
         "study",
         "Which components matter for a task: a design of runs, their results, effects with intervals.",
     )
+    data, measured = parser.under(DATA), parser.under(MEASURED)
+    runs, output = parser.under("how it runs"), parser.under(OUTPUT)
     parser.add_argument("folder", nargs="?", metavar="DIR", help="with --analyse: a study's folder")
-    parser.add_argument("--config", metavar="STUDY.yaml", help="the study (see docs/study.md); flags win")
-    parser.add_argument(
+    runs.add_argument("--config", metavar="STUDY.yaml", help="the study (see docs/study.md); flags win")
+    output.add_argument(
         "--output_dir", help=f"its folder; running into it again goes on (default: {DEFAULT_FOLDER}/NAME)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--mechanisms", nargs="+", help=f"factors on/off: {', '.join(design.MECHANISMS)} (default: all)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--design", nargs="+", help=f"{', '.join(design.DESIGNS)} (default: one-in leave-one-out)"
     )
-    parser.add_argument(
+    data.add_argument(
         "--tasks", nargs="+", help="built-in tasks (default: what the study's base says; pocket)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--factor",
         nargs="+",
         action="append",
         metavar="NAME VALUE",
         help="a further factor: values of an option, the baseline first",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 3")
-    parser.add_argument(
+    measured.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 3")
+    runs.add_argument(
         "--budget_minutes", type=float, help="start no run after so many minutes; the same command goes on"
     )
-    parser.add_argument(
+    runs.add_argument(
         "--run_s", type=float, help="expected seconds of a run; unset: a short calibration run measures it"
     )
-    parser.add_argument("--keep_models", action="store_true", default=None, help="keep every run's weights")
-    parser.add_argument(
+    output.add_argument("--keep_models", action="store_true", default=None, help="keep every run's weights")
+    measured.add_argument(
         "--controls",
         nargs="*",
         help="add what critics ask for, at equal tokens: reference-free, wrong-reference, other-solution,"
         " sft, sft-graft, rejection-sft (default: all of them)",
     )
-    parser.add_argument("--jobs", type=int, help="runs at once (default: one a GPU, else one a core)")
-    parser.add_argument(
+    runs.add_argument("--jobs", type=int, help="runs at once (default: one a GPU, else one a core)")
+    runs.add_argument(
         "--executor", choices=("local", "ray"), default="local", help="where runs are run (default: local)"
     )
-    parser.add_argument("--ray_address", help="a running cluster; unset: a new one on this machine")
-    parser.add_argument("--retry_failed", action="store_true", help="run again what has failed for good")
-    parser.add_argument("--dry_run", action="store_true", help="check all runs and list them; run nothing")
-    parser.add_argument("--analyse", action="store_true", help="only analyse what the store holds")
-    parser.add_argument(
+    runs.add_argument("--ray_address", help="a running cluster; unset: a new one on this machine")
+    runs.add_argument("--retry_failed", action="store_true", help="run again what has failed for good")
+    runs.add_argument("--dry_run", action="store_true", help="check all runs and list them; run nothing")
+    output.add_argument("--analyse", action="store_true", help="only analyse what the store holds")
+    output.add_argument(
         "--margin", type=float, default=1.0, help="smallest effect that matters, in points (default: 1)"
     )
     parser.epilog = (
@@ -162,6 +165,8 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
 
     study = _study_of(options, of_runs)
     runs = design.runs_of(study)
+    for option in ("recipe", "task", "grader"):
+        check_names({option: [*{str(run.options.get(option)) for run in runs if run.options.get(option)}]})
     quiet_libraries()
     runner.check_runs(runs, study)
     _introduce(study, runs)

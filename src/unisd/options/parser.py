@@ -23,6 +23,8 @@ from unisd.options.option import declared, nearest
 
 Values = dict[str, Any]
 UNSET: Any = object()
+SHORT = {"model_name_or_path": "--model"}
+"""Shorter names of options on the command line."""
 _TRUTH = {
     **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
     **dict.fromkeys(("no", "false", "f", "n", "0"), False),
@@ -184,6 +186,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
     flags = [f"--{item.name}"]
     if "_" in item.name:
         flags.append(f"--{item.name.replace('_', '-')}")
+    if item.name in SHORT:
+        flags.append(SHORT[item.name])
     kinds = (
         [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else [hint]
     )

@@ -120,7 +120,7 @@ class UniSDOptions(MethodOptions):
         42,
         low=0,
         high=2**32 - 1,
-        shared=("probe", "prepare"),
+        shared=("probe", "prepare", "eval", "grade", "contamination"),
     )
     remove_unused_columns: bool = option("inherited", "Columns are kept: the grader may need them.", False)
     ddp_find_unused_parameters: bool | None = option(
@@ -211,7 +211,7 @@ class UniSDOptions(MethodOptions):
         "rollout",
         "Options of the model's chat template, as JSON: '{\"enable_thinking\": false}'; kept with the"
         " tokenizer; unset: those kept with it.",
-        shared=("probe", "prepare"),
+        shared=("probe", "prepare", "eval"),
     )
 
     # -- vllm: another engine for the rollouts -----------------------------------------------------

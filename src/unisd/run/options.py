@@ -20,6 +20,12 @@ ONE_PROCESS = "graft_scales are measured by one process: unset it, and run `unis
 # Headings of `unisd train --help`, in this order; the others are `options.table.GROUPS`.
 RUN_GROUPS = ("run", "model", "adapter", "data")
 
+# Commands that take what `unisd train` takes.
+_MODEL = ("probe", "prepare", "eval")
+_GRADED = (*_MODEL, "grade", "judge")
+_ROWS = (*_GRADED, "contamination")
+_ONE_TASK = ("probe", "prepare", "grade", "judge", "contamination")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -73,20 +79,18 @@ class RunOptions:
     model_name_or_path: str = option(
         "model",
         "A folder (of a model, or of an adapter to train further), hub id or .gguf file; or `pocket`"
-        " (embedded, 1M parameters) or `smollm2-135m`.",
+        " (embedded, 1M parameters) or `smollm2-135m`; --model is short for it.",
         "pocket",
-        shared=("probe", "prepare"),
+        shared=_MODEL,
     )
     dtype: str = option(
         "model",
         "float32, bfloat16 or float16; auto: float32, under an adapter bfloat16 where it is native. Products"
         " on one GPU are in bfloat16 (from 50M parameters) unless dtype, bf16 or fp16 is given.",
         "auto",
-        shared=("probe", "prepare"),
+        shared=_MODEL,
     )
-    trust_remote_code: bool = option(
-        "model", "Run code that comes with the model.", False, shared=("probe", "prepare")
-    )
+    trust_remote_code: bool = option("model", "Run code that comes with the model.", False, shared=_MODEL)
     load_in_4bit: bool = option(
         "model", "QLoRA: 4-bit base weights (needs bitsandbytes and use_peft).", False
     )
@@ -102,57 +106,64 @@ class RunOptions:
     task: str | None = option(
         "data",
         "Built-in or installed task; unset and no other data given: pocket.",
-        shared=("probe", "prepare"),
+        shared=_ONE_TASK,
     )
     data_files: list[str] | None = option(
-        "data", "Files that the task reads (tasks that come without data).", shared=("probe", "prepare")
+        "data", "Files that the task reads (tasks that come without data).", shared=_ONE_TASK
     )
     task_options: list[str] | None = option(
-        "data", "Further options of the task, as name=value.", shared=("probe", "prepare")
+        "data", "Further options of the task, as name=value.", shared=_ROWS
     )
     allow_unsafe_code_execution: bool = option(
         "data",
         "Run model-written code with your own rights where the machine cannot isolate it.",
         False,
-        shared=("probe", "prepare"),
+        shared=_GRADED,
     )
     noise: float | None = option(
         "data", "Pocket task: share of wrong training references.", shared=("probe", "prepare")
     )
     reference_style: str | None = option(
-        "data", "Pocket task: annotators, hedged (in words of doubt), or own (the model's wording)."
+        "data",
+        "Pocket task: annotators, hedged (in words of doubt), or own (the model's wording).",
+        shared=("probe", "prepare"),
     )
     train_file: str | list[str] | None = option(
         "data",
         "Your rows: .jsonl, .json, .csv, .tsv or .parquet, one file or several, with prompt and"
         " privileged_context or in a layout that is widely used (messages, ShareGPT, alpaca, ...).",
-        shared=("probe", "prepare"),
+        shared=_ROWS,
     )
     eval_file: str | None = option(
-        "data", "Rows to report on; unset: those that eval_split says.", excludes="eval_split"
+        "data",
+        "Rows to report on; unset: those that eval_split says.",
+        excludes="eval_split",
+        shared=_ROWS,
     )
     eval_split: str | None = option(
         "data",
         "Rows to report on: a share of the training rows, or from 1 on a number of them, held out by problem;"
         " or a split of dataset_name; unset: a seeded 10 % (at most max_eval_rows). Of a task: its split"
         " (unset: test; validation: to choose settings on, as a study does).",
+        shared=_ROWS,
     )
     dataset_name: str | list[str] | None = option(
         "data",
         "Your rows from a folder of data files, one that save_to_disk wrote, or a hub id; one or several.",
-        shared=("probe", "prepare"),
+        shared=_ROWS,
     )
     train_weights: list[float] | None = option(
         "data",
         "How often the training rows of each train_file or dataset_name count, in their order: 2 takes them"
         " twice, 0.5 takes a seeded half of them; unset: 1 each.",
+        shared=_ROWS,
     )
-    dataset_config: str | None = option("data", "Configuration of dataset_name.", shared=("probe", "prepare"))
+    dataset_config: str | None = option("data", "Configuration of dataset_name.", shared=_ROWS)
     dataset_train_split: str = option(
         "data",
         "Split of dataset_name to train on (where it has splits).",
         "train",
-        shared=("probe", "prepare"),
+        shared=_ROWS,
     )
     agreement_contexts: str = option(
         "data",
@@ -189,14 +200,14 @@ class RunOptions:
         "data",
         "Names of your columns: prompt=question,privileged_context=answer; prompt=a+b joins the texts of two,"
         " and names with a comma are quoted.",
-        shared=("probe", "prepare"),
+        shared=_ROWS,
     )
     grader: str | None = option(
         "data",
         "Grades answers to your rows, so that accuracy is reported: exact, contains, choice, number, call or"
         " similarity (of free text) compare with a column answer (else the completion); code runs a column"
         " tests.",
-        shared=("probe", "prepare"),
+        shared=_GRADED,
     )
     max_train_rows: int | None = option(
         "data", "Train on the first so many rows only.", low=1, shared=("prepare",)

@@ -8,11 +8,11 @@ takes a recipe's value back.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from unisd import recipes
+from unisd import recipes, tasks
 from unisd.errors import UserError
 from unisd.files import read_yaml
 from unisd.options.option import declared
@@ -49,13 +49,31 @@ def given_by(parser: OptionParser, arguments: Sequence[str]) -> Values:
     """What flags and the file of `--config` say; flags win.
 
     Raises:
-        UserError: unknown key or flag, value of the wrong type.
+        UserError: unknown key, flag or name, value of the wrong type.
     """
-    flags = parser.given(arguments)
-    if "config" not in flags:
-        return flags
-    path = Path(flags.pop("config"))
-    return {**parser.from_dict(read_yaml(path), str(path)), **flags}
+    given = parser.given(arguments)
+    if "config" in given:
+        path = Path(given.pop("config"))
+        given = {**parser.from_dict(read_yaml(path), str(path)), **given}
+    check_names(given)
+    return given
+
+
+def check_names(values: Mapping[str, Any]) -> None:
+    """Check that the recipe, the tasks and the grader are there, and import nothing heavy.
+
+    Raises:
+        UserError: the first that is not, with the nearest name.
+    """
+    from unisd.tasks.graders import get_grader
+
+    def named(option: str) -> list[str]:
+        value = values.get(option)
+        return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+
+    for option, check in (("recipe", recipes.load), ("task", tasks.check_name), ("grader", get_grader)):
+        for name in named(option):
+            check(name)
 
 
 def shared_names(command: str) -> list[str]:

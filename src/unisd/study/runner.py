@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from unisd.errors import UserError
-from unisd.run.options import RunOptions
+from unisd.run.options import RunOptions, as_list
 from unisd.run.resolve import resolve, train_parser
 from unisd.study.design import Cell, Options, Run, Study
 from unisd.study.executor import Executor, Job
@@ -76,9 +76,12 @@ def check_runs(runs: Sequence[Run], study: Study) -> None:
 
 def _check_rows(options: RunOptions, needs_reference: bool, read: set[str]) -> None:
     """Read the rows of a run from the files that it names, each setting of them once."""
-    if options.train_file is None and options.data_files is None:
+    datasets = as_list(options.dataset_name)
+    local = bool(datasets) and all(Path(name).exists() for name in datasets)
+    if options.train_file is None and options.data_files is None and not local:
         return  # a hub's, or a task that needs none
-    data = {name: value for name, value in vars(options).items() if name in OF_THE_ROWS}
+    named = [*OF_THE_ROWS, *(name for name in vars(options) if name.startswith("dataset_"))]
+    data = {name: getattr(options, name) for name in named}
     data["needs_reference"] = needs_reference
     text = json.dumps(data, sort_keys=True, default=str)
     if text not in read:

@@ -50,22 +50,27 @@ def names() -> list[str]:
     return sorted({*_BUILT_IN, *_external()})
 
 
+def check_name(name: str) -> None:
+    """Raise `UserError` for a name that no task has, with the nearest known ones."""
+    if name not in _BUILT_IN and name not in _external():
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known tasks: {', '.join(names())}"
+        raise UserError(f"unknown task {name!r}: {hint}")
+
+
 def get_task(name: str, **options: Any) -> Task:
     """Build the task called `name` with its own `options`; a built-in one wins over an entry point.
 
     Raises `UserError` for an unknown name (with the nearest known ones) or options the task does
     not know.
     """
+    check_name(name)
     factory: Any
     if name in _BUILT_IN:
         module, _, attribute = _BUILT_IN[name].partition(":")
         factory = getattr(importlib.import_module(module), attribute)
-    elif (point := _external().get(name)) is not None:
-        factory = point.load()
     else:
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known tasks: {', '.join(names())}"
-        raise UserError(f"unknown task {name!r}: {hint}")
+        factory = _external()[name].load()
     return _build(name, factory, options)
 
 

@@ -116,6 +116,8 @@ class Task:
     """What `unisd eval` answers by default."""
     rows_in_files: int | None = None
     """Rows of all splits in the files that the task has read last."""
+    graded: bool = True
+    """False where nobody can tell a right answer: `grade` is not asked."""
     runs_code: bool = False
     """True where grading runs what a model wrote."""
 

@@ -1,0 +1,202 @@
+"""The user's own rows in every command, read as `unisd train` reads them, under the same names."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unisd import testing as tiny
+from unisd.cli import evaluate, probe
+from unisd.cli.main import COMMANDS, main
+from unisd.data.rows import hold_out, load_rows
+
+SHORT = ["--eval_max_new_tokens", "2"]
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unisd.cli.evaluate.load_any", lambda *_: (tiny.model(), tiny.tokenizer()))
+
+
+def plain(path: Path, count: int = 4, **more: Any) -> str:
+    rows = [{"prompt": f"{n}+1?", "completion": str(n + 1), **more} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def table(path: Path) -> str:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["question", "gold"], *((f"{n}+1?", str(n + 1)) for n in range(4))])
+    return str(path)
+
+
+def conversations(path: Path) -> str:
+    rows = [
+        {"conversations": [{"from": "human", "value": f"{n}+1?"}, {"from": "gpt", "value": str(n + 1)}]}
+        for n in range(4)
+    ]
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def messages(path: Path) -> str:
+    turns = [
+        [{"role": "user", "content": f"{n}+1?"}, {"role": "assistant", "content": str(n + 1)}]
+        for n in range(4)
+    ]
+    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    return str(path)
+
+
+LAYOUTS = {
+    "csv": (table, ["--columns", "prompt=question,completion=gold"]),
+    "json": (conversations, ["--columns", "prompt=conversations"]),
+    "jsonl": (messages, ["--columns", "prompt=messages"]),
+}
+
+
+def answered(tmp_path: Path, *flags: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `unisd eval` writes: the figures, and all answers."""
+    figures, rows = tmp_path / "f.json", tmp_path / "r.jsonl"
+    assert main(["eval", *flags, *SHORT, "--json", str(figures), "--rows", str(rows)]) == 0
+    return json.loads(figures.read_text()), [json.loads(line) for line in rows.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_file_in_any_layout_is_answered_and_graded(tmp_path: Path, kind: str) -> None:
+    make, columns = LAYOUTS[kind]
+    file = make(tmp_path / f"mine.{kind}")
+    figures, rows = answered(tmp_path, "--eval_file", file, *columns, "--grader", "number")
+    assert figures["task"] == "mine" and figures["task_accuracy"]["n"] == 4 and figures["gold_ppl"] > 1
+    assert [row["id"] for row in rows] == ["0", "1", "2", "3"] and not any(row["correct"] for row in rows)
+
+    given = [{"id": str(n), "completion": f"It is {n + 1}."} for n in range(3)]
+    completions = tmp_path / "theirs.jsonl"
+    completions.write_text("".join(json.dumps(row) + "\n" for row in given))
+    asked = ["--eval_file", file, *columns, "--grader", "number", "--json", str(tmp_path / "g.json")]
+    assert main(["grade", *asked, "--completions", str(completions)]) == 0
+    graded = json.loads((tmp_path / "g.json").read_text())
+    assert graded["task"] == "mine" and graded["accuracy"]["value"] == 1.0
+    assert graded["matched"] == {"rows": 4, "answered": 3, "answers": 3}
+
+
+def test_of_a_training_file_the_rows_that_a_run_holds_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = plain(tmp_path / "rows.jsonl", 40)
+    held = {seed: [row["id"] for row in hold_out(load_rows(file), seed=seed)[1]] for seed in (7, 42)}
+    assert held[7] != held[42] and len(held[7]) == 4
+
+    def ids(*flags: str) -> list[str]:
+        return [row["id"] for row in answered(tmp_path, "--train_file", file, *flags)[1]]
+
+    assert ids("--seed", "7") == held[7]
+    assert "rows: the 4 of 40 rows that `unisd train` holds out with seed 7 (--split all" in " ".join(
+        capfd.readouterr().err.split()
+    )
+    assert ids() == held[42]
+    assert ids("--split", "all", "--n", "5") == ["0", "1", "2", "3", "4"]
+    run = tmp_path / "run"  # whose own seed says which rows it has not seen
+    run.mkdir()
+    (run / "results.json").write_text(json.dumps({"seed": 7}))
+    assert ids("--model", str(run)) == held[7]
+    assert ids("--eval_file", plain(tmp_path / "other.jsonl", 2)) == ["0", "1"]
+
+
+def test_rows_without_a_grader_have_likelihoods_and_their_answers_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = plain(tmp_path / "rows.jsonl", 2)
+    figures, rows = answered(tmp_path, "--eval_file", file, "--base", "tiny")
+    assert figures["gold_ppl"] > 1 and figures["task_accuracy"] is None
+    assert figures["retention_ppl"]["forward"] == pytest.approx(figures["retention_ppl"]["reverse"])
+    assert [set(row) for row in rows] == [{"task", "part", "id", "completion"}] * 2
+    monkeypatch.setattr(evaluate._Evaluation, "answers", None)  # nobody would look at them
+    assert main(["eval", "--eval_file", file]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--task", "gsm8k"], "eval_file belongs to your own rows"),
+        (["--data_files", "x"], "data_files belongs to a task"),
+        (["--split", "train"], "--eval_file has no training rows: give --train_file"),
+        (["--split", "validation"], "no split 'validation'; there are train, test, all"),
+        (["--grader", "nubmer"], "unknown grader 'nubmer': did you mean 'number'?"),
+        ([], "rows: there is no --grader, and its rows have no reference"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "a"}) + "\n")
+    assert main(["eval", "--eval_file", str(file), *flags]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_grading_needs_one_task_or_a_grader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = plain(tmp_path / "rows.jsonl")
+    assert main(["grade", "--eval_file", file, "--completions", file]) == 2
+    assert "rows has no grader: give --grader" in capsys.readouterr().err
+    assert main(["grade", "gsm8k", "--task", "mbpp", "--completions", file]) == 2
+    assert "the task is given twice, gsm8k and --task mbpp" in capsys.readouterr().err
+
+
+def test_contamination_of_own_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, other = plain(tmp_path / "a.jsonl", 5), plain(tmp_path / "b.jsonl", 2)
+    assert main(["contamination", "--train_file", train, "--eval_file", other]) == 0
+    assert "exact: test 1 = train 1" in capsys.readouterr().out
+
+
+def test_a_study_reads_own_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, report = table(tmp_path / "train.csv"), table(tmp_path / "report.csv")
+    files = ["--train_file", train, "--eval_file", report, "--columns", "prompt=question,completion=gold"]
+    flags = ["--mechanisms", "ema", "--seeds", "1", "--design", "one-in", "--dry_run"]
+    assert main(["study", *files, "--grader", "number", *flags]) == 0
+    assert "train-reference-s1-" in capsys.readouterr().out
+    (tmp_path / "report.csv").write_text("question,gold\na,many\n")
+    assert main(["study", *files, "--grader", "number", *flags]) == 2
+    assert "report.csv, row 0: gold 'many' is no number" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    table(tmp_path / "data" / "train.csv")
+    dataset = ["--dataset_name", str(tmp_path / "data"), "--columns", "prompt=qestion"]
+    assert main(["study", *dataset, *flags]) == 2
+    assert "did you mean 'question'" in capsys.readouterr().err.lower()
+
+
+# -- one vocabulary --------------------------------------------------------------------------------
+
+
+def test_older_names_work_and_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = ["--model", "m", "--n", "3", "--max_new_tokens", "4", "--batch_size", "5"]
+    new = ["--model_name_or_path", "m", "--max_eval_rows", "3", "--eval_max_new_tokens", "4"]
+    new += ["--rollout_batch_size", "5"]
+    parser = evaluate._parser()
+    assert parser.parse(old) == parser.parse(new)
+    seen = []
+    monkeypatch.setattr("unisd.cli.probe.probe", lambda options, config, *sizes: seen.append(sizes))
+    probe.probe_command(old)
+    assert seen == [(3, 4, 5)]
+    assert main(["eval", "--n", "3", "--max_eval_rows", "4"]) == 2
+    assert "--n and --max_eval_rows set the same option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("train", "recipes")])
+def test_help_has_a_line_an_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    shown = re.findall(r"^  (--[\w-]+)", text, re.M)
+    assert len(shown) == len({*shown}) and not any("-" in name[2:] for name in shown)
+    assert not {"--n", "--batch_size"} & {*shown}
+    headings = re.findall(r"^(\w[\w ]+):$", text, re.M)
+    order = ["model", "data", "what is measured", "what is built", "output"]
+    known = [name for name in headings if name in order]
+    assert known == sorted(known, key=order.index)
