@@ -67,7 +67,7 @@ def _sentences(text: str, count: int) -> bool:
 
 
 def _quoted(text: str, _: object) -> bool:
-    return len(text) > 2 and text[0] in "\"\u201c" and text[-1] in "\"\u201d"
+    return len(text) > 2 and text[0] in '"\u201c' and text[-1] in '"\u201d'
 
 
 def _separated(text: str, argument: tuple[str, int]) -> bool:
