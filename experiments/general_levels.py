@@ -2,9 +2,9 @@
 
 `python -m experiments.general_levels [MODEL ...] [--folder docs/results]`.
 
-Appends a line for each model to `general.jsonl` and writes the tables into `general.md` between its
-markers; without a model it only writes the page. Answers are greedy. Of a model that was measured
-several times the last line counts; lines of other items than the task has now do not.
+Appends a line for each part of each model to `general.jsonl` and writes the table into `general.md`
+between its markers; without a model it only writes the page. Answers are greedy. Parts that are in
+the store are not measured again; lines of other items than the task has now do not count.
 """
 
 from __future__ import annotations
@@ -34,23 +34,32 @@ def version() -> str:
     return hashlib.sha256(FILE.read_bytes()).hexdigest()[:8]
 
 
-def measure(name: str, limit: int | None = None) -> Cell:
-    """Let a model answer all items, or the first `limit`; returns how many it got right by part."""
+def measure(name: str, file: Path) -> None:
+    """Let a model answer the parts that are not in the store, and append a line for each."""
+    short = Path(name).name
+    known = {cell["part"] for cell in read(file) if cell["model"] == short and cell["items"] == version()}
+    parts = [part for part in PARTS if part not in known]
+    if not parts:
+        return
     task = get_task("general")
-    rows = task.load("test", limit=limit)
+    rows = task.load("test")
     model, tokenizer, info = load_model_and_tokenizer(name)
-    start = time.perf_counter()
-    found = accuracy(model, tokenizer, rows, task.grade, max_new_tokens=task.max_new_tokens)
-    parts = found["by_skill"].items()
-    return {
-        "model": Path(name).name,
-        "items": version(),
-        "parameters": info.parameters,
-        "dtype": str(info.dtype).removeprefix("torch."),
-        "parts": {part: [round(share["value"] * share["n"]), share["n"]] for part, share in parts},
-        "cut": found["truncated"],
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    for part in parts:
+        start = time.perf_counter()
+        of_part = [row for row in rows if row["skill"] == part]
+        found = accuracy(model, tokenizer, of_part, task.grade, max_new_tokens=task.max_new_tokens)
+        cell = {
+            "model": short,
+            "items": version(),
+            "part": part,
+            "parameters": info.parameters,
+            "dtype": str(info.dtype).removeprefix("torch."),
+            "right": [row["id"] for row, grade in zip(of_part, found["grades"], strict=True) if grade],
+            "count": len(of_part),
+            "cut": found["truncated"],
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        append(file, cell)
 
 
 def shown(right: int, count: int) -> str:
@@ -63,22 +72,22 @@ def shown(right: int, count: int) -> str:
 
 def table(cells: list[Cell]) -> list[str]:
     """Markdown lines, a model a line, small ones first."""
-    last = {cell["model"]: cell for cell in cells if cell["items"] == version()}
+    models: dict[tuple[int, str], dict[str, Cell]] = {}
+    for cell in cells:
+        if cell["items"] == version():
+            models.setdefault((cell["parameters"], cell["model"]), {})[cell["part"]] = cell
     lines = []
-    for cell in sorted(last.values(), key=lambda cell: (cell["parameters"], cell["model"])):
-        counts = [cell["parts"].get(part, (0, 0)) for part in PARTS]
-        total = [sum(numbers) for numbers in zip(*counts, strict=True)]
-        lines.append(
-            [
-                cell["model"],
-                f"{cell['parameters'] / 1e6:.0f}M",
-                *(shown(*count) for count in counts),
-                shown(*total),
-                f"{100 * cell['cut'] / total[1]:.0f}",
-            ]
-        )
+    for (parameters, name), of in sorted(models.items()):
+        columns = [shown(len(of[part]["right"]), of[part]["count"]) if part in of else "-" for part in PARTS]
+        right, count, cut = (sum(numbers) for numbers in zip(*map(_numbers, of.values()), strict=True))
+        whole = shown(right, count) if len(of) == len(PARTS) else "-"
+        lines.append([name, f"{parameters / 1e6:.0f}M", *columns, whole, f"{100 * cut / count:.0f}"])
     head = ["model", "parameters", *(f"{part}, %" for part in PARTS), "all, %", "cut, %"]
     return [f"Items `{version()}`.", "", *markdown_table(head, lines)]
+
+
+def _numbers(cell: Cell) -> tuple[int, int, int]:
+    return len(cell["right"]), cell["count"], cell["cut"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("docs/results"))
     args = parser.parse_args(argv)
     for name in args.models:
-        append(args.folder / "general.jsonl", measure(name))
+        measure(name, args.folder / "general.jsonl")
     lines = table(read(args.folder / "general.jsonl"))
     update(args.folder / "general.md", "Levels of the task general", "\n".join(lines))
     print("\n".join(lines))

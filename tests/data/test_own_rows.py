@@ -184,8 +184,8 @@ def test_eval_answers_all_of_the_users_rows(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--batch_size", "0"], "--batch_size 0: at least 1 is needed"),
-        (["--max_new_tokens", "-3"], "--max_new_tokens -3: at least 1 is needed"),
+        (["--batch_size", "0"], "--rollout_batch_size 0: at least 1 is needed"),
+        (["--max_new_tokens", "-3"], "--eval_max_new_tokens -3: at least 1 is needed"),
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--base", "pocket"], "--base pocket has another vocabulary"),
     ],

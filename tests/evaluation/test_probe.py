@@ -105,7 +105,7 @@ def test_what_is_recommended_follows_from_what_was_measured(tmp_path: Path) -> N
     file = tmp_path / "run.yaml"
     found.write(file, "the verdict")
     options, config = parse(["--config", str(file)])
-    assert (options.recipe, options.grader, options.train_file) == ("sdft", "number", "rows.jsonl")
+    assert (options.recipe, options.grader, options.train_file) == ("sdft", "number", ["rows.jsonl"])
     assert config.learning_rate == found.values["learning_rate"] == RATES[0][1]
     text = file.read_text()
     assert "# the verdict" in text and all(

@@ -30,13 +30,20 @@ MISSPELT = {
     "grade": ("--completion", "--completions"),
     "contamination": ("--colums", "--columns"),
     "study": ("--max_step", "--max_steps"),
+    "judge": ("--judge_modell", "--judge_model"),
     "report": ("--figure", "--figures"),
     "recipes": ("unisd-stir", "unisd-star"),
     "merge": ("--output_dirs", "--output_dir"),
     "chat": ("--promt", "--prompt"),
 }
 NAMES = ["--task", "pockett"], ["--grader", "nubmer"], ["--recipe", "sdtf"], ["--eval_files", "x"]
-NEEDED = {"grade": ["--completions", "c"], "report": ["d"], "merge": ["d"], "chat": ["d"]}
+NEEDED = {
+    "judge": ["--judge_url", "http://x"],
+    "grade": ["--completions", "c"],
+    "report": ["d"],
+    "merge": ["d"],
+    "chat": ["d"],
+}
 LIGHT = """\
 import contextlib, io, sys
 from unisd.cli.main import main

@@ -181,7 +181,7 @@ def test_no_row_is_held_out_and_not_reported(tmp_path: Path) -> None:
         ({"train_file": "a", "train_weights": [0.0]}, "each must be a number above 0"),
         ({"train_file": ["a", "a"]}, "a is given twice: give it once, and say how often by train_weights"),
         ({"task": "pocket", "train_weights": [1.0]}, "train_weights belongs to your own rows"),
-        ({"task": "pocket", "eval_split": "0.1"}, "eval_split belongs to your own rows"),
+        ({"task": "pocket", "eval_split": "0.1"}, "a task has splits by name: test, validation"),
         ({"train_file": "a", "eval_split": "0.1", "eval_file": "b"}, "eval_file and eval_split exclude"),
         ({"train_file": "a", "eval_split": "test"}, "splits by name belong to dataset_name"),
         ({"train_file": "a", "eval_split": "-1"}, "must be a share between 0 and 1, or a whole number"),

@@ -30,7 +30,8 @@ def test_a_real_model_is_asked_general_and_the_tasks_own() -> None:
     assert named() == [("general", 5, 2)]
     assert named(task=tasks.get("new_facts")) == [("new_facts", 5, 0), ("general", 5, 2)]
     assert named(task=tasks.get("new_facts"), rows=None)[0] == ("new_facts", 7, 0)
-    assert named(rows=None) == [("general", 120, 30)]
+    assert named(rows=None, most=400) == [("general", 120, 30)]
+    assert named(rows=None) == [("general", 7, 2)]
     assert named(asked=["none"]) == []
     assert named(asked=["pocket", "general"]) == [("pocket", 5, 0), ("general", 5, 2)]
 

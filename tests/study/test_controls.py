@@ -178,9 +178,9 @@ def test_a_study_says_whether_it_pays(tmp_path: Path) -> None:
 
 def test_rows_need_references_where_a_run_does(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    rows = [{"prompt": f"Add {n} to x.", "tests": f"assert f(1) == {n + 1}"} for n in range(20)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    base = {"train_file": str(file), "grader": "number", "max_steps": 1}
+    base = {"train_file": str(file), "grader": "code", "max_steps": 1, "allow_unsafe_code_execution": True}
     levels = {"rate": {"low": {"learning_rate": 1e-5}, "high": {"learning_rate": 1e-4}}}
     spec = study(base={**base, "recipe": "sdpo"}, factors=levels, mechanisms=[])
     runner.check_runs(runs_of(spec), spec)

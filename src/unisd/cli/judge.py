@@ -72,12 +72,28 @@ def _parser() -> CommandParser:
     measured.add_argument(
         "--judge_model", metavar="NAME", help="its name there (default: the first that it serves)"
     )
-    measured.add_argument("--n", type=int, help="most pairs (default: all whose answers are kept)")
-    measured.add_argument("--max_tokens", type=int, default=1024, help="cap on each reply (default: 1024)")
+    measured.add_argument(
+        "--max_eval_rows", "--n", dest="n", type=int, help="most pairs (default: all whose answers are kept)"
+    )
+    measured.add_argument(
+        "--eval_max_new_tokens",
+        "--max_tokens",
+        dest="max_tokens",
+        type=int,
+        default=1024,
+        help="cap on each reply (default: 1024)",
+    )
     measured.add_argument(
         "--temperature", type=float, default=0.0, help="of the judge (default: 0; some servers want 1)"
     )
-    measured.add_argument("--batch_size", type=int, default=16, help="requests at once (default: 16)")
+    measured.add_argument(
+        "--rollout_batch_size",
+        "--batch_size",
+        dest="batch_size",
+        type=int,
+        default=16,
+        help="requests at once (default: 16)",
+    )
     measured.add_argument(
         "--completions",
         nargs=2,

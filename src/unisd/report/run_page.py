@@ -87,7 +87,6 @@ def build(folder: Path) -> str:
     results = read_json(folder / RESULTS)
     answers = read_json(folder / ANSWERS) if (folder / ANSWERS).exists() else {}
     metrics = read_metrics(folder / METRICS)
-    after = results["after"]
     facts = [
         ("recipe", str(results["recipe"])),
         ("model", Path(str(results["model"])).name),
@@ -131,11 +130,10 @@ def build(folder: Path) -> str:
         "Every option", f"<details><summary>configuration</summary><pre>{escape(settings)}</pre></details>"
     )
     title = f"{results['recipe']} on {results['task']}"
-    if after["task_accuracy"] is not None:
-        title += (
-            f": {100 * results['before']['task_accuracy']['value']:.1f} to"
-            f" {100 * after['task_accuracy']['value']:.1f} %"
-        )
+    shares = [results[when]["task_accuracy"] for when in ("before", "after")]
+    if all(shares):
+        old, new = (100 * share["value"] for share in shares)
+        title += f": {old:.1f} to {new:.1f} %"
     return page(title, body)
 
 

@@ -1,10 +1,10 @@
 """General skills: did training damage what a model of any size could do before?
 
 Six parts of short items with a checkable answer (the split `test`: common facts, arithmetic,
-reading, instructions about form, lines of Python, everyday choices), some easy for a model of 135M
-parameters and some hard for one of 8B; and everyday requests (the split `chat`) whose free answers
-have no grade, to see how far they drift. All were written for this project (Apache-2.0) and are
-for evaluation only. Nothing that a model writes is run.
+reading, instructions about form, lines of Python, everyday choices), meant to be partly in the
+reach of models from 135M to 8B parameters; and everyday requests (the split `chat`) whose free
+answers have no grade, to see how far they drift. All were written for this project (Apache-2.0)
+and are for evaluation only. Nothing that a model writes is run.
 """
 
 from __future__ import annotations

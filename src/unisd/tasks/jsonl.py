@@ -76,15 +76,16 @@ class JsonlTask(Benchmark):
     def _mapping(self, columns: Collection[str], path: str) -> dict[str, str]:
         """Where prompt and answer are: as the options say, else as a layout does."""
         has_prompt = set(joined(self.prompt_column, columns)) <= set(columns)
-        has_answer = self.runs_code or {self.answer_column, "completion"} & set(columns)
+        named = self.answer_column != "answer"  # then no layout says otherwise
+        has_answer = self.runs_code or named or {self.answer_column, "completion"} & set(columns)
         given = {"prompt": self.prompt_column} if has_prompt else {}
         missing = [*([] if has_prompt else ["prompt"]), *([] if has_answer else ["privileged_context"])]
         layout = layout_of(columns, given, missing) if missing else None
         if layout is None or not (has_prompt or self.prompt_column == "prompt"):
-            if not has_prompt and (named := suggested("prompt", columns)):
+            if not has_prompt and (near := suggested("prompt", columns)):
                 raise UserError(
-                    f"{path} has no column {self.prompt_column!r}: if it is {named[0]!r}, pass --task_options"
-                    f" prompt_column={named[0]}."
+                    f"{path} has no column {self.prompt_column!r}: if it is {near[0]!r}, pass --task_options"
+                    f" prompt_column={near[0]}."
                 )
             return given
         if path not in self._seen:

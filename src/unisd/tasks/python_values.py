@@ -2,8 +2,7 @@
 
 Candidates, best first: the first line if it is Python, a block in fences, what is announced
 ("prints", "the output is", "answer:"), a piece in back quotes, a list, text or constant that is
-mentioned. `[1,2]` is `[1, 2]`, and a text is the same with and without its quotes, as it is
-printed.
+mentioned. `[1,2]` is `[1, 2]`, and a text is the same with its quotes and, as printed, without.
 """
 
 from __future__ import annotations
