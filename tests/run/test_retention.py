@@ -42,6 +42,24 @@ def test_the_embedded_model_keeps_its_own_skills() -> None:
     assert named(model=POCKET, task=tasks.get("pocket"), asked=["general"]) == [("general", 5, 2)]
 
 
+def test_what_was_trained_from_the_embedded_model_is_asked_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"config": {"model_name_or_path": POCKET}}))
+    assert named(model=str(tmp_path)) == [("pocket", 5, 0)]
+
+
+def test_eval_asks_what_must_not_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    flags = ["--n", "4", "--retention", "general", "--retention_rows", "6", "--base", "pocket"]
+    assert main(["eval", *flags, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["tasks"]
+    assert list(found) == ["pocket", "general"] and found["general"]["task_accuracy"]["n"] == 6
+    assert [found["general"]["drift"][what]["change"] for what in ("reverse", "forward", "kl")] == [0, 0, 0]
+    table = capsys.readouterr().out
+    assert "general, drift: KL" in table and "general, perplexity" not in table
+
+
 def test_rows_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "kept.jsonl"
     rows = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(9)]

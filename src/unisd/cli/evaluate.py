@@ -30,9 +30,11 @@ from unisd.http_client import check_server
 from unisd.models.inference import load_any
 from unisd.options.table import UniSDOptions
 from unisd.run import grafting
+from unisd.run.changes import DRIFT, drift_of
 from unisd.run.chat_server import Answer, ChatServer
 from unisd.run.options import check_scales
 from unisd.run.resolve import shared_names, shared_options
+from unisd.run.retention import POCKET, RetentionSet, is_of_the_pocket, load_sets
 from unisd.tasks.base import Grade, Row, Task
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ def eval_command(arguments: Sequence[str]) -> int:
     quiet_libraries()
     chosen = tasks_of(options, options.task or ())
     sets = {name: _sets(name, task, options) for name, task in chosen.items()}
+    kept = {} if options.scales else _kept(options, chosen)
     options.task, options.seed = list(chosen), UniSDOptions.seed if options.seed is None else options.seed
     _refuse_nothing(options, chosen, sets)
     if options.scales:
@@ -60,6 +63,8 @@ def eval_command(arguments: Sequence[str]) -> int:
     try:
         for name, task in chosen.items():
             evaluation.add(name, task, sets[name])
+        for name, one in kept.items():
+            evaluation.add(name, one, {"task": one.rows}, one.probed)
     except (UserError, KeyboardInterrupt):
         _write_rows(options, evaluation.records)
         if options.rows and evaluation.records:
@@ -270,6 +275,31 @@ def _sets(name: str, task: Task, options: Any) -> dict[str, list[Row]]:
     return sets
 
 
+class _Kept(Task):
+    """A retention set as a task: what must not be lost, asked of one model."""
+
+    def __init__(self, one: RetentionSet) -> None:
+        self.name, self.rows, self.probed, self._grade = one.name, one.rows, one.probed, one.grade
+        self.graded, self.max_new_tokens = one.grade is not None, one.cap or Task.max_new_tokens
+
+    def grade(self, row: Row, completion: str) -> Grade:
+        assert self._grade is not None
+        return self._grade(row, completion)
+
+
+def _kept(options: Any, chosen: dict[str, Task]) -> dict[str, _Kept]:
+    """The retention sets that are asked for, or general of a real model, beside the tasks.
+
+    A task's own retention rows are asked with the task.
+    """
+    model = options.server_url or options.model_name_or_path or POCKET
+    if options.retention is None and (options.server_url or is_of_the_pocket(model)):
+        return {}  # a server may cost money: only where it is asked for
+    asked = None if options.retention is None else [name for name in options.retention if name not in chosen]
+    found = load_sets(asked, options.retention_rows, options.n, None, model, options.grader)
+    return {one.name: _Kept(one) for one in found if one.name not in chosen}
+
+
 class _Evaluation:
     """One model on several tasks: figures, table lines and records of all answers."""
 
@@ -297,13 +327,14 @@ class _Evaluation:
                     " was adapted from."
                 )
 
-    def add(self, name: str, task: Task, sets: dict[str, list[Row]]) -> None:
+    def add(self, name: str, task: Task, sets: dict[str, list[Row]], probed: list[Row] | None = None) -> None:
+        """Ask the model the rows of a task, and measure drift on `probed` (None: of its own)."""
         from unisd.evaluation.likelihood import gold_ppl
         from unisd.run import measure
 
         options = self.options
         found: Figures = {}
-        prefix = f"{name}, " if len(options.task) > 1 else ""
+        prefix = f"{name}, " if [name] != options.task else ""
         for part, rows in sets.items():
             found[f"{part}_overlong"] = len(rows)
             rows = sets[part] = self._fitting(rows, f"{name}, {part}")
@@ -331,19 +362,21 @@ class _Evaluation:
                     for what in ("failed", "cut off")
                 ]
         found["gold_ppl"] = None
-        if self.server is None:
+        if self.server is None and probed is None:
             found["gold_ppl"] = gold_ppl(self.model, self.tokenizer, sets["task"])
             self.lines.append(
                 [f"{prefix}perplexity of the references", number(found["gold_ppl"]), str(len(sets["task"]))]
             )
         if self.base is not None:
-            rows = sets["retention"] or sets["task"]
+            rows = probed or sets["retention"] or sets["task"]
             cap = options.max_new_tokens or task.max_new_tokens
             found |= measure.drift(self.model, self.base, self.tokenizer, rows, cap, self.batch_size)
-            for way, value in found["retention_ppl"].items():
-                self.lines.append([f"{prefix}retention perplexity, {way}", number(value, 4), str(len(rows))])
-                detail = found["retention_detail"][way]
-                self.lines.append([f"{prefix}JSD along it (nats)", number(detail["jsd"], 5), str(len(rows))])
+            found["drift"] = moved = drift_of(found["retention_detail"], name)
+            assert moved is not None
+            for what in ("reverse", "forward", "kl"):
+                side = moved[what]
+                value = "-" if side is None else f"{number(side['before'], 4)} to {number(side['after'], 4)}"
+                self.lines.append([f"{prefix}{DRIFT[what]}", value, str(len(rows))])
         self.figures[name] = found
 
     def _fitting(self, rows: list[Row], what: str) -> list[Row]:

@@ -19,6 +19,11 @@ from unisd.monitoring.alarms import FORGOTTEN_NATS, at_most
 CLEARLY = 0.01
 """Chance of as many lost items, with as many gained, in a model that has kept its skills."""
 LOST_AT_LEAST = 0.05  # of the items, less those gained
+DRIFT = {
+    "reverse": "drift: perplexity of the base's answers",
+    "forward": "drift: perplexity of answers under the base",
+    "kl": "drift: KL from the base, nats a token",
+}
 Figures = dict[str, Any]
 
 
@@ -142,11 +147,7 @@ def _ppl_line(name: str, found: Figures | None) -> list[str]:
 def _drift_lines(drift: Figures | None) -> list[list[str]]:
     if drift is None:
         return []
-    return [
-        _ppl_line("drift: perplexity of the base's answers", drift["reverse"]),
-        _ppl_line("drift: perplexity of answers under the base", drift["forward"]),
-        _ppl_line("drift: KL from the base, nats a token", drift["kl"]),
-    ]
+    return [_ppl_line(name, drift[what]) for what, name in DRIFT.items()]
 
 
 def _earlier_lines(before: Figures, after: Figures) -> list[list[str]]:

@@ -221,9 +221,13 @@ class RunOptions:
         "data",
         "What must not be lost, asked before and after: none, general (short everyday items), tasks, or files"
         " of rows; several may be given. Unset: the task's own, and general for a real model.",
+        shared=("eval",),
     )
     retention_rows: int | None = option(
-        "data", "Most rows of each retention set; unset: max_eval_rows, and of general 120 at most.", low=1
+        "data",
+        "Most rows of each retention set; unset: max_eval_rows, and of general 120 at most.",
+        low=1,
+        shared=("eval",),
     )
     max_eval_rows: int = option("data", "Most rows of each evaluation (task, retention).", 400, low=1)
 

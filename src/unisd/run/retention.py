@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from unisd import tasks
 from unisd.data.rows import Row, load_rows
 from unisd.errors import UserError
+from unisd.files import RESULTS
 from unisd.tasks.base import Grade, Task
 
 GENERAL, NONE, POCKET = "general", "none", "pocket"
@@ -78,9 +81,19 @@ def load_sets(
     if asked is not None:
         return [_named(name, rows, most, own, grader) for name in asked]
     found = [own] if own is not None and own.rows else []
-    if model != POCKET:
+    if not is_of_the_pocket(model):
         return [*found, _general(rows, most)]
     return found or [_own(tasks.get(POCKET), rows or most)]
+
+
+def is_of_the_pocket(model: str) -> bool:
+    """Whether a model is the embedded one, or was trained from it."""
+    if model == POCKET:
+        return True
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no folder, or not of a run of ours
+        results = json.loads((Path(model) / RESULTS).read_text(encoding="utf-8"))
+        return bool(results["config"]["model_name_or_path"] == POCKET)
+    return False
 
 
 def _named(
