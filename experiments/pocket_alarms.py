@@ -117,10 +117,10 @@ def run_cell(plan: Plan, base: Path, steps: int | None = None) -> Cell:
             model,
             config,
             data.train,
-            {"task": data.evaluation, "retention": data.retention},
+            {"task": data.evaluation, "retention": data.retention[0].rows},
             processing_class=tokenizer,
             grader=data.grade,
-            probe_dataset=data.retention[: config.diagnostics_probe_rows],
+            probe_dataset=data.retention[0].rows[: config.diagnostics_probe_rows],
         )
         trainer.remove_callback(PrinterCallback)
         clock = time.process_time()

@@ -8,9 +8,9 @@ are not run again, so that the command goes on where it was stopped.
 
 How it is kept honest:
 
-- each method's learning rate is chosen among three (more, where the lowest was best), on
-  validation rows, clean references and a seed of its own (`PILOT_SEED`), by points gained on the
-  task plus points kept of old skills; the choice is reused under wrong references;
+- each method's learning rate is chosen among three (of some whose lowest was best also lower ones:
+  `FURTHER`), on validation rows, clean references and a seed of its own (`PILOT_SEED`), by points
+  gained on the task plus points kept of old skills; the choice is reused under wrong references;
 - `sft-own` is the control: supervised fine-tuning on the same facts in the model's own wording.
   Without it, what supervised fine-tuning forgets could not be told from what its references' style
   costs;
@@ -80,7 +80,7 @@ SCALES = (0.5, 1.0, 2.0)
 # divergence does.
 MIDDLE_RATE = {"sft": 3e-4, CONTROL: 3e-4, "ssd": 3e-4, "rejection-sft": 3e-4}
 DEFAULT_RATE = 8e-4
-# Where the lowest of the three was best, lower ones too.
+# Lower rates, of methods whose lowest of the three came apart or was best.
 FURTHER = {"sdpo": (1e-4, 2e-4), "oasis": (5e-5, 1e-4, 2e-4), "nsd": (1e-4, 2e-4), "rejection-sft": (7.5e-5,)}
 
 
