@@ -104,7 +104,7 @@ def test_of_a_training_file_the_rows_that_a_run_holds_out(
     run = tmp_path / "run"  # whose own seed says which rows it has not seen
     run.mkdir()
     (run / "results.json").write_text(json.dumps({"seed": 7}))
-    assert ids("--model", str(run)) == held[7]
+    assert ids("--model", str(run), "--retention", "none") == held[7]
     assert ids("--eval_file", plain(tmp_path / "other.jsonl", 2)) == ["0", "1"]
 
 
