@@ -14,16 +14,21 @@ from unisd import UserError, tasks
 from unisd.cli.main import main
 from unisd.evaluation.retention import kl
 from unisd.run import changes
-from unisd.run.retention import load_sets
+from unisd.run.options import RunOptions
+from unisd.run.retention import RetentionSet, is_of_the_pocket, load_sets
 
 POCKET, REAL = "pocket", "some/model"
-ASKED: dict[str, Any] = {"rows": 5, "most": 7, "task": None, "model": REAL}
 
 
-def named(**changed: Any) -> list[tuple[str, int, int]]:
-    return [
-        (one.name, len(one.rows), len(one.free)) for one in load_sets(**{"asked": None, **ASKED, **changed})
-    ]
+def sets(asked: list[str] | None = None, task: Any = None, **options: Any) -> list[RetentionSet]:
+    names = {"rows": "retention_rows", "most": "max_eval_rows", "model": "model_name_or_path"}
+    given = {"rows": 5, "most": 7, "model": REAL, **options}
+    found = {names.get(name, name): value for name, value in given.items()}
+    return load_sets(RunOptions(retention=asked, **found), task)
+
+
+def named(asked: list[str] | None = None, task: Any = None, **options: Any) -> list[tuple[str, int, int]]:
+    return [(one.name, len(one.rows), len(one.free)) for one in sets(asked, task, **options)]
 
 
 def test_a_real_model_is_asked_general_and_the_tasks_own() -> None:
@@ -47,6 +52,38 @@ def test_what_was_trained_from_the_embedded_model_is_asked_as_it_is(tmp_path: Pa
     assert named(model=str(tmp_path)) == [("pocket", 5, 0)]
 
 
+def test_a_chain_of_runs_ends_at_the_embedded_model(tmp_path: Path) -> None:
+    for name, base in (("one", POCKET), ("two", str(tmp_path / "one")), ("round", str(tmp_path / "round"))):
+        (tmp_path / name).mkdir()
+        config = {"config": {"model_name_or_path": base}}
+        (tmp_path / name / "results.json").write_text(json.dumps(config))
+    assert is_of_the_pocket(str(tmp_path / "two")) and is_of_the_pocket(str(tmp_path / "two/checkpoint-3"))
+    assert not is_of_the_pocket(str(tmp_path / "round")) and not is_of_the_pocket(REAL)
+
+
+def test_files_are_read_and_graded_as_the_runs_own_rows(tmp_path: Path) -> None:
+    file = tmp_path / "kept.jsonl"
+    options = {"A": "iron", "B": "wood"}
+    row = {"q": "Which is a metal?", "answer": "iron", "options": options}
+    file.write_text(json.dumps(row) + "\n")
+    [found] = sets([str(file)], columns="prompt=q", grader="choice")
+    assert found.grade is not None and found.grade(found.rows[0], "The answer is A.").correct
+    file.write_text(json.dumps({**row, "answer": None}) + "\n")
+    with pytest.raises(UserError, match=r"row 0 of .*needs a column answer"):
+        sets([str(file)], columns="prompt=q", grader="choice")
+
+
+def test_a_set_of_which_nothing_would_be_measured_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    files = [tmp_path / "kept.jsonl", tmp_path / "other" / "kept.jsonl"]
+    for file in files:
+        file.write_text('{"prompt": "Hello."}\n')
+    with pytest.raises(UserError, match="kept has no grader, and drift is measured on general"):
+        sets([str(files[0]), "general"])
+    with pytest.raises(UserError, match="two sets are called kept"):
+        sets([str(file) for file in files])
+
+
 def test_eval_asks_what_must_not_be_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,10 +101,10 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "kept.jsonl"
     rows = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(9)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    [plain] = load_sets([str(file)], None, 4, None, REAL)
+    [plain] = sets([str(file)], rows=None, most=4)
     assert (plain.name, len(plain.rows), plain.grade) == ("kept", 4, None)
     assert plain.probed == plain.rows and "without a grader" in str(plain)
-    [graded] = load_sets([str(file)], 3, 4, None, REAL, grader="number")
+    [graded] = sets([str(file)], rows=3, most=4, grader="number")
     assert graded.grade is not None and len(graded.rows) == 3
     assert graded.grade(graded.rows[2], "It is 3.").correct
     assert not graded.grade(graded.rows[2], "It is 4.").correct
@@ -77,14 +114,14 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     ("asked", "message"),
     [
         (["none", "general"], "none stands alone"),
-        (["general", "general"], "general is given twice"),
+        (["general", "general"], "two sets are called general"),
         (["genral"], "'genral' is neither none, general, a task"),
         (["gone.jsonl"], "'gone.jsonl' is neither none, general, a task"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(asked: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_sets(asked, None, 4, None, REAL)
+        sets(asked)
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (9, 2), (3, 3), (2, 30)])

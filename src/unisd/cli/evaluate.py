@@ -32,7 +32,7 @@ from unisd.options.table import UniSDOptions
 from unisd.run import grafting
 from unisd.run.changes import DRIFT, drift_of
 from unisd.run.chat_server import Answer, ChatServer
-from unisd.run.options import check_scales
+from unisd.run.options import RunOptions, check_scales
 from unisd.run.resolve import shared_names, shared_options
 from unisd.run.retention import POCKET, RetentionSet, is_of_the_pocket, load_sets
 from unisd.tasks.base import Grade, Row, Task
@@ -211,6 +211,8 @@ def _check(options: Any) -> None:
         raise UserError("--stop: an empty text stands everywhere; give another.")
     if options.scales is not None:
         check_scales(options.scales, "--scales")
+        if options.retention is not None:
+            raise UserError("--retention is not asked of parts: add its task to --task, or drop --scales.")
         if options.model_name_or_path is None or options.server_url is not None:
             raise UserError("--scales are parts of what a training changed: give its folder as --model.")
     if options.server_url is None:
@@ -296,7 +298,20 @@ def _kept(options: Any, chosen: dict[str, Task]) -> dict[str, _Kept]:
     if options.retention is None and (options.server_url or is_of_the_pocket(model)):
         return {}  # a server may cost money: only where it is asked for
     asked = None if options.retention is None else [name for name in options.retention if name not in chosen]
-    found = load_sets(asked, options.retention_rows, options.n, None, model, options.grader)
+    found = load_sets(
+        RunOptions(
+            retention=asked,
+            retention_rows=options.retention_rows,
+            max_eval_rows=options.n,
+            model_name_or_path=model,
+            grader=options.grader,
+            columns=options.columns,
+            allow_unsafe_code_execution=bool(options.allow_unsafe_code_execution),
+        ),
+        None,
+    )
+    if options.retention is not None and (same := next((one for one in found if one.name in chosen), None)):
+        raise UserError(f"--retention: {same.name} is the name of what is evaluated too: rename the file.")
     return {one.name: _Kept(one) for one in found if one.name not in chosen}
 
 

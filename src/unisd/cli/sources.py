@@ -44,13 +44,13 @@ class OwnRows(Task):
 
     splits = ("train", "test", "all")
 
-    def __init__(self, options: RunOptions, seed: int) -> None:
+    def __init__(self, options: RunOptions, seed: int, most: int = RunOptions.max_eval_rows) -> None:
         self.alone = options.train_file is None and options.dataset_name is None
         if self.alone:
             options = replace(options, train_file=options.eval_file, eval_file=None)
         # What is held out is what a run holds out; rows that are given are all answered.
-        most = RunOptions.max_eval_rows if options.eval_file is None else sys.maxsize
-        self.options = replace(options, max_train_rows=None, max_eval_rows=most)
+        given = options.eval_file is not None or number_of(options.eval_split) is not None
+        self.options = replace(options, max_train_rows=None, max_eval_rows=sys.maxsize if given else most)
         self.seed = seed
         files = as_list(options.train_file)
         self.name = named(files or as_list(options.dataset_name), bool(files))
@@ -108,8 +108,10 @@ def tasks_of(own: argparse.Namespace, names: Sequence[str], runs_code: bool = Tr
     if not names:
         options = RunOptions(**given)
         options.check()
-        rows = OwnRows(options, _seed(own))
+        rows = OwnRows(options, *_of_the_run(own))
         return {rows.name: rows}
+    if given.get("eval_split") is not None:
+        raise UserError("--eval_split is for your own rows: of a task, name the split with --split.")
     # a grader belongs to the task jsonl, the others have their own
     RunOptions(**given, task="jsonl" if "jsonl" in names else names[0]).check()
     files = _files_by_task(names, given.get("data_files"))
@@ -142,15 +144,16 @@ def one_task(own: argparse.Namespace, runs_code: bool = True) -> tuple[str, Task
     return found
 
 
-def _seed(own: argparse.Namespace) -> int:
-    """The seed that says which rows are held out: as given, else that of the model's own run."""
-    if own.seed is not None:
-        return int(own.seed)
+def _of_the_run(own: argparse.Namespace) -> tuple[int, int]:
+    """Seed and most rows that say which rows are held out: as given, else as of the model's run."""
+    config: dict[str, Any] = {}
     model = getattr(own, "model_name_or_path", None)
     if model is not None:
         with suppress(OSError, ValueError, KeyError, TypeError):  # no folder, or not of a run of ours
-            return int(json.loads((Path(model) / RESULTS).read_text(encoding="utf-8"))["seed"])
-    return UniSDOptions.seed
+            results = json.loads((Path(model) / RESULTS).read_text(encoding="utf-8"))
+            config = {"seed": int(results["seed"]), **results.get("config", {})}
+    seed = own.seed if own.seed is not None else config.get("seed", UniSDOptions.seed)
+    return int(seed), int(config.get("max_eval_rows", RunOptions.max_eval_rows))
 
 
 def _files_by_task(names: Sequence[str], files: Sequence[str] | None) -> Mapping[str, list[str] | None]:

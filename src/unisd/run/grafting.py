@@ -106,7 +106,7 @@ def point(task: str, scale: float, figures: Mapping[str, Any], answers: Mapping[
     answer.
     """
     names = ("task_accuracy", "retention_accuracy", "gold_ppl")
-    marks = {part: found["correct"] for part, found in answers.items() if found and found["correct"]}
+    marks = {part: found["correct"] for part, found in answers.items() if found and found.get("correct")}
     return {"scale": scale, "task": task, **{name: figures[name] for name in names}, "correct": marks}
 
 

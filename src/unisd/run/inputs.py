@@ -6,7 +6,7 @@ Rows with their grader, the model with its adapter, and what the rows can serve.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from unisd.data.text import problem_key
 from unisd.errors import UserError
 from unisd.models.adapters import is_adapter, make_trainable
 from unisd.run.options import RunOptions, as_list, number_of
-from unisd.run.own_rows import apart, load_own, named
-from unisd.run.retention import RetentionSet, load_sets
+from unisd.run.own_rows import apart, grader_of, load_own, named
+from unisd.run.retention import RetentionSet, load_sets, probed_of
 from unisd.tasks import sandbox
 from unisd.tasks.base import Grade, Task
 
@@ -52,7 +52,7 @@ class RunData:
     @property
     def probed(self) -> RetentionSet | None:
         """The set on whose rows drift is measured: the first with free prompts, else the first."""
-        return next((one for one in self.retention if one.free), next(iter(self.retention), None))
+        return probed_of(self.retention)
 
     @property
     def evaluated(self) -> dict[str, list[Row]]:
@@ -232,8 +232,7 @@ def _retention(options: RunOptions, task: Task | None, others: bool = False) -> 
                 "task %s: some validation rows are test rows too: what they choose looks too good there.",
                 task.name,
             )
-    asked, rows, most = options.retention, options.retention_rows, options.max_eval_rows
-    return load_sets(asked, rows, most, task, options.model_name_or_path, options.grader, others)
+    return load_sets(options, task, others)
 
 
 def _load_dataset(options: RunOptions, name: str, split: str) -> list[Row]:
@@ -276,33 +275,7 @@ def _as_they_stand(builder: Any, split: str) -> list[Row] | None:
 
 
 def _named_grader(options: RunOptions, rows: list[Row], where: str) -> GradeFunction | None:
-    """The grader of the user's own rows, which compares with their answer, or runs their tests."""
-    name = options.grader
-    if name is None:
-        return None
-    from unisd.tasks.graders import check_gold, get_grader
-
-    grader = get_grader(name)
-    code = name == "code"
-    columns = ("tests",) if code else ("answer", "completion")
-    for number, row in enumerate(rows):
-        gold = _gold(row, columns)
-        if gold is None:
-            needed = "a column tests with Python assertions" if code else "a column answer, or a reference"
-            raise UserError(
-                f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row."
-            )
-        check_gold(grader, row, gold, f"{where}, row {number}")
-    if code:
-        sandbox.require(options.allow_unsafe_code_execution)
-        sandbox.allow_unsafe(options.allow_unsafe_code_execution)
-    return lambda row, text: grader(text, grader.gold_of(row, _gold(row, columns)))
-
-
-def _gold(row: Row, columns: Sequence[str]) -> Any:
-    """What the grader compares with: the first of the columns that holds something."""
-    values = (row.get(column) for column in columns)
-    return next((value for value in values if value is not None and str(value).strip()), None)
+    return grader_of(options.grader, options.allow_unsafe_code_execution, rows, where)
 
 
 def fit_mechanisms(config: UniSDConfig, options: RunOptions, rows: list[Row]) -> UniSDConfig:

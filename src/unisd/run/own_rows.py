@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from unisd.data import formats
 from unisd.data.formats import parse_column_mapping
@@ -16,6 +17,7 @@ from unisd.data.reading import load_file
 from unisd.data.rows import Row, hold_out, load_rows
 from unisd.errors import UserError
 from unisd.run.options import RunOptions, as_list, number_of
+from unisd.tasks.base import Grade
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,42 @@ def check_columns(options: RunOptions, needs_reference: bool) -> None:
             rows = load_file(file, say=False)
             if rows:
                 formats.settled(rows, mapping, file, needed, say=False)
+
+
+def grader_of(
+    name: str | None, unsafe: bool, rows: Sequence[Row], where: str
+) -> Callable[[Row, str], Grade] | None:
+    """The grader of the user's own rows, which compares with their answer, or runs their tests.
+
+    Raises:
+        UserError: a row with nothing to compare with, or with what the grader cannot read.
+    """
+    if name is None:
+        return None
+    from unisd.tasks import sandbox
+    from unisd.tasks.graders import check_gold, get_grader
+
+    grader = get_grader(name)
+    code = name == "code"
+    columns = ("tests",) if code else ("answer", "completion")
+    for number, row in enumerate(rows):
+        gold = _gold(row, columns)
+        if gold is None:
+            needed = "a column tests with Python assertions" if code else "a column answer, or a reference"
+            raise UserError(
+                f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row."
+            )
+        check_gold(grader, row, gold, f"{where}, row {number}")
+    if code:
+        sandbox.require(unsafe)
+        sandbox.allow_unsafe(unsafe)
+    return lambda row, text: grader(text, grader.gold_of(row, _gold(row, columns)))
+
+
+def _gold(row: Row, columns: Sequence[str]) -> Any:
+    """What the grader compares with: the first of the columns that holds something."""
+    values = (row.get(column) for column in columns)
+    return next((value for value in values if value is not None and str(value).strip()), None)
 
 
 def references_needed(options: RunOptions, needs_reference: bool) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,9 @@ from unisd import tasks
 from unisd.data.rows import Row, load_rows
 from unisd.errors import UserError
 from unisd.files import RESULTS
+from unisd.run.options import RunOptions
+from unisd.run.own_rows import grader_of
+from unisd.tasks import sandbox
 from unisd.tasks.base import Grade, Task
 
 GENERAL, NONE, POCKET = "general", "none", "pocket"
@@ -46,71 +48,91 @@ class RetentionSet:
         return f"{self.name} ({graded}" + (f", {len(self.free)} free prompts)" if self.free else ")")
 
 
-def load_sets(
-    asked: Sequence[str] | None,
-    rows: int | None,
-    most: int,
-    task: Task | None,
-    model: str,
-    grader: str | None = None,
-    others: bool = False,
-) -> list[RetentionSet]:
+def load_sets(options: RunOptions, task: Task | None, others: bool = False) -> list[RetentionSet]:
     """The sets that were asked for; by default the task's own, and `general` for a real model.
 
     The embedded model knows nothing of the world: without a task that has rows for it, it keeps
     the skills of its own.
 
     Args:
-        asked: `none`, `general`, names of tasks or files of rows.
-        rows: most rows of each.
-        most: the same where `rows` is None; of general no more than `GRADED`.
         task: that of the run, if it has one.
-        grader: of the run's own rows, which grades those of files too.
         others: of a task's own other rows than those that are reported, to choose on.
 
     Raises:
-        UserError: `none` beside others, an unknown name, a file that cannot be read.
+        UserError: `none` beside others, an unknown name, a file that cannot be read, two sets of
+            one name, a set of which nothing would be measured.
     """
+    asked = options.retention
     if asked is not None and NONE in asked:
         if len(asked) > 1:
             raise UserError(f"retention: {NONE} stands alone: leave it out, or the others.")
         return []
-    if asked is not None and (twice := [name for name in asked if list(asked).count(name) > 1]):
-        raise UserError(f"retention: {twice[0]} is given twice.")
-    own = _own(task, rows or most, others) if task is not None else None
-    if asked is not None:
-        return [_named(name, rows, most, own, grader) for name in asked]
-    found = [own] if own is not None and own.rows else []
-    if not is_of_the_pocket(model):
-        return [*found, _general(rows, most)]
-    return found or [_own(tasks.get(POCKET), rows or most)]
+    own = _own(task, options.retention_rows or options.max_eval_rows, others) if task is not None else None
+    if asked is None:
+        found = [own] if own is not None and own.rows else []
+        if not is_of_the_pocket(options.model_name_or_path):
+            return [*found, _general(options)]
+        return found or [_own(tasks.get(POCKET), options.retention_rows or options.max_eval_rows)]
+    found = [_named(name, options, own) for name in asked]
+    names = [one.name for one in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(
+            f"retention: two sets are called {twice}: give one of them another name, or leave it out."
+        )
+    probed = probed_of(found)
+    if unmeasured := next((one for one in found if one.grade is None and one is not probed), None):
+        raise UserError(
+            f"retention: {unmeasured.name} has no grader, and drift is measured on"
+            f" {probed.name if probed else 'nothing'}: give --grader, or {unmeasured.name} alone."
+        )
+    return found
+
+
+def probed_of(sets: Sequence[RetentionSet]) -> RetentionSet | None:
+    """The set on whose rows drift is measured: the first with free prompts, else the first."""
+    return next((one for one in sets if one.free), next(iter(sets), None))
 
 
 def is_of_the_pocket(model: str) -> bool:
-    """Whether a model is the embedded one, or was trained from it."""
-    if model == POCKET:
-        return True
-    with suppress(OSError, ValueError, KeyError, TypeError):  # no folder, or not of a run of ours
-        results = json.loads((Path(model) / RESULTS).read_text(encoding="utf-8"))
-        return bool(results["config"]["model_name_or_path"] == POCKET)
-    return False
+    """Whether a model is the embedded one, or was trained from it, also by several runs."""
+    seen: set[str] = set()
+    while model != POCKET and model not in seen:
+        seen.add(model)
+        folder = Path(model)
+        if folder.name.startswith("checkpoint-"):
+            folder = folder.parent
+        try:
+            results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+            model = str(results["config"]["model_name_or_path"])
+        except (OSError, ValueError, KeyError, TypeError):  # no folder, or not of a run of ours
+            return False
+    return model == POCKET
 
 
-def _named(
-    name: str, rows: int | None, most: int, own: RetentionSet | None, grader: str | None
-) -> RetentionSet:
+def _named(name: str, options: RunOptions, own: RetentionSet | None) -> RetentionSet:
+    limit = options.retention_rows or options.max_eval_rows
     if name == GENERAL:
-        return _general(rows, most)
+        return _general(options)
     if own is not None and name == own.name:
         if not own.rows:
             raise UserError(f"retention: task {name} has no retention rows: leave it out, or give {GENERAL}.")
         return own
     if name in tasks.names():
-        other = tasks.get(name)
-        found = other.retention_rows(limit=rows or most) or other.load("test", limit=rows or most)
+        try:
+            other = tasks.get(name)
+        except UserError as error:
+            raise UserError(
+                f"retention: task {name} cannot be asked ({error}): give its rows as a file."
+            ) from None
+        if other.runs_code:
+            sandbox.require(options.allow_unsafe_code_execution)
+            sandbox.allow_unsafe(options.allow_unsafe_code_execution)
+        found = other.retention_rows(limit=limit) or other.load("test", limit=limit)
         return RetentionSet(name, found, other.grade, cap=other.max_new_tokens)
     if Path(name).suffix and Path(name).exists():
-        return _of_file(name, rows or most, grader)
+        rows = load_rows(name, options.columns, needs_reference=False)[:limit]
+        grade = grader_of(options.grader, options.allow_unsafe_code_execution, rows, name)
+        return RetentionSet(Path(name).stem, rows, grade)
     raise UserError(
         f"retention: {name!r} is neither {NONE}, {GENERAL}, a task ({', '.join(tasks.names())}) nor a file."
     )
@@ -121,25 +143,8 @@ def _own(task: Task, limit: int, others: bool = False) -> RetentionSet:
     return RetentionSet(task.name, rows, task.grade)
 
 
-def _general(rows: int | None, most: int) -> RetentionSet:
-    task, graded = tasks.get(GENERAL), rows or min(GRADED, most)
+def _general(options: RunOptions) -> RetentionSet:
+    task, graded = tasks.get(GENERAL), options.retention_rows or min(GRADED, options.max_eval_rows)
     free = math.ceil(graded * FREE / GRADED)
     loaded = task.load("test", limit=graded), task.load("chat", limit=free)
     return RetentionSet(GENERAL, loaded[0], task.grade, loaded[1], task.max_new_tokens)
-
-
-def _of_file(name: str, limit: int, grader: str | None) -> RetentionSet:
-    found = load_rows(name, needs_reference=False)[:limit]
-    if grader is None or grader == "code":
-        return RetentionSet(Path(name).stem, found)
-    from unisd.tasks.graders import check_gold, get_grader
-
-    judge = get_grader(grader)
-    for number, row in enumerate(found):
-        gold = row.get("answer", row.get("completion"))
-        if gold is None:
-            return RetentionSet(Path(name).stem, found)
-        check_gold(judge, row, gold, f"{name}, row {number}")
-    return RetentionSet(
-        Path(name).stem, found, lambda row, text: judge(text, row.get("answer", row.get("completion")))
-    )

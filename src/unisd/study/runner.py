@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from unisd.errors import UserError
-from unisd.run.options import RunOptions, as_list
+from unisd.run.options import RunOptions, as_list, number_of
 from unisd.run.resolve import resolve, train_parser
 from unisd.study.design import Cell, Options, Run, Study
 from unisd.study.executor import Executor, Job
@@ -77,6 +77,14 @@ def check_runs(runs: Sequence[Run], study: Study) -> None:
 def _check_rows(options: RunOptions, needs_reference: bool, read: set[str]) -> None:
     """Read the rows of a run from the files that it names, each setting of them once."""
     datasets = as_list(options.dataset_name)
+    if options.retention is not None:
+        asked = (options.retention, options.retention_rows, options.grader, options.columns, options.task)
+        if (text := json.dumps(["retention", asked], default=str)) not in read:
+            from unisd.run.inputs import get_task
+            from unisd.run.retention import load_sets
+
+            read.add(text)
+            load_sets(options, get_task(options) if options.task else None)
     local = bool(datasets) and all(Path(name).exists() for name in datasets)
     if options.train_file is None and options.data_files is None and not local:
         return  # a hub's, or a task that needs none
@@ -268,6 +276,8 @@ def _calibrate(run: Run, store: Store, executor: Executor) -> float:
         "max_eval_rows": CALIBRATION_ROWS,
         "save_strategy": "no",
     }
+    if number_of(options.eval_split) is not None:
+        short["eval_split"] = None  # it holds out more rows than a calibration has time for
     folder = store.folder / "calibration"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(yaml.safe_dump(short), encoding="utf-8")
