@@ -146,11 +146,13 @@ def differences(cells: list[Cell], condition: str, reference: str) -> list[str]:
 
 def by_skill(cells: list[Cell], condition: str) -> list[str]:
     """Markdown lines: accuracy on the task's test problems of each skill, one row per method."""
-    skills = np.array([row["skill"] for row in PocketTask().load("test", limit=compare.N_TEST)])
+    groups = finished(cells)
+    count = min((len(group[0]["task_known"]) for group in groups.values()), default=0)
+    skills = np.array([row["skill"] for row in PocketTask().load("test", limit=count)])
     names = sorted(set(skills))
     lines = [
-        [method, *(percent(marks(group, "task")[:, skills == name]) for name in names)]
-        for (method, state), group in finished(cells).items()
+        [method, *(percent(marks(group, "task")[:, :count][:, skills == name]) for name in names)]
+        for (method, state), group in groups.items()
         if state == condition or method == compare.RAW
     ]
     return markdown_table(("task, %", *names), lines)

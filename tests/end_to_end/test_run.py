@@ -80,13 +80,13 @@ def test_pocket_run(
         "student answers:",
         "step 2/2",
         "task accuracy",
-        "retention accuracy",
+        "retention: pocket",
     ):
         assert any(line.startswith(name) for line in shown.splitlines()), name
     folder = tmp_path / "unisd-output" / "unisd-star-pocket-pocket"
     results = read(folder)
     assert (results["schema_version"], results["recipe"], results["model"], results["task"]) == (
-        1,
+        2,
         "unisd-star",
         "pocket",
         "pocket",
@@ -278,15 +278,15 @@ def test_resuming_where_nothing_was_saved_starts_anew(own: list[str], tmp_path: 
         "no",
         "--resume_from_checkpoint",
     ]
-    measure = run.measure
+    measured = measure.measure
 
     def interrupted(*args: Any) -> Any:
         if (tmp_path / "run" / "metrics.jsonl").exists():
             raise KeyboardInterrupt
-        return measure(*args)
+        return measured(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "measure", interrupted)
+        patch.setattr(measure, "measure", interrupted)
         assert main(again) == 130  # after training
     assert (tmp_path / "run" / "model.safetensors").exists() and not (
         tmp_path / "run" / "results.json"
@@ -336,7 +336,8 @@ def test_answers_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert main(["train", *flags, "--output_dir", str(tmp_path / "out")]) == 0
     assert batches == [6, 6, 6, 6]  # task and old skills, before and after
     found = json.loads((tmp_path / "out" / "results.json").read_text())["after"]["retention_ppl"]
-    monkeypatch.setattr("unisd.run.train.drift", lambda *args: measure.drift(*args[:-1]))
+    drift = measure.drift
+    monkeypatch.setattr("unisd.run.measure.drift", lambda *args: drift(*args[:-1]))
     assert main(["train", *flags, "--output_dir", str(tmp_path / "anew")]) == 0
     assert batches[4:] == [6] * 6
     anew = json.loads((tmp_path / "anew" / "results.json").read_text())["after"]["retention_ppl"]

@@ -307,7 +307,9 @@ def test_what_was_chosen_is_printed_and_in_the_results(
     chosen = results["chosen"]
     assert chosen["metric"] == "eval_loss" and chosen["rows"] == 2 and chosen["step"] in (1, 2)
     assert f"chosen: the model of step {chosen['step']} of 2, by eval_loss" in shown
-    assert "on 2 validation rows" in shown and "7 training rows, 1 to report on, 2 for evaluations" in shown
+    shown = " ".join(shown.split())
+    assert "on 2 validation rows" in shown and "7 training rows, 1 to report on" in shown
+    assert ", 2 for evaluations during training" in shown
     assert results["after"]["n_task"] == 1
     state = json.loads((folder / f"checkpoint-{chosen['step']}" / "trainer_state.json").read_text())
     assert state["best_metric"] == pytest.approx(chosen["value"])

@@ -117,7 +117,10 @@ def test_what_a_killed_process_has_left_is_removed(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.long
 def test_a_curve_that_fails_takes_no_results_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fails(*args: object) -> None:
         raise OSError("No space left on device")
@@ -126,4 +129,5 @@ def test_a_curve_that_fails_takes_no_results_along(
     folder = tmp_path / "run"
     assert main(["train", *SHORT_SFT, "--graft_scales", "0.5", "--output_dir", str(folder)]) == 0
     assert (folder / "results.json").is_file() and not (folder / "grafting.json").exists()
-    assert "No space left on device" in caplog.text and f"{folder} --scales 0.5" in caplog.text
+    told = caplog.text + capsys.readouterr().err
+    assert "No space left on device" in told and f"{folder} --scales 0.5" in told

@@ -106,13 +106,19 @@ def test_the_sweep_of_rates_chooses_on_validation_rows(capsys: pytest.CaptureFix
         load_data(parse(["--max_eval_rows", "8", "--max_train_rows", "8", *split])[0])
         for split in (["--eval_split", "validation"], [])
     )
-    for part in ("evaluation", "retention"):
-        prompts = [{row["prompt"] for row in getattr(data, part)} for data in (chosen, reported)]
+    for rows in ("evaluation", "kept"):
+        parts = [
+            data.evaluation if rows == "evaluation" else data.retention[0].rows for data in (chosen, reported)
+        ]
+        prompts = [{row["prompt"] for row in part} for part in parts]
         assert len(prompts[0]) == 8 and prompts[0].isdisjoint(prompts[1])
     for flags, told in (
         (["--eval_split", "train"], "would report on what is trained on"),
         (["--eval_split", "dev"], "dev"),
-        (["--eval_split", "validation", "--train_file", "rows.jsonl"], "eval_split belongs to a task"),
+        (
+            ["--eval_split", "validation", "--train_file", "rows.jsonl"],
+            "splits by name belong to dataset_name",
+        ),
     ):
         with pytest.raises(UserError, match=told):
             load_data(parse(flags)[0])

@@ -35,7 +35,10 @@ def _in_shares(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any])
     if ranks == 1:
         return work(items)
     parts: list[list[Any]] = [[] for _ in range(ranks)]
-    dist.all_gather_object(parts, work(items[dist.get_rank() :: ranks]))
+    mine = items[dist.get_rank() :: ranks]
+    # A rank without a share does an item again: of a sharded model all must generate.
+    done = work(mine) if mine or not items else work(items[:1])[:0]
+    dist.all_gather_object(parts, done)
     return [parts[i % ranks][i // ranks] for i in range(len(items))]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from unisd.config import UniSDConfig
@@ -201,11 +202,11 @@ class Measurements:
                 return measure(model, tokenizer, self.data, self.config)
 
         further = {"trust_remote_code": options.trust_remote_code, "load_in_4bit": options.load_in_4bit}
-        base = grafting.base_of(folder, options.model_name_or_path)
+        base = grafting.base_of(folder, None if options.use_peft else options.model_name_or_path)
         found = grafting.curve(folder, base, scales, measured, **further)
         sides = {grafting.NONE: (before["figures"], before["answers"]), **found, grafting.ALL: after}
         points = [grafting.point(self.data.name, scale, *side) for scale, side in sides.items()]
-        grafting.add(self.trainer.args.output_dir, points)
+        grafting.add(Path(folder), points)
         return points
 
 
