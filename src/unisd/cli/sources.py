@@ -120,8 +120,7 @@ def tasks_of(own: argparse.Namespace, names: Sequence[str], runs_code: bool = Tr
     for name in names:
         task = tasks.from_flags(name, files[name], own.task_options, grader if name == "jsonl" else None)
         if runs_code and task.runs_code:
-            sandbox.require(own.allow_unsafe_code_execution)
-            sandbox.allow_unsafe(own.allow_unsafe_code_execution)
+            sandbox.require_with(own.allow_unsafe_code_execution)
         found[name] = task
     return found
 

@@ -70,8 +70,7 @@ def get_task(options: RunOptions) -> Task:
     grader = options.grader if options.task == "jsonl" else None
     task = tasks.from_flags(options.task, options.data_files, options.task_options, grader, **own)
     if task.runs_code:
-        sandbox.require(options.allow_unsafe_code_execution)
-        sandbox.allow_unsafe(options.allow_unsafe_code_execution)
+        sandbox.require_with(options.allow_unsafe_code_execution)
     return task
 
 

@@ -65,8 +65,7 @@ def grader_of(
             )
         check_gold(grader, row, gold, f"{where}, row {number}")
     if code:
-        sandbox.require(unsafe)
-        sandbox.allow_unsafe(unsafe)
+        sandbox.require_with(unsafe)
     return lambda row, text: grader(text, grader.gold_of(row, _gold(row, columns)))
 
 

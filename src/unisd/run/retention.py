@@ -67,12 +67,13 @@ def load_sets(options: RunOptions, task: Task | None, others: bool = False) -> l
         if len(asked) > 1:
             raise UserError(f"retention: {NONE} stands alone: leave it out, or the others.")
         return []
-    own = _own(task, options.retention_rows or options.max_eval_rows, others) if task is not None else None
+    limit = options.retention_rows or options.max_eval_rows
+    own = _own(task, limit, others) if task is not None else None
     if asked is None:
         found = [own] if own is not None and own.rows else []
         if not is_of_the_pocket(options.model_name_or_path):
             return [*found, _general(options)]
-        return found or [_own(tasks.get(POCKET), options.retention_rows or options.max_eval_rows)]
+        return found or [_own(tasks.get(POCKET), limit)]
     found = [_named(name, options, own) for name in asked]
     names = [one.name for one in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -125,8 +126,7 @@ def _named(name: str, options: RunOptions, own: RetentionSet | None) -> Retentio
                 f"retention: task {name} cannot be asked ({error}): give its rows as a file."
             ) from None
         if other.runs_code:
-            sandbox.require(options.allow_unsafe_code_execution)
-            sandbox.allow_unsafe(options.allow_unsafe_code_execution)
+            sandbox.require_with(options.allow_unsafe_code_execution)
         found = other.retention_rows(limit=limit) or other.load("test", limit=limit)
         return RetentionSet(name, found, other.grade, cap=other.max_new_tokens)
     if Path(name).suffix and Path(name).exists():

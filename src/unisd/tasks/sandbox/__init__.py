@@ -104,6 +104,16 @@ def require(allow_unsafe: bool | None = None) -> bool:
     return missing is None
 
 
+def require_with(allowed: bool) -> None:
+    """Keep what the user says of unsafe runs, once it is known that programs can be run with it.
+
+    Raises:
+        UserError: see `require`.
+    """
+    require(allowed)
+    allow_unsafe(allowed)
+
+
 def run_program(
     code: str, tests: str, timeout_s: float = 10.0, memory_mb: int = 1024, *, allow_unsafe: bool | None = None
 ) -> Verdict:
