@@ -85,7 +85,9 @@ def test_records_say_what_plain_passes_say(tmp_path: Path) -> None:
         for name, values in expected.items():
             assert record[name][0] is None, "the skipped token carries no loss"
             assert record[name][1:] == pytest.approx(values[1:].tolist(), abs=2e-4), name
-        for place, (text, logp) in enumerate(zip(record["teacher_top"], record["teacher_top_logp"], strict=True)):
+        for place, (text, logp) in enumerate(
+            zip(record["teacher_top"], record["teacher_top_logp"], strict=True)
+        ):
             top = int(q[place].argmax())
             if place == 0 or top == ids[place]:
                 assert text is None and logp is None

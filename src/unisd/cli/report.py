@@ -9,7 +9,6 @@ from unisd.cli.parser import CommandParser, output_file
 from unisd.errors import UserError
 from unisd.files import METRICS, REPORT, RESULTS, write_text
 
-
 COMPARISON = "comparison.html"
 PAGE_HEAD = b'name="generator" content="unisd"'
 FIGURES_OF_A_STUDY = "--figures belongs to a study; a run's page holds its figures."

@@ -44,8 +44,8 @@ def build(folders: Sequence[Path]) -> str:
     Raises:
         UserError: too many, one twice, or one that is not a finished run.
     """
-    runs = _read(folders)
-    paired, unpaired = _paired(runs)
+    runs = read(folders)
+    tested, untested = paired(runs)
     metrics = {run.name: run.metrics for run in runs}
     every = [line for run in runs for line in run.metrics]
     return render(
@@ -53,8 +53,8 @@ def build(folders: Sequence[Path]) -> str:
         title=f"{len(runs)} runs side by side",
         verdict="",
         runs=_table(runs),
-        paired=paired,
-        unpaired=unpaired,
+        paired=tested,
+        unpaired=untested,
         options=_options(runs),
         answers=_answers(runs),
         curves=plots.overlaid((*evaluations(every), *MAIN), metrics),
@@ -62,7 +62,8 @@ def build(folders: Sequence[Path]) -> str:
     )
 
 
-def _read(folders: Sequence[Path]) -> list[Run]:
+def read(folders: Sequence[Path]) -> list[Run]:
+    """What the runs wrote; raises as `build` does."""
     if len(folders) > MAX_RUNS:
         raise UserError(f"{len(folders)} runs are too many for one page: give at most {MAX_RUNS}.")
     whole = [folder.resolve() for folder in folders]
@@ -93,7 +94,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _table(runs: Sequence[Run]) -> list[list[str]]:
     """A line for each run: verdicts with their figures, and what it cost."""
     names = list(dict.fromkeys(tile.name for run in runs for tile in tiles_of(run.results)))
-    lines = [["run", "recipe", *names, "after, task", "time", "tokens trained", "peak memory"]]
+    lines = [["run", "recipe", "task after", *names, "time", "tokens trained", "peak memory"]]
     for run in runs:
         results, cost = run.results, run.results.get("cost")
         said = {tile.name: ", ".join(filter(None, (tile.value, tile.word))) for tile in tiles_of(results)}
@@ -101,8 +102,8 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
             [
                 run.name,
                 str(results["recipe"]),
-                *(said.get(name, "-") for name in names),
                 percent(results["after"]["task_accuracy"]),
+                *(said.get(name, "-") for name in names),
                 f"{results['wall_s']:.0f} s",
                 "-" if cost is None else f"{cost['tokens']['trained']:,}",
                 "-" if cost is None else f"{cost['peak_memory_bytes'] / (1 << 20):,.0f} MiB",
@@ -111,7 +112,7 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
     return lines
 
 
-def _paired(runs: Sequence[Run]) -> tuple[list[Figures], str]:
+def paired(runs: Sequence[Run]) -> tuple[list[Figures], str]:
     """Each two runs on the rows that both answered; and which could not be compared."""
     found, missing = [], set()
     for part in dict.fromkeys(part for run in runs for part in run.answers):
@@ -122,7 +123,7 @@ def _paired(runs: Sequence[Run]) -> tuple[list[Figures], str]:
                 missing.add(f"{one.name} and {other.name} ({PARTS.get(part, part)})")
                 continue
             counts = items(*(side["after"] for side in sides if side is not None))
-            difference = 100 * (counts["gained"] - counts["lost"]) / max(sum(map(int, _counts(counts))), 1)
+            difference = 100 * (counts["gained"] - counts["lost"]) / max(sum(_counts(counts)), 1)
             rows.append(
                 [
                     f"{one.name} / {other.name}",
@@ -133,7 +134,9 @@ def _paired(runs: Sequence[Run]) -> tuple[list[Figures], str]:
             )
         head = ["first / second", "both right", "first only", "second only", "neither"]
         if rows:
-            found.append({"name": PARTS.get(part, part), "rows": [[*head, "second's points more", "p"], *rows]})
+            found.append(
+                {"name": PARTS.get(part, part), "rows": [[*head, "second's points more", "p"], *rows]}
+            )
     said = "; ".join(sorted(missing))
     return found, f"Not the same graded rows, so not tested: {said}." if missing else ""
 
@@ -188,7 +191,7 @@ def _card(runs: Sequence[Run], examples: Sequence[Figures]) -> Figures:
 
 
 def _sameness(sides: Sequence[Mapping[str, Any]]) -> int:
-    """0 where verdicts differ, 1 where only texts do, 2 where nothing does; `before` is left out."""
+    """0 where verdicts differ, 1 where only texts do, 2 where nothing does, but for `before`."""
     after = [side for side in sides if side["name"] != "before"]
     if len({side["correct"] for side in after}) > 1:
         return 0

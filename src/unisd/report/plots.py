@@ -105,7 +105,9 @@ class Plot:
         size = re.search(r'viewBox="0 0 ([\d.]+)', svg)
         # 1 pt drawn: at most 1.6 px shown
         limit = f' style="max-width:{float(size[1]) * 1.6:.0f}px"' if wide and size else ""
-        points = "" if self.points is None else f' tabindex="0" data-curve="{escape(json.dumps(self.points))}"'
+        points = (
+            "" if self.points is None else f' tabindex="0" data-curve="{escape(json.dumps(self.points))}"'
+        )
         return Markup(f"<figure{limit}{points}>{svg}</figure>")
 
     def write(self, path: Path) -> None:
@@ -181,9 +183,7 @@ Wanted = Sequence[tuple[str, str, Mapping[str, str]]]
 """Title, unit, and name -> metric of each figure."""
 
 
-def curves(
-    wanted: Wanted, metrics: Sequence[Mapping[str, Any]], marks: Sequence[float] = ()
-) -> list[Markup]:
+def curves(wanted: Wanted, metrics: Sequence[Mapping[str, Any]], marks: Sequence[float] = ()) -> list[Markup]:
     """The wanted figures, without those whose metrics are not there or 0 throughout.
 
     Each is drawn over the steps that have its metrics: a probe taken every fifth step is a line

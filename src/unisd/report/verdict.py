@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ from unisd.console import number
 from unisd.run.changes import clearly_lost, moved_far
 
 BY_CHANCE = 0.05
-"""Chance of as many gained and lost answers in a model that has not changed: a clear change is rarer."""
+"""A change is clear where chance would do as much more rarely (McNemar's exact test)."""
 GOOD, BAD, OPEN = "good", "bad", ""
+TASK, ALARMS = "task", "alarms"
 Figures = Mapping[str, Any]
 
 
@@ -31,10 +32,12 @@ def tiles_of(results: Figures) -> list[Tile]:
     return [*_task(results), *_retention(results), *_drift(results), _alarms(results.get("alarms"))]
 
 
-def sentence(tiles: list[Tile]) -> str:
-    """The same in one line."""
-    said = [f"{tile.name} {tile.value}{f', {tile.word}' if tile.word else ''}" for tile in tiles]
-    return "; ".join(said)
+def sentence(tiles: Sequence[Tile]) -> str:
+    """The same in one line: the figures of the task, the words of the others, alarms if any."""
+    task = [f"{tile.value}{f' ({tile.word})' if tile.word else ''}" for tile in tiles if tile.name == TASK]
+    others = [f"{tile.name}: {tile.word}" for tile in tiles if tile.word and tile.name not in (TASK, ALARMS)]
+    alarms = [f"alarms: {tile.value}" for tile in tiles if tile.name == ALARMS and tile.kind == BAD]
+    return "; ".join([*task, *others, *alarms])
 
 
 def _task(results: Figures) -> Iterator[Tile]:
@@ -43,7 +46,7 @@ def _task(results: Figures) -> Iterator[Tile]:
         old, new = (results[when]["gold_ppl"] for when in ("before", "after"))
         if old is not None and new is not None:
             value = f"{number(old)} \u2192 {number(new)}"
-            yield Tile("task", value, note="perplexity of the references: nothing grades the answers")
+            yield Tile(TASK, value, note="perplexity of the references: nothing grades the answers")
         return
     change = after["value"] - before["value"]
     note = f"{100 * change:+.1f} points, {after['n']} rows"
@@ -54,7 +57,7 @@ def _task(results: Figures) -> Iterator[Tile]:
         clear = found["p"] < BY_CHANCE
         word = "no clear change" if not clear else "learned" if change > 0 else "worse"
         kind = OPEN if not clear else GOOD if change > 0 else BAD
-    yield Tile("task", _from_to(before, after), word, note, kind)
+    yield Tile(TASK, _from_to(before, after), word, note, kind)
 
 
 def _retention(results: Figures) -> Iterator[Tile]:
@@ -91,9 +94,9 @@ def _drift(results: Figures) -> Iterator[Tile]:
 
 def _alarms(alarms: Any) -> Tile:
     if alarms is None:
-        return Tile("alarms", "-", "nobody watched")
+        return Tile(ALARMS, "-", "nobody watched")
     names = ", ".join(dict.fromkeys(str(alarm["name"]) for alarm in alarms))
-    return Tile("alarms", str(len(alarms)), note=names[:200], kind=BAD if alarms else OPEN)
+    return Tile(ALARMS, str(len(alarms)), note=names[:200], kind=BAD if alarms else OPEN)
 
 
 def _from_to(old: Figures, new: Figures) -> str:
