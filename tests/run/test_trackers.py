@@ -70,7 +70,7 @@ def test_each_tracker_gets_tables_before_it_is_closed(found: Any) -> None:
         for callback in (tensorboard, wandb, trackio):
             callback.on_train_end(None, STATE, None)
         assert CALLS == [("open",)], "the end of the training closes nothing"
-        trackers.tell(found)
+        trackers.tell(lambda: found)
     names = [name for name, *_ in CALLS]
     assert names == ["open", *["add_text"] * 3, "add_hparams", "log", "log", "close", "finish"]
     texts = {name: text for kind, name, text, *_ in (c for c in CALLS if c[0] == "add_text")}
@@ -93,7 +93,7 @@ def test_a_tracker_that_fails_costs_only_itself(found: Any, caplog: pytest.LogCa
     broken = made(WandbCallback, _wandb=SimpleNamespace(run=1), _log_model=SimpleNamespace(is_enabled=False))
     fine = made(TrackioCallback, _trackio=Library(), _initialized=True, _space_id=None)
     with caplog.at_level(logging.WARNING):
-        Trackers([closed, broken, fine]).tell(found)
+        Trackers([closed, broken, fine]).tell(lambda: found)
     assert "WandbCallback did not take the results" in caplog.text and [name for name, *_ in CALLS] == ["log"]
 
 

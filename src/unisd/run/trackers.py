@@ -111,12 +111,12 @@ class Trackers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tell(self, found: Told) -> None:
-        """Hand it over; what goes wrong with a tracker must not take the run's results along."""
+    def tell(self, gather: Callable[[], Told]) -> None:
+        """Hand it over; what goes wrong with that must not take the run's results along."""
         for callback in self._kept:
             try:
                 tell = next(tell for kind, tell in TELL.items() if isinstance(callback, kind))
-                tell(callback, found)
+                tell(callback, gather())
             except Exception as error:
                 name, reason = type(callback).__name__, " ".join(str(error).split())
                 logger.warning(

@@ -372,7 +372,7 @@ def _finish(setting: Setting, options: RunOptions, folder: Path, results: Result
         outputs.write_json(folder / outputs.RESULTS, results)
         settings = results["config"]  # without tokens and passwords
         given = {name: settings[name] for name in options.values if name in settings}
-        setting.trackers.tell(told(results, pairs, read_lines(folder / SAMPLES), given))
+        setting.trackers.tell(lambda: told(results, pairs, read_lines(folder / SAMPLES), given))
     if config.push_to_hub:
         trainer.create_model_card = lambda *args, **kwargs: None
         trainer.push_to_hub()
