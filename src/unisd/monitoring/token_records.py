@@ -184,8 +184,8 @@ def likeliest(head: Head, hidden_NH: Tensor, spec: DivergenceSpec) -> tuple[list
     """The likeliest token of each state and its log-probability; few at a time."""
     tops: list[int] = []
     logps: list[float] = []
-    for block_NH in hidden_NH.split(BLOCK):
-        logp_N, top_N = head.log_probs(block_NH, spec.temperature).max(-1)
+    for start in range(0, len(hidden_NH), BLOCK):
+        logp_N, top_N = head.log_probs(hidden_NH[start : start + BLOCK], spec.temperature).max(-1)
         tops += top_N.tolist()
         logps += logp_N.tolist()
     return tops, logps

@@ -219,7 +219,7 @@ def before_after(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, flo
     """Accuracies in percent with their intervals, before and after, one line each."""
     with _figure(5.0, 0.7 + 0.38 * len(rows)) as (figure, axes):
         sides = (("before", -0.13, "--soft", "o"), ("after", 0.13, SERIES[0], "D"))
-        told = {}
+        told: dict[str, str] = {}
         for place, (row, *both) in enumerate(rows):
             for side, (name, offset, colour, mark) in zip(both, sides, strict=True):
                 value, low, high = (100 * side[key] for key in ("value", "low", "high"))
@@ -268,7 +268,7 @@ def forest(panels: Sequence[Panel], margin: float) -> Plot:
         figure,
         grid,
     ):
-        told = {}
+        told: dict[str, str] = {}
         for axes, (title, lines) in zip(grid[0], panels, strict=True):
             judged = title.endswith("(points)")
             if judged:
@@ -309,7 +309,7 @@ def trade_off(cells: Sequence[tuple[str, float, float]], front: Sequence[str]) -
             linewidth=1,
             label="Pareto front",
         )
-        told = {}
+        told: dict[str, str] = {}
         for number, (name, gain, kept) in enumerate(cells):
             colour, gid = _colour(SERIES[1] if name in front else SERIES[0]), f"told-{number}"
             told[gid] = f"{name}: task {gain:+.1f}, retention {kept:+.1f} points"

@@ -97,7 +97,7 @@ class Trackers:
     """
 
     def __init__(self, callbacks: Iterable[Any]) -> None:
-        self._kept = [one for one in callbacks if isinstance(one, tuple(TELL))]
+        self._kept: list[Any] = [one for one in callbacks if isinstance(one, tuple(TELL))]
         self._ends: list[Callable[[], Any]] = []
         for callback in self._kept:
             callback.on_train_end = partial(self._keep_open, callback.on_train_end)
