@@ -67,6 +67,18 @@ def drift_of(detail: Mapping[str, Any] | None, name: str) -> Figures | None:
     }
 
 
+def clearly_lost(found: Figures) -> bool:
+    """Whether items (see `items`) were lost beyond chance, and by a share that matters."""
+    count = sum(found[name] for name in ("kept", "lost", "gained", "neither"))
+    return bool(found["p"] < CLEARLY and found["lost"] - found["gained"] >= LOST_AT_LEAST * count)
+
+
+def moved_far(drift: Figures) -> bool:
+    """Whether the base's own answers have become clearly less likely, by an amount that matters."""
+    nats = drift["nats"]
+    return nats is not None and bool(nats["value"] > FORGOTTEN_NATS and nats["low"] > 0)
+
+
 def forgotten(retention: Sequence[Figures], drift: Figures | None) -> str | None:
     """Say in words what was lost from before the training to after it; None: nothing clear.
 
@@ -76,14 +88,13 @@ def forgotten(retention: Sequence[Figures], drift: Figures | None) -> str | None
     said = []
     for one in retention:
         found = one["items"]
-        count = sum(found[name] for name in ("kept", "lost", "gained", "neither"))
-        if found["p"] < CLEARLY and found["lost"] - found["gained"] >= LOST_AT_LEAST * count:
+        if clearly_lost(found):
             said.append(
                 f"{found['lost']} of {found['kept'] + found['lost']} items of {one['name']} that were right"
                 f" are lost, {found['gained']} gained"
             )
-    nats = None if drift is None else drift["nats"]
-    if drift is not None and nats is not None and nats["value"] > FORGOTTEN_NATS and nats["low"] > 0:
+    if drift is not None and moved_far(drift):
+        nats = drift["nats"]
         said.append(
             f"the base's own answers to {drift['set']} lost {nats['value']:.2f} nats a token (perplexity"
             f" {drift['reverse']['before']:.2f} to {drift['reverse']['after']:.2f})"

@@ -25,7 +25,7 @@ from unisd.data.rows import Row
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
-from unisd.files import ANSWERS, GRAFTING
+from unisd.files import ANSWERS, GRAFTING, SAMPLES, read_lines
 from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM, can_checkpoint, context_length
 from unisd.monitoring.alarms import Alarm
@@ -46,6 +46,7 @@ from unisd.run.inputs import (
 from unisd.run.measure import Measurements, compared, kept_of, pair_answers
 from unisd.run.options import ONE_PROCESS, RunOptions
 from unisd.run.prepare import prepare
+from unisd.run.trackers import Trackers, told
 from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import holds_optimizer, last_complete_checkpoint
 from unisd.training.guards import Interruption
@@ -70,6 +71,7 @@ class Setting:
     tokenizer: Any
     progress: ProgressDisplay
     interruption: Interruption
+    trackers: Trackers
 
 
 def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Console) -> Setting:
@@ -105,7 +107,8 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
     config = trainer.args = _within_memory(trainer, options, config)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    return Setting(data, config, trainer, tokenizer, progress, interruption)
+    trackers = Trackers(trainer.callback_handler.callbacks)
+    return Setting(data, config, trainer, tokenizer, progress, interruption, trackers)
 
 
 def _settle_rendering(tokenizer: Any, config: UniSDConfig, data: RunData) -> None:
@@ -219,6 +222,13 @@ def _carried_out(
     setting: Setting, options: RunOptions, checkpoint: str | bool | None, console: Console, started: float
 ) -> Results | None:
     """Before, training, after and report; None if the training was stopped."""
+    with setting.trackers:
+        return _measured(setting, options, checkpoint, console, started)
+
+
+def _measured(
+    setting: Setting, options: RunOptions, checkpoint: str | bool | None, console: Console, started: float
+) -> Results | None:
     trainer, config, data = setting.trainer, setting.config, setting.data
     folder, is_writer = Path(str(config.output_dir)), trainer.is_world_process_zero()
     if is_writer or all_ranks_must_join(trainer.model):  # in writing the example
@@ -260,7 +270,7 @@ def _carried_out(
     pairs = pair_answers(data, before["answers"], answers)
     if is_writer:  # before results.json, which completes a run
         outputs.write_json(folder / ANSWERS, pairs)
-    _finish(setting, options, config, folder, results)
+    _finish(setting, options, folder, results, pairs)
     if is_writer:
         _report(console, results, folder, options, points, pairs)
     return results
@@ -353,15 +363,16 @@ def _save_model(setting: Setting, folder: Path) -> None:
         setting.tokenizer.save_pretrained(str(folder))
 
 
-def _finish(
-    setting: Setting, options: RunOptions, config: UniSDConfig, folder: Path, results: Results
-) -> None:
-    trainer = setting.trainer
+def _finish(setting: Setting, options: RunOptions, folder: Path, results: Results, pairs: Results) -> None:
+    trainer, config = setting.trainer, setting.config
     if trainer.is_world_process_zero():
         (folder / "README.md").write_text(
             outputs.model_card(results, options, change_lines(results)), encoding="utf-8"
         )
         outputs.write_json(folder / outputs.RESULTS, results)
+        settings = results["config"]  # without tokens and passwords
+        given = {name: settings[name] for name in options.values if name in settings}
+        setting.trackers.tell(lambda: told(results, pairs, read_lines(folder / SAMPLES), given))
     if config.push_to_hub:
         trainer.create_model_card = lambda *args, **kwargs: None
         trainer.push_to_hub()
