@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unisd.cli.parser import CommandParser, output_file
+from unisd.console import loading
 from unisd.errors import UserError
 from unisd.files import METRICS, REPORT, RESULTS, write_text
 
@@ -41,7 +42,8 @@ def report_command(arguments: Sequence[str]) -> int:
 
     out = options.out or folder / REPORT
     if (folder / RUNS).is_file():
-        text = _study(folder, out, options.figures, not options.no_run_pages)
+        with loading(f"the runs of {folder}"):
+            text = _study(folder, out, options.figures, not options.no_run_pages)
     elif (folder / RESULTS).is_file() or (folder / METRICS).is_file():
         from unisd.report import run_page
 
