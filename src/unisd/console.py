@@ -89,6 +89,10 @@ class _Handler(logging.StreamHandler[Any]):
         super().emit(record)
 
 
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def quiet_libraries() -> None:
     """Silence the chatter of the foundations; our own notes and warnings go to stderr, one line
     each.
@@ -106,6 +110,7 @@ def quiet_libraries() -> None:
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     disable_progress_bars()
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # its import sets the level that it likes
     for name in ("accelerate", "peft", "huggingface_hub", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings(
