@@ -89,6 +89,14 @@ class _Handler(logging.StreamHandler[Any]):
         super().emit(record)
 
 
+@cache
+def _disable_other_bars() -> None:
+    """Switch off the bars of tqdm that have no switch of their own, as of a GGUF file's tensors."""
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
@@ -100,16 +108,13 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars
-    from tqdm.std import tqdm  # type: ignore[import-untyped]
-
-    if not isinstance(vars(tqdm)["__init__"], partialmethod):  # the bars that have no switch: of GGUF
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     disable_progress_bars()
+    _disable_other_bars()
     logging.getLogger("DeepSpeed").addFilter(_is_error)  # its import sets the level that it likes
     for name in ("accelerate", "peft", "huggingface_hub", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -90,7 +90,9 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
     if options.verbose:
         show_table(console, ("memory of one device", "estimate"), [[*item] for item in readable.items()])
     else:
-        given = {k: v for k, v in outputs.resolved(options, config).items() if k in options.explicit}
+        given = {
+            k: v for k, v in outputs.resolved(options, config).items() if k in options.explicit - {"dry_run"}
+        }
         say("given: " + (", ".join(f"{name}={value}" for name, value in given.items()) or "no option"))
         say(f"memory of one device: about {readable['total']}")
     say(f"output folder: {folder}")
