@@ -224,9 +224,10 @@ def show_table(
             table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
         for row, style in zip(rows, [*styles, *[""] * (len(rows) - len(styles))], strict=True):
             table.add_row(*map(Text, row[:-1]), Text(row[-1], style=style))
-        if any(styles):
-            table.caption = Text.assemble(("better", BETTER), ", ", ("worse", WORSE), ", ", ("noise", NOISE))
         console.print(table)
+        if any(styles):
+            legend = (("better", BETTER), ", ", ("worse", WORSE), ", ", ("within noise", NOISE))
+            console.print(Text.assemble(*legend))
         return
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
     if title:

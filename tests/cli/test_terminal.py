@@ -94,7 +94,7 @@ def test_counter_and_time_left_survive_on_a_narrow_terminal(width: int) -> None:
 
 
 def test_bars_of_libraries_are_off(capfd: pytest.CaptureFixture[str]) -> None:
-    shown.quiet_libraries()
+    shown._disable_other_bars()
     from tqdm.auto import tqdm
 
     assert [*tqdm(range(3), desc="Converting and de-quantizing GGUF tensors...")] == [0, 1, 2]
@@ -155,7 +155,10 @@ def test_the_table_is_coloured_on_a_terminal_only(capsys: pytest.CaptureFixture[
     for console in (colourful, plain, shown.make_console()):
         shown.show_table(console, ("", "change"), rows, styles=styles)
     written = colourful.file.getvalue()  # type: ignore[attr-defined]
-    assert "\x1b[32m+1" in written and "\x1b[31m-1" in written and "noise" in written
+    assert re.search(r"\x1b\[32m +\+1", written) and re.search(r"\x1b\[31m +-1", written)
+    assert (
+        written.splitlines()[-1] == "\x1b[32mbetter\x1b[0m, \x1b[31mworse\x1b[0m, \x1b[2mwithin noise\x1b[0m"
+    )
     assert not re.search(r"\x1b\[3[12]m", plain.file.getvalue())  # type: ignore[attr-defined]
     assert capsys.readouterr().out == "   change\na  +1\nb  -1\n"
 
