@@ -169,7 +169,7 @@ def make_progress(console: Console, *further: TextColumn, transient: bool = Fals
     counter = MofNCompleteColumn(table_column=Column(no_wrap=True))
     left = TimeRemainingColumn(table_column=Column(no_wrap=True))
     return Progress(
-        name, *bar, counter, left, *further, console=console, expand=True,
+        name, *bar, counter, left, *further, console=console, expand=bool(bar or further),
         transient=transient, redirect_stdout=sys.stdout.isatty(),
     )  # fmt: skip
 
@@ -192,7 +192,7 @@ def show_progress(description: str, total: int, shown: bool | None = None) -> It
         now = time.monotonic()
         if bar is None and wanted and (shown or now - start > SILENT_S):
             bar = make_progress(live_console(), transient=sys.stderr.isatty())
-            bar.add_task(description, total=total)
+            bar.add_task(description, total=total, completed=done)
             bar.start()
         if bar is not None:
             bar.update(bar.task_ids[0], completed=done)
