@@ -118,8 +118,8 @@ def change_styles(results: Figures) -> list[str]:
 
 def _lines(results: Figures) -> list[Line]:
     before, after = results["before"], results["after"]
-    sides = (side_of(side, "task_accuracy", "skills") for side in (before, after))
-    lines = _accuracy_lines("task accuracy", *sides, (results.get("acquisition") or {}).get("items"))
+    old, new = (side_of(side, "task_accuracy", "skills") for side in (before, after))
+    lines = _accuracy_lines("task accuracy", old, new, (results.get("acquisition") or {}).get("items"))
     lines += [(cells, "") for cells in detail_lines(before, after) + unsettled_lines(before, after)]
     if after["gold_ppl"] is not None and before["gold_ppl"] is not None:
         found = change(before["gold_ppl"], after["gold_ppl"])
@@ -127,9 +127,8 @@ def _lines(results: Figures) -> list[Line]:
     if "drift" not in results:  # of an earlier version
         return lines + _earlier_lines(before, after)
     for one in results["retention"]:
-        sides = (side["retention"][one["name"]] for side in (before, after))
-        found = one["items"]
-        lines += _accuracy_lines(f"retention: {one['name']}", *sides, found)
+        old, new, found = *(side["retention"][one["name"]] for side in (before, after)), one["items"]
+        lines += _accuracy_lines(f"retention: {one['name']}", old, new, found)
         counts = f"{found['kept']} / {found['lost']} / {found['gained']}"
         cells = ["  items kept / lost / gained", "", counts, f"p {found['p']:.2g}"]
         lines.append((cells, _style_of_items(found)))
