@@ -10,10 +10,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from typing import NamedTuple
 
-from benchmarks.options import Options, Ratios, Rows
+from benchmarks.options import Function, Options, Ratios, Rows
 from unisd.cli.main import COMMANDS
 
 FIRST = {
@@ -28,16 +26,9 @@ FIRST = {
 """Commands that load something, as they are started for their first line."""
 
 
-class Cost(NamedTuple):
-    """What a process took."""
-
-    cpu_s: float
-    peak_bytes: float
-
-
 def start(o: Options) -> tuple[Rows, Ratios]:
     """CPU seconds of help and of a misspelt flag, to the first line, and of a dry run."""
-    calls: dict[str, Callable[[], Cost]] = {}
+    calls: dict[str, Function] = {}
     for name in COMMANDS:
         calls[f"help: {name}"] = lambda name=name: whole(name, "--help")  # type: ignore[misc]
         calls[f"typo: {name}"] = lambda name=name: whole(name, "--sede", "3")  # type: ignore[misc]
@@ -51,9 +42,8 @@ def start(o: Options) -> tuple[Rows, Ratios]:
         rows.append(
             {
                 "impl": name,
-                "cpu_s": statistics.median(cost.cpu_s for cost in found),
-                "extra_memory_mb": statistics.median(cost.peak_bytes for cost in found) / 1e6,
-                "cpus_s": [cost.cpu_s for cost in found],
+                "cpu_s": statistics.median(found),
+                "cpus_s": found,
                 "repetitions": len(found),
             }
         )
@@ -70,23 +60,23 @@ def _process(folder: str, *words: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _ended(process: subprocess.Popen[bytes]) -> Cost:
-    """Wait for a process; its own usage, which no other process of this one mixes into."""
+def _ended(process: subprocess.Popen[bytes]) -> float:
+    """Wait for a process; its own CPU seconds, user and system."""
     assert process.stdout is not None
     process.stdout.read()
     process.stdout.close()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return usage.ru_utime + usage.ru_stime
 
 
-def whole(*words: str) -> Cost:
+def whole(*words: str) -> float:
     """A command from start to end."""
     with tempfile.TemporaryDirectory() as folder:
         return _ended(_process(folder, *words))
 
 
-def to_first_line(*words: str) -> Cost:
+def to_first_line(*words: str) -> float:
     """A command until it has written a line, where it is killed."""
     with tempfile.TemporaryDirectory() as folder:
         process = _process(folder, *words)
