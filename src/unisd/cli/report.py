@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unisd.cli.parser import CommandParser, output_file
-from unisd.console import loading
 from unisd.errors import UserError
 from unisd.files import METRICS, REPORT, RESULTS, write_text
 
@@ -42,8 +41,7 @@ def report_command(arguments: Sequence[str]) -> int:
 
     out = options.out or folder / REPORT
     if (folder / RUNS).is_file():
-        with loading(f"the runs of {folder}"):
-            text = _study(folder, out, options.figures, not options.no_run_pages)
+        text = _study(folder, out, options.figures, not options.no_run_pages)
     elif (folder / RESULTS).is_file() or (folder / METRICS).is_file():
         from unisd.report import run_page
 
