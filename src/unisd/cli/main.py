@@ -76,6 +76,12 @@ COMMANDS = {
     "recipes": Command("[NAME]", "published methods as files", "unisd.cli.recipes", "recipes_command"),
     "merge": Command("DIR", "an adapter into a full model", "unisd.cli.merge", "merge_command"),
     "chat": Command("DIR", "talk with a model, its base beside it", "unisd.cli.chat", "chat_command"),
+    "completion": Command(
+        "SHELL",
+        "a script that completes commands, options and values",
+        "unisd.cli.completion",
+        "completion_command",
+    ),
 }
 
 

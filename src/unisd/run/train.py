@@ -34,7 +34,7 @@ from unisd.monitoring.progress import ProgressDisplay
 from unisd.processes import alone_in
 from unisd.run import choice, grafting, outputs
 from unisd.run.answers import shown
-from unisd.run.changes import change_lines
+from unisd.run.changes import change_lines, change_styles
 from unisd.run.inputs import (
     RunData,
     adapter_config,
@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 48
 """Most tokens of the example's answer before a run, which is written to be looked at."""
+OPTION_HEAD = ("option", "group", "value", "set")
 Results = dict[str, Any]
 
 
@@ -231,6 +232,8 @@ def _measured(
 ) -> Results | None:
     trainer, config, data = setting.trainer, setting.config, setting.data
     folder, is_writer = Path(str(config.output_dir)), trainer.is_world_process_zero()
+    if is_writer and options.verbose:
+        show_table(console, OPTION_HEAD, outputs.option_lines(options, config))
     if is_writer or all_ranks_must_join(trainer.model):  # in writing the example
         _introduce(console, options, config, setting)
     phases = {"load": time.perf_counter() - started}
@@ -378,8 +381,10 @@ def _finish(setting: Setting, options: RunOptions, folder: Path, results: Result
         trainer.push_to_hub()
 
 
-def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setting: Setting) -> None:
-    """What will run, and one example: the surest way to see a broken template."""
+def _introduce(
+    console: Console, options: RunOptions, config: UniSDConfig, setting: Setting, whole: bool = True
+) -> None:
+    """What will run, and one example (`whole`, or cut): the surest way to see a broken template."""
     trainer, data = setting.trainer, setting.data
     size = memory.ModelSize.of(trainer.model)
     rows_per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -404,7 +409,8 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
     trainer.engine.sleep()
     decode = setting.tokenizer.decode
     cut = " ..." if len(answer) == SHOWN_TOKENS else ""
-    show_example(console, decode(student), decode(_shown_to_teacher(trainer, row)), decode(answer) + cut)
+    teacher = decode(_shown_to_teacher(trainer, row))
+    show_example(console, decode(student), teacher, decode(answer) + cut, whole)
 
 
 def _shown_to_teacher(trainer: UniSDTrainer, row: Row) -> list[int]:
@@ -434,7 +440,8 @@ def _report(
     console: Console, results: Results, folder: Path, options: RunOptions, points: list[Any], pairs: Results
 ) -> None:
     say = partial(console.print, markup=False, highlight=False)
-    show_table(console, ("", "before", "after", "change"), change_lines(results))
+    head = ("", "before", "after", "change")
+    show_table(console, head, change_lines(results), styles=change_styles(results))
     if points:
         show_table(console, grafting.HEAD, grafting.lines(points))
     for line in shown(pairs["task"]) if "task" in pairs else ():

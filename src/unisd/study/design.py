@@ -113,6 +113,7 @@ RESERVED = {
     "seed",
     "before_cache",
     "dry_run",
+    "verbose",
 }
 
 
