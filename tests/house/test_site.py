@@ -104,12 +104,14 @@ def test_the_link_checker_finds_what_is_wrong(tmp_path: Path) -> None:
 # -- what the site says of TRL's options -----------------------------------------------------------
 
 
-def rows_of_trl() -> Iterator[list[str]]:
-    """TRL's name and default, our name and default, what differs."""
+def rows_of_trl() -> Iterator[tuple[str, str, str, str]]:
+    """TRL's name and default, our name and default; "none" and nothing where there is none."""
     table = FROM_TRL.read_text(encoding="utf-8").partition("## Option by option")[2].partition("\n## ")[0]
     for line in table.splitlines():
         if line.startswith("| `"):
-            yield [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+            theirs, ours, _ = line.strip("|").split("|")
+            name, default = re.findall("`([^`]+)`", theirs)
+            yield (name, default, *(re.findall("`([^`]+)`", ours) or ("none", "")))
 
 
 def search_index(site: Path) -> list[dict[str, Any]]:
@@ -153,7 +155,7 @@ def test_the_table_of_trl_names_all_of_its_options_with_both_defaults(
     ours = {
         item.name: item.default for kind in (UniSDConfig, RunOptions) for item in dataclasses.fields(kind)
     }
-    rows = {name: (default, here, own) for name, default, here, own, _ in rows_of_trl()}
+    rows = {name: (default, here, own) for name, default, here, own in rows_of_trl()}
     assert rows.keys() == theirs.keys()
     wrong = []
     for name, (default, here, own) in rows.items():
