@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from unisd import recipes
 from unisd.compat import fill_new_names, set_argument
 from unisd.data.outcomes import AFTER_ROLLOUT, NO_LOSS
-from unisd.errors import UserError
+from unisd.errors import UserError, by_caller
 from unisd.http_client import check_server
 from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence_bound
 from unisd.options.inherited import check_inherited
@@ -78,7 +78,10 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         if getattr(self, "deepspeed_plugin", None) is not None:
             load_whole_models()
         if self.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel and multiply the batch
-            logger.warning("One of %d devices is used: --accelerate_config ddp uses all of them.", self.n_gpu)
+            remedy = by_caller(
+                "--accelerate_config ddp uses", "a script that `accelerate launch` starts uses"
+            )
+            logger.warning("One of %d devices is used: %s all of them.", self.n_gpu, remedy)
             self._n_gpu = 1
 
     @classmethod
@@ -231,10 +234,11 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
                 f" max_completion_length={self.max_completion_length}: lower it."
             )
         if self.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise UserError(
-                "fsdp needs several processes: unset it, and give --accelerate_config fsdp2 (from Python:"
-                " start the script with `accelerate launch`)."
+            remedy = by_caller(
+                "unset it, and give --accelerate_config fsdp2",
+                "start the script with `accelerate launch`, or unset it",
             )
+            raise UserError(f"fsdp needs several processes: {remedy}.")
 
     def _check_outcomes(self) -> None:
         for place, name in enumerate(self.rollout_contexts):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from unisd import tasks
 from unisd.data.rows import Row, load_rows
-from unisd.errors import UserError
+from unisd.errors import UserError, flag
 from unisd.files import RESULTS
 from unisd.run.options import RunOptions
 from unisd.run.own_rows import grader_of
@@ -84,7 +84,7 @@ def load_sets(options: RunOptions, task: Task | None, others: bool = False) -> l
     if unmeasured := next((one for one in found if one.grade is None and one is not probed), None):
         raise UserError(
             f"retention: {unmeasured.name} has no grader, and drift is measured on"
-            f" {probed.name if probed else 'nothing'}: give --grader, or {unmeasured.name} alone."
+            f" {probed.name if probed else 'nothing'}: give {flag('grader')}, or {unmeasured.name} alone."
         )
     return found
 
