@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 from rich.console import Console, Group
@@ -27,11 +29,55 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 SILENT_S = 3.0  # seconds before a progress bar appears
+FRAME_S = 1.0  # least seconds between two frames in a notebook
 
 
 def make_console() -> Console:
     """A console on stdout: as wide as the terminal, or as any line where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=100_000, no_color=True, highlight=False)
+    if is_terminal(sys.stdout):
+        return Console()
+    return Console(width=100_000, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether what is written over is gone: a notebook that starts a command keeps every frame."""
+    return bool(stream.isatty()) and "JPY_PARENT_PID" not in os.environ
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, by rich's own test."""
+    return Console().is_jupyter
+
+
+class NotebookDisplay:
+    """The one display of the running cell, which shows and stores its last frame alone."""
+
+    _cell: Any = None
+    _handle: Any = None
+    _shown = -FRAME_S
+
+    @classmethod
+    def show(cls, text: str, last: bool = False, stays: bool = False) -> None:
+        """Show a frame, unless the one before it is a moment old.
+
+        Args:
+            last: show it in any case.
+            stays: nothing takes its place; what comes next has a display of its own.
+        """
+        if not (last or stays) and time.monotonic() - cls._shown < FRAME_S:
+            return
+        from IPython import get_ipython
+        from IPython.display import display
+
+        cls._shown = time.monotonic()
+        frame = {"text/plain": text, "text/html": f"<pre>{escape(text)}</pre>"}
+        cell = get_ipython().execution_count
+        if cls._handle is None or cls._cell != cell:
+            cls._cell, cls._handle = cell, display(frame, raw=True, display_id=True)
+        else:
+            cls._handle.update(frame, raw=True)
+        if stays:
+            cls._handle = None
 
 
 class _Handler(logging.StreamHandler[Any]):
@@ -99,19 +145,22 @@ def warnings_as_notes() -> Iterator[None]:
 
 @contextmanager
 def show_progress(description: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, and the function that moves it on.
+    """A bar on stderr, and the function that moves it on; in a notebook a line.
 
-    `shown=None`: where stderr is a terminal, after a few seconds.
+    `shown=None`: where stderr is a terminal or in a notebook, after a few seconds.
     """
-    wanted = sys.stderr.isatty() if shown is None else shown
+    notebook = shown is not False and in_notebook()
+    wanted = not notebook and (is_terminal(sys.stderr) if shown is None else shown)
     bar: Progress | None = None
     start, done = time.monotonic(), 0
 
     def advance(count: int) -> None:
         nonlocal bar, done
         done += count
+        if notebook and (shown or time.monotonic() - start > SILENT_S):
+            NotebookDisplay.show(f"{description}: {done} of {total}", last=done >= total)
         if bar is None and wanted and (shown or time.monotonic() - start > SILENT_S):
-            bar = Progress(console=Console(stderr=True), transient=sys.stderr.isatty())
+            bar = Progress(console=Console(stderr=True), transient=is_terminal(sys.stderr))
             bar.add_task(description, total=total)
             bar.start()
         if bar is not None:
@@ -122,6 +171,15 @@ def show_progress(description: str, total: int, shown: bool | None = None) -> It
     finally:
         if bar is not None:
             bar.stop()
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table as plain text."""
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, *rows)
+    ]
 
 
 def show_table(
@@ -136,11 +194,7 @@ def show_table(
             table.add_row(*map(Text, row))
         console.print(table)
         return
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    if title:
-        print(title)
-    for line in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print("\n".join([*([title] if title else []), *aligned(header, rows)]))
 
 
 def show_example(console: Console, student: str, teacher: str, completion: str) -> None:
