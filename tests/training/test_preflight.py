@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.helpers import templates
-from unisd import UniSDTrainer, UserError
+from unisd import UserError
 from unisd import testing as tiny
 from unisd.models.generation import mend_generation_config
 from unisd.testing import FixedEngine, trainer
@@ -271,11 +271,6 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
     preflight.check_hub(args)  # nothing is asked
     with pytest.raises(UserError, match=told):
         preflight.check_hub(args.changed("a test", push_to_hub=True))
-
-
-def test_predict_says_what_does_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"predict is not supported: evaluate\(rows\) measures"):
-        UniSDTrainer.predict(trainer(tmp_path), tiny.rows(2))
 
 
 # ------------------------------------------------------------------------------ rows to evaluate on
