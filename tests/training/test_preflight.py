@@ -215,7 +215,7 @@ def test_an_optimizer_of_other_weights(tmp_path: Path, caplog: Any) -> None:
             {"num_iterations": 2, "per_device_train_batch_size": 4},
             "num_iterations=2 needs a full step of 16 rows, but there are 8",
         ),
-        ({"eval_on_start": True}, "eval_on_start has no rows: set eval_strategy"),
+        ({"eval_on_start": True}, "eval_on_start has no rows: give eval_dataset"),
         ({"fp16": True}, "fp16 has no effect on a CPU: unset it, or set bf16"),
     ],
 )
