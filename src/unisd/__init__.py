@@ -29,10 +29,12 @@ _PUBLIC = {
     "UniSDTrainer": "unisd.trainer",
     "UserError": "unisd.errors",
     "Verdict": "unisd.tasks.base",
-    "build_contexts": "unisd.run.prepare",
+    "compare": "unisd.run.python",
+    "generate": "unisd.evaluation.generate",
     "get_task": "unisd.tasks",
     "load_model_and_tokenizer": "unisd.models.load",
     "load_rows": "unisd.data.rows",
+    "prepare": "unisd.run.python",
     "register_target": "unisd.methods.targets",
     "register_term": "unisd.methods.registry",
     "register_weight": "unisd.methods.registry",
@@ -53,10 +55,12 @@ __all__ = [
     "UserError",
     "Verdict",
     "__version__",
-    "build_contexts",
+    "compare",
+    "generate",
     "get_task",
     "load_model_and_tokenizer",
     "load_rows",
+    "prepare",
     "register_target",
     "register_term",
     "register_weight",
@@ -66,12 +70,13 @@ if TYPE_CHECKING:
     from unisd.config import UniSDConfig
     from unisd.data.rows import load_rows
     from unisd.errors import UserError
+    from unisd.evaluation.generate import generate
     from unisd.methods.registry import register_term, register_weight
     from unisd.methods.scores import StepScores, TargetInputs, TermInputs
     from unisd.methods.targets import register_target
     from unisd.models.load import load_model_and_tokenizer
     from unisd.rollout.engine import Completion, Engine, Sampling
-    from unisd.run.prepare import build_contexts
+    from unisd.run.python import compare, prepare
     from unisd.tasks import get_task
     from unisd.tasks.base import Grade, Task, Verdict
     from unisd.tasks.benchmark import Benchmark

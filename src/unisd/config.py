@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from transformers import TrainingArguments
@@ -21,13 +21,17 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from unisd import recipes
 from unisd.compat import fill_new_names, set_argument
 from unisd.data.outcomes import AFTER_ROLLOUT, NO_LOSS
-from unisd.errors import UserError
+from unisd.errors import UserError, by_caller
 from unisd.http_client import check_server
 from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence_bound
 from unisd.options.inherited import check_inherited
 from unisd.options.option import check_declared, exclusions, nearest
 from unisd.options.parser import UNSET, OptionParser, Values
-from unisd.options.table import UniSDOptions
+
+if TYPE_CHECKING:  # the same with a docstring below each option, which an editor shows
+    from unisd.options.hover import UniSDOptions
+else:
+    from unisd.options.table import UniSDOptions
 
 logger = logging.getLogger(__name__)
 
@@ -78,21 +82,23 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         if getattr(self, "deepspeed_plugin", None) is not None:
             load_whole_models()
         if self.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel and multiply the batch
-            logger.warning("One of %d devices is used: --accelerate_config ddp uses all of them.", self.n_gpu)
+            remedy = by_caller(
+                "--accelerate_config ddp uses", "a script that `accelerate launch` starts uses"
+            )
+            logger.warning("One of %d devices is used: %s all of them.", self.n_gpu, remedy)
             self._n_gpu = 1
 
     @classmethod
     def from_recipe(cls, name: str, **overrides: Any) -> Self:
-        """The config of a published method, with its settings for real models.
+        """The config of a recipe, published or of your own, with its settings for real models.
 
         Layers, later ones win: this class's defaults < what all recipes share
         (`recipes/_published.yaml`) < the recipe's `options` < `overrides`. Left out are its values
-        for the embedded pocket model (`_pocket.yaml` and the recipe's `pocket`), and what only
-        `unisd train` does for a recipe: building contexts for rows that bring none
-        (`agreement_contexts`).
+        for the embedded pocket model (`_pocket.yaml` and the recipe's `pocket`), and what it says
+        of rows (`agreement_contexts`), which `unisd.prepare` takes.
 
         Args:
-            name: a recipe, as `unisd recipes` lists them.
+            name: a recipe, as `unisd recipes` lists them, or the path of a file of that form.
             overrides: options of this class.
 
         Raises:
@@ -100,9 +106,11 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         """
         recipe = recipes.load(name)
         known = {item.name for item in fields(cls) if item.init}
-        if unknown := [option for option in overrides if option not in known]:
+        asked = (*overrides, *(option for option in recipe.options if option not in recipes.OF_ROWS))
+        if unknown := [option for option in asked if option not in known]:
             close = nearest(unknown[0], known)
-            hint = f"did you mean {close}?" if close else "`unisd train --help_all` lists them all."
+            hint = f"did you mean {close}?" if close else "help(UniSDConfig) lists them all."
+            hint = "unisd.prepare takes it, with the rows." if unknown[0] in recipes.OF_ROWS else hint
             raise UserError(f"unknown option {unknown[0]!r}: {hint}")
         parser = OptionParser(UniSDOptions)
         of_training = {key: value for key, value in recipe.options.items() if key in known}
@@ -231,10 +239,11 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
                 f" max_completion_length={self.max_completion_length}: lower it."
             )
         if self.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise UserError(
-                "fsdp needs several processes: unset it, and give --accelerate_config fsdp2 (from Python:"
-                " start the script with `accelerate launch`)."
+            remedy = by_caller(
+                "unset it, and give --accelerate_config fsdp2",
+                "start the script with `accelerate launch`, or unset it",
             )
+            raise UserError(f"fsdp needs several processes: {remedy}.")
 
     def _check_outcomes(self) -> None:
         for place, name in enumerate(self.rollout_contexts):

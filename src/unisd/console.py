@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partialmethod
+from html import escape
 from typing import Any
 
 from rich.console import Console, Group
@@ -37,11 +38,55 @@ NARROW = 80
 """Columns below which a bar is left out."""
 BETTER, WORSE, NOISE = "green", "red", "dim"
 """How a table shows a change: for the better, for the worse, within noise."""
+FRAME_S = 1.0  # least seconds between two frames in a notebook
 
 
 def make_console() -> Console:
     """A console on stdout: as wide as the terminal, or as any line where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=100_000, no_color=True, highlight=False)
+    if is_terminal(sys.stdout):
+        return Console()
+    return Console(width=100_000, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether what is written over is gone: a notebook that starts a command keeps every frame."""
+    return bool(stream.isatty()) and "JPY_PARENT_PID" not in os.environ
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, by rich's own test."""
+    return Console().is_jupyter
+
+
+class NotebookDisplay:
+    """The one display of the running cell, which shows and stores its last frame alone."""
+
+    _cell: Any = None
+    _handle: Any = None
+    _shown = -FRAME_S
+
+    @classmethod
+    def show(cls, text: str, last: bool = False, stays: bool = False) -> None:
+        """Show a frame, unless the one before it is a moment old.
+
+        Args:
+            last: show it in any case.
+            stays: nothing takes its place; what comes next has a display of its own.
+        """
+        if not (last or stays) and time.monotonic() - cls._shown < FRAME_S:
+            return
+        from IPython import get_ipython
+        from IPython.display import display
+
+        cls._shown = time.monotonic()
+        frame = {"text/plain": text, "text/html": f"<pre>{escape(text)}</pre>"}
+        cell = get_ipython().execution_count
+        if cls._handle is None or cls._cell != cell:
+            cls._cell, cls._handle = cell, display(frame, raw=True, display_id=True)
+        else:
+            cls._handle.update(frame, raw=True)
+        if stays:
+            cls._handle = None
 
 
 @cache
@@ -60,14 +105,14 @@ def loading(what: str) -> Iterator[None]:
     """Say at once what is being loaded: a spinner on a terminal, else a line on stderr."""
     if not _speaks():
         yield
-    elif not sys.stderr.isatty():
+    elif not is_terminal(sys.stderr):
         print(f"note: loading {what}", file=sys.stderr, flush=True)
         yield
     else:
         spinner = Spinner("dots", Text(f"loading {what}"))
         # Only what goes to the same terminal may go through the spinner's console.
         with Live(
-            spinner, console=live_console(), transient=True, redirect_stdout=sys.stdout.isatty(),
+            spinner, console=live_console(), transient=True, redirect_stdout=is_terminal(sys.stdout),
             refresh_per_second=10,
         ):  # fmt: skip
             yield
@@ -170,18 +215,19 @@ def make_progress(console: Console, *further: TextColumn, transient: bool = Fals
     left = TimeRemainingColumn(table_column=Column(no_wrap=True))
     return Progress(
         name, *bar, counter, left, *further, console=console, expand=bool(bar or further),
-        transient=transient, redirect_stdout=sys.stdout.isatty(),
+        transient=transient, redirect_stdout=is_terminal(sys.stdout),
     )  # fmt: skip
 
 
 @contextmanager
 def show_progress(description: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, and the function that moves it on.
+    """A bar on stderr, and the function that moves it on; in a notebook a line.
 
-    `shown=None`: where stderr is a terminal, after a few seconds; else a line with counter and time
-    left every `LINE_S`.
+    `shown=None`: where stderr is a terminal or in a notebook, after a few seconds; else a line with
+    counter and time left every `LINE_S`.
     """
-    wanted = _speaks() and (sys.stderr.isatty() if shown is None else shown)
+    notebook = shown is not False and in_notebook()
+    wanted = not notebook and _speaks() and (is_terminal(sys.stderr) if shown is None else shown)
     bar: Progress | None = None
     start, done = time.monotonic(), 0
     told = start
@@ -190,13 +236,15 @@ def show_progress(description: str, total: int, shown: bool | None = None) -> It
         nonlocal bar, done, told
         done += count
         now = time.monotonic()
+        if notebook and (shown or now - start > SILENT_S):
+            NotebookDisplay.show(f"{description}: {done} of {total}", last=done >= total)
         if bar is None and wanted and (shown or now - start > SILENT_S):
-            bar = make_progress(live_console(), transient=sys.stderr.isatty())
+            bar = make_progress(live_console(), transient=is_terminal(sys.stderr))
             bar.add_task(description, total=total, completed=done)
             bar.start()
         if bar is not None:
             bar.update(bar.task_ids[0], completed=done)
-        elif not wanted and shown is None and _speaks() and now - told >= LINE_S and done:
+        elif not (wanted or notebook) and shown is None and _speaks() and now - told >= LINE_S and done:
             told, left = now, (total - done) * (now - start) / done
             print(f"{description}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
 
@@ -205,6 +253,15 @@ def show_progress(description: str, total: int, shown: bool | None = None) -> It
     finally:
         if bar is not None:
             bar.stop()
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table as plain text."""
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, *rows)
+    ]
 
 
 def show_table(
@@ -229,11 +286,7 @@ def show_table(
             legend = (("better", BETTER), ", ", ("worse", WORSE), ", ", ("within noise", NOISE))
             console.print(Text.assemble(*legend))
         return
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    if title:
-        print(title)
-    for line in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print("\n".join([*([title] if title else []), *aligned(header, rows)]))
 
 
 def one_line(text: str, width: int) -> str:

@@ -2,6 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_of_command = False
+
+
+@contextmanager
+def worded_for_command() -> Iterator[None]:
+    """While active, errors name options as the command line takes them, else as Python does."""
+    global _of_command
+    earlier, _of_command = _of_command, True
+    try:
+        yield
+    finally:
+        _of_command = earlier
+
+
+def by_caller(command: str, python: str) -> str:
+    """Choose of two wordings the one for whom it may concern."""
+    return command if _of_command else python
+
+
+def flag(name: str, value: str | None = None) -> str:
+    """Word an option as it is given: `--name value` to a command, `name="value"` in Python."""
+    if value is None:
+        return by_caller(f"--{name}", f"{name}=")
+    return by_caller(f"--{name} {value}", f'{name}="{value}"')
+
 
 class UserError(ValueError):
     """A user mistake: one line that says what is wrong and how to mend it.

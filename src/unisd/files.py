@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from unisd.errors import UserError
+from unisd.errors import UserError, flag
 
 RESULTS = "results.json"
 METRICS = "metrics.jsonl"
@@ -91,12 +91,12 @@ def check_not_the_model(folder: Path, model: str) -> None:
         if place.resolve() == folder.resolve():
             raise UserError(
                 f"output_dir {folder} is the folder of the model itself ({place}), which the trained one"
-                " would replace: choose another --output_dir."
+                f" would replace: choose another {flag('output_dir')}."
             )
         if place.resolve().is_relative_to(folder.resolve()) and parts[0].startswith(("checkpoint-", ".")):
             raise UserError(
                 f"the model {place} is a checkpoint in output_dir {folder}, where a run removes and replaces"
-                " checkpoints: choose another --output_dir."
+                f" checkpoints: choose another {flag('output_dir')}."
             )
 
 

@@ -213,7 +213,7 @@ def test_no_row_is_lost(tmp_path: Path, name: str) -> None:
 def test_a_layout_is_said_in_one_line(caplog: pytest.LogCaptureFixture, rows: Rows, told: str | None) -> None:
     found = load_rows(rows, name="mine.json")
     assert len(found) == len(rows) and all(row["privileged_context"] for row in found)
-    said = [f"mine.json: read as: {told}; --columns says otherwise."] if told else []
+    said = [f"mine.json: read as: {told}; columns= says otherwise."] if told else []
     assert [record.getMessage() for record in caplog.records] == said
     caplog.clear()
     assert load_rows(found) == found and not caplog.records  # a trainer looks at them again
@@ -258,21 +258,21 @@ def test_columns_override_a_layout(caplog: pytest.LogCaptureFixture) -> None:
             [{"promt": "a", "gold": "b"}],
             None,
             "mine.jsonl has no columns 'prompt' and 'privileged_context': its columns are promt, gold; pass"
-            " --columns prompt=promt,privileged_context=NAME (NAME: the column that holds it).",
+            ' columns="prompt=promt,privileged_context=NAME" (NAME: the column that holds it).',
         ),
         (
             [{"Question": "a", "Answer": "b"}],
             "prompt=qestion,negative_context=wrong",
             "mine.jsonl has no columns 'qestion' (mapped to 'prompt') and 'wrong' (mapped to"
-            " 'negative_context') and 'privileged_context': its columns are Question, Answer; pass --columns"
-            " prompt=Question,negative_context=NAME,privileged_context=Answer (NAME: the column that holds"
-            " it).",
+            " 'negative_context') and 'privileged_context': its columns are Question, Answer; pass"
+            ' columns="prompt=Question,negative_context=NAME,privileged_context=Answer" (NAME: the column'
+            " that holds it).",
         ),
         (
             [{"prompt": "a", "golden_answer": "b"}],
             None,
             "mine.jsonl has no column 'privileged_context': its columns are prompt, golden_answer; pass"
-            " --columns privileged_context=golden_answer.",
+            ' columns="privileged_context=golden_answer".',
         ),
     ],
 )

@@ -39,7 +39,7 @@ def data_of(path: Path, *rows: dict[str, Any], **options: Any) -> Any:
 
 
 def test_code_is_graded_by_tests(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"row 0 of .* --grader code needs a column tests"):
+    with pytest.raises(UserError, match=r"row 0 of .* grader=\"code\" needs a column tests"):
         data_of(tmp_path, {"completion": ADD}, grader="code", allow_unsafe_code_execution=True)
     data = data_of(
         tmp_path,

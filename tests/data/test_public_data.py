@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from unisd import UniSDConfig, UserError, build_contexts, load_rows
+import unisd
+from unisd import UniSDConfig, UserError, load_rows
 from unisd import testing as tiny
 from unisd.run.inputs import RunData, load_data
 from unisd.run.options import RunOptions
@@ -43,20 +44,50 @@ def test_contexts_are_those_of_the_command(
     options = RunOptions(agreement_contexts=kind, explicit=frozenset({"agreement_contexts"}))
     config = UniSDConfig(output_dir=str(tmp_path), use_cpu=True, seed=5, num_auxiliary_contexts=2)
     by_command = prepare(RunData("rows", rows, []), options, config, lambda: (None, None))
-    built = build_contexts(rows, kind, num_contexts=2, seed=5)
+    built = unisd.prepare(rows, config, agreement_contexts=kind)
     assert built == by_command and all(len(row["auxiliary_contexts"]) == 2 for row in built)
-    assert build_contexts(built, kind) == built  # rows that have some keep them
+
+
+def test_wrong_references_are_those_of_the_command(tmp_path: Path) -> None:
+    rows, config = load_rows(THEIRS, COLUMNS), UniSDConfig(output_dir=str(tmp_path), use_cpu=True, seed=5)
+    options = RunOptions(negatives="corrupt")
+    by_command = prepare(RunData("rows", rows, []), options, config, lambda: (None, None))
+    assert unisd.prepare(rows, config, negatives="corrupt") == by_command
+    assert by_command[3]["negative_context"] != by_command[3]["privileged_context"]
+    proved = unisd.prepare(rows, config, negatives="corrupt", grader=lambda row, text: row["id"] == "3")
+    assert [row["id"] for row in proved if not row.get("negative_context")] == ["3"]  # proved right
+    near = unisd.prepare(rows, config, negatives="corrupt", grader=lambda row, text: 0.9)
+    assert all(row["negative_context"] for row in near)  # a share below 1 is no right answer
+
+
+def test_wrong_references_that_a_model_writes_are_graded_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another function would find what the first one has proved under the same name."""
+    monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
+    rows, loaded = load_rows(THEIRS, COLUMNS)[:2], {"model": tiny.model(), "tokenizer": tiny.tokenizer()}
+    monkeypatch.setattr("unisd.run.prepare.WRITTEN_TOKENS", 4)
+    for right in (True, False):
+        built = unisd.prepare(rows, negatives="model", grader=lambda row, text, right=right: right, **loaded)
+        assert all(bool(row.get("negative_context")) != right for row in built)
 
 
 def test_contexts_that_a_model_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
     rows = load_rows(THEIRS, COLUMNS)
-    model, tokenizer = tiny.model(), tiny.tokenizer()
-    built = build_contexts(rows, embedder="model", model=model, tokenizer=tokenizer)
+    built = unisd.prepare(
+        rows, agreement_contexts="retrieval", embedder="model", model=tiny.model(), tokenizer=tiny.tokenizer()
+    )
     assert all(len(row["auxiliary_contexts"]) == 3 for row in built)
-    for options in ({"kind": "induction"}, {"kind": "retrieval", "embedder": "model"}):
-        with pytest.raises(UserError, match="give model and tokenizer"):
-            build_contexts(rows, **options)
+    for options in (
+        {"agreement_contexts": "induction"},
+        {"agreement_contexts": "retrieval", "embedder": "model"},
+        {"negatives": "model"},
+    ):
+        with pytest.raises(UserError, match="are made by a model: give model"):
+            unisd.prepare(rows, **options)
+    with pytest.raises(UserError, match="model or its tokenizer is missing"):
+        unisd.prepare(rows, negatives="model", model=tiny.model())
     with pytest.raises(UserError, match="agreement_contexts='nearest' is not one of"):
-        build_contexts(rows, "nearest")
-    assert build_contexts(rows, "columns") == rows
+        unisd.prepare(rows, agreement_contexts="nearest")
+    assert unisd.prepare(rows) == rows

@@ -76,7 +76,7 @@ def test_tokens_that_the_trainer_counts(tmp_path: Path, packing: str) -> None:
 
 
 def test_several_processes_for_fsdp(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"fsdp needs several processes: .*--accelerate_config fsdp2"):
+    with pytest.raises(UserError, match=r"fsdp needs several processes: .*`accelerate launch`"):
         UniSDConfig(output_dir=str(tmp_path), fsdp="full_shard")
 
 

@@ -14,7 +14,7 @@ from tests.run.test_contexts_asked_for import contexts
 from unisd import UniSDConfig, UserError
 from unisd import testing as tiny
 from unisd.cli.main import main
-from unisd.data.privilege import REMEDIES
+from unisd.data.privilege import BUILT, what_gives
 from unisd.data.prompts import PromptBuilder
 from unisd.monitoring.diagnostics import probe_contexts
 from unisd.run.inputs import fit_mechanisms, load_data
@@ -64,12 +64,14 @@ def test_other_problems_are_of_the_kind_that_the_recipe_says(recipe: str, kind: 
     assert all(contexts(rows)) and data.contexts.startswith(f"auxiliary contexts: {kind}")
 
 
-@pytest.mark.parametrize("level", REMEDIES)
+@pytest.mark.parametrize("level", BUILT)
 def test_rows_that_cannot_serve_a_level_are_told_what_to_do(level: str, tmp_path: Path) -> None:
     rows = [{"prompt": "1 + 1?", "privileged_context": "2"}, {"prompt": "2 + 2?", "privileged_context": "4"}]
     with pytest.raises(UserError) as error:
         trainer(tmp_path, train_dataset=rows, teacher_context=level)
-    assert f"nothing for teacher_context={level}" in str(error.value) and REMEDIES[level] in str(error.value)
+    assert f"nothing for teacher_context={level}" in str(error.value) and what_gives(level) in str(
+        error.value
+    )
     assert "{" not in str(error.value)
 
 

@@ -98,7 +98,7 @@ def test_evaluations_come_with_checkpoints() -> None:
     ("text", "message"),
     [
         ("learning_rte: 1", r"run\.yaml: unknown key 'learning_rte': did you mean learning_rate\?"),
-        ("max_steps: many", r"run\.yaml: --max_steps: invalid int value: 'many'"),
+        ("max_steps: many", r"run\.yaml: max_steps: invalid int value: 'many'"),
         ("- 1", "must hold a mapping"),
         ("a: [", "is not YAML"),
         ("config: x.yaml", r"unknown key 'config': a file does not name another"),

@@ -145,3 +145,41 @@ def test_unknown_recipe_names_the_nearest() -> None:
         recipes.load("unisd-sta")
     with pytest.raises(UserError, match="there are: avsd"):
         recipes.load("zzz")
+
+
+def test_a_recipe_of_your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From Python and by the command; what its values are laid over is the same."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("based_on: unisd-star\noptions: {temperature: 0.9, agreement_gamma: 1e-1}\n")
+    config = UniSDConfig.from_recipe(str(file), learning_rate=1e-3)
+    options, parsed = parse(["--recipe", str(file), "--model", "some/model", "--learning_rate", "1e-3"])
+    assert options.recipe == str(file)
+    for name in recipes.load(str(file)).options.keys() & FIELDS - {"agreement_contexts"}:
+        assert getattr(config, name) == getattr(parsed, name), name
+    assert (config.temperature, config.agreement_gamma, config.learning_rate) == (0.9, 0.1, 1e-3)
+    assert config.teacher_model_kind == "ema" and config.max_completion_length == 1024
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("options: {lerning_rate: 1}", "unknown option 'lerning_rate': did you mean learning_rate"),
+        ("options: {learning_rate: fast}", "mine.yaml: learning_rate: invalid float value: 'fast'"),
+        ("learning_rate: 1", "mine.yaml is no recipe: it has 'learning_rate' beside description"),
+        ("- 1", "mine.yaml is no recipe: put its values under the key options"),
+        ("based_on: unisd-stir", "based_on is 'unisd-stir': name one of"),
+        ("a: [", "mine.yaml cannot be read: "),
+    ],
+)
+def test_mistakes_in_a_recipe_of_your_own(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        UniSDConfig.from_recipe(str(tmp_path / "mine.yaml"))
+    assert told in str(caught.value) and "--" not in str(caught.value)
+    with pytest.raises(UserError, match=r"gone\.yaml cannot be read"):
+        recipes.load(str(tmp_path / "gone.yaml"))
+
+
+def test_what_a_recipe_says_of_rows_is_for_prepare() -> None:
+    with pytest.raises(UserError, match=r"'agreement_contexts': unisd\.prepare takes it"):
+        UniSDConfig.from_recipe("sdft", agreement_contexts="random")

@@ -181,9 +181,7 @@ def test_forgetting_is_said_where_it_is_clear(
         [{"name": "general", "items": changes.items(before, after)}],
         changes.drift_of(detail(*drift), "general"),
     )
-    assert (
-        found is None if said is None else found is not None and said in found and "--graft_scales" in found
-    )
+    assert found is None if said is None else found is not None and said in found and "keep a part" in found
 
 
 @pytest.mark.long

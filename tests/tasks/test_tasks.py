@@ -287,7 +287,7 @@ def test_toolalpaca_training_instances_and_fields(tmp_path):
     assert row["completion"] == 'Action: find\nAction Input: {"q": "pen"}' and "Output:" not in row["prompt"]
     with pytest.raises(UserError, match="row 0 has no instruction"):
         tasks.get("toolalpaca", data_files=write(tmp_path / "bad.json", [{"Name": "x"}])).load("all")
-    with pytest.raises(UserError, match="needs --data_files"):
+    with pytest.raises(UserError, match="needs data_files="):
         tasks.get("toolalpaca")
 
 

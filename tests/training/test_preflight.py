@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.helpers import templates
-from unisd import UniSDTrainer, UserError
+from unisd import UserError
 from unisd import testing as tiny
 from unisd.models.generation import mend_generation_config
 from unisd.testing import FixedEngine, trainer
@@ -215,7 +215,7 @@ def test_an_optimizer_of_other_weights(tmp_path: Path, caplog: Any) -> None:
             {"num_iterations": 2, "per_device_train_batch_size": 4},
             "num_iterations=2 needs a full step of 16 rows, but there are 8",
         ),
-        ({"eval_on_start": True}, "eval_on_start has no rows: set eval_strategy"),
+        ({"eval_on_start": True}, "eval_on_start has no rows: give eval_dataset"),
         ({"fp16": True}, "fp16 has no effect on a CPU: unset it, or set bf16"),
     ],
 )
@@ -271,11 +271,6 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
     preflight.check_hub(args)  # nothing is asked
     with pytest.raises(UserError, match=told):
         preflight.check_hub(args.changed("a test", push_to_hub=True))
-
-
-def test_predict_says_what_does_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"predict is not supported: evaluate\(rows\) measures"):
-        UniSDTrainer.predict(trainer(tmp_path), tiny.rows(2))
 
 
 # ------------------------------------------------------------------------------ rows to evaluate on

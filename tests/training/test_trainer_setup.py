@@ -84,7 +84,7 @@ def test_several_devices_without_a_launcher(
     monkeypatch.setattr(TrainingArguments, "__post_init__", on_four)
     with caplog.at_level(logging.WARNING):
         args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
-    assert args.n_gpu == 1 and args.train_batch_size == 2 and "--accelerate_config ddp" in caplog.text
+    assert args.n_gpu == 1 and args.train_batch_size == 2 and "`accelerate launch`" in caplog.text
 
 
 @pytest.mark.parametrize("layer", [2, -3, 99])

@@ -192,7 +192,7 @@ def test_a_stopped_run_goes_on_with_its_verdicts(tmp_path: Path) -> None:
 
 
 def test_without_a_grader_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing judges them: give --grader"):
+    with pytest.raises(UserError, match=r"nothing judges them: give grader\."):
         trainer(tmp_path, **SDPO)
 
 

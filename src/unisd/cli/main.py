@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from unisd import __version__
-from unisd.errors import UserError
+from unisd.errors import UserError, worded_for_command
 from unisd.options.option import nearest
 
 
@@ -110,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # not load.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        return _dispatch(arguments)
+        with worded_for_command():
+            return _dispatch(arguments)
     except UserError as error:
         print(f"unisd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -24,7 +24,7 @@ import yaml
 
 from unisd.data import conversations
 from unisd.data.reading import describe
-from unisd.errors import UserError
+from unisd.errors import UserError, flag
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def settled(
     if layout is None:
         return dict(mapping)
     if say:
-        logger.warning("%s: read as: %s; --columns says otherwise.", name, layout.said())
+        logger.warning("%s: read as: %s; %s says otherwise.", name, layout.said(), flag("columns"))
     return {**layout.mapping, **mapping}
 
 
@@ -217,7 +217,8 @@ def _problems(
     few = "no column" if len(said) == 1 else "no columns"
     which = " (NAME: the column that holds it)" if "NAME" in given else ""
     return UserError(
-        f"{name} has {few} {' and '.join(said)}: its columns are {there}; pass --columns {given}{which}."
+        f"{name} has {few} {' and '.join(said)}: its columns are {there}; pass"
+        f" {flag('columns', given)}{which}."
     )
 
 

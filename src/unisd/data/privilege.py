@@ -21,12 +21,29 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from unisd.errors import by_caller
+
 LEVELS = ("full", "half", "hints", "answer", "unconditioned", "plain", "wrong", "other")
-REMEDIES = {
-    "wrong": "add a column negative_context, or build it with --negatives corrupt",
-    "other": "add a column auxiliary_contexts, or build it with --agreement_contexts retrieval",
+BUILT = {
+    "wrong": ("negative_context", "negatives", "corrupt"),
+    "other": ("auxiliary_contexts", "agreement_contexts", "retrieval"),
 }
-"""What gives rows something for a level; of the others a column `answer` or `hints` does."""
+"""The column that a level shows, and how it is built; the others show parts of the reference."""
+
+
+def built_by(option: str, kind: str) -> str:
+    """Say what builds a column of rows."""
+    return by_caller(f"--{option} {kind}", f'prepare(rows, {option}="{kind}")')
+
+
+def what_gives(level: str) -> str:
+    """Say what gives rows something for a level."""
+    if level not in BUILT:
+        return "add a column answer or hints"
+    column, option, kind = BUILT[level]
+    return f"add a column {column}, or build it with {built_by(option, kind)}"
+
+
 _RESULT = re.compile(r"(=\s*)[-+]?[\d.,]*\d")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 MARK = r"(?:(?:[Aa]nswer\s*(?:is|:)|####)\s*|\\boxed\{)"  # what a final answer is stated after

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisd.errors import UserError
+from unisd.errors import UserError, flag
 from unisd.evaluation.accuracy import Interval, generate_greedy
 from unisd.evaluation.likelihood import TOKEN_BUDGET, Ids, _batches, _check_pairs, _ids, _States, corpus_ppl
 from unisd.kernels.lora import inference
@@ -108,7 +108,8 @@ def retention_along(
 def _check_base(model: Any, base: Any | None) -> None:
     if base is None and not hasattr(model, "disable_adapter"):
         raise UserError(
-            "retention needs the base model: give --base, or a model with an adapter that can be taken off"
+            f"retention needs the base model: give {flag('base')}, or a model with an adapter that can be"
+            " taken off"
         )
 
 

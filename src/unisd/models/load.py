@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from unisd.console import warnings_as_notes
 from unisd.data.rendering import has_template
-from unisd.errors import UserError
+from unisd.errors import UserError, by_caller
 from unisd.models import adapters
 from unisd.models import gguf as gguf_cache
 from unisd.models.adapters import without_adapter
@@ -327,9 +327,10 @@ def _kind_of(config: Any, name: str, trust_remote_code: bool) -> Any:
         return AutoModelForImageTextToText
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
+    trust = by_caller("--trust_remote_code", "trust_remote_code=True")
     raise UserError(
         f"{name} is a {config.model_type}, which is no causal language model that transformers knows: give"
-        " another model, or --trust_remote_code where its code comes with it."
+        f" another model, or {trust} where its code comes with it."
     )
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisd.data.privilege import MARK, REMEDIES, final_answer, reference_at, wrong_twin
+from unisd.data.privilege import BUILT, MARK, final_answer, reference_at, wrong_twin
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.errors import UserError
@@ -322,7 +322,7 @@ def probe_leak(
 def probe_contexts(prompts: PromptBuilder, row: Row, request: ScoreRequest) -> dict[str, list[int]]:
     """The prompts of an answer's probe, by `PROBED`, without those that the row cannot serve."""
     level = prompts.level
-    wrong = None if level in ("plain", *REMEDIES) else wrong_twin(row)
+    wrong = None if level in ("plain", *BUILT) else wrong_twin(row)
     contexts = {
         "student": request.student,
         "teacher": request.teacher,

@@ -10,7 +10,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Column
 from transformers import TrainerCallback
 
-from unisd.console import LINE_S, live_console, make_progress
+from unisd.console import LINE_S, NotebookDisplay, aligned, in_notebook, live_console, make_progress
 
 PLAIN_LINES = 20
 """Least progress lines of a run whose output is not a terminal."""
@@ -40,12 +40,14 @@ def _evaluation_text(metrics: dict[str, float]) -> str:
 
 
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
-    """Progress of the training with its latest metrics: a bar on a terminal, else plain lines, 20
-    of them or one every `LINE_S`.
+    """Progress of the training with its latest metrics: a bar on a terminal; in a notebook a line,
+    and in its place at the end a table; else plain lines, 20 of them or one every `LINE_S`.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.notebook = in_notebook()
+        self.lines: list[list[str]] = []
         self.progress: Progress | None = None
         self.bar: Any = None
         self.logs: dict[str, float] = {}
@@ -78,6 +80,8 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
             text = f"evaluation at step {state.global_step}/{state.max_steps}  {_evaluation_text(metrics)}"
             if self.progress is not None:
                 self.progress.console.print(text, markup=False, highlight=False)
+            elif self.notebook:
+                self._add(state, f"evaluation  {_evaluation_text(metrics)}")
             else:
                 print(text, flush=True)
 
@@ -91,6 +95,10 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
         if self.progress is not None:
             self.progress.update(self.bar, completed=state.global_step, metrics=text)
         elif state.is_world_process_zero and not self.console.is_terminal:
+            left = (state.max_steps - state.global_step) * seconds / max(done, 1)
+            told = f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left"
+            if self.notebook:
+                NotebookDisplay.show(told)
             stride = max(1, -(-state.max_steps // PLAIN_LINES))
             if (
                 state.global_step == 1
@@ -99,11 +107,20 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
                 or seconds - self.told >= LINE_S
             ):
                 self.told = seconds
-                left = (state.max_steps - state.global_step) * seconds / max(done, 1)
-                print(f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", flush=True)
+                if self.notebook:
+                    self._add(state, text)
+                else:
+                    print(told, flush=True)
+
+    def _add(self, state: Any, text: str) -> None:
+        """Keep a line for the table at the end."""
+        self.lines.append([str(state.global_step), text])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
+        if self.lines:
+            NotebookDisplay.show("\n".join(aligned(("step", "training"), self.lines)), stays=True)
+            self.lines = []
 
     def close(self) -> None:
         """Also after an interruption: a live bar must give the terminal back."""

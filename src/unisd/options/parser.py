@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from unisd.errors import UserError
+from unisd.errors import UserError, by_caller
 from unisd.options.option import declared, nearest
 
 Values = dict[str, Any]
@@ -149,8 +149,9 @@ class OptionParser(argparse.ArgumentParser):
                 continue
             try:
                 result |= self.given(_as_flag(name, value))
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
+            except UserError as error:  # of a flag, which a file has not
+                text = str(error).removeprefix("--").replace(f" (see {self.prog} --help)", "")
+                raise UserError(f"{where}: {text}") from None
         return result
 
     def _hint(self, name: str, prefix: str = "") -> str:
@@ -158,7 +159,8 @@ class OptionParser(argparse.ArgumentParser):
         if prefix:
             known.add("config")  # a file does not name another
         close = nearest(name, known | self.also)
-        return f"did you mean {prefix}{close}?" if close else "unisd train --help_all lists them all."
+        lists = by_caller("unisd train --help_all", "help(UniSDConfig)")
+        return f"did you mean {prefix}{close}?" if close else f"{lists} lists them all."
 
 
 def refuse_repeats(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

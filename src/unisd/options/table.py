@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from unisd.data.outcomes import KEEPS, NO_LOSS
-from unisd.data.privilege import REMEDIES
+from unisd.data.privilege import BUILT
 from unisd.options.method_table import MethodOptions
 from unisd.options.option import option
 
@@ -318,7 +318,7 @@ class UniSDOptions(MethodOptions):
         """
         if self.rollout_contexts[-1:] == [NO_LOSS] and self.completion_source in ("student", "initial"):
             return False  # the teacher is told of the answers alone
-        told = self.teacher_context not in ("plain", *REMEDIES) or self.target is not None
+        told = self.teacher_context not in ("plain", *BUILT) or self.target is not None
         if not told and self.completion_source in ("student", "initial"):
             return False
         return self.distillation_mode != "nll" or self.completion_source in ("reference", "mixture")

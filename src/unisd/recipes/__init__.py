@@ -3,7 +3,8 @@
 A recipe holds a `description`, the `evidence` for it with its weakness, `options` (the published
 hyper-parameters, for real models) and `pocket` (what changes on the embedded pocket model).
 `_published.yaml` and `_pocket.yaml` hold what all recipes share; a recipe's own values win.
-`based_on` names a recipe whose values it has where it gives none.
+`based_on` names a recipe whose values it has where it gives none. A recipe of your own is given by
+the path of its file.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from typing import Any
 
 import yaml
 
-from unisd.errors import UserError
+from unisd.errors import UserError, by_caller, one_line
 
 FOLDER = Path(__file__).parent
 DEFAULT = "unisd-star"
+KEYS = ("description", "evidence", "based_on", "options", "pocket")
+OF_ROWS = ("agreement_contexts", "negatives", "embedder")
+"""Options that are about rows, not about their training: `unisd.prepare` takes them in Python."""
 
 
 @dataclass(frozen=True)
@@ -40,30 +44,54 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Recipe:
-    """The recipe called `name`, with what all recipes share.
+    """The recipe called `name`, or in the file of this path, with what all recipes share.
 
     Raises:
-        UserError: unknown name, with the nearest known one.
+        UserError: unknown name, with the nearest known one; a file that is no recipe.
     """
-    if name not in names():
+    is_file = Path(name).suffix in (".yaml", ".yml")
+    if not is_file and name not in names():
         close = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names())}."
         raise UserError(f"unknown recipe {name!r}: {hint}")
-    file = FOLDER / f"{name}.yaml"
-    own = _read(file)
+    file = Path(name) if is_file else FOLDER / f"{name}.yaml"
+    own = _of_the_user(file) if is_file else _read(file)
     files = (file, *(FOLDER / f"{base}.yaml" for base in [own.get("based_on")] if base))
     parts = {
-        part: {name: value for each in files[::-1] for name, value in _read(each)[part].items()}
+        part: {k: value for each in files[::-1] for k, value in (_read(each).get(part) or {}).items()}
         for part in ("options", "pocket")
     }
     return Recipe(
         name=name,
-        description=own["description"],
-        evidence=own["evidence"],
+        description=own.get("description", ""),
+        evidence=own.get("evidence", ""),
         options={**_read(FOLDER / "_published.yaml"), **parts["options"]},
         pocket={**_read(FOLDER / "_pocket.yaml"), **parts["pocket"]},
         files=files,
     )
+
+
+def _of_the_user(file: Path) -> dict[str, Any]:
+    """The content of a file of the user's own, checked."""
+    try:
+        own = _read(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"recipe {file} cannot be read: {one_line(error)}: correct its path or form."
+        ) from None
+    flat = by_caller("a flat file is for --config", "flat values are given as UniSDConfig(**values)")
+    if not isinstance(own, dict) or not all(
+        isinstance(own.get(k) or {}, dict) for k in ("options", "pocket")
+    ):
+        raise UserError(f"{file} is no recipe: put its values under the key options ({flat}).")
+    if unknown := [key for key in own if key not in KEYS]:
+        known = ", ".join(KEYS)
+        raise UserError(
+            f"{file} is no recipe: it has {unknown[0]!r} beside {known}: move it to options ({flat})."
+        )
+    if (base := own.get("based_on")) is not None and base not in names():
+        raise UserError(f"{file}: based_on is {base!r}: name one of {', '.join(names())}.")
+    return own
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unisd.console import BETTER, NOISE, WORSE, number
+from unisd.errors import by_caller
 from unisd.evaluation import grading
 from unisd.evaluation.grading import detail_lines, unsettled_lines
 from unisd.monitoring.alarms import FORGOTTEN_NATS, at_most
@@ -105,8 +106,8 @@ def forgotten(retention: Sequence[Figures], drift: Figures | None) -> str | None
         )
     if not said:
         return None
-    remedy = "lower the rate, train for fewer steps, or keep a part of the change (--graft_scales)."
-    return f"{'; '.join(said)}: {remedy}"
+    part = by_caller("--graft_scales", "`unisd merge`")
+    return f"{'; '.join(said)}: lower the rate, train for fewer steps, or keep a part of the change ({part})."
 
 
 def percent(accuracy: Figures | None) -> str:

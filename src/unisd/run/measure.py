@@ -10,13 +10,16 @@ from typing import Any
 
 from unisd.config import UniSDConfig
 from unisd.data import rendering
+from unisd.data.prompts import overlong
 from unisd.data.rows import Row
 from unisd.data.thoughts import completion_text
 from unisd.distributed.sharding import all_ranks_must_join
+from unisd.errors import UserError
 from unisd.evaluation.accuracy import accuracy, generate_greedy
 from unisd.evaluation.likelihood import gold_ppl
 from unisd.evaluation.retention import retention, retention_along
 from unisd.models.inference import load_any
+from unisd.models.load import context_length
 from unisd.run import answers, grafting
 from unisd.run import baseline as shared
 from unisd.run.changes import change, drift_of, forgotten, items
@@ -60,6 +63,19 @@ def parts_of(data: RunData) -> dict[str, RetentionSet]:
     """
     sets = [one for one in data.retention if one.grade is not None and one.rows]
     return {RETENTION if place == 0 else f"{RETENTION} {one.name}": one for place, one in enumerate(sets)}
+
+
+def check_lengths(model: Any, tokenizer: Any, data: RunData) -> None:
+    """Raise `UserError` for rows to report on that leave no room for an answer."""
+    context = context_length(model)
+    for name, rows in data.evaluated.items():
+        if too_long := overlong(tokenizer, rows, context):
+            number, length = next(iter(too_long.items()))
+            raise UserError(
+                f"row {number} of {name}: the prompt has {length} tokens, and the model's context is"
+                f" {context}; {len(too_long)} such row(s): shorten or remove them, or give a model with a"
+                " longer context."
+            )
 
 
 def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> tuple[Figures, Figures]:
@@ -139,6 +155,23 @@ def drift(
     }
 
 
+def drift_between(
+    model: Any,
+    base: Any | None,
+    tokenizer: Any,
+    data: RunData,
+    config: UniSDConfig,
+    answers_of: tuple[Figures, Figures],
+) -> Figures:
+    """Measure drift on the rows that are probed, from the answers of the model and of its base."""
+    if (probed := data.probed) is None:
+        return {"retention_ppl": None, "retention_detail": None}
+    cap = probed.cap or config.eval_max_new_tokens or config.max_completion_length
+    part = FREE if FREE in answers_of[0] else RETENTION
+    known = answers_of[0].get(part), answers_of[1].get(part)
+    return drift(model, base, tokenizer, probed.probed, cap, config.rollout_batch_size, known)
+
+
 @dataclass(frozen=True)
 class Measurements:
     """Takes the figures of a run's model, before and after its training."""
@@ -177,19 +210,8 @@ class Measurements:
         if probed is None or (all_ranks_must_join(model) and not self.options.use_peft):
             return {"retention_ppl": None, "retention_detail": None}
         base = None if self.options.use_peft else load_model(self.options)[0].to(model.device)
-        cap = self.config.eval_max_new_tokens or self.config.max_completion_length
-        part = FREE if FREE in after else RETENTION
-        known = after.get(part), before.get(part)
         with self.trainer.accelerator.autocast():
-            return drift(
-                model,
-                base,
-                self.tokenizer,
-                probed.probed,
-                probed.cap or cap,
-                self.config.rollout_batch_size,
-                known,
-            )
+            return drift_between(model, base, self.tokenizer, self.data, self.config, (after, before))
 
     def parts(self, before: Figures, after: tuple[Figures, Figures]) -> list[grafting.Point]:
         """Measure parts of what training changed, and keep the curve between both ends."""

@@ -36,7 +36,10 @@ class RunOptions:
 
     # -- run ---------------------------------------------------------------------------------------
     recipe: str = option(
-        "run", "Published method whose settings are the defaults of this run; list: `unisd recipes`.", DEFAULT
+        "run",
+        "Published method whose settings are the defaults of this run, or a file of that form; list: `unisd"
+        " recipes`.",
+        DEFAULT,
     )
     dry_run: bool = option(
         "run", "Check everything, print what would run, an example and the memory; train nothing.", False

@@ -160,7 +160,7 @@ def resume_command(options: RunOptions, folder: str | Path) -> str:
 
 
 def _candidates(options: RunOptions, data_name: str) -> list[Path]:
-    parts = (options.recipe, Path(options.model_name_or_path).name or "model", data_name)
+    parts = (Path(options.recipe).stem, Path(options.model_name_or_path).name or "model", data_name)
     name = "-".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts)
     return [Path(DEFAULT_ROOT) / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000)]
 

@@ -15,7 +15,7 @@ from unisd.data import formats
 from unisd.data.formats import parse_column_mapping
 from unisd.data.reading import load_file
 from unisd.data.rows import Row, hold_out, load_rows
-from unisd.errors import UserError
+from unisd.errors import UserError, flag
 from unisd.run.options import RunOptions, as_list, number_of
 from unisd.tasks.base import Grade
 
@@ -61,7 +61,7 @@ def grader_of(
         if gold is None:
             needed = "a column tests with Python assertions" if code else "a column answer, or a reference"
             raise UserError(
-                f"row {number} of {where}: --grader {name} needs {needed}: add it, or remove the row."
+                f"row {number} of {where}: {flag('grader', name)} needs {needed}: add it, or remove the row."
             )
         check_gold(grader, row, gold, f"{where}, row {number}")
     if code:

@@ -16,7 +16,6 @@ from unisd.data.prompts import encode_prompt
 from unisd.data.rendering import OPTIONS, rendered_with
 from unisd.data.rows import Row
 from unisd.data.thoughts import answer_of, completion_text
-from unisd.errors import UserError
 from unisd.http_client import Unavailable
 from unisd.methods.registry import parse_weight
 from unisd.models.gguf import cache_dir
@@ -99,44 +98,6 @@ def server_writer(server: ChatServer, seed: int, what: str) -> Callable[[list[st
         return [answer_of(answer.text).strip() for answer in told]
 
     return write
-
-
-def build_contexts(
-    rows: Sequence[Row],
-    kind: str = "retrieval",
-    *,
-    num_contexts: int = 3,
-    seed: int = 0,
-    embedder: str = "tfidf",
-    model: Any = None,
-    tokenizer: Any = None,
-) -> list[Row]:
-    """Give rows the auxiliary contexts of agreement, as `unisd train --agreement_contexts` does.
-
-    Args:
-        rows: as `load_rows` returns them. Those that have `auxiliary_contexts` keep them (the
-            command gives them new ones).
-        kind: `retrieval` (the nearest other problems, solved), `random` (any others, solved),
-            `induction` (general instructions that the model writes) or `columns` (build none).
-        num_contexts: K, most contexts of a row; a row for which fewer are found gets those.
-        seed: of what is drawn.
-        embedder: for retrieval: `tfidf`, `model` (its mean hidden states) or the name of a
-            sentence-transformers model.
-        model, tokenizer: for induction and for the embedder `model`.
-
-    Returns:
-        The rows with `auxiliary_contexts`, lists of strings: never of the problem itself, of a
-        near-duplicate, or with the row's own reference in it. They are also kept in the cache.
-
-    Raises:
-        UserError: an unknown kind or embedder, a single row, or a model that is needed and missing.
-    """
-    if kind == "columns":
-        return list(rows)
-    if model is None and contexts.needs_model(kind, embedder):
-        raise UserError(f"{kind} contexts are made by a model: give model and tokenizer.")
-    settings = contexts.Settings(kind, num_contexts, seed, embedder)
-    return _with_contexts(rows, settings, lambda: (model, tokenizer))
 
 
 def _with_contexts(
@@ -279,6 +240,8 @@ def _with_negatives(
     elif options.negatives == "model":
         model, tokenizer = load()
         write, key = writer(model, tokenizer, config.seed, "wrong answers"), model_key(model, tokenizer)
+    # What a function in Python proves wrong cannot be found again under a name.
+    is_named = data.grade is None or data.task is not None or options.grader is not None
     return negatives.build(
         rows,
         options.negatives,
@@ -287,7 +250,7 @@ def _with_negatives(
         write=write,
         template=data.task.negative_prompt_template if data.task is not None else None,
         model_key=f"{key} {data.name} {options.grader} {options.task_options}",
-        cache_dir=cache_dir() / "contexts",
+        cache_dir=cache_dir() / "contexts" if is_named else None,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from unisd import tasks
 from unisd.data.rows import Row, load_rows
-from unisd.errors import UserError
+from unisd.errors import UserError, flag
 from unisd.files import RESULTS
 from unisd.run.options import RunOptions
 from unisd.run.own_rows import grader_of
@@ -48,7 +48,9 @@ class RetentionSet:
         return f"{self.name} ({graded}" + (f", {len(self.free)} free prompts)" if self.free else ")")
 
 
-def load_sets(options: RunOptions, task: Task | None, others: bool = False) -> list[RetentionSet]:
+def load_sets(
+    options: RunOptions, task: Task | None, others: bool = False, grade: GradeFunction | None = None
+) -> list[RetentionSet]:
     """The sets that were asked for; by default the task's own, and `general` for a real model.
 
     The embedded model knows nothing of the world: without a task that has rows for it, it keeps
@@ -57,6 +59,7 @@ def load_sets(options: RunOptions, task: Task | None, others: bool = False) -> l
     Args:
         task: that of the run, if it has one.
         others: of a task's own other rows than those that are reported, to choose on.
+        grade: of files, where no grader is named.
 
     Raises:
         UserError: `none` beside others, an unknown name, a file that cannot be read, two sets of
@@ -74,7 +77,7 @@ def load_sets(options: RunOptions, task: Task | None, others: bool = False) -> l
         if not is_of_the_pocket(options.model_name_or_path):
             return [*found, _general(options)]
         return found or [_own(tasks.get(POCKET), limit)]
-    found = [_named(name, options, own) for name in asked]
+    found = [_named(name, options, own, grade) for name in asked]
     names = [one.name for one in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(
@@ -84,7 +87,7 @@ def load_sets(options: RunOptions, task: Task | None, others: bool = False) -> l
     if unmeasured := next((one for one in found if one.grade is None and one is not probed), None):
         raise UserError(
             f"retention: {unmeasured.name} has no grader, and drift is measured on"
-            f" {probed.name if probed else 'nothing'}: give --grader, or {unmeasured.name} alone."
+            f" {probed.name if probed else 'nothing'}: give {flag('grader')}, or {unmeasured.name} alone."
         )
     return found
 
@@ -110,7 +113,9 @@ def is_of_the_pocket(model: str) -> bool:
     return model == POCKET
 
 
-def _named(name: str, options: RunOptions, own: RetentionSet | None) -> RetentionSet:
+def _named(
+    name: str, options: RunOptions, own: RetentionSet | None, grade: GradeFunction | None
+) -> RetentionSet:
     limit = options.retention_rows or options.max_eval_rows
     if name == GENERAL:
         return _general(options)
@@ -131,8 +136,8 @@ def _named(name: str, options: RunOptions, own: RetentionSet | None) -> Retentio
         return RetentionSet(name, found, other.grade, cap=other.max_new_tokens)
     if Path(name).suffix and Path(name).exists():
         rows = load_rows(name, options.columns, needs_reference=False)[:limit]
-        grade = grader_of(options.grader, options.allow_unsafe_code_execution, rows, name)
-        return RetentionSet(Path(name).stem, rows, grade)
+        by_name = grader_of(options.grader, options.allow_unsafe_code_execution, rows, name)
+        return RetentionSet(Path(name).stem, rows, by_name or grade)
     raise UserError(
         f"retention: {name!r} is neither {NONE}, {GENERAL}, a task ({', '.join(tasks.names())}) nor a file."
     )

@@ -20,14 +20,13 @@ from unisd.config import UniSDConfig
 from unisd.console import make_console, show_example, show_table
 from unisd.data import rendering
 from unisd.data.outcomes import NO_LOSS, Outcome
-from unisd.data.prompts import overlong
 from unisd.data.rows import Row
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
 from unisd.files import ANSWERS, GRAFTING, SAMPLES, read_lines
 from unisd.kernels.devices import gains_from_bf16
-from unisd.models.load import AUTO_BF16_FROM, can_checkpoint, context_length
+from unisd.models.load import AUTO_BF16_FROM, can_checkpoint
 from unisd.monitoring.alarms import Alarm
 from unisd.monitoring.cost import Energy, cost_of
 from unisd.monitoring.progress import ProgressDisplay
@@ -43,7 +42,7 @@ from unisd.run.inputs import (
     load_data,
     load_model,
 )
-from unisd.run.measure import Measurements, compared, kept_of, pair_answers
+from unisd.run.measure import Measurements, check_lengths, compared, kept_of, pair_answers
 from unisd.run.options import ONE_PROCESS, RunOptions
 from unisd.run.prepare import prepare
 from unisd.run.trackers import Trackers, told
@@ -82,7 +81,7 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
         logger.warning("push_to_hub uploads samples.jsonl and answers.json too, with texts of your rows.")
     model, tokenizer, _ = load_model(options)
     _settle_rendering(tokenizer, config, data)
-    _check_lengths(model, tokenizer, data)
+    check_lengths(model, tokenizer, data)
     config = _in_bf16(model, options, config)
     if config.process_index == 0:
         data.train = prepare(data, options, config, lambda: (model.to(config.device), tokenizer))
@@ -127,19 +126,6 @@ def _settle_rendering(tokenizer: Any, config: UniSDConfig, data: RunData) -> Non
     rendering.fix_date(tokenizer, checkpoint)
     for name, rows in data.evaluated.items():
         rendering.check_rows(tokenizer, rows, name)
-
-
-def _check_lengths(model: Any, tokenizer: Any, data: RunData) -> None:
-    """Raise `UserError` for rows to report on that leave no room for an answer."""
-    context = context_length(model)
-    for name, rows in data.evaluated.items():
-        if too_long := overlong(tokenizer, rows, context):
-            number, length = next(iter(too_long.items()))
-            raise UserError(
-                f"row {number} of {name}: the prompt has {length} tokens, and the model's context is"
-                f" {context}; {len(too_long)} such row(s): shorten or remove them, or give a model with a"
-                " longer context."
-            )
 
 
 def _in_bf16(model: Any, options: RunOptions, config: UniSDConfig) -> UniSDConfig:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from unisd.config import UniSDConfig
 from unisd.data.outcomes import NO_LOSS, Outcome
-from unisd.data.privilege import REMEDIES, reference_at
+from unisd.data.privilege import BUILT, reference_at, what_gives
 from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rendering import naming
 from unisd.data.rows import Row
@@ -99,17 +99,16 @@ class RequestBuilder:
             with naming(f"row {number} of the training data"):
                 self.prompts.check(found)
         level = self.args.teacher_context
-        level = level if self.args.uses_reference or level in REMEDIES else "plain"
+        level = level if self.args.uses_reference or level in BUILT else "plain"
         empty = [
             i
             for i, row in enumerate(rows)
             if level not in ("full", "plain") and reference_at(row, level) is None
         ]
         if empty:
-            remedy = REMEDIES.get(level, "add a column answer or hints")
             raise UserError(
                 f"row {empty[0]} of the training data has nothing for teacher_context={level} ({len(empty)}"
-                f" such row(s)): {remedy}, or use teacher_context=full."
+                f" such row(s)): {what_gives(level)}, or use teacher_context=full."
             )
         limits = (
             ("prompt", "max_prompt_length", self.args.max_prompt_length, self.prompts.student),

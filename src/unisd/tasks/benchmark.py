@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 from unisd.data.reading import load_file
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, problem_key, shingles, words
-from unisd.errors import UserError
+from unisd.errors import UserError, flag
 from unisd.tasks.base import Row, Task
 
 logger = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ class Benchmark(Task):
             except Exception as error:  # the hub's client raises errors of many libraries
                 raise UserError(
                     f"cannot load {repository} from the Hugging Face hub ({type(error).__name__}); give local"
-                    " files with --data_files"
+                    f" files with {flag('data_files')}"
                 ) from error
             if ours in self.counts and len(data) != self.counts[ours]:
                 raise UserError(

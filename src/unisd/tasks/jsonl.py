@@ -16,7 +16,7 @@ from unisd.data.formats import joined, layout_of, say_what_is_odd, suggested
 from unisd.data.reading import load_file
 from unisd.data.rows import check_prompt, in_our_form
 from unisd.data.text import problem_key
-from unisd.errors import UserError
+from unisd.errors import UserError, by_caller, flag
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, own_id
 from unisd.tasks.graders import check_gold, get_grader
@@ -46,7 +46,8 @@ class JsonlTask(Benchmark):
         answer_column: str = "answer",
     ) -> None:
         if data_files is None:
-            raise UserError("task jsonl needs --data_files: your rows, with a prompt and an answer each")
+            needed = f"{flag('data_files')}: your rows, with a prompt and an answer each"
+            raise UserError(f"task jsonl needs {needed}")
         super().__init__(data_files, num_auxiliary_contexts=0)
         self.grader = get_grader(grader)
         self.runs_code = grader == "code"
@@ -83,9 +84,9 @@ class JsonlTask(Benchmark):
         layout = layout_of(columns, given, missing) if missing else None
         if layout is None or not (has_prompt or self.prompt_column == "prompt"):
             if not has_prompt and (near := suggested("prompt", columns)):
+                given_as = by_caller("--task_options prompt_column={}", 'prompt_column="{}"').format(near[0])
                 raise UserError(
-                    f"{path} has no column {self.prompt_column!r}: if it is {near[0]!r}, pass --task_options"
-                    f" prompt_column={near[0]}."
+                    f"{path} has no column {self.prompt_column!r}: if it is {near[0]!r}, pass {given_as}."
                 )
             return given
         if path not in self._seen:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 
-from unisd.errors import UserError
+from unisd.errors import UserError, flag
 from unisd.tasks.base import Grade, Row
 from unisd.tasks.benchmark import Benchmark, Problem, Raw, as_list
 from unisd.tasks.graders.call_grading import grade_calls
@@ -44,8 +44,8 @@ class ToolAlpacaTask(Benchmark):
     ) -> None:
         if data_files is None:
             raise UserError(
-                "toolalpaca needs --data_files: eval_simulated.json or train_data.json of the project"
-                " tangqiaoyu/ToolAlpaca on GitHub"
+                f"toolalpaca needs {flag('data_files')}: eval_simulated.json or train_data.json of the"
+                " project tangqiaoyu/ToolAlpaca on GitHub"
             )
         super().__init__(data_files, num_auxiliary_contexts)
         self.short_prompt = short_prompt

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unisd.errors import UserError
+from unisd.errors import UserError, by_caller
 from unisd.files import METRICS, RESULTS
 
 logger = logging.getLogger(__name__)
@@ -169,9 +169,10 @@ def holds_optimizer(folder: str | Path) -> bool:
 def require_optimizer(folder: str | Path) -> None:
     """Raise `UserError` if a checkpoint holds weights only: its moments would begin anew."""
     if not holds_optimizer(folder):
+        option = by_caller("--model_name_or_path", "model")
         raise UserError(
             f"{folder} holds no optimizer (save_only_model), so it cannot be resumed: start a new run from"
-            " the model in it (--model_name_or_path; an adapter is made a model by `unisd merge`), and unset"
+            f" the model in it ({option}; an adapter is made a model by `unisd merge`), and unset"
             " save_only_model if that run is to be resumed."
         )
 

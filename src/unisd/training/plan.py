@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from unisd.config import UniSDConfig
+from unisd.data.privilege import built_by
 from unisd.data.rows import Row
 from unisd.errors import UserError
 from unisd.methods.registry import Term, WeightFunction, parse_term, parse_weight
@@ -174,12 +175,12 @@ def check_data_serves(needs: frozenset[str], rows: Sequence[Row]) -> None:
     if "auxiliary" in needs and not any(len(row.get("auxiliary_contexts") or []) >= 2 for row in rows):
         raise UserError(
             "agreement needs auxiliary contexts, but no row has two of them: add a column auxiliary_contexts"
-            " (a list of solved examples of other problems), build them with --agreement_contexts retrieval,"
-            " or set agreement=none."
+            " (a list of solved examples of other problems), build them with"
+            f" {built_by('agreement_contexts', 'retrieval')}, or set agreement=none."
         )
     if "negative" in needs and not any(row.get("negative_context") for row in rows):
         raise UserError(
             "contrast needs wrong references, but no row has one: add a column negative_context, build them"
-            " with --negatives corrupt, or unset what needs them (contrastive_weight, contrast_weight, the"
-            " target contrast, the term nsd)."
+            f" with {built_by('negatives', 'corrupt')}, or unset what needs them (contrastive_weight,"
+            " contrast_weight, the target contrast, the term nsd)."
         )

@@ -18,11 +18,11 @@ import torch
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from unisd.config import UniSDConfig
-from unisd.data.privilege import REMEDIES
+from unisd.data.privilege import BUILT
 from unisd.data.prompts import encode_completion
 from unisd.data.rows import Row
 from unisd.distributed.collectives import on_all_ranks
-from unisd.errors import UserError, one_line
+from unisd.errors import UserError, by_caller, one_line
 from unisd.kernels.devices import shares_host
 from unisd.methods.scores import StepScores
 from unisd.models.generation import mend_generation_config
@@ -60,7 +60,7 @@ def check_ready(trainer: UniSDTrainer) -> None:
             "teacher_context=plain: student and teacher read the same, with the same weights at the start, so"
             " that nothing is learnt."
         )
-    if args.uses_reference or args.teacher_context in REMEDIES:
+    if args.uses_reference or args.teacher_context in BUILT:
         trainer.prompts.check_generation_prefix(trainer.rows[0])
     _check_references_carry_loss(trainer)
     evaluated = trainer.eval_dataset if trainer.eval_dataset is not None else []
@@ -72,11 +72,12 @@ def check_ready(trainer: UniSDTrainer) -> None:
     _check_full_batch(args, len(trainer.rows))
     trainer._get_train_sampler()  # of num_iterations, which needs whole steps
     if args.eval_on_start and trainer.eval_dataset is None:
-        raise UserError("eval_on_start has no rows: set eval_strategy (from Python: give eval_dataset).")
+        remedy = by_caller("set eval_strategy", "give eval_dataset")
+        raise UserError(f"eval_on_start has no rows: {remedy}.")
     if trainer.plan.judged and trainer.grader is None:
         raise UserError(
             "the answers are to be judged (rollout_contexts, rollout_keep or a weight asks for it), but"
-            " nothing judges them: give --grader, or a task that grades (from Python: grader)."
+            f" nothing judges them: give {by_caller('--grader, or a task that grades', 'grader')}."
         )
     check_best_metric(args, trainer.eval_dataset, trainer.grader is not None)
     given, schedule = trainer.optimizer, trainer.lr_scheduler

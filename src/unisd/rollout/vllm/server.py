@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from unisd.config import UniSDConfig
-from unisd.errors import RolloutError
+from unisd.errors import RolloutError, by_caller
 from unisd.http_client import BadAnswer, Client, Refused, Request, Unavailable
 from unisd.rollout.engine import Completion, NoiseKey, Sampling
 from unisd.rollout.vllm import common
@@ -95,9 +95,10 @@ class ServerEngine(common.VllmEngine):
         )
 
     def _gone(self, trouble: Exception) -> RolloutError:
+        resume = by_caller("--resume_from_checkpoint", "train(resume_from_checkpoint=True)")
         return RolloutError(
             f"the vLLM server at {self.client.url} does not answer ({trouble}); start it with: {self._start};"
-            " training goes on from the last checkpoint with --resume_from_checkpoint."
+            f" training goes on from the last checkpoint with {resume}."
         )
 
     def _unfit(self, what: str) -> RolloutError:

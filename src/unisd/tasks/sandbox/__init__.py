@@ -36,7 +36,7 @@ from pathlib import Path
 from shutil import which
 from typing import Any, NamedTuple
 
-from unisd.errors import UserError
+from unisd.errors import UserError, by_caller
 from unisd.tasks.sandbox import syscalls
 
 __all__ = ["Verdict", "check_isolation", "run_many", "run_program"]
@@ -50,8 +50,7 @@ PACKAGES = ("numpy", "numpy.libs")  # folders beside the standard library, where
 HOW_TO_ENABLE = (
     "Install bubblewrap (Debian, Ubuntu: apt install bubblewrap; Fedora: dnf install bubblewrap) and allow"
     " user namespaces (sysctl kernel.unprivileged_userns_clone=1; on Ubuntu also"
-    " kernel.apparmor_restrict_unprivileged_userns=0), or pass --allow_unsafe_code_execution to run"
-    " model-written code with your own rights."
+    " kernel.apparmor_restrict_unprivileged_userns=0)"
 )
 
 
@@ -100,7 +99,11 @@ def require(allow_unsafe: bool | None = None) -> bool:
     """
     missing = check_isolation()
     if missing is not None and not (_unsafe_allowed if allow_unsafe is None else allow_unsafe):
-        raise UserError(f"model-written code cannot be run safely here: {missing}. {HOW_TO_ENABLE}")
+        allow = by_caller("pass --allow_unsafe_code_execution", "call unisd.tasks.sandbox.allow_unsafe(True)")
+        raise UserError(
+            f"model-written code cannot be run safely here: {missing}. {HOW_TO_ENABLE}, or {allow} to run"
+            " model-written code with your own rights."
+        )
     return missing is None
 
 
