@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_python_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert blocks
     monkeypatch.chdir(tmp_path)
     for block in blocks:

@@ -47,7 +47,7 @@ def trained(folder: Path, before: Path, recipe: str, rate: str, seed: int = 0) -
 
 
 def alarms(results: dict[str, Any]) -> list[str]:
-    return [alarm["message"] for alarm in results["alarms"] if alarm["name"] == "forgetting"]
+    return [alarm["text"] for alarm in results["alarms"] if alarm["name"] == "forgetting"]
 
 
 def test_a_rate_of_zero_changes_nothing(tmp_path: Path, before: Path) -> None:
