@@ -25,7 +25,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(folder: Path, before: Path, recipe: str, rate: str, seed: int = 0) -> dict[str, Any]:
-    """The results of twelve steps of eight rows with LoRA."""
+    """The results of twelve steps of four rows with LoRA."""
     flags = {
         "model_name_or_path": "smollm2-135m",
         "train_file": str(TICKETS),
@@ -33,7 +33,7 @@ def trained(folder: Path, before: Path, recipe: str, rate: str, seed: int = 0) -
         "recipe": recipe,
         "learning_rate": rate,
         "max_steps": "12",
-        "per_device_train_batch_size": "8",
+        "per_device_train_batch_size": "4",
         "gradient_accumulation_steps": "1",
         "max_completion_length": "48",
         "seed": str(seed),
