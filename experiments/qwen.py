@@ -186,8 +186,8 @@ def rows_to_measure(plan: Plan, options: RunOptions) -> RunData:
         return RunData(plan.task, [], [], [RetentionSet("general", [], None, chat, 64)])
     sets = []
     for name, own, count, cap in PILOT_KEPT if plan.pilot else KEPT_SETS[plan.task]:
-        files = {"data_files": [str(Path(plan.data) / file) for file in FILES[name]]} if plan.data else {}
-        task = get(name, **own, **(files if name in FILES else {}))
+        where = {"data_files": [str(Path(plan.data) / file) for file in FILES.get(name, ())]}
+        task = get(name, **own, **(where if plan.data and name in FILES else {}))
         reported = next((size for other, _, size, _ in KEPT_SETS["mbpp"] if other == name), 0)
         start = reported if plan.pilot else 0
         rows = task.load("test", limit=start + count)[start:]
