@@ -93,7 +93,7 @@ def acquisition(cells: list[Cell], task: str) -> list[str]:
         line += [_mean(spent, lambda cell: cell["times_s"]["step_time"], 0)]
         lines.append([*line, _mean(spent, lambda cell: cell["answer_tokens"], 0)])
     head = ["method", "rate", "seeds", "right, %", "less raw, points", "gained / lost", "PPL_ref"]
-    return markdown_table([*head, "training, s", "answer tokens"], lines)
+    return markdown_table([*head, "training, s", "tokens trained"], lines)
 
 
 def kept(cells: list[Cell], task: str) -> list[str]:
