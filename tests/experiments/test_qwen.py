@@ -13,8 +13,11 @@ from experiments import grid, qwen, qwen_file, qwen_page
 from experiments import qwen_plan as plan_of
 from experiments.qwen_plan import DRIFT, GRAFT, KEPT, MEASURED, PILOTS, RAW, SCALES, TASK, TRAINING, Plan
 from tests.helpers.data import DATA, needs_data
+from unisd import testing
 from unisd.errors import UserError
 from unisd.run.resolve import parse
+from unisd.tasks import code
+from unisd.trainer import UniSDTrainer
 
 RIGHT = {1e-4: 20, 3e-4: 30}  # of 43 validation rows, by the pilot's rate; of all other rates as 5e-4
 
@@ -104,6 +107,7 @@ def test_hours_come_from_what_was_measured(store: list[grid.Cell]) -> None:
     assert plan_of.hours(store, "mbpp") == 0
 
 
+@pytest.mark.long
 def test_cells_are_valid_runs_of_sixteen_answers_a_step(store: list[grid.Cell]) -> None:
     for task in qwen.TASK_FLAGS:
         for plan in plan_of.outline(task, store, model="model.gguf"):
@@ -255,3 +259,44 @@ def test_a_training_that_was_killed_counts_all_of_its_steps(
     cell = qwen.trained(tmp_path, options, config)
     assert seen == [str(tmp_path / "checkpoint-1")]
     assert (cell["steps"], cell["step_s"], cell["answer_tokens"], cell["rows"]) == (2, 2.0, 10.0, 120)
+
+
+@pytest.mark.long
+@needs_data
+def test_a_killed_training_goes_on_and_a_part_of_it_drifts_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
+    monkeypatch.setattr(code, "TRIES", 0)  # wrong programs cost runs
+    monkeypatch.setitem(qwen.ANSWER_TOKENS, "mbpp", 8)
+    monkeypatch.setitem(plan_of.STEPS, "mbpp", 3)
+    monkeypatch.setattr(qwen, "CHAT_ROWS", 3)
+    model = testing.model()
+    model.config.max_position_embeddings = 32768
+    model.save_pretrained(tmp_path / "model")
+    testing.tokenizer().save_pretrained(tmp_path / "model")
+    where = {"model": str(tmp_path / "model"), "data": str(DATA)}
+    plan = Plan("mbpp", "sdft", 1, 1e-2, TRAINING, **where)
+    compute = UniSDTrainer.compute_loss
+
+    def stops(self: UniSDTrainer, *given: Any, **named: Any) -> Any:
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return compute(self, *given, **named)
+
+    monkeypatch.setattr(UniSDTrainer, "compute_loss", stops)
+    with pytest.raises(KeyboardInterrupt):
+        qwen.run_cell(plan)
+    seen: list[int] = []
+
+    def looks(self: UniSDTrainer, *given: Any, **named: Any) -> Any:
+        seen.append(self.state.global_step)
+        return compute(self, *given, **named)
+
+    monkeypatch.setattr(UniSDTrainer, "compute_loss", looks)
+    assert qwen.run_cell(plan)["steps"] == 3 and set(seen) == {2}
+    moved = [
+        qwen.run_cell(Plan("mbpp", method, 1, 1e-2, DRIFT, scale=scale, **where))["drift"]["kl"]["after"]
+        for method, scale in (("sdft", 1.0), ("sdft", 0.25), ("sdft", 0.0))
+    ]
+    assert moved[0] > moved[1] > moved[2] == 0
