@@ -287,7 +287,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["zero2", "zero3"])
+@pytest.fixture(scope="module", params=[pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def zero(request: pytest.FixtureRequest, alone: Path) -> Path:
     """The folder of runs under one stage; each stage in processes of its own, since accelerate
     cannot change it.
