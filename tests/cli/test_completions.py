@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from tests.helpers.commands import without_notes
 from tests.helpers.data import DATA, needs_data
 from unisd import tasks
 from unisd.cli.main import main
@@ -83,7 +84,7 @@ def graded(tmp_path, name, file, lines, *flags):
 
 def refused(capsys, *command):
     assert main(list(command)) == 2
-    error = capsys.readouterr().err
+    error = without_notes(capsys.readouterr().err)
     assert error.count("\n") == 1
     return error
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from tests.helpers.commands import without_notes
 from unisd.cli.main import main
 from unisd.evaluation.grading import bootstrap, outcomes, unsettled, wilson
 from unisd.tasks.graders import GRADERS
@@ -33,7 +34,7 @@ def grade(tmp_path, capsys):
     def run(*flags, code=0):
         assert main(["grade", "jsonl", "--grader", "number", *files, *map(str, flags)]) == code
         said = capsys.readouterr()
-        return said.err if code else said.out
+        return without_notes(said.err) if code else said.out
 
     return run
 

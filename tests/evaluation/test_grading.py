@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import without_notes
 from tests.helpers.data import DATA, needs_data
 from unisd.cli.main import main
 from unisd.evaluation.grading import bootstrap, pass_at_k, row_results, summarize
@@ -96,7 +97,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, lines, message):
         )
         == 2
     )
-    error = capsys.readouterr().err
+    error = without_notes(capsys.readouterr().err)
     assert message in error and error.count("\n") == 1
 
 

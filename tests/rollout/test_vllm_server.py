@@ -105,7 +105,7 @@ def test_a_fault_that_stays_ends_in_one_clear_error(server: StandIn, tmp_path: P
     assert (
         server.url in text
         and "vllm serve" in text
-        and "--resume_from_checkpoint" in text
+        and "train(resume_from_checkpoint=True)" in text
         and "\n" not in text
     )
     assert len(server.requests) >= 3 + len(PROMPTS)  # no fewer than three attempts a prompt

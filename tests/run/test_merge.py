@@ -21,6 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from tests.helpers.commands import without_notes
 from unisd import testing as tiny
 from unisd.cli import main
 
@@ -92,7 +93,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def run(*arguments: object) -> str:
         capsys.readouterr()
         assert merge(*arguments) == 2
-        error = capsys.readouterr().err
+        error = without_notes(capsys.readouterr().err)
         assert error.startswith("unisd: error: ") and error.count("\n") == 1
         return error
 

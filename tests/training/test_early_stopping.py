@@ -15,7 +15,7 @@ from unisd import testing as tiny
 from unisd.errors import UserError
 from unisd.files import is_evaluation, read_lines
 from unisd.monitoring.progress import ProgressDisplay
-from unisd.report.run_page import _evaluations, read_metrics
+from unisd.report.run_page import evaluations, read_metrics
 from unisd.run import choice
 
 OFTEN: dict[str, Any] = {
@@ -143,7 +143,7 @@ def test_evaluations_are_written_printed_drawn_and_logged(
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluation")]
     assert shown[0].startswith(f"evaluation at step 1/2  loss {lines[1]['eval_loss']:.4f}  accuracy 100.0 %")
     assert [step for step, logs in log.lines if logs.get("eval_accuracy") == 1.0] == [1, 2, 2]
-    assert [unit for _, unit, _ in _evaluations(read_metrics(tmp_path / "metrics.jsonl"))] == [
+    assert [unit for _, unit, _ in evaluations(read_metrics(tmp_path / "metrics.jsonl"))] == [
         "nats a token",
         "share",
     ]

@@ -235,7 +235,8 @@ class UniSDOptions(table.UniSDOptions):
     """
 
     report_to: str | list[str] | None = ...
-    """Trackers that get the metrics: tensorboard, wandb, ...; all (that are installed) or none.
+    """Trackers that get the metrics: tensorboard, wandb, trackio, ...; all (that are installed) or
+    none. These three also get the final table and the kept answers, with texts of your rows.
     Default: 'none'.
     """
 
