@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from unisd.errors import UserError
+from unisd.files import follow_umask
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +72,7 @@ def converted(file: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            "reading a GGUF file needs the package gguf: pip install 'unisd[gguf]' (or: pip install gguf)"
-        )
+        raise UserError('reading a GGUF file needs the package gguf: pip install "unisd[gguf]"')
     logger.warning("converting %s once into %s", file.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +134,7 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer.add_bos_token = True
         tokenizer.init_kwargs["add_bos_token"] = True
     tokenizer.save_pretrained(folder)
+    follow_umask(folder)
 
 
 def _begins_with_bos(file: Path) -> bool:

@@ -30,6 +30,7 @@ from unisd.models.load import POCKET, SMOLLM2
 from unisd.monitoring.alarms import silence
 from unisd.options.option import declared
 from unisd.options.parser import UNSET, Values
+from unisd.run.citations import papers
 from unisd.run.options import RunOptions
 from unisd.training.checkpoints import (
     clear_staging,
@@ -297,7 +298,9 @@ def _silence(results: dict[str, Any]) -> str:
     )
 
 
-def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[str]]) -> str:
+def model_card(
+    results: dict[str, Any], options: RunOptions, config: UniSDConfig, lines: list[list[str]]
+) -> str:
     """The README.md of the output folder."""
     hub_id = (
         options.model_name_or_path if re.fullmatch(r"[\w.-]+/[\w.-]+", options.model_name_or_path) else None
@@ -322,9 +325,8 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             f"# {results['model']} adapted to {results['task']} by self-distillation",
             "",
             (
-                f"Recipe `{results['recipe']}`, seed {results['seed']}, trained with unisd {__version__}"
-                " (UniSD, [arXiv 2605.06597](https://arxiv.org/abs/2605.06597)). Every option is in"
-                " `results.json`, every step in `metrics.jsonl`."
+                f"Recipe `{results['recipe']}`, seed {results['seed']}, trained with unisd {__version__}."
+                " Every option is in `results.json`, every step in `metrics.jsonl`."
             ),
             "",
             *markdown_table(("measure", "before", "after", "change"), lines),
@@ -343,6 +345,13 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             f"Load with transformers{' and peft' if options.trains_adapter else ''}: `{load}`",
             "",
             "Limits: measured on this task only; the model keeps its base's licence, knowledge and faults.",
+            "",
+            "Please cite what was used:",
+            "",
+            *(
+                f"- {what}: [arXiv {paper}](https://arxiv.org/abs/{paper})"
+                for paper, what in papers(results["recipe"], config).items()
+            ),
             "",
         ]
     )

@@ -359,7 +359,7 @@ def _finish(
     trainer = setting.trainer
     if trainer.is_world_process_zero():
         (folder / "README.md").write_text(
-            outputs.model_card(results, options, change_lines(results)), encoding="utf-8"
+            outputs.model_card(results, options, config, change_lines(results)), encoding="utf-8"
         )
         outputs.write_json(folder / outputs.RESULTS, results)
     if config.push_to_hub:

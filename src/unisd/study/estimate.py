@@ -21,6 +21,7 @@ Shapes: C cells, S seeds, P problems.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,6 +66,12 @@ class Estimate:
         return Estimate(**{**asdict(self), **numbers})
 
 
+def check_installed() -> None:
+    """Raise `UserError` where no study could be analysed: before its runs, not after them."""
+    if importlib.util.find_spec("statsmodels") is None:
+        raise UserError('a study\'s analysis needs statsmodels: pip install "unisd[study]".')
+
+
 class Fit:
     """One outcome of all runs of a design.
 
@@ -75,10 +82,9 @@ class Fit:
     """
 
     def __init__(self, runs_CS: Values, answers_CSP: Values | None = None) -> None:
-        try:
-            import statsmodels.api as sm
-        except ImportError:
-            raise UserError('a study\'s analysis needs statsmodels: pip install "unisd[study]".') from None
+        check_installed()
+        import statsmodels.api as sm
+
         self.runs_CS = runs_CS
         self.answers_CSP = answers_CSP
         C, S = runs_CS.shape
