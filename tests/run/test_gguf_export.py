@@ -126,6 +126,34 @@ def test_what_llama_cpp_reads(adapter: Callable[[str], Path], tmp_path: Path) ->
     assert factors[0] == pytest.approx(1) and factors[-1] == pytest.approx(8)
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("family", ["llama", "llama3", "qwen2", "qwen3"])
+def test_llama_cpp_computes_the_same(family: str, tmp_path: Path) -> None:
+    engine = pytest.importorskip("xllamacpp", reason="llama.cpp itself: pip install --no-deps xllamacpp")
+    model = built(family)
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    assert main(["merge", str(tmp_path / "model"), "--gguf", "f16"]) == 0
+    asked = engine.CommonParams()
+    asked.model.path = str(tmp_path / "model-gguf" / "model-f16.gguf")
+    asked.n_ctx, asked.n_parallel, asked.cpuparams.n_threads, asked.warmup = 128, 1, 1, False
+    server = engine.Server(asked)
+    request = {
+        "prompt": IDS[0].tolist(),
+        "max_tokens": 6,
+        "temperature": 0,
+        "logprobs": 1,
+        "ignore_eos": True,
+    }
+    told = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+    ids = torch.tensor([[*IDS[0].tolist(), *(token["id"] for token in told)]])
+    with torch.no_grad():
+        logps = model(ids).logits[0, IDS.shape[1] - 1 : -1].log_softmax(-1)
+    expected = logps.gather(-1, ids[0, IDS.shape[1] :, None])[:, 0]
+    assert len(told) == 6 and torch.equal(logps.max(-1).values, expected)
+    assert [token["logprob"] for token in told] == pytest.approx(expected.tolist(), abs=0.02)
+
+
 @pytest.mark.long
 def test_a_full_model_and_a_quantiser_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
