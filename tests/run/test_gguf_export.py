@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from unisd import testing as tiny
@@ -38,16 +42,28 @@ LLAMA3 = {
 }
 
 
+def tokenizer_with_merges() -> PreTrainedTokenizerFast:
+    """Every real tokenizer has merges; transformers reads no file without."""
+    tokenizer = tiny.tokenizer()
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["vocab"] |= {"ie": 262, "Ġv": 263}
+    core["model"]["merges"] = [["i", "e"], ["Ġ", "v"]]
+    names = {name: getattr(tokenizer, name) for name in ("pad_token", "bos_token", "eos_token")}
+    rest = {"additional_special_tokens": tiny.SPECIAL[3:], "chat_template": tokenizer.chat_template}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), **names, **rest)
+
+
 def built(family: str) -> Any:
     torch.manual_seed(0)
     # one row more than tokens, as models have whose rows are filled up
-    sizes = tiny.SIZES | {"vocab_size": 263, "hidden_size": 64, "intermediate_size": 96}
+    sizes = tiny.SIZES | {"vocab_size": 265, "hidden_size": 64, "intermediate_size": 96}
     if family == "qwen2":
         model: Any = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True))
-    elif family == "llama3":
-        model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=LLAMA3))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=32))
     else:
-        return tiny.model(family)
+        rope = {"rope_parameters": LLAMA3} if family == "llama3" else {}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **rope))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -58,7 +74,7 @@ def built(family: str) -> Any:
 def adapter(tmp_path: Path) -> Callable[[str], Path]:
     def build(family: str) -> Path:
         built(family).save_pretrained(tmp_path / "base")
-        tiny.tokenizer().save_pretrained(tmp_path / "base")
+        tokenizer_with_merges().save_pretrained(tmp_path / "base")
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         changed = ["q_proj", "k_proj", "down_proj"]
         get_peft_model(
@@ -89,13 +105,14 @@ def test_the_file_computes_what_the_model_does(
 
     gguf = {"gguf_file": f"model-{kind}.gguf"}
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    place = tmp_path / "alone"  # with nothing beside the file that transformers could read instead
+    place.mkdir()
+    (merged / gguf["gguf_file"]).rename(place / gguf["gguf_file"])
     # transformers does not read these two of a GGUF file
-    config = model.config.__class__.from_pretrained(merged, **gguf)
-    config.head_dim, config.rope_parameters = (
-        model.config.head_dim if family != "qwen2" else 16,
-        model.config.rope_parameters,
-    )
-    read = AutoModelForCausalLM.from_pretrained(merged, config=config, dtype=torch.float32, **gguf)
+    config = model.config.__class__.from_pretrained(place, **gguf)
+    config.head_dim = 32 if family == "qwen3" else 16
+    config.rope_parameters = model.config.rope_parameters
+    read = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=torch.float32, **gguf)
     with torch.no_grad():
         expected, found = model(IDS).logits, read(IDS).logits
     close = 0.005 if kind == "f16" else 0.05
@@ -103,7 +120,7 @@ def test_the_file_computes_what_the_model_does(
     sampled = {"max_new_tokens": 4, "do_sample": False}
     if kind == "f16":
         assert torch.equal(read.generate(IDS, **sampled), model.generate(IDS, **sampled))
-    tokenizer, back = tiny.tokenizer(), AutoTokenizer.from_pretrained(merged, **gguf)
+    tokenizer, back = tokenizer_with_merges(), AutoTokenizer.from_pretrained(place, **gguf)
     text = "<|user|>Wie viel ist 12 + 30?\n<|assistant|>"
     assert back(text, add_special_tokens=False)["input_ids"] == tokenizer(text)["input_ids"]
     assert back.chat_template == tokenizer.chat_template
@@ -120,37 +137,51 @@ def test_what_llama_cpp_reads(adapter: Callable[[str], Path], tmp_path: Path) ->
     assert told["general.architecture"] == "llama" and told["llama.rope.dimension_count"] == 16
     assert told["tokenizer.ggml.model"] == "gpt2" and told["tokenizer.ggml.pre"] == "gpt-2"
     assert told["tokenizer.ggml.token_type"][:7] == [3, 3, 3, 3, 3, 3, 1]
-    assert told["tokenizer.ggml.tokens"][262] == "[PAD262]" and told["tokenizer.ggml.token_type"][262] == 5
+    assert told["tokenizer.ggml.tokens"][262:] == ["ie", "Ġv", "[PAD264]"]
+    assert told["tokenizer.ggml.token_type"][262:] == [1, 1, 5]
     assert told["tokenizer.ggml.eos_token_id"] == 2 and told["tokenizer.ggml.add_bos_token"] is False
     factors = next(tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
     assert factors[0] == pytest.approx(1) and factors[-1] == pytest.approx(8)
 
 
+LLAMA_CPP = """
+import json, sys
+import xllamacpp
+asked = xllamacpp.CommonParams()
+asked.model.path = sys.argv[1]
+asked.n_ctx, asked.n_parallel, asked.cpuparams.n_threads, asked.warmup = 256, 1, 1, False
+request = json.loads(sys.argv[2]) | {"max_tokens": 6, "temperature": 0, "logprobs": 1}
+found = xllamacpp.Server(asked).handle_completions(request)
+print(json.dumps(found["choices"][0]["logprobs"]["content"]))
+"""
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("family", ["llama", "llama3", "qwen2", "qwen3"])
 def test_llama_cpp_computes_the_same(family: str, tmp_path: Path) -> None:
-    engine = pytest.importorskip("xllamacpp", reason="llama.cpp itself: pip install --no-deps xllamacpp")
+    pytest.importorskip("xllamacpp", reason="llama.cpp itself: pip install --no-deps xllamacpp")
     model = built(family)
     model.save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tokenizer_with_merges().save_pretrained(tmp_path / "model")
     assert main(["merge", str(tmp_path / "model"), "--gguf", "f16"]) == 0
-    asked = engine.CommonParams()
-    asked.model.path = str(tmp_path / "model-gguf" / "model-f16.gguf")
-    asked.n_ctx, asked.n_parallel, asked.cpuparams.n_threads, asked.warmup = 128, 1, 1, False
-    server = engine.Server(asked)
-    request = {
-        "prompt": IDS[0].tolist(),
-        "max_tokens": 6,
-        "temperature": 0,
-        "logprobs": 1,
-        "ignore_eos": True,
-    }
-    told = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+    file = tmp_path / "model-gguf" / "model-f16.gguf"
+    # Single bytes beyond ASCII are no text: llama.cpp would report several of them as one.
+    letters = [
+        i
+        for i, token in enumerate(tokenizer_with_merges().convert_ids_to_tokens(range(6, 262)), 6)
+        if token.isascii()
+    ]
+    request = {"prompt": IDS[0].tolist(), "logit_bias": {i: -100 for i in range(265) if i not in letters}}
+    words = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(request)]
+    done = subprocess.run(words, capture_output=True, text=True)  # its threads are not torch's
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
     ids = torch.tensor([[*IDS[0].tolist(), *(token["id"] for token in told)]])
     with torch.no_grad():
         logps = model(ids).logits[0, IDS.shape[1] - 1 : -1].log_softmax(-1)
-    expected = logps.gather(-1, ids[0, IDS.shape[1] :, None])[:, 0]
-    assert len(told) == 6 and torch.equal(logps.max(-1).values, expected)
+    chosen = torch.tensor(letters)[logps[:, letters].argmax(-1)]
+    assert torch.equal(chosen, ids[0, IDS.shape[1] :]) and len(told) == 6
+    expected = logps.gather(-1, chosen[:, None])[:, 0]
     assert [token["logprob"] for token in told] == pytest.approx(expected.tolist(), abs=0.02)
 
 
@@ -159,7 +190,7 @@ def test_a_full_model_and_a_quantiser_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built("qwen3").save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tokenizer_with_merges().save_pretrained(tmp_path / "model")
     assert main(["merge", str(tmp_path / "model"), "--gguf", "q4_k_m"]) == 0
     made = tmp_path / "model-gguf"
     assert {path.name for path in made.iterdir()} == {"model-f16.gguf", "Modelfile"}

@@ -17,6 +17,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -114,8 +116,9 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with alone(file) as place:
+            loaded = AutoModelForCausalLM.from_pretrained(place, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
     except Exception as error:  # a malformed file makes the reader stumble anywhere
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -135,6 +138,14 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer.init_kwargs["add_bos_token"] = True
     tokenizer.save_pretrained(folder)
     follow_umask(folder)
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[Path]:
+    """A folder with this file alone: of what lies beside a GGUF file transformers reads parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def _begins_with_bos(file: Path) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from unisd.data.rendering import OPTIONS, closing_token, has_template
 from unisd.errors import UserError, one_line
+from unisd.models.gguf import alone
 from unisd.models.tokens import eos_ids, known_tokens
 from unisd.run.comparison import Difference, logits_of, prompts_for
 from unisd.run.ollama import modelfile
@@ -108,7 +109,7 @@ def _unwritable(config: Any) -> str | None:
 def _unwritable_tokenizer(tokenizer: Any) -> str | None:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return "its tokenizer has no tokenizer.json"
-    if _core(tokenizer)["model"]["type"] != "BPE" or _pre_tokenizer(tokenizer) is None:
+    if not _core(tokenizer)["model"].get("merges") or _pre_tokenizer(tokenizer) is None:
         return "its tokenizer is no byte-level BPE of a kind that is known here"
     return None
 
@@ -168,13 +169,15 @@ def _read_back(file: Path, config: Any, tokenizer: Any, prompts: list[list[int]]
     """The logits of the file as transformers opens it."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    options = {"gguf_file": file.name}
     try:
-        read = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        # Of what the file says transformers does not read these.
-        read.head_dim, read.rope_parameters = _head_dim(config), config.rope_parameters
-        options = {"gguf_file": file.name, "dtype": torch.float32}
-        model = AutoModelForCausalLM.from_pretrained(file.parent, config=read, **options).eval()
-        found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with alone(file) as place:
+            read = AutoConfig.from_pretrained(place, **options)
+            # Of what the file says transformers does not read these.
+            read.head_dim, read.rope_parameters = _head_dim(config), config.rope_parameters
+            kind = AutoModelForCausalLM
+            model = kind.from_pretrained(place, config=read, dtype=torch.float32, **options).eval()
+            found = AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # transformers' reader stumbles anywhere
         raise UserError(
             f"transformers cannot read the GGUF file back ({one_line(error)}). Nothing was written: merge"
@@ -223,7 +226,8 @@ def _write_weight(writer: Any, name: str, parameter: Tensor, kind: str, heads: i
 
     values = parameter.detach().float().numpy()
     if parameter.dim() == 1:  # norms and biases are small, and kept exactly
-        return writer.add_tensor(name, _interleaved(values, heads))
+        writer.add_tensor(name, _interleaved(values, heads))
+        return
     # q8_0 takes blocks of 32 values
     fits = kind == "q8_0" and values.shape[-1] % 32 == 0
     stored = GGMLQuantizationType.Q8_0 if fits else GGMLQuantizationType.F16
@@ -233,7 +237,7 @@ def _write_weight(writer: Any, name: str, parameter: Tensor, kind: str, heads: i
         )
     encoded = quants.quantize(values, stored)  # by row: their order does not matter
     parameter.data = torch.from_numpy(quants.dequantize(encoded, stored).astype(np.float32))
-    return writer.add_tensor(name, _interleaved(encoded, heads), raw_dtype=stored)
+    writer.add_tensor(name, _interleaved(encoded, heads), raw_dtype=stored)
 
 
 def _interleaved(rows: np.ndarray, heads: int | None) -> np.ndarray:
@@ -253,7 +257,7 @@ def _heads(config: Any, name: str) -> int | None:
 
 
 def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _write_sizes(writer: Any, config: Any) -> None:

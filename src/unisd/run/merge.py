@@ -225,8 +225,10 @@ def merge(asked: Merge, advance: Callable[[int], None]) -> list[Written | GgufFi
         with tempfile.TemporaryDirectory(prefix=".unisd-merge-", dir=parent) as aside:
             folders = {scale: Path(aside) / f"{scale:g}" for scale in asked.outputs}
             written: list[Written | GgufFile] = []
-            for scale, folder in folders.items() if source is not None else ():
-                written.append(_write(source, scale, folder, asked, advance))
+            if source is not None:
+                written += [
+                    _write(source, scale, folder, asked, advance) for scale, folder in folders.items()
+                ]
             source = None  # its memory is for the models that are written next
             for scale, folder in folders.items() if asked.gguf else ():
                 whole = folder if asked.merges else Path(asked.folder)

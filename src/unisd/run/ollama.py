@@ -67,12 +67,12 @@ def marks_of(tokenizer: Any) -> Marks | None:
     system = {"role": "system", "content": SYSTEM}
     try:
         start, reply, following, answer = _between(render(tokenizer, chat), ASKED, ANSWERED, AGAIN)
-        around = None
+        around: list[str] | None = None
         with suppress(UserError):  # some refuse system turns
             around = _between(render(tokenizer, [system, *chat]), SYSTEM, ASKED, ANSWERED, AGAIN)
         end = render(tokenizer, chat[:2], answering=False, kept=(ANSWERED,)).rpartition(ANSWERED)[2]
         user = following.removeprefix(end)
-        system_turn = around and (around[0], around[1].removesuffix(user))
+        system_turn = (around[0], around[1].removesuffix(user)) if around else None
         found = Marks(start.removesuffix(user), system_turn, user, reply, end, answer)
         chats = [[asked], chat, [*chat, answered, asked]]
         chats += [[system, *one] for one in chats] if around else []
