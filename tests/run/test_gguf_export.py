@@ -222,7 +222,7 @@ def test_a_full_model_and_a_quantiser_that_is_there(
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
             "scaled by 'yarn'",
         ),
-        ("llama", {"vocab_size": 100}, "its tokenizer knows 262 tokens, its embedding 100"),
+        ("llama", {"vocab_size": 100}, "its tokenizer knows 264 tokens, its embedding 100"),
     ],
 )
 def test_refusals_come_before_anything_is_loaded(
@@ -230,7 +230,7 @@ def test_refusals_come_before_anything_is_loaded(
 ) -> None:
     config = tiny.FAMILIES[family]().config.to_dict() | change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tokenizer_with_merges().save_pretrained(tmp_path)
     assert main(["merge", str(tmp_path), "--gguf", "f16"]) == 2
     error = capsys.readouterr().err
     assert reason in error and "convert_hf_to_gguf.py" in error and error.count("\n") == 1
