@@ -1,5 +1,5 @@
 # The commands of CONTRIBUTING.md and of .github/workflows, in one place. Tools are those of the environment that is active.
-.PHONY: install lint check test long slow sandbox gpu docs
+.PHONY: install lint check test long slow sandbox gpu docs site
 
 FAST = tests/house tests/methods tests/losses tests/options
 
@@ -20,6 +20,9 @@ test:  ## the README's test command
 
 docs:  ## do commands, options, modules, files and links that the documents name exist?
 	pytest tests/house/test_docs_commands.py
+
+site:  ## the documentation site, in site/index.html
+	python docs/build.py
 
 long:  ## what takes over 5 s: some minutes
 	pytest -n auto -m long

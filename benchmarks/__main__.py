@@ -1,6 +1,6 @@
 """Measure, or turn results into tables.
 
-`python -m benchmarks {loss,score,step,generate,main,memory,growth} --json F`, and `python -m
+`python -m benchmarks {loss,score,step,generate,main,memory,growth,start} --json F`, and `python -m
 benchmarks table F... --output T`.
 """
 
@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         at = f" {row['axis']}={row['at']}" if "axis" in row else ""
-        print(f"{row['impl'] + at:<28} {row['time_s']:10.3f} s {row['extra_memory_mb']:10.1f} MB")
+        memory = f" {row['extra_memory_mb']:10.1f} MB" if "extra_memory_mb" in row else ""
+        print(f"{row['impl'] + at:<28} {row.get('time_s', row.get('cpu_s')):10.3f} s{memory}")
     for name, value in ratios.items():
         print(f"{name:<36} {value:.3f}")
     return 0

@@ -26,6 +26,7 @@ from benchmarks.measure import Samples, interleave, measure
 from benchmarks.options import Function, Options, Ratios, Rows, ratio
 from benchmarks.settings import Star
 from benchmarks.shapes import EOS, PAD, build, examples, lora, twin
+from benchmarks.startup import start
 from benchmarks.steps import as_trained, cut, primed, step
 from unisd.losses.chunked import chunked_loss, default_chunk_tokens
 from unisd.losses.head import Head
@@ -308,4 +309,5 @@ CASES: dict[str, Callable[[Options], tuple[Rows, Ratios]]] = {
     "main": main_job,
     "memory": memory_plan,
     "growth": growth,
+    "start": start,
 }

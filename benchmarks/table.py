@@ -14,6 +14,7 @@ COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("along", "axis", lambda row: f"{row['axis']} = {row['at']}"),
     ("passed tokens", "passed_tokens", lambda row: str(row["passed_tokens"])),
     ("time (s)", "time_s", lambda row: f"{row['time_s']:.2f}"),
+    ("CPU (s)", "cpu_s", lambda row: f"{row['cpu_s']:.2f}"),
     ("extra memory (MB)", "extra_memory_mb", lambda row: f"{row['extra_memory_mb']:.0f}"),
     ("predicted (MB)", "predicted_mb", lambda row: f"{row['predicted_mb']:.0f}"),
     ("tokens/s", "tokens_per_s", lambda row: f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row else ""),
@@ -35,7 +36,8 @@ def _block(result: dict[str, Any]) -> str:
         f" cut to {settings['layers']} layers" if settings.get("layers") else ""
     )
     lines = [
-        f"## {result['bench']}" + (f": {shape}" if shape and result["bench"] != "main" else ""),
+        f"## {result['bench']}"
+        + (f": {shape}" if shape and result["bench"] not in ("main", "start") else ""),
         "",
         f"`{result['command']}`",
         f"({where}; {', '.join(f'{name} {number}' for name, number in versions.items())})",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.grid import Cell, append, read
 from experiments.pages import update
-from unisd.console import markdown_table
+from unisd.console import markdown_table, quiet_libraries
 from unisd.errors import UserError
 from unisd.evaluation.accuracy import accuracy
 from unisd.evaluation.grading import wilson
@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folder, .gguf file, hub id or name")
     parser.add_argument("--folder", type=Path, default=Path("docs/results"))
     args = parser.parse_args(argv)
+    quiet_libraries()
     for name in args.models:
         measure(name, args.folder / "general.jsonl")
     lines = table(read(args.folder / "general.jsonl"))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partialmethod
 from typing import Any
 
 from rich.console import Console, Group
+from rich.live import Live
 from rich.panel import Panel
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.spinner import Spinner
+from rich.table import Column, Table
 from rich.text import Text
 
 logger = logging.getLogger(__name__)
@@ -27,11 +31,54 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 SILENT_S = 3.0  # seconds before a progress bar appears
+LINE_S = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
+NARROW = 80
+"""Columns below which a bar is left out."""
+BETTER, WORSE, NOISE = "green", "red", "dim"
+"""How a table shows a change: for the better, for the worse, within noise."""
 
 
 def make_console() -> Console:
     """A console on stdout: as wide as the terminal, or as any line where there is none."""
     return Console() if sys.stdout.isatty() else Console(width=100_000, no_color=True, highlight=False)
+
+
+@cache
+def live_console() -> Console:
+    """The console of all that moves, on stderr: rich stacks what is live on one console."""
+    return Console(stderr=True)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one of a run's processes that tells what they do."""
+    return sys.stderr is not None and os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Say at once what is being loaded: a spinner on a terminal, else a line on stderr."""
+    if not _speaks():
+        yield
+    elif not sys.stderr.isatty():
+        print(f"note: loading {what}", file=sys.stderr, flush=True)
+        yield
+    else:
+        spinner = Spinner("dots", Text(f"loading {what}"))
+        # Only what goes to the same terminal may go through the spinner's console.
+        with Live(
+            spinner, console=live_console(), transient=True, redirect_stdout=sys.stdout.isatty(),
+            refresh_per_second=10,
+        ):  # fmt: skip
+            yield
+
+
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Say that the libraries are loaded while they are; from then on they are quiet."""
+    with loading("libraries"):
+        quiet_libraries()
+        yield
 
 
 class _Handler(logging.StreamHandler[Any]):
@@ -40,6 +87,18 @@ class _Handler(logging.StreamHandler[Any]):
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
+
+
+@cache
+def _disable_other_bars() -> None:
+    """Switch off the bars of tqdm that have no switch of their own, as of a GGUF file's tensors."""
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def quiet_libraries() -> None:
@@ -55,6 +114,8 @@ def quiet_libraries() -> None:
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     disable_progress_bars()
+    _disable_other_bars()
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # its import sets the level that it likes
     for name in ("accelerate", "peft", "huggingface_hub", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings(
@@ -97,25 +158,47 @@ def warnings_as_notes() -> Iterator[None]:
         log.setLevel(level)
 
 
+def make_progress(console: Console, *further: TextColumn, transient: bool = False) -> Progress:
+    """A bar whose counter and time left stay whole on a narrow terminal.
+
+    Its description and `further` columns are cut instead, and below `NARROW` there is no bar.
+    """
+    cut = Column(no_wrap=True, overflow="ellipsis", max_width=max(10, console.width // 3))
+    name = TextColumn("{task.description}", markup=False, table_column=cut)
+    bar = [BarColumn(None, table_column=Column(ratio=1))] if console.width >= NARROW else []
+    counter = MofNCompleteColumn(table_column=Column(no_wrap=True))
+    left = TimeRemainingColumn(table_column=Column(no_wrap=True))
+    return Progress(
+        name, *bar, counter, left, *further, console=console, expand=bool(bar or further),
+        transient=transient, redirect_stdout=sys.stdout.isatty(),
+    )  # fmt: skip
+
+
 @contextmanager
 def show_progress(description: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, and the function that moves it on.
 
-    `shown=None`: where stderr is a terminal, after a few seconds.
+    `shown=None`: where stderr is a terminal, after a few seconds; else a line with counter and time
+    left every `LINE_S`.
     """
-    wanted = sys.stderr.isatty() if shown is None else shown
+    wanted = _speaks() and (sys.stderr.isatty() if shown is None else shown)
     bar: Progress | None = None
     start, done = time.monotonic(), 0
+    told = start
 
     def advance(count: int) -> None:
-        nonlocal bar, done
+        nonlocal bar, done, told
         done += count
-        if bar is None and wanted and (shown or time.monotonic() - start > SILENT_S):
-            bar = Progress(console=Console(stderr=True), transient=sys.stderr.isatty())
-            bar.add_task(description, total=total)
+        now = time.monotonic()
+        if bar is None and wanted and (shown or now - start > SILENT_S):
+            bar = make_progress(live_console(), transient=sys.stderr.isatty())
+            bar.add_task(description, total=total, completed=done)
             bar.start()
         if bar is not None:
             bar.update(bar.task_ids[0], completed=done)
+        elif not wanted and shown is None and _speaks() and now - told >= LINE_S and done:
+            told, left = now, (total - done) * (now - start) / done
+            print(f"{description}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     try:
         yield advance
@@ -125,16 +208,26 @@ def show_progress(description: str, total: int, shown: bool | None = None) -> It
 
 
 def show_table(
-    console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
+    console: Console,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str = "",
+    styles: Sequence[str] = (),
 ) -> None:
-    """A table on a terminal; else aligned lines that begin with the name, uncut."""
+    """A table on a terminal; else aligned lines that begin with the name, uncut.
+
+    styles: of the last cell of each row, for a terminal; see `BETTER`.
+    """
     if console.is_terminal:
         table = Table(title=title or None, title_justify="left", header_style="bold")
         for number, name in enumerate(header):
             table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
+        for row, style in zip(rows, [*styles, *[""] * (len(rows) - len(styles))], strict=True):
+            table.add_row(*map(Text, row[:-1]), Text(row[-1], style=style))
         console.print(table)
+        if any(styles):
+            legend = (("better", BETTER), ", ", ("worse", WORSE), ", ", ("within noise", NOISE))
+            console.print(Text.assemble(*legend))
         return
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
     if title:
@@ -143,13 +236,28 @@ def show_table(
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def show_example(console: Console, student: str, teacher: str, completion: str) -> None:
-    """What the student sees, what the teacher sees, and an answer sampled from the student."""
+def one_line(text: str, width: int) -> str:
+    """The text on one line, without its middle where it is too long."""
+    text = " ".join(text.split())
+    part = (width - 5) // 2
+    return text if len(text) <= width else f"{text[:part]} ... {text[-part:]}"
+
+
+def show_example(console: Console, student: str, teacher: str, completion: str, whole: bool = True) -> None:
+    """What the student sees, what the teacher sees, and an answer sampled from the student.
+
+    whole: else each on one line.
+    """
     parts = (
         ("student sees", student, "cyan"),
         ("teacher sees", teacher, "magenta"),
         ("student answers", completion, "green"),
     )
+    if not whole:
+        for name, text, colour in parts:
+            room = min(console.width, 110) - len(name) - 2
+            console.print(Text.assemble((f"{name}: ", colour), one_line(text, room)))
+        return
     if console.is_terminal:
         console.print(
             Group(

@@ -375,7 +375,7 @@ class UniSDTrainer(EvaluatingTrainer):
             pairs = micro_batch.hidden_pairs(student_NH, captured, args.feature_layers or ())
             output = output.with_hidden_terms(micro_batch.hidden_terms, pairs)
         self.finite.see(micro_batch.row_N, output.divergence_N, output.student_logp_N)
-        self.observer.after_loss(micro_batch, output)
+        self.observer.after_loss(micro_batch, loss_inputs, output)
         # DDP averages gradients over ranks, but this loss is already a share of one global sum.
         loss = output.loss * self.accelerator.num_processes
         if captured.aux_loss is not None:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -372,13 +371,3 @@ def test_every_command_has_a_line_in_help(
 def test_a_negative_temperature_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "tiny", "--temperature", "-1"]) == 2
     assert "--temperature -1.0: 0 or more is needed" in capsys.readouterr().err
-
-
-def test_the_first_line_comes_before_anything_heavy(tmp_path: Path) -> None:
-    code = (
-        "import sys; from unisd.cli import chat;"
-        " chat._say_loading = lambda name: sys.exit(str({'torch', 'transformers'} & {*sys.modules}));"
-        f" chat.chat_command([{str(tmp_path)!r}])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.strip() == "set()"

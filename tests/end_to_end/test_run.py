@@ -232,6 +232,14 @@ def test_dry_run_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*own, "--dry_run"]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert len(lines) <= 10 and "learning_rate=0.01" in said.out and lines[-3].startswith("memory of one")
+    assert any(line.startswith("teacher sees: ") for line in lines)
+    model = own[own.index("--model_name_or_path") + 1]
+    told = [line for line in said.err.splitlines() if "loading" in line]
+    assert told == ["note: loading libraries", f"note: loading model {model}"]
+    assert main([*own, "--dry_run", "--verbose"]) == 0
     assert list(tmp_path.iterdir()) == []
     shown = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}

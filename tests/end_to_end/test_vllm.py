@@ -312,7 +312,7 @@ def test_server(
 
 
 def served_as_trained(configuration: Path, folder: Path, server: Server) -> None:
-    """The commands of docs/serve.md: the server gives the answers of `unisd eval` on the folder,
+    """The commands of docs/howto/serving.md: the server answers as `unisd eval` on the folder does,
     first with the adapter beside its base, then with the merged model.
     """
     asked = ["eval", "--train_file", str(configuration.with_name("rows.jsonl")), "--split", "all"]

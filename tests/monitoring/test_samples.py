@@ -85,11 +85,21 @@ def test_records_say_what_plain_passes_say(tmp_path: Path) -> None:
         for name, values in expected.items():
             assert record[name][0] is None, "the skipped token carries no loss"
             assert record[name][1:] == pytest.approx(values[1:].tolist(), abs=2e-4), name
+        for place, (text, logp) in enumerate(
+            zip(record["teacher_top"], record["teacher_top_logp"], strict=True)
+        ):
+            top = int(q[place].argmax())
+            if place == 0 or top == ids[place]:
+                assert text is None and logp is None
+            else:
+                assert text == token_texts(tiny.tokenizer(), [ids[place - 1], top])[1]
+                assert logp == pytest.approx(float(q[place, top]), abs=2e-4)
         for k, prompt in enumerate(trainer.prompts.auxiliary(row, 3)):
             auxiliary = log_probs(prompt, ids, 1.0).gather(1, picked)[1:, 0]
             assert record["auxiliary_logp"][k][1:] == pytest.approx(auxiliary.tolist(), abs=2e-4)
         assert record["clipped"][1:] == [d > 0.5 for d in expected["divergence"][1:].tolist()]
         assert all(0 < weight <= 1 for weight in record["weight"][1:])
+        assert any(record["teacher_top"]), "an untrained teacher would say something else"
         assert record["correct"] == (len(tiny.tokenizer().decode(ids, skip_special_tokens=True)) > 3)
 
 

@@ -35,6 +35,7 @@ MISSPELT = {
     "recipes": ("unisd-stir", "unisd-star"),
     "merge": ("--output_dirs", "--output_dir"),
     "chat": ("--promt", "--prompt"),
+    "completion": ("--hlp", "--help"),
 }
 NAMES = ["--task", "pockett"], ["--grader", "nubmer"], ["--recipe", "sdtf"], ["--eval_files", "x"]
 NEEDED = {
@@ -43,6 +44,7 @@ NEEDED = {
     "report": ["d"],
     "merge": ["d"],
     "chat": ["d"],
+    "completion": ["bash"],
 }
 LIGHT = """\
 import contextlib, io, sys

@@ -7,9 +7,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shutil
-import time
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,136 +14,13 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-import yaml
-
-from tests.helpers.studies import FakeExecutor, carried_out, study
+from tests.helpers.report import HOSTILE, LONG, Browser, Tags, a_run, a_study, built, record
 from unisd.cli.main import main
 from unisd.evaluation import judge
 from unisd.report import plots
-from unisd.report.html import clean, data_block, escape, page, table
+from unisd.report.html import clean, data_block, escape, render
 from unisd.report.supervision import MAX_SHOWN, shades, spread, supervision
 from unisd.study.store import Store
-
-HOSTILE = (
-    "</script></pre><script>window.hacked=1</script><img src=x"
-    " onerror='window.hacked=1'>\u202eevil\ud800\x00\x1b[31m ]]>"
-)
-LONG = HOSTILE + "<b>" * 33_000  # 100 kB
-
-
-def record(step: int = 1, tokens: int = 6, text: str = " word") -> dict[str, Any]:
-    values = [None, *(0.1 * t for t in range(1, tokens))]
-    return {
-        "step": step,
-        "id": "row-1",
-        "prompt": "a prompt",
-        "reference": "a reference",
-        "correct": True,
-        "feedback": "what the <b>grader</b> says",
-        "tokens": [text] * tokens,
-        "cut": 0,
-        "temperature": 1.0,
-        "weight": [None, *[1.0] * (tokens - 2), 0.25],
-        "teacher_logp": [None, *[-0.5] * (tokens - 1)],
-        "student_logp": [None, *[-1.5] * (tokens - 1)],
-        "auxiliary_logp": [[None, *[-1.0] * (tokens - 1)], [None, *[-3.0] * (tokens - 1)]],
-        "negative_logp": [None, *[-4.0] * (tokens - 1)],
-        "entropy": values,
-        "divergence": values,
-        "clipped": [None, *[False] * (tokens - 2), True],
-        "contrast": [None, *[0.1] * (tokens - 2), 2.1],
-    }
-
-
-def a_run(folder: Path, text: str = "an answer", records: list[dict[str, Any]] | None = None) -> Path:
-    """The files of a run, with `text` as its answers and tokens."""
-    folder.mkdir(parents=True)
-    share = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 4}
-    figures = {
-        "task_accuracy": share,
-        "skills": {text[:50]: share},
-        "retention_accuracy": share,
-        "retention_skills": None,
-        "gold_ppl": 2.0,
-    }
-    after = {
-        **figures,
-        "retention_ppl": {"forward": 1.01, "reverse": 1.02},
-        "task_accuracy": {**share, "value": 0.5},
-    }
-    cost = {
-        "tokens": {"generated": 10, "scored": 20, "trained": 30, "scored_by_view": {"primary": 20}},
-        "million_tokens_per_device_hour": 1.5,
-        "peak_memory_of": "the whole process",
-        "peak_memory_bytes": 1 << 30,
-        "flops_estimated": {"total": 3e12},
-        "energy": {"kwh": None, "kwh_per_million_tokens": None, "method": "unknown: it needs device_tdp"},
-        "by_mechanism": {
-            "agreement": {"tokens_scored": 10, "flops": 5, "share_of_flops": 0.25, "seconds_estimated": 2.5}
-        },
-    }
-    results = {
-        "recipe": "unisd-star",
-        "model": "pocket",
-        "task": text[:50],
-        "seed": 1,
-        "steps": 3,
-        "wall_s": 12.0,
-    }
-    results |= {
-        "phases_s": {"rollout": 1.0, "score": 2.0, "student": 3.0},
-        "before": figures,
-        "after": after,
-        "cost": cost,
-    }
-    results |= {"config": {"note": text}, "alarms": [{"name": "collapse", "step": 2, "text": text[:300]}]}
-    (folder / "results.json").write_text(json.dumps(results))
-    side = {"text": text, "correct": False, "reason": ""}
-    example = {
-        "id": text[:20],
-        "prompt": text,
-        "reference": text,
-        "before": side,
-        "after": {**side, "correct": True},
-    }
-    part = {"ids": ["1"], "skills": [None], "before": [False], "after": [True], "examples": [example]}
-    (folder / "answers.json").write_text(json.dumps({"task": part, "retention": part}))
-    values = {"agreement/mean": 0.9, "clip/share": 0.01, "student/entropy": 0.3, "words/all": 2.0}
-    lines = [{"step": s, "loss": 1.0 / s, **values} for s in (1, 2, 3)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    records = [record(text=text[:300])] if records is None else records
-    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
-    return folder
-
-
-class Tags(HTMLParser):
-    """Elements, their attributes, and the text outside of script and style."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._inside: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self._inside.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("script", "style"):
-            self._inside.pop()
-
-    def handle_data(self, data: str) -> None:
-        if not self._inside:
-            self.text += data
-
-
-def built(folder: Path) -> tuple[str, Tags]:
-    assert main(["report", str(folder), "--no_run_pages"]) == 0
-    text = (folder / "report.html").read_text(encoding="utf-8")
-    return text, Tags(text)
 
 
 def test_a_run_page_shows_what_the_run_wrote(tmp_path: Path) -> None:
@@ -159,8 +33,15 @@ def test_a_run_page_shows_what_the_run_wrote(tmp_path: Path) -> None:
         "agreement",
         "25.0 %",
         "unknown: it needs device_tdp",
+        "what the teacher would have said",
     ):
         assert shown in tags.text, shown
+    assert 'data-top="&lt;i&gt;other"' in text and '"teacher_top":[null,null' in text
+    titles = re.findall("<h2>(.*?)</h2>", text)
+    assert titles[:3] == ["Before and after", "Answers before and after", "Supervision, token by token"]
+    curve = next(attrs["data-curve"] for tag, attrs in tags.found if "data-curve" in attrs)
+    assert json.loads(str(curve))["series"] == [["loss", [[1, 1.0], [2, 0.5], [3, 0.3333]]]]
+    assert "<title>task, before: 25.0 % [10.0, 50.0]</title>" in text
     assert sum(tag == "svg" for tag, _ in tags.found) >= 5
     assert len(re.findall(r'class="t[ "]', text)) == 6
     assert len({attrs["id"] for _, attrs in tags.found if "id" in attrs}) == sum(
@@ -215,7 +96,7 @@ def test_a_run_page_says_when_nothing_was_wrong_or_watched(tmp_path: Path) -> No
     assert "alarm" not in diagnostics_of(with_diagnostics(tmp_path / "off", None))
     old = with_diagnostics(tmp_path / "old", None)
     (old / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    assert diagnostics_of(old) == ""
+    assert diagnostics_of(old).strip() == ""
 
 
 def test_a_run_that_did_not_finish_has_a_page_with_its_alarms(tmp_path: Path) -> None:
@@ -312,14 +193,14 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_clean_and_escape() -> None:
     assert clean("a\r\nb\tc\x00") == "a\nb\tc\u2400"
-    assert escape('<a href="x">\'&') == "&lt;a href=&quot;x&quot;&gt;&#x27;&amp;"
+    assert escape('<a href="x">\'&') == "&lt;a href=&#34;x&#34;&gt;&#39;&amp;"
     assert clean("x" * 300_000).endswith("(100000 more characters)")
     block = data_block("d", {"x": "</script><!--&"})
     assert block.count("<") == 2 and json.loads(block[block.index(">") + 1 : block.rindex("<")]) == {
         "x": "</script><!--&"
     }
-    assert "<td>&lt;b&gt;</td>" in table([["a"], ["<b>"]])
-    assert "default-src 'none'" in page("t", "")
+    shown = render("health.html", alarms=[], more=0, silence="<b>\u202e", drawn=[])
+    assert "<p>&lt;b&gt;\u27e8U+202E\u27e9</p>" in shown
 
 
 def test_shades_say_where_the_teachers_disagree() -> None:
@@ -334,23 +215,15 @@ def test_shades_say_where_the_teachers_disagree() -> None:
         "contrast": None,
         "weight": [None, *[1.0] * 5],
     }
-    assert 'value="divergence" checked' in supervision([plain]) and 'value="contexts"' not in supervision(
-        [plain]
-    )
-    assert supervision([]) == ""
+    shown = supervision([plain])
+    assert 'value="divergence" checked' in shown and 'value="contexts"' not in shown
+    assert supervision([]).strip() == ""
 
 
 def test_a_long_training_is_shown_from_first_to_last() -> None:
     chosen = spread([record(step) for step in range(1, 201)])
     assert len(chosen) == MAX_SHOWN and (chosen[0]["step"], chosen[-1]["step"]) == (1, 200)
     assert spread([{"step": 1}]) == [], "a record that was cut short"
-
-
-def a_study(folder: Path) -> Path:
-    spec = study()
-    carried_out(folder, spec, FakeExecutor())
-    (folder / "study.yaml").write_text(yaml.safe_dump(spec.source))
-    return folder
 
 
 @pytest.mark.long
@@ -393,44 +266,6 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 # ---------------------------------------------------------------- in a browser
 
 
-class Browser:
-    """Debian's Chromium; fails on a console error or any request."""
-
-    def __init__(self, browser: Any, theme: str, width: int) -> None:
-        self.page = browser.new_context(
-            color_scheme=theme, viewport={"width": width, "height": 900}
-        ).new_page()
-        self.errors: list[str] = []
-        self.requests: list[str] = []
-        self.page.on(
-            "console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None
-        )
-        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
-        self.page.on("request", lambda r: self.requests.append(r.url))
-
-    def open(self, path: Path, within_s: float = 2.0) -> Any:
-        for left in (2, 1, 0):  # the machine may be busy with something else
-            begun = time.monotonic()
-            self.page.goto(path.as_uri(), wait_until="load")
-            if time.monotonic() - begun < within_s:
-                break
-            assert left, "three times too slow"
-        assert not self.errors
-        assert {url for url in self.requests if not url.startswith("data:")} == {path.as_uri()}
-        return self.page
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Any:
-    api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium")
-    assert path is not None, "apt-get install chromium"
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.mark.real
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
@@ -471,7 +306,10 @@ def test_a_token_tells_what_every_view_said(chromium: Any, tmp_path: Path) -> No
         "wrong reference\t-4.000",
     ):
         assert line in said, said
-    assert "(clipped)" in said and "0.250" in said
+    assert "(clipped)" in said and "0.250" in said and 'teacher\'s own: "<i>other"\t-0.250' in said
+    shown.locator("#tops").check()
+    after = "e => getComputedStyle(e, '::after').content"
+    assert "<i>other" in shown.locator(".t").nth(5).evaluate(after)
 
     def colour(nth: int) -> str:
         return str(shown.locator(".t").nth(nth).evaluate("e => getComputedStyle(e).backgroundColor"))
@@ -481,6 +319,15 @@ def test_a_token_tells_what_every_view_said(chromium: Any, tmp_path: Path) -> No
     assert colour(5) != by_divergence and colour(2) != colour(5)
     shown.keyboard.press("Escape")
     assert not tip.is_visible()
+    figure = shown.locator("figure[data-curve]").first  # values of a curve, by pointer and keyboard
+    figure.hover()
+    assert tip.inner_text().startswith("step 2") and "loss\t0.5" in tip.inner_text()
+    shown.keyboard.press("Escape")
+    shown.locator(".tokens").last.focus()
+    shown.keyboard.press("Tab")
+    assert tip.inner_text().startswith("step ")
+    shown.keyboard.press("ArrowLeft")
+    assert "loss\t" in tip.inner_text() and not tip.is_hidden()
 
 
 @pytest.mark.real

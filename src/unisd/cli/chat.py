@@ -51,10 +51,10 @@ def chat_command(arguments: Sequence[str]) -> int:
     if options.temperature < 0:
         raise UserError(f"--temperature {options.temperature}: 0 or more is needed.")
     interactive = options.prompt is None and sys.stdin is not None and sys.stdin.isatty()
-    _say_loading(options.folder)
-    from unisd.console import quiet_libraries
+    from unisd.console import loading_libraries
 
-    quiet_libraries()
+    with loading_libraries():
+        from unisd.models import load  # noqa: F401 (and torch)
     session = Session(options, interactive)
     if options.prompt is not None:
         session.ask(options.prompt)
@@ -127,7 +127,6 @@ class Session:
             if is_adapter(self.options.folder):
                 return Speaker(name, self.speaker.model, self.speaker.tokenizer, bare=True)
             name = _base_of(self.options.folder)
-            _say_loading(name)
         return Speaker(name, *self._load(name))
 
     def _check_templates(self) -> None:
@@ -289,12 +288,6 @@ def _talk(session: Session) -> None:
             print()
         except (UserError, UnicodeDecodeError) as error:  # of this line alone
             print(f"error: {error}")
-
-
-def _say_loading(name: str) -> None:
-    """Show a sign of life, for imports and weights take their time."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        print(f"loading {name} ...", file=sys.stderr, flush=True)
 
 
 # -- what a run's folder says --------------------------------------------------------------------

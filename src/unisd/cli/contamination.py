@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from unisd.cli.parser import CommandParser
 from unisd.cli.sources import add_task_by_place, one_task
-from unisd.console import make_console, quiet_libraries, show_table
+from unisd.console import loading_libraries, make_console, show_table
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, prompt_text, shingles, words
 from unisd.errors import UserError
 from unisd.run.resolve import check_names, shared_names, shared_options
@@ -84,8 +84,8 @@ def contamination_command(arguments: Sequence[str]) -> int:
     if options is None:
         return 0
     check_names({"task": options.named})
-    quiet_libraries()
-    name, task = one_task(options, runs_code=False)
+    with loading_libraries():
+        name, task = one_task(options, runs_code=False)
     if task.evaluation_only:
         raise UserError(f"task {name} has no training rows: it is for evaluation only.")
     task.prepare_training()

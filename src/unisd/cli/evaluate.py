@@ -19,7 +19,7 @@ from unisd.cli.completions import OURS
 from unisd.cli.grade import SCHEMA_VERSION, Figures, grade_answers, summary_lines
 from unisd.cli.parser import DATA, MEASURED, MODEL, OUTPUT, CommandParser, at_least_one, output_file
 from unisd.cli.sources import tasks_of
-from unisd.console import make_console, number, quiet_libraries, show_progress, show_table
+from unisd.console import loading_libraries, make_console, number, show_progress, show_table
 from unisd.data import rendering
 from unisd.data.prompts import encode_prompt, overlong
 from unisd.data.thoughts import completion_text
@@ -51,8 +51,8 @@ def eval_command(arguments: Sequence[str]) -> int:
     if options is None:
         return 0
     _check(options)
-    quiet_libraries()
-    chosen = tasks_of(options, options.task or ())
+    with loading_libraries():
+        chosen = tasks_of(options, options.task or ())
     sets = {name: _sets(name, task, options) for name, task in chosen.items()}
     kept = {} if options.scales else _kept(options, chosen)
     options.task, options.seed = list(chosen), UniSDOptions.seed if options.seed is None else options.seed

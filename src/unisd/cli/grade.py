@@ -12,7 +12,7 @@ from typing import Any
 from unisd.cli.completions import match_completions, write_prompts
 from unisd.cli.parser import DATA, MEASURED, OUTPUT, CommandParser, output_file
 from unisd.cli.sources import add_task_by_place, one_task
-from unisd.console import make_console, quiet_libraries, show_progress, show_table
+from unisd.console import loading_libraries, make_console, show_progress, show_table
 from unisd.errors import UserError
 from unisd.evaluation import audit
 from unisd.evaluation.explain import as_record, explained, wrapped
@@ -38,9 +38,9 @@ def grade_command(arguments: Sequence[str]) -> int:
     check_names({"task": options.named})
     if (options.completions is None) == (options.write_prompts is None):
         raise UserError("give either --completions C.jsonl, to grade them, or --write_prompts P.jsonl.")
-    quiet_libraries()
+    with loading_libraries():
+        name, task = one_task(options)
     verdicts = audit.read_verdicts(str(options.audit)) if options.audit else None
-    name, task = one_task(options)
     every = task.load(options.split or ("test" if options.eval_file else "all"))
     if options.write_prompts:
         write_prompts(every, options.write_prompts)

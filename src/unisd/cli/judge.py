@@ -13,7 +13,7 @@ from typing import Any
 from unisd.cli.completions import match_completions
 from unisd.cli.parser import MEASURED, OUTPUT, CommandParser, at_least_one, output_file
 from unisd.cli.sources import OWN, one_task
-from unisd.console import make_console, quiet_libraries, show_progress, show_table
+from unisd.console import loading_libraries, make_console, show_progress, show_table
 from unisd.data.text import as_text
 from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
@@ -35,8 +35,8 @@ def judge_command(arguments: Sequence[str]) -> int:
     if options is None:
         return 0
     _check(options)
-    quiet_libraries()
-    pairs, notes = _of_run(Path(options.run)) if options.run else _of_files(options)
+    with loading_libraries():
+        pairs, notes = _of_run(Path(options.run)) if options.run else _of_files(options)
     for note in notes:
         print(f"note: {note}")
     kept = judge.read(Path(options.run)) if options.run else []  # unreadable: before anything is asked

@@ -67,10 +67,21 @@ COMMANDS = {
         "unisd.cli.study",
         "study_command",
     ),
-    "report": Command("DIR", "a run or a study as one HTML page", "unisd.cli.report", "report_command"),
+    "report": Command(
+        "DIR ...",
+        "a run, several runs side by side or a study as one HTML page",
+        "unisd.cli.report",
+        "report_command",
+    ),
     "recipes": Command("[NAME]", "published methods as files", "unisd.cli.recipes", "recipes_command"),
     "merge": Command("DIR", "an adapter into a full model", "unisd.cli.merge", "merge_command"),
     "chat": Command("DIR", "talk with a model, its base beside it", "unisd.cli.chat", "chat_command"),
+    "completion": Command(
+        "SHELL",
+        "a script that completes commands, options and values",
+        "unisd.cli.completion",
+        "completion_command",
+    ),
 }
 
 

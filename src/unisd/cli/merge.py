@@ -53,10 +53,10 @@ def merge_command(arguments: Sequence[str]) -> int:
     if options is None:
         return 0
 
-    from unisd.console import quiet_libraries, show_progress
+    from unisd.console import loading_libraries, show_progress
 
-    quiet_libraries()
-    from unisd.run.merge import Merge, merge
+    with loading_libraries():
+        from unisd.run.merge import Merge, merge
 
     asked = Merge(**vars(options))
     with show_progress("merging", asked.stages) as advance:

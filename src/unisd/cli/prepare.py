@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unisd.cli.parser import OUTPUT, CommandParser, output_file, refuse_inputs
-from unisd.console import make_console, quiet_libraries, show_table
+from unisd.console import loading_libraries, make_console, show_table
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rendering import set_options
 from unisd.data.rows import Row
@@ -36,8 +36,8 @@ def prepare_command(arguments: Sequence[str]) -> int:
     own = parser.parse(arguments)
     if own is None:
         return 0
-    quiet_libraries()
-    options, config = resolve_shared(own, "prepare")
+    with loading_libraries():
+        options, config = resolve_shared(own, "prepare")
     if "agreement_contexts" not in options.explicit:
         # here nothing is built unasked, whatever the default recipe says
         options = replace(options, agreement_contexts="columns")

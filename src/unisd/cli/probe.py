@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from unisd.cli.parser import MEASURED, OUTPUT, CommandParser, at_least_one, output_file, refuse_inputs
-from unisd.console import make_console, number, quiet_libraries, show_table
+from unisd.console import loading_libraries, make_console, number, show_progress, show_table
 from unisd.data import rendering
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
@@ -65,8 +64,8 @@ def probe_command(arguments: Sequence[str]) -> int:
     at_least_one(
         max_train_rows=own.n, eval_max_new_tokens=own.max_new_tokens, rollout_batch_size=own.batch_size
     )
-    quiet_libraries()
-    options, config = resolve_shared(own, "probe")
+    with loading_libraries():
+        options, config = resolve_shared(own, "probe")
     refuse_inputs(
         {"--json": own.json, "--write_config": own.write_config},
         (options.train_file, options.eval_file, options.data_files),
@@ -113,7 +112,7 @@ def probe(
         teacher_options=config.teacher_chat_template_kwargs,
     )
     rows, overlong = _fitting(rows, prompts, model, max_new_tokens)
-    with _progress(console) as (on_phase, on_rows):
+    with _progress() as (on_phase, on_rows):
         measured = Probe(
             model,
             tokenizer,
@@ -222,22 +221,18 @@ def _notes(report: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
-    """A bar per part on a terminal; nothing elsewhere."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    current: list[TaskID] = []
+def _progress() -> Iterator[tuple[Any, Any]]:
+    """One part after the other as `show_progress` shows it."""
+    with ExitStack() as part:
+        advance = None
 
-    def on_phase(name: str, count: int) -> None:
-        if current:
-            bar.update(current[-1], completed=bar.tasks[-1].total)
-        current.append(bar.add_task(name, total=count))
+        def on_phase(name: str, count: int) -> None:
+            nonlocal advance
+            part.close()
+            advance = part.enter_context(show_progress(name, count))
 
-    with bar:
-        yield on_phase, lambda count: bar.advance(current[-1], count)
+        def on_rows(count: int) -> None:
+            assert advance is not None
+            advance(count)
+
+        yield on_phase, on_rows

@@ -1,4 +1,4 @@
-"""`unisd report`: the folder of a run or a study in, one self-contained HTML file out."""
+"""`unisd report`: folders of runs or of a study in, one self-contained HTML file out."""
 
 from __future__ import annotations
 
@@ -9,21 +9,34 @@ from unisd.cli.parser import CommandParser, output_file
 from unisd.errors import UserError
 from unisd.files import METRICS, REPORT, RESULTS, write_text
 
+COMPARISON = "comparison.html"
+PAGE_HEAD = b'name="generator" content="unisd"'
+FIGURES_OF_A_STUDY = "--figures belongs to a study; a run's page holds its figures."
+
 
 def report_command(arguments: Sequence[str]) -> int:
     """Write the page; returns the exit code.
 
     Raises:
-        UserError: the folder holds neither a run nor a study, or the page cannot be written.
+        UserError: a folder holds neither a run nor a study, or the page cannot be written.
     """
     parser = CommandParser(
-        "report", "A run or a study as one HTML page that works offline, on a phone and in print."
+        "report",
+        "A run, several runs side by side or a study, as one HTML page that works offline, on a phone and in"
+        " print.",
     )
     parser.add_argument(
-        "folder", metavar="RUN_OR_STUDY_DIR", help="what `unisd train` or `unisd study` has written"
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="RUN_OR_STUDY_DIR",
+        help="what `unisd train` or `unisd study` has written; of several runs one page compares them",
     )
     parser.add_argument(
-        "--out", type=output_file, metavar="FILE.html", help=f"the page (default: {REPORT} in that folder)"
+        "--out",
+        type=output_file,
+        metavar="FILE.html",
+        help=f"the page (default: {REPORT} in that folder; of several runs {COMPARISON} here)",
     )
     parser.add_argument(
         "--figures",
@@ -34,28 +47,51 @@ def report_command(arguments: Sequence[str]) -> int:
     options = parser.parse(arguments)
     if options is None:
         return 0
-    folder = Path(options.folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give one that `unisd train` or `unisd study` wrote.")
+    for folder in options.folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder: give one that `unisd train` or `unisd study` wrote.")
+    if len(options.folders) > 1:
+        out, text = _comparison(options.folders, options.out, options.figures)
+    else:
+        folder = options.folders[0]
+        out = options.out or folder / REPORT
+        text = _one(folder, out, options.figures, not options.no_run_pages)
+    write_text(out, text)
+    print(f"written to {out} ({len(text.encode()) / 1e6:.1f} MB)")
+    return 0
+
+
+def _comparison(folders: Sequence[Path], out: Path | None, figures: str | None) -> tuple[Path, str]:
+    """Where the page of several runs goes, and the page."""
+    from unisd.report import compare_page
     from unisd.study.store import RUNS
 
-    out = options.out or folder / REPORT
-    if (folder / RUNS).is_file():
-        text = _study(folder, out, options.figures, not options.no_run_pages)
-    elif (folder / RESULTS).is_file() or (folder / METRICS).is_file():
-        from unisd.report import run_page
+    if study := next((folder for folder in folders if (folder / RUNS).is_file()), None):
+        raise UserError(f"{study} is a study: give it alone, or several runs.")
+    if figures:
+        raise UserError(FIGURES_OF_A_STUDY)
+    target = out or Path(COMPARISON)
+    if out is None and target.exists() and PAGE_HEAD not in target.read_bytes()[:2000]:
+        raise UserError(f"{target} is there already, and no page of unisd: name the page with --out.")
+    return target, compare_page.build(folders)
 
-        if options.figures:
-            raise UserError("--figures belongs to a study; a run's page holds its figures.")
-        text = run_page.build(folder)
-    else:
+
+def _one(folder: Path, out: Path, figures: str | None, run_pages: bool) -> str:
+    """The page of a run or of a study."""
+    from unisd.study.store import RUNS
+
+    if (folder / RUNS).is_file():
+        return _study(folder, out, figures, run_pages)
+    if not ((folder / RESULTS).is_file() or (folder / METRICS).is_file()):
         raise UserError(
             f"{folder} holds neither results.json, {METRICS} nor {RUNS}: give the folder of a run or of a"
             " study."
         )
-    write_text(out, text)
-    print(f"written to {out} ({len(text.encode()) / 1e6:.1f} MB)")
-    return 0
+    from unisd.report import run_page
+
+    if figures:
+        raise UserError(FIGURES_OF_A_STUDY)
+    return run_page.build(folder)
 
 
 def _study(folder: Path, out: Path, figures: str | None, run_pages: bool) -> str:

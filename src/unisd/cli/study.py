@@ -160,17 +160,17 @@ def _typed(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -> int:
-    from unisd.console import quiet_libraries
-    from unisd.study import runner
-    from unisd.study.estimate import check_installed
+    from unisd.console import loading_libraries
 
-    check_installed()
+    design.check_installed()
     study = _study_of(options, of_runs)
     runs = design.runs_of(study)
     for option in ("recipe", "task", "grader"):
         check_names({option: [*{str(run.options.get(option)) for run in runs if run.options.get(option)}]})
-    quiet_libraries()
-    runner.check_runs(runs, study)
+    with loading_libraries():
+        from unisd.study import runner
+
+        runner.check_runs(runs, study)
     _introduce(study, runs)
     if options.dry_run:
         for run in runs:

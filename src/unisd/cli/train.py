@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from unisd.cli.help import HEADINGS, group_of, help_text
-from unisd.console import make_console, quiet_libraries, show_table
+from unisd.cli.help import help_text
+from unisd.console import loading_libraries, make_console, show_table
 from unisd.run.options import RunOptions
 from unisd.run.resolve import check_own_rows, given_by, resolve, train_parser
 
@@ -31,10 +30,10 @@ def train_command(arguments: Sequence[str]) -> int:
         return 0
     given = given_by(parser, arguments)  # misspelt names are told before anything heavy is imported
     check_own_rows(parser, given)
-    quiet_libraries()
-    options, config = resolve(parser, given, arguments)
-    from unisd.run import launch
-    from unisd.run.train import train
+    with loading_libraries():
+        options, config = resolve(parser, given, arguments)
+        from unisd.run import launch
+        from unisd.run.train import train
 
     if options.accelerate_config is not None and not options.dry_run and not launch.is_launched():
         return launch.launch(options, str(config.output_dir))
@@ -47,7 +46,7 @@ def train_command(arguments: Sequence[str]) -> int:
 
 
 def dry_run(options: RunOptions, config: UniSDConfig) -> None:
-    """Check everything that `train` would, and print the resolved options, an example and sizes.
+    """Check everything that `train` would, and print what would run, an example and the memory.
 
     Writes nothing.
 
@@ -58,7 +57,7 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
     from unisd.run import outputs
     from unisd.run.inputs import load_data
     from unisd.run.launch import shards_of
-    from unisd.run.train import _introduce, changes_since, longest_prompt, set_up
+    from unisd.run.train import OPTION_HEAD, _introduce, changes_since, longest_prompt, set_up
     from unisd.training.checkpoints import last_complete_checkpoint
     from unisd.training.preflight import check_hub
 
@@ -78,30 +77,26 @@ def dry_run(options: RunOptions, config: UniSDConfig) -> None:
         config = setting.config.changed(
             "what a run would have", output_dir=str(folder), push_to_hub=config.push_to_hub
         )
-        _show_options(console, options, config)
-        _introduce(console, options, config, setting)
+        if options.verbose:
+            show_table(console, OPTION_HEAD, outputs.option_lines(options, config))
+        _introduce(console, options, config, setting, whole=options.verbose)
+        say = partial(console.print, markup=False, highlight=False)
         for line in changes_since(setting, folder, checkpoint):
-            console.print(f"resuming: {line}", markup=False, highlight=False)
+            say(f"resuming: {line}")
     sizes = memory.estimate(
         memory.ModelSize.of(setting.trainer.model), config, longest_prompt(setting.trainer), shards=shards
     )
-    lines = [[name.replace("_", " "), memory.readable(size)] for name, size in sizes.items()]
-    show_table(console, ("memory of one device", "estimate"), lines)
-    console.print("dry run: nothing was trained, nothing was written", markup=False)
-
-
-def _show_options(console: Console, options: RunOptions, config: UniSDConfig) -> None:
-    """All options but those that only transformers knows, with a star where they are not the
-    default.
-    """
-    from unisd.run import outputs
-
-    values = outputs.resolved(options, config)
-    lines = []
-    fields = train_parser().fields
-    for heading in HEADINGS[:-1]:
-        for name, item in fields.items():
-            if group_of(item) == heading:
-                changed = "*" if values[name] != item.default and values[name] not in (None, [], ()) else ""
-                lines.append([name, heading, str(values[name]).replace("\n", "\\n"), changed])
-    show_table(console, ("option", "group", "value", "set"), lines)
+    readable = {name.replace("_", " "): memory.readable(size) for name, size in sizes.items()}
+    if options.verbose:
+        show_table(console, ("memory of one device", "estimate"), [[*item] for item in readable.items()])
+    else:
+        given = {
+            k: v for k, v in outputs.resolved(options, config).items() if k in options.explicit - {"dry_run"}
+        }
+        say("given: " + (", ".join(f"{name}={value}" for name, value in given.items()) or "no option"))
+        say(f"memory of one device: about {readable['total']}")
+    say(f"output folder: {folder}")
+    further = (
+        "" if options.verbose else "; --verbose shows all options, the whole example, parts of the memory"
+    )
+    say(f"dry run: nothing was trained, nothing was written{further}")

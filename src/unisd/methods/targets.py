@@ -157,7 +157,7 @@ def view_consensus(
     reference (AVSD, arXiv 2605.20643).
 
     delta^k = l^k - l, A = mean_k delta^k, J = logmeanexp_k l^k - mean_k l^k >= 0,
-    lambda = [|A| / (mean_k |delta^k| + eps)] [|A| / (|A| + J + eps)]. Since lambda J < |A|, l* - l
+    lambda = |A| / (mean_k |delta^k| + eps) * |A| / (|A| + J + eps). Since lambda J < |A|, l* - l
     has the sign of A: the views' consensus is never turned round. K = 1 gives l* = l^1.
 
     Published on the realised tokens (`distillation_mode=sampled`, whose gradient -sg(l* - l) grad l

@@ -11,8 +11,10 @@ def load_any(name: str, dtype: str = "auto", trust_remote_code: bool = False) ->
     """
     import torch
 
+    from unisd.console import loading
     from unisd.models.load import load_model_and_tokenizer
 
-    model, tokenizer, _ = load_model_and_tokenizer(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    with loading(f"model {name}"):
+        model, tokenizer, _ = load_model_and_tokenizer(name, dtype=dtype, trust_remote_code=trust_remote_code)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return model.to(device or "cpu").eval(), tokenizer

@@ -22,7 +22,7 @@ from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row, prepare_rows
 from unisd.distributed.collectives import on_all_ranks
 from unisd.files import PROBE, SAMPLES
-from unisd.losses.terms import LossOutput
+from unisd.losses.terms import LossInputs, LossOutput
 from unisd.methods.scores import StepScores
 from unisd.monitoring.diagnostics import Answers, Counting, answer_tokens, answers_to_keep, means, probe_leak
 from unisd.monitoring.metrics import StepMetrics, masked_mean, mean
@@ -219,7 +219,7 @@ class Observer:
             ).float()
         return marks
 
-    def after_loss(self, micro_batch: MicroBatch, output: LossOutput) -> None:
+    def after_loss(self, micro_batch: MicroBatch, inputs: LossInputs, output: LossOutput) -> None:
         """Sums over one micro-batch's loss tokens. Nothing here may wait for the device."""
         add = self.metrics.add
         add(
@@ -242,7 +242,7 @@ class Observer:
             if term.active_N is not None:
                 add(**{f"term_active/{name}": term.active_N.sum()})
         spans = self.samples.spans(micro_batch.part, micro_batch.step.scores.mask)
-        self.samples.take(spans, output)
+        self.samples.take(spans, inputs, output)
 
     def after_last_loss(self) -> None:
         """Metrics that are known when all micro-batches of the step are done."""

@@ -6,11 +6,14 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
+from rich.table import Column
 from transformers import TrainerCallback
 
+from unisd.console import LINE_S, live_console, make_progress
+
 PLAIN_LINES = 20
-"""Progress lines of a run whose output is not a terminal."""
+"""Least progress lines of a run whose output is not a terminal."""
 
 
 def _metrics_text(logs: dict[str, float], steps_per_second: float) -> str:
@@ -37,8 +40,8 @@ def _evaluation_text(metrics: dict[str, float]) -> str:
 
 
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
-    """Progress of the training with its latest metrics: a bar on a terminal, else about 20 plain
-    lines.
+    """Progress of the training with its latest metrics: a bar on a terminal, else plain lines, 20
+    of them or one every `LINE_S`.
     """
 
     def __init__(self, console: Console) -> None:
@@ -46,15 +49,16 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
         self.progress: Progress | None = None
         self.bar: Any = None
         self.logs: dict[str, float] = {}
-        self.started, self.first = 0.0, 0
+        self.started, self.told, self.first = 0.0, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first = time.perf_counter(), state.global_step
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
-        metrics = TextColumn("{task.fields[metrics]}")
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), metrics, TimeRemainingColumn())
-        self.progress = Progress(*columns, console=self.console)
+        cut = Column(no_wrap=True, overflow="ellipsis", ratio=2)
+        metrics = TextColumn("{task.fields[metrics]}", markup=False, table_column=cut)
+        moving = live_console() if live_console().is_terminal else self.console
+        self.progress = make_progress(moving, metrics)
         self.bar = self.progress.add_task(
             "training", total=state.max_steps, completed=state.global_step, metrics=""
         )
@@ -92,7 +96,9 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
                 state.global_step == 1
                 or state.global_step % stride == 0
                 or state.global_step == state.max_steps
+                or seconds - self.told >= LINE_S
             ):
+                self.told = seconds
                 left = (state.max_steps - state.global_step) * seconds / max(done, 1)
                 print(f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", flush=True)
 

@@ -1,8 +1,8 @@
 """Records the supervision of a few completions per logged step, token by token.
 
 In `samples.jsonl`, for a report. Bounded: at most `MAX_RECORDS` completions a run and `MAX_TOKENS`
-tokens of each. Only numbers that the step has computed anyway are written, so that recording costs
-next to nothing and changes nothing.
+tokens of each. All numbers but the teacher's own choice are computed by the step anyway; that takes
+one more product with the head, of the recorded tokens alone. Recording changes nothing.
 
 Shapes: B rows of the step on this rank, T longest completion, N loss tokens of a micro-batch.
 """
@@ -15,19 +15,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from unisd.data.rows import Row
 from unisd.data.text import MAX_TEXT, record_of
 from unisd.data.thoughts import answer_of, completion_text
 from unisd.files import keep_until
-from unisd.losses.terms import LossOutput
+from unisd.losses.head import Head
+from unisd.losses.terms import LossInputs, LossOutput
+from unisd.methods.divergence import DivergenceSpec
 from unisd.methods.scores import StepScores
 from unisd.rollout.engine import Completion
 from unisd.tasks.base import is_right
 
 MAX_RECORDS = 200
 MAX_TOKENS = 512
+BLOCK = 64
+"""Tokens whose distribution over the vocabulary is held at once to find the teacher's choice."""
 
 Span = tuple[int, int, int]
 """A recorded row's number in the step; first and end place of its loss tokens in a micro-batch."""
@@ -52,6 +57,7 @@ class SampleRecorder:
         self.grader = grader
         self._pending: dict[int, dict[str, Any]] = {}
         self._places: dict[int, list[int]] = {}  # of the loss tokens within the record's tokens
+        self._ids: dict[int, Sequence[int]] = {}  # the record's tokens
 
     def wants(self, step: int, max_steps: int, logging_steps: float) -> bool:
         """Whether step `step` (from 1) is recorded: it is logged, and the file stays small."""
@@ -75,10 +81,11 @@ class SampleRecorder:
         """
         loss_tokens = scores.mask.any(-1).tolist()
         chosen = [i for i in range(len(rows)) if loss_tokens[i]][: self.per_step]
-        self._pending, self._places = {}, {}
+        self._pending, self._places, self._ids = {}, {}, {}
         for i in chosen:
             completion = completions[i]
             length = min(len(completion.ids), MAX_TOKENS)
+            self._ids[i] = completion.ids[:length]
             self._places[i] = scores.mask[i, :length].nonzero().flatten().tolist()
             self._pending[i] = {
                 "step": step,
@@ -117,8 +124,8 @@ class SampleRecorder:
             start = end
         return found
 
-    def take(self, spans: Sequence[Span], output: LossOutput) -> None:
-        """Add what the student's pass says of its tokens."""
+    def take(self, spans: Sequence[Span], inputs: LossInputs, output: LossOutput) -> None:
+        """Add what the student's pass says of its tokens, and what the teacher would have said."""
         for i, start, end in spans:
             record, places = self._pending[i], self._places[i]
 
@@ -142,6 +149,21 @@ class SampleRecorder:
             record["clipped"] = spread(output.clipped_N)
             contrast = output.terms.get("contrast") if record["negative_logp"] is not None else None
             record["contrast"] = None if contrast is None else spread(contrast.values_N)
+            if inputs.spec.mode != "nll":  # a teacher was asked
+                record |= self._preferred(i, slice(start, start + len(places)), inputs)
+
+    def _preferred(self, i: int, tokens: slice, inputs: LossInputs) -> dict[str, Any]:
+        """Text and log-probability of the teacher's likeliest token; None where it was sampled."""
+        ids, places = self._ids[i], self._places[i]
+        texts: list[str | None] = [None] * len(ids)
+        values: list[float | None] = [None] * len(ids)
+        tops, logps = likeliest(inputs.teacher_head, inputs.teacher_hidden_NH[tokens], inputs.spec)
+        sampled = inputs.teacher_head.outcomes(inputs.targets_N[tokens]).tolist()
+        for place, top, logp, token in zip(places, tops, logps, sampled, strict=True):
+            if top != token:
+                texts[place] = token_texts(self.tokenizer, [*ids[max(place - 1, 0) : place], top])[-1]
+                values[place] = _rounded(logp)
+        return {"teacher_top": texts, "teacher_top_logp": values}
 
     def write(self) -> None:
         """Append the step's records."""
@@ -155,6 +177,18 @@ class SampleRecorder:
     def forget_after(self, step: int) -> None:
         """Drop records of steps that a resumed run does again (and one that a kill cut short)."""
         keep_until(self.path, step)
+
+
+@torch.no_grad()
+def likeliest(head: Head, hidden_NH: Tensor, spec: DivergenceSpec) -> tuple[list[int], list[float]]:
+    """The likeliest token of each state and its log-probability; few at a time."""
+    tops: list[int] = []
+    logps: list[float] = []
+    for start in range(0, len(hidden_NH), BLOCK):
+        logp_N, top_N = head.log_probs(hidden_NH[start : start + BLOCK], spec.temperature).max(-1)
+        tops += top_N.tolist()
+        logps += logp_N.tolist()
+    return tops, logps
 
 
 def _scored(scores: StepScores, i: int, length: int) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class UniSDOptions(MethodOptions):
     )
     report_to: str | list[str] | None = option(
         "training",
-        "Trackers that get the metrics: tensorboard, wandb, ...; all (that are installed) or none.",
+        "Trackers that get the metrics: tensorboard, wandb, trackio, ...; all (that are installed) or none."
+        " These three also get the final table and the kept answers, with texts of your rows.",
         "none",
     )
     eval_strategy: Literal["no", "steps", "epoch"] = option(

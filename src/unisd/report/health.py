@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from unisd.monitoring.alarms import silence
 from unisd.report import plots
-from unisd.report.html import escape, section
+from unisd.report.html import render
 
 MAX_ALARMS = 50
 MAX_WORDS = 4  # words of doubt with a line of their own: those used most
@@ -51,7 +53,7 @@ def health(
     metrics: Sequence[Mapping[str, Any]],
     window: int,
     retained: bool = False,
-) -> str:
+) -> Markup:
     """The section; nothing where the run has neither alarms nor diagnostic metrics.
 
     `alarms` is None where nobody watched.
@@ -59,22 +61,20 @@ def health(
     window: the run's `alarm_window`. retained: whether skills were measured before and after.
     """
     shown = list(alarms or ())[:MAX_ALARMS]
-    lines = [
-        f"<li>step {int(alarm['step'])}, <b>{escape(alarm['name'])}</b>: {escape(alarm['text'])}</li>"
-        for alarm in shown
-    ]
-    if alarms is not None and len(alarms) > len(shown):
-        lines.append(f"<li>and {len(alarms) - len(shown)} more</li>")
-    said = f'<ul class="alarms">{"".join(lines)}</ul>' if lines else ""
-    if alarms is not None and not lines:
+    said = ""
+    if alarms is not None and not shown:
         probed = any("retained/nll" in line or "leak/wrong_jsd" in line for line in metrics)
         counted = any("words/all" in line for line in metrics)
         steps = max((int(line["step"]) for line in metrics), default=0)
-        said = f"<p>{silence(steps, window, counted, probed, retained)}</p>"
-    marks = sorted({int(alarm["step"]) for alarm in shown})
-    note = "What a low loss does not tell. Dashed lines: steps at which an alarm was raised." if marks else ""
-    return section(
-        "Diagnostics", said, plots.curves((*CURVES, *_by_word(metrics)), metrics, marks), note=note
+        said = silence(steps, window, counted, probed, retained)
+    return render(
+        "health.html",
+        alarms=shown,
+        more=len(alarms or ()) - len(shown),
+        silence=said,
+        drawn=plots.curves(
+            (*CURVES, *_by_word(metrics)), metrics, sorted({int(alarm["step"]) for alarm in shown})
+        ),
     )
 
 

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from unisd.report.html import clean, escape
 
@@ -48,6 +52,7 @@ def _figure(width: float, height: float, **options: Any) -> Iterator[tuple[Any, 
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
+        "axes.axisbelow": True,
         "grid.color": line,
         "grid.linewidth": 0.5,
         "xtick.color": soft,
@@ -61,15 +66,22 @@ def _figure(width: float, height: float, **options: Any) -> Iterator[tuple[Any, 
 
 
 class Plot:
-    """A figure: `inline` for a page, or written to a file with the light theme's colours."""
+    """A figure: `inline` for a page, or written to a file with the light theme's colours.
 
-    def __init__(self, figure: Any, label: str) -> None:
+    told: what is said of the artists whose `gid` is a key of it, under the pointer. points: of a
+    curve, what the page's script says of its steps.
+    """
+
+    def __init__(self, figure: Any, label: str, told: Mapping[str, str] | None = None) -> None:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         self.svg = buffer.getvalue()
+        for gid, text in (told or {}).items():
+            self.svg = self.svg.replace(f'<g id="{gid}">', f"<g><title>{escape(text)}</title>")
         self.label = label
+        self.points: dict[str, Any] | None = None
 
-    def inline(self, wide: bool = False) -> str:
+    def inline(self, wide: bool = False) -> Markup:
         """A `figure` element; its colours follow the page's theme.
 
         `wide`: alone in its line, not one of a grid.
@@ -91,7 +103,10 @@ class Plot:
         size = re.search(r'viewBox="0 0 ([\d.]+)', svg)
         # 1 pt drawn: at most 1.6 px shown
         limit = f' style="max-width:{float(size[1]) * 1.6:.0f}px"' if wide and size else ""
-        return f"<figure{limit}>{svg}</figure>"
+        points = (
+            "" if self.points is None else f' tabindex="0" data-curve="{escape(json.dumps(self.points))}"'
+        )
+        return Markup(f"<figure{limit}{points}>{svg}</figure>")
 
     def write(self, path: Path) -> None:
         svg = self.svg
@@ -100,26 +115,35 @@ class Plot:
         path.write_text(svg, encoding="utf-8")
 
 
+Points = Sequence[tuple[float, float | None]]
+"""Step and value; None leaves a gap."""
+FEW_POINTS = 30
+"""Fewer are shown one by one; of more a moving mean is drawn."""
+
+
 def curve(
     title: str,
-    x: Sequence[float],
-    series: Mapping[str, Sequence[float | None]],
+    series: Mapping[str, Points],
     unit: str = "",
     marks: Sequence[float] = (),
+    pale: bool = True,
 ) -> Plot:
-    """Values over optimizer steps; None leaves a gap. `marks`: steps with a vertical line."""
+    """Values over optimizer steps.
+
+    marks: steps with a vertical line. pale: draw the single values too where a mean is drawn.
+    """
     with _figure(3.4, 2.1) as (figure, axes):
-        for (name, values), colour in zip(series.items(), itertools.cycle(SERIES)):
-            y = [float("nan") if value is None else value for value in values]
-            axes.plot(
-                x,
-                y,
-                color=_colour(colour),
-                linewidth=1.4,
-                label=clean(name),
-                marker="o" if len(x) < 4 else None,
-                markersize=3,
-            )
+        styles = itertools.product(("-", ":"), SERIES)
+        for (name, points), (dash, colour) in zip(series.items(), itertools.cycle(styles)):
+            x = [step for step, _ in points]
+            y = [float("nan") if value is None else value for _, value in points]
+            look = {"color": _colour(colour), "linestyle": dash, "label": clean(name)}
+            if len(points) < FEW_POINTS:
+                axes.plot(x, y, linewidth=1.4, marker="o", markersize=2.5, **look)
+                continue
+            if pale:
+                axes.plot(x, y, color=_colour(colour), linewidth=0.8, alpha=0.35)
+            axes.plot(x, _moving_mean(y), linewidth=1.6, **look)
         for step in marks:
             axes.axvline(step, color=_colour("--soft"), linewidth=1.0, linestyle="--")
         axes.set_title(clean(title), loc="left")
@@ -128,15 +152,37 @@ def curve(
         axes.set_ylabel(unit)
         if len(series) > 1:
             axes.legend()
-        return Plot(figure, f"{title} over {len(x)} steps")
+        count = max(len(points) for points in series.values())
+        plot = Plot(figure, f"{title} over {count} steps")
+        box = axes.get_position()  # as drawn
+        plot.points = {
+            "box": [round(box.x0, 4), round(box.x1, 4)],
+            "steps": list(axes.get_xlim()),
+            "series": [[clean(name), _for_script(points)] for name, points in series.items()],
+        }
+        return plot
+
+
+def _moving_mean(values: Sequence[float]) -> list[float]:
+    """Mean over a twentieth of the values around each; nan where it is nan itself."""
+    reach = max(len(values) // 40, 1)
+    means = []
+    for place, value in enumerate(values):
+        near = [x for x in values[max(place - reach, 0) : place + reach + 1] if math.isfinite(x)]
+        means.append(sum(near) / len(near) if near and math.isfinite(value) else float("nan"))
+    return means
+
+
+def _for_script(points: Points) -> list[list[float]]:
+    return [[step, float(f"{y:.4g}")] for step, y in points if y is not None and math.isfinite(y)]
 
 
 Wanted = Sequence[tuple[str, str, Mapping[str, str]]]
 """Title, unit, and name -> metric of each figure."""
 
 
-def curves(wanted: Wanted, metrics: Sequence[Mapping[str, Any]], marks: Sequence[float] = ()) -> str:
-    """A grid of the wanted figures, without those whose metrics are not there or 0 throughout.
+def curves(wanted: Wanted, metrics: Sequence[Mapping[str, Any]], marks: Sequence[float] = ()) -> list[Markup]:
+    """The wanted figures, without those whose metrics are not there or 0 throughout.
 
     Each is drawn over the steps that have its metrics: a probe taken every fifth step is a line
     too.
@@ -144,29 +190,49 @@ def curves(wanted: Wanted, metrics: Sequence[Mapping[str, Any]], marks: Sequence
     drawn = []
     for title, unit, names in wanted:
         lines = [line for line in metrics if any(key in line for key in names.values())]
-        series = {name: [line.get(key) for line in lines] for name, key in names.items()}
-        series = {name: values for name, values in series.items() if any(values)}
+        series = {name: [(line["step"], line.get(key)) for line in lines] for name, key in names.items()}
+        series = {name: points for name, points in series.items() if any(y for _, y in points)}
         if series:
-            drawn.append(curve(title, [line["step"] for line in lines], series, unit, marks).inline())
-    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
+            drawn.append(curve(title, series, unit, marks).inline())
+    return drawn
+
+
+def overlaid(wanted: Wanted, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Markup]:
+    """The metrics of several runs in one figure each, without those that no run has."""
+    drawn = []
+    for title, unit, names in wanted:
+        for name, key in names.items():
+            series = {
+                run: [(line["step"], line[key]) for line in metrics if key in line]
+                for run, metrics in runs.items()
+            }
+            series = {run: points for run, points in series.items() if any(y for _, y in points)}
+            if series:
+                said = title if len(names) == 1 else f"{title}: {name}"
+                drawn.append(curve(said, series, unit, pale=False).inline())
+    return drawn
 
 
 def before_after(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]]) -> Plot:
     """Accuracies in percent with their intervals, before and after, one line each."""
-    with _figure(7.5, 0.7 + 0.42 * len(rows)) as (figure, axes):
+    with _figure(5.0, 0.7 + 0.38 * len(rows)) as (figure, axes):
         sides = (("before", -0.13, "--soft", "o"), ("after", 0.13, SERIES[0], "D"))
-        for place, (_, *both) in enumerate(rows):
+        told: dict[str, str] = {}
+        for place, (row, *both) in enumerate(rows):
             for side, (name, offset, colour, mark) in zip(both, sides, strict=True):
                 value, low, high = (100 * side[key] for key in ("value", "low", "high"))
-                axes.plot([low, high], [place + offset] * 2, color=_colour(colour), linewidth=1.6)
+                gid = f"told-{len(told)}"
+                told[gid] = f"{row.strip()}, {name}: {value:.1f} % [{low:.1f}, {high:.1f}]"
+                look = {"color": _colour(colour), "gid": gid}
+                axes.plot([low, high], [place + offset] * 2, linewidth=1.6, **look)
                 label = None if place else name
-                axes.plot([value], [place + offset], mark, color=_colour(colour), markersize=5, label=label)
+                axes.plot([value], [place + offset], mark, markersize=5, label=label, **look)
         axes.set_yticks(range(len(rows)), [clean(name) for name, _, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(-1, 101)
         axes.set_xlabel("accuracy in %, 95 % interval")
         axes.legend(loc="best")
-        return Plot(figure, "accuracy before and after, with 95 % intervals")
+        return Plot(figure, "accuracy before and after, with 95 % intervals", told)
 
 
 def bars(title: str, values: Mapping[str, float], unit: str) -> Plot:
@@ -200,12 +266,13 @@ def forest(panels: Sequence[Panel], margin: float) -> Plot:
         figure,
         grid,
     ):
+        told: dict[str, str] = {}
         for axes, (title, lines) in zip(grid[0], panels, strict=True):
             judged = title.endswith("(points)")
             if judged:
                 axes.axvspan(-margin, margin, color=_colour("--line"), alpha=0.4, linewidth=0)
             axes.axvline(0, color=_colour("--soft"), linewidth=0.8)
-            for place, (_, value, low, high) in enumerate(lines):
+            for place, (name, value, low, high) in enumerate(lines):
                 clear = low is not None and high is not None and (low > 0 or high < 0)
                 colour = _colour(
                     SERIES[0]
@@ -216,13 +283,16 @@ def forest(panels: Sequence[Panel], margin: float) -> Plot:
                     if value > 0
                     else SERIES[1]
                 )
+                gid = f"told-{len(told)}"
+                told[gid] = f"{name}: {value:+.2f}"
                 if low is not None and high is not None:
-                    axes.plot([low, high], [place, place], color=colour, linewidth=1.8)
-                axes.plot([value], [place], "o", color=colour, markersize=5)
+                    told[gid] += f" [{low:+.2f}, {high:+.2f}]"
+                    axes.plot([low, high], [place, place], color=colour, linewidth=1.8, gid=gid)
+                axes.plot([value], [place], "o", color=colour, markersize=5, gid=gid)
             axes.set_title(title, loc="left")
             axes.set_yticks(range(len(lines)), [clean(name) for name, *_ in lines])
             axes.set_ylim(count - 0.5, -0.5)
-        return Plot(figure, "effects with 95 % intervals")
+        return Plot(figure, "effects with 95 % intervals", told)
 
 
 def trade_off(cells: Sequence[tuple[str, float, float]], front: Sequence[str]) -> Plot:
@@ -237,15 +307,17 @@ def trade_off(cells: Sequence[tuple[str, float, float]], front: Sequence[str]) -
             linewidth=1,
             label="Pareto front",
         )
-        for name, gain, kept in cells:
-            colour = _colour(SERIES[1] if name in front else SERIES[0])
-            axes.plot([kept], [gain], "o", color=colour, markersize=6)
+        told: dict[str, str] = {}
+        for number, (name, gain, kept) in enumerate(cells):
+            colour, gid = _colour(SERIES[1] if name in front else SERIES[0]), f"told-{number}"
+            told[gid] = f"{name}: task {gain:+.1f}, retention {kept:+.1f} points"
+            axes.plot([kept], [gain], "o", color=colour, markersize=6, gid=gid)
         axes.set_xlabel("change in retention, points (right: less forgotten)")
         axes.set_ylabel("gain on the task, points")
         axes.margins(0.15)
         axes.legend()
         _label(figure, axes, [(clean(name), kept, gain) for name, gain, kept in cells])
-        return Plot(figure, "task gain against forgetting")
+        return Plot(figure, "task gain against forgetting", told)
 
 
 def grafting(points: Sequence[tuple[str, float, float]]) -> Plot:

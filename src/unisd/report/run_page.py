@@ -18,8 +18,9 @@ from unisd.files import ANSWERS, METRICS, RESULTS, SAMPLES, is_evaluation, read_
 from unisd.monitoring.alarms import Watch
 from unisd.report import plots
 from unisd.report.health import health
-from unisd.report.html import escape, page, section, table, tiles
+from unisd.report.html import render
 from unisd.report.supervision import supervision
+from unisd.report.verdict import Tile, sentence, tiles_of
 from unisd.run import grafting
 from unisd.run.answers import by_change
 from unisd.run.changes import change_lines, side_of
@@ -27,9 +28,23 @@ from unisd.run.changes import change_lines, side_of
 MAX_EXAMPLES = 24
 MAX_POINTS = 1000
 MAX_WEIGHTS = 12
-CURVES: plots.Wanted = (
+MAIN: plots.Wanted = (
     ("Loss", "", {"loss": "loss"}),
     ("Divergence of teacher and student", "nats a token", {"divergence": "teacher/divergence"}),
+    (
+        "Verdicts on the answers",
+        "share",
+        {"passed": "outcome/passed", "mean score": "outcome/score", "no verdict": "outcome/no_verdict"},
+    ),
+    (
+        "Length of completions",
+        "tokens",
+        {"mean": "completions/mean_length", "longest": "completions/max_length"},
+    ),
+    ("Student's entropy", "nats a token", {"entropy": "student/entropy"}),
+)
+"""What most runs are judged by; the others are folded."""
+MORE: plots.Wanted = (
     ("Contrast", "nats a token", {"hinge": "contrastive/loss"}),
     ("Tokens with an active contrast", "share", {"active": "contrastive/active_share"}),
     ("Distance of features", "mean square", {"distance": "features/distance"}),
@@ -41,23 +56,12 @@ CURVES: plots.Wanted = (
     ("Clipped tokens", "share", {"clipped": "clip/share"}),
     ("Clip threshold", "nats", {"threshold": "clip/threshold"}),
     ("Distance of the teacher's weights", "share of norm", {"distance": "teacher/weight_distance"}),
-    (
-        "Length of completions",
-        "tokens",
-        {"mean": "completions/mean_length", "longest": "completions/max_length"},
-    ),
     ("Cut completions", "share", {"cut": "completions/truncated_share"}),
-    (
-        "Verdicts on the answers",
-        "share",
-        {"passed": "outcome/passed", "mean score": "outcome/score", "no verdict": "outcome/no_verdict"},
-    ),
     (
         "Groups of which answers passed",
         "share",
         {"all": "outcome/groups_all", "some": "outcome/groups_some", "none": "outcome/groups_none"},
     ),
-    ("Student's entropy", "nats a token", {"entropy": "student/entropy"}),
     (
         "Log-probability of the completion",
         "nats a token",
@@ -71,8 +75,8 @@ CURVES: plots.Wanted = (
     ("Learning rate", "", {"rate": "learning_rate"}),
 )
 Figures = dict[str, Any]
-
-
+PARTS = {"task": "task", "retention": "what must not be lost"}
+"""Names of the parts of `answers.json`; each further retention set has its own."""
 DEFAULT_WINDOW = 5  # `alarm_window` of a run that has not written down its options
 
 
@@ -85,66 +89,59 @@ def build(folder: Path) -> str:
     if not (folder / RESULTS).exists():
         return _unfinished(folder)
     results = read_json(folder / RESULTS)
-    answers = read_json(folder / ANSWERS) if (folder / ANSWERS).exists() else {}
     metrics = read_metrics(folder / METRICS)
     facts = [
-        ("recipe", str(results["recipe"])),
+        ("recipe", results["recipe"]),
         ("model", Path(str(results["model"])).name),
-        ("task", str(results["task"])),
-        ("seed", str(results["seed"])),
-        ("steps", str(results.get("steps", max((line["step"] for line in metrics), default=0)))),
+        ("task", results["task"]),
+        ("seed", results["seed"]),
+        ("steps", results.get("steps", max((line["step"] for line in metrics), default=0))),
         ("time", f"{results['wall_s']:.0f} s"),
     ]
-    rows = _accuracy_rows(results)
-    body = tiles(facts)
-    changes = [["measure", "before", "after", "change"], *change_lines(results)]
-    note = (
-        "One seed. Bars and brackets are 95 % intervals of an accuracy; differences within them mean little."
-    )
-    body += section(
-        "Before and after",
-        plots.before_after(rows).inline(wide=True) if rows else "",
-        table(changes),
-        note=note,
-    )
-    for curve in grafting.read(folder):
-        body += _grafted(curve)
-    body += _curves(metrics)
-    body += health(
-        results.get("alarms"),
-        metrics,
-        results["config"].get("alarm_window", DEFAULT_WINDOW),
-        bool(results.get("retention")),
-    )
-    body += section("Time, memory, cost", _cost(results))
-    names = {"task": "task", "retention": "what must not be lost"}
-    body += section(
-        "Answers before and after",
-        *(_examples(names.get(part, part), found["examples"]) for part, found in answers.items()),
-        note="Greedy answers. Rows whose verdict changed come first; without a grader, those whose text did.",
-    )
-    body += "".join(map(_judged, judge.read(folder)))
-    body += supervision(read_lines(folder / SAMPLES))
-    settings = json.dumps(results["config"], indent=1, default=str)
-    body += section(
-        "Every option", f"<details><summary>configuration</summary><pre>{escape(settings)}</pre></details>"
-    )
-    title = f"{results['recipe']} on {results['task']}"
-    shares = [results[when]["task_accuracy"] for when in ("before", "after")]
-    if all(shares):
-        old, new = (100 * share["value"] for share in shares)
-        title += f": {old:.1f} to {new:.1f} %"
-    return page(title, body)
-
-
-def _judged(found: Figures) -> str:
-    """What a judge says of the answers before and after."""
-    return section(
-        f"Judged by {found['judge']}", table([judge.head(found), *judge.lines(found)]), note=judge.NOTE
+    shown, bars = tiles_of(results), _accuracy_rows(results)
+    retained = bool(results.get("retention"))
+    return render(
+        "run.html",
+        title=title_of(results),
+        verdict=sentence(shown),
+        shown=shown,
+        facts=facts,
+        changes=[["measure", "before", "after", "change"], *change_lines(results)],
+        bars=plots.before_after(bars).inline(wide=True) if bars else "",
+        answers=_answers(read_answers(folder)),
+        judged=[
+            {"judge": found["judge"], "rows": [judge.head(found), *judge.lines(found)], "note": judge.NOTE}
+            for found in judge.read(folder)
+        ],
+        grafted=[_grafted(points) for points in grafting.read(folder)],
+        cost=_cost(results),
+        settings=json.dumps(results["config"], indent=1, default=str),
+        unfinished="",
+        health=health(
+            results.get("alarms"), metrics, results["config"].get("alarm_window", DEFAULT_WINDOW), retained
+        ),
+        **_drawn(folder, metrics),
     )
 
 
-def _grafted(points: Sequence[grafting.Point]) -> str:
+def title_of(results: Figures) -> str:
+    return f"{results['recipe']} on {results['task']}"
+
+
+def read_answers(folder: Path) -> Figures:
+    return read_json(folder / ANSWERS) if (folder / ANSWERS).exists() else {}
+
+
+def _drawn(folder: Path, metrics: Sequence[Figures]) -> Figures:
+    """Curves and supervision, which a run has from its first steps on."""
+    return {
+        "curves": plots.curves((*evaluations(metrics), *MAIN), metrics),
+        "more_curves": plots.curves((*MORE, *_by_weight(metrics)), metrics),
+        "supervision": supervision(read_lines(folder / SAMPLES)),
+    }
+
+
+def _grafted(points: Sequence[grafting.Point]) -> Figures:
     """What parts of the change gain and keep: a plot of each task that has both, and the table."""
     drawn = []
     for task in dict.fromkeys(point["task"] for point in points):
@@ -155,18 +152,9 @@ def _grafted(points: Sequence[grafting.Point]) -> str:
             gains = [
                 [100 * (point[name]["value"] - base[name]["value"]) for name in names] for point in of_task
             ]
-            drawn.append(
-                plots.grafting(
-                    [(f"{point['scale']:g}", *gain) for point, gain in zip(of_task, gains, strict=True)]
-                )
-            )
-    return section(
-        "Parts of the change",
-        *(plot.inline(wide=True) for plot in drawn),
-        table([list(grafting.HEAD), *grafting.lines(points)]),
-        note="The base with a part of what training changed added to it (0: the base, 1: the trained model),"
-        " without any further training. unisd merge --scale makes such a model.",
-    )
+            labelled = [(f"{point['scale']:g}", *gain) for point, gain in zip(of_task, gains, strict=True)]
+            drawn.append(plots.grafting(labelled).inline(wide=True))
+    return {"drawn": drawn, "rows": [list(grafting.HEAD), *grafting.lines(points)]}
 
 
 def _unfinished(folder: Path) -> str:
@@ -179,18 +167,25 @@ def _unfinished(folder: Path) -> str:
     watch = Watch(DEFAULT_WINDOW)
     for line in lines:
         watch.update(line["step"], line)
-    last = f"{lines[-1]['step']}" if lines else "0"
-    body = tiles([("state", "unfinished"), ("steps", last), ("alarms", str(len(watch.alarms)))])
     said = (
         "There is no results.json: an alarm (alarms=stop), an error or a person ended this run, or it goes"
         " on still. Its answers were not measured after training. Alarms are judged anew from its metrics,"
         f" with the default alarm_window of {DEFAULT_WINDOW}."
     )
-    body += section("Unfinished", f"<p>{said}</p>")
-    body += _curves(metrics)
-    body += health([asdict(alarm) for alarm in watch.alarms], metrics, DEFAULT_WINDOW)
-    body += supervision(read_lines(folder / SAMPLES))
-    return page(f"{folder.resolve().name}: unfinished", body)
+    steps = str(lines[-1]["step"]) if lines else "0"
+    count = len(watch.alarms)
+    return render(
+        "run.html",
+        title=f"{folder.resolve().name}: unfinished",
+        verdict="",
+        shown=[Tile("state", "unfinished"), Tile("steps", steps), Tile("alarms", str(count))],
+        facts=[],
+        unfinished=said,
+        health=health([asdict(alarm) for alarm in watch.alarms], metrics, DEFAULT_WINDOW),
+        **dict.fromkeys(("changes", "answers", "judged", "grafted"), ()),
+        **dict.fromkeys(("bars", "cost", "settings"), ""),
+        **_drawn(folder, metrics),
+    )
 
 
 def _by_weight(metrics: Sequence[Figures]) -> plots.Wanted:
@@ -224,14 +219,7 @@ def read_metrics(path: Path) -> list[Figures]:
     return steps[:: max(1, -(-len(steps) // MAX_POINTS))] + [line for line in lines if is_evaluation(line)]
 
 
-def _curves(metrics: Sequence[Figures]) -> str:
-    """The section of all curves; evaluations come after the loss that they are read beside."""
-    loss, *others = CURVES
-    drawn = plots.curves((loss, *_evaluations(metrics), *others, *_by_weight(metrics)), metrics)
-    return section("Curves", drawn)
-
-
-def _evaluations(metrics: Sequence[Figures]) -> plots.Wanted:
+def evaluations(metrics: Sequence[Figures]) -> plots.Wanted:
     """A figure of each measure of the evaluations during training; one line each set of rows."""
     names = sorted({name for line in metrics for name in line if name.startswith("eval_")})
     kinds = (("loss", "nats a token"), ("accuracy", "share"))
@@ -264,12 +252,12 @@ def _accuracy_rows(results: Figures) -> list[tuple[str, Figures, Figures]]:
     return rows
 
 
-def _cost(results: Figures) -> str:
+def _cost(results: Figures) -> Figures:
     phases = {name: seconds for name, seconds in results["phases_s"].items() if seconds >= 0.05}
-    parts = [plots.bars("Seconds by phase", phases, "s").inline(wide=True)] if phases else []
+    bars = plots.bars("Seconds by phase", phases, "s").inline(wide=True) if phases else ""
     cost = results.get("cost")
     if cost is None:
-        return "".join(parts)
+        return {"bars": bars, "lines": [], "mechanisms": []}
     tokens, energy, flops = cost["tokens"], cost["energy"], cost["flops_estimated"]
     lines = [
         ["cost of training", ""],
@@ -284,60 +272,35 @@ def _cost(results: Figures) -> str:
         ["kWh per million trained tokens", _number(energy["kwh_per_million_tokens"], ".3g")],
         ["energy by", energy["method"]],
     ]
-    parts.append(table(lines))
-    if cost["by_mechanism"]:
-        header = ["mechanism", "tokens scored for it", "share of operations", "seconds (estimated)"]
-        parts += [
-            "<h3>What each mechanism costs</h3>",
-            table(
-                [header]
-                + [
-                    [
-                        name,
-                        f"{part['tokens_scored']:,}",
-                        f"{100 * part['share_of_flops']:.1f} %",
-                        f"{part['seconds_estimated']:.1f}",
-                    ]
-                    for name, part in cost["by_mechanism"].items()
-                ]
-            ),
+    mechanisms = [
+        [
+            name,
+            f"{part['tokens_scored']:,}",
+            f"{100 * part['share_of_flops']:.1f} %",
+            f"{part['seconds_estimated']:.1f}",
         ]
-    return "".join(parts)
+        for name, part in cost["by_mechanism"].items()
+    ]
+    header = ["mechanism", "tokens scored for it", "share of operations", "seconds (estimated)"]
+    return {"bars": bars, "lines": lines, "mechanisms": [header, *mechanisms] if mechanisms else []}
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _examples(part: str, examples: Sequence[Figures]) -> str:
+def _answers(parts: Figures) -> list[Figures]:
     """Some answers of both states side by side: first what changed."""
-    graded = any(example["after"]["correct"] is not None for example in examples)
-    most = MAX_EXAMPLES // 4 if graded else MAX_EXAMPLES  # all kinds are shown, whichever is rarer
-    chosen = [example for kind in by_change(examples) for example in kind[:most]][:MAX_EXAMPLES]
-    cards = []
-    for example in chosen:
-        sides = "".join(
-            f"<div><h3>{when}{_verdict(example[when]['correct'])}</h3>"
-            f"<pre>{escape(example[when]['text'])}</pre></div>"
-            for when in ("before", "after")
-        )
-        prompt = f"<pre>{escape(example['prompt'])}</pre>"
-        reference = (
-            f"<details><summary>reference</summary><pre>{escape(example['reference'])}</pre></details>"
-        )
-        cards.append(
-            f'<div class="card"><span class="soft">{escape(example["id"])}</span>{prompt}{reference}<div'
-            f' class="pair">{sides}</div></div>'
-        )
-    if not cards:
-        return ""
-    return (
-        f"<details open><summary>{escape(part)}: {len(cards)} of {len(examples)} kept"
-        f" answers</summary>{''.join(cards)}</details>"
-    )
-
-
-def _verdict(correct: bool | None) -> str:
-    if correct is None:  # nothing grades it
-        return ""
-    return ': <span class="right">right</span>' if correct else ': <span class="wrong">wrong</span>'
+    found = []
+    for part, content in parts.items():
+        examples = content["examples"]
+        graded = any(example["after"]["correct"] is not None for example in examples)
+        most = MAX_EXAMPLES // 4 if graded else MAX_EXAMPLES  # all kinds are shown, whichever is rarer
+        chosen = [example for kind in by_change(examples) for example in kind[:most]][:MAX_EXAMPLES]
+        shown = [
+            {**example, "sides": [{"name": when, **example[when]} for when in ("before", "after")]}
+            for example in chosen
+        ]
+        if shown:
+            found.append({"name": PARTS.get(part, part), "shown": shown, "kept": len(examples)})
+    return found

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from unisd.report import plots
-from unisd.report.html import escape, page, section, table, tiles
+from unisd.report.html import render
+from unisd.report.verdict import Tile
 from unisd.study.analysis import pareto
 from unisd.study.recommend import OUTCOMES, TITLES, control_table, cost_table, effect_table, notes_of, number
 from unisd.study.store import FOLDERS
@@ -22,96 +23,75 @@ Figures = dict[str, Any]
 def build(folder: Path, found: Figures, place: Path) -> str:
     """The page of the study in `folder`, whose analysis is `found`, for the folder `place`."""
     runs = Path(os.path.relpath(folder / FOLDERS, place))
-    body = ""
-    for task, figures in found["tasks"].items():
-        body += _task(folder, runs, task, figures, found, several=len(found["tasks"]) > 1)
-    body += section("How to read this", "".join(f"<p>{escape(note)}</p>" for note in found["notes"]))
-    return page(f"Study: which of {len(found['factors'])} components matter", body)
+    return render(
+        "study.html",
+        title=f"Study: which of {len(found['factors'])} components matter",
+        verdict="",
+        tasks=[_task(folder, runs, task, figures, found) for task, figures in found["tasks"].items()],
+        margin=f"{found['margin']:g}",
+        notes=found["notes"],
+    )
 
 
-def _task(folder: Path, links: Path, task: str, figures: Figures, found: Figures, several: bool) -> str:
-    prefix = f"{task}: " if several else ""
-    body = tiles(
-        [
-            ("task", task),
-            ("runs", f"{figures['runs']} of {figures['planned']}"),
-            ("failed", str(figures["failed"])),
-            ("seeds", ", ".join(map(str, figures["seeds"]))),
-            ("design", ", ".join(found["design"])),
-        ]
-    )
-    body += section(f"{prefix}What to use", _verdicts(figures))
-    if figures.get("controls"):
-        body += section(
-            f"{prefix}Controls",
-            f"<p>{escape(figures['controls']['text'])}</p>",
-            table(control_table(figures)),
-            note="Points that the method has over each control, with 95 % intervals. Beaten: more on the"
-            f" task, and not over {found['margin']:g} points less kept.",
-        )
-    body += section(
-        f"{prefix}Effects",
-        *_effects(figures, found["margin"]),
-        _effect_tables(figures),
-        note="Points of accuracy (time: percent) with 95 % intervals. Shaded: effects below"
-        f" {found['margin']:g} points, which do not matter.",
-    )
+def _task(folder: Path, links: Path, task: str, figures: Figures, found: Figures) -> Figures:
+    """What the template shows of a task."""
     drawn = figures_of(figures, found["margin"])
-    for name, title, note in (
+    pictures = (
         ("interaction", "What mechanisms do together", "Ring: the interval excludes 0."),
         ("trade-off", "Gain against forgetting", "Means over seeds of each cell."),
-    ):
-        if name in drawn:
-            body += section(f"{prefix}{title}", drawn[name].inline(wide=True), note=note)
+    )
     method = next((cell["energy_method"] for cell in figures["cells"] if cell["energy_method"]), "")
-    body += section(
-        f"{prefix}Cost",
-        table(cost_table(figures)),
-        note=f"Means over runs; memory: the most. Energy: {method}." if method else "",
-    )
-    return body + section(f"{prefix}Runs", _runs(folder, links, figures))
+    lines, targets = _runs(folder, links, figures)
+    controls = figures.get("controls")
+    return {
+        "prefix": f"{task}: " if len(found["tasks"]) > 1 else "",
+        "tiles": [
+            Tile("task", task),
+            Tile("runs", f"{figures['runs']} of {figures['planned']}"),
+            Tile("failed", str(figures["failed"])),
+            Tile("seeds", ", ".join(map(str, figures["seeds"]))),
+            Tile("design", ", ".join(found["design"])),
+        ],
+        "verdicts": figures["verdicts"],
+        "controls": {"text": controls["text"], "rows": control_table(figures)} if controls else None,
+        "effects": _effects(figures, found["margin"]),
+        "tables": _effect_tables(figures),
+        "figures": [
+            {"title": title, "note": note, "drawn": drawn[name].inline(wide=True)}
+            for name, title, note in pictures
+            if name in drawn
+        ],
+        "cost": cost_table(figures),
+        "cost_note": f"Means over runs; memory: the most. Energy: {method}." if method else "",
+        "runs": lines,
+        "links": targets,
+    }
 
 
-def _verdicts(figures: Figures) -> str:
-    items = "".join(
-        '<li><span class="tag'
-        f' {escape(line["verdict"].split()[0])}">{escape(line["verdict"])}</span>{escape(line["text"])}</li>'
-        for line in figures["verdicts"]
-    )
-    return f'<ul class="verdicts">{items}</ul>'
-
-
-def _effects(figures: Figures, margin: float) -> list[str]:
-    """A heading and the pictures of each kind of effect that the study has."""
+def _effects(figures: Figures, margin: float) -> list[Figures]:
+    """The pictures of each kind of effect that the study has."""
     found = []
     for kind in ("main", "one-in", "leave-one-out", "shapley"):
         pictures = [plots.forest([panel], margin).inline() for panel in panels_of(figures, kind)]
         if pictures:
-            found += [f"<h3>{escape(TITLES[kind])}</h3>", f'<div class="plots">{"".join(pictures)}</div>']
+            found.append({"title": TITLES[kind], "drawn": pictures})
     return found
 
 
-def _effect_tables(figures: Figures) -> str:
+def _effect_tables(figures: Figures) -> list[Figures]:
     """All effects in figures, to be unfolded."""
-    tables = ""
-    for kind, title in TITLES.items():
-        lines = effect_table(figures, kind)
-        if len(lines) > 1:
-            opened = " open" if kind == "main" else ""
-            said = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes_of(figures, kind))
-            tables += (
-                f"<details{opened}><summary>{escape(title)}: all"
-                f" figures</summary>{table(lines)}{said}</details>"
-            )
-    return tables
+    return [
+        {"title": title, "opened": kind == "main", "rows": rows, "notes": notes_of(figures, kind)}
+        for kind, title in TITLES.items()
+        if len(rows := effect_table(figures, kind)) > 1
+    ]
 
 
-def _runs(folder: Path, place: Path, figures: Figures) -> str:
-    """All runs with links to their pages, from `place`; those that failed with the reason."""
+def _runs(folder: Path, place: Path, figures: Figures) -> tuple[list[list[str]], dict[str, str]]:
+    """All runs, those that failed with the reason; and links to their pages, from `place`."""
     lines = [
         ["run", "cell", "seed", "gain", "retention change", *(["failed"] if figures["failures"] else [])]
     ]
-    links = {}
     for cell in figures["cells"]:
         for run, seed, gain, kept in zip(
             cell["runs"], cell["seeds"], cell["gains"], cell["retention_changes"], strict=True
@@ -119,12 +99,13 @@ def _runs(folder: Path, place: Path, figures: Figures) -> str:
             lines.append([run, cell["name"], str(seed), number(gain, "+.1f"), number(kept, "+.1f")])
     for failure in figures["failures"]:
         lines.append([failure["run"], failure["cell"], str(failure["seed"]), "-", "-", failure["reason"]])
+    links = {}
     for run, *_ in lines[1:]:
         for name in ("report.html", "results.json"):
             if (folder / FOLDERS / run / name).exists():
                 links[run] = (place / run / name).as_posix()
                 break
-    return table(lines, links)
+    return lines, links
 
 
 def panels_of(figures: Figures, kind: str) -> list[plots.Panel]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from unisd.report.html import clean, data_block, escape, section
+from markupsafe import Markup
+
+from unisd.report.html import clean, data_block, render
 
 MAX_SHOWN = 16
 MAX_TOKENS = 300
@@ -19,34 +21,24 @@ SHADES = {
     "contrast": "contrast with the wrong reference",
     "contexts": "spread of the contexts' log-probabilities",
 }
+"""Modes and their names; the style sheet knows each by the custom property `--MODE`."""
 Record = dict[str, Any]
 
 
-def supervision(records: Sequence[Record]) -> str:
+def supervision(records: Sequence[Record]) -> Markup:
     """The section, or nothing if the run recorded no completion."""
     chosen = spread(records)
-    if not chosen:
-        return ""
     tops = {
         name: max((x for r in chosen for x in shades(r)[name] if x is not None), default=0.0) or 1.0
         for name in SHADES
     }
     used = [name for name in SHADES if any(x for r in chosen for x in shades(r)[name] if x)] or ["divergence"]
-    checked = {used[0]: " checked"}
-    choices = "".join(
-        f'<label class="choice"><input type="radio" name="mode" value="{name}"{checked.get(name, "")}>'
-        f" {SHADES[name]}</label>"
-        for name in used
-    )
-    cards = "".join(_card(number, record, tops) for number, record in enumerate(chosen))
-    note = (
-        "Answers that the student sampled while it trained. Point at a token (or tap it; arrow keys move on)"
-        " for the log-probability that each view gave it, in nats. Full colour is the largest value shown"
-        " here. Wavy underline: clipped. Faint: carries no loss."
-    )
-    view = f'<div id="supervision" data-mode="{used[0]}"><div class="controls">{choices}</div>{cards}</div>'
-    return section(
-        "Supervision, token by token", view, data_block("samples", [_data(r) for r in chosen]), note=note
+    return render(
+        "supervision.html",
+        modes=[(name, SHADES[name]) for name in used],
+        tops=any(any(record.get("teacher_top") or ()) for record in chosen),
+        cards=[_card(record, tops) for record in chosen],
+        data=data_block("samples", [_data(record) for record in chosen]),
     )
 
 
@@ -81,42 +73,34 @@ def shades(record: Record) -> dict[str, list[float | None]]:
     }
 
 
-def _card(number: int, record: Record, tops: dict[str, float]) -> str:
+def _card(record: Record, tops: dict[str, float]) -> Record:
+    """What the template shows of an answer."""
     shade = shades(record)
+    likelier = record.get("teacher_top") or [None] * len(record["tokens"])
     tokens = []
     for place, text in enumerate(record["tokens"][:MAX_TOKENS]):
         style = "".join(
-            f"--{letter}:{(shade[name][place] or 0.0) / tops[name]:.2f};"
-            for letter, name in (("d", "divergence"), ("w", "weight"), ("c", "contrast"), ("s", "contexts"))
+            f"--{name}:{(shade[name][place] or 0.0) / tops[name]:.2f};"
+            for name in SHADES
             if shade[name][place]
         )
-        classes = (
-            "t"
-            + (" off" if record["divergence"][place] is None else "")
-            + (" clip" if record["clipped"][place] else "")
-        )
-        classes += " nl" if "\n" in text else ""
-        styled = f' style="{style}"' if style else ""
-        tokens.append(f'<span class="{classes}" data-i="{place}"{styled}>{escape(text)}</span>')
-    left = max(len(record["tokens"]) - MAX_TOKENS, 0) + record.get("cut", 0)
-    more = f' <span class="soft">and {left} more tokens</span>' if left else ""
-    correct = record.get("correct")
-    verdict = (
-        ""
-        if correct is None
-        else ', <span class="right">right</span>'
-        if correct
-        else ', <span class="wrong">wrong</span>'
-    )
-    if record.get("feedback"):
-        verdict += f', <span class="soft">feedback: {escape(record["feedback"])}</span>'
-    texts = f"<pre>{escape(record['prompt'])}</pre><pre>{escape(record['reference'])}</pre>"
-    return (
-        f'<div class="card"><span class="soft">step {int(record["step"])},'
-        f" {escape(record.get('id', ''))}</span>{verdict}<details><summary>prompt and"
-        f' reference</summary>{texts}</details><div class="tokens"'
-        f' data-sample="{number}">{"".join(tokens)}{more}</div></div>'
-    )
+        marks = {
+            "off": record["divergence"][place] is None,
+            "clip": record["clipped"][place],
+            "nl": "\n" in text,
+        }
+        classes = " ".join(["t", *(name for name, marked in marks.items() if marked)])
+        tokens.append({"text": text, "style": style, "classes": classes, "top": likelier[place]})
+    return {
+        "step": int(record["step"]),
+        "id": record.get("id", ""),
+        "correct": record.get("correct"),
+        "feedback": record.get("feedback"),
+        "prompt": record["prompt"],
+        "reference": record["reference"],
+        "tokens": tokens,
+        "left": max(len(record["tokens"]) - MAX_TOKENS, 0) + record.get("cut", 0),
+    }
 
 
 def _data(record: Record) -> Record:
@@ -130,11 +114,15 @@ def _data(record: Record) -> Record:
         "contrast",
         "entropy",
         "clipped",
+        "teacher_top",
+        "teacher_top_logp",
     )
     data = {name: None if record.get(name) is None else record[name][:MAX_TOKENS] for name in names}
     # Weights that look at the student are not recorded: all 1 says that there was no other.
     if data["weight"] is not None and all(weight in (None, 1.0) for weight in data["weight"]):
         data["weight"] = None
     data["auxiliary_logp"] = [values[:MAX_TOKENS] for values in record.get("auxiliary_logp") or []]
+    if (likelier := data["teacher_top"]) is not None:
+        data["teacher_top"] = [None if text is None else clean(text) for text in likelier]
     data["tokens"] = [clean(text) for text in record["tokens"][:MAX_TOKENS]]
     return data

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unisd.console import number
+from unisd.console import BETTER, NOISE, WORSE, number
 from unisd.evaluation import grading
 from unisd.evaluation.grading import detail_lines, unsettled_lines
 from unisd.monitoring.alarms import FORGOTTEN_NATS, at_most
@@ -19,12 +19,16 @@ from unisd.monitoring.alarms import FORGOTTEN_NATS, at_most
 CLEARLY = 0.01
 """Chance of as many lost items, with as many gained, in a model that has kept its skills."""
 LOST_AT_LEAST = 0.05  # of the items, less those gained
+CHANCE = 0.05
+"""Chance below which lost and gained items are more than noise, as of the 95 % intervals."""
 DRIFT = {
     "reverse": "drift: perplexity of the base's answers",
     "forward": "drift: perplexity of answers under the base",
     "kl": "drift: KL from the base, nats a token",
 }
 Figures = dict[str, Any]
+Line = tuple[list[str], str]
+"""Measure, before, after and change; and how a terminal shows the change."""
 
 
 def items(before: Sequence[bool], after: Sequence[bool]) -> Figures:
@@ -67,6 +71,18 @@ def drift_of(detail: Mapping[str, Any] | None, name: str) -> Figures | None:
     }
 
 
+def clearly_lost(found: Figures) -> bool:
+    """Whether items (see `items`) were lost beyond chance, and by a share that matters."""
+    count = sum(found[name] for name in ("kept", "lost", "gained", "neither"))
+    return bool(found["p"] < CLEARLY and found["lost"] - found["gained"] >= LOST_AT_LEAST * count)
+
+
+def moved_far(drift: Figures) -> bool:
+    """Whether the base's own answers have become clearly less likely, by an amount that matters."""
+    nats = drift["nats"]
+    return nats is not None and bool(nats["value"] > FORGOTTEN_NATS and nats["low"] > 0)
+
+
 def forgotten(retention: Sequence[Figures], drift: Figures | None) -> str | None:
     """Say in words what was lost from before the training to after it; None: nothing clear.
 
@@ -76,14 +92,13 @@ def forgotten(retention: Sequence[Figures], drift: Figures | None) -> str | None
     said = []
     for one in retention:
         found = one["items"]
-        count = sum(found[name] for name in ("kept", "lost", "gained", "neither"))
-        if found["p"] < CLEARLY and found["lost"] - found["gained"] >= LOST_AT_LEAST * count:
+        if clearly_lost(found):
             said.append(
                 f"{found['lost']} of {found['kept'] + found['lost']} items of {one['name']} that were right"
                 f" are lost, {found['gained']} gained"
             )
-    nats = None if drift is None else drift["nats"]
-    if drift is not None and nats is not None and nats["value"] > FORGOTTEN_NATS and nats["low"] > 0:
+    if drift is not None and moved_far(drift):
+        nats = drift["nats"]
         said.append(
             f"the base's own answers to {drift['set']} lost {nats['value']:.2f} nats a token (perplexity"
             f" {drift['reverse']['before']:.2f} to {drift['reverse']['after']:.2f})"
@@ -104,22 +119,51 @@ def change_lines(results: Figures) -> list[list[str]]:
 
     First what was acquired, then what was kept, then how far answers have moved.
     """
+    return [cells for cells, _ in _lines(results)]
+
+
+def change_styles(results: Figures) -> list[str]:
+    """How a terminal shows the change of each of these lines; "" where noise is not told apart."""
+    return [style for _, style in _lines(results)]
+
+
+def _lines(results: Figures) -> list[Line]:
     before, after = results["before"], results["after"]
-    lines = _accuracy_lines(
-        "task accuracy", *(side_of(side, "task_accuracy", "skills") for side in (before, after))
-    )
-    lines += detail_lines(before, after) + unsettled_lines(before, after)
+    old, new = (side_of(side, "task_accuracy", "skills") for side in (before, after))
+    lines = _accuracy_lines("task accuracy", old, new, (results.get("acquisition") or {}).get("items"))
+    lines += [(cells, "") for cells in detail_lines(before, after) + unsettled_lines(before, after)]
     if after["gold_ppl"] is not None and before["gold_ppl"] is not None:
-        lines.append(_ppl_line("perplexity of the references", change(before["gold_ppl"], after["gold_ppl"])))
+        found = change(before["gold_ppl"], after["gold_ppl"])
+        lines.append((_ppl_line("perplexity of the references", found), ""))
     if "drift" not in results:  # of an earlier version
         return lines + _earlier_lines(before, after)
     for one in results["retention"]:
-        sides = (side["retention"][one["name"]] for side in (before, after))
-        lines += _accuracy_lines(f"retention: {one['name']}", *sides)
-        found = one["items"]
+        old, new, found = *(side["retention"][one["name"]] for side in (before, after)), one["items"]
+        lines += _accuracy_lines(f"retention: {one['name']}", old, new, found)
         counts = f"{found['kept']} / {found['lost']} / {found['gained']}"
-        lines.append(["  items kept / lost / gained", "", counts, f"p {found['p']:.2g}"])
+        cells = ["  items kept / lost / gained", "", counts, f"p {found['p']:.2g}"]
+        lines.append((cells, _style_of_items(found)))
     return lines + _drift_lines(results["drift"])
+
+
+def _style_of_items(found: Figures) -> str:
+    """By McNemar's test of the very items, which tells more than two intervals."""
+    if found["p"] >= CHANCE:
+        return NOISE
+    return BETTER if found["gained"] > found["lost"] else WORSE
+
+
+def _style_of_shares(was: Figures, now: Figures) -> str:
+    if now["low"] <= was["high"] and was["low"] <= now["high"]:
+        return NOISE
+    return BETTER if now["value"] > was["value"] else WORSE
+
+
+def _style_of_nats(lost: Figures | None) -> str:
+    """Of the nats a token that the base's own answers have lost."""
+    if lost is None:
+        return ""
+    return WORSE if lost["low"] > 0 else BETTER if lost["high"] < 0 else NOISE
 
 
 def side_of(side: Figures, accuracy: str, skills: str) -> Figures:
@@ -127,14 +171,18 @@ def side_of(side: Figures, accuracy: str, skills: str) -> Figures:
     return {"accuracy": side[accuracy], "skills": side[skills]}
 
 
-def _accuracy_lines(name: str, old: Figures, new: Figures) -> list[list[str]]:
+def _accuracy_lines(name: str, old: Figures, new: Figures, found: Figures | None = None) -> list[Line]:
+    """Lines of an accuracy and its skills; `found`: its items, where they are known."""
     if old["accuracy"] is None or new["accuracy"] is None:
         return []
     pairs = [(name, old["accuracy"], new["accuracy"])]
     pairs += [(f"  {skill}", old["skills"][skill], share) for skill, share in (new["skills"] or {}).items()]
+    styles = [_style_of_shares(was, now) for _, was, now in pairs]
+    if found is not None:
+        styles[0] = _style_of_items(found)
     return [
-        [what, percent(was), percent(now), f"{100 * (now['value'] - was['value']):+.1f}"]
-        for what, was, now in pairs
+        ([what, percent(was), percent(now), f"{100 * (now['value'] - was['value']):+.1f}"], style)
+        for (what, was, now), style in zip(pairs, styles, strict=True)
     ]
 
 
@@ -144,20 +192,21 @@ def _ppl_line(name: str, found: Figures | None) -> list[str]:
     return [name, number(found["before"]), number(found["after"]), f"{found['change']:+.3f}"]
 
 
-def _drift_lines(drift: Figures | None) -> list[list[str]]:
+def _drift_lines(drift: Figures | None) -> list[Line]:
     if drift is None:
         return []
-    return [_ppl_line(name, drift[what]) for what, name in DRIFT.items()]
+    styles = {"reverse": _style_of_nats(drift["nats"])}
+    return [(_ppl_line(name, drift[what]), styles.get(what, "")) for what, name in DRIFT.items()]
 
 
-def _earlier_lines(before: Figures, after: Figures) -> list[list[str]]:
+def _earlier_lines(before: Figures, after: Figures) -> list[Line]:
     """What schema 1 had in place of retention sets and drift."""
     sides = (side_of(side, "retention_accuracy", "retention_skills") for side in (before, after))
     whose = {"forward": "own answers under the base", "reverse": "base's answers under it"}
     return [
         *_accuracy_lines("retention accuracy", *sides),
         *(
-            [f"retention perplexity, {whose[way]}", "", number(value), ""]
+            ([f"retention perplexity, {whose[way]}", "", number(value), ""], "")
             for way, value in (after["retention_ppl"] or {}).items()
         ),
     ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from unisd import tasks
 from unisd.config import UniSDConfig
+from unisd.console import loading
 from unisd.data.reading import load_file
 from unisd.data.rows import Row, hold_out, prepare_rows
 from unisd.data.text import problem_key
@@ -320,12 +321,13 @@ def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, st
     # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
     full = training and not options.use_peft and not adapter
     dtype = "float32" if options.dtype == "auto" and full else options.dtype
-    model, tokenizer, info = load_model_and_tokenizer(
-        options.model_name_or_path,
-        dtype=dtype,
-        trust_remote_code=options.trust_remote_code,
-        load_in_4bit=options.load_in_4bit,
-    )
+    with loading(f"model {options.model_name_or_path}"):
+        model, tokenizer, info = load_model_and_tokenizer(
+            options.model_name_or_path,
+            dtype=dtype,
+            trust_remote_code=options.trust_remote_code,
+            load_in_4bit=options.load_in_4bit,
+        )
     if adapter and training:
         make_trainable(model)
     return model, tokenizer, info.path

@@ -39,7 +39,12 @@ class RunOptions:
         "run", "Published method whose settings are the defaults of this run; list: `unisd recipes`.", DEFAULT
     )
     dry_run: bool = option(
-        "run", "Check everything, print the resolved options, an example and sizes; train nothing.", False
+        "run", "Check everything, print what would run, an example and the memory; train nothing.", False
+    )
+    verbose: bool = option(
+        "run",
+        "Print all resolved options; of dry_run also the whole example and the parts of the memory.",
+        False,
     )
     overwrite_output_dir: bool = option(
         "run", "Replace an earlier run in output_dir (its results and checkpoints).", False

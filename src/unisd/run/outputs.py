@@ -30,8 +30,9 @@ from unisd.models.load import POCKET, SMOLLM2
 from unisd.monitoring.alarms import silence
 from unisd.options.option import declared
 from unisd.options.parser import UNSET, Values
+from unisd.options.table import GROUPS, UniSDOptions
 from unisd.run.citations import papers
-from unisd.run.options import RunOptions
+from unisd.run.options import RUN_GROUPS, RunOptions
 from unisd.training.checkpoints import (
     clear_staging,
     last_complete_checkpoint,
@@ -240,6 +241,21 @@ def resolved(options: RunOptions, config: UniSDConfig) -> dict[str, Any]:
     return {name: without_password(value) for name, value in {**own, **inherited}.items()}
 
 
+def option_lines(options: RunOptions, config: UniSDConfig) -> list[list[str]]:
+    """Name, group and value of all options but those that only transformers knows, by group.
+
+    A star stands where the value is not the default.
+    """
+    values, lines = resolved(options, config), []
+    items = [item for kind in (RunOptions, UniSDOptions) for item in declared(kind)]
+    for group in (*RUN_GROUPS, *GROUPS[:-1]):  # without those inherited
+        for item in (item for item in items if item.metadata["group"] == group):
+            value = values[item.name]
+            changed = "*" if value != item.default and value not in (None, [], ()) else ""
+            lines.append([item.name, group, str(value).replace("\n", "\\n"), changed])
+    return lines
+
+
 def without_password(value: Any) -> Any:
     """An address without the user's name and password in it, also among others."""
     if isinstance(value, (list, tuple)):
@@ -251,7 +267,9 @@ def without_password(value: Any) -> Any:
 
 CONFIG_HEAD = "# A run of unisd"
 """How the `config.yaml` of a run begins: one that begins otherwise is the user's own."""
-NOT_IN_CONFIG = {"recipe", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run"}
+NOT_IN_CONFIG = {
+    *("recipe", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "verbose")
+}
 """Of a run's options, what its `config.yaml` leaves out: where it is, and whether it goes on."""
 WHERE_ROWS_HAVE_NONE = "agreement_contexts"
 """An option that a recipe means for rows without contexts, and a user for all rows."""

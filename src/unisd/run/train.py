@@ -25,7 +25,7 @@ from unisd.data.rows import Row
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
-from unisd.files import ANSWERS, GRAFTING
+from unisd.files import ANSWERS, GRAFTING, SAMPLES, read_lines
 from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM, can_checkpoint, context_length
 from unisd.monitoring.alarms import Alarm
@@ -34,7 +34,7 @@ from unisd.monitoring.progress import ProgressDisplay
 from unisd.processes import alone_in
 from unisd.run import choice, grafting, outputs
 from unisd.run.answers import shown
-from unisd.run.changes import change_lines
+from unisd.run.changes import change_lines, change_styles
 from unisd.run.inputs import (
     RunData,
     adapter_config,
@@ -46,6 +46,7 @@ from unisd.run.inputs import (
 from unisd.run.measure import Measurements, compared, kept_of, pair_answers
 from unisd.run.options import ONE_PROCESS, RunOptions
 from unisd.run.prepare import prepare
+from unisd.run.trackers import Trackers, told
 from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import holds_optimizer, last_complete_checkpoint
 from unisd.training.guards import Interruption
@@ -56,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 48
 """Most tokens of the example's answer before a run, which is written to be looked at."""
+OPTION_HEAD = ("option", "group", "value", "set")
 Results = dict[str, Any]
 
 
@@ -70,6 +72,7 @@ class Setting:
     tokenizer: Any
     progress: ProgressDisplay
     interruption: Interruption
+    trackers: Trackers
 
 
 def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Console) -> Setting:
@@ -105,7 +108,8 @@ def set_up(options: RunOptions, config: UniSDConfig, data: RunData, console: Con
     config = trainer.args = _within_memory(trainer, options, config)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    return Setting(data, config, trainer, tokenizer, progress, interruption)
+    trackers = Trackers(trainer.callback_handler.callbacks)
+    return Setting(data, config, trainer, tokenizer, progress, interruption, trackers)
 
 
 def _settle_rendering(tokenizer: Any, config: UniSDConfig, data: RunData) -> None:
@@ -219,8 +223,17 @@ def _carried_out(
     setting: Setting, options: RunOptions, checkpoint: str | bool | None, console: Console, started: float
 ) -> Results | None:
     """Before, training, after and report; None if the training was stopped."""
+    with setting.trackers:
+        return _measured(setting, options, checkpoint, console, started)
+
+
+def _measured(
+    setting: Setting, options: RunOptions, checkpoint: str | bool | None, console: Console, started: float
+) -> Results | None:
     trainer, config, data = setting.trainer, setting.config, setting.data
     folder, is_writer = Path(str(config.output_dir)), trainer.is_world_process_zero()
+    if is_writer and options.verbose:
+        show_table(console, OPTION_HEAD, outputs.option_lines(options, config))
     if is_writer or all_ranks_must_join(trainer.model):  # in writing the example
         _introduce(console, options, config, setting)
     phases = {"load": time.perf_counter() - started}
@@ -260,7 +273,7 @@ def _carried_out(
     pairs = pair_answers(data, before["answers"], answers)
     if is_writer:  # before results.json, which completes a run
         outputs.write_json(folder / ANSWERS, pairs)
-    _finish(setting, options, config, folder, results)
+    _finish(setting, options, folder, results, pairs)
     if is_writer:
         _report(console, results, folder, options, points, pairs)
     return results
@@ -353,22 +366,25 @@ def _save_model(setting: Setting, folder: Path) -> None:
         setting.tokenizer.save_pretrained(str(folder))
 
 
-def _finish(
-    setting: Setting, options: RunOptions, config: UniSDConfig, folder: Path, results: Results
-) -> None:
-    trainer = setting.trainer
+def _finish(setting: Setting, options: RunOptions, folder: Path, results: Results, pairs: Results) -> None:
+    trainer, config = setting.trainer, setting.config
     if trainer.is_world_process_zero():
         (folder / "README.md").write_text(
             outputs.model_card(results, options, config, change_lines(results)), encoding="utf-8"
         )
         outputs.write_json(folder / outputs.RESULTS, results)
+        settings = results["config"]  # without tokens and passwords
+        given = {name: settings[name] for name in options.values if name in settings}
+        setting.trackers.tell(lambda: told(results, pairs, read_lines(folder / SAMPLES), given))
     if config.push_to_hub:
         trainer.create_model_card = lambda *args, **kwargs: None
         trainer.push_to_hub()
 
 
-def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setting: Setting) -> None:
-    """What will run, and one example: the surest way to see a broken template."""
+def _introduce(
+    console: Console, options: RunOptions, config: UniSDConfig, setting: Setting, whole: bool = True
+) -> None:
+    """What will run, and one example (`whole`, or cut): the surest way to see a broken template."""
     trainer, data = setting.trainer, setting.data
     size = memory.ModelSize.of(trainer.model)
     rows_per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -393,7 +409,8 @@ def _introduce(console: Console, options: RunOptions, config: UniSDConfig, setti
     trainer.engine.sleep()
     decode = setting.tokenizer.decode
     cut = " ..." if len(answer) == SHOWN_TOKENS else ""
-    show_example(console, decode(student), decode(_shown_to_teacher(trainer, row)), decode(answer) + cut)
+    teacher = decode(_shown_to_teacher(trainer, row))
+    show_example(console, decode(student), teacher, decode(answer) + cut, whole)
 
 
 def _shown_to_teacher(trainer: UniSDTrainer, row: Row) -> list[int]:
@@ -423,7 +440,8 @@ def _report(
     console: Console, results: Results, folder: Path, options: RunOptions, points: list[Any], pairs: Results
 ) -> None:
     say = partial(console.print, markup=False, highlight=False)
-    show_table(console, ("", "before", "after", "change"), change_lines(results))
+    head = ("", "before", "after", "change")
+    show_table(console, head, change_lines(results), styles=change_styles(results))
     if points:
         show_table(console, grafting.HEAD, grafting.lines(points))
     for line in shown(pairs["task"]) if "task" in pairs else ():

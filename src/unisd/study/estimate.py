@@ -21,7 +21,6 @@ Shapes: C cells, S seeds, P problems.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from unisd.errors import UserError
+from unisd.study.design import check_installed
 
 Values = NDArray[np.float64]
 LEVEL = 0.95
@@ -64,12 +63,6 @@ class Estimate:
             for name in ("value", "low", "high", "se")
         }
         return Estimate(**{**asdict(self), **numbers})
-
-
-def check_installed() -> None:
-    """Raise `UserError` where no study could be analysed: before its runs, not after them."""
-    if importlib.util.find_spec("statsmodels") is None:
-        raise UserError('a study\'s analysis needs statsmodels: pip install "unisd[study]".')
 
 
 class Fit:
