@@ -69,6 +69,18 @@ def check_writable(folder: Path, option: str = "output_dir") -> None:
         raise UserError(f"{option} {folder} cannot be written ({reason}): choose another --{option}.")
 
 
+def follow_umask(folder: Path) -> None:
+    """Give the files of a folder the permissions that new files have.
+
+    safetensors writes files that only their owner may read, whatever the umask says.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~mask)
+
+
 def written_in(folder: Path) -> list[Path]:
     """The files of a folder that a run may have written, or would replace."""
     return sorted(path for pattern in WRITTEN for path in folder.glob(pattern) if not path.is_dir())

@@ -302,11 +302,41 @@ def test_server(
         server.start()
         flags = ["--use_vllm", "--vllm_mode", "server", "--vllm_server_base_url", server.url, *adapter]
         train_and_compare(configuration, tmp_path / "out", flags, request)
-        if not adapter:
+        if adapter:
+            served_as_trained(configuration, tmp_path / "out", server)
+        else:
             two_processes(configuration, tmp_path / "two", flags)
             through_faults(configuration, tmp_path / "faults", server, lines(tmp_path / "out"))
     finally:
         server.stop()
+
+
+def served_as_trained(configuration: Path, folder: Path, server: Server) -> None:
+    """The commands of docs/howto/serving.md: the server answers as `unisd eval` on the folder does,
+    first with the adapter beside its base, then with the merged model.
+    """
+    asked = ["eval", "--train_file", str(configuration.with_name("rows.jsonl")), "--split", "all"]
+    asked += ["--grader", "contains", "--n", "4", "--max_new_tokens", "12", "--rows"]
+
+    def answers(*where: str) -> list[str]:
+        file = folder.with_name("answers.jsonl")
+        assert main([*asked, str(file), *where]) == 0
+        return [record["completion"] for record in lines(folder.parent, file.name)]
+
+    expected = answers("--model", str(folder), "--dtype", "float32", "--retention", "none")
+    adapter = json.dumps({"lora_name": "mine", "lora_path": str(folder)}).encode()
+    headers = {"Content-Type": "application/json"}
+    load = urllib.request.Request(f"{server.url}/v1/load_lora_adapter", adapter, headers)
+    urllib.request.urlopen(load, timeout=60).close()  # as --lora-modules does at the start
+    assert answers("--server_url", server.url, "--server_model", "mine") == expected
+    assert main(["merge", str(folder), "--output_dir", str(folder.with_name("merged"))]) == 0
+    server.stop()
+    server.command = [
+        word for word in server.command if word not in ("--enable-lora", "--max-lora-rank", "64")
+    ]
+    server.command[server.command.index("--model") + 1] = str(folder.with_name("merged"))
+    server.start()
+    assert answers("--server_url", server.url) == expected
 
 
 def two_processes(configuration: Path, folder: Path, flags: list[str]) -> None:

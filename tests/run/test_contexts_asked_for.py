@@ -140,7 +140,7 @@ def test_an_embedder_that_is_not_installed_is_one_line(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
     with pytest.raises(
-        UserError, match=r"needs sentence-transformers: pip install 'unisd\[retrieval\]', or use"
+        UserError, match=r'needs sentence-transformers: pip install "unisd\[retrieval\]", or use'
     ):
         prepared(*gsm8k, "--embedder", "minilm")
 

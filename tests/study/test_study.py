@@ -4,6 +4,7 @@ cost.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -37,6 +38,17 @@ def test_designs_name_their_cells() -> None:
     assert len(runs_of(from_dict({}))) == 36
     one = from_dict({"mechanisms": ["ema"], "design": "list", "cells": [{}, {"ema": True}, {"ema": "on"}]})
     assert [cell.name for cell in cells_of(one)] == ["reference", "+ema"]
+
+
+def test_the_extra_is_asked_for_before_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    missing = lambda name, *rest: None if name == "statsmodels" else found(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    assert main(["study", "--output_dir", str(tmp_path / "study")]) == 2
+    assert capsys.readouterr().err.endswith('needs statsmodels: pip install "unisd[study]".\n')
+    assert not (tmp_path / "study").exists()
 
 
 def test_runs_differ_by_everything_that_defines_them() -> None:

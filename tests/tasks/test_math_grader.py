@@ -15,7 +15,7 @@ from unisd.tasks.graders.maths import Math
 def test_without_the_library_it_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"the grader math needs the package math-verify: pip install unisd\[math\]"
+        UserError, match=r'the grader math needs the package math-verify: pip install "unisd\[math\]"'
     ):
         GRADERS["math"]("\\boxed{2}", "2")
 

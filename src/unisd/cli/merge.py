@@ -41,6 +41,13 @@ def merge_command(arguments: Sequence[str]) -> int:
         action="store_true",
         help="merge into the base's 4-bit values, which an adapter trained with --load_in_4bit stood on",
     )
+    parser.add_argument(
+        "--gguf",
+        choices=("f16", "q8_0", "q4_k_m"),
+        help="also write the model as a GGUF file of this type, with a Modelfile for Ollama; of a full model"
+        " in DIR only these (DIR-gguf). q4_k_m is made by llama.cpp's llama-quantize, else its command is"
+        " printed",
+    )
     add_trust(parser)
     options = parser.parse(arguments)
     if options is None:

@@ -162,6 +162,7 @@ def _typed(flags: Sequence[str]) -> dict[str, Any]:
 def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -> int:
     from unisd.console import loading_libraries
 
+    design.check_installed()
     study = _study_of(options, of_runs)
     runs = design.runs_of(study)
     for option in ("recipe", "task", "grader"):

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -231,7 +230,7 @@ class SentenceTransformerEmbedder:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise UserError(
-                f"embedder {name!r} needs sentence-transformers: pip install 'unisd[retrieval]', or use"
+                f'embedder {name!r} needs sentence-transformers: pip install "unisd[retrieval]", or use'
                 " tfidf."
             ) from None
         self.name = name
@@ -329,7 +328,6 @@ def write_cache(path: Path | None, built: Any) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(built, stream)
-    Path(temporary).replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(built), encoding="utf-8")
+    temporary.replace(path)

@@ -17,12 +17,15 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
 
 from unisd.errors import UserError
+from unisd.files import follow_umask
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +74,7 @@ def converted(file: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            "reading a GGUF file needs the package gguf: pip install 'unisd[gguf]' (or: pip install gguf)"
-        )
+        raise UserError('reading a GGUF file needs the package gguf: pip install "unisd[gguf]"')
     logger.warning("converting %s once into %s", file.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,8 +116,9 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with alone(file) as place:
+            loaded = AutoModelForCausalLM.from_pretrained(place, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
     except Exception as error:  # a malformed file makes the reader stumble anywhere
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -137,6 +139,15 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer.add_bos_token = True
         tokenizer.init_kwargs["add_bos_token"] = True
     tokenizer.save_pretrained(folder)
+    follow_umask(folder)
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[Path]:
+    """A folder with this file alone: of what lies beside a GGUF file transformers reads parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def _begins_with_bos(file: Path) -> bool:

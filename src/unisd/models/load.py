@@ -340,7 +340,7 @@ def _four_bits(compute: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+        raise UserError('load_in_4bit needs bitsandbytes: pip install "unisd[quantization]"')
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from unisd.files import follow_umask
 from unisd.models.adapters import name_base, without_adapter
 
 PROCESSOR_FILES = (
@@ -41,12 +42,16 @@ def copy_processor(source: str, folder: Path) -> None:
 
 
 def complete(folder: Path, model: Any) -> None:
-    """Add to a saved model or adapter what `save_pretrained` of it and its tokenizer leave out."""
+    """Add to a saved model or adapter what `save_pretrained` of it and its tokenizer leave out.
+
+    That others may read it, where the umask says so, is among that.
+    """
     base = without_adapter(model)
     if base is not model:
         name_base(folder, base)
     if source := getattr(base, "name_or_path", None):
         copy_processor(source, folder)
+    follow_umask(folder)
 
 
 def _file_of(path: str, name: str) -> str | None:

@@ -17,7 +17,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from unisd.errors import UserError
 from unisd.report.html import clean, escape
 
 # Stand-ins: each occurs in the SVG where the style sheet's colour shall be.
@@ -35,11 +34,9 @@ def _colour(name: str) -> str:
 
 @contextmanager
 def _figure(width: float, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('a report needs matplotlib: pip install "unisd[report]".') from None
+    import matplotlib  # takes a second
+    from matplotlib.figure import Figure
+
     ink, soft, line = _colour("--ink"), _colour("--soft"), _colour("--line")
     style = {
         "svg.fonttype": "none",

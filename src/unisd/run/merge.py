@@ -19,21 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from unisd.errors import UserError
-from unisd.files import RESULTS, check_writable
-from unisd.models.adapters import is_adapter, without_adapter
+from unisd.files import RESULTS, check_writable, follow_umask
+from unisd.models.adapters import base_of, is_adapter, without_adapter
 from unisd.models.generation import mend_generation_config
-from unisd.models.load import load_model_and_tokenizer
+from unisd.models.load import load_model_and_tokenizer, load_tokenizer, resolve
 from unisd.models.saving import copy_processor, copy_tokenizer
+from unisd.run.comparison import Difference, logits_of, prompts_for
+from unisd.run.gguf_export import GgufFile, check_exportable, export_gguf
 
 logger = logging.getLogger(__name__)
 
-ROUNDING = 1e-3
-"""Two ways to compute the same logits in float32 differ by less than this share of the largest."""
-PROMPTS = (
-    "What is 17 + 25? Answer with the number alone.",
-    "Name three animals that live in the sea, and say in one sentence what each of them eats.",
-)
-TOKENS = 32  # of a prompt at most
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INSIDE_ADAPTERS = {"base_layer", "original_module", "token_adapter"}
 """Parts of the name that a weight of the base has beneath an adapter."""
@@ -54,13 +49,15 @@ class Merge:
     dtype: str = "auto"
     load_in_4bit: bool = False
     trust_remote_code: bool = False
+    gguf: str | None = None
     outputs: dict[float, Path] = field(init=False)
 
     def __post_init__(self) -> None:
         self._check()
         folder, output = Path(self.folder), Path(self.output_dir) if self.output_dir else None
         if self.scale is None:
-            self.outputs = {1.0: output or folder.with_name(f"{folder.resolve().name}-merged")}
+            kind = "merged" if self.merges else "gguf"
+            self.outputs = {1.0: output or folder.resolve().with_name(f"{folder.resolve().name}-{kind}")}
         elif output is None:
             named = folder.resolve().name
             self.outputs = {one: folder.resolve().with_name(f"{named}-merged-{one:g}") for one in self.scale}
@@ -81,10 +78,10 @@ class Merge:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give one that `unisd train --use_peft` wrote.")
         full = (folder / "config.json").is_file()
-        if self.base is None and not is_adapter(folder):
+        if self.base is None and not is_adapter(folder) and not (full and self.gguf and not self.scale):
             hint = (
                 " It is a full model already: nothing needs merging. (Part of what its training changed:"
-                " --base NAME --scale L.)"
+                " --base NAME --scale L. As a GGUF file: --gguf f16.)"
             )
             raise UserError(f"{folder} holds no adapter (adapter_config.json).{hint if full else ''}")
         if self.base is not None and not full:
@@ -97,39 +94,15 @@ class Merge:
             raise UserError(f"--dtype {self.dtype} is no precision: use {', '.join(DTYPES)}.")
 
     @property
-    def stages(self) -> int:
-        """How often `merge` tells that it has come further."""
-        return 1 + 2 * len(self.outputs)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of the logits of two models."""
-
-    largest: float
-    among: float  # the largest logit
-    same_choice: float  # share of the positions where the likeliest token is the same
-    positions: int
-
-    @classmethod
-    def of(cls, one_NV: Tensor, other_NV: Tensor) -> Difference:
-        same = one_NV.argmax(-1) == other_NV.argmax(-1)
-        return cls(
-            float((one_NV - other_NV).abs().max()),
-            float(other_NV.abs().max()),
-            float(same.float().mean()),
-            len(same),
-        )
+    def merges(self) -> bool:
+        """Whether there is anything to merge; a full model alone is only written as GGUF."""
+        return self.base is not None or is_adapter(self.folder)
 
     @property
-    def is_rounding(self) -> bool:
-        return self.largest <= ROUNDING * self.among  # false where anything is nan
-
-    def __str__(self) -> str:
-        return (
-            f"logits differ by at most {self.largest:.2g} (the largest is {self.among:.3g}), and the"
-            f" likeliest token is the same at {self.same_choice:.1%} of {self.positions} positions"
-        )
+    def stages(self) -> int:
+        """How often `merge` tells that it has come further."""
+        of_each = 2 * self.merges + bool(self.gguf)
+        return int(self.merges) + of_each * len(self.outputs)
 
 
 @dataclass(frozen=True)
@@ -233,21 +206,34 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= 1e-6 * one.abs().max())
 
 
-def merge(asked: Merge, advance: Callable[[int], None]) -> list[Written]:
+def merge(asked: Merge, advance: Callable[[int], None]) -> list[Written | GgufFile]:
     """Write the models that were asked for: all of them, or none.
 
     Raises:
         UserError: what was read back is not what the adapter computes.
     """
-    source = _adapted(asked) if asked.base is None else _tuned(asked)
-    advance(1)
+    if asked.gguf:
+        _check_gguf(asked)
+    source = None
+    if asked.merges:
+        source = _adapted(asked) if asked.base is None else _tuned(asked)
+        advance(1)
     parent = next(iter(asked.outputs.values())).absolute().parent  # of all of them
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".unisd-merge-", dir=parent) as aside:
             folders = {scale: Path(aside) / f"{scale:g}" for scale in asked.outputs}
-            written = [_write(source, scale, folder, asked, advance) for scale, folder in folders.items()]
+            written: list[Written | GgufFile] = []
+            if source is not None:
+                written += [
+                    _write(source, scale, folder, asked, advance) for scale, folder in folders.items()
+                ]
+            source = None  # its memory is for the models that are written next
+            for scale, folder in folders.items() if asked.gguf else ():
+                whole = folder if asked.merges else Path(asked.folder)
+                written.append(export_gguf(whole, folder, str(asked.gguf), asked.outputs[scale]))
+                advance(1)
             for scale, folder in folders.items():
                 folder.replace(asked.outputs[scale])
     except BaseException:
@@ -256,6 +242,18 @@ def merge(asked: Merge, advance: Callable[[int], None]) -> list[Written]:
                 folder.rmdir()
         raise
     return written
+
+
+def _check_gguf(asked: Merge) -> None:
+    """Raise `UserError` before anything is loaded that no GGUF file can be made of."""
+    from transformers import AutoConfig
+
+    folder = Path(asked.folder)
+    model = resolve(base_of(asked.folder, folder) if is_adapter(folder) else asked.folder)
+    tokenizer_from = asked.folder if (folder / "tokenizer_config.json").is_file() else model
+    trust = {"trust_remote_code": asked.trust_remote_code}
+    tokenizer = load_tokenizer(tokenizer_from, **trust)
+    check_exportable(AutoConfig.from_pretrained(model, **trust), tokenizer, asked.folder)
 
 
 def _adapted(asked: Merge) -> _Source:
@@ -281,10 +279,10 @@ def _adapted(asked: Merge) -> _Source:
             " it is."
         )
     bare = without_adapter(adapted)
-    prompts = _prompts(bare, tokenizer, getattr(kind, "trainable_token_indices", None))
-    expected = _logits(adapted, prompts)
+    prompts = prompts_for(bare, tokenizer, getattr(kind, "trainable_token_indices", None))
+    expected = logits_of(adapted, prompts)
     with adapted.disable_adapter():
-        unchanged = _logits(adapted, prompts)
+        unchanged = logits_of(adapted, prompts)
     # Each matrix gets its own part of the change: one that is head and embedding would get both.
     ties = _Ties.cut(bare)
     parts = {*asked.outputs} != {1.0}
@@ -329,7 +327,7 @@ def _tuned(asked: Merge) -> _Source:
                 f"{asked.folder} was not trained from --base {asked.base}: {name} is {mine} in it, and"
                 f" {theirs} in the base."
             )
-    prompts = _prompts(model, tokenizer)
+    prompts = prompts_for(model, tokenizer)
     return _Source(
         model=model,
         base=base,
@@ -339,14 +337,14 @@ def _tuned(asked: Merge) -> _Source:
         tokenizer_from=info.path,
         processor_from=info.path,
         prompts=prompts,
-        unchanged=_logits(before, prompts),
-        expected=_logits(model, prompts),
+        unchanged=logits_of(before, prompts),
+        expected=logits_of(model, prompts),
         of_what=asked.folder,
     )
 
 
 def _check_merged(source: _Source) -> None:
-    difference = Difference.of(_logits(source.model, source.prompts), source.expected)
+    difference = Difference.of(logits_of(source.model, source.prompts), source.expected)
     if not difference.is_rounding:
         raise UserError(
             f"this adapter cannot be merged: with it merged into its base, the {difference}. Nothing was"
@@ -365,16 +363,17 @@ def _write(
         for name, parameter in model.named_parameters():
             parameter.data = torch.lerp(source.base[name], source.whole[name], scale)
     tied = source.ties.restore(model)
-    exact = source.expected if scale == 1 else _logits(model, source.prompts)
+    exact = source.expected if scale == 1 else logits_of(model, source.prompts)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(source.dtype)
     mend_generation_config(model)
     model.save_pretrained(folder)
     copy_processor(source.processor_from, folder)
     copy_tokenizer(source.tokenizer_from, folder, asked.trust_remote_code)
+    follow_umask(folder)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
-    rounded = _logits(model, source.prompts)
+    rounded = logits_of(model, source.prompts)
     if not bool(rounded.isfinite().all()):
         raise UserError(
             f"in {_name(source.dtype)} the model computes no finite logits: choose another --dtype. Nothing"
@@ -383,7 +382,7 @@ def _write(
     advance(1)
     if not source.base:
         source.model = model = None  # there need not be two in memory
-    read = _logits(kind.from_pretrained(folder, **as_float32).eval(), source.prompts)
+    read = logits_of(kind.from_pretrained(folder, **as_float32).eval(), source.prompts)
     advance(1)
     if not (difference := Difference.of(read, rounded)).is_rounding:
         raise UserError(
@@ -413,33 +412,6 @@ def _plain(name: str) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@torch.no_grad()
-def _logits(model: Any, prompts: list[list[int]]) -> Tensor:
-    """Those `[N,V]` of all prompts' positions."""
-    rows = [model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0].float() for prompt in prompts]
-    return torch.cat(rows)
-
-
-def _prompts(model: Any, tokenizer: Any, trained: Any = None) -> list[list[int]]:
-    """Two texts, two rows of any tokens, and one of those whose embeddings alone were trained."""
-    reserved = {*tokenizer.all_special_ids}
-    reserved |= {
-        value
-        for key, value in model.config.to_dict().items()
-        if key.endswith("_token_id") and type(value) is int
-    }
-    usable = sorted({*range(min(len(tokenizer), model.get_input_embeddings().weight.shape[0]))} - reserved)
-    drawn = torch.randint(len(usable), (2, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
-    tokens = [
-        token
-        for part in (trained.values() if isinstance(trained, dict) else [trained or []])
-        for token in part
-    ]
-    rows = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    rows += [[usable[number] for number in row] for row in drawn]
-    return [row[:TOKENS] for row in (*rows, tokens) if row]
 
 
 def _dtype(asked: Merge, path: str) -> torch.dtype:

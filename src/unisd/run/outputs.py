@@ -31,6 +31,7 @@ from unisd.monitoring.alarms import silence
 from unisd.options.option import declared
 from unisd.options.parser import UNSET, Values
 from unisd.options.table import GROUPS, UniSDOptions
+from unisd.run.citations import papers
 from unisd.run.options import RUN_GROUPS, RunOptions
 from unisd.training.checkpoints import (
     clear_staging,
@@ -315,7 +316,9 @@ def _silence(results: dict[str, Any]) -> str:
     )
 
 
-def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[str]]) -> str:
+def model_card(
+    results: dict[str, Any], options: RunOptions, config: UniSDConfig, lines: list[list[str]]
+) -> str:
     """The README.md of the output folder."""
     hub_id = (
         options.model_name_or_path if re.fullmatch(r"[\w.-]+/[\w.-]+", options.model_name_or_path) else None
@@ -340,9 +343,8 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             f"# {results['model']} adapted to {results['task']} by self-distillation",
             "",
             (
-                f"Recipe `{results['recipe']}`, seed {results['seed']}, trained with unisd {__version__}"
-                " (UniSD, [arXiv 2605.06597](https://arxiv.org/abs/2605.06597)). Every option is in"
-                " `results.json`, every step in `metrics.jsonl`."
+                f"Recipe `{results['recipe']}`, seed {results['seed']}, trained with unisd {__version__}."
+                " Every option is in `results.json`, every step in `metrics.jsonl`."
             ),
             "",
             *markdown_table(("measure", "before", "after", "change"), lines),
@@ -361,6 +363,13 @@ def model_card(results: dict[str, Any], options: RunOptions, lines: list[list[st
             f"Load with transformers{' and peft' if options.trains_adapter else ''}: `{load}`",
             "",
             "Limits: measured on this task only; the model keeps its base's licence, knowledge and faults.",
+            "",
+            "Please cite what was used:",
+            "",
+            *(
+                f"- {what}: [arXiv {paper}](https://arxiv.org/abs/{paper})"
+                for paper, what in papers(results["recipe"], config).items()
+            ),
             "",
         ]
     )

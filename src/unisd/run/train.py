@@ -356,7 +356,7 @@ def _finish(setting: Setting, options: RunOptions, folder: Path, results: Result
     trainer, config = setting.trainer, setting.config
     if trainer.is_world_process_zero():
         (folder / "README.md").write_text(
-            outputs.model_card(results, options, change_lines(results)), encoding="utf-8"
+            outputs.model_card(results, options, config, change_lines(results)), encoding="utf-8"
         )
         outputs.write_json(folder / outputs.RESULTS, results)
         settings = results["config"]  # without tokens and passwords

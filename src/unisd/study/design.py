@@ -9,6 +9,7 @@ factor is its baseline, and the cell of all baselines is the reference.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import re
@@ -278,6 +279,12 @@ def cells_of(study: Study) -> list[Cell]:
         raise UserError("the study has no cells: give a design, or cells with design: list.")
     ordered = sorted(unique.values(), key=lambda levels: levels != reference)
     return [Cell(cell_name(levels, factors), levels) for levels in ordered]
+
+
+def check_installed() -> None:
+    """Raise `UserError` where no study could be analysed: before its runs, not after them."""
+    if importlib.util.find_spec("statsmodels") is None:
+        raise UserError('a study\'s analysis needs statsmodels: pip install "unisd[study]".')
 
 
 def _fraction(factors: Sequence[Factor], resolution: int) -> list[Levels]:

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from unisd.errors import UserError
+from unisd.study.design import check_installed
 
 Values = NDArray[np.float64]
 LEVEL = 0.95
@@ -75,10 +75,9 @@ class Fit:
     """
 
     def __init__(self, runs_CS: Values, answers_CSP: Values | None = None) -> None:
-        try:
-            import statsmodels.api as sm
-        except ImportError:
-            raise UserError('a study\'s analysis needs statsmodels: pip install "unisd[study]".') from None
+        check_installed()
+        import statsmodels.api as sm
+
         self.runs_CS = runs_CS
         self.answers_CSP = answers_CSP
         C, S = runs_CS.shape

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd.errors import UserError, by_caller
-from unisd.files import METRICS, RESULTS
+from unisd.files import METRICS, RESULTS, follow_umask
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def publish(output_dir: str | Path, name: str) -> Path:
     their files.
     """
     staged, final = staging_folder(output_dir) / name, Path(output_dir) / name
+    follow_umask(staged)
     write_manifest(staged)
     _sync_tree(staged)
     replaced = staging_folder(output_dir) / f"{name}.replaced"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unisd.config import UniSDConfig
 from unisd.errors import UserError
+from unisd.files import follow_umask
 from unisd.http_client import BadAnswer
 from unisd.models.adapters import without_adapter
 from unisd.models.tokens import defined_tokens
@@ -186,6 +187,7 @@ def lora_rank(model: Any) -> int:
 def save_adapter(model: Any, folder: Path) -> None:
     """The active adapter alone, as peft writes it."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    follow_umask(folder)  # the server may be another user's
 
 
 def full_weights(model: Any) -> dict[str, Tensor]:
@@ -204,4 +206,5 @@ def save_full_weights(model: Any, file: Path) -> None:
     """`full_weights` as one safetensors file, put in its place when it is whole."""
     aside = file.with_suffix(".partial")
     save_file({name: value.contiguous().cpu() for name, value in full_weights(model).items()}, str(aside))
+    follow_umask(aside.parent)
     aside.replace(file)

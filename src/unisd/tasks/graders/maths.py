@@ -35,7 +35,7 @@ class Math(AliasGrader):
 
     def read_one(self, value: object) -> str:
         if importlib.util.find_spec("math_verify") is None:
-            raise UserError("the grader math needs the package math-verify: pip install unisd[math].")
+            raise UserError('the grader math needs the package math-verify: pip install "unisd[math]".')
         text = str(value)
         if isinstance(value, bool) or self._ask(gold=[text], completion=None).get("unread") != []:
             raise self.refuse(value)
