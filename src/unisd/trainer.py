@@ -83,7 +83,8 @@ class UniSDTrainer(EvaluatingTrainer):
         train_dataset: rows as `unisd.load_rows` takes them; of a stream, what `max_steps` need.
         eval_dataset: rows for `evaluate`, or a dict of such.
         processing_class: the tokenizer; default: the model's own.
-        callbacks, optimizers: as in `transformers.Trainer`.
+        callbacks: as in `transformers.Trainer`.
+        optimizers: the same.
         peft_config: trains an adapter instead of all weights.
         grader: `(row, completion text) -> bool`, a share from 0 to 1, or a `Grade`; `evaluate` then
             reports greedy accuracy beside the reference's likelihood.

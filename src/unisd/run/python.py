@@ -47,8 +47,8 @@ def prepare(
             last number or letter changed) or `model` (written by it).
         embedder: for retrieval: `tfidf`, `model` (its mean hidden states) or the name of a
             sentence-transformers model.
-        model, tokenizer: for what a model makes: its folder or hub id, or a loaded one and its
-            tokenizer.
+        model: for what a model makes: its folder or hub id, or a loaded one.
+        tokenizer: of a loaded one.
         grader: `(row, completion text) -> bool`, a share or a `Grade`: wrong references are proved
             wrong by it.
 
