@@ -110,16 +110,16 @@ class LossTerm:
         constant = (teacher_logp_N.detach(), entropy_N.detach(), divergence_N.detach())
         return torch.where(present_N, self.term(TermInputs(logp_N, *constant, negative_N, hidden)), 0.0)
 
-    def slope(self, values: TokenValues) -> Tensor:
-        """d loss / d l [N]."""
+    def with_slope(self, values: TokenValues) -> tuple[Tensor, Tensor]:
+        """The term [N], without gradient, and d loss / d l [N]."""
         divergence_N, logp_N, entropy_N, teacher_logp_N = values
         with torch.enable_grad():
             leaf_N = logp_N.detach().requires_grad_()
             value_N = self.values((divergence_N, leaf_N, entropy_N, teacher_logp_N))
             if not value_N.requires_grad:
-                return torch.zeros_like(logp_N)
+                return value_N, torch.zeros_like(logp_N)
             (slope_N,) = torch.autograd.grad((self.coefficient_N * value_N).sum(), leaf_N)
-        return slope_N
+        return value_N.detach(), slope_N
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +221,7 @@ def slopes(inputs: LossInputs, values: TokenValues) -> tuple[Tensor, Tensor | No
     divergence_N, logp_N = values[0], values[1]
     clipped_N = _clipped(inputs, divergence_N)
     slope_divergence_N = torch.where(clipped_N, 0.0, inputs.coefficient_N).to(divergence_N.dtype)
-    slopes_N = [term.slope(values).to(logp_N.dtype) for term in inputs.terms]
+    slopes_N = [term.with_slope(values)[1].to(logp_N.dtype) for term in inputs.terms]
     return slope_divergence_N, sum(slopes_N[1:], slopes_N[0]) if slopes_N else None
 
 
@@ -230,12 +230,10 @@ def output(inputs: LossInputs, loss: Tensor, values: TokenValues) -> LossOutput:
     detached = tuple(value.detach() for value in values)
     divergence_N, logp_N, entropy_N, teacher_logp_N = detached
     known = (divergence_N, logp_N, entropy_N, teacher_logp_N)
-    terms = {
-        term.term.name: TermOutput(
-            term.values(known).detach(), term.coefficient_N, term.slope(known).to(logp_N.dtype) != 0
-        )
-        for term in inputs.terms
-    }
+    terms = {}
+    for term in inputs.terms:
+        values_N, slope_N = term.with_slope(known)
+        terms[term.term.name] = TermOutput(values_N, term.coefficient_N, slope_N.to(logp_N.dtype) != 0)
     return LossOutput(loss, *known, _clipped(inputs, divergence_N), terms)
 
 

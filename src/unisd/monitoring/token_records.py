@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from unisd.data.rows import Row
@@ -28,6 +29,14 @@ from unisd.tasks.base import is_right
 
 MAX_RECORDS = 200
 MAX_TOKENS = 512
+OF_STUDENT = {
+    "teacher_logp": "teacher_logp_N",
+    "student_logp": "student_logp_N",
+    "entropy": "student_entropy_N",
+    "divergence": "divergence_N",
+    "clipped": "clipped_N",
+}
+"""Fields of a record, and of `LossOutput`."""
 
 Span = tuple[int, int, int]
 """A recorded row's number in the step; first and end place of its loss tokens in a micro-batch."""
@@ -51,6 +60,7 @@ class SampleRecorder:
         self.tokenizer = tokenizer
         self.grader = grader
         self._pending: dict[int, dict[str, Any]] = {}
+        self._taken: dict[int, Tensor] = {}  # values by row and loss token, on the device
         self._places: dict[int, list[int]] = {}  # of the loss tokens within the record's tokens
 
     def wants(self, step: int, max_steps: int, logging_steps: float) -> bool:
@@ -75,7 +85,7 @@ class SampleRecorder:
         """
         loss_tokens = scores.mask.any(-1).tolist()
         chosen = [i for i in range(len(rows)) if loss_tokens[i]][: self.per_step]
-        self._pending, self._places = {}, {}
+        self._pending, self._places, self._taken = {}, {}, {}
         for i in chosen:
             completion = completions[i]
             length = min(len(completion.ids), MAX_TOKENS)
@@ -110,41 +120,45 @@ class SampleRecorder:
     def spans(self, part: Sequence[int], mask_BT: Tensor) -> list[Span]:
         """Where the recorded rows' loss tokens lie in a micro-batch made of the rows `part`."""
         found, start = [], 0
-        for i in part:
-            end = start + int(mask_BT[i].sum())
+        for i, count in zip(part, mask_BT[torch.tensor(part, dtype=torch.long)].sum(-1).tolist(), strict=True):
+            end = start + count
             if i in self._pending:
                 found.append((i, start, end))
             start = end
         return found
 
     def take(self, spans: Sequence[Span], output: LossOutput) -> None:
-        """Add what the student's pass says of its tokens."""
-        for i, start, end in spans:
-            record, places = self._pending[i], self._places[i]
+        """Keep what the student's pass says of its tokens, left on the device."""
+        if not spans:
+            return
+        values = [getattr(output, name) for name in OF_STUDENT.values()]
+        if (contrast := output.terms.get("contrast")) is not None:
+            values.append(contrast.values_N)
+        together_KN = torch.stack([value_N.to(output.divergence_N.dtype) for value_N in values])
+        self._taken |= {i: together_KN[:, start:end] for i, start, end in spans}
 
-            def spread(
-                value_N: Tensor,
-                record: Any = record,
-                places: Any = places,
-                start: int = start,
-                end: int = end,
-            ) -> Any:
+    def _add_taken(self) -> None:
+        """Put what `take` has kept into the records: one wait for the device."""
+        if not self._taken:
+            return
+        together_KN = torch.cat(list(self._taken.values()), dim=1).tolist()
+        end = 0
+        for i, value_KN in self._taken.items():
+            start, end = end, end + value_KN.shape[1]
+            record, places = self._pending[i], self._places[i]
+            for name, value_N in zip((*OF_STUDENT, "contrast"), together_KN, strict=False):
                 values: list[Any] = [None] * len(record["tokens"])
                 # the record may be cut
-                for place, value in zip(places, value_N[start:end].tolist(), strict=False):
-                    values[place] = bool(value) if isinstance(value, bool) else _rounded(value)
-                return values
-
-            record["teacher_logp"] = spread(output.teacher_logp_N)
-            record["student_logp"] = spread(output.student_logp_N)
-            record["entropy"] = spread(output.student_entropy_N)
-            record["divergence"] = spread(output.divergence_N)
-            record["clipped"] = spread(output.clipped_N)
-            contrast = output.terms.get("contrast") if record["negative_logp"] is not None else None
-            record["contrast"] = None if contrast is None else spread(contrast.values_N)
+                for place, value in zip(places, value_N[start:end], strict=False):
+                    values[place] = bool(value) if name == "clipped" else _rounded(value)
+                record[name] = values
+            if record["negative_logp"] is None or "contrast" not in record:
+                record["contrast"] = None
+        self._taken = {}
 
     def write(self) -> None:
         """Append the step's records."""
+        self._add_taken()
         if not self._pending:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
