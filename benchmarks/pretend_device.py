@@ -33,7 +33,17 @@ from torch.utils.backend_registration import (
 )
 
 NAME = "pretend"
-VALUE_DEPENDENT = ("nonzero", "masked_select", "unique", "unique2", "_unique", "_unique2", "unique_dim", "equal")
+VALUE_DEPENDENT = (
+    "nonzero",
+    "masked_select",
+    "unique",
+    "unique2",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "equal",
+)
+FREE = ("empty", "new_empty", "_unsafe_view", "lift", "_has_compatible", "_local_scalar_dense")
 
 
 class _Module(_DummyBackendModule):
@@ -137,6 +147,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, bool, str |
 
 def _why_waits(func: Any, args: Any, kwargs: Any, tensors: list[Any], given: list[Any]) -> str | None:
     name = func._schema.name.removeprefix("aten::")
+    if name in ("_to_copy", "copy_") and args[0].numel() == 0:
+        return None
     if name == "_to_copy":
         to = kwargs.get("device")
         there = bool(given) if to is None else torch.device(to).type == NAME
@@ -156,7 +168,7 @@ def _why_waits(func: Any, args: Any, kwargs: Any, tensors: list[Any], given: lis
         found = [index for index in args[1] if index is not None]
         if any(index.dtype == torch.bool for index in found):
             return "mask as index"
-        if any(not isinstance(index, OnDevice) for index in found):
+        if any(not isinstance(index, OnDevice) and index.numel() for index in found):
             return "index on the host"
     return None
 
@@ -166,7 +178,7 @@ def _is_free(func: Any) -> bool:
     returns = func._schema.returns
     views = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     name = func._schema.name.removeprefix("aten::")
-    return views or name.startswith(("empty", "new_empty", "_unsafe_view", "lift", "_has_compatible"))
+    return views or name.startswith(FREE)
 
 
 class Counting(TorchDispatchMode):
@@ -186,7 +198,9 @@ class Counting(TorchDispatchMode):
         if self.active:
             if wait is not None:
                 self._wait(wait)
-            if on_device and not _is_free(func) and func._schema.name != "aten::_local_scalar_dense":
+            results = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
+            works = not results or any(x.numel() for x in results)
+            if on_device and works and not _is_free(func):
                 where = "model" if self.inside else "outside"
                 self.operations[self.phase, where] += 1
                 if not self.inside:

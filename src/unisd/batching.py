@@ -60,7 +60,7 @@ def sent_together(parts: Mapping[str, Tensor], device: torch.device | str) -> di
     for dtype in {part.dtype for part in parts.values()}:
         alike = {name: part for name, part in parts.items() if part.dtype == dtype}
         together = sent(torch.cat(list(alike.values())), device)
-        found |= zip(alike, together.split([len(part) for part in alike.values()]), strict=True)
+        found |= zip(alike, torch.split(together, [len(part) for part in alike.values()]), strict=True)
     return found
 
 
@@ -75,7 +75,7 @@ def collate(
         flat = list(chain.from_iterable(sequences))
         positions = list(chain.from_iterable(map(range, lengths)))
         *starts, _ = ends = [0, *accumulate(lengths)]
-        ids_1N, positions_1N = sent(torch.tensor([flat, positions]), device).split(1)
+        ids_1N, positions_1N = torch.split(sent(torch.tensor([flat, positions]), device), 1)
         bounds = sent(torch.tensor(ends, dtype=torch.int32), device)
         return Batch(ids_1N, positions_1N, None, starts, bounds)
     longest = max(lengths)
@@ -87,7 +87,8 @@ def collate(
         ids_BL[i, : lengths[i]] = torch.tensor(sequence)
         mask_BL[i, : lengths[i]] = 1
     starts = [i * longest for i in range(len(sequences))]
-    return Batch(*sent(ids_positions_mask, device).unbind(), starts)
+    ids_BL, positions_BL, mask_BL = sent(ids_positions_mask, device)
+    return Batch(ids_BL, positions_BL, mask_BL, starts)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:

@@ -149,16 +149,17 @@ class Teacher:
         Left on the device.
         """
         self._follow_device()
-        apart, norm = torch.zeros(()), torch.zeros(())
+        first = next(iter(self.parameters.values()), torch.zeros(()))
+        apart, norm = torch.zeros(2, device=first.device)
         for names in self._groups():
             weights = [self.parameters[name] for name in names]
             values = [sharding.owned(sharding.local_shard(p), p).float() for p in weights]
             states = [
                 sharding.owned(self.state[name], p).float() for name, p in zip(names, weights, strict=True)
             ]
-            differences, device = torch._foreach_sub(states, values), values[0].device
-            apart = apart.to(device) + torch.stack(torch._foreach_norm(differences)).square().sum()
-            norm = norm.to(device) + torch.stack(torch._foreach_norm(values)).square().sum()
+            differences = torch._foreach_sub(states, values)
+            apart = apart + torch.stack(torch._foreach_norm(differences)).square().sum().to(apart.device)
+            norm = norm + torch.stack(torch._foreach_norm(values)).square().sum().to(norm.device)
         apart, norm = sharding.sum_over_ranks(torch.stack([apart, norm]), self.model)
         return torch.where(norm > 0, (apart / norm).sqrt(), 0.0)
 

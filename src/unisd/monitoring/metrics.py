@@ -67,7 +67,9 @@ class StepMetrics:
         on_device = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in parts]
         found = iter(torch.stack(on_device).cpu().numpy() if parts else ())
         return {
-            name: float(reduce(add, [next(found) if isinstance(value, Tensor) else value for value in values]))
+            name: float(
+                reduce(add, [next(found) if isinstance(value, Tensor) else value for value in values])
+            )
             for name, values in self._sums.items()
         }
 

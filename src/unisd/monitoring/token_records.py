@@ -119,9 +119,9 @@ class SampleRecorder:
 
     def spans(self, part: Sequence[int], mask_BT: Tensor) -> list[Span]:
         """Where the recorded rows' loss tokens lie in a micro-batch made of the rows `part`."""
-        found, start = [], 0
-        for i, count in zip(part, mask_BT[torch.tensor(part, dtype=torch.long)].sum(-1).tolist(), strict=True):
-            end = start + count
+        found, start, counts = [], 0, mask_BT.sum(-1).tolist()
+        for i in part:
+            end = start + counts[i]
             if i in self._pending:
                 found.append((i, start, end))
             start = end

@@ -190,7 +190,8 @@ def _cut(captured: Captured, jobs: Sequence[Job], firsts: Sequence[int]) -> list
 
 def _copied(hidden: Tensor, spans: Sequence[slice]) -> tuple[Tensor, ...]:
     flat = hidden.flatten(0, 1)
-    return torch.cat([flat[span] for span in spans]).split([span.stop - span.start for span in spans])
+    together = torch.cat([flat[span] for span in spans])
+    return torch.split(together, [span.stop - span.start for span in spans])
 
 
 def _sharing(jobs: Sequence[Job], least: int) -> tuple[list[list[Job]], list[Job]]:

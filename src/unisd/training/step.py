@@ -128,7 +128,9 @@ class Step:
             coefficient_N=found["coefficient"],
             clipped_N=found.get("clipped"),
             terms=tuple(
-                LossTerm(term, found[f"term {term.name}"], found["negative"] if "negative" in term.needs else None)
+                LossTerm(
+                    term, found[f"term {term.name}"], found["negative"] if "negative" in term.needs else None
+                )
                 for term, _ in self.terms
             ),
             marks={name: found[f"mark {name}"] for name in self.marks},
