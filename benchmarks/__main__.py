@@ -49,6 +49,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         one.add_argument(
             "--full", action="store_true", help="also the slow extras that are left out on a CPU"
         )
+        one.add_argument("--token_budget", type=int, help="tokens of ours's passes without gradient")
         for key in ("tokens", "prompt", "completion", "batch", "accumulation"):
             one.add_argument(f"--{key}", type=int, default=getattr(default, key))
     render = commands.add_parser("table", help="results as Markdown, between the markers of a page")

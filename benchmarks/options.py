@@ -37,6 +37,7 @@ class Options:
     accumulation: int = 2
     impls: tuple[str, ...] | None = None
     full: bool = False
+    token_budget: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:

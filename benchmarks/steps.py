@@ -76,13 +76,15 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def star_steps(base: Any, rows: Sequence[Example], s: Star, batch: int) -> dict[str, Callable[[], Function]]:
+def star_steps(
+    base: Any, rows: Sequence[Example], s: Star, batch: int, token_budget: int | None = None
+) -> dict[str, Callable[[], Function]]:
     """UniSD* of the same rows by ours, the plain version and the bare limit.
 
     Each is built when it is called for.
     """
     chunk = default_chunk_tokens(base.config.vocab_size, base.device)
-    options = ours.star_options(s, len(rows[0].auxiliary))
+    options = ours.star_options(s, len(rows[0].auxiliary)) | {"token_budget": token_budget}
     return {
         "ours": lambda: partial(ours.step, primed(ours.trainer(twin(base), rows, s, options, batch))),
         "plain": lambda: manual_step(base, rows, s, batch, plain.star_step, s),
@@ -120,8 +122,8 @@ def step(o: Options) -> tuple[Rows, Ratios]:
     ratios: Ratios = {}
     for prefix, make, data in (
         ("sdft", sdft_steps, equal),
-        ("star equal", star_steps, equal),
-        ("star", star_steps, mixed),
+        ("star equal", partial(star_steps, token_budget=o.token_budget), equal),
+        ("star", partial(star_steps, token_budget=o.token_budget), mixed),
     ):
         chosen = o.chosen({f"{prefix} {name}": f for name, f in make(base, data, s, o.batch).items()})
         functions = {name: make_step() for name, make_step in chosen.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -44,6 +45,25 @@ class Batch:
         return self.attention_mask is None
 
 
+def sent(host: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor of the host to `device`, without waiting for what that has still to do."""
+    kind = torch.device(device).type
+    pinned = host.pin_memory() if kind == "cuda" else host  # from other memory the copy would wait
+    return pinned.to(device, non_blocking=kind != "mps")  # which may read before it is written
+
+
+def sent_together(parts: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Copy tensors `[N]` of the host to `device`, by one copy for all of a type."""
+    found = dict(parts)
+    if torch.device(device).type == "cpu":
+        return found
+    for dtype in {part.dtype for part in parts.values()}:
+        alike = {name: part for name, part in parts.items() if part.dtype == dtype}
+        together = sent(torch.cat(list(alike.values())), device)
+        found |= zip(alike, torch.split(together, [len(part) for part in alike.values()]), strict=True)
+    return found
+
+
 def collate(
     sequences: Sequence[Sequence[int]], packed: bool, pad_id: int, device: torch.device | str
 ) -> Batch:
@@ -52,26 +72,23 @@ def collate(
     """
     lengths = [len(sequence) for sequence in sequences]
     if packed:
-        flat = [token for sequence in sequences for token in sequence]
-        positions = [position for length in lengths for position in range(length)]
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        bounds = torch.tensor([*starts, len(flat)], dtype=torch.int32, device=device)
-        return Batch(
-            torch.tensor([flat], device=device),
-            torch.tensor([positions], device=device),
-            None,
-            starts,
-            bounds,
-        )
+        flat = list(chain.from_iterable(sequences))
+        positions = list(chain.from_iterable(map(range, lengths)))
+        *starts, _ = ends = [0, *accumulate(lengths)]
+        ids_1N, positions_1N = torch.split(sent(torch.tensor([flat, positions]), device), 1)
+        bounds = sent(torch.tensor(ends, dtype=torch.int32), device)
+        return Batch(ids_1N, positions_1N, None, starts, bounds)
     longest = max(lengths)
-    ids = torch.full((len(sequences), longest), pad_id)
-    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    ids_positions_mask = torch.zeros(3, len(sequences), longest, dtype=torch.long)
+    ids_BL, positions_BL, mask_BL = ids_positions_mask
+    ids_BL.fill_(pad_id)
+    positions_BL[:] = torch.arange(longest)
     for i, sequence in enumerate(sequences):
-        ids[i, : lengths[i]] = torch.tensor(sequence)
-        mask[i, : lengths[i]] = 1
-    positions_BL = torch.arange(longest).expand(len(sequences), longest).contiguous()
+        ids_BL[i, : lengths[i]] = torch.tensor(sequence)
+        mask_BL[i, : lengths[i]] = 1
     starts = [i * longest for i in range(len(sequences))]
-    return Batch(ids.to(device), positions_BL.to(device), mask.to(device), starts)
+    ids_BL, positions_BL, mask_BL = sent(ids_positions_mask, device)
+    return Batch(ids_BL, positions_BL, mask_BL, starts)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:

@@ -24,6 +24,10 @@ from torch import Tensor, nn
 from unisd.distributed import shard_checkpoints, sharding
 from unisd.errors import UserError
 
+TOGETHER = 2**24
+"""Most values of the weights that are worked on together: what this takes is not held at once of a
+whole model.
+"""
 STATE_FILE = "teacher.safetensors"
 
 
@@ -114,12 +118,29 @@ class Teacher:
         self._gathered.clear()
         if self.kind == "ema" and step % self.sync_steps == 0:
             self._follow_device()
-            for name, p in self.parameters.items():
-                self.state[name].lerp_(sharding.local_shard(p).float(), self.update_rate)
+            for names in self._groups():
+                students = [sharding.local_shard(self.parameters[name]).float() for name in names]
+                torch._foreach_lerp_([self.state[name] for name in names], students, self.update_rate)
         elif self.restart_steps is not None and step % self.restart_steps == 0:
             self._follow_device()
             for name, p in self.parameters.items():
                 self.state[name].copy_(sharding.local_shard(p))
+
+    def _groups(self) -> Iterator[list[str]]:
+        """Names of weights that their device works on together, of `TOGETHER` values or one weight.
+
+        An adapter has hundreds of them, each too small to keep a device busy.
+        """
+        names: list[str] = []
+        for name, state in self.state.items():
+            held = [self.state[other] for other in names]
+            full = sum(other.numel() for other in held) + state.numel() > TOGETHER
+            if held and (full or held[0].device != state.device):
+                yield names
+                names = []
+            names.append(name)
+        if names:
+            yield names
 
     @torch.no_grad()
     def distance(self) -> Tensor:
@@ -128,11 +149,17 @@ class Teacher:
         Left on the device.
         """
         self._follow_device()
-        apart, norm = torch.zeros(()), torch.zeros(())
-        for name, p in self.parameters.items():
-            value = sharding.owned(sharding.local_shard(p), p).float()
-            apart = apart.to(p.device) + (sharding.owned(self.state[name], p).float() - value).square().sum()
-            norm = norm.to(p.device) + value.square().sum()
+        first = next(iter(self.parameters.values()), torch.zeros(()))
+        apart, norm = torch.zeros(2, device=first.device)
+        for names in self._groups():
+            weights = [self.parameters[name] for name in names]
+            values = [sharding.owned(sharding.local_shard(p), p).float() for p in weights]
+            states = [
+                sharding.owned(self.state[name], p).float() for name, p in zip(names, weights, strict=True)
+            ]
+            differences = torch._foreach_sub(states, values)
+            apart = apart + torch.stack(torch._foreach_norm(differences)).square().sum().to(apart.device)
+            norm = norm + torch.stack(torch._foreach_norm(values)).square().sum().to(norm.device)
         apart, norm = sharding.sum_over_ranks(torch.stack([apart, norm]), self.model)
         return torch.where(norm > 0, (apart / norm).sqrt(), 0.0)
 

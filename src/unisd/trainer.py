@@ -212,7 +212,8 @@ class UniSDTrainer(EvaluatingTrainer):
         if not batches:
             return batches, None
         G = self.args.num_generations
-        numbers = [(int(row), g) for batch in batches for row in batch["row"] for g in range(G)]
+        rows = torch.cat([batch["row"] for batch in batches]).tolist()
+        numbers = [(row, g) for row in rows for g in range(G)]
         completions = self._rollout(numbers)
         requests = self._requests(numbers, completions, fill=G * padding_rows(self, len(self.rows)))
         scores, states = self._score(requests, numbers, completions, device)

@@ -1,6 +1,6 @@
 """Is forgetting said where it is, and only there? SmolLM2-135M on a small file of one's own.
 
-`pytest -m slow tests/end_to_end/test_forgetting.py`: 90 minutes on one core.
+`pytest -m slow tests/end_to_end/test_forgetting.py`: an hour on one core.
 """
 
 from __future__ import annotations
@@ -20,15 +20,21 @@ TICKETS = Path(__file__).parents[2] / "examples" / "tickets.jsonl"
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Measurements of the untouched model, which all runs share."""
-    return tmp_path_factory.mktemp("before")
+    """A folder for the measurements of the untouched model, which all runs share, with their rows."""
+    folder = tmp_path_factory.mktemp("before")
+    lines = TICKETS.read_text().splitlines(True)
+    (folder / "train.jsonl").write_text("".join(lines[:54]))
+    (folder / "eval.jsonl").write_text("".join(lines[54:]))
+    return folder
 
 
 def trained(folder: Path, before: Path, recipe: str, rate: str, seed: int = 0) -> dict[str, Any]:
     """The results of twelve steps of four rows with LoRA."""
     flags = {
         "model_name_or_path": "smollm2-135m",
-        "train_file": str(TICKETS),
+        "train_file": str(before / "train.jsonl"),
+        "eval_file": str(before / "eval.jsonl"),
+        "retention_rows": "48",
         "grader": "contains",
         "recipe": recipe,
         "learning_rate": rate,

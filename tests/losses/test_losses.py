@@ -558,6 +558,20 @@ def test_terms_stand_side_by_side(spec: DivergenceSpec) -> None:
     torch.testing.assert_close(both - alone, one - neither)
 
 
+def test_a_derivative_that_is_given_is_that_of_autograd() -> None:
+    g = torch.Generator().manual_seed(0)
+    divergence, logp, entropy, right, wrong = torch.randn(5, 200, generator=g)
+    coefficient = torch.rand(200, generator=g) * (torch.arange(200) % 5 > 0)
+    wrong[coefficient == 0] = math.nan  # a row without a wrong reference
+    logp[:3] = right[:3]
+    term = LossTerm(parse_term("contrast:margin=0.3"), coefficient, wrong)
+    assert term.term.derivative is not None
+    by_autograd = replace(term, term=replace(term.term, derivative=None))
+    values = (divergence, logp, entropy, right)
+    slope = term.slope(values)
+    assert torch.equal(slope, by_autograd.slope(values)) and 20 < int((slope != 0).sum()) < 180
+
+
 def test_a_term_without_gradient_counts_in_the_loss_alone() -> None:
     x = problem(F64)
     constant = Term("constant", lambda inputs: torch.ones_like(inputs.student_logp), frozenset())

@@ -1,4 +1,4 @@
-"""Answers what a device is good for, and waits for it."""
+"""Answers what a device is good for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,3 @@ def gains_from_bf16(device: torch.device) -> bool:
     from unisd.models.load import native_bf16  # not for vLLM's processes, which ask other questions
 
     return device.type != "cpu" and native_bf16()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what was asked of an accelerator, which works asynchronously."""
-    if device.type != "cpu" and torch.accelerator.is_available():
-        torch.accelerator.synchronize()

@@ -98,7 +98,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden_NH = gradient_of(hidden_NH, wanted[0], _kept_dtype(hidden_NH))
         grad_weight_VH = gradient_of(weight_VH, wanted[1], full)
         grad_bias_V = gradient_of(bias_V, wanted[2], full)
-        values_4N = torch.empty(4, tokens, dtype=full, device=device)
+        found = [torch.empty(4, 0, dtype=full, device=device)]
         scaled, unit = _scaled(inputs, full)
         head = scaled.student_head
         room = _room_for_products(scaled, min(chunk, tokens))
@@ -110,7 +110,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     values, grad_CV = closed_form(part, any(wanted), room)
                 else:
                     values, grad_CV = _by_autograd(part, any(wanted))
-                values_4N[:, rows] = torch.stack(values)
+                found.append(torch.stack(values).to(full))
                 if grad_CV is None:
                     continue
                 if grad_bias_V is not None:
@@ -118,10 +118,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_weight_VH is not None:
                     _add_outer(grad_weight_VH, grad_CV, part.student_hidden_NH.to(head.weight.dtype))
                 if grad_hidden_NH is not None:
-                    grad_hidden_NH[rows] = (
-                        matmul_nt(grad_CV.to(head.weight.dtype), head.weight.T).to(full) * unit
-                    )
+                    grad_CH = matmul_nt(grad_CV.to(head.weight.dtype), head.weight.T).to(full)
+                    torch.mul(grad_CH, unit, out=grad_hidden_NH[rows])
                 del grad_CV  # before the next chunk's tensors, not after
+            values_4N = torch.cat(found, dim=1)
             inputs = _with_deferred(inputs, values_4N, grad_hidden_NH)
         if grad_weight_VH is not None:
             if _is_half(head):  # a pass over the whole head
@@ -283,7 +283,8 @@ def _scores(
     # One tensor, where the loss holds two. On a CPU longer chunks are no faster.
     chunk = _chunk(len(hidden_NH), chunk_tokens or (usual if on_cpu else 2 * usual))
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    logp_N, entropy_N = torch.empty(2, len(hidden_NH), dtype=dtype, device=hidden_NH.device)
+    nothing = torch.empty(0, dtype=dtype, device=hidden_NH.device)
+    logps, entropies = [nothing], [nothing]
     head, targets_N = _autocast_head(head), head.outcomes(targets_N)
     room = None
     # in the heap it would lie between what passes use again
@@ -294,9 +295,9 @@ def _scores(
             rows = slice(start, start + chunk)
             if fused.takes(head):
                 projected_CV, _ = fused.project(head, hidden_NH[rows], temperature)
-                _, logp_N[rows], entropy_N[rows] = fused.moments(
-                    projected_CV, head, targets_N[rows], temperature
-                )
+                _, logp_C, entropy_C = fused.moments(projected_CV, head, targets_N[rows], temperature)
+                logps.append(logp_C)
+                entropies.append(entropy_C)
                 continue
             projected_CV = project_into(head, hidden_NH[rows], room)
             blocks = row_blocks(projected_CV)
@@ -304,12 +305,12 @@ def _scores(
             for block in blocks:
                 chosen = slice(start + block.start, start + block.stop)
                 logp_RV, _ = log_probs_in_place(head, projected_CV[block], temperature)
-                logp_N[chosen] = pick(logp_RV, targets_N[chosen])
+                logps.append(pick(logp_RV, targets_N[chosen]))
                 if want_entropy:
                     p_RV = torch.exp(logp_RV, out=scratch_RV[: len(logp_RV)])
-                    entropy_N[chosen] = -p_RV.mul_(logp_RV).sum(-1)
+                    entropies.append(-p_RV.mul_(logp_RV).sum(-1))
             del projected_CV  # before the next chunk's, not after
-    return logp_N, entropy_N
+    return torch.cat(logps).to(dtype), torch.cat(entropies).to(dtype)
 
 
 def token_logprobs(

@@ -46,8 +46,11 @@ def closed_form(part: LossInputs, want_gradient: bool, room: Tensor | None = Non
         )
         for rows in blocks
     ]
-    divergence_C, logp_C, entropy_C, teacher_logp_C = map(torch.cat, zip(*collected, strict=True))
-    return (divergence_C, logp_C, entropy_C, teacher_logp_C), student_CV if want_gradient else None
+    values = collected[0]
+    if len(collected) > 1:
+        divergence_C, logp_C, entropy_C, teacher_logp_C = map(torch.cat, zip(*collected, strict=True))
+        values = (divergence_C, logp_C, entropy_C, teacher_logp_C)
+    return values, student_CV if want_gradient else None
 
 
 def _projections(part: LossInputs, room: Tensor | None) -> tuple[Tensor, Tensor]:

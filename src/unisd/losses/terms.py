@@ -102,17 +102,25 @@ class LossTerm:
 
     def values(self, values: TokenValues, hidden: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
         """The term [N]; 0 where the row lacks it."""
+        absent_N = self.coefficient_N == 0
+        return self.term(self._inputs(values, absent_N, hidden)).masked_fill(absent_N, 0.0)
+
+    def _inputs(
+        self, values: TokenValues, absent_N: Tensor, hidden: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> TermInputs:
         divergence_N, logp_N, entropy_N, teacher_logp_N = values
-        present_N = self.coefficient_N != 0
-        negative_N = None
-        if self.negative_logp_N is not None:  # an absent one may be NaN
-            negative_N = torch.where(present_N, self.negative_logp_N, 0.0)
+        negative_N = self.negative_logp_N
+        if negative_N is not None:  # an absent one may be NaN
+            negative_N = negative_N.masked_fill(absent_N, 0.0)
         constant = (teacher_logp_N.detach(), entropy_N.detach(), divergence_N.detach())
-        return torch.where(present_N, self.term(TermInputs(logp_N, *constant, negative_N, hidden)), 0.0)
+        return TermInputs(logp_N, *constant, negative_N, hidden)
 
     def slope(self, values: TokenValues) -> Tensor:
         """d loss / d l [N]."""
         divergence_N, logp_N, entropy_N, teacher_logp_N = values
+        if self.term.derivative is not None:
+            inputs = self._inputs(values, self.coefficient_N == 0)
+            return self.coefficient_N * self.term.derivative(inputs, **self.term.options)
         with torch.enable_grad():
             leaf_N = logp_N.detach().requires_grad_()
             value_N = self.values((divergence_N, leaf_N, entropy_N, teacher_logp_N))
@@ -209,7 +217,7 @@ def total(inputs: LossInputs, values: TokenValues) -> Tensor:
     """`sum_N coefficient * min(D, token_clip)` and the same sum of each term."""
     divergence_N = values[0]
     if inputs.token_clip is not None:
-        divergence_N = torch.where(_clipped(inputs, divergence_N), inputs.token_clip, divergence_N)
+        divergence_N = divergence_N.masked_fill(_clipped(inputs, divergence_N), inputs.token_clip)
     loss = (inputs.coefficient_N * divergence_N).sum()
     for term in inputs.terms:
         loss = loss + (term.coefficient_N * term.values(values)).sum()
@@ -220,7 +228,7 @@ def slopes(inputs: LossInputs, values: TokenValues) -> tuple[Tensor, Tensor | No
     """d loss / d D [N] and, from the terms, d loss / d l [N]."""
     divergence_N, logp_N = values[0], values[1]
     clipped_N = _clipped(inputs, divergence_N)
-    slope_divergence_N = torch.where(clipped_N, 0.0, inputs.coefficient_N).to(divergence_N.dtype)
+    slope_divergence_N = inputs.coefficient_N.masked_fill(clipped_N, 0.0).to(divergence_N.dtype)
     slopes_N = [term.slope(values).to(logp_N.dtype) for term in inputs.terms]
     return slope_divergence_N, sum(slopes_N[1:], slopes_N[0]) if slopes_N else None
 

@@ -231,6 +231,7 @@ class Term:
     needs: frozenset[str]  # subset of TERM_NEEDS
     options: Mapping[str, Any] = field(default_factory=dict)
     coefficient: float = 1.0
+    derivative: Callable[..., Tensor] | None = None  # of the function, by l; None: left to autograd
 
     def __call__(self, inputs: TermInputs) -> Tensor:
         values = self.function(inputs, **self.options)
@@ -256,7 +257,9 @@ class Term:
 _TERMS: dict[str, Term] = {}
 
 
-def register_term(name: str, *, needs: frozenset[str] = frozenset()) -> Callable[[Weight], Weight]:
+def register_term(
+    name: str, *, needs: frozenset[str] = frozenset(), derivative: Callable[..., Tensor] | None = None
+) -> Callable[[Weight], Weight]:
     """Decorator: make a function `(inputs, **options) -> Tensor` known as the loss term `name`.
 
     It is added to the loss: `coefficient` times the mean of its values over the rows that have what
@@ -264,6 +267,9 @@ def register_term(name: str, *, needs: frozenset[str] = frozenset()) -> Callable
 
     needs: `negative`, the scores under a wrong reference (one more forward pass); `hidden`, states
     of student and teacher, which the gradient then flows through.
+
+    derivative: the values' derivative by the student's log-probability, `(inputs, **options) ->
+    Tensor`. Without it autograd finds the same, in some tens of small kernels for each chunk.
     """
     if unknown := sorted(frozenset(needs) - TERM_NEEDS):
         raise UserError(
@@ -271,7 +277,7 @@ def register_term(name: str, *, needs: frozenset[str] = frozenset()) -> Callable
         )
 
     def register(function: Weight) -> Weight:
-        enter(TERM_KIND, Term(name, function, frozenset(needs)), _TERMS)
+        enter(TERM_KIND, Term(name, function, frozenset(needs), derivative=derivative), _TERMS)
         return function
 
     return register

@@ -17,7 +17,13 @@ from unisd.methods.registry import register_term
 from unisd.methods.scores import TermInputs
 
 
-@register_term("contrast", needs=frozenset({"negative"}))
+def _contrast_derivative(inputs: TermInputs, *, margin: float = 0.5) -> Tensor:
+    assert inputs.negative_logp is not None
+    right, wrong = inputs.student_logp - inputs.teacher_logp, inputs.student_logp - inputs.negative_logp
+    return (right.sign() - wrong.sign()) * (margin + (right.abs() - wrong.abs()) > 0)
+
+
+@register_term("contrast", needs=frozenset({"negative"}), derivative=_contrast_derivative)
 def contrast(inputs: TermInputs, *, margin: float = 0.5) -> Tensor:
     """h = relu(margin + |l - l+| - |l - l-|) (Eq. 4-5): towards the reference, away from a wrong
     one.

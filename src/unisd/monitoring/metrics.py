@@ -10,15 +10,16 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import reduce as over_ranks
 from torch import Tensor
 
 from unisd.files import append_line, is_evaluation, keep_until
-from unisd.kernels.devices import synchronize
 
 
 class StepMetrics:
@@ -38,39 +39,49 @@ class StepMetrics:
             ("rollout", "score", "student", "update", "eval", "diagnostics"), 0.0
         )
         self.values: dict[str, float] = {}  # already means over all ranks
-        self._sums: dict[str, Tensor | float] = {}  # over micro-batches of this rank
-        self._marked: dict[str, Tensor | float] = {}
+        # over micro-batches of this rank: numbers, and what still lies on the device
+        self._sums: dict[str, list[Tensor | float]] = {}
+        self._marked: dict[str, list[Tensor | float]] = {}
         self._unlogged: list[dict[str, float]] = []
 
     def add(self, **values: Tensor | float) -> None:
         """Add to this rank's sums over micro-batches."""
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._sums.setdefault(name, []).append(value)
 
     def mark(self) -> None:
         """Remember the sums: before the first micro-batch."""
-        self._marked = dict(self._sums)
+        self._marked = {name: list(parts) for name, parts in self._sums.items()}
 
     def rewind(self) -> None:
         """Back to the mark: the micro-batches are done again."""
-        self._sums = dict(self._marked)
+        self._sums = {name: list(parts) for name, parts in self._marked.items()}
 
-    def sum_of(self, name: str) -> float:
-        """This rank's sum so far."""
-        return float(self._sums.get(name, 0.0))
+    def sum_of(self, name: str) -> Tensor | float:
+        """This rank's sum so far, left on the device."""
+        return reduce(add, self._sums.get(name, [0.0]))
+
+    def _fetched(self) -> dict[str, float]:
+        """This rank's sums, for which the device is asked once."""
+        parts = [value for values in self._sums.values() for value in values if isinstance(value, Tensor)]
+        on_device = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in parts]
+        found = iter(torch.stack(on_device).cpu().numpy() if parts else ())
+        return {
+            name: float(
+                reduce(add, [next(found) if isinstance(value, Tensor) else value for value in values])
+            )
+            for name, values in self._sums.items()
+        }
 
     @contextmanager
-    def timed(self, phase: str, wait: bool = True) -> Iterator[None]:
+    def timed(self, phase: str) -> Iterator[None]:
         """Adds the wall time to a phase, in seconds.
 
-        Waits for the device, whose work is asynchronous.
-
-        `wait=False` does not: the work is then counted where the phase is next waited for.
+        A device works asynchronously: what it is still to do counts where its values are asked for,
+        which is the last thing that a phase does.
         """
         start = time.perf_counter()
         yield
-        if wait:
-            synchronize(self.device)
         seconds = time.perf_counter() - start
         self.phases[phase] += seconds
         if phase != "eval":
@@ -82,13 +93,12 @@ class StepMetrics:
 
         Returns its values.
         """
-        names = sorted(self._sums)
-        sums_of_rank = torch.stack(
-            [torch.as_tensor(self._sums[n], dtype=torch.float32, device=self.device) for n in names]
-        )
+        with self.timed("update"):
+            sums = self._fetched()
         if self.world_size > 1:
-            sums_of_rank = reduce(sums_of_rank, "sum")
-        sums = dict(zip(names, sums_of_rank.tolist(), strict=True))
+            names = sorted(sums)
+            of_rank = torch.tensor([sums[name] for name in names], device=self.device)
+            sums = dict(zip(names, over_ranks(of_rank, "sum").tolist(), strict=True))
         tokens = max(sums["tokens"], 1)
         values = self.values
         # Every rank's loss was multiplied by the number of ranks, against DDP's averaging.

@@ -221,26 +221,27 @@ class Observer:
 
     def after_loss(self, micro_batch: MicroBatch, inputs: LossInputs, output: LossOutput) -> None:
         """Sums over one micro-batch's loss tokens. Nothing here may wait for the device."""
-        add = self.metrics.add
-        add(
-            tokens=len(output.divergence_N),
-            divergence=output.divergence_N.sum(),
-            entropy=output.student_entropy_N.sum(),
-        )
-        add(clipped=output.clipped_N.sum(), student_logp=output.student_logp_N.sum())
+        divergence_N = output.divergence_N
+        of_tokens = {
+            "divergence": divergence_N,
+            "entropy": output.student_entropy_N,
+            "clipped": output.clipped_N,
+            "student_logp": output.student_logp_N,
+        }
         if self.args.distillation_mode != "nll":
-            add(teacher_logp=output.teacher_logp_N.sum())
+            of_tokens["teacher_logp"] = output.teacher_logp_N
         if self.counting is not None:
-            weighed_N = (micro_batch.coefficient_N * output.divergence_N).abs()
+            weighed_N = (micro_batch.coefficient_N * divergence_N).abs()
             answer_N = micro_batch.marks["answer"]
-            add(style_loss=(weighed_N * micro_batch.marks["style"]).sum(), whole_loss=weighed_N.sum())
-            add(answer_loss=(weighed_N * answer_N).sum(), answer_tokens=answer_N.sum())
+            of_tokens |= {"style_loss": weighed_N * micro_batch.marks["style"], "whole_loss": weighed_N}
+            of_tokens |= {"answer_loss": weighed_N * answer_N, "answer_tokens": answer_N}
         for name, term in output.terms.items():
             # It is 0 where a row lacks it. Selecting by mask would wait for the device.
-            add(**{f"term/{name}": term.values_N.sum()})
-            add(**{f"term_tokens/{name}": (term.coefficient_N > 0).sum()})
+            of_tokens |= {f"term/{name}": term.values_N, f"term_tokens/{name}": term.coefficient_N > 0}
             if term.active_N is not None:
-                add(**{f"term_active/{name}": term.active_N.sum()})
+                of_tokens[f"term_active/{name}"] = term.active_N
+        sums = torch.stack([value_N.to(divergence_N.dtype) for value_N in of_tokens.values()]).sum(-1)
+        self.metrics.add(tokens=len(divergence_N), **dict(zip(of_tokens, sums.unbind(), strict=True)))
         spans = self.samples.spans(micro_batch.part, micro_batch.step.scores.mask)
         self.samples.take(spans, inputs, output)
 

@@ -33,6 +33,14 @@ MAX_RECORDS = 200
 MAX_TOKENS = 512
 BLOCK = 64
 """Tokens whose distribution over the vocabulary is held at once to find the teacher's choice."""
+OF_STUDENT = {
+    "teacher_logp": "teacher_logp_N",
+    "student_logp": "student_logp_N",
+    "entropy": "student_entropy_N",
+    "divergence": "divergence_N",
+    "clipped": "clipped_N",
+}
+"""Fields of a record, and of `LossOutput`."""
 
 Span = tuple[int, int, int]
 """A recorded row's number in the step; first and end place of its loss tokens in a micro-batch."""
@@ -56,6 +64,8 @@ class SampleRecorder:
         self.tokenizer = tokenizer
         self.grader = grader
         self._pending: dict[int, dict[str, Any]] = {}
+        self._taken: dict[int, Tensor] = {}  # values by row and loss token, on the device
+        self._preferred: dict[int, Tensor] = {}  # the teacher's token, its log-probability, the sampled one
         self._places: dict[int, list[int]] = {}  # of the loss tokens within the record's tokens
         self._ids: dict[int, Sequence[int]] = {}  # the record's tokens
 
@@ -81,7 +91,7 @@ class SampleRecorder:
         """
         loss_tokens = scores.mask.any(-1).tolist()
         chosen = [i for i in range(len(rows)) if loss_tokens[i]][: self.per_step]
-        self._pending, self._places, self._ids = {}, {}, {}
+        self._pending, self._places, self._ids, self._taken, self._preferred = {}, {}, {}, {}, {}
         for i in chosen:
             completion = completions[i]
             length = min(len(completion.ids), MAX_TOKENS)
@@ -116,57 +126,69 @@ class SampleRecorder:
 
     def spans(self, part: Sequence[int], mask_BT: Tensor) -> list[Span]:
         """Where the recorded rows' loss tokens lie in a micro-batch made of the rows `part`."""
-        found, start = [], 0
+        found, start, counts = [], 0, mask_BT.sum(-1).tolist()
         for i in part:
-            end = start + int(mask_BT[i].sum())
+            end = start + counts[i]
             if i in self._pending:
                 found.append((i, start, end))
             start = end
         return found
 
     def take(self, spans: Sequence[Span], inputs: LossInputs, output: LossOutput) -> None:
-        """Add what the student's pass says of its tokens, and what the teacher would have said."""
-        for i, start, end in spans:
-            record, places = self._pending[i], self._places[i]
+        """Keep what the student's pass says of its tokens, and what the teacher would have said.
 
-            def spread(
-                value_N: Tensor,
-                record: Any = record,
-                places: Any = places,
-                start: int = start,
-                end: int = end,
-            ) -> Any:
+        It stays on the device until the step's end.
+        """
+        if not spans:
+            return
+        values = [getattr(output, name) for name in OF_STUDENT.values()]
+        if (contrast := output.terms.get("contrast")) is not None:
+            values.append(contrast.values_N)
+        together_KN = torch.stack([value_N.to(output.divergence_N.dtype) for value_N in values])
+        self._taken |= {i: together_KN[:, start:end] for i, start, end in spans}
+        if inputs.spec.mode == "nll":  # no teacher was asked
+            return
+        for i, start, _ in spans:
+            tokens = slice(start, start + len(self._places[i]))
+            sampled_N = inputs.teacher_head.outcomes(inputs.targets_N[tokens])
+            top_N, logp_N = likeliest(inputs.teacher_head, inputs.teacher_hidden_NH[tokens], inputs.spec)
+            self._preferred[i] = torch.stack([top_N.float(), logp_N.float(), sampled_N.float()])
+
+    def _add_taken(self) -> None:
+        """Put what `take` has kept into the records: one wait for the device."""
+        if not self._taken:
+            return
+        together_KN = torch.cat(list(self._taken.values()), dim=1).tolist()
+        end = 0
+        for i, value_KN in self._taken.items():
+            start, end = end, end + value_KN.shape[1]
+            record, places = self._pending[i], self._places[i]
+            for name, value_N in zip((*OF_STUDENT, "contrast"), together_KN, strict=False):
                 values: list[Any] = [None] * len(record["tokens"])
                 # the record may be cut
-                for place, value in zip(places, value_N[start:end].tolist(), strict=False):
-                    values[place] = bool(value) if isinstance(value, bool) else _rounded(value)
-                return values
+                for place, value in zip(places, value_N[start:end], strict=False):
+                    values[place] = bool(value) if name == "clipped" else _rounded(value)
+                record[name] = values
+            if record["negative_logp"] is None or "contrast" not in record:
+                record["contrast"] = None
+            if i in self._preferred:
+                record |= self._choices(i)
+        self._taken, self._preferred = {}, {}
 
-            record["teacher_logp"] = spread(output.teacher_logp_N)
-            record["student_logp"] = spread(output.student_logp_N)
-            record["entropy"] = spread(output.student_entropy_N)
-            record["divergence"] = spread(output.divergence_N)
-            record["clipped"] = spread(output.clipped_N)
-            contrast = output.terms.get("contrast") if record["negative_logp"] is not None else None
-            record["contrast"] = None if contrast is None else spread(contrast.values_N)
-            if inputs.spec.mode != "nll":  # a teacher was asked
-                record |= self._preferred(i, slice(start, start + len(places)), inputs)
-
-    def _preferred(self, i: int, tokens: slice, inputs: LossInputs) -> dict[str, Any]:
+    def _choices(self, i: int) -> dict[str, Any]:
         """Text and log-probability of the teacher's likeliest token; None where it was sampled."""
         ids, places = self._ids[i], self._places[i]
         texts: list[str | None] = [None] * len(ids)
         values: list[float | None] = [None] * len(ids)
-        tops, logps = likeliest(inputs.teacher_head, inputs.teacher_hidden_NH[tokens], inputs.spec)
-        sampled = inputs.teacher_head.outcomes(inputs.targets_N[tokens]).tolist()
-        for place, top, logp, token in zip(places, tops, logps, sampled, strict=True):
+        for place, top, logp, token in zip(places, *self._preferred[i].tolist(), strict=True):
             if top != token:
-                texts[place] = token_texts(self.tokenizer, [*ids[max(place - 1, 0) : place], top])[-1]
+                texts[place] = token_texts(self.tokenizer, [*ids[max(place - 1, 0) : place], int(top)])[-1]
                 values[place] = _rounded(logp)
         return {"teacher_top": texts, "teacher_top_logp": values}
 
     def write(self) -> None:
         """Append the step's records."""
+        self._add_taken()
         if not self._pending:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,15 +202,10 @@ class SampleRecorder:
 
 
 @torch.no_grad()
-def likeliest(head: Head, hidden_NH: Tensor, spec: DivergenceSpec) -> tuple[list[int], list[float]]:
+def likeliest(head: Head, hidden_NH: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
     """The likeliest token of each state and its log-probability; few at a time."""
-    tops: list[int] = []
-    logps: list[float] = []
-    for start in range(0, len(hidden_NH), BLOCK):
-        logp_N, top_N = head.log_probs(hidden_NH[start : start + BLOCK], spec.temperature).max(-1)
-        tops += top_N.tolist()
-        logps += logp_N.tolist()
-    return tops, logps
+    parts = [head.log_probs(part, spec.temperature).max(-1) for part in hidden_NH.split(BLOCK)]
+    return torch.cat([top_N for _, top_N in parts]), torch.cat([logp_N for logp_N, _ in parts])
 
 
 def _scored(scores: StepScores, i: int, length: int) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Passes:
         with in_step(self.backbone.model):
             for together, captured, firsts, read in self._passes(jobs, device):
                 tokens.update(read)
-                yield [_cut(captured, job, first) for job, first in zip(together, firsts, strict=True)]
+                yield _cut(captured, together, firsts)
 
     def _passes(self, jobs: Sequence[Job], device: torch.device | str) -> Iterator[Pass]:
         jobs = [job for job in jobs if job.completion]
@@ -171,15 +171,27 @@ class Passes:
             yield [jobs[i] for i in chosen], batch, batch.starts, [lengths[i] for i in chosen]
 
 
-def _cut(captured: Captured, job: Job, first: int) -> JobStates:
-    """Cut one job's states out of a forward pass; cloned, so that they do not keep the whole pass
-    alive.
+def _cut(captured: Captured, jobs: Sequence[Job], firsts: Sequence[int]) -> list[JobStates]:
+    """Cut the jobs' states out of a forward pass; copied, so that they do not keep the whole pass
+    alive: those of a view by one copy, which are kept or let go together.
     """
     assert captured.final is not None
-    span = slice(first, first + len(job.completion))
-    kept = captured.layers.items() if job.keeps_layers else ()
-    layers_TH = {layer: hidden.flatten(0, 1)[span].clone() for layer, hidden in kept}
-    return JobStates(job, captured.final.flatten(0, 1)[span].clone(), layers_TH)
+    final_TH: dict[int, Tensor] = {}
+    layers_TH: list[dict[int, Tensor]] = [{} for _ in jobs]
+    for view in dict.fromkeys(job.view for job in jobs):
+        chosen = [i for i, job in enumerate(jobs) if job.view == view]
+        spans = [slice(firsts[i], firsts[i] + len(jobs[i].completion)) for i in chosen]
+        final_TH |= zip(chosen, _copied(captured.final, spans), strict=True)
+        for layer, hidden in captured.layers.items() if jobs[chosen[0]].keeps_layers else ():
+            for i, states_TH in zip(chosen, _copied(hidden, spans), strict=True):
+                layers_TH[i][layer] = states_TH
+    return [JobStates(job, final_TH[i], layers_TH[i]) for i, job in enumerate(jobs)]
+
+
+def _copied(hidden: Tensor, spans: Sequence[slice]) -> tuple[Tensor, ...]:
+    flat = hidden.flatten(0, 1)
+    together = torch.cat([flat[span] for span in spans])
+    return torch.split(together, [span.stop - span.start for span in spans])
 
 
 def _sharing(jobs: Sequence[Job], least: int) -> tuple[list[list[Job]], list[Job]]:

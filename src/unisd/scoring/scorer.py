@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unisd.backbone import Backbone
+from unisd.batching import sent
 from unisd.losses.chunked import chunked_loss, token_logprobs, token_scores
 from unisd.losses.head import Head
 from unisd.losses.terms import LossInputs, TargetStates
@@ -196,7 +197,7 @@ class Scorer:
             mode = "topk" if self.spec.mode == "topk" else "full"
             spec = replace(self.spec, alpha=0.0, mode=mode, entry_clip=None, topk_support="teacher")
             teacher = self._teacher_final(found, group[0].final_TH.device)
-            self._compare(group, found, fields, teacher, (head, head), spec)
+            _write(found, fields, [self._compare(group, teacher, (head, head), spec)])
 
     def _teacher_final(self, found: Findings, device: torch.device | str) -> list[Tensor]:
         """The teacher's final hidden states `[T_i,H]` of all rows."""
@@ -233,23 +234,24 @@ class Scorer:
         with self.passes.under():
             heads = (backbone.head(), head_of_teacher)
             target = self.target_without_states(progress, device)
+            compared = []
             for group in self.passes.hidden_states(found.jobs(STUDENT), device):
                 if target is not None:
                     values, present_N = _at_tokens(group, states, found.scores["mask"].shape[1])
                     target = replace(target, states=values, present_N=present_N)
-                self._compare(group, found, STUDENT.compared, states.final, heads, self.spec, target)
+                compared.append(self._compare(group, states.final, heads, self.spec, target))
+            _write(found, STUDENT.compared, compared)
 
     def _compare(
         self,
         group: Sequence[JobStates],
-        found: Findings,
-        fields: Comparison,
         teacher: Sequence[Tensor],
         heads: tuple[Head, Head],
         spec: DivergenceSpec,
         target: TargetStates | None = None,
-    ) -> None:
-        """Write log-probability and divergence from the teacher of some states, without gradient.
+    ) -> Compared:
+        """Log-probability and divergence from the teacher `[2,N]` of some states, without gradient,
+        left on the device.
 
         teacher: final hidden states by row. heads: of `group` and of `teacher`.
         """
@@ -260,14 +262,7 @@ class Scorer:
         compared = chunked_loss(
             LossInputs(hidden_NH, heads[0], of_teacher_NH, heads[1], target_N, spec, nothing_N, target=target)
         )
-        lengths = [len(states.final_TH) for states in group]
-        logps, divergences = (
-            torch.split(value_N.cpu(), lengths)
-            for value_N in (compared.student_logp_N, compared.divergence_N)
-        )
-        for states, logp_T, divergence_T in zip(group, logps, divergences, strict=True):
-            found.write(fields.logp, states.job, logp_T)
-            found.write(fields.divergence, states.job, divergence_T)
+        return group, torch.stack([compared.student_logp_N, compared.divergence_N])
 
 
 def _at_tokens(
@@ -296,10 +291,25 @@ def _on_cpu(
             yield job, reading, logp_T, entropy_T
 
 
+Compared = tuple[Sequence[JobStates], Tensor]
+"""Jobs of a pass and two numbers of each of their tokens, on the device."""
+
+
+def _write(found: Findings, fields: Comparison, compared: Sequence[Compared]) -> None:
+    """Copy what comparisons have found from the device at once, and write it."""
+    group = [states for of_pass, _ in compared for states in of_pass]
+    if group:
+        together = torch.cat([values_2N for _, values_2N in compared], dim=1).cpu()
+        parts = torch.split(together, [len(states.final_TH) for states in group], dim=1)
+        for states, (logp_T, divergence_T) in zip(group, parts, strict=True):
+            found.write(fields.logp, states.job, logp_T)
+            found.write(fields.divergence, states.job, divergence_T)
+
+
 def _targets(group: Sequence[JobStates]) -> Tensor:
     """The realised tokens of all views, end to end."""
     tokens = [token for states in group for token in states.job.completion]
-    return torch.tensor(tokens, device=group[0].final_TH.device)
+    return sent(torch.tensor(tokens), group[0].final_TH.device)
 
 
 def teacher_head(backbone: Backbone, teacher: Teacher) -> Head:

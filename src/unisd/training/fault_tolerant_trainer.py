@@ -98,7 +98,7 @@ class FaultTolerantTrainer(ShardedTrainer):
         """As in transformers; where memory runs out, the step's gradient is taken again, in smaller
         micro-batches.
         """
-        with self.metrics.timed("student", wait=self.accelerator.sync_gradients):
+        with self.metrics.timed("student"):
             micro_batch: MicroBatch = inputs["micro_batch"]
             step, part = micro_batch.step, micro_batch.part
             del micro_batch
@@ -419,7 +419,7 @@ class FaultTolerantTrainer(ShardedTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # In fp16 an overflow is how the loss scale is found: the scaler skips such steps itself.
-        self.finite.grad_norm = 0.0 if self.accelerator.scaler is not None else float(whole)
+        self.finite.grad_norm = 0.0 if self.accelerator.scaler is not None else whole
         return norm
 
     def watch_earlier(self, lines: Sequence[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
@@ -95,7 +96,7 @@ class FiniteGuard:
         self.world_size = world_size
         self.skipped = 0  # steps of this run
         self.in_a_row = 0
-        self.grad_norm = 0.0
+        self.grad_norm: Tensor | float = 0.0
         self.message = ""
         # rows of the dataset [N] and a value [N] for each loss token
         self._seen: list[tuple[Tensor, Tensor]] = []
@@ -104,9 +105,15 @@ class FiniteGuard:
         """Keep what a micro-batch computed at its tokens until the step is over."""
         self._seen += [(row_N, value_N) for value_N in values_N]
 
-    def is_bad(self, step: int, loss: float) -> bool:
-        """Judge the optimizer step number `step` before it is taken; `loss` is this rank's."""
-        bad = not math.isfinite(self.grad_norm) or on_any_rank(not math.isfinite(loss), self.world_size)
+    def is_bad(self, step: int, loss: Tensor | float) -> bool:
+        """Judge the optimizer step number `step` before it is taken; `loss` is this rank's.
+
+        The one wait for the device between the student's first pass and the optimizer.
+        """
+        device = loss.device if isinstance(loss, Tensor) else None
+        both = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (self.grad_norm, loss)]
+        grad_norm, own_loss = torch.stack(both).tolist()
+        bad = not math.isfinite(grad_norm) or on_any_rank(not math.isfinite(own_loss), self.world_size)
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if bad:
             self.skipped += 1

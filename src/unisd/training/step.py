@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from unisd.backbone import Captured
-from unisd.batching import Batch, collate
+from unisd.batching import Batch, collate, sent, sent_together
 from unisd.losses.head import Head
 from unisd.losses.terms import LossInputs, LossTerm, TargetStates
 from unisd.methods.divergence import DivergenceSpec
@@ -87,53 +87,66 @@ class Step:
 
     def micro_batch(self, part: Sequence[int]) -> MicroBatch:
         """The rows `part`, laid out for the student, with everything the loss needs."""
-        rows, scores = [self.rows[i] for i in part], self.scores
+        rows, width = [self.rows[i] for i in part], self.scores.mask.shape[1]
         layout, device = self.layout, self.layout.device
         batch = collate([row.student + row.completion for row in rows], layout.packed, layout.pad_id, device)
-        chosen = torch.tensor(part)
-        mask_BT = scores.mask[chosen]
+        chosen = torch.tensor(part, dtype=torch.long)
+        mask_BT = self.scores.mask[chosen]
 
         def at_loss_tokens(value_BT: Tensor) -> Tensor:
-            return value_BT[chosen][mask_BT].to(device)
+            return value_BT[chosen][mask_BT]
+
+        places = _loss_places(batch, rows)
+        every_token = len(places["places"]) == sum(len(row.completion) for row in rows)
+        scalars = {name: at_loss_tokens(value_BT) for name, value_BT in self._scalars().items()}
+        found = sent_together(places | scalars, device)
 
         def states_at_loss_tokens(states_of_rows: Sequence[Tensor]) -> Tensor:
-            kept = [_at_loss_tokens(self.rows[i], states_of_rows[i]) for i in part]
-            kept = [states for states in kept if len(states)]
-            return torch.cat(kept) if kept else torch.zeros(0, layout.hidden_size, device=device)
+            kept = [states_of_rows[i] for i in part if len(states_of_rows[i])]
+            states = torch.cat(kept) if kept else torch.zeros(0, layout.hidden_size, device=device)
+            # By number, not by mask: a mask would wait for the device.
+            return states if every_token else states[found["places"]]
 
         target = self.target
         if target is not None:
             values, present_N = self.states.of_target(
-                states_at_loss_tokens, at_loss_tokens, scores.mask.shape[1]
+                states_at_loss_tokens, lambda value_BT: sent(at_loss_tokens(value_BT), device), width
             )
             target = replace(target, states=values, present_N=present_N)
-        negative_N = None
-        if scores.negative_logp is not None and any("negative" in term.needs for term, _ in self.terms):
-            negative_N = at_loss_tokens(scores.negative_logp)
         return MicroBatch(
             step=self,
             part=list(part),
             batch=batch,
-            row_N=torch.tensor(
-                [row.number for row in rows for kept in row.loss_mask if kept],
-                dtype=torch.long,
-                device=device,
-            ),
-            positions_N=torch.tensor(_loss_positions(batch, rows), dtype=torch.long, device=device),
-            targets_N=at_loss_tokens(scores.tokens),
+            row_N=found["rows"],
+            positions_N=found["positions"],
+            targets_N=found["targets"],
             teacher_NH=states_at_loss_tokens(self.states.final),
             teacher_layers_NH={
                 layer: states_at_loss_tokens(of_rows) for layer, of_rows in self.states.layers.items()
             },
             target=target,
-            coefficient_N=at_loss_tokens(self.coefficient_BT),
-            clipped_N=None if self.clipped_BT is None else at_loss_tokens(self.clipped_BT),
+            coefficient_N=found["coefficient"],
+            clipped_N=found.get("clipped"),
             terms=tuple(
-                LossTerm(term, at_loss_tokens(value), negative_N if "negative" in term.needs else None)
-                for term, value in self.terms
+                LossTerm(
+                    term, found[f"term {term.name}"], found["negative"] if "negative" in term.needs else None
+                )
+                for term, _ in self.terms
             ),
-            marks={name: at_loss_tokens(value) for name, value in self.marks.items()},
+            marks={name: found[f"mark {name}"] for name in self.marks},
         )
+
+    def _scalars(self) -> dict[str, Tensor]:
+        """What the host holds of each token `[B,T]` that a micro-batch needs."""
+        known = {"targets": self.scores.tokens, "coefficient": self.coefficient_BT}
+        known |= {f"term {term.name}": value_BT for term, value_BT in self.terms}
+        known |= {f"mark {name}": value_BT for name, value_BT in self.marks.items()}
+        if self.clipped_BT is not None:
+            known["clipped"] = self.clipped_BT
+        negative = self.scores.negative_logp
+        if negative is not None and any("negative" in term.needs for term, _ in self.terms):
+            known["negative"] = negative
+        return known
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,18 +221,18 @@ class MicroBatch:
         ]
 
 
-def _loss_positions(batch: Batch, rows: Sequence[ScoreRequest]) -> list[int]:
-    return [
-        start + len(row.student) - 1 + t
-        for start, row in zip(batch.starts, rows, strict=True)
-        for t, carries_loss in enumerate(row.loss_mask)
-        if carries_loss
-    ]
-
-
-def _at_loss_tokens(row: ScoreRequest, states_TH: Tensor) -> Tensor:
-    # By number, not by mask: a mask would wait for the device.
-    chosen = [t for t, carries_loss in enumerate(row.loss_mask) if carries_loss]
-    if len(chosen) == len(states_TH):
-        return states_TH
-    return states_TH[torch.tensor(chosen, dtype=torch.long, device=states_TH.device)]
+def _loss_places(batch: Batch, rows: Sequence[ScoreRequest]) -> dict[str, Tensor]:
+    """Of each loss token, on the host: its row's number in the dataset, the flat index of the state
+    that predicts it, and its place among the tokens of all completions, end to end.
+    """
+    lengths = torch.tensor([len(row.loss_mask) for row in rows], dtype=torch.long)
+    mask = torch.tensor(list(chain.from_iterable(row.loss_mask for row in rows)), dtype=torch.bool)
+    places = mask.nonzero()[:, 0]
+    before = [start + len(row.student) - 1 for start, row in zip(batch.starts, rows, strict=True)]
+    first = torch.tensor(before, dtype=torch.long) - (lengths.cumsum(0) - lengths)
+    numbers = torch.tensor([row.number for row in rows], dtype=torch.long)
+    return {
+        "rows": numbers.repeat_interleave(lengths)[places],
+        "positions": first.repeat_interleave(lengths)[places] + places,
+        "places": places,
+    }

@@ -39,7 +39,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         does nothing at all.
         """
         trainer = self.trainer
-        self.skipping = trainer.finite.is_bad(state.global_step + 1, trainer.metrics.sum_of("loss"))
+        with trainer.metrics.timed("student"):  # the first question to the device since its passes
+            self.skipping = trainer.finite.is_bad(state.global_step + 1, trainer.metrics.sum_of("loss"))
         if self.skipping:
             logger.warning("Skipped %s.", trainer.finite.message)
             trainer.model.zero_grad(set_to_none=True)
