@@ -20,7 +20,7 @@ TICKETS = Path(__file__).parents[2] / "examples" / "tickets.jsonl"
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the measurements of the untouched model, which all runs share, with their rows."""
+    """Rows, and a place for the measurements of the untouched model: all runs share them."""
     folder = tmp_path_factory.mktemp("before")
     lines = TICKETS.read_text().splitlines(True)
     (folder / "train.jsonl").write_text("".join(lines[:54]))
