@@ -204,7 +204,7 @@ class SampleRecorder:
 @torch.no_grad()
 def likeliest(head: Head, hidden_NH: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
     """The likeliest token of each state and its log-probability; few at a time."""
-    parts = [head.log_probs(part, spec.temperature).max(-1) for part in hidden_NH.split(BLOCK)]
+    parts = [head.log_probs(part, spec.temperature).max(-1) for part in torch.split(hidden_NH, BLOCK)]
     return torch.cat([top_N for _, top_N in parts]), torch.cat([logp_N for logp_N, _ in parts])
 
 
