@@ -29,7 +29,7 @@ def carry_out(name: str, folder: Path) -> dict[str, str]:
     texts, start = {}, time.monotonic()
     for command in blocks(name, "bash"):
         line = re.sub(r"\bunisd (?=\w)", f"{UNISD} ", command.replace("\\\n", " "))
-        run = subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True, timeout=480)
+        run = subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True, timeout=900)
         print(f"{time.monotonic() - start:.0f} s: {command}\n{run.stdout}\n{run.stderr}")
         assert run.returncode == 0, command
         texts[re.findall(r"unisd (\w+)", command)[0]] = run.stdout
@@ -44,7 +44,7 @@ def test_from_a_file_to_a_model_that_answers(tmp_path: Path) -> None:
     assert list(texts) == ["probe", "train", "eval", "report", "chat"]
     assert "read as: messages" in texts["train"] and "recipe: sdft" in (tmp_path / "run.yaml").read_text()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["before"]["task_accuracy"]["n"] == 20 and results["drift"]["kl"]["change"] > 0
+    assert results["before"]["task_accuracy"]["n"] == 16 and results["drift"]["kl"]["change"] > 0
     assert [one["name"] for one in results["retention"]] == ["general"]
     assert "drift" in texts["train"] and "task accuracy" in texts["eval"]
     assert (tmp_path / "out" / "report.html").is_file() and texts["chat"].strip()
