@@ -58,7 +58,7 @@ def test_the_rows_of_the_tutorial_are_what_it_says() -> None:
     assert len({row["messages"][1]["content"] for row in rows}) == 60
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_first_study(tmp_path: Path) -> None:
     texts = carry_out("mechanisms", tmp_path)
     assert "agreement" in texts["study"] and "clip" in texts["study"]
