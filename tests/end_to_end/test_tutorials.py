@@ -36,6 +36,7 @@ def carry_out(name: str, folder: Path) -> dict[str, str]:
     return texts
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_from_a_file_to_a_model_that_answers(tmp_path: Path) -> None:
     (tmp_path / "examples").mkdir()
@@ -44,7 +45,7 @@ def test_from_a_file_to_a_model_that_answers(tmp_path: Path) -> None:
     assert list(texts) == ["probe", "train", "eval", "report", "chat"]
     assert "read as: messages" in texts["train"] and "recipe: sdft" in (tmp_path / "run.yaml").read_text()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["before"]["task_accuracy"]["n"] == 16 and results["drift"]["kl"]["change"] > 0
+    assert results["before"]["task_accuracy"]["n"] == 8 and results["drift"]["kl"]["change"] > 0
     assert [one["name"] for one in results["retention"]] == ["general"]
     assert "drift" in texts["train"] and "task accuracy" in texts["eval"]
     assert (tmp_path / "out" / "report.html").is_file() and texts["chat"].strip()
