@@ -197,7 +197,7 @@ class Browser:
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
         self.page.on("request", lambda r: self.requests.append(r.url))
 
-    def open(self, path: Path, within_s: float = 4.0) -> Any:
+    def open(self, path: Path, within_s: float = 2.0) -> Any:
         for left in (2, 1, 0):  # the machine may be busy with something else
             begun = time.monotonic()
             self.page.goto(path.as_uri(), wait_until="load")

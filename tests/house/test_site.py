@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -207,17 +206,6 @@ MADE = {"agreement/max", "leak/wrong_cosine", "leak/full_wrong_cosine"}  # their
 
 
 # -- in a browser ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium")
-    assert path is not None, "apt-get install chromium"
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 OPEN_SHADOWS = """

@@ -23,7 +23,7 @@ from unisd.report.supervision import supervision
 from unisd.report.verdict import Tile, sentence, tiles_of
 from unisd.run import grafting
 from unisd.run.answers import by_change
-from unisd.run.changes import change_lines, side_of
+from unisd.run.changes import HEAD, change_lines, side_of
 
 MAX_EXAMPLES = 24
 MAX_POINTS = 1000
@@ -106,7 +106,7 @@ def build(folder: Path) -> str:
         verdict=sentence(shown),
         shown=shown,
         facts=facts,
-        changes=[["measure", "before", "after", "change"], *change_lines(results)],
+        changes=[[*HEAD], *change_lines(results)],
         bars=plots.before_after(bars).inline(wide=True) if bars else "",
         answers=_answers(read_answers(folder)),
         judged=[

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisd.console import number
-from unisd.run.changes import clearly_lost, moved_far
+from unisd.run.changes import clearly_lost, direction, moved_far
 
-BY_CHANCE = 0.05
-"""A change is clear where chance would do as much more rarely (McNemar's exact test)."""
 GOOD, BAD, OPEN = "good", "bad", ""
 TASK, ALARMS = "task", "alarms"
 Figures = Mapping[str, Any]
@@ -54,9 +52,9 @@ def _task(results: Figures) -> Iterator[Tile]:
     word, kind = "", OPEN
     if found is not None:
         note += f", p {found['p']:.2g}"
-        clear = found["p"] < BY_CHANCE
-        word = "no clear change" if not clear else "learned" if change > 0 else "worse"
-        kind = OPEN if not clear else GOOD if change > 0 else BAD
+        word, kind = {0: ("no clear change", OPEN), 1: ("learned", GOOD), -1: ("worse", BAD)}[
+            direction(found)
+        ]
     yield Tile(TASK, _from_to(before, after), word, note, kind)
 
 

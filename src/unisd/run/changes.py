@@ -27,6 +27,8 @@ DRIFT = {
     "forward": "drift: perplexity of answers under the base",
     "kl": "drift: KL from the base, nats a token",
 }
+HEAD = ("measure", "before", "after", "change")
+"""Of the table of `change_lines`; a terminal leaves the first empty."""
 Figures = dict[str, Any]
 Line = tuple[list[str], str]
 """Measure, before, after and change; and how a terminal shows the change."""
@@ -147,11 +149,16 @@ def _lines(results: Figures) -> list[Line]:
     return lines + _drift_lines(results["drift"])
 
 
+def direction(found: Figures) -> int:
+    """1 where more items (see `items`) were gained than lost beyond chance, -1 where fewer, else 0."""
+    if found["p"] >= CHANCE:
+        return 0
+    return 1 if found["gained"] > found["lost"] else -1
+
+
 def _style_of_items(found: Figures) -> str:
     """By McNemar's test of the very items, which tells more than two intervals."""
-    if found["p"] >= CHANCE:
-        return NOISE
-    return BETTER if found["gained"] > found["lost"] else WORSE
+    return {0: NOISE, 1: BETTER, -1: WORSE}[direction(found)]
 
 
 def _style_of_shares(was: Figures, now: Figures) -> str:

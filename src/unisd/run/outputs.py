@@ -31,6 +31,7 @@ from unisd.monitoring.alarms import silence
 from unisd.options.option import declared
 from unisd.options.parser import UNSET, Values
 from unisd.options.table import GROUPS, UniSDOptions
+from unisd.run.changes import HEAD
 from unisd.run.citations import papers
 from unisd.run.options import RUN_GROUPS, RunOptions
 from unisd.training.checkpoints import (
@@ -347,7 +348,7 @@ def model_card(
                 " Every option is in `results.json`, every step in `metrics.jsonl`."
             ),
             "",
-            *markdown_table(("measure", "before", "after", "change"), lines),
+            *markdown_table(HEAD, lines),
             "",
             *(
                 f"- alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}"

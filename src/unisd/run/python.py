@@ -15,13 +15,13 @@ from unisd.errors import UserError
 from unisd.models.inference import opened
 from unisd.run import measure
 from unisd.run import prepare as preparing
-from unisd.run.changes import change_lines
+from unisd.run.changes import HEAD, change_lines
 from unisd.run.inputs import RunData
 from unisd.run.options import RunOptions
 from unisd.run.retention import load_sets
 from unisd.tasks.base import is_right
 
-HEADER = ("", "before", "after", "change")
+HEADER = ("", *HEAD[1:])
 
 
 def prepare(

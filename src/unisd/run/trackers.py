@@ -15,7 +15,7 @@ from typing import Any
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from unisd.console import markdown_table
-from unisd.run.changes import change_lines
+from unisd.run.changes import HEAD, change_lines
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def told(results: Figures, answers: Figures, samples: Sequence[Figures], options
         **{f"retention_{one['name']}": (one["accuracy"] or {}).get("after") for one in retention},
     }
     tables = {
-        "results": (("measure", "before", "after", "change"), change_lines(dict(results))),
+        "results": (HEAD, change_lines(dict(results))),
         "answers": (
             ("part", "id", "prompt", "reference", "before", "right before", "after", "right after"),
             [_answer(part, one) for part, found in answers.items() for one in found["examples"]],

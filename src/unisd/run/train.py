@@ -33,7 +33,7 @@ from unisd.monitoring.progress import ProgressDisplay
 from unisd.processes import alone_in
 from unisd.run import choice, grafting, outputs
 from unisd.run.answers import shown
-from unisd.run.changes import change_lines, change_styles
+from unisd.run.changes import HEAD, change_lines, change_styles
 from unisd.run.inputs import (
     RunData,
     adapter_config,
@@ -426,8 +426,7 @@ def _report(
     console: Console, results: Results, folder: Path, options: RunOptions, points: list[Any], pairs: Results
 ) -> None:
     say = partial(console.print, markup=False, highlight=False)
-    head = ("", "before", "after", "change")
-    show_table(console, head, change_lines(results), styles=change_styles(results))
+    show_table(console, ("", *HEAD[1:]), change_lines(results), styles=change_styles(results))
     if points:
         show_table(console, grafting.HEAD, grafting.lines(points))
     for line in shown(pairs["task"]) if "task" in pairs else ():
