@@ -10,6 +10,7 @@ from unisd.console import number
 from unisd.run.changes import clearly_lost, direction, moved_far
 
 GOOD, BAD, OPEN = "good", "bad", ""
+CHANGED = {1: ("learned", GOOD), 0: ("no clear change", OPEN), -1: ("worse", BAD)}
 TASK, ALARMS = "task", "alarms"
 Figures = Mapping[str, Any]
 
@@ -52,9 +53,7 @@ def _task(results: Figures) -> Iterator[Tile]:
     word, kind = "", OPEN
     if found is not None:
         note += f", p {found['p']:.2g}"
-        word, kind = {0: ("no clear change", OPEN), 1: ("learned", GOOD), -1: ("worse", BAD)}[
-            direction(found)
-        ]
+        word, kind = CHANGED[direction(found)]
     yield Tile(TASK, _from_to(before, after), word, note, kind)
 
 

@@ -150,7 +150,7 @@ def _lines(results: Figures) -> list[Line]:
 
 
 def direction(found: Figures) -> int:
-    """1 where more items (see `items`) were gained than lost beyond chance, -1 where fewer, else 0."""
+    """1 where more items were gained than lost beyond chance, -1 where fewer, else 0."""
     if found["p"] >= CHANCE:
         return 0
     return 1 if found["gained"] > found["lost"] else -1
