@@ -1413,7 +1413,7 @@ def test_nothing_runs_without_isolation(call):
     for part in (
         "bubblewrap (bwrap) is not installed",
         "apt install bubblewrap",
-        "--allow_unsafe_code_execution",
+        "call unisd.tasks.sandbox.allow_unsafe(True)",
     ):
         assert part in str(error.value)
 
