@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from unisd import testing as tiny
 from unisd.cli import evaluate, probe
 from unisd.cli.main import COMMANDS, main
+from unisd.cli.sources import tasks_of
 from unisd.data.rows import hold_out, load_rows
 
 SHORT = ["--eval_max_new_tokens", "2"]
@@ -105,6 +107,16 @@ def test_of_a_training_file_the_rows_that_a_run_holds_out(
     run.mkdir()
     (run / "results.json").write_text(json.dumps({"seed": 7}))
     assert ids("--model", str(run), "--retention", "none") == held[7]
+    config = {"train_file": [str(file)], "eval_split": "2", "max_completion_length": 5}
+    (run / "results.json").write_text(json.dumps({"seed": 7, "config": config}))
+    for given, rows in (
+        ({}, 2),
+        ({"eval_split": "3"}, 3),
+        ({"eval_file": plain(tmp_path / "o.jsonl", 5)}, 5),
+    ):
+        flags = {"model_name_or_path": str(run), "train_file": [str(file)], "seed": None, **given}
+        [asked] = tasks_of(Namespace(**flags), ()).values()
+        assert len(asked.load("test")) == rows and asked.max_new_tokens == 5
     assert ids("--eval_file", plain(tmp_path / "other.jsonl", 2)) == ["0", "1"]
 
 

@@ -180,7 +180,7 @@ def _add_answers(parser: CommandParser) -> None:
         "--max_new_tokens",
         dest="max_new_tokens",
         type=int,
-        help="cap on each answer (default: the task's; of your own rows 256)",
+        help="cap on each answer (default: the task's; of your own rows that of the model's run, else 256)",
     )
     measured.add_argument("--stop", nargs="+", metavar="TEXT", help="end an answer before any of these texts")
     measured.add_argument(

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 OWN = ("train_file", "dataset_name", "eval_file")
 """Options that name the user's own rows."""
+HELD_OUT = ("eval_file", "eval_split")
+"""Options that say which of them are reported on."""
 
 
 class OwnRows(Task):
@@ -44,14 +46,14 @@ class OwnRows(Task):
 
     splits = ("train", "test", "all")
 
-    def __init__(self, options: RunOptions, seed: int, most: int = RunOptions.max_eval_rows) -> None:
+    def __init__(self, options: RunOptions, seed: int, most: int, cap: int | None = None) -> None:
         self.alone = options.train_file is None and options.dataset_name is None
         if self.alone:
             options = replace(options, train_file=options.eval_file, eval_file=None)
         # What is held out is what a run holds out; rows that are given are all answered.
         given = options.eval_file is not None or number_of(options.eval_split) is not None
         self.options = replace(options, max_train_rows=None, max_eval_rows=sys.maxsize if given else most)
-        self.seed = seed
+        self.seed, self.max_new_tokens = seed, cap or Task.max_new_tokens
         files = as_list(options.train_file)
         self.name = named(files or as_list(options.dataset_name), bool(files))
         self.graded = options.grader is not None
@@ -106,9 +108,15 @@ def tasks_of(own: argparse.Namespace, names: Sequence[str], runs_code: bool = Tr
     if not names and all(given.get(name) is None for name in OWN):
         names = ["pocket"]
     if not names:
+        run = _run_of(own)
+        if _files(given) == _files(run) and not any(given.get(name) for name in HELD_OUT):
+            given |= {name: run.get(name) for name in HELD_OUT}
         options = RunOptions(**given)
         options.check()
-        rows = OwnRows(options, *_of_the_run(own))
+        seed = own.seed if own.seed is not None else run.get("seed", UniSDOptions.seed)
+        most = run.get("max_eval_rows", RunOptions.max_eval_rows)
+        cap = run.get("eval_max_new_tokens") or run.get("max_completion_length")
+        rows = OwnRows(options, int(seed), int(most), cap)
         return {rows.name: rows}
     if given.get("eval_split") is not None:
         raise UserError("--eval_split is for your own rows: of a task, name the split with --split.")
@@ -143,16 +151,21 @@ def one_task(own: argparse.Namespace, runs_code: bool = True) -> tuple[str, Task
     return found
 
 
-def _of_the_run(own: argparse.Namespace) -> tuple[int, int]:
-    """Seed and most rows that say which rows are held out: as given, else as of the model's run."""
-    config: dict[str, Any] = {}
+def _run_of(own: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of the run that left the model: it says which rows were held out, and how
+    long answers may be. Empty for any other model.
+    """
     model = getattr(own, "model_name_or_path", None)
     if model is not None:
         with suppress(OSError, ValueError, KeyError, TypeError):  # no folder, or not of a run of ours
             results = json.loads((Path(model) / RESULTS).read_text(encoding="utf-8"))
-            config = {"seed": int(results["seed"]), **results.get("config", {})}
-    seed = own.seed if own.seed is not None else config.get("seed", UniSDOptions.seed)
-    return int(seed), int(config.get("max_eval_rows", RunOptions.max_eval_rows))
+            return {"seed": int(results["seed"]), **results.get("config", {})}
+    return {}
+
+
+def _files(given: Mapping[str, Any]) -> list[str]:
+    """Where the rows to train on are."""
+    return [*as_list(given.get("train_file")), *as_list(given.get("dataset_name"))]
 
 
 def _files_by_task(names: Sequence[str], files: Sequence[str] | None) -> Mapping[str, list[str] | None]:
