@@ -20,7 +20,7 @@ import torch
 from peft import get_peft_model
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from benchmarks import limit, ours, plain, vllm_peer
+from benchmarks import continuous_peer, limit, ours, plain, vllm_peer
 from benchmarks.growth import growth
 from benchmarks.measure import Samples, interleave, measure
 from benchmarks.options import Function, Options, Ratios, Rows, ratio
@@ -179,8 +179,8 @@ def generate(o: Options) -> tuple[Rows, Ratios]:
     """Sampling with lengths that differ.
 
     Rows are made to end where the mixed lengths say, by a processor that both sides run.
-    `--impls ours plain vllm` adds vLLM (where it is installed), which is asked for these lengths,
-    and the seconds of a sync of all weights.
+    `--impls ours plain continuous vllm` adds transformers' continuous batching and vLLM (where it
+    is installed), which are asked for these lengths, and the seconds of vLLM's sync of all weights.
     """
     model = build(o.shape, o.device, o.dtype, o.layers)
     data = examples(
@@ -215,12 +215,15 @@ def generate(o: Options) -> tuple[Rows, Ratios]:
         return float((out[:, ids.shape[1] :] != PAD).sum())
 
     functions, sync = {"ours": run_ours, "plain": run_plain}, None
+    if "continuous" in (o.impls or ()):
+        functions["continuous"] = continuous_peer.writer(model, prompts, lengths)
     if "vllm" in (o.impls or ()):
         functions["vllm"], sync = vllm_peer.writer(model, prompts, lengths)
     samples = interleave(o.chosen(functions), o.device, o.repetitions, o.seconds)
     ratios: Ratios = {}
     ratio(samples, "time_vs_plain", "ours", "plain", "time", ratios)
-    ratio(samples, "vllm_time_vs_ours", "vllm", "ours", "time", ratios)
+    for name in ("continuous", "vllm"):
+        ratio(samples, f"{name}_time_vs_ours", name, "ours", "time", ratios)
     if sync is not None:
         ratios["vllm_sync_s"] = statistics.median(sync() for _ in range(3))
     rows = [sample.row(name) for name, sample in samples.items()]

@@ -14,6 +14,7 @@ import torch
 from benchmarks import field_weights, growth, limit, plain, shapes
 from benchmarks import steps as stepping
 from benchmarks.__main__ import main
+from benchmarks.cases import generate
 from benchmarks.measure import Samples, interleave, machine, measure
 from benchmarks.options import Options
 from benchmarks.settings import Star
@@ -157,6 +158,16 @@ def test_the_result_is_a_file_with_the_promised_ratios(bench: str, tmp_path: Pat
         and all(f"| {row['impl']} |" in page for row in result["rows"])
         and result["command"] in page
     )
+
+
+@pytest.mark.long
+def test_all_writers_write_as_many_tokens() -> None:
+    options = Options(
+        shape="tiny", prompt=8, completion=8, repetitions=1, impls=("ours", "plain", "continuous")
+    )
+    rows, ratios = generate(options)
+    assert len({row["value"] for row in rows}) == 1 and len(rows) == 3
+    assert ratios["continuous_time_vs_ours"] > 0
 
 
 @pytest.mark.long
