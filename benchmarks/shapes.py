@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 PAD, EOS = 0, 1
 TEACHER_TEMPLATE = "{prompt} {privileged_context}"
@@ -36,7 +44,11 @@ class Shape:
     kv_heads: int
     vocabulary: int
     tied: bool
+    experts: int = 0
+    """With some, `intermediate` is the width of each, and `EXPERTS_A_TOKEN` of them see a token."""
 
+
+EXPERTS_A_TOKEN = 8
 
 SHAPES = {
     # Sizes of a test: everything at once in a second.
@@ -45,6 +57,7 @@ SHAPES = {
     "smollm2-135m": Shape("llama", 576, 1536, 30, 9, 3, 49_152, True),
     "qwen2.5-0.5b": Shape("qwen2", 896, 4864, 24, 14, 2, 151_936, True),
     "llama-32k": Shape("llama", 1024, 2816, 12, 16, 8, 32_000, False),
+    "qwen3-moe-small": Shape("qwen3_moe", 512, 192, 12, 8, 2, 32_000, True, experts=64),
     "qwen2.5-1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 151_936, True),
     "qwen2.5-7b": Shape("qwen2", 3584, 18_944, 28, 28, 4, 152_064, False),
 }
@@ -60,7 +73,14 @@ def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | Non
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     }[shape.family]
+    routed = {
+        "num_experts": shape.experts,
+        "num_experts_per_tok": EXPERTS_A_TOKEN,
+        "moe_intermediate_size": shape.intermediate,
+        "head_dim": shape.hidden // shape.heads,
+    }
     config = config_class(
         vocab_size=int(vocabulary) if vocabulary else shape.vocabulary,
         hidden_size=shape.hidden,
@@ -73,6 +93,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | Non
         pad_token_id=PAD,
         eos_token_id=EOS,
         bos_token_id=None,
+        **(routed if shape.experts else {}),
     )
     torch.manual_seed(0)
     with torch.device(device):

@@ -5,11 +5,14 @@ must, the files it writes.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import field_weights, growth, limit, plain, shapes
 from benchmarks import steps as stepping
@@ -158,6 +161,35 @@ def test_the_result_is_a_file_with_the_promised_ratios(bench: str, tmp_path: Pat
         and all(f"| {row['impl']} |" in page for row in result["rows"])
         and result["command"] in page
     )
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.long
+def test_no_loop_over_experts(monkeypatch: pytest.MonkeyPatch, rows: list[shapes.Example]) -> None:
+    """A step of a mixture of experts has as many products for 8 experts as for 32, under LoRA."""
+    counted = []
+    for experts in (8, 32):
+        small = replace(
+            shapes.SHAPES["qwen3-moe-small"], hidden=64, layers=1, vocabulary=320, experts=experts
+        )
+        monkeypatch.setitem(shapes.SHAPES, "mixture", small)
+        step = stepping.star_steps(shapes.build("mixture", CPU, torch.float32), rows, Star(), 2)["ours"]()
+        with Operations() as operations:
+            step()
+        counted.append(operations.found)
+    assert counted[0]["aten._grouped_mm.default"] == counted[1]["aten._grouped_mm.default"] > 0
+    assert counted[0]["aten.mm.default"] == counted[1]["aten.mm.default"]
 
 
 @pytest.mark.long
