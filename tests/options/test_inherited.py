@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._dynamo.utils import counters
 from transformers.integrations import integration_utils
 
 from unisd import UniSDConfig, UserError
@@ -129,3 +130,15 @@ def test_a_repeated_flag_of_another_command() -> None:
     parser.add_argument("--dtype")
     with pytest.raises(UserError, match="--dtype is given twice: give one of them"):
         parser.parse(["--dtype", "a", "--dtype", "b"])
+
+
+@pytest.mark.long
+def test_torch_compile_compiles_and_changes_no_loss(tmp_path: Path) -> None:
+    losses = {}
+    for backend in (None, "eager"):
+        counters.clear()
+        compiled = {} if backend is None else {"torch_compile": True, "torch_compile_backend": backend}
+        built = trainer(tmp_path / str(backend), max_steps=1, **compiled)
+        losses[backend] = built.train().training_loss
+        assert (counters["stats"]["unique_graphs"] > 0) == (backend is not None)
+    assert losses["eager"] == pytest.approx(losses[None], rel=1e-5)
