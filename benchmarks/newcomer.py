@@ -24,7 +24,7 @@ QUESTION = b"What is 3 plus 4?\n"
 
 
 def typed(page: Path) -> list[str]:
-    """Every `unisd` command of a page's blocks, without its remark; the model is the embedded one."""
+    """Every `unisd` command of a page's blocks, without its remark; the embedded model in it."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     found = re.findall(r"^(?:.*&& )?(unisd .*?)(?:\s+#.*)?$", "".join(blocks), re.M)
     return [command.replace("MODEL", "pocket") for command in found]

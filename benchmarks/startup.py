@@ -29,9 +29,7 @@ FIRST = {
     "recipes": [],
     "completion": ["bash"],
 }
-"""Every command as it is started for its first line. Where it would read a run, there is none: it says
-so later.
-"""
+"""Every command as it is started for its first line; that the files are not there it says later."""
 
 
 def start(o: Options) -> tuple[Rows, Ratios]:

@@ -1,7 +1,7 @@
 """Draws what a terminal shows of a run: a moment of its training, and its end.
 
-`python -m experiments.terminal RUN` keeps in `docs/images/terminal.json` what is shown of the run in
-that folder, and draws `terminal-60.svg` and so on, a picture for each width. Without a folder it
+`python -m experiments.terminal RUN` keeps in `docs/images/terminal.json` what is shown of the run
+in that folder, and draws `terminal-60.svg` and so on, a picture for each width. Without a folder it
 draws the kept run anew, as it has to be after a change to what a terminal shows.
 """
 

@@ -36,7 +36,7 @@ SILENT_S = 3.0  # seconds before a progress bar appears
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 SLOW_S = 3600.0
-"""Seconds that a bar looks back for its time left: two steps of a slow training are to lie in it."""
+"""Seconds that a bar looks back for its time left: two slow steps are to lie in it."""
 NARROW = 80
 """Columns below which a bar is left out."""
 NAME_WIDTH = 16

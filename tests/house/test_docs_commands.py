@@ -181,7 +181,7 @@ def test_commands_and_their_options_exist() -> None:
 def understood(arguments: list[str]) -> int:
     """Carry a command out up to what it loads first; files and runs that it reads are made.
 
-    Returns its exit code: 130, as for one that is interrupted, if it got there; 0 if it needs nothing.
+    Returns its exit code: 130, as of one that is interrupted, if it got there; 0: it ended before.
     """
     arguments = list(takewhile(lambda word: word != "<", (word for word in arguments if word != "...")))
     for flag, value in pairwise(arguments):
