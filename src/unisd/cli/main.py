@@ -29,7 +29,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         "",
-        "run a complete adaptation of the embedded pocket model (about 3 minutes on 2 cores)",
+        "run a complete adaptation of the embedded pocket model (about 2 minutes on 2 cores)",
         "unisd.cli.train",
         "train_command",
     ),
