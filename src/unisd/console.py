@@ -273,6 +273,13 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def _left_to_names(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Columns for the first column of a table in which nothing else is folded."""
+    others = zip(*(row[1:] for row in (header, *rows)), strict=True)
+    widths = (max(cell_len(line) for cell in column for line in cell.split("\n")) for column in others)
+    return console.width - sum(widths) - 3 * len(header) - 1
+
+
 def show_table(
     console: Console,
     header: Sequence[str],
@@ -288,15 +295,16 @@ def show_table(
     """
     if console.is_terminal:
         table = Table(title=title or None, title_justify="left", header_style="bold")
-        names, *others = (max(map(cell_len, column)) for column in zip(header, *rows, strict=True))
-        whole = console.width - sum(others) - 3 * len(header) - 1 >= min(names, NAME_WIDTH)
+        names = max(cell_len(row[0]) for row in (header, *rows))
+        if _left_to_names(console, header, rows) < min(names, NAME_WIDTH):
+            rows = [[cell.replace(" % [", " %\n[") for cell in row] for row in rows]
+        whole = _left_to_names(console, header, rows) >= min(names, NAME_WIDTH // 2)
         for number, name in enumerate(header):
             left = number == 0
             table.add_column(
                 name, justify="left" if left else "right", overflow="fold", no_wrap=whole and not left
             )
         for row, style in zip(rows, [*styles, *[""] * (len(rows) - len(styles))], strict=True):
-            row = row if whole else [cell.replace(" % [", " %\n[") for cell in row]
             table.add_row(*map(Text, row[:-1]), Text(row[-1], style=style))
         console.print(table)
         if any(styles):

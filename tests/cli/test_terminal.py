@@ -172,7 +172,9 @@ def test_a_narrow_table_keeps_figures_whole(width: int) -> None:
     """Names are folded before figures, and an interval is never cut in two."""
     console, figure = narrow(width), "100.0 % [61.0, 100.0]"
     names = ["drift: perplexity of the base's answers", "retention: pocket"]
-    shown.show_table(console, ("", "before", "after", "change"), [[n, figure, figure, "+0.0"] for n in names])
+    shown.show_table(
+        console, ("", "before", "after", "change"), [[n, figure, figure, "p 0.00012"] for n in names]
+    )
     text = uncoloured(console.file.getvalue())  # type: ignore[attr-defined]
     assert text.count("[61.0, 100.0]") == 4 and max(map(len, text.splitlines())) <= width
     assert (figure in text) == (width >= 80)
