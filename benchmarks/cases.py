@@ -23,6 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from benchmarks import continuous_peer, limit, ours, plain, vllm_peer
 from benchmarks.growth import growth
 from benchmarks.measure import Samples, interleave, measure
+from benchmarks.newcomer import newcomer
 from benchmarks.options import Function, Options, Ratios, Rows, ratio
 from benchmarks.settings import Star
 from benchmarks.shapes import EOS, PAD, build, examples, lora, twin
@@ -313,4 +314,5 @@ CASES: dict[str, Callable[[Options], tuple[Rows, Ratios]]] = {
     "memory": memory_plan,
     "growth": growth,
     "start": start,
+    "newcomer": newcomer,
 }

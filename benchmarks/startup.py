@@ -22,8 +22,14 @@ FIRST = {
     "study": [],
     "contamination": ["pocket"],
     "chat": ["pocket", "--prompt", "Hi"],
+    "grade": ["pocket", "--completions", "none.jsonl"],
+    "judge": ["none", "--judge_url", "http://127.0.0.1:1"],
+    "merge": ["none"],
+    "report": ["."],
+    "recipes": [],
+    "completion": ["bash"],
 }
-"""Commands that load something, as they are started for their first line."""
+"""Every command as it is started for its first line; that the files are not there it says later."""
 
 
 def start(o: Options) -> tuple[Rows, Ratios]:

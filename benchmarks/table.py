@@ -37,7 +37,7 @@ def _block(result: dict[str, Any]) -> str:
     )
     lines = [
         f"## {result['bench']}"
-        + (f": {shape}" if shape and result["bench"] not in ("main", "start") else ""),
+        + (f": {shape}" if shape and result["bench"] not in ("main", "start", "newcomer") else ""),
         "",
         f"`{result['command']}`",
         f"({where}; {', '.join(f'{name} {number}' for name, number in versions.items())})",

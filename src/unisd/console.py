@@ -14,6 +14,7 @@ from functools import cache, partialmethod
 from html import escape
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -34,8 +35,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 SILENT_S = 3.0  # seconds before a progress bar appears
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
+SLOW_S = 3600.0
+"""Seconds that a bar looks back for its time left: two slow steps are to lie in it."""
 NARROW = 80
 """Columns below which a bar is left out."""
+NAME_WIDTH = 16
+"""Columns that a table leaves to the names of its rows before it folds figures."""
 BETTER, WORSE, NOISE = "green", "red", "dim"
 """How a table shows a change: for the better, for the worse, within noise."""
 FRAME_S = 1.0  # least seconds between two frames in a notebook
@@ -203,19 +208,23 @@ def warnings_as_notes() -> Iterator[None]:
         log.setLevel(level)
 
 
-def make_progress(console: Console, *further: TextColumn, transient: bool = False) -> Progress:
+def make_progress(console: Console, metrics: bool = False, transient: bool = False) -> Progress:
     """A bar whose counter and time left stay whole on a narrow terminal.
 
-    Its description and `further` columns are cut instead, and below `NARROW` there is no bar.
+    Its description and the metrics are cut instead, and below `NARROW` there is no bar.
+
+    metrics: show the field of that name of each task behind the time left.
     """
     cut = Column(no_wrap=True, overflow="ellipsis", max_width=max(10, console.width // 3))
     name = TextColumn("{task.description}", markup=False, table_column=cut)
     bar = [BarColumn(None, table_column=Column(ratio=1))] if console.width >= NARROW else []
     counter = MofNCompleteColumn(table_column=Column(no_wrap=True))
     left = TimeRemainingColumn(table_column=Column(no_wrap=True))
+    further = Column(no_wrap=True, overflow="ellipsis", ratio=2)
+    values = [TextColumn("{task.fields[metrics]}", markup=False, table_column=further)] if metrics else []
     return Progress(
-        name, *bar, counter, left, *further, console=console, expand=bool(bar or further),
-        transient=transient, redirect_stdout=is_terminal(sys.stdout),
+        name, *bar, counter, left, *values, console=console, expand=bool(bar or metrics),
+        transient=transient, speed_estimate_period=SLOW_S, redirect_stdout=is_terminal(sys.stdout),
     )  # fmt: skip
 
 
@@ -264,6 +273,13 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def _left_to_names(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Columns for the first column of a table in which nothing else is folded."""
+    others = zip(*(row[1:] for row in (header, *rows)), strict=True)
+    widths = (max(cell_len(line) for cell in column for line in cell.split("\n")) for column in others)
+    return console.width - sum(widths) - 3 * len(header) - 1
+
+
 def show_table(
     console: Console,
     header: Sequence[str],
@@ -273,12 +289,21 @@ def show_table(
 ) -> None:
     """A table on a terminal; else aligned lines that begin with the name, uncut.
 
+    On a narrow terminal names are folded first, then intervals get a line of their own.
+
     styles: of the last cell of each row, for a terminal; see `BETTER`.
     """
     if console.is_terminal:
         table = Table(title=title or None, title_justify="left", header_style="bold")
+        names = max(cell_len(row[0]) for row in (header, *rows))
+        if _left_to_names(console, header, rows) < min(names, NAME_WIDTH):
+            rows = [[cell.replace(" % [", " %\n[") for cell in row] for row in rows]
+        whole = _left_to_names(console, header, rows) >= min(names, NAME_WIDTH // 2)
         for number, name in enumerate(header):
-            table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+            left = number == 0
+            table.add_column(
+                name, justify="left" if left else "right", overflow="fold", no_wrap=whole and not left
+            )
         for row, style in zip(rows, [*styles, *[""] * (len(rows) - len(styles))], strict=True):
             table.add_row(*map(Text, row[:-1]), Text(row[-1], style=style))
         console.print(table)

@@ -36,7 +36,8 @@ for arguments in CALLS:
 def test_the_first_line_comes_before_anything_heavy(tmp_path: Path) -> None:
     calls = [["train"], ["probe"], ["prepare"], ["eval"], ["contamination", "pocket"], ["chat", "d"]]
     calls += [["grade", "pocket", "--completions", "c"], ["study"], ["merge", "d"]]
-    calls += [["judge", "d", "--judge_url", "http://127.0.0.1:1"]]
+    calls += [["judge", "d", "--judge_url", "http://127.0.0.1:1"], ["report", "."]]
+    calls += [["train", "--weight_decay", "0.1"]]  # of transformers' own
     code = FIRST.replace("CALLS", repr(calls))
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120
@@ -75,21 +76,24 @@ def narrow(width: int, **options: Any) -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=width, _environ={}, **options)
 
 
+def uncoloured(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_counter_and_time_left_survive_on_a_narrow_terminal(width: int) -> None:
-    from rich.progress import TextColumn
-    from rich.table import Column
-
-    console = narrow(width)
-    cut = Column(no_wrap=True, overflow="ellipsis", ratio=2)
-    bar = shown.make_progress(console, TextColumn("{task.fields[metrics]}", table_column=cut))
+    """Also of a training whose steps take a minute."""
+    clock = [0.0]
+    console = narrow(width, get_time=lambda: clock[0])
+    bar = shown.make_progress(console, metrics=True)
     name = "answering [what must not be lost]: an evaluation file of a long name"
-    metrics = "loss 0.4711  divergence 0.4711  lr 4.0e-04  0.53 steps/s"
-    bar.add_task(name, total=12345, completed=1234, metrics=metrics)
+    task = bar.add_task(name, total=12345, metrics="loss 0.4711  divergence 0.4711  lr 4.0e-04")
+    for clock[0] in (60.0, 120.0, 180.0):
+        bar.advance(task)
     console.print(bar.get_renderable())
     [line] = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    line = re.sub(r"\x1b\[[0-9;]*m", "", line)
-    assert "answering [" in line and "1234/12345" in line and "-:--:--" in line and "loss 0.4711" in line
+    line = uncoloured(line)
+    assert "answering [" in line and "3/12345" in line and "205:42:00" in line and "loss 0.4711" in line
     assert len(line) <= width
 
 
@@ -161,6 +165,19 @@ def test_the_table_is_coloured_on_a_terminal_only(capsys: pytest.CaptureFixture[
     )
     assert not re.search(r"\x1b\[3[12]m", plain.file.getvalue())  # type: ignore[attr-defined]
     assert capsys.readouterr().out == "   change\na  +1\nb  -1\n"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_table_keeps_figures_whole(width: int) -> None:
+    """Names are folded before figures, and an interval is never cut in two."""
+    console, figure = narrow(width), "100.0 % [61.0, 100.0]"
+    names = ["drift: perplexity of the base's answers", "retention: pocket"]
+    shown.show_table(
+        console, ("", "before", "after", "change"), [[n, figure, figure, "p 0.00012"] for n in names]
+    )
+    text = uncoloured(console.file.getvalue())  # type: ignore[attr-defined]
+    assert text.count("[61.0, 100.0]") == 4 and max(map(len, text.splitlines())) <= width
+    assert (figure in text) == (width >= 80)
 
 
 # -- completion ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import newcomer
 from unisd.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,17 @@ def test_python_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for block in blocks:
         exec(compile(block, "quickstart.md", "exec"), {})
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_what_a_newcomer_types(page: str, tmp_path: Path) -> None:
+    """Every command of the page, in its order and in one folder; trainings are cut short."""
+    short = " --max_steps 2 --max_eval_rows 4 --max_completion_length 16"
+    typed = newcomer.typed(ROOT / page)
+    rows = newcomer.carry_out([one + short * one.startswith("unisd train") for one in typed], tmp_path)
+    assert {row["impl"].split()[1] for row in rows} == {"train", "probe", "eval", "report", "chat"}
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.long

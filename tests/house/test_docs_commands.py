@@ -1,21 +1,24 @@
 """What the documents name is there: commands, their options, modules, files and links.
 
-Nothing is run here but `--help`. Words in capitals and `...` are placeholders.
+Nothing is run here but `--help`, and the commands of blocks up to what they would load first. Words
+in capitals and `...` are placeholders.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 import shlex
 from contextlib import redirect_stdout
 from functools import cache
-from itertools import dropwhile, pairwise, product
+from itertools import dropwhile, pairwise, product, takewhile
 from pathlib import Path
 
 import pytest
 
-from unisd import recipes
+from unisd import console, recipes
+from unisd.cli import report as cli_report
 from unisd.cli.main import main
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
@@ -173,6 +176,59 @@ def test_commands_and_their_options_exist() -> None:
         if problem or missing:
             found.append(f"{guide}: {shlex.join(words)}: {problem or f'there is no {missing[0]}'}")
     assert not found, "\n".join(found)
+
+
+def understood(arguments: list[str]) -> int:
+    """Carry a command out up to what it loads first; files and runs that it reads are made.
+
+    Returns its exit code: 130, as of one that is interrupted, if it got there; 0: it ended before.
+    """
+    arguments = list(takewhile(lambda word: word != "<", (word for word in arguments if word != "...")))
+    for flag, value in pairwise(arguments):
+        if (
+            flag in ("--config", "--accelerate_config")
+            and value.endswith(".yaml")
+            and not Path(value).exists()
+        ):
+            Path(value).parent.mkdir(parents=True, exist_ok=True)
+            Path(value).write_text("model_name_or_path: pocket\n", encoding="utf-8")
+    for folder in (word for word in arguments[1:] if arguments[0] == "report" and "--" not in word):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return main(arguments)
+
+
+@pytest.mark.long
+def test_commands_of_blocks_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flags, their values and what excludes what: all that is checked before a model is loaded."""
+
+    def stop(what: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console, "loading", stop)
+    monkeypatch.setattr(cli_report, "loading", stop)
+    importlib.import_module("transformers.training_args")  # with values of its options
+    monkeypatch.chdir(tmp_path)
+    for name in ("examples", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    study = tmp_path / "unisd-study" / "pocket"
+    study.mkdir(parents=True)
+    for name in ("runs.jsonl", "study.yaml"):
+        (study / name).symlink_to(ROOT / "docs/results/pocket-study" / name)
+    seen, found = 0, []
+    for guide in GUIDES:
+        text = guide.read_text(encoding="utf-8")
+        for words in commands("".join(f"```\n{block}```\n" for block in blocks(text))):
+            if (arguments := unisd_arguments(words)) is not None:
+                seen += 1
+                if understood(arguments) not in (0, 130):
+                    said = capsys.readouterr().err.strip()
+                    found.append(f"{guide.relative_to(ROOT)}: {shlex.join(words)}: {said}")
+    assert not found, "\n".join(found)
+    assert seen > 60
+    assert understood(["train", "--learning_rate", "high"]) == 2
 
 
 def test_the_parser_of_documents_finds_what_is_wrong() -> None:

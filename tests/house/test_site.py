@@ -215,20 +215,23 @@ Element.prototype.attachShadow = function () { return attach.call(this, {mode: "
 
 
 @pytest.mark.site
-@pytest.mark.parametrize(("width", "scheme"), [(1366, "light"), (390, "dark")])
+@pytest.mark.parametrize("width", [1366, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_fit_and_the_search_works_without_a_server(
-    site: Path, chromium: Any, width: int, scheme: str
+    site: Path, chromium: Any, tmp_path: Path, width: int, scheme: str
 ) -> None:
+    """The pictures stay where pytest keeps the folders of its last runs, to be looked at."""
     context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     context.add_init_script(OPEN_SHADOWS)
     shown, asked = context.new_page(), []
     shown.on("request", lambda request: asked.append(request.url))
-    for name in ("index", "reference/options", "reference/from-trl", "methods", "field"):
+    for name in ("index", "reference/options", "reference/from-trl", "methods", "results/speed", "field"):
         shown.goto((site / f"{name}.html").as_uri())
         wide, seen = shown.evaluate(
             "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
         )
         assert wide <= seen, f"{name} sticks out at {width} px"
+        shown.screenshot(path=tmp_path / f"{name.replace('/', '-')}.png")
     paper = shown.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 300) == (scheme == "dark")
     shown.keyboard.press("Control+k")

@@ -102,14 +102,16 @@ def test_what_cannot_be_compared_is_told(
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_comparison_opens_in_chromium(chromium: Any, tmp_path: Path, width: int) -> None:
+def test_a_comparison_opens_in_chromium(chromium: Any, tmp_path: Path, theme: str, width: int) -> None:
     compared(*two_runs(tmp_path), out=tmp_path / "page.html")
-    shown = Browser(chromium, "dark", width).open(tmp_path / "page.html")
+    shown = Browser(chromium, theme, width).open(tmp_path / "page.html")
     wide, seen = shown.evaluate(
         "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
     assert wide <= seen and shown.evaluate("window.hacked") is None
+    shown.screenshot(full_page=True, path=tmp_path / "page.png")
     clipped = "e => e.scrollWidth > e.clientWidth"
     if width == 390:
         assert not any(shown.locator(".scroll").nth(n).evaluate(clipped) for n in range(3))

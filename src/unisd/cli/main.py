@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from textwrap import TextWrapper
 from typing import NamedTuple
 
 from unisd import __version__
@@ -29,7 +31,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         "",
-        "run a complete adaptation of the embedded pocket model (about 3 minutes on 2 cores)",
+        "run a complete adaptation of the embedded pocket model (about 2 minutes on 2 cores)",
         "unisd.cli.train",
         "train_command",
     ),
@@ -86,15 +88,19 @@ COMMANDS = {
 
 
 def overview() -> str:
-    """What there is, a line a command."""
+    """What there is, a line a command; what is longer than the terminal goes on below itself."""
     lines = [(f"{name} {command.usage}".rstrip(), command.help) for name, command in COMMANDS.items()]
     lines.insert(1, ("train --help", "every option, grouped by mechanism"))
+    wrapped = TextWrapper(shutil.get_terminal_size().columns, break_on_hyphens=False)
+    head = wrapped.fill(
+        "unisd: adapt a causal language model to your task by self-distillation (UniSD, arXiv 2605.06597)."
+    )
+    wrapped.subsequent_indent = " " * 25
     return "\n".join(
         [
-            "unisd: adapt a causal language model to your task by self-distillation (UniSD, arXiv"
-            " 2605.06597).",
+            head,
             "",
-            *(f"  unisd {left:<16} {right}" for left, right in lines),
+            *(wrapped.fill(f"  unisd {left:<16} {right}") for left, right in lines),
             "  unisd --version",
             "",
         ]

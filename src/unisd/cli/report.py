@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unisd.cli.parser import CommandParser, output_file
+from unisd.console import loading
 from unisd.errors import UserError
 from unisd.files import METRICS, REPORT, RESULTS, write_text
 
@@ -50,13 +51,14 @@ def report_command(arguments: Sequence[str]) -> int:
     for folder in options.folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give one that `unisd train` or `unisd study` wrote.")
-    if len(options.folders) > 1:
-        out, text = _comparison(options.folders, options.out, options.figures)
-    else:
-        folder = options.folders[0]
-        out = options.out or folder / REPORT
-        text = _one(folder, out, options.figures, not options.no_run_pages)
-    write_text(out, text)
+    with loading(" ".join(map(str, options.folders))):
+        if len(options.folders) > 1:
+            out, text = _comparison(options.folders, options.out, options.figures)
+        else:
+            folder = options.folders[0]
+            out = options.out or folder / REPORT
+            text = _one(folder, out, options.figures, not options.no_run_pages)
+        write_text(out, text)
     print(f"written to {out} ({len(text.encode()) / 1e6:.1f} MB)")
     return 0
 

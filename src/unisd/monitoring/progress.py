@@ -6,8 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TextColumn
-from rich.table import Column
+from rich.progress import Progress
 from transformers import TrainerCallback
 
 from unisd.console import LINE_S, NotebookDisplay, aligned, in_notebook, live_console, make_progress
@@ -16,7 +15,7 @@ PLAIN_LINES = 20
 """Least progress lines of a run whose output is not a terminal."""
 
 
-def _metrics_text(logs: dict[str, float], steps_per_second: float) -> str:
+def metrics_text(logs: dict[str, float], steps_per_second: float) -> str:
     parts = [f"loss {logs['loss']:.4f}"] if "loss" in logs else []
     if "teacher/divergence" in logs:
         parts.append(f"divergence {logs['teacher/divergence']:.4f}")
@@ -57,10 +56,8 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
         self.started, self.first = time.perf_counter(), state.global_step
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
-        cut = Column(no_wrap=True, overflow="ellipsis", ratio=2)
-        metrics = TextColumn("{task.fields[metrics]}", markup=False, table_column=cut)
         moving = live_console() if live_console().is_terminal else self.console
-        self.progress = make_progress(moving, metrics)
+        self.progress = make_progress(moving, metrics=True)
         self.bar = self.progress.add_task(
             "training", total=state.max_steps, completed=state.global_step, metrics=""
         )
@@ -91,7 +88,7 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
 
     def _show(self, state: Any) -> None:
         done, seconds = state.global_step - self.first, time.perf_counter() - self.started
-        text = _metrics_text(self.logs, done / seconds if seconds else 0.0)
+        text = metrics_text(self.logs, done / seconds if seconds else 0.0)
         if self.progress is not None:
             self.progress.update(self.bar, completed=state.global_step, metrics=text)
         elif state.is_world_process_zero and not self.console.is_terminal:

@@ -12,7 +12,9 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -79,8 +81,12 @@ class OptionParser(argparse.ArgumentParser):
                 action.nargs, action.const = "?", "true"
 
     def add_inherited(self) -> None:
-        """Take all of transformers' options, by its own conversion; imports it."""
-        from transformers import HfArgumentParser, TrainingArguments
+        """Take all of transformers' options, by its own conversion; imports it, and says so."""
+        from unisd.console import loading
+
+        known = "transformers.training_args" in sys.modules
+        with nullcontext() if known else loading("the options of transformers"):
+            from transformers import HfArgumentParser, TrainingArguments
 
         def add(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
             described = copy.copy(item)
