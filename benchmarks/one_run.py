@@ -1,4 +1,4 @@
-"""One process of `python -m benchmarks run`: the SDFT job by ours or by TRL, with the time of its parts.
+"""One process of `python -m benchmarks run`: the SDFT job by ours or by TRL, timed by phase.
 
 It imports nothing before the side that it measures does: imports are a part.
 """

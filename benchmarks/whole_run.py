@@ -75,9 +75,7 @@ def run(o: Options) -> tuple[Rows, Ratios]:
                 rows += [{"impl": f"{shape}, {length} tokens: {side}", **row} for side, row in found.items()]
                 if {"ours", "trl"} <= found.keys():
                     for what, key in (("time", "time_s"), ("memory", "peak_memory_mb")):
-                        ratios[f"{shape}_{length}_{what}_vs_trl"] = (
-                            found["ours"][key] / found["trl"][key]
-                        )
+                        ratios[f"{shape}_{length}_{what}_vs_trl"] = found["ours"][key] / found["trl"][key]
             shutil.rmtree(folder)
     return rows, ratios
 

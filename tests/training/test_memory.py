@@ -58,7 +58,9 @@ def test_the_estimate_follows_its_formulae() -> None:
     assert sizes["rollout"] == 16 * (2 * 120 * 4 * 2 * 2 + 24 * 50)
     assert sizes["student"] == 400 + sizes["teacher_states"] + 2 * layer + sizes["logits"]
     assert sizes["kernels"] == kernel_bytes(torch.device("cpu"))
-    assert sizes["total"] == 3200 + sizes["kernels"] + max(sizes[phase] for phase in ("rollout", "scoring", "student"))
+    assert sizes["total"] == 3200 + sizes["kernels"] + max(
+        sizes[phase] for phase in ("rollout", "scoring", "student")
+    )
     settings.gradient_checkpointing = True
     sizes = estimate(SIZE, settings, prompt_tokens=20)
     assert sizes["activations"] == 4 * 120 * 2 * 8 * 2

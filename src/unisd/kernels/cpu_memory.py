@@ -16,6 +16,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def give_back_unchanged(tensor: Tensor) -> None:
     if end <= first:
         return
     try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
             pages = np.frombuffer(os.pread(file.fileno(), 8 * (end - first), 8 * first), dtype=np.uint64)
     except OSError:
         return
