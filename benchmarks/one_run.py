@@ -100,6 +100,35 @@ def flags(job: dict[str, Any], output: str) -> list[str]:
     return [word for name, value in words.items() for word in (f"--{name}", str(value))]
 
 
+def trl_settings(job: dict[str, Any], output: str, mode: str) -> Any:
+    """What is not TRL's default: the job, and that nothing is logged or saved on the way."""
+    from trl.experimental.sdft import SDFTConfig
+
+    return SDFTConfig(
+        output_dir=output,
+        model_init_kwargs={"dtype": "float32"},
+        use_cpu=True,
+        bf16=False,  # its default, which a CPU without bf16 emulates
+        max_steps=job["steps"],
+        per_device_train_batch_size=job["batch"],
+        gradient_accumulation_steps=job["accumulation"],
+        num_generations=1,
+        max_completion_length=job["completion"],
+        temperature=job["temperature"],
+        learning_rate=job["learning_rate"],
+        lr_scheduler_type="constant",
+        distillation_mode=mode,
+        distillation_alpha=job["alpha"],
+        teacher_model_kind="ema",
+        teacher_update_rate=job["ema_rate"],
+        teacher_prompt_template=job["teacher_template"],
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
 def trl(job: dict[str, Any], output: str, clock: Clock, mode: str = "full_logits") -> int:
     """A script with TRL's trainer, as its documentation writes it; returns the new tokens."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -108,35 +137,13 @@ def trl(job: dict[str, Any], output: str, clock: Clock, mode: str = "full_logits
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer
-    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+    from trl.experimental.sdft import SDFTTrainer
 
     clock.imported()
     with clock.timed("load"):
         with Path(job["rows"]).open(encoding="utf-8") as file:
             rows = Dataset.from_list([json.loads(line) for line in file])
-        args = SDFTConfig(
-            output_dir=output,
-            model_init_kwargs={"dtype": "float32"},
-            use_cpu=True,
-            bf16=False,  # its default, which a CPU without bf16 emulates
-            max_steps=job["steps"],
-            per_device_train_batch_size=job["batch"],
-            gradient_accumulation_steps=job["accumulation"],
-            num_generations=1,
-            max_completion_length=job["completion"],
-            temperature=job["temperature"],
-            learning_rate=job["learning_rate"],
-            lr_scheduler_type="constant",
-            distillation_mode=mode,
-            distillation_alpha=job["alpha"],
-            teacher_model_kind="ema",
-            teacher_update_rate=job["ema_rate"],
-            teacher_prompt_template=job["teacher_template"],
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
+        args = trl_settings(job, output, mode)
         adapter = LoraConfig(
             r=64, lora_alpha=128, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         )
