@@ -107,7 +107,8 @@ def trained(steps: int, every: int) -> Watch:
     with tempfile.TemporaryDirectory() as folder:
         flags = (
             f"--max_steps {steps} --output_dir {folder} --per_device_train_batch_size 2"
-            " --gradient_accumulation_steps 1 --max_completion_length 32 --save_strategy steps --save_steps 100 --save_total_limit 2"
+            " --gradient_accumulation_steps 1 --max_completion_length 32"
+            " --save_strategy steps --save_steps 100 --save_total_limit 2"
         )
         options, config = parse(flags.split())
         data = load_data(options, config.seed)

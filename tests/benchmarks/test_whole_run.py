@@ -44,7 +44,5 @@ def test_growth_of_a_soak_is_that_after_the_warm_up(tmp_path: Path) -> None:
     growth = soak.grown(seen, 200)
     assert growth == pytest.approx({"memory": 0.1, "highest_memory": 0.12, "open_files": 1, "threads": 0})
     assert soak.grown(seen, 2000) is None
-    pictures = [tmp_path / "one.svg", tmp_path / "two.svg"]
-    for picture in pictures:
-        soak.plot(seen, picture)
-    assert "optimizer step" in pictures[0].read_text() and len({p.read_bytes() for p in pictures}) == 1
+    soak.plot(seen, tmp_path / "soak.svg")
+    assert "optimizer step" in (tmp_path / "soak.svg").read_text(encoding="utf-8")
