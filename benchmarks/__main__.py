@@ -1,6 +1,6 @@
 """Measure, or turn results into tables.
 
-`python -m benchmarks {loss,score,step,generate,main,memory,growth,start,newcomer} --json F`, and
+`python -m benchmarks {loss,score,step,generate,main,memory,growth,start,newcomer,run} --json F`, and
 `python -m benchmarks table F... --output T`.
 """
 
@@ -52,6 +52,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         one.add_argument("--token_budget", type=int, help="tokens of ours's passes without gradient")
         for key in ("tokens", "prompt", "completion", "batch", "accumulation"):
             one.add_argument(f"--{key}", type=int, default=getattr(default, key))
+        if name == "run":
+            every = {"shape": "all", "completion": 0}  # unless one is named
+            one.set_defaults(**every, device="cpu", repetitions=1, batch=4, accumulation=4)
     render = commands.add_parser("table", help="results as Markdown, between the markers of a page")
     render.add_argument("files", type=Path, nargs="+")
     render.add_argument("--output", type=Path, required=True)
@@ -92,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         at = f" {row['axis']}={row['at']}" if "axis" in row else ""
-        memory = f" {row['extra_memory_mb']:10.1f} MB" if "extra_memory_mb" in row else ""
+        held = row.get("extra_memory_mb", row.get("peak_memory_mb"))
+        memory = "" if held is None else f" {held:10.1f} MB"
         print(f"{row['impl'] + at:<28} {row.get('time_s', row.get('cpu_s')):10.3f} s{memory}")
     for name, value in ratios.items():
         print(f"{name:<36} {value:.3f}")

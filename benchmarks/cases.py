@@ -1,6 +1,6 @@
 """Measures the loss alone, the scoring phase, generation, the main job and the memory plan.
 
-A whole step and growth have modules of their own; `CASES` names them all.
+A whole step, a whole run and growth have modules of their own; `CASES` names them all.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.settings import Star
 from benchmarks.shapes import EOS, PAD, build, examples, lora, twin
 from benchmarks.startup import start
 from benchmarks.steps import as_trained, cut, primed, step
+from benchmarks.whole_run import run
 from unisd.losses.chunked import chunked_loss, default_chunk_tokens
 from unisd.losses.head import Head
 from unisd.losses.terms import LossInputs
@@ -315,4 +316,5 @@ CASES: dict[str, Callable[[Options], tuple[Rows, Ratios]]] = {
     "growth": growth,
     "start": start,
     "newcomer": newcomer,
+    "run": run,
 }

@@ -46,7 +46,7 @@ class Samples:
         }
 
 
-def _status(key: str) -> float:
+def status_mb(key: str) -> float:
     """A field of `/proc/self/status` in MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
@@ -66,7 +66,7 @@ def release() -> None:
 
 def resident_mb(device: torch.device) -> float:
     """Memory held right now."""
-    return torch.cuda.memory_allocated(device) / MB if device.type == "cuda" else _status("VmRSS")
+    return torch.cuda.memory_allocated(device) / MB if device.type == "cuda" else status_mb("VmRSS")
 
 
 def measure(function: Callable[[], float], device: torch.device, samples: Samples) -> None:
@@ -82,7 +82,7 @@ def measure(function: Callable[[], float], device: torch.device, samples: Sample
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     samples.times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device) / MB if device.type == "cuda" else _status("VmHWM")
+    peak = torch.cuda.max_memory_allocated(device) / MB if device.type == "cuda" else status_mb("VmHWM")
     samples.memories.append(max(peak - before, 0.0))
 
 

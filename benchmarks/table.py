@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.whole_run import PHASES
 from unisd.console import markdown_table
 
 Row = dict[str, Any]
+
+
+def _phase(name: str) -> tuple[str, str, Callable[[Row], str]]:
+    """A column of wall and CPU seconds."""
+    return f"{name} (s)", f"{name}_s", lambda row: f"{row[f'{name}_s']:.1f} / {row[f'{name}_cpu_s']:.1f}"
+
+
 # title, the key that calls for it, how a row fills it
 COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("implementation", "impl", lambda row: str(row["impl"])),
@@ -16,6 +24,9 @@ COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("time (s)", "time_s", lambda row: f"{row['time_s']:.2f}"),
     ("CPU (s)", "cpu_s", lambda row: f"{row['cpu_s']:.2f}"),
     ("extra memory (MB)", "extra_memory_mb", lambda row: f"{row['extra_memory_mb']:.0f}"),
+    ("peak memory (MB)", "peak_memory_mb", lambda row: f"{row['peak_memory_mb']:.0f}"),
+    *map(_phase, (*PHASES, "other")),
+    ("tokens", "tokens", lambda row: str(row["tokens"])),
     ("predicted (MB)", "predicted_mb", lambda row: f"{row['predicted_mb']:.0f}"),
     ("tokens/s", "tokens_per_s", lambda row: f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row else ""),
     ("TFLOP/s", "tflop_per_s", lambda row: f"{row['tflop_per_s']:.3f}" if "tflop_per_s" in row else ""),
@@ -37,7 +48,7 @@ def _block(result: dict[str, Any]) -> str:
     )
     lines = [
         f"## {result['bench']}"
-        + (f": {shape}" if shape and result["bench"] not in ("main", "start", "newcomer") else ""),
+        + (f": {shape}" if shape and result["bench"] not in ("main", "run", "start", "newcomer") else ""),
         "",
         f"`{result['command']}`",
         f"({where}; {', '.join(f'{name} {number}' for name, number in versions.items())})",

@@ -49,6 +49,7 @@ import torch
 
 from unisd.config import UniSDConfig
 from unisd.errors import OutOfMemory
+from unisd.kernels.cpu_linear import kernel_bytes
 from unisd.kernels.lora import mergeable
 from unisd.losses import triton_kernels as fused
 from unisd.losses.chunked import chunk_bytes
@@ -277,6 +278,7 @@ def _held(size: ModelSize, config: UniSDConfig, shards: int) -> dict[str, float]
         "weights": size.parameters * size.bytes_per_weight / shards,
         "optimizer": size.trained * 8 / shards,
         "teacher": size.trained * teacher / shards,
+        "kernels": kernel_bytes(config.device),
     }
     if shards > 1:
         layer_weights = size.parameters / size.layers

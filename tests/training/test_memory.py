@@ -12,15 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import cases
 from benchmarks.options import Options
 from experiments.grid import run_apart
 from unisd import memory
 from unisd import testing as tiny
+from unisd.kernels import cpu_linear
 from unisd.kernels import cpu_memory as heap
+from unisd.kernels.cpu_linear import kernel_bytes
 from unisd.memory import ModelSize, available, estimate, wants_checkpointing
 from unisd.run import train as run
 from unisd.run.resolve import parse
@@ -53,7 +57,10 @@ def test_the_estimate_follows_its_formulae() -> None:
     assert sizes["activations"] == 2 * layer
     assert sizes["rollout"] == 16 * (2 * 120 * 4 * 2 * 2 + 24 * 50)
     assert sizes["student"] == 400 + sizes["teacher_states"] + 2 * layer + sizes["logits"]
-    assert sizes["total"] == 3200 + max(sizes[phase] for phase in ("rollout", "scoring", "student"))
+    assert sizes["kernels"] == kernel_bytes(torch.device("cpu"))
+    assert sizes["total"] == 3200 + sizes["kernels"] + max(
+        sizes[phase] for phase in ("rollout", "scoring", "student")
+    )
     settings.gradient_checkpointing = True
     sizes = estimate(SIZE, settings, prompt_tokens=20)
     assert sizes["activations"] == 4 * 120 * 2 * 8 * 2
@@ -170,7 +177,9 @@ FAULTS = """
 import torch
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from unisd.kernels import cpu_linear
 from unisd.kernels import cpu_memory as heap
+from unisd.kernels.cpu_linear import kernel_bytes
 
 def faults():
     before = getrusage(RUSAGE_SELF).ru_minflt
@@ -275,3 +284,40 @@ def test_an_estimate_never_ends_a_run(caplog: Any) -> None:
     assert size == replace(known, intermediate=0)
     assert "The memory estimate does not know intermediate_size={'a': 1} of this model" in caplog.text
     assert estimate(size, config())["total"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are those of a file")
+def test_weights_as_in_their_file_give_their_memory_back_and_changed_ones_do_not(tmp_path: Path) -> None:
+    whole = {name: torch.full((1 << 21,), value) for name, value in (("base", 1.0), ("changed", 2.0))}
+    save_file(whole, str(tmp_path / "model.safetensors"))
+    found = load_file(str(tmp_path / "model.safetensors"))
+    found["changed"][1 << 20] = 7.0
+    assert float(found["base"].sum()) == 1 << 21  # read, so that it is held
+    held = []
+    for tensor in (found["base"], found["changed"], torch.ones(1 << 21)):
+        before = psutil.Process().memory_info().rss
+        expected = tensor.clone() if tensor is not found["base"] else whole["base"]
+        middle = psutil.Process().memory_info().rss
+        heap.give_back_unchanged(tensor)
+        held.append(middle - psutil.Process().memory_info().rss)
+        assert torch.equal(tensor, expected) and before > 0
+    assert held[0] > 7 << 20 and max(held[1:]) < 1 << 20
+
+
+def kernels_kept(shapes: int) -> float:
+    """MiB that kernels of so many shapes leave in this process."""
+    weight, x = torch.randn(512, 64), torch.ones(64 * shapes, 64)
+    cpu_linear.matmul_nt(x, weight)
+    heap.give_back()
+    before = psutil.Process().memory_info().rss
+    for i in range(1, shapes):
+        cpu_linear.matmul_nt(x[: 64 * i], weight)
+    heap.give_back()
+    return (psutil.Process().memory_info().rss - before) / 2**20
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not cpu_linear._has_onednn(), reason="this processor's torch has no oneDNN")
+def test_kernels_of_many_shapes_take_no_more_than_is_planned() -> None:
+    found = run_apart(kernels_kept, 400)
+    assert found < kernel_bytes(torch.device("cpu")) / 2**20

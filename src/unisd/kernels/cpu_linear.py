@@ -8,6 +8,7 @@ in float32 throughout.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -17,10 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROW_MULTIPLE, SMALL_ROW_MULTIPLE = 64, 8
-"""oneDNN compiles a kernel for each shape and keeps up to 1,024 of them, at 1.6 ms and 0.6 MB.
+"""oneDNN compiles a kernel for each shape, in 1.6 ms, and keeps it (`KERNELS_KEPT`).
 
 It is given multiples of `ROW_MULTIPLE` rows (and of tokens to sum over), or of
 `SMALL_ROW_MULTIPLE` up to `ROW_MULTIPLE`, or fewer than that.
+"""
+KERNELS_KEPT, KERNEL_BYTES = 128, 600_000
+"""Most kernels that oneDNN and torch keep, of their own accord 1,024, and what one takes in both.
+
+A pass needs some 20, each for all layers; answers of all lengths together need hundreds.
 """
 MIN_PRODUCT_ENTRIES = 2**21
 """Multiplications from which oneDNN is the faster one; below, its overhead of some microseconds
@@ -32,10 +38,17 @@ BLOCK = 1024
 
 @lru_cache
 def _has_onednn() -> bool:
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, torch's above it
+        os.environ.setdefault(cache, str(KERNELS_KEPT))  # read at the first product
     # The operator of compiled graphs: torch reaches oneDNN in float32 by no other that takes
     # tensors as they are.
     x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return x86 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def kernel_bytes(device: torch.device) -> int:
+    """Most memory that compiled kernels take on a device."""
+    return KERNELS_KEPT * KERNEL_BYTES if device.type == "cpu" and _has_onednn() else 0
 
 
 def _suits(x: Tensor, weight_OI: Tensor) -> bool:

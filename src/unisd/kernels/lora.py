@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from unisd.distributed.sharding import is_shard
 from unisd.kernels.cpu_linear import Computed, linear, matmul_nt, matmul_tn, placed_for
+from unisd.kernels.cpu_memory import give_back_unchanged
 
 
 @contextmanager
@@ -145,6 +146,7 @@ def _merged(layer: Any, kept: dict[str, Tensor] | None, x: Tensor, *args: Any, *
         )
     if kept is not None:
         kept["weight"] = weight
+        give_back_unchanged(base.weight)
     return linear(x, weight, base.bias)
 
 

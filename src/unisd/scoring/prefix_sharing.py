@@ -147,14 +147,15 @@ def can_share(backbone: Backbone) -> bool:
         laid = collate_shared(sequences, shareable, device)
         together = backbone.hidden_states(laid.batch).final
         assert together is not None
-        for sequence, start, shared in zip(
-            sequences, laid.starts, (len(trunk), *[len(trunk + branch)] * 2, 0), strict=True
+        apart = collate_shared(sequences, [0] * len(sequences), device)
+        alone = backbone.hidden_states(apart.batch).final
+        assert alone is not None
+        for sequence, start, own, shared in zip(
+            sequences, laid.starts, apart.starts, (len(trunk), *[len(trunk + branch)] * 2, 0), strict=True
         ):
-            alone = backbone.hidden_states(collate_shared([sequence], [0], device).batch).final
-            assert alone is not None
             if not close(
                 together[0, start + shared : start + len(sequence)],
-                alone[0, shared:],
+                alone[0, own + shared : own + len(sequence)],
                 tolerance_of(alone.dtype),
             ):
                 return False
