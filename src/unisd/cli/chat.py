@@ -68,27 +68,36 @@ def chat_command(arguments: Sequence[str]) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser(
         "chat",
-        "Talk with a model: it reads the turns so far with each prompt. On a terminal, /help lists what can"
-        " be typed beside prompts. Otherwise each line of standard input is a prompt, or one of those"
-        " commands.",
+        "Talk with a model: it reads the conversation so far with each prompt. In a terminal, /help"
+        " lists the commands. Otherwise each line of standard input is a prompt or a command.",
     )
     parser.add_argument("folder", metavar="DIR", help="model or adapter folder, or a model name")
     parser.add_argument(
-        "--compare", metavar="BASE", help="another model beside it; `base`: the one it was adapted from"
+        "--compare",
+        metavar="BASE",
+        help="show another model's answers beside it; `base`: the model it was adapted from",
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this one prompt and end")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer only this prompt, then end")
     parser.add_argument(
         "--system",
         metavar="TEXT",
-        help="the system turn; an empty text: none (default: that of the rows it was trained on)",
+        help="the system turn; an empty text: none (default: the system turn of its training rows)",
     )
     parser.add_argument(
-        "--max_new_tokens", type=int, default=256, metavar="N", help="most tokens of an answer (default: 256)"
+        "--max_new_tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="maximum tokens per answer (default: 256)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="of sampling; 0 (default): greedy"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature; 0 (default): greedy",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling (default: 0)")
     add_trust(parser)
     add_template_options(parser)
     return parser

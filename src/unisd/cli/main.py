@@ -29,12 +29,15 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         "",
-        "run a complete adaptation of the embedded pocket model (about 3 minutes on 2 cores)",
+        "train and measure; by default the embedded pocket model (about 3 minutes on 2 cores)",
         "unisd.cli.train",
         "train_command",
     ),
     "probe": Command(
-        "", "before training: is the teacher worth learning from?", "unisd.cli.probe", "probe_command"
+        "",
+        "check before training whether the teacher is worth learning from",
+        "unisd.cli.probe",
+        "probe_command",
     ),
     "prepare": Command(
         "",
@@ -44,7 +47,7 @@ COMMANDS = {
     ),
     "eval": Command(
         "",
-        "accuracy on tasks, retention and perplexities of a saved model",
+        "measure accuracy on tasks, retention and perplexities of a saved model",
         "unisd.cli.evaluate",
         "eval_command",
     ),
@@ -57,28 +60,30 @@ COMMANDS = {
     ),
     "contamination": Command(
         "",
-        "do problems of the evaluation rows occur in the training rows?",
+        "check whether problems of the evaluation rows occur in the training rows",
         "unisd.cli.contamination",
         "contamination_command",
     ),
     "study": Command(
         "",
-        "which mechanisms matter for a task: a design of runs, effects with intervals",
+        "find which mechanisms matter for a task: a design of runs, effects with intervals",
         "unisd.cli.study",
         "study_command",
     ),
     "report": Command(
         "DIR ...",
-        "a run, several runs side by side or a study as one HTML page",
+        "show a run, several runs side by side or a study as one HTML page",
         "unisd.cli.report",
         "report_command",
     ),
-    "recipes": Command("[NAME]", "published methods as files", "unisd.cli.recipes", "recipes_command"),
-    "merge": Command("DIR", "an adapter into a full model", "unisd.cli.merge", "merge_command"),
-    "chat": Command("DIR", "talk with a model, its base beside it", "unisd.cli.chat", "chat_command"),
+    "recipes": Command(
+        "[NAME]", "list published methods, or print one as a file", "unisd.cli.recipes", "recipes_command"
+    ),
+    "merge": Command("DIR", "merge an adapter into a full model", "unisd.cli.merge", "merge_command"),
+    "chat": Command("DIR", "talk with a model, with its base beside it", "unisd.cli.chat", "chat_command"),
     "completion": Command(
         "SHELL",
-        "a script that completes commands, options and values",
+        "print a shell script that completes commands, options and values",
         "unisd.cli.completion",
         "completion_command",
     ),

@@ -31,7 +31,7 @@ def prepare_command(arguments: Sequence[str]) -> int:
     """The command; returns its exit code."""
     parser = CommandParser("prepare", DESCRIPTION, shared_options("prepare"), heading="what is built")
     parser.under(OUTPUT).add_argument(
-        "--output", type=output_file, metavar="FILE.jsonl", help="write the rows there"
+        "--output", type=output_file, metavar="FILE.jsonl", help="write the rows to this file"
     )
     own = parser.parse(arguments)
     if own is None:

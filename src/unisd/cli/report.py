@@ -22,28 +22,28 @@ def report_command(arguments: Sequence[str]) -> int:
     """
     parser = CommandParser(
         "report",
-        "A run, several runs side by side or a study, as one HTML page that works offline, on a phone and in"
-        " print.",
+        "Show a run, several runs side by side or a study as one HTML page. It works offline, on a"
+        " phone and in print.",
     )
     parser.add_argument(
         "folders",
         nargs="+",
         type=Path,
         metavar="RUN_OR_STUDY_DIR",
-        help="what `unisd train` or `unisd study` has written; of several runs one page compares them",
+        help="folder that `unisd train` or `unisd study` wrote; one page compares several runs",
     )
     parser.add_argument(
         "--out",
         type=output_file,
         metavar="FILE.html",
-        help=f"the page (default: {REPORT} in that folder; of several runs {COMPARISON} here)",
+        help=f"the page (default: {REPORT} in that folder; for several runs {COMPARISON} here)",
     )
     parser.add_argument(
         "--figures",
         metavar="DIR",
-        help="of a study: write its figures (SVG) and its tables (Markdown) there too",
+        help="for a study: also write its figures (SVG) and tables (Markdown) to this folder",
     )
-    parser.add_argument("--no_run_pages", action="store_true", help="of a study: make no pages of its runs")
+    parser.add_argument("--no_run_pages", action="store_true", help="for a study: make no pages for its runs")
     options = parser.parse(arguments)
     if options is None:
         return 0
