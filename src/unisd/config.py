@@ -176,7 +176,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
     def _check_length(self) -> None:
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(
-                f"max_steps={self.max_steps} is no number of steps: give 1 or more, or -1 for"
+                f"max_steps={self.max_steps} is not a number of steps: give 1 or more, or -1 for"
                 " num_train_epochs."
             )
         if self.max_steps < 0 and self.num_train_epochs <= 0:
@@ -264,7 +264,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         shows_sibling = any("sibling" in name for name in self.rollout_contexts)
         if shows_sibling and self.num_generations == 1:
             raise UserError(
-                "rollout_contexts=sibling needs several answers a prompt: set num_generations of 2 or more."
+                "rollout_contexts=sibling needs several answers per prompt: set num_generations of 2 or more."
             )
 
     def _check_residual(self) -> None:

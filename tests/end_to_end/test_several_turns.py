@@ -76,7 +76,7 @@ def test_an_engine_that_miscounts_is_one_line(tmp_path: Path) -> None:
         def generate(self, *given: Any) -> list[Completion]:
             return [Completion(c.ids, c.truncated, written=[True]) for c in super().generate(*given)]
 
-    with pytest.raises(UserError, match="give one a token"):
+    with pytest.raises(UserError, match="give one per token"):
         trainer(tmp_path, engine=Wrong(answers()), max_completion_length=32).train()
 
 

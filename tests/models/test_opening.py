@@ -236,7 +236,7 @@ def test_tokens_that_were_added_are_opened_with_the_adapter(tmp_path: Path, imag
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda model, config: (get_peft_model(model, config), config), "leave peft_config out to go on"),
+        (lambda model, config: (get_peft_model(model, config), config), "leave peft_config out to continue"),
         (lambda model, config: (get_peft_model(model, config, adapter_name="mine"), None), "named 'default'"),
         (
             lambda model, config: (setattr(model, "peft_config", {"default": config}) or model, None),

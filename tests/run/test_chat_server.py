@@ -213,7 +213,7 @@ def test_no_output_holds_the_key(
         (["--server_url", "URL", "--dtype", "float32"], "--dtype is of a model that is loaded here"),
         (["--server_url", "URL", "--trust_remote_code"], "--trust_remote_code is of a model that is loaded"),
         (["--server_model", "base"], "--server_model is a name on a server: give its --server_url, too"),
-        (["--stop", ""], "--stop: an empty text stands everywhere"),
+        (["--stop", ""], "--stop: an empty text matches everywhere"),
     ],
 )
 def test_what_a_server_would_ignore_is_refused(

@@ -166,7 +166,7 @@ def test_drift_has_its_zero() -> None:
         ((40, 12, 1, 7), (2.0, 0.0, -0.1), "12 of 52 items of general that were right are lost, 1 gained"),
         ((900, 12, 1, 87), (2.0, 0.0, -0.1), None),  # beyond chance, and too few to matter
         ((3, 3, 0, 4), (2.0, 0.0, -0.1), None),  # not beyond chance
-        ((50, 1, 1, 8), (2.5, 0.2, 0.1), "lost 0.20 nats a token (perplexity 2.00 to 2.50)"),
+        ((50, 1, 1, 8), (2.5, 0.2, 0.1), "lost 0.20 nats per token (perplexity 2.00 to 2.50)"),
         ((50, 1, 1, 8), (2.5, 0.2, -0.1), None),
         ((50, 1, 1, 8), (2.1, 0.02, 0.01), None),
     ],

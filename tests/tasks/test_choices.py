@@ -121,18 +121,18 @@ def test_a_text_without_options_is_compared_with_the_text_given():
 @pytest.mark.parametrize(
     ("gold", "said"),
     [
-        (None, "gold None is no answer: give a letter"),
-        ("", "gold '' is no answer: give a letter"),
+        (None, "gold None is not an answer: give a letter"),
+        ("", "gold '' is not an answer: give a letter"),
         (True, "gold True is no answer"),
         ([], "gold [] is no answer"),
         ({"best": "B"}, "gold {'best': 'B'} is no answer"),
         ("B or C", "gold 'B or C' names several letters: give one, or a list of which any is right"),
-        ({"answer": 4, "options": OPTIONS}, "gold 4 is no index of 4 options, which count from 0"),
+        ({"answer": 4, "options": OPTIONS}, "gold 4 is not an index of 4 options, which count from 0"),
         ({"answer": "E", "options": OPTIONS}, "gold 'E' is beyond the row's 4 options"),
         ({"answer": "heaven", "options": OPTIONS}, "gold 'heaven' is none of the row's 4 options"),
         ({"answer": 2, "options": ["2", "3", "4"]}, "gold 2 is an index, and the text of another option"),
         ({"answer": "B", "options": ["B", "A"]}, "gold 'B' is one option's letter and another one's text"),
-        ({"answer": "B", "options": "A or B"}, "the options 'A or B' are no list of 2 to 26 texts"),
+        ({"answer": "B", "options": "A or B"}, "the options 'A or B' are not a list of 2 to 26 texts"),
     ],
     ids=repr,
 )

@@ -186,7 +186,7 @@ def test_an_optimizer_of_other_weights(tmp_path: Path, caplog: Any) -> None:
     assert "leaves 20 of 21 trained tensors as they are" in caplog.text
     assert built.optimizer is head and "initial_lr" not in head.param_groups[0]  # the schedule's trace
     schedule = torch.optim.lr_scheduler.ConstantLR(of_base)
-    with pytest.raises(UserError, match="the schedule in optimizers moves another optimizer"):
+    with pytest.raises(UserError, match="the schedule in optimizers belongs to another optimizer"):
         trainer(tmp_path, model=model, optimizers=(head, schedule))
 
 

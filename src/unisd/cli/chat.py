@@ -147,7 +147,7 @@ class Session:
                 self.speaker.encode(self.start.prompt("question"))
         for speaker in filter(None, (self.speaker, self.other)):
             if not speaker.remembers and self.options.prompt is None:
-                logger.warning("%s has no chat template: it reads each prompt alone.", speaker.name)
+                logger.warning("%s has no chat template: it reads each prompt separately.", speaker.name)
 
     # -- what a line does --------------------------------------------------------------------------
 
@@ -327,7 +327,7 @@ def _system_of_run(folder: str, examples: Sequence[Messages]) -> str | None:
     prompts = _prompts(trained) or examples
     found = {str(p[0]["content"]) if p[0]["role"] == "system" else None for p in prompts}
     if len(found) > 1:
-        logger.warning("the run's rows do not share one system turn: there is none, but for --system TEXT.")
+        logger.warning("the run's rows do not share one system turn: none is used; --system TEXT sets one.")
     return found.pop() if len(found) == 1 else None
 
 
@@ -336,5 +336,7 @@ def _base_of(folder: str) -> str:
     try:
         name = json.loads((Path(folder).expanduser() / RESULTS).read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder} has no {RESULTS} that names its base: give it, --compare MODEL.") from None
+        raise UserError(
+            f"{folder} has no {RESULTS} that names its base: give it with --compare MODEL."
+        ) from None
     return str(name)

@@ -205,15 +205,17 @@ def _check(options: Any) -> None:
             " are needed."
         )
     if options.num_samples > 1 and options.temperature <= 0:
-        raise UserError("--num_samples: greedy answers are all alike; give a --temperature.")
+        raise UserError("--num_samples: greedy answers are all the same; give a --temperature.")
     if "" in (options.stop or ()):
-        raise UserError("--stop: an empty text stands everywhere; give another.")
+        raise UserError("--stop: an empty text matches everywhere; give another.")
     if options.scales is not None:
         check_scales(options.scales, "--scales")
         if options.retention is not None:
-            raise UserError("--retention is not asked of parts: add its task to --task, or drop --scales.")
+            raise UserError(
+                "--retention is not measured for parts: add its task to --task, or drop --scales."
+            )
         if options.model_name_or_path is None or options.server_url is not None:
-            raise UserError("--scales are parts of what a training changed: give its folder as --model.")
+            raise UserError("--scales are parts of what training changed: give its folder as --model.")
     if options.server_url is None:
         if options.server_model is not None:
             raise UserError("--server_model is a name on a server: give its --server_url, too.")
@@ -230,7 +232,8 @@ def _check(options: Any) -> None:
     for name in ("model_name_or_path", "dtype", "trust_remote_code"):
         if getattr(options, name):
             raise UserError(
-                f"--{name} is of a model that is loaded here, and --server_url lets a server answer: drop one"
+                f"--{name} is for a model that is loaded here, but --server_url lets a server answer:"
+                " drop one"
                 " of them (--server_model names the server's)."
             )
 
@@ -241,7 +244,7 @@ def _refuse_nothing(options: Any, chosen: dict[str, Task], sets: dict[str, dict[
         references = any(row.get("completion") for row in sets[name]["task"])
         if task.graded or options.base or options.rows or (references and options.server_url is None):
             continue
-        why = "a server tells no perplexity" if references else "its rows have no reference"
+        why = "a server gives no perplexity" if references else "its rows have no reference"
         raise UserError(
             f"{name}: there is no --grader, and {why}: give one, or --rows FILE to keep the answers."
         )

@@ -162,5 +162,5 @@ def summary_lines(summary: Figures, name: str = "accuracy") -> list[list[str]]:
     shown["  answer found"] = summary["extraction_rate"]
     lines = [[label, percent(value), str(value["n"])] for label, value in shown.items()]
     if open_answers := unsettled(summary["outcomes"]):
-        lines.append(["  answers that settle nothing", open_answers, str(sum(summary["outcomes"].values()))])
+        lines.append(["  undecided answers", open_answers, str(sum(summary["outcomes"].values()))])
     return lines

@@ -169,7 +169,7 @@ def _of_files(options: Any) -> tuple[list[Pair], list[str]]:
             (row["id"] for row, texts in zip(matched.rows, matched.answers, strict=True) if texts[1:]), None
         )
         if several is not None:
-            raise UserError(f"{path}: row {several} has several answers: give one a row to compare.")
+            raise UserError(f"{path}: row {several} has several answers: give one per row to compare.")
         sides.append(
             {str(row["id"]): texts[0] for row, texts in zip(matched.rows, matched.answers, strict=True)}
         )

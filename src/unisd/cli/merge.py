@@ -73,7 +73,7 @@ def _number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number (DIR comes before --scale)") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number (DIR comes before --scale)") from None
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value

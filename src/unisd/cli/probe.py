@@ -194,7 +194,7 @@ def _print_recommendation(console: Console, found: Recommendation) -> None:
     from unisd.run.recommended import predicted_line
 
     console.print()
-    show_table(console, ("set", "to", "why"), found.lines, "What to set for a first run")
+    show_table(console, ("set", "to", "why"), found.lines, "Settings for a first run")
     console.print(predicted_line(found.predicted), markup=False, highlight=False)
 
 

@@ -49,7 +49,7 @@ def report_command(arguments: Sequence[str]) -> int:
         return 0
     for folder in options.folders:
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder: give one that `unisd train` or `unisd study` wrote.")
+            raise UserError(f"{folder} is not a folder: give one that `unisd train` or `unisd study` wrote.")
     if len(options.folders) > 1:
         out, text = _comparison(options.folders, options.out, options.figures)
     else:
@@ -72,7 +72,9 @@ def _comparison(folders: Sequence[Path], out: Path | None, figures: str | None) 
         raise UserError(FIGURES_OF_A_STUDY)
     target = out or Path(COMPARISON)
     if out is None and target.exists() and PAGE_HEAD not in target.read_bytes()[:2000]:
-        raise UserError(f"{target} is there already, and no page of unisd: name the page with --out.")
+        raise UserError(
+            f"{target} exists already and is not a page of unisd: choose another name with --out."
+        )
     return target, compare_page.build(folders)
 
 

@@ -58,15 +58,15 @@ def study_parser() -> CommandParser:
     data, measured = parser.under(DATA), parser.under(MEASURED)
     runs, output = parser.under("how it runs"), parser.under(OUTPUT)
     parser.add_argument("folder", nargs="?", metavar="DIR", help="with --analyse: the folder of a study")
-    runs.add_argument("--config", metavar="STUDY.yaml", help="the study (see docs/study.md); flags win")
+    runs.add_argument(
+        "--config", metavar="STUDY.yaml", help="the study (see docs/study.md); flags override it"
+    )
     output.add_argument(
         "--output_dir",
         help=f"the study's folder; the same again continues (default: {DEFAULT_FOLDER}/NAME)",
     )
     measured.add_argument(
-        "--mechanisms",
-        nargs="+",
-        help=f"factors on/off: {', '.join(design.MECHANISMS)} (default: all)",
+        "--mechanisms", nargs="+", help=f"factors on/off: {', '.join(design.MECHANISMS)} (default: all)"
     )
     measured.add_argument(
         "--design", nargs="+", help=f"{', '.join(design.DESIGNS)} (default: one-in leave-one-out)"
@@ -185,13 +185,13 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
         _remember(folder, study)
         complete = _run_left(options, study, runs, store)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with:\n  unisd study {shlex.join(arguments)}", flush=True)
+        print(f"\ninterrupted; continue with:\n  unisd study {shlex.join(arguments)}", flush=True)
         return 130
     finally:
         store.close()
     if not complete:
         print(
-            f"the budget of {study.budget_minutes:g} minutes is used up; go on with:\n  unisd study"
+            f"the budget of {study.budget_minutes:g} minutes is used up; continue with:\n  unisd study"
             f" {shlex.join(arguments)}"
         )
     mine = {run.id for run in runs}

@@ -42,7 +42,7 @@ def is_adapter(name: str | Path) -> bool:
     if weights:
         raise UserError(
             f"{name} holds an adapter ({ADAPTER_CONFIG}) and a model ({weights[0].name}): move one of them"
-            " into a folder of its own, and name that."
+            " into a separate folder, and give that folder."
         )
     return True
 
@@ -167,8 +167,8 @@ def check_adapter(model: Any, peft_config: Any) -> None:
         )
     if peft_config is not None:
         raise UserError(
-            "peft_config is given with a model that has an adapter already: leave peft_config out to go on"
-            " with that adapter, or give model.merge_and_unload()."
+            "peft_config is given with a model that has an adapter already: leave peft_config out to"
+            " continue with that adapter, or give model.merge_and_unload()."
         )
     if list(held) != ["default"]:
         raise UserError(

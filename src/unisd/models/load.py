@@ -166,7 +166,7 @@ def _load(what: str, name: str, path: str, build: Any) -> Any:
         if Path(path).is_dir():
             raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
         raise UserError(
-            f"no model {name}: neither a local folder nor to be had from the Hugging Face hub; check the"
+            f"no model {name}: neither a local folder nor available from the Hugging Face hub; check the"
             f" spelling and the network, or give a local folder, {POCKET} or {SMOLLM2}"
         ) from error
 
@@ -329,7 +329,7 @@ def _kind_of(config: Any, name: str, trust_remote_code: bool) -> Any:
         return AutoModelForCausalLM
     trust = by_caller("--trust_remote_code", "trust_remote_code=True")
     raise UserError(
-        f"{name} is a {config.model_type}, which is no causal language model that transformers knows: give"
+        f"{name} is a {config.model_type}, which is not a causal language model that transformers knows: give"
         f" another model, or {trust} where its code comes with it."
     )
 

@@ -360,7 +360,8 @@ def check_scales(scales: Sequence[float], option: str) -> None:
     for scale in scales:
         if not math.isfinite(scale) or scale in (0.0, 1.0):
             raise UserError(
-                f"{option}: {scale:g} is no part to ask for: give numbers such as 0.25 0.5 0.75; the base (0)"
+                f"{option}: {scale:g} is not a part to measure: give numbers such as 0.25 0.5 0.75; the"
+                " base (0)"
                 " and all of the change (1) are measured anyway."
             )
     if len(set(scales)) < len(scales):

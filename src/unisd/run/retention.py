@@ -128,7 +128,7 @@ def _named(
             other = tasks.get(name)
         except UserError as error:
             raise UserError(
-                f"retention: task {name} cannot be asked ({error}): give its rows as a file."
+                f"retention: task {name} cannot be used ({error}): give its rows as a file."
             ) from None
         if other.runs_code:
             sandbox.require_with(options.allow_unsafe_code_execution)

@@ -217,7 +217,7 @@ class Benchmark(Task):
                 if isinstance(error, KeyError)
                 else f"a field holds something else ({error})"
             )
-            raise UserError(f"{self.name}: {where} is no record of this task: {reason}") from None
+            raise UserError(f"{self.name}: {where} is not a record of this task: {reason}") from None
 
     def _from_files(self) -> Iterator[tuple[Problem, str | None]]:
         assert self.data_files is not None

@@ -151,7 +151,7 @@ def require_whole(folder: str | Path, contents: bool = True) -> None:
     remedy = (
         f"resume from {good}, the newest whole one"
         if good is not None
-        else "there is no whole one beside it, start anew"
+        else "there is no complete one beside it, start again"
     )
     raise UserError(f"checkpoint {folder} is broken: {problem}: {remedy}.")
 
@@ -191,7 +191,7 @@ def require_unused(output_dir: str | Path, checkpoint: str | Path | None = None)
     found = [path.name for _, path in sorted(_numbered(folder))][-1:] + found
     if found:
         raise UserError(
-            f"{folder} holds another run ({', '.join(found)}): go on with it by resume_from_checkpoint=True,"
+            f"{folder} holds another run ({', '.join(found)}): continue it with resume_from_checkpoint=True,"
             " choose another output_dir, or remove these files."
         )
 
@@ -204,7 +204,7 @@ def saving_failed(error: Exception, output_dir: str | Path, name: str) -> UserEr
     kept = (
         f"{good.name} is whole: free some space, then resume from it"
         if good
-        else "free some space, then start anew"
+        else "free some space, then start again"
     )
     reason = "" if isinstance(error, OSError) else f" ({type(error).__name__})"
     return UserError(

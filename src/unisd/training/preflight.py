@@ -57,8 +57,8 @@ def check_ready(trainer: UniSDTrainer) -> None:
     trainer.completions.check()
     if args.teacher_context == "plain" and _teaches_nothing(args):
         logger.warning(
-            "teacher_context=plain: student and teacher read the same, with the same weights at the start, so"
-            " that nothing is learnt."
+            "teacher_context=plain: student and teacher read the same, with the same weights at the"
+            " start, so that nothing is learned."
         )
     if args.uses_reference or args.teacher_context in BUILT:
         trainer.prompts.check_generation_prefix(trainer.rows[0])
@@ -86,7 +86,7 @@ def check_ready(trainer: UniSDTrainer) -> None:
         _check_optimizes(given, trainer.model)
     if not own and schedule is not None and getattr(schedule, "optimizer", given) is not given:
         raise UserError(
-            "the schedule in optimizers moves another optimizer: give (optimizer, schedule of it)."
+            "the schedule in optimizers belongs to another optimizer: give (optimizer, its schedule)."
         )
     if not trainer.is_deepspeed_enabled:  # its engine builds both, by a file of its own
         _try_optimizer(trainer)
@@ -286,7 +286,7 @@ def _try_saving(trainer: UniSDTrainer) -> None:
             torch.save(trainer.args, Path(folder) / TRAINING_ARGS_NAME)
     except Exception as error:  # of a dozen libraries' kinds: of tokenizers, configs, pickle
         raise UserError(
-            f"what is trained could not be saved: {one_line(error)}: mend the files of model or tokenizer"
+            f"what is trained could not be saved: {one_line(error)}: fix the files of model or tokenizer"
             " before training."
         ) from error
 

@@ -98,7 +98,7 @@ class ServerEngine(common.VllmEngine):
         resume = by_caller("--resume_from_checkpoint", "train(resume_from_checkpoint=True)")
         return RolloutError(
             f"the vLLM server at {self.client.url} does not answer ({trouble}); start it with: {self._start};"
-            f" training goes on from the last checkpoint with {resume}."
+            f" training continues from the last checkpoint with {resume}."
         )
 
     def _unfit(self, what: str) -> RolloutError:
@@ -127,7 +127,7 @@ class ServerEngine(common.VllmEngine):
             )
         if not error.status:
             return RolloutError(
-                f"the vLLM server at {self.client.url} is not to be had ({error}): correct its address."
+                f"the vLLM server at {self.client.url} cannot be reached ({error}): correct its address."
             )
         return self._unfit(f"{refusal} ({error})")
 
@@ -270,7 +270,7 @@ class ServerEngine(common.VllmEngine):
             if self._accelerator.num_processes > 1 or not self._tag:
                 raise self._gone(error) from error
             logger.warning(
-                "The vLLM server at %s was started anew (%s): it is given the weights again.",
+                "The vLLM server at %s was restarted (%s): it gets the weights again.",
                 self.client.url,
                 error,
             )
