@@ -245,7 +245,7 @@ def test_gold_that_the_grader_cannot_read(own: Any) -> None:
     rows = [{**row, "answer": answer} for row, answer in zip(ROWS, ["1", "2,5", "12,34,5"] * 2, strict=True)]
     for flags in ((), ("--dry_run",)):
         line = own(rows, "--grader", "number", *flags)
-        assert "rows.jsonl, row 2: gold '12,34,5' is no number: give one number" in line
+        assert "rows.jsonl, row 2: gold '12,34,5' is not a number: give one number" in line
 
 
 # -- models and folders ----------------------------------------------------------------------------

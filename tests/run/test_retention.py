@@ -200,7 +200,7 @@ def test_a_run_that_changes_nothing_prints_zero(
     table = capsys.readouterr().out
     assert "24 / 0 / 0" in table and "+0.000" in table.split("drift: KL")[1].splitlines()[0]
     assert main(["report", str(tmp_path / "out")]) == 0
-    assert "Only forgetting was looked for" in (tmp_path / "out" / "report.html").read_text()
+    assert "Only forgetting was measured" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.long
