@@ -206,7 +206,7 @@ def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
 
 
 def chosen_rate(cells: list[Cell], method: str) -> float | None:
-    """Choose the pilot rate with the most points gained on the task plus points kept of prior skills.
+    """Choose the pilot rate with the most points gained on the task plus points of retention.
 
     None: pilots are missing.
     """

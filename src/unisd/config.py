@@ -253,8 +253,8 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
                 name == NO_LOSS and place < len(self.rollout_contexts) - 1
             ):
                 raise UserError(
-                    f"rollout_contexts: what follows {name!r} can never be reached: name each once, and none"
-                    " last."
+                    f"rollout_contexts: entries after {name!r} are never reached: name each once, and"
+                    " none last."
                 )
         if self.needs_verdicts and self.completion_source == "reference":
             raise UserError(
@@ -279,7 +279,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         told = any("feedback" in name for name in self.rollout_contexts)
         if self.num_iterations > 1 or self.rollout_keep != "all" or told:
             raise UserError(
-                "topk_estimator=residual is right on average over all answers, new and scored alike: unset"
+                "topk_estimator=residual is unbiased only over all answers, new and scored: unset"
                 " num_iterations, rollout_keep, and feedback in rollout_contexts."
             )
 

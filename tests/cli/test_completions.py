@@ -117,7 +117,7 @@ def test_the_options_may_have_stood_in_any_order(tmp_path, capsys, data):
     assert graded(tmp_path, "gpqa", data["gpqa"], lines)["accuracy"]["value"] == 1.0
     bad = written(tmp_path / "bad.jsonl", [{**lines[0], "option_order": [4]}])
     error = refused(capsys, "grade", "gpqa", "--data_files", data["gpqa"], "--completions", bad)
-    assert 'row 0: the order [4] of options is none of "unisd" (that of our prompts), "data"' in error
+    assert 'row 0: the order [4] of options must be "unisd" (that of our prompts), "data"' in error
     error = refused(capsys, "grade", "gpqa", "--data_files", data["gpqa"])
     assert "give either --completions C.jsonl, to grade them, or --write_prompts P.jsonl" in error
 

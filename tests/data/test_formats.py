@@ -322,7 +322,7 @@ def test_an_instruction_keeps_its_input(tmp_path: Path, caplog: pytest.LogCaptur
         "Name a colour.",
     ]
     assert not caplog.text
-    with pytest.raises(UserError, match="only texts are joined: map b alone, or make it a text"):
+    with pytest.raises(UserError, match="only texts can be joined: map only b, or make it a text"):
         load_rows([{"a": "x", "b": ["y"], "completion": "z"}], "prompt=a+b")
     assert load_rows([{"a+b": "x", "completion": "z"}], "prompt=a+b")[0]["prompt"] == "x"
 

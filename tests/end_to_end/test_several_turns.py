@@ -113,7 +113,7 @@ def test_a_template_that_changes_earlier_turns_is_refused() -> None:
         "{{ m['role'] + m['content'] }}<|end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    with pytest.raises(UserError, match="otherwise once it is followed by"):
+    with pytest.raises(UserError, match="differently if others follow it"):
         encode_turns(tokenizer, "6 x 3?", TURNS, [])
 
 

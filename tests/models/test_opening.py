@@ -163,7 +163,7 @@ def test_an_adapter_without_some_of_its_weights_is_refused(tmp_path: Path) -> No
     del weights[next(name for name in weights if "layers.1" in name and "lora_B" in name)]
     save_file(weights, file)
     said = refusal(tmp_path / "adapter")
-    assert "lacks weights that its adapter_config.json asks for, give a whole one" in said
+    assert "lacks weights that its adapter_config.json requires: give a complete one" in said
     assert "layers.1.self_attn.q_proj.lora_B" in said
 
 

@@ -248,7 +248,7 @@ def test_prepare_says_what_it_does_not_ask(
         parse(["--writer_model", "base"])
     assert main([*asked, server.url, "--negatives", "corrupt"]) == 0 and not server.calls
     assert (
-        "writer_url is not asked: neither agreement_contexts=induction nor negatives=model."
+        "writer_url is not used: it needs agreement_contexts=induction or negatives=model."
         in capsys.readouterr().err
     )
 

@@ -152,8 +152,8 @@ def _asked(task: Task, row: Row, record: Row, where: str) -> Row:
     listed = order if isinstance(order, list) else []
     if not listed or not all(type(one) is int and 0 <= one < count for one in listed):
         raise UserError(
-            f'{where}: the order {order!r:.60} of options is none of "{OURS}" (that of our prompts), "data"'
-            f" (the data set's own) and a list of their places there, from 0 to {count - 1}."
+            f'{where}: the order {order!r:.60} of options must be "{OURS}" (that of our prompts),'
+            f' "data" (the data set\'s own) or a list of their positions there, from 0 to {count - 1}.'
         )
     return dict(arrange(row, order))
 

@@ -223,7 +223,7 @@ def _check(options: Any) -> None:
     check_server("--server_url", options.server_url)
     if options.chat_template_kwargs is not None:
         raise UserError(
-            "--chat_template_kwargs: a server renders by itself; give it the options when it is started."
+            "--chat_template_kwargs: a server renders prompts itself; set the options when you start it."
         )
     if options.base:
         raise UserError(
@@ -412,7 +412,7 @@ class _Evaluation:
             f" {len(too_long)} such row(s) of {len(rows)}"
         )
         if len(too_long) == len(rows):
-            raise UserError(f"{said}: none is left to answer; give a model with a longer context.")
+            raise UserError(f"{said}: no row is left to answer; give a model with a longer context.")
         logger.warning("%s are left out and not counted.", said)
         return [row for place, row in enumerate(rows) if place not in too_long]
 

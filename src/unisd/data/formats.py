@@ -265,7 +265,7 @@ def _joined_text(parts: Iterable[tuple[str, Any]], where: str) -> str | None:
             continue
         if type(value) not in (str, int, float):
             raise UserError(
-                f"{where}: {column} is {describe(value)}, and only texts are joined: map {column} alone, or"
+                f"{where}: {column} is {describe(value)}, and only texts can be joined: map only {column}, or"
                 " make it a text."
             )
         texts.append(str(value).strip())

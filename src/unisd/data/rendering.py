@@ -189,7 +189,7 @@ def _left_out(text: str, kept: Sequence[str]) -> str:
     if text in kept:
         return (
             f"the chat template leaves the reference, or a part of it, out of the teacher's prompt ({start}):"
-            " set teacher_prompt_layout=append, or take the thought out of the reference."
+            " set teacher_prompt_layout=append, or remove the reasoning from the reference."
         )
     return (
         f"the chat template leaves a turn of the prompt out ({start}): put its text into the last user turn,"

@@ -320,7 +320,7 @@ def advice(report: dict[str, Any]) -> str:
     lines = [*judge(report), *_of_wrong_reference(report), _of_contexts(report)]
     truncated = report["student"]["truncated"]
     if truncated > 0.1 * report["n"]:
-        lines.append(f"{truncated} of {report['n']} answers ran into the limit: raise max_completion_length.")
+        lines.append(f"{truncated} of {report['n']} answers reached the limit: raise max_completion_length.")
     return " ".join(lines)
 
 

@@ -132,7 +132,7 @@ def open_adapter(base: Any, name: str, folder: Path) -> Any:
     for warning in told:
         if "missing adapter keys" in (text := str(warning.message)):
             raise UserError(
-                f"the adapter {name} lacks weights that its {ADAPTER_CONFIG} asks for, give a whole one:"
+                f"the adapter {name} lacks weights that its {ADAPTER_CONFIG} requires: give a complete one:"
                 f" {text.rpartition('checkpoint: ')[2][:200]}"
             )
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

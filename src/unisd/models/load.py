@@ -318,8 +318,8 @@ def _kind_of(config: Any, name: str, trust_remote_code: bool) -> Any:
 
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"{name} is an encoder-decoder ({config.model_type}): give a causal language model, which has a"
-            " decoder alone."
+            f"{name} is an encoder-decoder ({config.model_type}): give a causal language model, which"
+            " has only a decoder."
         )
     if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return AutoModelForCausalLM

@@ -82,7 +82,7 @@ def never_ends(first: Values) -> str | None:
     if cut is None or cut <= CUT_AT_MOST:
         return None
     return (
-        f"{100 * cut:.0f} % of the first step's answers ran into the limit: raise"
+        f"{100 * cut:.0f} % of the first step's answers reached the limit: raise"
         " max_completion_length; if they continue after their end (see samples.jsonl), set eos_token_id"
         " in the model's"
         " generation_config.json to the token that ends a turn."

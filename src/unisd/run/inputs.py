@@ -316,8 +316,8 @@ def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, st
     adapter = is_adapter(options.model_name_or_path)
     if adapter and options.use_peft:
         raise UserError(
-            f"{options.model_name_or_path} is an adapter, which is trained further: leave --use_peft out, or"
-            " make a full model of it first, with `unisd merge`."
+            f"{options.model_name_or_path} is an adapter, which is trained further: leave --use_peft"
+            " out, or merge it into a full model first, with `unisd merge`."
         )
     # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
     full = training and not options.use_peft and not adapter

@@ -412,8 +412,8 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
         print(
-            f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps sets how"
-            " often it would)"
+            f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps"
+            " sets how often a checkpoint is saved)"
         )
         return
     if not holds_optimizer(checkpoint):

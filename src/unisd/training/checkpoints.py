@@ -149,7 +149,7 @@ def require_whole(folder: str | Path, contents: bool = True) -> None:
         return
     good = last_complete_checkpoint(Path(folder).parent, contents=True)
     remedy = (
-        f"resume from {good}, the newest whole one"
+        f"resume from {good}, the newest complete one"
         if good is not None
         else "there is no complete one beside it, start again"
     )
@@ -173,7 +173,7 @@ def require_optimizer(folder: str | Path) -> None:
         option = by_caller("--model_name_or_path", "model")
         raise UserError(
             f"{folder} holds no optimizer (save_only_model), so it cannot be resumed: start a new run from"
-            f" the model in it ({option}; an adapter is made a model by `unisd merge`), and unset"
+            f" the model in it ({option}; `unisd merge` makes a model of an adapter), and unset"
             " save_only_model if that run is to be resumed."
         )
 
@@ -202,7 +202,7 @@ def saving_failed(error: Exception, output_dir: str | Path, name: str) -> UserEr
     """
     good = last_complete_checkpoint(output_dir)
     kept = (
-        f"{good.name} is whole: free some space, then resume from it"
+        f"{good.name} is complete: free some space, then resume from it"
         if good
         else "free some space, then start again"
     )

@@ -174,8 +174,8 @@ def _check_optimizes(optimizer: Any, model: Any) -> None:
     missing = [p for p in trained if id(p) not in held]
     if len(missing) == len(trained):
         raise UserError(
-            "the optimizer in optimizers holds none of the weights that are trained: build it of"
-            " trainer.model's (with peft_config: wrap the model first, and give no peft_config)."
+            "the optimizer in optimizers holds none of the weights that are trained: build it from"
+            " trainer.model's weights (with peft_config: wrap the model first, and give no peft_config)."
         )
     if missing:
         logger.warning(
@@ -231,8 +231,8 @@ def _try_optimizer(trainer: UniSDTrainer) -> None:
     name = str(getattr(args.optim, "value", args.optim))
     if any(part in name for part in IN_BACKWARD):
         raise UserError(
-            f"optim={name} moves weights within the backward pass, before a step's gradient is whole and"
-            " checked: use another one."
+            f"optim={name} changes weights within the backward pass, before a step's gradient is"
+            " complete and checked: use another one."
         )
     if trainer.optimizer is not None:
         return

@@ -140,7 +140,7 @@ class ServerEngine(common.VllmEngine):
         longest, needed = served[0].get("max_model_len"), args.max_completion_length + 1
         if isinstance(longest, int) and longest < needed:
             raise self._unfit(
-                f"takes {longest} tokens at most, fewer than"
+                f"takes at most {longest} tokens, fewer than"
                 f" max_completion_length={args.max_completion_length}"
             )
         if args.temperature != 1:
@@ -174,7 +174,7 @@ class ServerEngine(common.VllmEngine):
                 raise self._unfit(f"completes nothing ({error})") from error
             likely.append(max(top.values()))
         if abs(likely[0] - likely[1]) < 1e-6:
-            raise self._unfit("tells log-probabilities without the temperature")
+            raise self._unfit("returns log-probabilities without the temperature")
 
     # -- weights -----------------------------------------------------------------------------------
 
