@@ -105,7 +105,7 @@ def test_parts_of_fine_tuning_are_cells_of_its_runs(tmp_path: Path) -> None:
     [
         (
             {"sft-graft": {"learning_rate": 1}},
-            "sft-graft takes graft_scales alone.*give learning_rate to that",
+            "sft-graft takes only graft_scales.*give learning_rate to that",
         ),
         ({"sft-graft": {"graft_scales": "half"}}, "must be numbers, not 'half'"),
         (["sdft"], "unknown control 'sdft': there are reference-free"),

@@ -123,9 +123,9 @@ def test_a_text_without_options_is_compared_with_the_text_given():
     [
         (None, "gold None is not an answer: give a letter"),
         ("", "gold '' is not an answer: give a letter"),
-        (True, "gold True is no answer"),
-        ([], "gold [] is no answer"),
-        ({"best": "B"}, "gold {'best': 'B'} is no answer"),
+        (True, "gold True is not an answer"),
+        ([], "gold [] is not an answer"),
+        ({"best": "B"}, "gold {'best': 'B'} is not an answer"),
         ("B or C", "gold 'B or C' names several letters: give one, or a list of which any is right"),
         ({"answer": 4, "options": OPTIONS}, "gold 4 is not an index of 4 options, which count from 0"),
         ({"answer": "E", "options": OPTIONS}, "gold 'E' is beyond the row's 4 options"),
