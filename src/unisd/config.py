@@ -53,19 +53,19 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
     top of `TrainingArguments`.
 
     The defaults are the reference cell of any comparison: a fixed teacher
-    (`teacher_model_kind="base"`), forward KL, and all five mechanisms off. Each mechanism stands
-    alone: agreement (`agreement`), EMA teacher (`teacher_model_kind="ema"`), contrast
+    (`teacher_model_kind="base"`), forward KL, and all five mechanisms off. Each mechanism is
+    independent: agreement (`agreement`), EMA teacher (`teacher_model_kind="ema"`), contrast
     (`contrastive_weight`), feature matching (`feature_weight`), clipping (`token_clip`,
     `token_clip_quantile`). Inherited defaults that differ from transformers': learning rate 2e-5
     with cosine decay and 10 % warm-up, 1 epoch, batch 4 x accumulation 4 (the paper's set-up), and
     a log line every step.
 
-    A config is a value: what a run decides by itself is in a copy of it (:meth:`changed`). Only
-    transformers' Trainer still writes into the one that it is given.
+    A config is a value: decisions of a run are in a copy of it (:meth:`changed`). Only
+    transformers' Trainer still writes into the one that it gets.
 
     Raises:
         UserError: for a value out of range or options that contradict each other; the message says
-            which and how to mend it.
+            which and how to fix it.
     """
 
     def __post_init__(self) -> None:
@@ -90,12 +90,12 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
 
     @classmethod
     def from_recipe(cls, name: str, **overrides: Any) -> Self:
-        """The config of a recipe, published or of your own, with its settings for real models.
+        """The config of a recipe, published or your own, with its settings for real models.
 
         Layers, later ones win: this class's defaults < what all recipes share
         (`recipes/_published.yaml`) < the recipe's `options` < `overrides`. Left out are its values
-        for the embedded pocket model (`_pocket.yaml` and the recipe's `pocket`), and what it says
-        of rows (`agreement_contexts`), which `unisd.prepare` takes.
+        for the embedded pocket model (`_pocket.yaml` and the recipe's `pocket`), and its settings
+        for rows (`agreement_contexts`), which `unisd.prepare` takes.
 
         Args:
             name: a recipe, as `unisd recipes` lists them, or the path of a file of that form.
@@ -135,7 +135,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
     def changed(self, why: str, **values: Any) -> Self:
         """A copy with other values, which remembers the change and `why`.
 
-        The device and the distributed set-up were settled at construction and are shared.
+        The device and the distributed set-up are fixed at construction and are shared.
         """
         other = copy.copy(self)
         for name, value in values.items():

@@ -53,14 +53,14 @@ def load_rows(
             `datasets.Dataset`, a table (pandas, polars, pyarrow), a dict of columns or any
             iterable of dicts.
         columns: our column names to yours, as a dict or as `"prompt=question,completion=answer"`;
-            layouts that are widely used need none (`unisd.data.formats.LAYOUTS`).
+            common layouts need none (`unisd.data.formats.LAYOUTS`).
         needs_reference: refuse rows without a reference (`privileged_context`, `completion` or
             `teacher_prompt`).
         name: what to call the rows in errors; default: the file.
 
     Returns:
-        One plain dict a row, with `prompt`, `privileged_context`, `completion`, `id`, and all other
-        columns as they are.
+        One plain dict per row, with `prompt`, `privileged_context`, `completion`, `id`, and all
+        other columns as they are.
 
     Raises:
         UserError: an unreadable or empty file, a missing column (with candidates), or the first

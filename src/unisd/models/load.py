@@ -213,7 +213,7 @@ def load_model_and_tokenizer(
         dequantize: give weights that are quantised, in the folder or by `load_in_4bit`, as floats.
 
     Raises:
-        UserError: the name is no model, or what it needs is not installed.
+        UserError: the name is not a model, or a package that it needs is not installed.
     """
     from transformers import AutoConfig
 
