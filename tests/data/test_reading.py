@@ -114,7 +114,7 @@ def test_numbers_are_the_same_from_all_kinds(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n{"a": NaN}\n', "line 2 is not JSON: NaN is not a JSON number; write null"),
         ("a.jsonl", b'{"a": -Infinity}\n', "line 1 is not JSON: -Infinity is not a JSON number"),
         ("a.jsonl", b'{"a": 1e999}\n', "line 1 is not JSON: 1e999 is not a JSON number"),
-        ("a.json", b'[{"a": "NaN"},\n {"a": NaN}]', r"a.json is not JSON: NaN .* is missing \(line 2\)"),
+        ("a.json", b'[{"a": "NaN"},\n {"a": NaN}]', r"a.json is not JSON: NaN .* missing value \(line 2\)"),
         ("a.jsonl", b'{"a": "\\ud83d now"}\n', r"line 1: 'a' holds half a character \(a lone surrogate"),
         ("a.json", b'[{"b": 1, "a": ["\\ud83d"]}]', "row 0 of .*: 'a' holds half a character"),
         ("a.json", b'{"a": 1}\n{"a": 2}\n', r"Extra data: .* \(is it JSON Lines\? then name it .jsonl\)"),

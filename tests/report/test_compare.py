@@ -94,7 +94,7 @@ def test_what_cannot_be_compared_is_told(
         ([one, tmp_path / "empty"], ["--out", "page.html"], "holds no results.json"),
         ([one] * 9, ["--out", "page.html"], "at most 8"),
         ([one, other], ["--figures", "f"], "--figures belongs to a study"),
-        ([one, other], [], "comparison.html is there already"),
+        ([one, other], [], "comparison.html exists already"),
     ):
         assert main(["report", *map(str, folders), *flags]) == 2
         assert said in capsys.readouterr().err

@@ -198,7 +198,7 @@ def test_no_output_holds_the_key(
     run(2)
     assert (tmp_path / "0.rows").is_file()
     said += "".join(capfd.readouterr())
-    assert "set it anew" in said and key not in said and "SECRET" not in said
+    assert "set it again" in said and key not in said and "SECRET" not in said
     assert [path for path in tmp_path.iterdir() if b"SECRET" in path.read_bytes()] == []
 
 
@@ -208,10 +208,10 @@ def test_no_output_holds_the_key(
         (["--server_url", "host:8000"], "--server_url: 'host:8000' is not the address of a server"),
         (
             ["--server_url", "URL", "--model", "pocket"],
-            "--model_name_or_path is of a model that is loaded here",
+            "--model_name_or_path is for a model that is loaded here",
         ),
-        (["--server_url", "URL", "--dtype", "float32"], "--dtype is of a model that is loaded here"),
-        (["--server_url", "URL", "--trust_remote_code"], "--trust_remote_code is of a model that is loaded"),
+        (["--server_url", "URL", "--dtype", "float32"], "--dtype is for a model that is loaded here"),
+        (["--server_url", "URL", "--trust_remote_code"], "--trust_remote_code is for a model that is loaded"),
         (["--server_model", "base"], "--server_model is a name on a server: give its --server_url, too"),
         (["--stop", ""], "--stop: an empty text matches everywhere"),
     ],

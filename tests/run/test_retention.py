@@ -113,7 +113,7 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["none", "general"], "none stands alone"),
+        (["none", "general"], "none cannot be combined with others"),
         (["general", "general"], "two sets are called general"),
         (["genral"], "'genral' is neither none, general, a task"),
         (["gone.jsonl"], "'gone.jsonl' is neither none, general, a task"),

@@ -93,7 +93,7 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(
 
 
 def test_a_generation_config_that_nobody_can_mend_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"could not be saved after training: .*num_return_sequences.*: mend"):
+    with pytest.raises(UserError, match=r"could not be saved after training: .*num_return_sequences.*: fix"):
         trainer(tmp_path, model=with_generation(num_return_sequences=2))
 
 

@@ -29,50 +29,50 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         "",
-        "train and measure; by default the embedded pocket model (about 3 minutes on 2 cores)",
+        "train and measure (the pocket model: about 3 minutes)",
         "unisd.cli.train",
         "train_command",
     ),
     "probe": Command(
         "",
-        "check before training whether the teacher is worth learning from",
+        "test whether the teacher is worth learning from",
         "unisd.cli.probe",
         "probe_command",
     ),
     "prepare": Command(
         "",
-        "build and inspect auxiliary contexts and wrong references",
+        "build auxiliary contexts and wrong references",
         "unisd.cli.prepare",
         "prepare_command",
     ),
     "eval": Command(
         "",
-        "measure accuracy on tasks, retention and perplexities of a saved model",
+        "measure accuracy, retention and drift of a model",
         "unisd.cli.evaluate",
         "eval_command",
     ),
     "grade": Command("", "grade completions that any system wrote", "unisd.cli.grade", "grade_command"),
     "judge": Command(
         "DIR",
-        "let a server's model compare the answers before and after",
+        "let a model compare the answers before and after",
         "unisd.cli.judge",
         "judge_command",
     ),
     "contamination": Command(
         "",
-        "check whether problems of the evaluation rows occur in the training rows",
+        "find evaluation problems in the training rows",
         "unisd.cli.contamination",
         "contamination_command",
     ),
     "study": Command(
         "",
-        "find which mechanisms matter for a task: a design of runs, effects with intervals",
+        "find which mechanisms matter for a task",
         "unisd.cli.study",
         "study_command",
     ),
     "report": Command(
         "DIR ...",
-        "show a run, several runs side by side or a study as one HTML page",
+        "show a run, several runs or a study as an HTML page",
         "unisd.cli.report",
         "report_command",
     ),
@@ -83,7 +83,7 @@ COMMANDS = {
     "chat": Command("DIR", "talk with a model, with its base beside it", "unisd.cli.chat", "chat_command"),
     "completion": Command(
         "SHELL",
-        "print a shell script that completes commands, options and values",
+        "print a script for completion in a shell",
         "unisd.cli.completion",
         "completion_command",
     ),
@@ -96,8 +96,8 @@ def overview() -> str:
     lines.insert(1, ("train --help", "every option, grouped by mechanism"))
     return "\n".join(
         [
-            "unisd: adapt a causal language model to your task by self-distillation (UniSD, arXiv"
-            " 2605.06597).",
+            "unisd: adapt a causal language model to your task by self-distillation",
+            "(UniSD, arXiv 2605.06597).",
             "",
             *(f"  unisd {left:<16} {right}" for left, right in lines),
             "  unisd --version",

@@ -140,7 +140,7 @@ def _say_what_is_trained_on(evaluation: list[Row], rows: list[Row], eval_file: s
     shared = sum(problem_key(row["prompt"]) in known for row in evaluation)
     if shared:
         logger.warning(
-            "%s: %d of %d rows ask problems of %s, which are trained on: their results do not show what"
+            "%s: %d of %d rows repeat problems of %s, which are trained on: their results do not show what"
             " the model does on new ones.",
             eval_file,
             shared,
