@@ -80,8 +80,7 @@ class UniSDTrainer(EvaluatingTrainer):
     Args:
         model: a path or hub id, or a causal LM (may be PEFT-wrapped or quantised).
         args: options; default `UniSDConfig()`.
-        train_dataset: rows as `unisd.load_rows` takes them; from a stream, as many as `max_steps`
-            need.
+        train_dataset: rows as `unisd.load_rows` takes them; a stream is read for `max_steps`.
         eval_dataset: rows for `evaluate`, or a dict of such.
         processing_class: the tokenizer; default: the model's own.
         callbacks: as in `transformers.Trainer`.
