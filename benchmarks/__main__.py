@@ -1,7 +1,7 @@
 """Measure, or turn results into tables.
 
-`python -m benchmarks {loss,score,step,generate,main,memory,growth,start,newcomer,run} --json F`, and
-`python -m benchmarks table F... --output T`.
+`python -m benchmarks CASE --json F`, where a case is loss, score, step, generate, main, memory,
+growth, start, newcomer or run, and `python -m benchmarks table F... --output T`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 `python -m experiments.pocket_alarms`.
 
-Each cell trains the pocket model for 60 steps and measures accuracy on the task and on old skills
+Each cell trains the pocket model for 60 steps and measures accuracy on the task and on prior skills
 every five steps, so that it can be said whether what was lost (half of an accuracy) had been told
-before: the task by the cell's own alarm, old skills by `forgetting`. Cells become lines of
+before: the task by the cell's own alarm, prior skills by `forgetting`. Cells become lines of
 `diagnostics.jsonl`, and those the table of `diagnostics.md`; cells that are there are not run
 again.
 
@@ -61,7 +61,7 @@ COMMON += [
     "--max_eval_rows",
     "80",
 ]
-LOST = 0.5  # of what it was at the start, on the task or on old skills
+LOST = 0.5  # of what it was at the start, on the task or on prior skills
 EVERY = 5  # steps whose middle is kept of each watched metric
 
 
@@ -216,11 +216,11 @@ def page(cells: list[Cell]) -> str:
         "alarms (step)",
         "its own alarm at step",
         "half of the task lost at step",
-        "half of the old skills lost at step",
+        "half of the prior skills lost at step",
         "task, %: start, end",
-        "old skills, %: start, end",
+        "prior skills, %: start, end",
     ]
-    head += ["words of doubt: start, end", "shared pull", "told in time"]
+    head += ["words of doubt: start, end", "shared pull", "reported in time"]
     rows, said = [], []
     for cell in sorted(cells, key=lambda cell: (list(PROVOCATIONS).index(cell["name"]), cell["seed"])):
         points = [cell["curve"][0], cell["curve"][-1]]
@@ -256,12 +256,12 @@ def page(cells: list[Cell]) -> str:
     legend = (
         f"Accuracies are measured every {EVERY} steps. Words of doubt: per 1,000 tokens, first and last"
         f" {EVERY} steps. Shared pull: cosine of the teacher's pull under the right and under a wrong"
-        " reference, told as in the run; then told all, where that is another thing."
+        " reference, with the context of the run; then with the whole reference, if that differs."
     )
     counted = (
-        f"{sum(map(passed, cells))} of {len(cells)} cells did what they should: a healthy run raised no"
-        " alarm; another raised its own, and what was lost had been told by then, the task by that alarm,"
-        f" old skills by `forgetting`. {total()} cells make the whole."
+        f"{sum(map(passed, cells))} of {len(cells)} cells succeeded: a healthy run raised no alarm;"
+        " another raised its own, and each loss was reported in time, on the task by that alarm, on"
+        f" prior skills by `forgetting`. There are {total()} cells in total."
     )
     parts = [counted, "\n".join(markdown_table(head, rows)), legend]
     return "\n\n".join([*parts, "With seed 0 the alarms said:", "\n".join(said)] if said else parts)

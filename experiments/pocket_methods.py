@@ -10,7 +10,7 @@ How it is kept honest:
 
 - each method's learning rate is chosen among three (of some whose lowest was best also lower ones:
   `FURTHER`), on validation rows, clean references and a seed of its own (`PILOT_SEED`), by points
-  gained on the task plus points kept of old skills; the choice is reused under wrong references;
+  gained on the task plus points kept of prior skills; the choice is reused under wrong references;
 - `sft-own` is the control: supervised fine-tuning on the same facts in the model's own wording.
   Without it, what supervised fine-tuning forgets could not be told from what its references' style
   costs;
@@ -206,7 +206,7 @@ def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
 
 
 def chosen_rate(cells: list[Cell], method: str) -> float | None:
-    """Choose the pilot rate with the most points gained on the task plus points kept of old skills.
+    """Choose the pilot rate with the most points gained on the task plus points of retention.
 
     None: pilots are missing.
     """

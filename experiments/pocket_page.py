@@ -33,9 +33,9 @@ FIELD = ("dash", "pw-opsd", "avsd", "opsd-ectr", "demopsd", "purified-opsd")
 OUTCOMES = ("sdpo", "oasis", "nsd", "op2sd", "semi-opd")
 CONTROLS = ("reference-free", "wrong-reference", "other-solution", "rejection-sft", compare.GRAFT)
 CAVEAT = (
-    "Intervals draw problems anew, and take the seeds as they are: they hold for other problems of this kind,"
-    " not for other seeds. Those of differences are one by one, not adjusted for how many there are: of 20"
-    " methods that differ in nothing, one would look different."
+    "Intervals resample problems, and keep the seeds fixed: they hold for other problems of this kind, not"
+    " for other seeds. Intervals of differences are not adjusted for their number: of 20 methods without any"
+    " difference, one would look different."
 )
 # what they stand beside there; some add to OPSD
 BESIDE_FIELD = ("opsd", "sdft", "unisd-star", compare.REFERENCE)
@@ -93,7 +93,7 @@ def table(cells: list[Cell], condition: str) -> list[str]:
         "spread",
         "also in form, %",
         "hard, %",
-        "old skills, %",
+        "prior skills, %",
         "PPL_ret",
         "PPL_ref",
         "train, CPU s",
@@ -141,7 +141,7 @@ def differences(cells: list[Cell], condition: str, reference: str) -> list[str]:
             value, low, high = interval(100 * gap)
             shown.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
         lines.append([method, *shown])
-    return markdown_table((f"less {reference}", "task", "old skills"), lines)
+    return markdown_table((f"less {reference}", "task", "prior skills"), lines)
 
 
 def by_skill(cells: list[Cell], condition: str) -> list[str]:
@@ -175,7 +175,7 @@ def pilots(cells: list[Cell]) -> list[str]:
         if runs:
             lines.append([method, *shown])
     columns = max(map(len, lines), default=2)
-    header = ["method", "rate: task / old skills on validation, %", *[""] * (columns - 2)]
+    header = ["method", "rate: task / prior skills on validation, %", *[""] * (columns - 2)]
     return markdown_table(header, [[*line, *[""] * (columns - len(line))] for line in lines])
 
 
@@ -215,11 +215,11 @@ def page(cells: list[Cell], figure: str, methods: list[str]) -> str:
     return "\n\n".join(parts)
 
 
-FAR = 40.0  # points of old skills
+FAR = 40.0  # points of prior skills
 
 
 def draw(cells: list[Cell], file: Path) -> None:
-    """Draw task accuracy gained against old skills lost, one mark per method.
+    """Draw task accuracy gained against prior skills lost, one mark per method.
 
     Filled: right references, hollow: 30 % wrong.
     """
@@ -252,7 +252,7 @@ def draw(cells: list[Cell], file: Path) -> None:
             axes.scatter(
                 lost, gain, s=60, edgecolors=[colours[method]], facecolors=[face], zorder=3, label=label
             )
-        axes.set_xlabel("old skills forgotten, points")
+        axes.set_xlabel("prior skills forgotten, points")
         axes.set_ylabel("task accuracy gained, points")
         axes.set_title("Gain against forgetting (hollow: 30 % wrong references)", fontsize=10)
         axes.grid(alpha=0.3)

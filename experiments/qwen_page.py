@@ -123,7 +123,7 @@ def drifted(cells: list[Cell], task: str) -> list[str]:
         nats = _mean(group, lambda cell: cell["detail"]["reverse"]["delta"]["value"], 3)
         lines.append([name, str(len(group)), *ways, of("kl", "after"), nats])
     head = ["method", "seeds", "PPL of the base's answers", "PPL of answers under the base"]
-    return markdown_table([*head, "KL, nats a token", "nats lost a token"], lines)
+    return markdown_table([*head, "KL, nats per token", "nats lost a token"], lines)
 
 
 def pilots(cells: list[Cell]) -> list[str]:

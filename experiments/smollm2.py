@@ -48,7 +48,7 @@ from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import last_complete_checkpoint
 
 # The later recipes are the two that look best on the pocket (docs/results/field.md): the most
-# points of the task plus points kept of old skills, over its two tables.
+# points of the task plus points kept of prior skills, over its two tables.
 LATER = ("demopsd", "opsd-ectr")
 METHODS = ("sft", "sdft", "unisd-star", *LATER)
 RAW = "raw"

@@ -53,19 +53,19 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
     top of `TrainingArguments`.
 
     The defaults are the reference cell of any comparison: a fixed teacher
-    (`teacher_model_kind="base"`), forward KL, and all five mechanisms off. Each mechanism stands
-    alone: agreement (`agreement`), EMA teacher (`teacher_model_kind="ema"`), contrast
+    (`teacher_model_kind="base"`), forward KL, and all five mechanisms off. Each mechanism is
+    independent: agreement (`agreement`), EMA teacher (`teacher_model_kind="ema"`), contrast
     (`contrastive_weight`), feature matching (`feature_weight`), clipping (`token_clip`,
     `token_clip_quantile`). Inherited defaults that differ from transformers': learning rate 2e-5
     with cosine decay and 10 % warm-up, 1 epoch, batch 4 x accumulation 4 (the paper's set-up), and
     a log line every step.
 
-    A config is a value: what a run decides by itself is in a copy of it (:meth:`changed`). Only
-    transformers' Trainer still writes into the one that it is given.
+    A config is a value: decisions of a run are in a copy of it (:meth:`changed`). Only
+    transformers' Trainer still writes into the one that it gets.
 
     Raises:
         UserError: for a value out of range or options that contradict each other; the message says
-            which and how to mend it.
+            which and how to fix it.
     """
 
     def __post_init__(self) -> None:
@@ -90,12 +90,12 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
 
     @classmethod
     def from_recipe(cls, name: str, **overrides: Any) -> Self:
-        """The config of a recipe, published or of your own, with its settings for real models.
+        """The config of a recipe, published or your own, with its settings for real models.
 
         Layers, later ones win: this class's defaults < what all recipes share
         (`recipes/_published.yaml`) < the recipe's `options` < `overrides`. Left out are its values
-        for the embedded pocket model (`_pocket.yaml` and the recipe's `pocket`), and what it says
-        of rows (`agreement_contexts`), which `unisd.prepare` takes.
+        for the embedded pocket model (`_pocket.yaml` and the recipe's `pocket`), and its settings
+        for rows (`agreement_contexts`), which `unisd.prepare` takes.
 
         Args:
             name: a recipe, as `unisd recipes` lists them, or the path of a file of that form.
@@ -135,7 +135,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
     def changed(self, why: str, **values: Any) -> Self:
         """A copy with other values, which remembers the change and `why`.
 
-        The device and the distributed set-up were settled at construction and are shared.
+        The device and the distributed set-up are fixed at construction and are shared.
         """
         other = copy.copy(self)
         for name, value in values.items():
@@ -176,7 +176,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
     def _check_length(self) -> None:
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(
-                f"max_steps={self.max_steps} is no number of steps: give 1 or more, or -1 for"
+                f"max_steps={self.max_steps} is not a number of steps: give 1 or more, or -1 for"
                 " num_train_epochs."
             )
         if self.max_steps < 0 and self.num_train_epochs <= 0:
@@ -253,8 +253,8 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
                 name == NO_LOSS and place < len(self.rollout_contexts) - 1
             ):
                 raise UserError(
-                    f"rollout_contexts: what follows {name!r} can never be reached: name each once, and none"
-                    " last."
+                    f"rollout_contexts: entries after {name!r} are never reached: name each once, and"
+                    " none last."
                 )
         if self.needs_verdicts and self.completion_source == "reference":
             raise UserError(
@@ -264,7 +264,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         shows_sibling = any("sibling" in name for name in self.rollout_contexts)
         if shows_sibling and self.num_generations == 1:
             raise UserError(
-                "rollout_contexts=sibling needs several answers a prompt: set num_generations of 2 or more."
+                "rollout_contexts=sibling needs several answers per prompt: set num_generations of 2 or more."
             )
 
     def _check_residual(self) -> None:
@@ -279,7 +279,7 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         told = any("feedback" in name for name in self.rollout_contexts)
         if self.num_iterations > 1 or self.rollout_keep != "all" or told:
             raise UserError(
-                "topk_estimator=residual is right on average over all answers, new and scored alike: unset"
+                "topk_estimator=residual is unbiased only over all answers, new and scored: unset"
                 " num_iterations, rollout_keep, and feedback in rollout_contexts."
             )
 

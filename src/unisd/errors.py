@@ -32,7 +32,7 @@ def flag(name: str, value: str | None = None) -> str:
 
 
 class UserError(ValueError):
-    """A user mistake: one line that says what is wrong and how to mend it.
+    """A user mistake: one line that says what is wrong and how to fix it.
 
     The command prints it and exits with code 2.
     """

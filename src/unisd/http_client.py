@@ -98,8 +98,8 @@ def check_server(option: str, url: str) -> str:
     """
     if "@" in url or "?" in url:  # not repeated here: a password or a key is not for others to read
         raise UserError(
-            f"{option}: a server's address must hold no user, password or key: leave out what stands before @"
-            f" or after ?, and set {KEY}."
+            f"{option}: a server's address must not contain a user, password or key: remove the part"
+            f" before @ or after ?, and set {KEY}."
         )
     try:
         parts = urlsplit(url)
@@ -121,8 +121,8 @@ def api_key() -> str | None:
     key = os.environ.get(KEY, "").strip()
     if not all("!" <= letter <= "~" for letter in key):
         raise UserError(
-            f"{KEY} holds a space, a line break or another character that no key has: set it anew, to the key"
-            " alone."
+            f"{KEY} holds a space, a line break or another character that a key cannot have: set it"
+            " again, to the key only."
         )
     return key or None
 
@@ -257,7 +257,7 @@ class Client:
                 )
         except httpx2.ConnectError as error:
             if _from(error, ssl.SSLError):
-                reason = f"no safe connection: {self._in_short(error)}; http:// or https://, and which CA?"
+                reason = f"no safe connection: {self._in_short(error)}; check http:// or https://, and the CA"
                 raise Refused(0, reason) from None
             if (name := _from(error, socket.gaierror)) and name.errno == socket.EAI_NONAME:
                 raise Refused(0, f"there is no host of that name: {self._in_short(error)}") from None
@@ -274,7 +274,7 @@ class Client:
         except ValueError:
             if request.sentence:
                 return None
-            raise BadAnswer(f"{len(reply.content)} bytes that are no JSON") from None
+            raise BadAnswer(f"{len(reply.content)} bytes that are not JSON") from None
 
     def _in_short(self, error: Exception) -> str:
         if isinstance(error, httpx2.ConnectTimeout):

@@ -80,19 +80,19 @@ class UniSDTrainer(EvaluatingTrainer):
     Args:
         model: a path or hub id, or a causal LM (may be PEFT-wrapped or quantised).
         args: options; default `UniSDConfig()`.
-        train_dataset: rows as `unisd.load_rows` takes them; of a stream, what `max_steps` need.
+        train_dataset: rows as `unisd.load_rows` takes them; a stream is read for `max_steps`.
         eval_dataset: rows for `evaluate`, or a dict of such.
         processing_class: the tokenizer; default: the model's own.
         callbacks: as in `transformers.Trainer`.
         optimizers: the same.
         peft_config: trains an adapter instead of all weights.
         grader: `(row, completion text) -> bool`, a share from 0 to 1, or a `Grade`; `evaluate` then
-            reports greedy accuracy beside the reference's likelihood.
+            reports greedy accuracy as well as the reference's likelihood.
         engine: writes the completions; default: vLLM with `use_vllm`, else transformers' `generate`
-            on the student itself. Or a function that takes this default and returns another, an
-            environment with tools for one.
-        probe_dataset: rows of what must not be lost: the untrained model's own answers to them are
-            watched (`diagnostics_probe_steps`).
+            on the student itself. Or a function that takes this default and returns another engine,
+            such as an environment with tools.
+        probe_dataset: rows for retention: the likelihood of the untrained model's own answers to
+            them is measured (`diagnostics_probe_steps`).
 
     Raises:
         UserError: bad rows, rows over a length limit, agreement without contexts, contrast without

@@ -131,7 +131,7 @@ def test_without_a_chat_template_each_prompt_stands_alone(
     pipe(monkeypatch, "one", "two")
     assert main(["chat", "plain"]) == 0
     assert asked == ["one", "two"]
-    assert "plain has no chat template: it reads each prompt alone" in capsys.readouterr().err
+    assert "plain has no chat template: it reads each prompt separately" in capsys.readouterr().err
     assert main(["chat", "plain", "--system", "x", "--prompt", "q"]) == 2
     assert "--system: the tokenizer has no chat template" in capsys.readouterr().err
 

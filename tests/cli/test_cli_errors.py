@@ -245,7 +245,7 @@ def test_gold_that_the_grader_cannot_read(own: Any) -> None:
     rows = [{**row, "answer": answer} for row, answer in zip(ROWS, ["1", "2,5", "12,34,5"] * 2, strict=True)]
     for flags in ((), ("--dry_run",)):
         line = own(rows, "--grader", "number", *flags)
-        assert "rows.jsonl, row 2: gold '12,34,5' is no number: give one number" in line
+        assert "rows.jsonl, row 2: gold '12,34,5' is not a number: give one number" in line
 
 
 # -- models and folders ----------------------------------------------------------------------------
@@ -309,12 +309,12 @@ def test_a_mistake_leaves_no_folder_behind(
 
 
 def test_nothing_to_resume(own: Any) -> None:
-    assert "is no folder" in own(ROWS, "--resume_from_checkpoint", "checkpoint-7")
+    assert "is not a folder" in own(ROWS, "--resume_from_checkpoint", "checkpoint-7")
 
 
 def test_merge_of_something_else(mistake: Any, model_dir: str) -> None:
     assert "full model already" in mistake("merge", model_dir)
-    assert "is no folder" in mistake("merge", "nowhere")
+    assert "is not a folder" in mistake("merge", "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_the_options_may_have_stood_in_any_order(tmp_path, capsys, data):
     assert graded(tmp_path, "gpqa", data["gpqa"], lines)["accuracy"]["value"] == 1.0
     bad = written(tmp_path / "bad.jsonl", [{**lines[0], "option_order": [4]}])
     error = refused(capsys, "grade", "gpqa", "--data_files", data["gpqa"], "--completions", bad)
-    assert 'row 0: the order [4] of options is none of "unisd" (that of our prompts), "data"' in error
+    assert 'row 0: the order [4] of options must be "unisd" (that of our prompts), "data"' in error
     error = refused(capsys, "grade", "gpqa", "--data_files", data["gpqa"])
     assert "give either --completions C.jsonl, to grade them, or --write_prompts P.jsonl" in error
 
@@ -164,7 +164,7 @@ def test_rows_and_lines_are_accounted_for(tmp_path, capsys, numbers):
     found = graded(tmp_path, "jsonl", numbers, lines, "--grader", "number")
     assert found["matched"] == {"rows": 6, "answered": 2, "answers": 3}
     told = capsys.readouterr().out
-    assert "answers for 2 of 6 rows; the figures are of these." in told
+    assert "answers for 2 of 6 rows; the figures are for these." in told
     assert "rows have 1 to 2 answers; each row counts once, by its share." in told
 
 
@@ -261,7 +261,7 @@ def test_answers_that_failed_are_no_answers(tmp_path, capsys):
     ]
     out = tmp_path / "out.json"
     assert main([*command, "--json", str(out)]) == 0
-    assert "1 of 2 lines hold no answer, for it failed: not counted." in capsys.readouterr().out
+    assert "1 of 2 lines hold no answer because it failed: not counted." in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["accuracy"]["value"] == 1.0 and found["accuracy"]["n"] == 1
     answers.write_text(json.dumps(lines[1]) + "\n")

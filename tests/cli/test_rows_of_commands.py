@@ -39,7 +39,7 @@ def test_rows_over_the_context_are_left_out_and_said(
     found = json.loads(figures.read_text())
     assert found["task_accuracy"]["n"] == 2 and found["task_overlong"] == 2
     assert evaluate(model_dir, write(tmp_path / "b.jsonl", LONG), figures) == 2
-    assert "none is left to answer; give a model with a longer context" in capfd.readouterr().err
+    assert "no row is left to answer; give a model with a longer context" in capfd.readouterr().err
 
 
 def test_rows_to_report_on_are_refused_as_training_rows(

@@ -88,7 +88,7 @@ FORMATS: dict[str, tuple[Any, str, str | None, str | None]] = {
             {"function": {"name": "f", "arguments": "{"}}]}]}],
         "jsonl",
         None,
-        "row 3 of {file}: a tool call holds '{{' (str), a JSON object is needed: mend or remove the row",
+        "row 3 of {file}: a tool call holds '{{' (str), a JSON object is needed: fix or remove the row",
     ),
     "tools": ([row | {"tools": [TOOL]} for row in MESSAGES], "jsonl", "prompt=messages", None),
     "tools as text": ([row | {"tools": json.dumps([TOOL])} for row in OURS], "jsonl", None, None),
@@ -103,10 +103,10 @@ FORMATS: dict[str, tuple[Any, str, str | None, str | None]] = {
         [{"system": "a", "prompt": [{"role": "system", "content": "b"}, *turns(0)], "answer": "c"}],
         "jsonl",
         None,
-        "row 0 of {file}: there is a column system, and prompt has a system turn of its own: keep one",
+        "row 0 of {file}: there is a column system, and prompt also has a system turn: keep one",
     ),
     "csv, broken": ("prompt,answer\na,b,c\n", "csv", None, "{file}, line 2 has 3 cells and the header 2"),
-    "nan": ('{"prompt": NaN}', "jsonl", None, "{file}, line 1 is not JSON: NaN is no number of JSON"),
+    "nan": ('{"prompt": NaN}', "jsonl", None, "{file}, line 1 is not JSON: NaN is not a JSON number"),
     "half a character": ('{"prompt": "\\ud83d"}', "jsonl", None, "{file}, line 1: 'prompt' holds half a"),
 }  # fmt: skip
 TRAINING = ("train", "probe", "prepare", "study")
@@ -322,7 +322,7 @@ def test_an_instruction_keeps_its_input(tmp_path: Path, caplog: pytest.LogCaptur
         "Name a colour.",
     ]
     assert not caplog.text
-    with pytest.raises(UserError, match="only texts are joined: map b alone, or make it a text"):
+    with pytest.raises(UserError, match="only texts can be joined: map only b, or make it a text"):
         load_rows([{"a": "x", "b": ["y"], "completion": "z"}], "prompt=a+b")
     assert load_rows([{"a+b": "x", "completion": "z"}], "prompt=a+b")[0]["prompt"] == "x"
 
@@ -358,7 +358,7 @@ def test_names_of_columns(text: str, mapping: dict[str, str]) -> None:
             "'in words' is not of the form ours=theirs .* a name that holds a comma is put",
         ),
         ("prompt=a,prompt=b", r"prompt is given twice: to join columns write prompt=a\+b"),
-        ("{prompt", "is no YAML mapping such as {prompt: question}"),
+        ("{prompt", "is not a YAML mapping such as {prompt: question}"),
     ],
 )
 def test_mappings_that_are_none(text: str, told: str) -> None:

@@ -93,5 +93,7 @@ def test_rows_to_report_on_that_are_trained_on_are_said(
     report = write(tmp_path / "b.jsonl", solutions(12, 1)[8:])
     load_data(RunOptions(train_file=train, eval_file=report))
     (record,) = caplog.records
-    said = f"{report}: 2 of 4 rows ask problems of {train}, which are trained on: what is reported of them is"
-    assert record.getMessage() == f"{said} not what the model does on new ones."
+    said = (
+        f"{report}: 2 of 4 rows repeat problems of {train}, which are trained on: their results do not show"
+    )
+    assert record.getMessage() == f"{said} what the model does on new ones."

@@ -217,10 +217,10 @@ def test_malformed_messages_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_rows_with_images_are_refused(row: dict[str, Any], what: str) -> None:
-    said = f"row 1 of the dataset holds '{what}': all models are trained and asked with text alone"
+    said = f"row 1 of the dataset holds '{what}': all models are trained and evaluated on text only"
     with pytest.raises(UserError, match=said) as caught:
         prepare_rows([{"prompt": "a", "completion": "b", what: None}, {**row, "completion": "b"}])
-    assert "remove the row, or the column where the text does without it" in str(caught.value)
+    assert "remove the row, or the column if the text does not need it" in str(caught.value)
     assert prepare_rows([{"prompt": "a", "completion": "b", "image": None, "images": []}])
 
 

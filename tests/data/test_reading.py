@@ -71,9 +71,9 @@ def test_names_may_hold_other_separators(tmp_path: Path) -> None:
     [
         ("prompt,answer\na,b\nc,d, e\n", r"line 3 has 3 cells and the header 2 \(separated by comma\)"),
         ("prompt;answer\na\n", r"line 2 has 1 cells and .* 2 \(separated by semicolon\): put text that"),
-        ('prompt,answer\n"a" b,c\n', "line 2 is no CSV: .*: put text with quotes in it into double quotes"),
-        ('prompt,answer\na,"b\n', "line 2 is no CSV: unexpected end of data"),
-        ("a,b,a\n1,2,3\n", "has two columns 'a': give each a name of its own"),
+        ('prompt,answer\n"a" b,c\n', "line 2 is not CSV: .*: put text with quotes in it into double quotes"),
+        ('prompt,answer\na,"b\n', "line 2 is not CSV: unexpected end of data"),
+        ("a,b,a\n1,2,3\n", "has two columns 'a': give each column its own name"),
     ],
 )  # fmt: skip
 def test_a_csv_file_that_is_none(tmp_path: Path, text: str, told: str) -> None:
@@ -111,10 +111,10 @@ def test_numbers_are_the_same_from_all_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a": NaN}\n', "line 2 is not JSON: NaN is no number of JSON; write null"),
-        ("a.jsonl", b'{"a": -Infinity}\n', "line 1 is not JSON: -Infinity is no number"),
-        ("a.jsonl", b'{"a": 1e999}\n', "line 1 is not JSON: 1e999 is no number"),
-        ("a.json", b'[{"a": "NaN"},\n {"a": NaN}]', r"a.json is not JSON: NaN .* is missing \(line 2\)"),
+        ("a.jsonl", b'{"a": 1}\n{"a": NaN}\n', "line 2 is not JSON: NaN is not a JSON number; write null"),
+        ("a.jsonl", b'{"a": -Infinity}\n', "line 1 is not JSON: -Infinity is not a JSON number"),
+        ("a.jsonl", b'{"a": 1e999}\n', "line 1 is not JSON: 1e999 is not a JSON number"),
+        ("a.json", b'[{"a": "NaN"},\n {"a": NaN}]', r"a.json is not JSON: NaN .* missing value \(line 2\)"),
         ("a.jsonl", b'{"a": "\\ud83d now"}\n', r"line 1: 'a' holds half a character \(a lone surrogate"),
         ("a.json", b'[{"b": 1, "a": ["\\ud83d"]}]', "row 0 of .*: 'a' holds half a character"),
         ("a.json", b'{"a": 1}\n{"a": 2}\n', r"Extra data: .* \(is it JSON Lines\? then name it .jsonl\)"),
@@ -152,6 +152,6 @@ def test_no_number_is_missing_where_tables_say_so_and_never_text() -> None:
     with pytest.raises(UserError, match="row 1 of the dataset: privileged_context is missing"):
         load_rows([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": nan}])
     with pytest.raises(
-        UserError, match="row 0 of the dataset: completion is infinite: mend or remove the row"
+        UserError, match="row 0 of the dataset: completion is infinite: fix or remove the row"
     ):
         load_rows([{"prompt": "a", "completion": inf}])

@@ -176,7 +176,7 @@ def test_a_template_that_is_code_is_asked() -> None:
     tokenizer = ByCode()
     assert rendering.has_template(tokenizer) and PromptBuilder(tokenizer).is_chat
     assert encode_prompt(tokenizer, "How many?") == [1, 3, 5]
-    with pytest.raises(UserError, match=r"refuses the prompt \(unexpected role system\): mend its turns"):
+    with pytest.raises(UserError, match=r"refuses the prompt \(unexpected role system\): fix its turns"):
         encode_prompt(tokenizer, SYSTEM)
     assert not rendering.has_template(templates.tokenizer(None))
 

@@ -638,7 +638,7 @@ def test_a_rank_that_is_killed_and_a_launcher_that_is_told_to_stop_lose_nothing(
     finally:
         run.kill()
     assert run.returncode == 2
-    message = errors[errors.index("unisd: error: a process of the run has ended early") :]
+    message = errors[errors.index("unisd: error: a process of the run ended early") :]
     assert "resume from checkpoint-" in message and message.rstrip().endswith("--resume_from_checkpoint")
     assert "SIGKILL" in errors
 

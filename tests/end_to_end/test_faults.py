@@ -124,7 +124,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, fault: Any) -
     with pytest.MonkeyPatch.context() as patch:
         fault(patch)
         with pytest.raises(
-            UserError, match=r"disk was full while checkpoint-2 .* checkpoint-1 is whole: free some space"
+            UserError, match=r"disk was full while checkpoint-2 .* checkpoint-1 is complete: free some space"
         ):
             going_on.train(resume_from_checkpoint=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-1").iterdir()} == good

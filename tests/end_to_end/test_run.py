@@ -126,7 +126,7 @@ def test_pocket_run(
 def test_own_rows_without_contexts(own: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*own, "--output_dir", str(tmp_path / "run")]) == 0
     said = capfd.readouterr()
-    assert "1 to report on (1 answered before and after, as nothing grades them)" in said.out
+    assert "1 to report on (1 answered before and after, because nothing grades them)" in said.out
     answers = json.loads((tmp_path / "run" / "answers.json").read_text())
     [example] = answers["task"]["examples"]
     assert answers["task"]["before"] is answers["task"]["after"] is example["before"]["correct"] is None
@@ -342,7 +342,7 @@ def test_answers_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "8",
     ]
     assert main(["train", *flags, "--output_dir", str(tmp_path / "out")]) == 0
-    assert batches == [6, 6, 6, 6]  # task and old skills, before and after
+    assert batches == [6, 6, 6, 6]  # task and retention, before and after
     found = json.loads((tmp_path / "out" / "results.json").read_text())["after"]["retention_ppl"]
     drift = measure.drift
     monkeypatch.setattr("unisd.run.measure.drift", lambda *args: drift(*args[:-1]))

@@ -76,7 +76,7 @@ def test_an_engine_that_miscounts_is_one_line(tmp_path: Path) -> None:
         def generate(self, *given: Any) -> list[Completion]:
             return [Completion(c.ids, c.truncated, written=[True]) for c in super().generate(*given)]
 
-    with pytest.raises(UserError, match="give one a token"):
+    with pytest.raises(UserError, match="give one per token"):
         trainer(tmp_path, engine=Wrong(answers()), max_completion_length=32).train()
 
 
@@ -113,7 +113,7 @@ def test_a_template_that_changes_earlier_turns_is_refused() -> None:
         "{{ m['role'] + m['content'] }}<|end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    with pytest.raises(UserError, match="otherwise once it is followed by"):
+    with pytest.raises(UserError, match="differently if others follow it"):
         encode_turns(tokenizer, "6 x 3?", TURNS, [])
 
 

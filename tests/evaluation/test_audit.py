@@ -55,7 +55,7 @@ def test_outcomes_are_counted_apart(grade, tmp_path):
     said = grade("--json", tmp_path / "f.json")
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["outcomes"] == {"right": 42, "wrong": 6, "unanswered": 6, "ambiguous": 6}
-    assert "answers that settle nothing" in said and "6 unanswered, 6 ambiguous" in said
+    assert "undecided answers" in said and "6 unanswered, 6 ambiguous" in said
     assert found["extraction_rate"]["value"] == 0.8 and "answer found" in said
     assert unsettled(outcomes([GRADERS["number"]("5", "5")])) == ""
 
@@ -116,7 +116,7 @@ def test_an_audit_refuses_what_it_cannot_read(grade, tmp_path):
         said = grade("--audit", path, code=2)
         assert message in said and said.count("\n") == 1 and path.read_bytes() == kept
     path.write_text("a,b\n1,2\n")
-    assert "no table of an audit" in grade("--audit", path, code=2) and path.read_text() == "a,b\n1,2\n"
+    assert "not a table of an audit" in grade("--audit", path, code=2) and path.read_text() == "a,b\n1,2\n"
 
 
 def test_no_interval_has_width_0():
@@ -141,6 +141,6 @@ def test_tables_of_a_run_say_how_many_answers_settle_nothing():
 
     settled = side(right=2, wrong=2, unanswered=0, ambiguous=0)
     results = {"before": side(right=2, wrong=0, unanswered=1, ambiguous=1), "after": settled}
-    line = ["task answers that settle nothing", "1 unanswered, 1 ambiguous", "0", ""]
+    line = ["task undecided answers", "1 unanswered, 1 ambiguous", "0", ""]
     assert change_lines(results)[1] == line
     assert len(change_lines({"before": side(), "after": settled})) == 1

@@ -32,7 +32,7 @@ def test_pocket_probe_finds_the_headroom(tmp_path: Path, capsys: pytest.CaptureF
     assert report["auxiliary"]["accuracy"]["value"] >= 0.8
     shown = " ".join(capsys.readouterr().out.split())
     assert "headroom" in report["advice"] and report["advice"] in shown
-    assert "What to set" in shown and report["recommended"]["recipe"] == "sdft"
+    assert "Settings for" in shown and report["recommended"]["recipe"] == "sdft"
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--dry_run"]) == 0
     assert report["predicted"]["s_per_step"] > 0 and report["predicted"]["memory_bytes"] > 1e6
 

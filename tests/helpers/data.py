@@ -10,7 +10,8 @@ def _folder() -> Path:
     named = os.environ.get("UNISD_TEST_DATA")
     if named is not None and not Path(named).is_dir():
         raise pytest.UsageError(
-            f"UNISD_TEST_DATA={named} is no folder: correct it, or unset it to skip the tests that read it."
+            f"UNISD_TEST_DATA={named} is not a folder: correct it, or unset it to skip the tests that"
+            " read it."
         )
     return Path(named) if named is not None else Path(__file__).parents[3] / "shared" / "data"
 

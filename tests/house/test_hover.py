@@ -32,7 +32,11 @@ def stub() -> str:
     for item in declared(UniSDOptions):
         default = f"Default: {getattr(UniSDOptions(), item.name)!r}."
         told = textwrap.wrap(
-            f'"""{item.metadata["help"]} {default}"""', 96, subsequent_indent="    ", break_long_words=False
+            f'"""{item.metadata["help"]} {default}"""',
+            96,
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
         )
         if len(told) > 1:
             told[-1:] = [told[-1].removesuffix('"""'), '    """']

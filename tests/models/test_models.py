@@ -91,7 +91,7 @@ def test_a_model_path_that_is_no_model(tmp_path):
 def test_a_hub_id_that_cannot_be_had():
     # conftest sets HF_HUB_OFFLINE
     assert resolve("no-such-org/no-such-model") == "no-such-org/no-such-model"
-    with pytest.raises(UserError, match="neither a local folder nor to be had") as caught:
+    with pytest.raises(UserError, match="neither a local folder nor available") as caught:
         load_model_and_tokenizer("no-such-org/no-such-model")
     one_line(caught)
 

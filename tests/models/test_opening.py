@@ -117,7 +117,7 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     saved(tmp_path, transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4)))
-    assert "is a vit, which is no causal language model" in refusal(tmp_path)
+    assert "is a vit, which is not a causal language model" in refusal(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------- adapters
@@ -127,7 +127,7 @@ def test_a_model_and_an_adapter_in_one_folder_are_refused(tmp_path: Path) -> Non
     adapter(saved(tmp_path), tiny.model("llama"))
     said = refusal(tmp_path)
     assert "holds an adapter (adapter_config.json) and a model (model.safetensors)" in said
-    assert "move one of them into a folder of its own" in said
+    assert "move one of them into a separate folder" in said
 
 
 def test_an_adapter_with_a_stray_configuration_is_an_adapter(tmp_path: Path, caplog: Any) -> None:
@@ -163,7 +163,7 @@ def test_an_adapter_without_some_of_its_weights_is_refused(tmp_path: Path) -> No
     del weights[next(name for name in weights if "layers.1" in name and "lora_B" in name)]
     save_file(weights, file)
     said = refusal(tmp_path / "adapter")
-    assert "lacks weights that its adapter_config.json asks for, give a whole one" in said
+    assert "lacks weights that its adapter_config.json requires: give a complete one" in said
     assert "layers.1.self_attn.q_proj.lora_B" in said
 
 
@@ -236,7 +236,7 @@ def test_tokens_that_were_added_are_opened_with_the_adapter(tmp_path: Path, imag
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda model, config: (get_peft_model(model, config), config), "leave peft_config out to go on"),
+        (lambda model, config: (get_peft_model(model, config), config), "leave peft_config out to continue"),
         (lambda model, config: (get_peft_model(model, config, adapter_name="mine"), None), "named 'default'"),
         (
             lambda model, config: (setattr(model, "peft_config", {"default": config}) or model, None),

@@ -209,7 +209,7 @@ def test_a_first_step_that_is_cut_raises_an_alarm() -> None:
     [alarm] = watch.update(1, HEALTHY | {"completions/truncated_share": 0.95})
     assert (alarm.name, alarm.step) == ("never ends", 1)
     assert alarm.text.startswith(
-        "95 % of the first step's answers ran into the limit: raise max_completion_length"
+        "95 % of the first step's answers reached the limit: raise max_completion_length"
     )
     assert "set eos_token_id" in alarm.text
     assert watch.update(2, HEALTHY | {"completions/truncated_share": 0.95}) == []

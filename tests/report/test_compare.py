@@ -63,7 +63,7 @@ def test_two_runs_are_compared_on_the_same_rows(tmp_path: Path) -> None:
         "-50.0",
         "0.15",
     ]
-    options = tags.text.partition("What was set otherwise")[2].partition("Answers to")[0]
+    options = tags.text.partition("Options that differ")[2].partition("Answers to")[0]
     assert "learning_rate" in options and "output_dir" not in options and "seed" not in options
     answers = tags.text.partition("Answers to the same prompts")[2].partition("Curves")[0]
     assert answers.count("a guess") == 12 and "before: wrong" in answers and "x/run: right" in answers
@@ -94,7 +94,7 @@ def test_what_cannot_be_compared_is_told(
         ([one, tmp_path / "empty"], ["--out", "page.html"], "holds no results.json"),
         ([one] * 9, ["--out", "page.html"], "at most 8"),
         ([one, other], ["--figures", "f"], "--figures belongs to a study"),
-        ([one, other], [], "comparison.html is there already"),
+        ([one, other], [], "comparison.html exists already"),
     ):
         assert main(["report", *map(str, folders), *flags]) == 2
         assert said in capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_a_run_page_shows_what_the_run_wrote(tmp_path: Path) -> None:
         "agreement",
         "25.0 %",
         "unknown: it needs device_tdp",
-        "what the teacher would have said",
+        "the teacher's most likely tokens",
     ):
         assert shown in tags.text, shown
     assert 'data-top="&lt;i&gt;other"' in text and '"teacher_top":[null,null' in text
@@ -88,9 +88,9 @@ def test_a_run_page_says_when_nothing_was_wrong_or_watched(tmp_path: Path) -> No
     well = with_diagnostics(tmp_path / "well", [])
     assert "<p>No alarm was raised.</p>" in diagnostics_of(well)
     (well / "metrics.jsonl").write_text('{"step": 10, "words/all": 1.0}\n')  # without probes
-    assert "No alarm was raised. Nobody looked for forgetting" in diagnostics_of(well)
+    assert "No alarm was raised. Not measured: forgetting" in diagnostics_of(well)
     (well / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
-    assert "Nobody looked for words of doubt" in diagnostics_of(well)
+    assert "Not measured: words of doubt" in diagnostics_of(well)
     (well / "metrics.jsonl").write_text('{"step": 9, "words/all": 1.0}\n')
     assert "No alarm could be raised: 9 steps are fewer than the 5 first and 5 last" in diagnostics_of(well)
     assert "alarm" not in diagnostics_of(with_diagnostics(tmp_path / "off", None))
@@ -254,7 +254,7 @@ def test_a_study_page_shows_effects_and_links_its_runs(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path / "nothing")]) == 2 and "is no folder" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nothing")]) == 2 and "is not a folder" in capsys.readouterr().err
     assert (
         main(["report", str(tmp_path)]) == 2
         and "neither results.json, metrics.jsonl nor" in capsys.readouterr().err

@@ -143,7 +143,11 @@ def test_an_address_of_no_host_ends_the_run_at_once(
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(RolloutError, match=r"is not to be had .there is no host of that name.*: correct its"):
+    with pytest.raises(
+        RolloutError,
+        match=r"cannot be reached .there is no host of that name.*:"
+        " correct its",
+    ):
         engine(server, tmp_path, timeout=60.0, vllm_server_base_url="http://nowhere.invalid:1")
 
 

@@ -198,7 +198,7 @@ def test_no_output_holds_the_key(
     run(2)
     assert (tmp_path / "0.rows").is_file()
     said += "".join(capfd.readouterr())
-    assert "set it anew" in said and key not in said and "SECRET" not in said
+    assert "set it again" in said and key not in said and "SECRET" not in said
     assert [path for path in tmp_path.iterdir() if b"SECRET" in path.read_bytes()] == []
 
 
@@ -208,12 +208,12 @@ def test_no_output_holds_the_key(
         (["--server_url", "host:8000"], "--server_url: 'host:8000' is not the address of a server"),
         (
             ["--server_url", "URL", "--model", "pocket"],
-            "--model_name_or_path is of a model that is loaded here",
+            "--model_name_or_path is for a model that is loaded here",
         ),
-        (["--server_url", "URL", "--dtype", "float32"], "--dtype is of a model that is loaded here"),
-        (["--server_url", "URL", "--trust_remote_code"], "--trust_remote_code is of a model that is loaded"),
+        (["--server_url", "URL", "--dtype", "float32"], "--dtype is for a model that is loaded here"),
+        (["--server_url", "URL", "--trust_remote_code"], "--trust_remote_code is for a model that is loaded"),
         (["--server_model", "base"], "--server_model is a name on a server: give its --server_url, too"),
-        (["--stop", ""], "--stop: an empty text stands everywhere"),
+        (["--stop", ""], "--stop: an empty text matches everywhere"),
     ],
 )
 def test_what_a_server_would_ignore_is_refused(
@@ -248,7 +248,7 @@ def test_prepare_says_what_it_does_not_ask(
         parse(["--writer_model", "base"])
     assert main([*asked, server.url, "--negatives", "corrupt"]) == 0 and not server.calls
     assert (
-        "writer_url is not asked: neither agreement_contexts=induction nor negatives=model."
+        "writer_url is not used: it needs agreement_contexts=induction or negatives=model."
         in capsys.readouterr().err
     )
 

@@ -90,7 +90,7 @@ def test_a_reference_free_run_without_a_contrast_is_refused(tmp_path: Path, capl
     assert fit_mechanisms(config, options, rows).contrastive_weight > 0  # the trainer refuses it, then
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path / "out", teacher_context="plain")
-    assert "so that nothing is learnt" in caplog.text
+    assert "so that nothing is learned" in caplog.text
 
 
 @pytest.mark.parametrize(

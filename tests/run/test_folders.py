@@ -137,7 +137,10 @@ def test_overwriting_is_for_the_folder_of_a_run(refused: Any, model_dir: Path, t
 
 def test_overwriting_and_resuming_contradict_each_other(refused: Any, tmp_path: Path, own: list[str]) -> None:
     text = refused(tmp_path / "run", "--overwrite_output_dir", "--resume_from_checkpoint")
-    assert "overwrite_output_dir removes what resume_from_checkpoint goes on from: give one of them" in text
+    assert (
+        "overwrite_output_dir removes the checkpoint that resume_from_checkpoint continues from:"
+        " give one of them"
+    ) in text
     options, _ = parse([*own[1:], "--output_dir", "x", "--overwrite_output_dir", "--hub_token", "secret"])
     command = resume_command(options, "x")
     assert (
@@ -149,7 +152,7 @@ def test_overwriting_and_resuming_contradict_each_other(refused: Any, tmp_path: 
 
 def test_overwriting_needs_the_name_of_a_folder(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*own, "--overwrite_output_dir"]) == 2
-    assert "overwrite_output_dir belongs to a folder that you name" in capsys.readouterr().err
+    assert "overwrite_output_dir needs a folder that you name" in capsys.readouterr().err
 
 
 def test_going_on_in_the_folder_of_another_run_is_refused(refused: Any, tmp_path: Path) -> None:
@@ -230,7 +233,7 @@ def test_results_hold_no_token_and_no_password(tmp_path: Path) -> None:
     assert "hf_secret" not in found and "me:pass" not in found and "http://***@host:1/v1" in found
     server = ["--use_vllm", "--vllm_mode", "server", "--vllm_server_base_url", address]
     for name, flags in (("writer_url", ["--writer_url", address]), ("vllm_server_base_url", server)):
-        with pytest.raises(UserError, match=f"^{name}: .* leave out what stands before @") as raised:
+        with pytest.raises(UserError, match=f"^{name}: .* remove the part before @") as raised:
             parse(["--output_dir", "x", *flags])
         assert "pass" not in str(raised.value).replace("password", "")
 

@@ -68,7 +68,7 @@ def test_a_run_measures_parts_of_its_change(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--graft_scales", "0.5", "1"], "graft_scales: 1 is no part to ask for"),
+        (["--graft_scales", "0.5", "1"], "graft_scales: 1 is not a part to measure"),
         (["--graft_scales", "0.5", "0.5"], "one is given twice"),
         (["--graft_scales", "0.5", "--accelerate_config", "ddp"], "measured by one process"),
     ],
@@ -84,7 +84,7 @@ def test_of_what_a_model_was_trained_is_known_or_asked_for(tmp_path: Path) -> No
 
     with pytest.raises(UserError, match="give --base"):
         grafting.base_of(str(tmp_path), None)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         grafting.base_of("some/model", "pocket")
     says("pocket")
     assert grafting.base_of(str(tmp_path), None) == "pocket"

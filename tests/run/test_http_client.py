@@ -74,7 +74,7 @@ def test_an_address_that_is_none_is_refused_before_it_is_asked(address: str) -> 
 def test_what_belongs_to_the_protocol_is_left_out_of_an_address() -> None:
     for address in ("http://a:1/b/v1/", "http://a:1/b/v1/chat/completions", "http://a:1/b"):
         assert check_server("x", address) == "http://a:1/b"
-    with pytest.raises(UserError, match=r"leave out what stands before @ or after \?") as raised:
+    with pytest.raises(UserError, match=r"remove the part before @ or after \?") as raised:
         check_server("x", f"http://a:1/v1?api-key={SECRET}")
     assert SECRET not in str(raised.value)
 

@@ -132,7 +132,7 @@ def test_weights(two: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert sorted(counts.values()) == [2] * 10 + [3] * 10 and len(train) == 50 + 7
     assert "50 of" in caplog.messages[-1] and "(20 x 2.5), 7 of" in caplog.messages[-1]
     assert len(load_data(RunOptions(train_file=two[:1], train_weights=[0.5], eval_file=others)).train) == 10
-    with pytest.raises(UserError, match=r"a weight of 0.01 takes none of the 20 training rows of .*a\.jsonl"):
+    with pytest.raises(UserError, match=r"a weight of 0.01 takes no row of the 20 .*a\.jsonl"):
         load_data(RunOptions(train_file=two[:1], train_weights=[0.01], eval_file=others))
 
 
@@ -166,7 +166,7 @@ def test_no_row_is_held_out_and_not_reported(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", FIRST)
     data = load_data(RunOptions(train_file=file, max_eval_rows=1))
     assert (len(data.train), len(data.evaluation)) == (19, 1)
-    for split, told in (("20", "has 20 rows, and none would be left"), ("0.5", "set --max_eval_rows 10")):
+    for split, told in (("20", "has 20 rows, and no row would be left"), ("0.5", "set --max_eval_rows 10")):
         with pytest.raises(UserError, match=f"eval_split={split}.*{told}"):
             load_data(RunOptions(train_file=file, eval_split=split, max_eval_rows=4))
 

@@ -307,8 +307,8 @@ def test_refusals(make: Make, tmp_path: Path, refused: Callable[..., str]) -> No
     assert "was not trained from --base" in refused(other, "--base", base, "--scale", 0.5)
     assert "give the model that" in refused(base, "--base", adapter, "--scale", 0.5)
     assert "one is given twice" in refused(adapter, "--scale", 0.5, 0.50)
-    assert "'x' is no number (DIR comes before --scale)" in refused("--scale", 0.5, "x")
-    assert "nan is no finite number" in refused(adapter, "--scale", "nan")
+    assert "'x' is not a number (DIR comes before --scale)" in refused("--scale", 0.5, "x")
+    assert "nan is not a finite number" in refused(adapter, "--scale", "nan")
     assert "--dtype int8 is no precision" in refused(adapter, "--dtype", "int8")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "other"}
 
@@ -322,7 +322,7 @@ def test_training_in_4_bits_is_told(
     adapter = make()
     (adapter / "results.json").write_text('{"config": {"load_in_4bit": true}}')
     assert merge(adapter) == 0
-    assert "--load_in_4bit merges it into those that training saw" in capsys.readouterr().err
+    assert "--load_in_4bit merges it into those used in training" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     assert "load_in_4bit needs bitsandbytes" in refused(adapter, "--load_in_4bit", "--scale", 1)
 

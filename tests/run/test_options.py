@@ -128,7 +128,11 @@ def test_mistakes_in_a_file(yaml_file, text: str, message: str) -> None:
         (["--seed", "-1"], r"seed=-1 is outside \[0, "),
         (["--per_device_train_batch_size", "0"], r"per_device_train_batch_size=0 is outside \[1, "),
         (["--gradient_accumulation_steps", "0"], r"gradient_accumulation_steps=0 is outside \[1, "),
-        (["--task", "gsm8k", "--task_options", "short=["], r"--task_options 'short=\['.* is no YAML value"),
+        (
+            ["--task", "gsm8k", "--task_options", "short=["],
+            r"--task_options 'short=\['.* is not a YAML"
+            " value",
+        ),
         (["--lr_scheduler_type", "foo"], "not a valid SchedulerType"),
     ],
 )

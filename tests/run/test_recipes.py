@@ -165,8 +165,8 @@ def test_a_recipe_of_your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         ("options: {lerning_rate: 1}", "unknown option 'lerning_rate': did you mean learning_rate"),
         ("options: {learning_rate: fast}", "mine.yaml: learning_rate: invalid float value: 'fast'"),
-        ("learning_rate: 1", "mine.yaml is no recipe: it has 'learning_rate' beside description"),
-        ("- 1", "mine.yaml is no recipe: put its values under the key options"),
+        ("learning_rate: 1", "mine.yaml is not a recipe: it has 'learning_rate' beside description"),
+        ("- 1", "mine.yaml is not a recipe: put its values under the key options"),
         ("based_on: unisd-stir", "based_on is 'unisd-stir': name one of"),
         ("a: [", "mine.yaml cannot be read: "),
     ],

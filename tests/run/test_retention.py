@@ -113,7 +113,7 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["none", "general"], "none stands alone"),
+        (["none", "general"], "none cannot be combined with others"),
         (["general", "general"], "two sets are called general"),
         (["genral"], "'genral' is neither none, general, a task"),
         (["gone.jsonl"], "'gone.jsonl' is neither none, general, a task"),
@@ -166,7 +166,7 @@ def test_drift_has_its_zero() -> None:
         ((40, 12, 1, 7), (2.0, 0.0, -0.1), "12 of 52 items of general that were right are lost, 1 gained"),
         ((900, 12, 1, 87), (2.0, 0.0, -0.1), None),  # beyond chance, and too few to matter
         ((3, 3, 0, 4), (2.0, 0.0, -0.1), None),  # not beyond chance
-        ((50, 1, 1, 8), (2.5, 0.2, 0.1), "lost 0.20 nats a token (perplexity 2.00 to 2.50)"),
+        ((50, 1, 1, 8), (2.5, 0.2, 0.1), "lost 0.20 nats per token (perplexity 2.00 to 2.50)"),
         ((50, 1, 1, 8), (2.5, 0.2, -0.1), None),
         ((50, 1, 1, 8), (2.1, 0.02, 0.01), None),
     ],
@@ -200,7 +200,7 @@ def test_a_run_that_changes_nothing_prints_zero(
     table = capsys.readouterr().out
     assert "24 / 0 / 0" in table and "+0.000" in table.split("drift: KL")[1].splitlines()[0]
     assert main(["report", str(tmp_path / "out")]) == 0
-    assert "Only forgetting was looked for" in (tmp_path / "out" / "report.html").read_text()
+    assert "Only forgetting was measured" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.long

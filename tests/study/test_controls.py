@@ -105,7 +105,7 @@ def test_parts_of_fine_tuning_are_cells_of_its_runs(tmp_path: Path) -> None:
     [
         (
             {"sft-graft": {"learning_rate": 1}},
-            "sft-graft takes graft_scales alone.*give learning_rate to that",
+            "sft-graft takes only graft_scales.*give learning_rate to that",
         ),
         ({"sft-graft": {"graft_scales": "half"}}, "must be numbers, not 'half'"),
         (["sdft"], "unknown control 'sdft': there are reference-free"),
@@ -137,11 +137,31 @@ CELLS = [Cell(name, {}) for name in ("all", "control sft", "control reference-fr
 @pytest.mark.parametrize(
     ("task", "retention", "seeds", "text"),
     [
-        ((0.9, 0.5, 0.6), (0.8, 0.8, 0.8), 12, "self-distillation pays here: all beats all 2 controls"),
-        ((0.9, 0.5, 0.6), (0.5, 0.8, 0.6), 12, "is not shown to pay here: control sft is not beaten"),
-        ((0.6, 0.9, 0.5), (0.8, 0.8, 0.8), 12, "is not shown to pay here: control sft wins"),
-        ((0.6, 0.6, 0.2), (0.8, 0.8, 0.8), 12, "is not shown to pay here: control sft is not beaten"),
-        ((0.9, 0.5, 0.6), (0.8, 0.8, 0.8), 1, "is not shown to pay here"),  # training noise is not known
+        (
+            (0.9, 0.5, 0.6),
+            (0.8, 0.8, 0.8),
+            12,
+            "self-distillation is worthwhile here: all beats all 2 controls",
+        ),
+        (
+            (0.9, 0.5, 0.6),
+            (0.5, 0.8, 0.6),
+            12,
+            "is not shown to be worthwhile here: control sft is not beaten",
+        ),
+        ((0.6, 0.9, 0.5), (0.8, 0.8, 0.8), 12, "is not shown to be worthwhile here: control sft wins"),
+        (
+            (0.6, 0.6, 0.2),
+            (0.8, 0.8, 0.8),
+            12,
+            "is not shown to be worthwhile here: control sft is not beaten",
+        ),
+        (
+            (0.9, 0.5, 0.6),
+            (0.8, 0.8, 0.8),
+            1,
+            "is not shown to be worthwhile here",
+        ),  # training noise is not known
     ],
 )
 def test_the_verdict_names_the_control_that_is_not_beaten(
@@ -152,7 +172,7 @@ def test_the_verdict_names_the_control_that_is_not_beaten(
         "retention_accuracy": fit(*retention, seeds=seeds, problems=800),
     }
     found = compare(CELLS[0], CELLS[1:], fits, margin=2.0)
-    assert text in found["text"] and found["pays"] == ("pays here" in text)
+    assert text in found["text"] and found["pays"] == ("is worthwhile here" in text)
 
 
 def test_a_study_says_whether_it_pays(tmp_path: Path) -> None:
@@ -168,12 +188,13 @@ def test_a_study_says_whether_it_pays(tmp_path: Path) -> None:
     recommend.write(tmp_path, spec, found)
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(spec.source))
     assert main(["report", str(tmp_path), "--no_run_pages"]) == 0
-    assert "is not shown to pay here" in (tmp_path / "report.html").read_text()
+    assert "is not shown to be worthwhile here" in (tmp_path / "report.html").read_text()
     text = recommend.markdown(found)
     assert (
-        "### Controls\n\nSelf-distillation is not shown to pay here" in text and "(+ema+clip itself)" in text
+        "### Controls\n\nSelf-distillation is not shown to be worthwhile here" in text
+        and "(+ema+clip itself)" in text
     )
-    assert any("is not shown to pay here" in line for line in recommend.console_lines(found))
+    assert any("is not shown to be worthwhile here" in line for line in recommend.console_lines(found))
 
 
 def test_rows_need_references_where_a_run_does(tmp_path: Path) -> None:
@@ -214,5 +235,5 @@ def test_answers_a_step_count_the_micro_batches_too() -> None:
     options = next(run.options for run in runs_of(spec) if run.cell.name == "control rejection-sft")
     names = ("per_device_train_batch_size", "num_generations", "gradient_accumulation_steps")
     assert [options[name] for name in names] == [1, 8, 2]
-    with pytest.raises(UserError, match="draws 4 answers a prompt, and the method has 3"):
+    with pytest.raises(UserError, match="draws 4 answers per prompt, and the method has 3"):
         runs_of(study(controls=["rejection-sft"], base={"per_device_train_batch_size": 3}))

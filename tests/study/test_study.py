@@ -77,7 +77,7 @@ def test_runs_differ_by_everything_that_defines_them() -> None:
         ({"base": {"seed": 3}}, "base must not set seed"),
         ({"base": {"hub_token": "hf_x"}}, "leave it out, and set HF_TOKEN"),
         ({"tasks": [{"task": "pocket", "hub_token": "hf_x"}]}, "leave it out, and set HF_TOKEN"),
-        ({"design": "list", "cells": [{"emma": "on"}]}, "emma=on is no level"),
+        ({"design": "list", "cells": [{"emma": "on"}]}, "emma=on is not a level"),
     ],
 )
 def test_mistakes_are_told(values: dict[str, Any], message: str) -> None:
@@ -125,7 +125,7 @@ def test_the_sweep_of_rates_chooses_on_validation_rows(capsys: pytest.CaptureFix
         prompts = [{row["prompt"] for row in part} for part in parts]
         assert len(prompts[0]) == 8 and prompts[0].isdisjoint(prompts[1])
     for flags, told in (
-        (["--eval_split", "train"], "would report on what is trained on"),
+        (["--eval_split", "train"], "would report on training rows"),
         (["--eval_split", "dev"], "dev"),
         (
             ["--eval_split", "validation", "--train_file", "rows.jsonl"],
@@ -302,7 +302,7 @@ def test_only_runs_of_the_study_as_it_is_are_analysed(tmp_path: Path) -> None:
         and one_seed["tasks"]["pocket"]["seeds"] == [1]
         and one_seed["tasks"]["pocket"]["runs"] == 2
     )
-    assert "do not contain the noise of training" in one_seed["notes"][0]
+    assert "do not include training noise" in one_seed["notes"][0]
     assert "training noise is not in the interval" in recommend.markdown(one_seed)
 
 

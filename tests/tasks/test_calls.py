@@ -57,7 +57,7 @@ def test_gold_may_have_any_form_too(gold):
 def test_gold_without_a_call_is_refused(gold):
     with pytest.raises(UserError, match=r"call: gold .* holds no call: give \{\"name\": ..., \"arguments\""):
         call.read_gold(gold)
-    with pytest.raises(UserError, match=r"call: gold .*: the arguments of f are no JSON object"):
+    with pytest.raises(UserError, match=r"call: gold .*: the arguments of f are not a JSON object"):
         call.read_gold({"name": "f", "arguments": "no JSON"})
 
 

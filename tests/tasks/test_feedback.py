@@ -59,7 +59,7 @@ def calls(*steps: tuple[str, object]) -> list[ToolStep]:
         (calls(("find", {"city": "Rome", "day": 3, "unit": ""}), ("book", {"id": 7})),
          "1 of 2 calls right; call 1, find: argument city is wrong."),
         ([ToolStep("find", "Oslo"), *calls(("book", {"id": 7}))],
-         "1 of 2 calls right; call 1, find: its arguments are no JSON object."),
+         "1 of 2 calls right; call 1, find: its arguments are not a JSON object."),
     ],
 )  # fmt: skip
 def test_feedback_on_calls(found: list[ToolStep], feedback: str) -> None:
@@ -74,7 +74,7 @@ def test_feedback_on_calls(found: list[ToolStep], feedback: str) -> None:
     [
         ("def f(x):\n    return x", "The program fails a test: assert f(1) == 2"),
         ("def f(x):\n    return 1 / 0", "Under a test the program raises an error: ZeroDivisionError"),
-        ("def f(x)\n    return 1", "The program is no Python: SyntaxError"),
+        ("def f(x)\n    return 1", "The program is not Python: SyntaxError"),
         ("def f(x):\n    return x + 1", ""),
     ],
 )

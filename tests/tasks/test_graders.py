@@ -79,7 +79,7 @@ def test_exact_and_contains():
     assert contains("The capital is Paris.", "paris").correct
     assert not contains("category", "cat").correct
     assert contains("category, cat", "cat").correct
-    with pytest.raises(UserError, match="gold '' is no text"):
+    with pytest.raises(UserError, match="gold '' is not a text"):
         contains("anything", "")
 
 
@@ -198,21 +198,25 @@ def test_a_megabyte_takes_no_longer_than_reading_it(name):
         (
             "number",
             "12,34,5",
-            "gold '12,34,5' is no number: give one number (1234, 0.5, 3/4, 2.5e3), or a list",
+            "gold '12,34,5' is not a number: give one number (1234, 0.5, 3/4, 2.5e3), or a list",
         ),
-        ("number", "seven or eight", "is no number"),
+        ("number", "seven or eight", "is not a number"),
         ("number", "5 or 7", "gold '5 or 7' holds no single number: 5 or 7 are several numbers"),
-        ("number", True, "gold True is no number"),
-        ("number", None, "gold None is no number"),
-        ("number", [], "gold [] is no number"),
-        ("number", [["5"]], "is no number"),
-        ("number", ["5", "x"], "gold 'x' is no number"),
-        ("number", {"level": 5}, "is no number"),
-        ("number", "3:45", "gold '3:45' is no number"),
-        ("exact", "", "gold '' is no text: give a text that is not empty, or a list of those that are right"),
-        ("exact", float("nan"), "gold nan is no text"),
-        ("contains", {}, "gold {} is no text"),
-        ("contains", " \u200b", "is no text"),
+        ("number", True, "gold True is not a number"),
+        ("number", None, "gold None is not a number"),
+        ("number", [], "gold [] is not a number"),
+        ("number", [["5"]], "is not a number"),
+        ("number", ["5", "x"], "gold 'x' is not a number"),
+        ("number", {"level": 5}, "is not a number"),
+        ("number", "3:45", "gold '3:45' is not a number"),
+        (
+            "exact",
+            "",
+            "gold '' is not a text: give a text that is not empty, or a list of those that are right",
+        ),
+        ("exact", float("nan"), "gold nan is not a text"),
+        ("contains", {}, "gold {} is not a text"),
+        ("contains", " \u200b", "is not a text"),
     ],
 )
 def test_gold_that_cannot_be_read_is_refused(name, gold, message):

@@ -65,5 +65,5 @@ def test_it_grades_in_any_thread_and_survives_what_takes_too_long(grader):
     assert grader("sleep 1", "2").reason == "cannot be compared (it takes too long)"
     assert grader("die 1", "2").reason == "cannot be compared (it takes too long)"
     assert grader("2", "2").correct
-    with pytest.raises(UserError, match="gold 'x' is no mathematical expression: give a number or LaTeX"):
+    with pytest.raises(UserError, match="gold 'x' is not a mathematical expression: give a number or LaTeX"):
         grader("2", "x")

@@ -52,8 +52,8 @@ def test_tests_are_a_text_or_a_list_of_texts(gold, source):
         (" \n", "these are empty"),
         ([], "these are empty"),
         (["", " "], "these are empty"),
-        ("assert double(2 == 4", "these are no Python ('(' was never closed"),
-        ("It should double.", "these are no Python"),
+        ("assert double(2 == 4", "these are not Python ('(' was never closed"),
+        ("It should double.", "these are not Python"),
         (["assert f()", "then"], None),
     ],
 )

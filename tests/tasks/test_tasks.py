@@ -312,7 +312,7 @@ def test_gold_of_own_rows_is_read_when_they_are_loaded(tmp_path):
         {"prompt": f"{i}+1?", "answer": answer} for i, answer in enumerate([1, "2", ["3", "three"], "4,5,6"])
     ]
     file = write(tmp_path / "r.jsonl", rows)
-    with pytest.raises(UserError, match=r"r\.jsonl, row 3: gold '4,5,6' is no number: give one number"):
+    with pytest.raises(UserError, match=r"r\.jsonl, row 3: gold '4,5,6' is not a number: give one number"):
         tasks.get("jsonl", data_files=file, grader="number").load("all")
     task = tasks.get("jsonl", data_files=write(tmp_path / "r.jsonl", rows[:3]), grader="number")
     first, _, third = task.load("all")

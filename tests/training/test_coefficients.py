@@ -23,6 +23,6 @@ def test_a_few_tokens_that_stand_out_do_not_hide_idle_agreement(apart: int, idle
     if said is not None:
         assert said == (
             "agreement weights differ by less than 1 % (range between their 1 % and 99 % quantiles: 0.0000;"
-            " mean 0.9976, least 0.9090): their forward passes buy nothing; raise agreement_gamma=0.1, or"
+            " mean 0.9976, least 0.9090): their forward passes have no effect; raise agreement_gamma=0.1, or"
             " set agreement=none."
         )

@@ -144,7 +144,7 @@ def test_evaluations_are_written_printed_drawn_and_logged(
     assert shown[0].startswith(f"evaluation at step 1/2  loss {lines[1]['eval_loss']:.4f}  accuracy 100.0 %")
     assert [step for step, logs in log.lines if logs.get("eval_accuracy") == 1.0] == [1, 2, 2]
     assert [unit for _, unit, _ in evaluations(read_metrics(tmp_path / "metrics.jsonl"))] == [
-        "nats a token",
+        "nats per token",
         "share",
     ]
     # A run that goes on watches its steps, and keeps the evaluation of its last one.

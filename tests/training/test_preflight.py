@@ -93,7 +93,7 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(
 
 
 def test_a_generation_config_that_nobody_can_mend_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"could not be saved after training: .*num_return_sequences.*: mend"):
+    with pytest.raises(UserError, match=r"could not be saved after training: .*num_return_sequences.*: fix"):
         trainer(tmp_path, model=with_generation(num_return_sequences=2))
 
 
@@ -186,7 +186,7 @@ def test_an_optimizer_of_other_weights(tmp_path: Path, caplog: Any) -> None:
     assert "leaves 20 of 21 trained tensors as they are" in caplog.text
     assert built.optimizer is head and "initial_lr" not in head.param_groups[0]  # the schedule's trace
     schedule = torch.optim.lr_scheduler.ConstantLR(of_base)
-    with pytest.raises(UserError, match="the schedule in optimizers moves another optimizer"):
+    with pytest.raises(UserError, match="the schedule in optimizers belongs to another optimizer"):
         trainer(tmp_path, model=model, optimizers=(head, schedule))
 
 
@@ -205,8 +205,8 @@ def test_an_optimizer_of_other_weights(tmp_path: Path, caplog: Any) -> None:
         ({"optim": "galore_adamw"}, "optim=galore_adamw cannot be built: .*galore_torch"),
         ({"optim": "grokadamw"}, "optim=grokadamw cannot be built: .*grokadamw"),
         ({"optim_args": "foo"}, r"optim=\w+ cannot be built: .*see optim, optim_args"),
-        ({"optim": "lomo"}, "optim=lomo moves weights within the backward pass"),
-        ({"optim": "galore_adamw_layerwise"}, "optim=galore_adamw_layerwise moves weights within"),
+        ({"optim": "lomo"}, "optim=lomo changes weights within the backward pass"),
+        ({"optim": "galore_adamw_layerwise"}, "optim=galore_adamw_layerwise changes weights within"),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 20},
             "dataloader_drop_last leaves no batch: there are 8 rows, and a batch has 20",

@@ -319,7 +319,7 @@ def test_a_second_run_in_the_folder_of_another_is_refused(trained: Path, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(UserError) as refused:
         build(folder, save_total_limit=1).train()
-    assert "holds another run (checkpoint-2, metrics.jsonl): go on with it by" in str(refused.value)
+    assert "holds another run (checkpoint-2, metrics.jsonl): continue it with" in str(refused.value)
     assert "resume_from_checkpoint=True, choose another output_dir" in str(refused.value)
     with pytest.raises(UserError, match="holds another run"):  # from a checkpoint elsewhere
         build(folder).train(resume_from_checkpoint=str(trained / "checkpoint-1"))

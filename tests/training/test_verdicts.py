@@ -200,7 +200,7 @@ def test_without_a_grader_it_is_refused(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"rollout_contexts": ["siblings"]}, "rollout_contexts has 'siblings': use sibling"),
-        ({"rollout_contexts": ["none", "feedback"]}, "what follows 'none' can never be reached"),
+        ({"rollout_contexts": ["none", "feedback"]}, "entries after 'none' are never reached"),
         ({"rollout_contexts": ["feedback", "feedback"]}, "name each once"),
         ({"rollout_contexts": ["sibling"]}, "set num_generations of 2 or more"),
         ({"rollout_keep": "passed", "completion_source": "reference"}, "unset completion_source=reference"),

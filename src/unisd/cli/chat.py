@@ -68,27 +68,36 @@ def chat_command(arguments: Sequence[str]) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser(
         "chat",
-        "Talk with a model: it reads the turns so far with each prompt. On a terminal, /help lists what can"
-        " be typed beside prompts. Otherwise each line of standard input is a prompt, or one of those"
-        " commands.",
+        "Talk with a model: it reads the conversation so far with each prompt. In a terminal, /help"
+        " lists the commands. Otherwise each line of standard input is a prompt or a command.",
     )
     parser.add_argument("folder", metavar="DIR", help="model or adapter folder, or a model name")
     parser.add_argument(
-        "--compare", metavar="BASE", help="another model beside it; `base`: the one it was adapted from"
+        "--compare",
+        metavar="BASE",
+        help="show another model's answers beside it; `base`: the model it was adapted from",
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this one prompt and end")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer only this prompt, then end")
     parser.add_argument(
         "--system",
         metavar="TEXT",
-        help="the system turn; an empty text: none (default: that of the rows it was trained on)",
+        help="the system turn; an empty text: none (default: the system turn of its training rows)",
     )
     parser.add_argument(
-        "--max_new_tokens", type=int, default=256, metavar="N", help="most tokens of an answer (default: 256)"
+        "--max_new_tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="maximum tokens per answer (default: 256)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="of sampling; 0 (default): greedy"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature; 0 (default): greedy",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling (default: 0)")
     add_trust(parser)
     add_template_options(parser)
     return parser
@@ -138,7 +147,7 @@ class Session:
                 self.speaker.encode(self.start.prompt("question"))
         for speaker in filter(None, (self.speaker, self.other)):
             if not speaker.remembers and self.options.prompt is None:
-                logger.warning("%s has no chat template: it reads each prompt alone.", speaker.name)
+                logger.warning("%s has no chat template: it reads each prompt separately.", speaker.name)
 
     # -- what a line does --------------------------------------------------------------------------
 
@@ -318,7 +327,7 @@ def _system_of_run(folder: str, examples: Sequence[Messages]) -> str | None:
     prompts = _prompts(trained) or examples
     found = {str(p[0]["content"]) if p[0]["role"] == "system" else None for p in prompts}
     if len(found) > 1:
-        logger.warning("the run's rows do not share one system turn: there is none, but for --system TEXT.")
+        logger.warning("the run's rows do not share one system turn: none is used; --system TEXT sets one.")
     return found.pop() if len(found) == 1 else None
 
 
@@ -327,5 +336,7 @@ def _base_of(folder: str) -> str:
     try:
         name = json.loads((Path(folder).expanduser() / RESULTS).read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder} has no {RESULTS} that names its base: give it, --compare MODEL.") from None
+        raise UserError(
+            f"{folder} has no {RESULTS} that names its base: give it with --compare MODEL."
+        ) from None
     return str(name)

@@ -41,8 +41,8 @@ def completion_command(arguments: Sequence[str]) -> int:
     """Print the script of a shell; returns the exit code."""
     parser = CommandParser(
         "completion",
-        "Print a script that lets a shell complete commands, options and their values. Keep it where the"
-        " shell looks: unisd completion bash > ~/.local/share/bash-completion/completions/unisd",
+        "Print a script for your shell that completes commands, options and their values. Save it where"
+        " the shell looks for it: unisd completion bash > ~/.local/share/bash-completion/completions/unisd",
     )
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
     options = parser.parse(arguments)

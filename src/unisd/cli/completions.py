@@ -56,10 +56,10 @@ def match_completions(task: Task, rows: list[Row], path: str, in_order: bool = F
             )
     if not records:
         holds = "holds failed answers alone" if written else "is empty"
-        raise UserError(f"{path} {holds}: give one completion a line.")
+        raise UserError(f"{path} {holds}: give one completion per line.")
     notes: list[str] = []
     if lost := len(written) - len(records):
-        notes.append(f"{path}: {lost} of {len(written)} lines hold no answer, for it failed: not counted.")
+        notes.append(f"{path}: {lost} of {len(written)} lines hold no answer because it failed: not counted.")
     places = _in_order(records, rows, path, in_order, notes)
     if places is None:
         places = _by_id(records, rows, path)
@@ -90,7 +90,7 @@ def _in_order(
     if len(records) != len(rows):
         without = "" if any(keyed) else " without id"
         raise UserError(
-            f"{path} has {len(records)} completions{without} for {len(rows)} rows: give one a row, or ids."
+            f"{path} has {len(records)} completions{without} for {len(rows)} rows: give one per row, or ids."
         )
     how = "--in_order" if asked else f"no line has {', '.join(KEYS[:-1])} or {KEYS[-1]}"
     notes.append(f"{path}: its {len(records)} lines are taken in the order of the rows ({how}).")
@@ -116,7 +116,7 @@ def _by_id(records: Sequence[Row], rows: Sequence[Row], path: str) -> list[int]:
         if len(found) > 1:
             raise UserError(
                 f"{path}, row {line}: {len(found)} rows of the data have the id {name!r} (rows {found[0]} and"
-                f" {found[1]}): give each row its own, or --in_order with one line a row."
+                f" {found[1]}): give each row its own, or --in_order with one line per row."
             )
         places.append(found[0])
     return places
@@ -127,7 +127,7 @@ def _count(found: Matched, rows: Sequence[Row], records: Sequence[Row], path: st
     found.counts = {"rows": len(rows), "answered": len(found.rows), "answers": len(records)}
     if len(found.rows) < len(rows):
         found.notes.append(
-            f"{path}: answers for {len(found.rows)} of {len(rows)} rows; the figures are of these."
+            f"{path}: answers for {len(found.rows)} of {len(rows)} rows; the figures are for these."
         )
     numbers = Counter(len(texts) for texts in found.answers)
     if len(numbers) > 1:
@@ -152,8 +152,8 @@ def _asked(task: Task, row: Row, record: Row, where: str) -> Row:
     listed = order if isinstance(order, list) else []
     if not listed or not all(type(one) is int and 0 <= one < count for one in listed):
         raise UserError(
-            f'{where}: the order {order!r:.60} of options is none of "{OURS}" (that of our prompts), "data"'
-            f" (the data set's own) and a list of their places there, from 0 to {count - 1}."
+            f'{where}: the order {order!r:.60} of options must be "{OURS}" (that of our prompts),'
+            f' "data" (the data set\'s own) or a list of their positions there, from 0 to {count - 1}.'
         )
     return dict(arrange(row, order))
 

@@ -75,7 +75,8 @@ def contamination_command(arguments: Sequence[str]) -> int:
     """
     parser = CommandParser(
         "contamination",
-        "Do problems of the evaluation rows occur in the training rows? Of a task, or of your own rows.",
+        "Check whether problems of the evaluation rows occur in the training rows, for a task or your"
+        " own rows.",
         shared_options("contamination"),
     )
     parser.set_defaults(**dict.fromkeys(shared_names("contamination")))

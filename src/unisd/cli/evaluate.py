@@ -122,65 +122,64 @@ def _grafting(options: Any, chosen: dict[str, Task], sets: dict[str, dict[str, l
 def _parser() -> CommandParser:
     parser = CommandParser(
         "eval",
-        "Accuracy on tasks or your own rows, retention skills and, with --base, retention perplexities.",
+        "Measure accuracy on tasks or your own rows, retention and, with --base, drift.",
         shared_options("eval"),
     )
     parser.set_defaults(**{**dict.fromkeys(shared_names("eval")), "trust_remote_code": False})
     _add_model(parser)
     data, output = parser.under(DATA), parser.under(OUTPUT)
     data.add_argument(
-        "--task", nargs="+", help=f"one or several of {', '.join(tasks.names())} (default: pocket)"
+        "--task", nargs="+", help=f"one or more of {', '.join(tasks.names())} (default: pocket)"
     )
-    data.add_argument("--data_files", nargs="+", help="files of the task; with several tasks TASK=FILE")
+    data.add_argument("--data_files", nargs="+", help="files for the task; with several tasks TASK=FILE")
     data.add_argument(
         "--split",
-        help="rows to answer: train, test or all (default: test, of task jsonl all); of your own rows test is"
-        " --eval_file, else what `unisd train` with this --seed holds out",
+        help="rows to answer: train, test or all (default: test; for task jsonl: all). For your own"
+        " rows, test is --eval_file, else what `unisd train` with this --seed holds out",
     )
     data.add_argument(
-        "--max_eval_rows", "--n", dest="n", type=int, default=500, help="most rows of each evaluation (500)"
+        "--max_eval_rows", "--n", dest="n", type=int, default=500, help="maximum rows per evaluation (500)"
     )
     _add_answers(parser)
-    output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
+    output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to this file")
     output.add_argument(
-        "--rows",
-        type=output_file,
-        metavar="FILE.jsonl",
-        help="write one object an answer there, with its text",
+        "--rows", type=output_file, metavar="FILE.jsonl", help="write one object per answer to this file"
     )
-    output.add_argument("--markdown", type=output_file, metavar="FILE.md", help="write the table there")
+    output.add_argument(
+        "--markdown", type=output_file, metavar="FILE.md", help="write the table to this file"
+    )
     return parser
 
 
 def _add_model(parser: CommandParser) -> None:
     """Add whom to ask, beside the options of `unisd train`."""
     model = parser.under(MODEL)
-    model.add_argument("--base", help="the model that it was adapted from, for retention perplexities")
+    model.add_argument("--base", help="the model that it was adapted from, for drift")
     model.add_argument(
         "--scales",
         nargs="+",
         type=float,
         metavar="L",
-        help="measure also base + L x what training changed, for each L: what a part of it gains and keeps",
+        help="also measure base + L x (what training changed), for each L",
     )
     model.add_argument("--server_url", help="let an OpenAI-compatible server answer; no perplexities then")
-    model.add_argument("--server_model", help="the model's name there (default: the first that it serves)")
+    model.add_argument("--server_model", help="the model's name on the server (default: the first listed)")
 
 
 def _add_answers(parser: CommandParser) -> None:
     """Add how answers are drawn."""
     measured = parser.under(MEASURED)
     measured.add_argument(
-        "--num_samples", type=int, default=1, help="answers a row; several give pass@k (needs a temperature)"
+        "--num_samples", type=int, default=1, help="answers per row; pass@k if several (with a temperature)"
     )
     measured.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    measured.add_argument("--top_p", type=float, default=1.0, help="share of probability to draw from (1)")
+    measured.add_argument("--top_p", type=float, default=1.0, help="nucleus: probability to sample from (1)")
     measured.add_argument(
         "--eval_max_new_tokens",
         "--max_new_tokens",
         dest="max_new_tokens",
         type=int,
-        help="cap on each answer (default: the task's; of your own rows that of the model's run, else 256)",
+        help="maximum tokens per answer (default: the task's; for your own rows the model's run's, else 256)",
     )
     measured.add_argument("--stop", nargs="+", metavar="TEXT", help="end an answer before any of these texts")
     measured.add_argument(
@@ -188,7 +187,7 @@ def _add_answers(parser: CommandParser) -> None:
         "--batch_size",
         dest="batch_size",
         type=int,
-        help="answers at once (default: 64, of a server 16 requests)",
+        help="answers at once (default: 64; for a server: 16 requests)",
     )
 
 
@@ -206,15 +205,17 @@ def _check(options: Any) -> None:
             " are needed."
         )
     if options.num_samples > 1 and options.temperature <= 0:
-        raise UserError("--num_samples: greedy answers are all alike; give a --temperature.")
+        raise UserError("--num_samples: greedy answers are all the same; give a --temperature.")
     if "" in (options.stop or ()):
-        raise UserError("--stop: an empty text stands everywhere; give another.")
+        raise UserError("--stop: an empty text matches everywhere; give another.")
     if options.scales is not None:
         check_scales(options.scales, "--scales")
         if options.retention is not None:
-            raise UserError("--retention is not asked of parts: add its task to --task, or drop --scales.")
+            raise UserError(
+                "--retention is not measured for parts: add its task to --task, or drop --scales."
+            )
         if options.model_name_or_path is None or options.server_url is not None:
-            raise UserError("--scales are parts of what a training changed: give its folder as --model.")
+            raise UserError("--scales are parts of what training changed: give its folder as --model.")
     if options.server_url is None:
         if options.server_model is not None:
             raise UserError("--server_model is a name on a server: give its --server_url, too.")
@@ -222,7 +223,7 @@ def _check(options: Any) -> None:
     check_server("--server_url", options.server_url)
     if options.chat_template_kwargs is not None:
         raise UserError(
-            "--chat_template_kwargs: a server renders by itself; give it the options when it is started."
+            "--chat_template_kwargs: a server renders prompts itself; set the options when you start it."
         )
     if options.base:
         raise UserError(
@@ -231,7 +232,8 @@ def _check(options: Any) -> None:
     for name in ("model_name_or_path", "dtype", "trust_remote_code"):
         if getattr(options, name):
             raise UserError(
-                f"--{name} is of a model that is loaded here, and --server_url lets a server answer: drop one"
+                f"--{name} is for a model that is loaded here, but --server_url lets a server answer:"
+                " drop one"
                 " of them (--server_model names the server's)."
             )
 
@@ -242,7 +244,7 @@ def _refuse_nothing(options: Any, chosen: dict[str, Task], sets: dict[str, dict[
         references = any(row.get("completion") for row in sets[name]["task"])
         if task.graded or options.base or options.rows or (references and options.server_url is None):
             continue
-        why = "a server tells no perplexity" if references else "its rows have no reference"
+        why = "a server gives no perplexity" if references else "its rows have no reference"
         raise UserError(
             f"{name}: there is no --grader, and {why}: give one, or --rows FILE to keep the answers."
         )
@@ -410,7 +412,7 @@ class _Evaluation:
             f" {len(too_long)} such row(s) of {len(rows)}"
         )
         if len(too_long) == len(rows):
-            raise UserError(f"{said}: none is left to answer; give a model with a longer context.")
+            raise UserError(f"{said}: no row is left to answer; give a model with a longer context.")
         logger.warning("%s are left out and not counted.", said)
         return [row for place, row in enumerate(rows) if place not in too_long]
 

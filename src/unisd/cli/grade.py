@@ -81,35 +81,42 @@ def _parser() -> CommandParser:
     add_task_by_place(parser)
     parser.under(DATA).add_argument(
         "--split",
-        help="rows that the completions answer (default: --eval_file, else all, in the files' order)",
+        help="rows that the completions answer (default: --eval_file, else all, in the order of the files)",
     )
     measured, output = parser.under(MEASURED), parser.under(OUTPUT)
     measured.add_argument(
-        "--completions", metavar="C.jsonl", help='a line each: {"id": ..., "completion": ...}'
+        "--completions", metavar="C.jsonl", help='one line per completion: {"id": ..., "completion": ...}'
     )
     measured.add_argument(
         "--in_order",
         action="store_true",
-        help="the lines answer the rows one after another, whatever their ids",
+        help="match completions to rows by their order and ignore the ids",
     )
     measured.add_argument(
-        "--explain", action="store_true", help="say of each answer what was taken, how, and what was not"
+        "--explain",
+        action="store_true",
+        help="show what was extracted from each answer, how, and what was passed over",
     )
     output.add_argument(
         "--write_prompts",
         type=output_file,
         metavar="P.jsonl",
-        help="write what to ask a system, and the order of options, instead of grading",
+        help="write the prompts for a system, and the order of options, instead of grading",
     )
     output.add_argument(
-        "--rows", "--out", type=output_file, metavar="R.jsonl", help="write one object an answer there"
+        "--rows",
+        "--out",
+        type=output_file,
+        metavar="R.jsonl",
+        help="write one object per answer to this file",
     )
-    output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
+    output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to this file")
     output.add_argument(
         "--audit",
         type=output_file,
         metavar="F.csv",
-        help="write 50 answers there for a person to judge; with the column person filled: the agreement",
+        help="write 50 answers to this file for a person to judge; if its column person is filled,"
+        " report the agreement",
     )
     return parser
 
@@ -155,5 +162,5 @@ def summary_lines(summary: Figures, name: str = "accuracy") -> list[list[str]]:
     shown["  answer found"] = summary["extraction_rate"]
     lines = [[label, percent(value), str(value["n"])] for label, value in shown.items()]
     if open_answers := unsettled(summary["outcomes"]):
-        lines.append(["  answers that settle nothing", open_answers, str(sum(summary["outcomes"].values()))])
+        lines.append(["  undecided answers", open_answers, str(sum(summary["outcomes"].values()))])
     return lines

@@ -26,20 +26,20 @@ ABOUT = {
     "adapter": "LoRA",
     "data": "where rows come from",
     "rollout": "the student answers the prompt",
-    "vllm": "vLLM as the student's writer (extra: vllm)",
+    "vllm": "vLLM writes the student's answers (extra: vllm)",
     "teacher": "the same model under the reference (B. EMA)",
     "divergence": "what the student learns from the teacher (Eq. 7-8)",
     "agreement": "A. weights from agreement over auxiliary contexts",
     "contrast": "C. towards the reference, away from a wrong one (Eq. 4-5)",
     "features": "D. matching hidden states (Eq. 6)",
-    "terms": "further terms of the loss, by registered name",
+    "terms": "more terms of the loss, by registered name",
     "clipping": "E. bounded divergence",
     "scoring": "the pass without gradient",
     "diagnostics": "is the run healthy? words of doubt, leaks, collapse",
     "evaluation": "before, during and after training",
-    "safety": "a long run loses no work",
-    "training": "the most used of transformers' TrainingArguments (all of them: --help_all)",
-    "inherited": "the other ones of transformers' TrainingArguments",
+    "safety": "what keeps a long run from losing work",
+    "training": "the most used of transformers' TrainingArguments (--help_all shows all)",
+    "inherited": "the other options of transformers' TrainingArguments",
 }
 HEADINGS = (*RUN_GROUPS, *GROUPS)
 COLUMN = 34
@@ -55,8 +55,9 @@ def help_text(parser: OptionParser, everything: bool = False, width: int | None 
         "                   [--task T | --train_file F | --dataset_name D] [--OPTION VALUE ...]",
         "",
         *_wrapped(
-            "Self-distils a causal language model: it learns from itself under the reference, and what it"
-            " gained and forgot is measured. Later sources win: defaults (shown below) < recipe (`unisd"
+            "Train a causal language model by self-distillation: it learns from itself under the"
+            " reference. Gains and forgetting are measured. Later sources override earlier ones:"
+            " defaults (shown below) < recipe (`unisd"
             " recipes NAME`) < task < --config < flags.",
             "",
             width,

@@ -61,8 +61,8 @@ def judge_command(arguments: Sequence[str]) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser(
         "judge",
-        "Let a model behind any OpenAI-compatible server compare the answers of a run before and after, or"
-        " those of two files; each pair twice, in both orders.",
+        "Let a model on any OpenAI-compatible server compare a run's answers before and after, or the"
+        " answers in two files. Each pair is judged twice, in both orders.",
         shared_options("judge"),
     )
     parser.set_defaults(named=None, **dict.fromkeys(shared_names("judge")))
@@ -70,10 +70,16 @@ def _parser() -> CommandParser:
     measured, output = parser.under(MEASURED), parser.under(OUTPUT)
     measured.add_argument("--judge_url", metavar="URL", required=True, help="the judge's server")
     measured.add_argument(
-        "--judge_model", metavar="NAME", help="its name there (default: the first that it serves)"
+        "--judge_model",
+        metavar="NAME",
+        help="name of the judge on the server (default: the first that it lists)",
     )
     measured.add_argument(
-        "--max_eval_rows", "--n", dest="n", type=int, help="most pairs (default: all whose answers are kept)"
+        "--max_eval_rows",
+        "--n",
+        dest="n",
+        type=int,
+        help="maximum pairs (default: all whose answers are kept)",
     )
     measured.add_argument(
         "--eval_max_new_tokens",
@@ -81,10 +87,13 @@ def _parser() -> CommandParser:
         dest="max_tokens",
         type=int,
         default=1024,
-        help="cap on each reply (default: 1024)",
+        help="maximum tokens per reply (default: 1024)",
     )
     measured.add_argument(
-        "--temperature", type=float, default=0.0, help="of the judge (default: 0; some servers want 1)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="temperature of the judge (default: 0; some servers require 1)",
     )
     measured.add_argument(
         "--rollout_batch_size",
@@ -98,10 +107,11 @@ def _parser() -> CommandParser:
         "--completions",
         nargs=2,
         metavar=("A.jsonl", "B.jsonl"),
-        help="instead of a run: two files of answers to the rows of --task or --eval_file, B against A",
+        help="instead of a run: two files with answers to the rows of --task or --eval_file; B is"
+        " compared with A",
     )
     measured.add_argument("--split", default="all", help="rows that the files answer (default: all)")
-    output.add_argument("--json", type=output_file, metavar="FILE", help="write the judgement there")
+    output.add_argument("--json", type=output_file, metavar="FILE", help="write the judgement to this file")
     return parser
 
 
@@ -159,7 +169,7 @@ def _of_files(options: Any) -> tuple[list[Pair], list[str]]:
             (row["id"] for row, texts in zip(matched.rows, matched.answers, strict=True) if texts[1:]), None
         )
         if several is not None:
-            raise UserError(f"{path}: row {several} has several answers: give one a row to compare.")
+            raise UserError(f"{path}: row {several} has several answers: give one per row to compare.")
         sides.append(
             {str(row["id"]): texts[0] for row, texts in zip(matched.rows, matched.answers, strict=True)}
         )

@@ -31,56 +31,61 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         "",
-        "run a complete adaptation of the embedded pocket model (about 2 minutes on 2 cores)",
+        "train and measure (the pocket model: about 2 minutes)",
         "unisd.cli.train",
         "train_command",
     ),
     "probe": Command(
-        "", "before training: is the teacher worth learning from?", "unisd.cli.probe", "probe_command"
+        "",
+        "test whether the teacher is worth learning from",
+        "unisd.cli.probe",
+        "probe_command",
     ),
     "prepare": Command(
         "",
-        "build and inspect auxiliary contexts and wrong references",
+        "build auxiliary contexts and wrong references",
         "unisd.cli.prepare",
         "prepare_command",
     ),
     "eval": Command(
         "",
-        "accuracy on tasks, retention and perplexities of a saved model",
+        "measure accuracy, retention and drift of a model",
         "unisd.cli.evaluate",
         "eval_command",
     ),
     "grade": Command("", "grade completions that any system wrote", "unisd.cli.grade", "grade_command"),
     "judge": Command(
         "DIR",
-        "let a server's model compare the answers before and after",
+        "let a model compare the answers before and after",
         "unisd.cli.judge",
         "judge_command",
     ),
     "contamination": Command(
         "",
-        "do problems of the evaluation rows occur in the training rows?",
+        "find evaluation problems in the training rows",
         "unisd.cli.contamination",
         "contamination_command",
     ),
     "study": Command(
         "",
-        "which mechanisms matter for a task: a design of runs, effects with intervals",
+        "find which mechanisms matter for a task",
         "unisd.cli.study",
         "study_command",
     ),
     "report": Command(
         "DIR ...",
-        "a run, several runs side by side or a study as one HTML page",
+        "show a run, several runs or a study as an HTML page",
         "unisd.cli.report",
         "report_command",
     ),
-    "recipes": Command("[NAME]", "published methods as files", "unisd.cli.recipes", "recipes_command"),
-    "merge": Command("DIR", "an adapter into a full model", "unisd.cli.merge", "merge_command"),
-    "chat": Command("DIR", "talk with a model, its base beside it", "unisd.cli.chat", "chat_command"),
+    "recipes": Command(
+        "[NAME]", "list published methods, or print one as a file", "unisd.cli.recipes", "recipes_command"
+    ),
+    "merge": Command("DIR", "merge an adapter into a full model", "unisd.cli.merge", "merge_command"),
+    "chat": Command("DIR", "talk with a model, with its base beside it", "unisd.cli.chat", "chat_command"),
     "completion": Command(
         "SHELL",
-        "a script that completes commands, options and values",
+        "print a script for completion in a shell",
         "unisd.cli.completion",
         "completion_command",
     ),

@@ -13,40 +13,43 @@ def merge_command(arguments: Sequence[str]) -> int:
     """Make a full model of an adapter and its base, or of a part of what training changed."""
     parser = CommandParser(
         "merge",
-        "Merge an adapter into its base model, in float32, and save the full model. What was saved is read"
-        " back and compared with the adapter.",
+        "Merge an adapter into its base model, in float32, and save the full model. The saved model is"
+        " read back and compared with the adapter.",
     )
     parser.add_argument(
-        "folder", metavar="DIR", help="folder with adapter_config.json; a full model with --base"
+        "folder", metavar="DIR", help="folder with adapter_config.json; or a full model, with --base"
     )
     parser.add_argument(
         "--output_dir",
-        help="where the full model goes (default: DIR-merged, with --scale DIR-merged-L); for several scales"
-        " the folder above theirs",
+        help="folder for the full model (default: DIR-merged; with --scale DIR-merged-L); for several"
+        " scales, the folder that will hold theirs",
     )
     parser.add_argument(
         "--scale",
         metavar="L",
         type=_number,
         nargs="+",
-        help="base + L x what training changed: 0 is the base, 1 (default) all of it; several make several"
-        " models",
+        help="base + L x (what training changed): 0 is the base, 1 (default) the whole change; several"
+        " values give several models",
     )
-    parser.add_argument("--base", help="the model that a full model in DIR was trained from, for --scale")
+    parser.add_argument(
+        "--base", help="for --scale with a full model in DIR: the model that it was trained from"
+    )
     parser.add_argument(
         "--dtype", default="auto", help="precision of the saved weights (default: the base's)"
     )
     parser.add_argument(
         "--load_in_4bit",
         action="store_true",
-        help="merge into the base's 4-bit values, which an adapter trained with --load_in_4bit stood on",
+        help="merge into the base's 4-bit values, which an adapter trained with --load_in_4bit was"
+        " trained on",
     )
     parser.add_argument(
         "--gguf",
         choices=("f16", "q8_0", "q4_k_m"),
-        help="also write the model as a GGUF file of this type, with a Modelfile for Ollama; of a full model"
-        " in DIR only these (DIR-gguf). q4_k_m is made by llama.cpp's llama-quantize, else its command is"
-        " printed",
+        help="also write the model as a GGUF file of this type, with a Modelfile for Ollama; for a full"
+        " model in DIR only these two (DIR-gguf). q4_k_m needs llama.cpp's llama-quantize; without it,"
+        " its command is printed",
     )
     add_trust(parser)
     options = parser.parse(arguments)
@@ -70,7 +73,7 @@ def _number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number (DIR comes before --scale)") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number (DIR comes before --scale)") from None
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value

@@ -31,7 +31,7 @@ def prepare_command(arguments: Sequence[str]) -> int:
     """The command; returns its exit code."""
     parser = CommandParser("prepare", DESCRIPTION, shared_options("prepare"), heading="what is built")
     parser.under(OUTPUT).add_argument(
-        "--output", type=output_file, metavar="FILE.jsonl", help="write the rows there"
+        "--output", type=output_file, metavar="FILE.jsonl", help="write the rows to this file"
     )
     own = parser.parse(arguments)
     if own is None:
@@ -76,7 +76,7 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
     rows = prepare(data, options, config, load)
     print(data.contexts)
     if options.eval_file:
-        print(f"{options.eval_file}: read and compared with these rows, and left as it is")
+        print(f"{options.eval_file}: read and compared with these rows, and not changed")
     _show(rows, prompts, config, limit, options.model_name_or_path)
     if output:
         write_text(output, "".join(json.dumps(row) + "\n" for row in rows))

@@ -44,19 +44,19 @@ def probe_command(arguments: Sequence[str]) -> int:
     measured, output = parser.under(MEASURED), parser.under(OUTPUT)
     for name, dest, default, text in (
         ("max_train_rows", "n", 64, "training rows to probe"),
-        ("eval_max_new_tokens", "max_new_tokens", 256, "cap on each answer"),
+        ("eval_max_new_tokens", "max_new_tokens", 256, "maximum tokens per answer"),
         ("rollout_batch_size", "batch_size", 64, "rows generated at once"),
     ):
         names = (f"--{name}", f"--{dest}")
         measured.add_argument(
             *names, dest=dest, type=int, default=default, help=f"{text} (default: {default})"
         )
-    output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there")
+    output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to this file")
     output.add_argument(
         "--write_config",
         type=output_file,
         metavar="RUN.yaml",
-        help="write what is recommended there, for unisd train --config (a new file)",
+        help="write the recommended options to this new file, for unisd train --config",
     )
     own = parser.parse(arguments)
     if own is None:
@@ -194,7 +194,7 @@ def _print_recommendation(console: Console, found: Recommendation) -> None:
     from unisd.run.recommended import predicted_line
 
     console.print()
-    show_table(console, ("set", "to", "why"), found.lines, "What to set for a first run")
+    show_table(console, ("set", "to", "why"), found.lines, "Settings for a first run")
     console.print(predicted_line(found.predicted), markup=False, highlight=False)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from unisd import recipes
 
 USAGE = (
-    "usage: unisd recipes [NAME]\n\nWithout a name the list, with one its file and what all recipes share."
+    "usage: unisd recipes [NAME]\n\nWithout a name, list all recipes. With a name, print its file and"
+    " the settings that all recipes share."
 )
 
 

@@ -23,34 +23,34 @@ def report_command(arguments: Sequence[str]) -> int:
     """
     parser = CommandParser(
         "report",
-        "A run, several runs side by side or a study, as one HTML page that works offline, on a phone and in"
-        " print.",
+        "Show a run, several runs side by side or a study as one HTML page. It works offline, on a"
+        " phone and in print.",
     )
     parser.add_argument(
         "folders",
         nargs="+",
         type=Path,
         metavar="RUN_OR_STUDY_DIR",
-        help="what `unisd train` or `unisd study` has written; of several runs one page compares them",
+        help="folder that `unisd train` or `unisd study` wrote; one page compares several runs",
     )
     parser.add_argument(
         "--out",
         type=output_file,
         metavar="FILE.html",
-        help=f"the page (default: {REPORT} in that folder; of several runs {COMPARISON} here)",
+        help=f"the page (default: {REPORT} in that folder; for several runs {COMPARISON} here)",
     )
     parser.add_argument(
         "--figures",
         metavar="DIR",
-        help="of a study: write its figures (SVG) and its tables (Markdown) there too",
+        help="for a study: also write its figures (SVG) and tables (Markdown) to this folder",
     )
-    parser.add_argument("--no_run_pages", action="store_true", help="of a study: make no pages of its runs")
+    parser.add_argument("--no_run_pages", action="store_true", help="for a study: make no pages for its runs")
     options = parser.parse(arguments)
     if options is None:
         return 0
     for folder in options.folders:
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder: give one that `unisd train` or `unisd study` wrote.")
+            raise UserError(f"{folder} is not a folder: give one that `unisd train` or `unisd study` wrote.")
     with loading(" ".join(map(str, options.folders))):
         if len(options.folders) > 1:
             out, text = _comparison(options.folders, options.out, options.figures)
@@ -74,7 +74,9 @@ def _comparison(folders: Sequence[Path], out: Path | None, figures: str | None) 
         raise UserError(FIGURES_OF_A_STUDY)
     target = out or Path(COMPARISON)
     if out is None and target.exists() and PAGE_HEAD not in target.read_bytes()[:2000]:
-        raise UserError(f"{target} is there already, and no page of unisd: name the page with --out.")
+        raise UserError(
+            f"{target} exists already and is not a page of unisd: choose another name with --out."
+        )
     return target, compare_page.build(folders)
 
 

@@ -119,7 +119,7 @@ def tasks_of(own: argparse.Namespace, names: Sequence[str], runs_code: bool = Tr
         rows = OwnRows(options, int(seed), int(most), cap)
         return {rows.name: rows}
     if given.get("eval_split") is not None:
-        raise UserError("--eval_split is for your own rows: of a task, name the split with --split.")
+        raise UserError("--eval_split is for your own rows: for a task, name the split with --split.")
     # a grader belongs to the task jsonl, the others have their own
     RunOptions(**given, task="jsonl" if "jsonl" in names else names[0]).check()
     files = _files_by_task(names, given.get("data_files"))

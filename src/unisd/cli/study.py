@@ -53,14 +53,17 @@ def study_command(arguments: Sequence[str]) -> int:
 def study_parser() -> CommandParser:
     parser = CommandParser(
         "study",
-        "Which components matter for a task: a design of runs, their results, effects with intervals.",
+        "Find which mechanisms matter for a task: a design of runs, and effects with intervals.",
     )
     data, measured = parser.under(DATA), parser.under(MEASURED)
     runs, output = parser.under("how it runs"), parser.under(OUTPUT)
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="with --analyse: a study's folder")
-    runs.add_argument("--config", metavar="STUDY.yaml", help="the study (see docs/study.md); flags win")
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="with --analyse: the folder of a study")
+    runs.add_argument(
+        "--config", metavar="STUDY.yaml", help="the study (see docs/study.md); flags override it"
+    )
     output.add_argument(
-        "--output_dir", help=f"its folder; running into it again goes on (default: {DEFAULT_FOLDER}/NAME)"
+        "--output_dir",
+        help=f"the study's folder; the same again continues (default: {DEFAULT_FOLDER}/NAME)",
     )
     measured.add_argument(
         "--mechanisms", nargs="+", help=f"factors on/off: {', '.join(design.MECHANISMS)} (default: all)"
@@ -68,40 +71,38 @@ def study_parser() -> CommandParser:
     measured.add_argument(
         "--design", nargs="+", help=f"{', '.join(design.DESIGNS)} (default: one-in leave-one-out)"
     )
-    data.add_argument(
-        "--tasks", nargs="+", help="built-in tasks (default: what the study's base says; pocket)"
-    )
+    data.add_argument("--tasks", nargs="+", help="built-in tasks (default: those of base; pocket)")
     measured.add_argument(
         "--factor",
         nargs="+",
         action="append",
         metavar="NAME VALUE",
-        help="a further factor: values of an option, the baseline first",
+        help="another factor: an option and its values, the baseline first",
     )
     measured.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 3")
     runs.add_argument(
-        "--budget_minutes", type=float, help="start no run after so many minutes; the same command goes on"
+        "--budget_minutes",
+        type=float,
+        help="start no run after so many minutes; run again to continue",
     )
-    runs.add_argument(
-        "--run_s", type=float, help="expected seconds of a run; unset: a short calibration run measures it"
-    )
+    runs.add_argument("--run_s", type=float, help="expected seconds per run; unset: a short calibration run")
     output.add_argument("--keep_models", action="store_true", default=None, help="keep every run's weights")
     measured.add_argument(
         "--controls",
         nargs="*",
-        help="add what critics ask for, at equal tokens: reference-free, wrong-reference, other-solution,"
-        " sft, sft-graft, rejection-sft (default: all of them)",
+        help="add the controls that critics ask for, at equal tokens: reference-free, wrong-reference,"
+        " other-solution, sft, sft-graft, rejection-sft (default: all of them)",
     )
-    runs.add_argument("--jobs", type=int, help="runs at once (default: one a GPU, else one a core)")
+    runs.add_argument("--jobs", type=int, help="runs at once (default: one per GPU, else one per core)")
     runs.add_argument(
-        "--executor", choices=("local", "ray"), default="local", help="where runs are run (default: local)"
+        "--executor", choices=("local", "ray"), default="local", help="where runs run (default: local)"
     )
     runs.add_argument("--ray_address", help="a running cluster; unset: a new one on this machine")
-    runs.add_argument("--retry_failed", action="store_true", help="run again what has failed for good")
-    runs.add_argument("--dry_run", action="store_true", help="check all runs and list them; run nothing")
-    output.add_argument("--analyse", action="store_true", help="only analyse what the store holds")
+    runs.add_argument("--retry_failed", action="store_true", help="run again the runs that failed for good")
+    runs.add_argument("--dry_run", action="store_true", help="check and list all runs; run nothing")
+    output.add_argument("--analyse", action="store_true", help="only analyse the stored results")
     output.add_argument(
-        "--margin", type=float, default=1.0, help="smallest effect that matters, in points (default: 1)"
+        "--margin", type=float, default=1.0, help="smallest effect that matters, points (default: 1)"
     )
     parser.epilog = (
         "Every option of `unisd train` may be given too, and holds for all runs: --model_name_or_path,"
@@ -184,13 +185,13 @@ def _carry_out(options: Any, of_runs: Sequence[str], arguments: Sequence[str]) -
         _remember(folder, study)
         complete = _run_left(options, study, runs, store)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with:\n  unisd study {shlex.join(arguments)}", flush=True)
+        print(f"\ninterrupted; continue with:\n  unisd study {shlex.join(arguments)}", flush=True)
         return 130
     finally:
         store.close()
     if not complete:
         print(
-            f"the budget of {study.budget_minutes:g} minutes is used up; go on with:\n  unisd study"
+            f"the budget of {study.budget_minutes:g} minutes is used up; continue with:\n  unisd study"
             f" {shlex.join(arguments)}"
         )
     mine = {run.id for run in runs}

@@ -59,7 +59,7 @@ def of_text(value: Any, where: str) -> Any:
     except ValueError:
         found = None
     if not isinstance(found, list):
-        raise UserError(f"{where} is {describe(value)}, a list of turns is needed: mend or remove the row.")
+        raise UserError(f"{where} is {describe(value)}, a list of turns is needed: fix or remove the row.")
     return found
 
 
@@ -82,7 +82,7 @@ def _of_speaker(turn: Turn, where: str) -> Turn:
     role = SPEAKERS.get(speaker.lower())
     if role is None:
         raise UserError(
-            f"{where}: a turn comes from {speaker!r}, and only {', '.join(SPEAKERS)} are known: mend or"
+            f"{where}: a turn comes from {speaker!r}, and only {', '.join(SPEAKERS)} are known: fix or"
             " remove the row."
         )
     if speaker.lower() == "function_call":
@@ -97,7 +97,7 @@ def _is_text(part: Any) -> bool:
 
 def _call(call: Any, where: str) -> Any:
     if not isinstance(call, Mapping):
-        raise UserError(f"{where}: a tool call is {describe(call)}: mend or remove the row.")
+        raise UserError(f"{where}: a tool call is {describe(call)}: fix or remove the row.")
     if isinstance(function := call.get("function"), Mapping):
         return {**call, "function": _call(function, where)}
     return {**call, "arguments": _object(call.get("arguments") or {}, where)}
@@ -112,7 +112,7 @@ def _object(value: Any, where: str) -> Any:
             found = None
     if not isinstance(found, Mapping):
         raise UserError(
-            f"{where}: a tool call holds {describe(value)}, a JSON object is needed: mend or remove the row."
+            f"{where}: a tool call holds {describe(value)}, a JSON object is needed: fix or remove the row."
         )
     return dict(found)
 

@@ -100,7 +100,9 @@ def parse_column_mapping(text: str | None) -> dict[str, str]:
         try:
             pairs = [(str(ours), str(theirs)) for ours, theirs in yaml.safe_load(text).items()]
         except (yaml.YAMLError, AttributeError):
-            raise UserError(f"columns: {text!r} is no YAML mapping such as {{prompt: question}}.") from None
+            raise UserError(
+                f"columns: {text!r} is not a YAML mapping such as {{prompt: question}}."
+            ) from None
     else:
         parts = _PART.findall(text)
         pairs = [(ours, theirs) for ours, _, theirs in (part.partition("=") for part in parts)]
@@ -263,7 +265,7 @@ def _joined_text(parts: Iterable[tuple[str, Any]], where: str) -> str | None:
             continue
         if type(value) not in (str, int, float):
             raise UserError(
-                f"{where}: {column} is {describe(value)}, and only texts are joined: map {column} alone, or"
+                f"{where}: {column} is {describe(value)}, and only texts can be joined: map only {column}, or"
                 " make it a text."
             )
         texts.append(str(value).strip())
@@ -275,7 +277,7 @@ def with_system_and_tools(row: Row, where: str) -> None:
     system, tools = row.pop("system", None), _tools(row.pop("tools", None), where)
     if system is not None and not isinstance(system, str):
         raise UserError(
-            f"{where}: system is {describe(system)}, the text of a system turn is needed: mend it, or rename"
+            f"{where}: system is {describe(system)}, the text of a system turn is needed: fix it, or rename"
             " the column."
         )
     system = (system or "").strip()
@@ -287,7 +289,7 @@ def with_system_and_tools(row: Row, where: str) -> None:
         own = [turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "system"]
         if system and own and own[0].get("content") != system:
             raise UserError(
-                f"{where}: there is a column system, and {column} has a system turn of its own: keep one."
+                f"{where}: there is a column system, and {column} also has a system turn: keep one."
             )
         if system and not own:
             turns = [{"role": "system", "content": system}, *turns]
@@ -308,7 +310,7 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(
-            f"{where}: tools is {describe(given)}, a list of descriptions of functions is needed: mend it, or"
+            f"{where}: tools is {describe(given)}, a list of descriptions of functions is needed: fix it, or"
             " rename the column."
         )
     return tools or None

@@ -132,7 +132,7 @@ def _value(text: str, where: str, hint: str = "") -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
     except RecursionError:
-        raise UserError(f"{where} is nested too deeply: mend or remove it.") from None
+        raise UserError(f"{where} is nested too deeply: fix or remove it.") from None
     except ValueError as error:
         more = hint if "Extra data" in str(error) else ""  # the next line, behind the first value
         if isinstance(error, _NoNumberError) and "\n" in text:
@@ -146,7 +146,7 @@ class _NoNumberError(ValueError):
 
 
 def _refuse_number(text: str) -> NoReturn:
-    raise _NoNumberError(f"{text} is no number of JSON; write null where a value is missing")
+    raise _NoNumberError(f"{text} is not a JSON number; write null for a missing value")
 
 
 def _finite(text: str) -> float:
@@ -159,7 +159,7 @@ def refuse_broken_text(row: Any, where: str) -> None:
     name = next((name for name, value in row.items() if _is_broken(value)), None)
     if name is not None:
         raise UserError(
-            f"{where}: {name!r} holds half a character (a lone surrogate such as \\ud83d): mend or remove the"
+            f"{where}: {name!r} holds half a character (a lone surrogate such as \\ud83d): fix or remove the"
             " row."
         )
 
@@ -215,7 +215,7 @@ def _records(text: str, separator: str, path: Path) -> list[list[str]]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {line} is no CSV: {error}: put text with quotes in it into double quotes, and"
+            f"{path}, line {line} is not CSV: {error}: put text with quotes in it into double quotes, and"
             " double its own."
         ) from None
     finally:
@@ -227,7 +227,7 @@ def _table(records: list[list[str]], path: Path) -> list[dict[str, Any]]:
     header = [name.strip() for name in records[0]]
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
-        raise UserError(f"{path} has two columns {twice[0]!r}: give each a name of its own.")
+        raise UserError(f"{path} has two columns {twice[0]!r}: give each column its own name.")
     return [
         {name: cell if cell else None for name, cell in zip(header, cells, strict=True)}
         for cells in records[1:]

@@ -67,7 +67,7 @@ def check_options(tokenizer: Any, options: Mapping[str, Any], name: str = OPTION
     """Raise `UserError` for the first option that would be ignored."""
     if not isinstance(options, Mapping):
         raise UserError(
-            f"{name}={options!r} is no mapping: give JSON such as '{{\"enable_thinking\": false}}'."
+            f"{name}={options!r} is not a mapping: give JSON such as '{{\"enable_thinking\": false}}'."
         )
     if not has_template(tokenizer):
         raise UserError(f"{name}: the tokenizer has no chat template that could read them: unset it.")
@@ -176,7 +176,7 @@ def name_of_tool(tool: Any) -> str:
 def _refused(messages: Messages, error: Exception | None) -> str:
     system = any(turn["role"] == "system" for turn in messages)
     remedy = (
-        "put the text of the system turn at the head of the first user turn" if system else "mend its turns"
+        "put the text of the system turn at the head of the first user turn" if system else "fix its turns"
     )
     return (
         f"the chat template refuses the prompt ({' '.join(str(error).split())}): {remedy}, or give the"
@@ -189,7 +189,7 @@ def _left_out(text: str, kept: Sequence[str]) -> str:
     if text in kept:
         return (
             f"the chat template leaves the reference, or a part of it, out of the teacher's prompt ({start}):"
-            " set teacher_prompt_layout=append, or take the thought out of the reference."
+            " set teacher_prompt_layout=append, or remove the reasoning from the reference."
         )
     return (
         f"the chat template leaves a turn of the prompt out ({start}): put its text into the last user turn,"
@@ -217,7 +217,7 @@ def encode(
         return list(_apply(tokenizer, messages, options, add_generation_prompt=True, return_dict=False))
     except Exception as error:  # of the kinds of its own library
         raise UserError(
-            f"the tokenizer refuses the prompt ({' '.join(str(error).split())}): mend its turns."
+            f"the tokenizer refuses the prompt ({' '.join(str(error).split())}): fix its turns."
         ) from None
 
 

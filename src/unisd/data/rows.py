@@ -53,14 +53,14 @@ def load_rows(
             `datasets.Dataset`, a table (pandas, polars, pyarrow), a dict of columns or any
             iterable of dicts.
         columns: our column names to yours, as a dict or as `"prompt=question,completion=answer"`;
-            layouts that are widely used need none (`unisd.data.formats.LAYOUTS`).
+            common layouts need none (`unisd.data.formats.LAYOUTS`).
         needs_reference: refuse rows without a reference (`privileged_context`, `completion` or
             `teacher_prompt`).
         name: what to call the rows in errors; default: the file.
 
     Returns:
-        One plain dict a row, with `prompt`, `privileged_context`, `completion`, `id`, and all other
-        columns as they are.
+        One plain dict per row, with `prompt`, `privileged_context`, `completion`, `id`, and all
+        other columns as they are.
 
     Raises:
         UserError: an unreadable or empty file, a missing column (with candidates), or the first
@@ -140,7 +140,7 @@ def _plain(dataset: Any, name: str, of_stream: int | None) -> list[Row]:
             raise UserError(f"{name} has splits: give one of them ({', '.join(map(str, dataset))}).")
         lengths = {column: len(values) for column, values in dataset.items()}
         if len({*lengths.values()}) > 1:
-            raise UserError(f"{name} has columns of different lengths: {lengths}: give one value a row.")
+            raise UserError(f"{name} has columns of different lengths: {lengths}: give one value per row.")
         return [dict(zip(dataset, values, strict=True)) for values in zip(*dataset.values(), strict=True)]
     if hasattr(dataset, "iterrows"):  # pandas: what is missing is NaN there, and lists are arrays
         records = dataset.astype(object).where(dataset.notna(), None).to_dict("records")
@@ -181,7 +181,7 @@ def _as_text(row: Row, where: str) -> None:
     for column in ("privileged_context", "completion", "negative_context"):
         if type(row.get(column)) in (int, float):
             if math.isinf(row[column]):
-                raise UserError(f"{where}: {column} is infinite: mend or remove the row.")
+                raise UserError(f"{where}: {column} is infinite: fix or remove the row.")
             row[column] = str(row[column])
     prompt: Any = row.get("prompt")
     if row.get("completion") is None and answer_of(prompt) is not None and len(prompt) > 1:
@@ -197,7 +197,7 @@ def _as_text(row: Row, where: str) -> None:
     if completion is not None and (not isinstance(completion, str) or not completion.strip()):
         raise UserError(
             f"{where}: completion is {describe(completion)}; a non-empty text, one assistant message or turns"
-            " that begin and end with an assistant's are needed: mend or remove the row."
+            " that begin and end with an assistant's are needed: fix or remove the row."
         )
 
 
@@ -213,8 +213,8 @@ def _check_row(row: Row, where: str, needs_reference: bool) -> None:
         reference = row.get("privileged_context")
         if not isinstance(reference, str) or not reference.strip():
             raise UserError(
-                f"{where}: privileged_context is {describe(reference)}, a non-empty string is needed: mend"
-                " or remove the row."
+                f"{where}: privileged_context is {describe(reference)}, a non-empty string is needed:"
+                " fix or remove the row."
             )
     if row.get("completion") is None:
         row["completion"] = row.get("privileged_context")
@@ -238,8 +238,8 @@ def _refuse_images(row: Row, where: str) -> None:
     found = [name for name in found if not (isinstance(row.get(name), (str, list)) and not row[name])]
     if found:
         raise UserError(
-            f"{where} holds {found[0]!r}: all models are trained and asked with text alone, also those for"
-            " images: remove the row, or the column where the text does without it."
+            f"{where} holds {found[0]!r}: all models are trained and evaluated on text only, also those"
+            " for images: remove the row, or the column if the text does not need it."
         )
 
 
@@ -263,8 +263,8 @@ def check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
             )
         return
     raise UserError(
-        f"{where}: {column} is {describe(prompt)}, a non-empty string or a list of messages is needed: mend"
-        " or remove the row."
+        f"{where}: {column} is {describe(prompt)}, a non-empty string or a list of messages is needed:"
+        " fix or remove the row."
     )
 
 

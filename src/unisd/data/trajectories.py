@@ -66,8 +66,8 @@ def encode_turns(
         text = rendering.render(tokenizer, messages, answering=answers)
         if not text.startswith(seen):
             raise UserError(
-                f"the chat template writes turn {place} of the completion otherwise once it is followed by"
-                " others: give the tokenizer a chat_template that leaves earlier turns as they are."
+                f"the chat template writes turn {place} of the completion differently if others follow"
+                " it: give the tokenizer a chat_template that leaves earlier turns as they are."
             )
         piece = tokenizer(text[len(seen) :], add_special_tokens=False)["input_ids"]
         last = next((i for i, token in enumerate(piece) if token in stops), len(piece) - 1)

@@ -358,8 +358,8 @@ def _wrap_blocks(trainer: Any) -> None:
         and model.config.get_text_config().tie_word_embeddings
     ):
         raise UserError(
-            "modules_to_save names both of the tied embeddings, which FSDP cannot hold apart: name lm_head"
-            " alone, or use accelerate_config=ddp."
+            "modules_to_save names both of the tied embeddings, which FSDP cannot keep separate: name"
+            " only lm_head, or use accelerate_config=ddp."
         )
 
 

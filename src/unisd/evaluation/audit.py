@@ -101,7 +101,8 @@ def read_verdicts(path: str) -> dict[str, dict[str, str]] | None:
             break
     else:
         raise UserError(
-            f"--audit {path} is there, and no table of an audit (columns {', '.join(COLUMNS)}): name another"
+            f"--audit {path} exists and is not a table of an audit (columns {', '.join(COLUMNS)}): name"
+            " another"
             " file."
         )
     filled = {}

@@ -37,7 +37,7 @@ def generate(
         model: a folder (of a model or an adapter), a hub id, or a loaded model.
         tokenizer: that of a loaded model.
         temperature: 0: greedy; else samples, which `seed` repeats.
-        batch_size: prompts at a time; it changes no answer but by rounding.
+        batch_size: prompts at a time; it changes answers only by rounding.
 
     Raises:
         UserError: a single prompt, a bad one, one that leaves no room for an answer, or a model

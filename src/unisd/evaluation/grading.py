@@ -140,12 +140,12 @@ def unsettled(counts: dict[str, int] | None) -> str:
 
 
 def unsettled_lines(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
-    """Lines of a table of before and after: answers that settle nothing, where there are any."""
+    """Lines of a table of before and after: undecided answers, where there are any."""
     lines = []
     for name in ("task", "retention"):
         sides = [unsettled(side.get(f"{name}_outcomes")) for side in (before, after)]
         if any(sides):
-            lines.append([f"{name} answers that settle nothing", *(side or "0" for side in sides), ""])
+            lines.append([f"{name} undecided answers", *(side or "0" for side in sides), ""])
     return lines
 
 

@@ -26,9 +26,9 @@ WIN, TIE, LOSS = "win", "tie", "loss"
 Judgement = dict[str, Any]
 
 NOTE = (
-    "Each pair was asked about in both orders. An answer wins if it is preferred in both; all else is a tie,"
-    " and so are equal texts, which are not asked about. A judge is a model: where its verdict often follows"
-    " the position, or where it knows no reference, its verdicts say little."
+    "Each pair was judged in both orders. An answer wins if it is preferred in both; everything else is"
+    " a tie. Equal texts are ties and are not sent to the judge. A judge is a model: if its verdict"
+    " often follows the position, or if it has no reference, its verdicts mean little."
 )
 TASK = (
     "Two answers to the same request are given below. Decide which one is better: correct, helpful and"

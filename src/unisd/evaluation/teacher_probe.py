@@ -320,7 +320,7 @@ def advice(report: dict[str, Any]) -> str:
     lines = [*judge(report), *_of_wrong_reference(report), _of_contexts(report)]
     truncated = report["student"]["truncated"]
     if truncated > 0.1 * report["n"]:
-        lines.append(f"{truncated} of {report['n']} answers ran into the limit: raise max_completion_length.")
+        lines.append(f"{truncated} of {report['n']} answers reached the limit: raise max_completion_length.")
     return " ".join(lines)
 
 
@@ -354,14 +354,14 @@ def _by_divergence(report: dict[str, Any]) -> list[str]:
         ]
     if apart is not None and apart < NOTABLE:
         return [
-            f"The teacher moves ({moves:.2f} nats per token), but hardly cares whether its reference is"
-            f" right or wrong ({apart:.3f}): self-distillation would teach style, not content."
+            f"The teacher moves ({moves:.2f} nats per token), but hardly depends on whether its"
+            f" reference is right or wrong ({apart:.3f}): self-distillation would teach style, not content."
         ]
     return [
         f"Use teacher_prompt_layout={report['layout']}: the reference moves the teacher by {moves:.2f} nats"
         " per token"
         + (f", a wrong one by {apart:.2f} from there." if apart is not None else ".")
-        + " Without a grader nothing says whether it moves in the right direction: name one with --grader."
+        + " Without a grader it is unknown whether it moves in the right direction: name one with --grader."
     ]
 
 

@@ -178,8 +178,8 @@ def register_weight(
     `name`.
 
     in_forward: the needs `student` and `divergence` are then met by the training pass, without a
-    pass of their own. The function must look at each row alone, because it sees one micro-batch at
-    a time, and leave each row some weight: rows are counted before.
+    pass of their own. The function must treat each row separately, because it sees one micro-batch
+    at a time, and leave each row some weight: rows are counted before.
     """
     if level not in ("token", "sequence"):
         raise UserError(f"token weight {name!r}: level must be token or sequence, got {level!r}.")
@@ -263,7 +263,8 @@ def register_term(
     """Decorator: make a function `(inputs, **options) -> Tensor` known as the loss term `name`.
 
     It is added to the loss: `coefficient` times the mean of its values over the rows that have what
-    it needs. It is called for some of the step's tokens at a time, and looks at each token alone.
+    it needs. It is called for some of the step's tokens at a time, and treats each token
+    separately.
 
     needs: `negative`, the scores under a wrong reference (one more forward pass); `hidden`, states
     of student and teacher, which the gradient then flows through.

@@ -18,8 +18,8 @@ NORMALIZERS = ("weights", "tokens", "mean1")
 
 @dataclass(frozen=True, eq=False)
 class TargetInputs:
-    """Everything a target may look at: log-probabilities without gradient, `[C,V]`; or `[C]` of the
-    realised tokens.
+    """Everything that a target may use: log-probabilities without gradient, `[C,V]`; or `[C]` of
+    the realised tokens.
     """
 
     student_logp: Tensor
@@ -30,11 +30,11 @@ class TargetInputs:
 
 @dataclass(frozen=True, eq=False)
 class TermInputs:
-    """Everything a loss term may look at: values `[N]` of loss tokens, at the distillation
+    """Everything that a loss term may use: values `[N]` of loss tokens, at the distillation
     temperature.
 
-    Gradients flow through `student_logp`; of a term that needs `hidden`, through the student's
-    states alone. Everything else is constant.
+    Gradients flow through `student_logp`; for a term that needs `hidden`, only through the
+    student's states. Everything else is constant.
     """
 
     student_logp: Tensor  # l
@@ -58,7 +58,7 @@ def _scored(dims: str, need: str | None, what: str) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class StepScores:
-    """Everything a reliability weight may look at: one optimizer step, all ranks, no gradient.
+    """Everything that a reliability weight may use: one optimizer step, all ranks, no gradient.
 
     Values at positions outside `mask`, and of contexts that are not present, are arbitrary (even
     NaN): select before you sum. A field of :func:`_scored` is None unless a registered function in

@@ -42,7 +42,7 @@ def is_adapter(name: str | Path) -> bool:
     if weights:
         raise UserError(
             f"{name} holds an adapter ({ADAPTER_CONFIG}) and a model ({weights[0].name}): move one of them"
-            " into a folder of its own, and name that."
+            " into a separate folder, and give that folder."
         )
     return True
 
@@ -132,7 +132,7 @@ def open_adapter(base: Any, name: str, folder: Path) -> Any:
     for warning in told:
         if "missing adapter keys" in (text := str(warning.message)):
             raise UserError(
-                f"the adapter {name} lacks weights that its {ADAPTER_CONFIG} asks for, give a whole one:"
+                f"the adapter {name} lacks weights that its {ADAPTER_CONFIG} requires: give a complete one:"
                 f" {text.rpartition('checkpoint: ')[2][:200]}"
             )
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
@@ -167,8 +167,8 @@ def check_adapter(model: Any, peft_config: Any) -> None:
         )
     if peft_config is not None:
         raise UserError(
-            "peft_config is given with a model that has an adapter already: leave peft_config out to go on"
-            " with that adapter, or give model.merge_and_unload()."
+            "peft_config is given with a model that has an adapter already: leave peft_config out to"
+            " continue with that adapter, or give model.merge_and_unload()."
         )
     if list(held) != ["default"]:
         raise UserError(

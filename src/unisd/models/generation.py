@@ -52,7 +52,7 @@ def mend_generation_config(model: Any) -> str | None:
         config.pad_token_id = None
     if reason := _why_unsavable(config):
         raise UserError(
-            f"the model's generation config could not be saved after training: {reason}: mend its"
+            f"the model's generation config could not be saved after training: {reason}: fix its"
             " generation_config.json."
         )
     return f"The base's generation_config.json could not be saved as it is: {'; '.join(changed)}."

@@ -166,7 +166,7 @@ def _load(what: str, name: str, path: str, build: Any) -> Any:
         if Path(path).is_dir():
             raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
         raise UserError(
-            f"no model {name}: neither a local folder nor to be had from the Hugging Face hub; check the"
+            f"no model {name}: neither a local folder nor available from the Hugging Face hub; check the"
             f" spelling and the network, or give a local folder, {POCKET} or {SMOLLM2}"
         ) from error
 
@@ -213,7 +213,7 @@ def load_model_and_tokenizer(
         dequantize: give weights that are quantised, in the folder or by `load_in_4bit`, as floats.
 
     Raises:
-        UserError: the name is no model, or what it needs is not installed.
+        UserError: the name is not a model, or a package that it needs is not installed.
     """
     from transformers import AutoConfig
 
@@ -318,8 +318,8 @@ def _kind_of(config: Any, name: str, trust_remote_code: bool) -> Any:
 
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"{name} is an encoder-decoder ({config.model_type}): give a causal language model, which has a"
-            " decoder alone."
+            f"{name} is an encoder-decoder ({config.model_type}): give a causal language model, which"
+            " has only a decoder."
         )
     if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return AutoModelForCausalLM
@@ -329,7 +329,7 @@ def _kind_of(config: Any, name: str, trust_remote_code: bool) -> Any:
         return AutoModelForCausalLM
     trust = by_caller("--trust_remote_code", "trust_remote_code=True")
     raise UserError(
-        f"{name} is a {config.model_type}, which is no causal language model that transformers knows: give"
+        f"{name} is a {config.model_type}, which is not a causal language model that transformers knows: give"
         f" another model, or {trust} where its code comes with it."
     )
 

@@ -71,7 +71,7 @@ def no_end(first: Values, last: Values) -> str | None:
     if before < 0.5 or now >= 0.5 * before:
         return None
     return (
-        f"only {100 * now:.0f} % of the answers come to an end (at first {100 * before:.0f} %): raise"
+        f"only {100 * now:.0f} % of the answers end (at first {100 * before:.0f} %): raise"
         " max_completion_length, or set mask_truncated_completions."
     )
 
@@ -82,8 +82,9 @@ def never_ends(first: Values) -> str | None:
     if cut is None or cut <= CUT_AT_MOST:
         return None
     return (
-        f"{100 * cut:.0f} % of the first step's answers ran into the limit: raise max_completion_length; if"
-        " they go on behind their end (see samples.jsonl), set eos_token_id in the model's"
+        f"{100 * cut:.0f} % of the first step's answers reached the limit: raise"
+        " max_completion_length; if they continue after their end (see samples.jsonl), set eos_token_id"
+        " in the model's"
         " generation_config.json to the token that ends a turn."
     )
 
@@ -93,7 +94,8 @@ def entropy_collapsed(first: Values, last: Values) -> str | None:
     if now >= 0.02 * before:
         return None
     return (
-        f"the student's entropy fell from {before:.3g} to {now:.3g} nats: it always says the same; lower the"
+        f"the student's entropy fell from {before:.3g} to {now:.3g} nats: it always says the same"
+        " thing; lower the"
         " rate."
     )
 
@@ -102,14 +104,15 @@ def entropy_exploded(first: Values, last: Values) -> str | None:
     before, now = first["student/entropy"], last["student/entropy"]
     if now <= 3 * before + 0.5:
         return None
-    return f"the student's entropy rose from {before:.3g} to {now:.3g} nats: it comes apart; lower the rate."
+    return f"the student's entropy rose from {before:.3g} to {now:.3g} nats: its answers become random;"
+    " lower the rate."
 
 
 def drift(first: Values, last: Values) -> str | None:
     before, now = first["teacher/divergence"], last["teacher/divergence"]
     if now <= 3 * before + 0.1:
         return None
-    return f"student and teacher drift apart, from {before:.3g} to {now:.3g} nats a token: lower the rate."
+    return f"student and teacher drift apart, from {before:.3g} to {now:.3g} nats per token: lower the rate."
 
 
 def suppressed_doubt(first: Values, last: Values) -> str | None:
@@ -124,8 +127,8 @@ def suppressed_doubt(first: Values, last: Values) -> str | None:
     ):
         return None
     return (
-        f"words of doubt fell from {before:.1f} to {now:.1f} per 1,000 tokens: the student unlearns to check"
-        " itself; show the teacher less (teacher_context=hints), or lower the rate."
+        f"words of doubt fell from {before:.1f} to {now:.1f} per 1,000 tokens: the student stops"
+        " checking itself; show the teacher less (teacher_context=hints), or lower the rate."
     )
 
 
@@ -168,14 +171,14 @@ def collapse(first: Values, last: Values) -> str | None:
         )
     if fell and length_now > 1.5 * length:
         return (
-            f"{drop}answers grew from {length:.0f} to {length_now:.0f} tokens: teacher and student go astray"
-            " together; restart the teacher or lower the rate."
+            f"{drop}answers grew from {length:.0f} to {length_now:.0f} tokens: teacher and student go"
+            " wrong together; restart the teacher or lower the rate."
         )
     entropy, entropy_now = first["student/entropy"], last["student/entropy"]
     if entropy_now > max(2 * entropy, entropy + UNSURE_NATS) and divergence_now < 1.5 * divergence:
         return (
             f"the student's entropy rose from {entropy:.3g} to {entropy_now:.3g} nats, and the teacher is"
-            " hardly farther away: they go astray together; lower the rate, or use a fixed or restarted"
+            " hardly farther away: they go wrong together; lower the rate, or use a fixed or restarted"
             " teacher (teacher_model_kind=base, restart)."
         )
     return None
@@ -217,7 +220,8 @@ def blind_teacher(first: Values, last: Values) -> str | None:
     if own <= full + BLINDER_AT_MOST:
         return None
     return (
-        f"under a wrong reference the teacher pulls much the same way (cosine {own:.2f}; shown the whole"
+        f"under a wrong reference the teacher pulls in nearly the same direction (cosine {own:.2f};"
+        " shown the whole"
         f" reference {full:.2f}): it hardly knows what is true, and the student learns to write as if it"
         " knew; show the teacher the steps (teacher_context=full, hints)."
     )
@@ -234,7 +238,7 @@ def gone_blind(first: Values, last: Values) -> str | None:
     if now <= before + BLINDED_AT_MOST:
         return None
     return (
-        f"the teacher's pull has become much the same under a wrong reference (cosine from {before:.2f} to"
+        f"the teacher's pull has become nearly the same under a wrong reference (cosine from {before:.2f} to"
         f" {now:.2f}): it no longer reads what it is shown; use a fixed or restarted teacher"
         " (teacher_model_kind=base, restart), or lower the rate."
     )
@@ -245,7 +249,7 @@ def forgetting(before: float, now: float) -> str | None:
     if now <= before + FORGOTTEN_NATS:
         return None
     return (
-        f"its own earlier answers to the probe set fell from {-before:.2f} to {-now:.2f} nats a token: the"
+        f"its own earlier answers to the probe set fell from {-before:.2f} to {-now:.2f} nats per token: the"
         " model loses what it should keep; lower the rate, or stop here."
     )
 
@@ -314,14 +318,14 @@ def silence(steps: int, window: int, counted: bool, probed: bool, retained: bool
     said = "No alarm was raised."
     if short:
         said += (
-            f" Only forgetting was looked for: {steps} steps are fewer than the {window} first and {window}"
+            f" Only forgetting was measured: {steps} steps are fewer than the {window} first and {window}"
             " last that the others compare."
         )
     if not counted and not short:
-        said += " Nobody looked for words of doubt, stated answers or repetition: that needs diagnostics."
+        said += " Not measured: words of doubt, stated answers and repetition (needs diagnostics)."
     if not probed and not short:
-        what = "under a wrong reference" if retained else "for forgetting, or under a wrong reference"
-        said += f" Nobody looked {what}: that needs diagnostics_probe_steps."
+        what = "" if retained else "forgetting, and "
+        said += f" Not measured: {what}the teacher under a wrong reference (needs diagnostics_probe_steps)."
     return said
 
 

@@ -59,7 +59,7 @@ def load_words(kind: str, name: str) -> dict[str, str]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem.partition("-")[2] for p in FOLDER.glob("hedges-*.txt")))
         raise UserError(
-            f"diagnostics_words={name!r} is neither a language ({known}) nor a file of words, one a line."
+            f"diagnostics_words={name!r} is neither a language ({known}) nor a file of words, one per line."
         )
     forms: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").lower().splitlines():

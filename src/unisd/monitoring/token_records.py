@@ -135,7 +135,7 @@ class SampleRecorder:
         return found
 
     def take(self, spans: Sequence[Span], inputs: LossInputs, output: LossOutput) -> None:
-        """Keep what the student's pass says of its tokens, and what the teacher would have said.
+        """Keep what the student's pass says of its tokens, and the teacher's most likely tokens.
 
         It stays on the device until the step's end.
         """

@@ -50,7 +50,7 @@ REFUSED = {
     "use_liger_kernel": "it replaces the forward pass that was checked at the start: unset it (the loss is"
     " computed in chunks anyway).",
     "liger_kernel_config": "use_liger_kernel cannot be used: unset both.",
-    "auto_find_batch_size": "micro-batches that do not fit are halved by themselves: unset it.",
+    "auto_find_batch_size": "micro-batches that do not fit are halved automatically: unset it.",
     "per_device_eval_batch_size": "rollout_batch_size sets how many rows are answered at once: set that"
     " instead.",
     "prediction_loss_only": f"{_OWN_EVALUATION}: unset it.",
@@ -60,10 +60,10 @@ REFUSED = {
     "include_for_metrics": f"{_OWN_EVALUATION}: unset it.",
     "batch_eval_metrics": f"{_OWN_EVALUATION}: unset it.",
     "label_names": "rows have no labels: unset it.",
-    "length_column_name": "rows of a step are grouped by length by themselves: unset it.",
-    "enable_jit_checkpoint": "`unisd train` saves a checkpoint on SIGTERM by itself: unset it.",
-    "debug": "it cannot read the student's pass, which computes no logits: unset it; a loss or gradient that"
-    " is not finite is told with its rows.",
+    "length_column_name": "rows of a step are grouped by length automatically: unset it.",
+    "enable_jit_checkpoint": "`unisd train` saves a checkpoint on SIGTERM automatically: unset it.",
+    "debug": "it cannot read the student's pass, which computes no logits: unset it; a loss or gradient"
+    " that is not finite is reported with its rows.",
     "parallelism_config": "accelerate_config spreads a run (ddp, fsdp2, zero2, zero3): unset it.",
     "do_predict": "nothing is predicted after training: unset it, and use `unisd eval`.",
 }
@@ -82,8 +82,8 @@ def check_inherited(options: Any) -> None:
     strategy = str(getattr(options.train_sampling_strategy, "value", options.train_sampling_strategy))
     if strategy not in SAMPLING:
         raise UserError(
-            f"train_sampling_strategy={strategy} is not one of: {', '.join(SAMPLING)} (rows of a step are"
-            " grouped by length by themselves)."
+            f"train_sampling_strategy={strategy} is not one of: {', '.join(SAMPLING)} (rows of a step"
+            " are grouped by length automatically)."
         )
 
 

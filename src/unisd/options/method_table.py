@@ -17,7 +17,7 @@ class MethodOptions:
     teacher_model_kind: str = option(
         "teacher",
         "Weights of the teacher: base (initial model), live (current student), ema (Eq. 3), or restart (a"
-        " fixed copy of the student, taken anew every teacher_restart_steps).",
+        " fixed copy of the student, replaced every teacher_restart_steps).",
         "base",
         choices=("base", "live", "ema", "restart"),
     )
@@ -28,37 +28,35 @@ class MethodOptions:
         low=0,
         high=1,
     )
-    teacher_sync_steps: int = option(
-        "teacher", "EMA: update the teacher every so many optimizer steps.", 1, low=1
-    )
+    teacher_sync_steps: int = option("teacher", "EMA: update the teacher every N optimizer steps.", 1, low=1)
     teacher_restart_steps: int | None = option(
-        "teacher", "restart: copy the student into the teacher every so many optimizer steps.", low=1
+        "teacher", "restart: copy the student into the teacher every N optimizer steps.", low=1
     )
     teacher_context: str = option(
         "teacher",
-        "How much of the reference the teacher sees: full, half, hints (steps without results), answer (the"
-        " final answer only), unconditioned (the reference without the problem), plain (nothing), wrong (a"
-        " wrong one) or other (another problem, solved).",
+        "How much of the reference the teacher sees: full, half, hints (steps without results), answer"
+        " (only the final answer), unconditioned (the reference without the problem), plain (nothing), wrong"
+        " (a wrong reference) or other (another problem with its solution).",
         "full",
         choices=LEVELS,
     )
     rollout_contexts: list[str] = option(
         "teacher",
-        "What the teacher is told of the step's own answers in place of teacher_context, the first that there"
-        " is: sibling+feedback, sibling (another answer to the prompt, which passed), feedback (the grader's"
-        " words on this answer), none (last: no loss).",
+        "What the teacher sees about the step's own answers, instead of teacher_context; the first"
+        " available one is used: sibling+feedback, sibling (another answer to the prompt, which passed),"
+        " feedback (the grader's words on this answer), none (last: no loss).",
         [],
     )
     sibling: str = option(
-        "teacher", "Which passed answer is shown as sibling.", "first", choices=("first", "shortest")
+        "teacher", "Which passed answer is used as sibling.", "first", choices=("first", "shortest")
     )
     target: str | None = option(
         "teacher",
-        "What the student is moved towards instead of the teacher's distribution, by registered name"
+        "What the student moves towards instead of the teacher's distribution, by registered name"
         " (view_consensus, contrast, geometric, pmi); options as name:key=value,key=value.",
     )
     target_reference_steps: int | None = option(
-        "teacher", "A target's source step/...: copy the student every so many optimizer steps.", low=1
+        "teacher", "For a target's source step/...: copy the student every N optimizer steps.", low=1
     )
     teacher_prompt_layout: str = option(
         "teacher",
@@ -70,22 +68,23 @@ class MethodOptions:
     )
     teacher_prompt_template: str | None = option(
         "teacher",
-        "Free template of the append layout with {prompt} and {privileged_context}; unset: built in.",
+        "Template of the append layout, with {prompt} and {privileged_context}; unset: built-in.",
         shared=("probe", "prepare"),
     )
     auxiliary_prompt_template: str | None = option(
         "teacher",
-        "Template of auxiliary views with {context} and {prompt}; unset: built in.",
+        "Template of auxiliary views, with {context} and {prompt}; unset: built-in.",
         shared=("probe", "prepare"),
     )
     teacher_chat_template_kwargs: dict[str, Any] | None = option(
         "teacher",
-        "The same for what the teacher reads; unset: the student's.",
+        "chat_template_kwargs for the teacher's prompts; unset: the student's.",
         shared=("probe", "prepare"),
     )
     max_teacher_prompt_length: int | None = option(
         "teacher",
-        "Longest teacher prompt in tokens; unset: what the model's context leaves. Longer rows are errors.",
+        "Longest teacher prompt in tokens; longer rows are errors. Unset: what the model's context leaves"
+        " room for.",
         low=1,
         shared=("prepare",),
     )
@@ -98,29 +97,29 @@ class MethodOptions:
     )
     distillation_weight: float = option(
         "divergence",
-        "Weight of the divergence beside the terms; 0: they are the whole loss.",
+        "Weight of the divergence beside the terms; 0: the terms are the whole loss.",
         1.0,
         low=0,
     )
     distillation_mode: str = option(
         "divergence",
-        "full vocabulary, topk (a support of distillation_topk tokens), sampled (realised token); or nll: no"
-        " teacher (SFT).",
+        "full (all of the vocabulary), topk (a support of distillation_topk tokens), sampled (the realised"
+        " token) or nll (no teacher: SFT).",
         "full",
         choices=("full", "topk", "sampled", "nll"),
     )
     distillation_topk: int = option("divergence", "topk: size of the support.", 100, low=1)
     distillation_topk_support: str = option(
         "divergence",
-        "topk: whose most likely tokens: teacher or student.",
+        "topk: take the most likely tokens of the teacher or of the student.",
         "teacher",
         choices=("teacher", "student"),
     )
-    distillation_add_tail: bool = option("divergence", "topk: one more bucket for all other tokens.", True)
+    distillation_add_tail: bool = option("divergence", "topk: add one bucket for all other tokens.", True)
     topk_estimator: str = option(
         "divergence",
-        "topk, reverse KL: support, that of the support and its tail; or residual, corrected by the realised"
-        " token, so that it is right on average.",
+        "topk with reverse KL: support (of the support and its tail) or residual (corrected by the realised"
+        " token, so that it is unbiased).",
         "support",
         choices=("support", "residual"),
     )
@@ -132,42 +131,45 @@ class MethodOptions:
     )
     loss_implementation: str = option(
         "divergence",
-        "chunked (never holds logits, gradient in the forward pass) or plain (the oracle).",
+        "chunked (never holds logits, gradient in the forward pass) or plain (the reference implementation).",
         "chunked",
         choices=("chunked", "plain"),
     )
     loss_chunk_tokens: int | None = option(
-        "divergence", "Tokens projected to the vocabulary at once; unset: by memory.", low=1
+        "divergence", "Tokens projected to the vocabulary at once; unset: chosen by memory.", low=1
     )
 
     # -- A. agreement and other reliability weights ------------------------------------------------
     agreement: str = option(
         "agreement",
-        "Weigh by the model's agreement with itself over auxiliary contexts: none, token or sequence.",
+        "Weigh by the model's agreement with itself across auxiliary contexts: none, token or sequence.",
         "none",
         choices=("none", "token", "sequence"),
     )
     num_auxiliary_contexts: int = option(
-        "agreement", "Most auxiliary contexts used per row (K).", 3, low=0, shared=("probe", "prepare")
+        "agreement", "Maximum auxiliary contexts used per row (K).", 3, low=0, shared=("probe", "prepare")
     )
     agreement_gamma: float = option(
         "agreement", "Strength: the weight is 1 / (1 + gamma * scaled disagreement).", 0.01, low=0
     )
     agreement_stat: str = option(
-        "agreement", "Disagreement of the K log-probabilities: var or range.", "var", choices=("var", "range")
+        "agreement",
+        "Measure of disagreement of the K log-probabilities: var or range.",
+        "var",
+        choices=("var", "range"),
     )
     agreement_quantile: float = option(
-        "agreement", "token: quantile of disagreement that becomes the unit.", 0.95, low=0, high=1
+        "agreement", "token: the quantile of disagreement that is scaled to 1.", 0.95, low=0, high=1
     )
     agreement_cap: float = option("agreement", "token: largest scaled disagreement.", 10.0, low=1e-06)
     agreement_budget_contexts: int | None = option(
         "agreement",
-        "Budget: score so many of a row's contexts only, drawn anew in every step (unset: all).",
+        "Budget: score only this many of a row's contexts, drawn again in every step; unset: all.",
         low=2,
     )
     agreement_uncertain_share: float = option(
         "agreement",
-        "Budget: score contexts only for this share of a step's rows, those of largest teacher entropy.",
+        "Budget: score contexts for only this share of a step's rows, of the largest teacher entropy.",
         1.0,
         low=0,
         high=1,
@@ -181,13 +183,13 @@ class MethodOptions:
     weight_normalizer: str | None = option(
         "agreement",
         "Divide by the sum of weights (weights) or by the token count (tokens; mean1: after scaling each"
-        " answer's weights to mean 1); unset: as published for the last of the weights.",
+        " answer's weights to mean 1). Unset: as published for the last of the weights.",
         choices=(None, "weights", "tokens", "mean1"),
     )
 
     # -- C. contrast (Eq. 4-5) ---------------------------------------------------------------------
     contrastive_weight: float = option(
-        "contrast", "Weight of the hinge towards the reference, away from a wrong one.", 0.0, low=0
+        "contrast", "Weight of the hinge loss towards the reference and away from a wrong one.", 0.0, low=0
     )
     contrastive_margin: float = option("contrast", "Margin of the hinge in nats.", 0.5, low=0)
 
@@ -197,7 +199,7 @@ class MethodOptions:
     )
     feature_layers: list[int] | None = option(
         "features",
-        "Layers to match (0 is the first block's output); unset: the head's input, after the final norm.",
+        "Layers to match (0: the output of the first block); unset: the head's input, after the final norm.",
     )
 
     # -- further terms of the loss -----------------------------------------------------------------
@@ -216,7 +218,7 @@ class MethodOptions:
     )
     token_clip_quantile: float | None = option(
         "clipping",
-        "The same, as a quantile of the step's divergences (costs one student pass without gradient).",
+        "token_clip as a quantile of the step's divergences (costs one student pass without gradient).",
         low=1e-06,
         high=0.99999,
     )

@@ -222,7 +222,7 @@ def json_mapping(text: str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"name": false}}')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"name": false}}')
     return found
 
 

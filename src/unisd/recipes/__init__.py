@@ -83,11 +83,11 @@ def _of_the_user(file: Path) -> dict[str, Any]:
     if not isinstance(own, dict) or not all(
         isinstance(own.get(k) or {}, dict) for k in ("options", "pocket")
     ):
-        raise UserError(f"{file} is no recipe: put its values under the key options ({flat}).")
+        raise UserError(f"{file} is not a recipe: put its values under the key options ({flat}).")
     if unknown := [key for key in own if key not in KEYS]:
         known = ", ".join(KEYS)
         raise UserError(
-            f"{file} is no recipe: it has {unknown[0]!r} beside {known}: move it to options ({flat})."
+            f"{file} is not a recipe: it has {unknown[0]!r} beside {known}: move it to options ({flat})."
         )
     if (base := own.get("based_on")) is not None and base not in names():
         raise UserError(f"{file}: based_on is {base!r}: name one of {', '.join(names())}.")

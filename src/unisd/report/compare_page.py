@@ -73,8 +73,8 @@ def read(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if not (folder / RESULTS).is_file():
             raise UserError(
-                f"{folder} holds no {RESULTS}: runs can be compared when they have finished; unisd report"
-                f" {folder} shows what there is."
+                f"{folder} holds no {RESULTS}: only finished runs can be compared; unisd report"
+                f" {folder} shows this one."
             )
     names = _names(whole)
     return [

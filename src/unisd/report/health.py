@@ -43,8 +43,8 @@ CURVES: plots.Wanted = (
         {"in the asked form": "collapse/form_share", "style tokens": "collapse/style_token_share"},
     ),
     ("Loss on style tokens", "share", {"share": "words/style_loss_share"}),
-    ("Own earlier answers to the probe set", "nats a token", {"loss": "retained/nll"}),
-    ("KL to the initial model", "nats a token", {"KL": "retained/kl_to_base"}),
+    ("Own earlier answers to the probe set", "nats per token", {"loss": "retained/nll"}),
+    ("KL to the initial model", "nats per token", {"KL": "retained/kl_to_base"}),
 )
 
 

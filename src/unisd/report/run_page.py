@@ -30,7 +30,7 @@ MAX_POINTS = 1000
 MAX_WEIGHTS = 12
 MAIN: plots.Wanted = (
     ("Loss", "", {"loss": "loss"}),
-    ("Divergence of teacher and student", "nats a token", {"divergence": "teacher/divergence"}),
+    ("Divergence of teacher and student", "nats per token", {"divergence": "teacher/divergence"}),
     (
         "Verdicts on the answers",
         "share",
@@ -41,11 +41,11 @@ MAIN: plots.Wanted = (
         "tokens",
         {"mean": "completions/mean_length", "longest": "completions/max_length"},
     ),
-    ("Student's entropy", "nats a token", {"entropy": "student/entropy"}),
+    ("Student's entropy", "nats per token", {"entropy": "student/entropy"}),
 )
 """What most runs are judged by; the others are folded."""
 MORE: plots.Wanted = (
-    ("Contrast", "nats a token", {"hinge": "contrastive/loss"}),
+    ("Contrast", "nats per token", {"hinge": "contrastive/loss"}),
     ("Tokens with an active contrast", "share", {"active": "contrastive/active_share"}),
     ("Distance of features", "mean square", {"distance": "features/distance"}),
     (
@@ -64,7 +64,7 @@ MORE: plots.Wanted = (
     ),
     (
         "Log-probability of the completion",
-        "nats a token",
+        "nats per token",
         {"student": "student/logp", "teacher": "teacher/logp"},
     ),
     (
@@ -75,7 +75,7 @@ MORE: plots.Wanted = (
     ("Learning rate", "", {"rate": "learning_rate"}),
 )
 Figures = dict[str, Any]
-PARTS = {"task": "task", "retention": "what must not be lost"}
+PARTS = {"task": "task", "retention": "retention"}
 """Names of the parts of `answers.json`; each further retention set has its own."""
 DEFAULT_WINDOW = 5  # `alarm_window` of a run that has not written down its options
 
@@ -168,8 +168,9 @@ def _unfinished(folder: Path) -> str:
     for line in lines:
         watch.update(line["step"], line)
     said = (
-        "There is no results.json: an alarm (alarms=stop), an error or a person ended this run, or it goes"
-        " on still. Its answers were not measured after training. Alarms are judged anew from its metrics,"
+        "There is no results.json: an alarm (alarms=stop), an error or a person ended this run, or it"
+        " is still running. Its answers were not measured after training. Alarms are judged again from"
+        " its metrics,"
         f" with the default alarm_window of {DEFAULT_WINDOW}."
     )
     steps = str(lines[-1]["step"]) if lines else "0"
@@ -222,7 +223,7 @@ def read_metrics(path: Path) -> list[Figures]:
 def evaluations(metrics: Sequence[Figures]) -> plots.Wanted:
     """A figure of each measure of the evaluations during training; one line each set of rows."""
     names = sorted({name for line in metrics for name in line if name.startswith("eval_")})
-    kinds = (("loss", "nats a token"), ("accuracy", "share"))
+    kinds = (("loss", "nats per token"), ("accuracy", "share"))
     return [
         (f"Evaluations: {kind}", unit, {name.removeprefix("eval_"): name for name in found})
         for kind, unit in kinds
@@ -240,7 +241,7 @@ def _accuracy_rows(results: Figures) -> list[tuple[str, Figures, Figures]]:
         pairs += [(name, before["retention"][name], after["retention"][name]) for name in names]
     else:  # of an earlier version
         sides = [side_of(side, "retention_accuracy", "retention_skills") for side in (before, after)]
-        pairs.append(("old skills", sides[0], sides[1]))
+        pairs.append(("retention", sides[0], sides[1]))
     rows = []
     for name, old, new in pairs:
         if new["accuracy"] is not None:

@@ -37,7 +37,7 @@ def _task(folder: Path, links: Path, task: str, figures: Figures, found: Figures
     """What the template shows of a task."""
     drawn = figures_of(figures, found["margin"])
     pictures = (
-        ("interaction", "What mechanisms do together", "Ring: the interval excludes 0."),
+        ("interaction", "Interactions of mechanisms", "Ring: the interval excludes 0."),
         ("trade-off", "Gain against forgetting", "Means over seeds of each cell."),
     )
     method = next((cell["energy_method"] for cell in figures["cells"] if cell["energy_method"]), "")

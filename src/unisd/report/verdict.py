@@ -82,7 +82,7 @@ def _drift(results: Figures) -> Iterator[Tile]:
     if drift is None or drift["kl"] is None:
         return
     far, nats = moved_far(drift), drift["nats"]
-    note = "KL from the base, nats a token"
+    note = "KL from the base, nats per token"
     if nats is not None:
         note += f"; its own answers lost {nats['value']:.3f} [{nats['low']:.3f}, {nats['high']:.3f}]"
     word = "far from the base" if far else "near the base"
@@ -91,7 +91,7 @@ def _drift(results: Figures) -> Iterator[Tile]:
 
 def _alarms(alarms: Any) -> Tile:
     if alarms is None:
-        return Tile(ALARMS, "-", "nobody watched")
+        return Tile(ALARMS, "-", "not watched")
     names = ", ".join(dict.fromkeys(str(alarm["name"]) for alarm in alarms))
     return Tile(ALARMS, str(len(alarms)), note=names[:200], kind=BAD if alarms else OPEN)
 

@@ -15,7 +15,7 @@ NoiseKey = tuple[int, int, int, int]  # seed, optimizer step, row of the dataset
 
 @dataclass(frozen=True)
 class Completion:
-    """Token ids that the model wrote (with the end token, if it came to one)."""
+    """Token ids that the model wrote (with the end token, if it reached one)."""
 
     ids: list[int]
     truncated: bool  # ran into the length limit
@@ -54,12 +54,12 @@ class Engine(Protocol):
     ) -> list[Completion]:
         """One completion per prompt; `keys=None` means greedy.
 
-        A completion may be a conversation of several turns, with `written` to tell whose tokens are
-        whose; it is scored as it is, never tokenised again.
+        A completion may be a conversation of several turns, with `written` to mark who wrote each
+        token; it is scored as it is, never tokenised again.
         """
 
     def sleep(self) -> None:
-        """Give memory back until the next `sync`."""
+        """Release memory until the next `sync`."""
 
 
 def uniform_noise(key: NoiseKey, length: int) -> np.ndarray:

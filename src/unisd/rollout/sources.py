@@ -191,7 +191,7 @@ def _checked(completion: Completion) -> Completion:
     if completion.written is not None and len(completion.written) != len(completion.ids):
         raise UserError(
             f"the engine returned {len(completion.ids)} tokens and {len(completion.written)} entries of"
-            " `written`: give one a token."
+            " `written`: give one per token."
         )
     return completion
 

@@ -25,7 +25,7 @@ CHANCE = 0.05
 DRIFT = {
     "reverse": "drift: perplexity of the base's answers",
     "forward": "drift: perplexity of answers under the base",
-    "kl": "drift: KL from the base, nats a token",
+    "kl": "drift: KL from the base, nats per token",
 }
 HEAD = ("measure", "before", "after", "change")
 """Of the table of `change_lines`; a terminal leaves the first empty."""
@@ -58,7 +58,7 @@ def drift_of(detail: Mapping[str, Any] | None, name: str) -> Figures | None:
 
     `reverse`: perplexity of the base's answers, under the base and under the model. `forward`:
     perplexity under the base, of its own answers and of the model's. `kl`: of base and model on the
-    base's answers, nats a token. A model that has not changed has the changes 0.
+    base's answers, nats per token. A model that has not changed has the changes 0.
     """
     if detail is None:
         return None
@@ -103,7 +103,7 @@ def forgotten(retention: Sequence[Figures], drift: Figures | None) -> str | None
     if drift is not None and moved_far(drift):
         nats = drift["nats"]
         said.append(
-            f"the base's own answers to {drift['set']} lost {nats['value']:.2f} nats a token (perplexity"
+            f"the base's own answers to {drift['set']} lost {nats['value']:.2f} nats per token (perplexity"
             f" {drift['reverse']['before']:.2f} to {drift['reverse']['after']:.2f})"
         )
     if not said:
@@ -168,7 +168,7 @@ def _style_of_shares(was: Figures, now: Figures) -> str:
 
 
 def _style_of_nats(lost: Figures | None) -> str:
-    """Of the nats a token that the base's own answers have lost."""
+    """Of the nats per token that the base's own answers have lost."""
     if lost is None:
         return ""
     return WORSE if lost["low"] > 0 else BETTER if lost["high"] < 0 else NOISE

@@ -175,7 +175,7 @@ def _text(content: Any) -> str:
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content)
     if not isinstance(content, str | None):
-        raise BadAnswer("a message that is no text")
+        raise BadAnswer("a message that is not a text")
     return content or ""
 
 

@@ -43,7 +43,7 @@ class Difference:
     def __str__(self) -> str:
         return (
             f"logits differ by at most {self.largest:.2g} (the largest is {self.among:.3g}), and the"
-            f" likeliest token is the same at {self.same_choice:.1%} of {self.positions} positions"
+            f" most likely token is the same at {self.same_choice:.1%} of {self.positions} positions"
         )
 
 

@@ -67,7 +67,8 @@ class GgufFile:
 
     def __str__(self) -> str:
         template = "" if self.template else (
-            "; without a TEMPLATE, as the chat template is more than marks around turns: Ollama guesses one"
+            "; without a TEMPLATE, because the chat template is more than marks around turns: Ollama"
+            " guesses one"
         )  # fmt: skip
         then = (
             f"\n  {QUANTIZER} of llama.cpp is not installed; q4_k_m takes: {self.then}" if self.then else ""
@@ -102,7 +103,7 @@ def _unwritable(config: Any) -> str | None:
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return "some layers attend to a window alone"
+        return "some layers attend only to a window"
     return None
 
 
@@ -110,7 +111,7 @@ def _unwritable_tokenizer(tokenizer: Any) -> str | None:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return "its tokenizer has no tokenizer.json"
     if not _core(tokenizer)["model"].get("merges") or _pre_tokenizer(tokenizer) is None:
-        return "its tokenizer is no byte-level BPE of a kind that is known here"
+        return "its tokenizer is not a known kind of byte-level BPE"
     return None
 
 

@@ -35,7 +35,7 @@ def base_of(folder: str, base: str | None) -> str | None:
         UserError: nobody says it, or the change is not that of one training.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"{folder} is no folder: parts of a change are those of a run's folder.")
+        raise UserError(f"{folder} is not a folder: parts of a change are those of a run's folder.")
     results = Path(folder) / RESULTS
     said = None
     if results.is_file():

@@ -140,7 +140,7 @@ def _say_what_is_trained_on(evaluation: list[Row], rows: list[Row], eval_file: s
     shared = sum(problem_key(row["prompt"]) in known for row in evaluation)
     if shared:
         logger.warning(
-            "%s: %d of %d rows ask problems of %s, which are trained on: what is reported of them is not what"
+            "%s: %d of %d rows repeat problems of %s, which are trained on: their results do not show what"
             " the model does on new ones.",
             eval_file,
             shared,
@@ -202,11 +202,11 @@ def _task_data(options: RunOptions, seed: int, training: bool) -> RunData:
     task = get_task(options)
     if training and task.evaluation_only:
         raise UserError(
-            f"task {task.name} is for evaluation only (its authors ask so): train on another one."
+            f"task {task.name} is for evaluation only (its authors ask for this): train on another one."
         )
     where, split = f"task {task.name}", options.eval_split or "test"
     if split in ("train", "all"):
-        raise UserError(f"eval_split={split} would report on what is trained on: give test or validation.")
+        raise UserError(f"eval_split={split} would report on training rows: give test or validation.")
     if training:
         task.prepare_training()
     return RunData(
@@ -229,7 +229,8 @@ def _retention(options: RunOptions, task: Task | None, others: bool = False) -> 
         shared = {problem_key(row["prompt"]) for row in task.load("validation")}
         if shared & {problem_key(row["prompt"]) for row in task.load("test")}:
             logger.warning(
-                "task %s: some validation rows are test rows too: what they choose looks too good there.",
+                "task %s: some validation rows are test rows too: a choice made on them looks too good"
+                " there.",
                 task.name,
             )
     return load_sets(options, task, others)
@@ -315,8 +316,8 @@ def load_model(options: RunOptions, training: bool = True) -> tuple[Any, Any, st
     adapter = is_adapter(options.model_name_or_path)
     if adapter and options.use_peft:
         raise UserError(
-            f"{options.model_name_or_path} is an adapter, which is trained further: leave --use_peft out, or"
-            " make a full model of it first, with `unisd merge`."
+            f"{options.model_name_or_path} is an adapter, which is trained further: leave --use_peft"
+            " out, or merge it into a full model first, with `unisd merge`."
         )
     # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
     full = training and not options.use_peft and not adapter

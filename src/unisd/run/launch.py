@@ -204,7 +204,7 @@ def launch(options: RunOptions, output_dir: str) -> int:
     if told:
         return 130
     if code != 0:
-        reason = "a process of the run has ended early (why is said above), so all were stopped"
+        reason = "a process of the run ended early (the reason is above), so all were stopped"
         print(f"unisd: error: {reason}; {_how_on(options, output_dir)}", file=sys.stderr)
         return 2
     return 0
@@ -213,9 +213,10 @@ def launch(options: RunOptions, output_dir: str) -> int:
 def _how_on(options: RunOptions, output_dir: str) -> str:
     if "output_dir" not in options.explicit:
         return (
-            "if it had saved a checkpoint, the same command goes on from there with --resume_from_checkpoint."
+            "if it had saved a checkpoint, the same command continues from there with"
+            " --resume_from_checkpoint."
         )
     checkpoint = last_complete_checkpoint(output_dir)
     if checkpoint is None:
-        return f"{output_dir} holds no checkpoint: mend the cause and start anew."
+        return f"{output_dir} holds no checkpoint: fix the cause and start again."
     return f"resume from {checkpoint.name} with:\n  {resume_command(options, output_dir)}"

@@ -76,7 +76,7 @@ class Merge:
     def _check(self) -> None:
         folder = Path(self.folder)
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder: give one that `unisd train --use_peft` wrote.")
+            raise UserError(f"{folder} is not a folder: give one that `unisd train --use_peft` wrote.")
         full = (folder / "config.json").is_file()
         if self.base is None and not is_adapter(folder) and not (full and self.gguf and not self.scale):
             hint = (
@@ -85,13 +85,15 @@ class Merge:
             )
             raise UserError(f"{folder} holds no adapter (adapter_config.json).{hint if full else ''}")
         if self.base is not None and not full:
-            raise UserError(f"--base is for a full model, and {folder} is none: an adapter names its base.")
+            raise UserError(
+                f"--base is for a full model, and {folder} is not one: an adapter names its base."
+            )
         if self.base is not None and self.scale is None:
             raise UserError(f"--base needs --scale L: at 1, {folder} is what you get.")
         if self.base is not None and self.load_in_4bit:
             raise UserError("--load_in_4bit is for adapters: unset it, or --base.")
         if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise UserError(f"--dtype {self.dtype} is no precision: use {', '.join(DTYPES)}.")
+            raise UserError(f"--dtype {self.dtype} is not a precision: use {', '.join(DTYPES)}.")
 
     @property
     def merges(self) -> bool:
@@ -262,7 +264,7 @@ def _adapted(asked: Merge) -> _Source:
     if not asked.load_in_4bit and _trained_in_4bit(Path(folder)):
         logger.warning(
             "%s was trained on its base in 4 bits: this merges it into the base's own values. --load_in_4bit"
-            " merges it into those that training saw.",
+            " merges it into those used in training.",
             folder,
         )
     adapted, tokenizer, info = load_model_and_tokenizer(

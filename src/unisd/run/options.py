@@ -37,16 +37,18 @@ class RunOptions:
     # -- run ---------------------------------------------------------------------------------------
     recipe: str = option(
         "run",
-        "Published method whose settings are the defaults of this run, or a file of that form; list: `unisd"
-        " recipes`.",
+        "Published method that sets the defaults of this run, or your own recipe file; `unisd recipes`"
+        " lists them.",
         DEFAULT,
     )
     dry_run: bool = option(
-        "run", "Check everything, print what would run, an example and the memory; train nothing.", False
+        "run",
+        "Check everything; print what would run, an example and the predicted memory; train nothing.",
+        False,
     )
     verbose: bool = option(
         "run",
-        "Print all resolved options; of dry_run also the whole example and the parts of the memory.",
+        "Print all resolved options; with dry_run also the whole example and the memory by parts.",
         False,
     )
     overwrite_output_dir: bool = option(
@@ -55,46 +57,47 @@ class RunOptions:
 
     before_cache: str | None = option(
         "run",
-        "Folder that keeps `before` for other runs with the same model and evaluation rows, so that it is"
-        " measured once.",
+        "Folder that stores the `before` measurement: runs with the same model and evaluation rows measure"
+        " it once.",
     )
     answers_kept: int | None = option(
         "run",
-        "Evaluation rows whose answers before and after are kept (answers.json) and shown; unset: 64, without"
-        " a grader 24, each of which then costs two greedy answers. 0: none.",
+        "Number of evaluation rows whose answers before and after are kept (answers.json) and shown; 0:"
+        " none. Unset: 64; without a grader 24, and each of these costs two greedy answers.",
         low=0,
     )
     graft_scales: list[float] | None = option(
         "run",
-        "After training, measure also base + L x what training changed, for each of these L (a part of it"
-        " often keeps more than it loses): grafting.json, the report's curve.",
+        "After training, also measure base + L x (what training changed) for each of these L:"
+        " grafting.json, and a curve in the report. A part of the change often keeps more than it loses.",
     )
     device_tdp: float | None = option(
         "run",
-        "Watts of one device at full load, for the energy estimate; unset: what the driver of a GPU says.",
+        "Watts of one device at full load, for the energy estimate; unset: what the driver of a GPU reports.",
         shared=("probe",),
     )
     accelerate_config: str | None = option(
         "run",
-        "Several processes of this machine: ddp, fsdp2, zero2, zero3 (fsdp2 and zero3 spread the weights) or"
-        " an accelerate file of yours.",
+        "Several processes on this machine: ddp, fsdp2, zero2, zero3 (fsdp2 and zero3 shard the weights) or"
+        " your own accelerate file.",
     )
     num_processes: int | None = option(
-        "run", "accelerate_config: processes; unset: one for each accelerator.", low=1
+        "run", "accelerate_config: number of processes; unset: one per accelerator.", low=1
     )
 
     # -- model -------------------------------------------------------------------------------------
     model_name_or_path: str = option(
         "model",
-        "A folder (of a model, or of an adapter to train further), hub id or .gguf file; or `pocket`"
-        " (embedded, 1M parameters) or `smollm2-135m`; --model is short for it.",
+        "A folder (of a model, or of an adapter to train further), Hub id or .gguf file; or `pocket`"
+        " (embedded, 1M parameters) or `smollm2-135m`. Short form: --model.",
         "pocket",
         shared=_MODEL,
     )
     dtype: str = option(
         "model",
-        "float32, bfloat16 or float16; auto: float32, under an adapter bfloat16 where it is native. Products"
-        " on one GPU are in bfloat16 (from 50M parameters) unless dtype, bf16 or fp16 is given.",
+        "float32, bfloat16 or float16; auto: float32, or bfloat16 for a model under an adapter where it is"
+        " native. Matrix products on one GPU use bfloat16 (from 50M parameters) unless dtype, bf16 or fp16"
+        " is given.",
         "auto",
         shared=_MODEL,
     )
@@ -113,57 +116,55 @@ class RunOptions:
     # -- data --------------------------------------------------------------------------------------
     task: str | None = option(
         "data",
-        "Built-in or installed task; unset and no other data given: pocket.",
+        "Built-in or installed task; unset, with no other data given: pocket.",
         shared=_ONE_TASK,
     )
     data_files: list[str] | None = option(
-        "data", "Files that the task reads (tasks that come without data).", shared=_ONE_TASK
+        "data", "Files for the task to read (for tasks that come without data).", shared=_ONE_TASK
     )
-    task_options: list[str] | None = option(
-        "data", "Further options of the task, as name=value.", shared=_ROWS
-    )
+    task_options: list[str] | None = option("data", "More options of the task, as name=value.", shared=_ROWS)
     allow_unsafe_code_execution: bool = option(
         "data",
-        "Run model-written code with your own rights where the machine cannot isolate it.",
+        "Run model-written code with your own permissions if the machine cannot isolate it.",
         False,
         shared=_GRADED,
     )
     noise: float | None = option(
-        "data", "Pocket task: share of wrong training references.", shared=("probe", "prepare")
+        "data", "Pocket task: share of training references that are wrong.", shared=("probe", "prepare")
     )
     reference_style: str | None = option(
         "data",
-        "Pocket task: annotators, hedged (in words of doubt), or own (the model's wording).",
+        "Pocket task: annotators, hedged (with words of doubt) or own (the model's wording).",
         shared=("probe", "prepare"),
     )
     train_file: str | list[str] | None = option(
         "data",
-        "Your rows: .jsonl, .json, .csv, .tsv or .parquet, one file or several, with prompt and"
-        " privileged_context or in a layout that is widely used (messages, ShareGPT, alpaca, ...).",
+        "Your rows: one or more .jsonl, .json, .csv, .tsv or .parquet files. They have prompt and"
+        " privileged_context, or a common layout (messages, ShareGPT, alpaca, ...).",
         shared=_ROWS,
     )
     eval_file: str | None = option(
         "data",
-        "Rows to report on; unset: those that eval_split says.",
+        "Rows to report on; unset: those that eval_split selects.",
         excludes="eval_split",
         shared=_ROWS,
     )
     eval_split: str | None = option(
         "data",
-        "Rows to report on: a share of the training rows, or from 1 on a number of them, held out by problem;"
-        " or a split of dataset_name; unset: a seeded 10 % (at most max_eval_rows). Of a task: its split"
-        " (unset: test; validation: to choose settings on, as a study does).",
+        "Rows to report on: a share of the training rows or (1 or more) a number of them, held out by"
+        " problem; or a split of dataset_name. Unset: a seeded 10 % (at most max_eval_rows). For a task: the"
+        " name of its split (unset: test; validation: for choosing settings, as a study does).",
         shared=_ROWS,
     )
     dataset_name: str | list[str] | None = option(
         "data",
-        "Your rows from a folder of data files, one that save_to_disk wrote, or a hub id; one or several.",
+        "Your rows as a folder of data files, a folder that save_to_disk wrote, or a Hub id; one or several.",
         shared=_ROWS,
     )
     train_weights: list[float] | None = option(
         "data",
-        "How often the training rows of each train_file or dataset_name count, in their order: 2 takes them"
-        " twice, 0.5 takes a seeded half of them; unset: 1 each.",
+        "How often the training rows of each train_file or dataset_name count, in the same order: 2 takes"
+        " them twice, 0.5 a seeded half; unset: 1 each.",
         shared=_ROWS,
     )
     dataset_config: str | None = option("data", "Configuration of dataset_name.", shared=_ROWS)
@@ -175,8 +176,8 @@ class RunOptions:
     )
     agreement_contexts: str = option(
         "data",
-        "Auxiliary contexts: columns (those that the rows bring), or built for all rows: random, retrieval"
-        " or induction. What a recipe says leaves contexts of your own rows alone, but for"
+        "Auxiliary contexts: columns (those in the rows), or built for all rows: random, retrieval or"
+        " induction. The value in a recipe does not replace contexts in your own rows, except with"
         " teacher_context=other.",
         "columns",
         choices=("columns", "random", "retrieval", "induction"),
@@ -190,54 +191,58 @@ class RunOptions:
     )
     negatives: str = option(
         "data",
-        "Wrong references for rows that have none: columns (build none), corrupt or model.",
+        "Wrong references for rows without one: columns (build none), corrupt or model.",
         "columns",
         choices=("columns", "corrupt", "model"),
         shared=("prepare",),
     )
     writer_url: str | None = option(
         "data",
-        "induction, negatives=model: an OpenAI-compatible server whose model writes them; unset: the model"
-        " itself.",
+        "For induction and negatives=model: an OpenAI-compatible server whose model writes them; unset: the"
+        " model itself.",
         shared=("prepare",),
     )
     writer_model: str | None = option(
-        "data", "writer_url: the model's name there; unset: the first that it serves.", shared=("prepare",)
+        "data",
+        "writer_url: name of the model on the server; unset: the first that it lists.",
+        shared=("prepare",),
     )
     columns: str | None = option(
         "data",
-        "Names of your columns: prompt=question,privileged_context=answer; prompt=a+b joins the texts of two,"
-        " and names with a comma are quoted.",
+        "Names of your columns: prompt=question,privileged_context=answer. prompt=a+b joins the texts of"
+        " two columns; names with a comma are quoted.",
         shared=_ROWS,
     )
     grader: str | None = option(
         "data",
-        "Grades answers to your rows, so that accuracy is reported: exact, contains, choice, number, call or"
-        " similarity (of free text) compare with a column answer (else the completion); code runs a column"
+        "Grades the answers to your rows, to report accuracy: exact, contains, choice, number, call and"
+        " similarity (free text) compare with the column answer (else the completion); code runs the column"
         " tests.",
         shared=_GRADED,
     )
     max_train_rows: int | None = option(
-        "data", "Train on the first so many rows only.", low=1, shared=("prepare",)
+        "data", "Train only on this many rows, the first ones.", low=1, shared=("prepare",)
     )
     validation_split: float | None = option(
         "data",
-        "Training rows held out, by problem, for evaluations during training: a share, or from 1 on a number;"
-        " unset: 10 % (at most max_eval_rows) where one of them chooses (load_best_model_at_end).",
+        "Training rows held out, by problem, for evaluations during training: a share or (1 or more) a"
+        " number. Unset: none; 10 % (at most max_eval_rows) if they choose the model"
+        " (load_best_model_at_end).",
     )
     retention: list[str] | None = option(
         "data",
-        "What must not be lost, asked before and after: none, general (short everyday items), tasks, or files"
-        " of rows; several may be given. Unset: the task's own, and general for a real model.",
+        "What must not be lost, measured before and after training: none, general (short everyday items),"
+        " tasks, or files of rows; several are allowed. Unset: the task's own set, and general for a real"
+        " model.",
         shared=("eval",),
     )
     retention_rows: int | None = option(
         "data",
-        "Most rows of each retention set; unset: max_eval_rows, and of general 120 at most.",
+        "Maximum rows per retention set; unset: max_eval_rows, and at most 120 for general.",
         low=1,
         shared=("eval",),
     )
-    max_eval_rows: int = option("data", "Most rows of each evaluation (task, retention).", 400, low=1)
+    max_eval_rows: int = option("data", "Maximum rows per evaluation (task, retention).", 400, low=1)
 
     # -- not on the command line -------------------------------------------------------------------
     explicit: frozenset[str] = frozenset()
@@ -355,7 +360,8 @@ def check_scales(scales: Sequence[float], option: str) -> None:
     for scale in scales:
         if not math.isfinite(scale) or scale in (0.0, 1.0):
             raise UserError(
-                f"{option}: {scale:g} is no part to ask for: give numbers such as 0.25 0.5 0.75; the base (0)"
+                f"{option}: {scale:g} is not a part to measure: give numbers such as 0.25 0.5 0.75; the"
+                " base (0)"
                 " and all of the change (1) are measured anyway."
             )
     if len(set(scales)) < len(scales):

@@ -74,15 +74,14 @@ def choose_output_dir(
     newest = resume.lower() == "true"
     if resume and not newest and not Path(resume).is_dir():
         raise UserError(
-            f"resume_from_checkpoint: {resume} is no folder: give a checkpoint-N folder, or the flag alone."
+            f"resume_from_checkpoint: {resume} is not a folder: give a checkpoint-N folder, or the flag"
+            " without a value."
         )
     if "output_dir" in options.explicit:
         folder = Path(str(config.output_dir))
         _check_named(folder, options, resume)
     elif options.overwrite_output_dir:
-        raise UserError(
-            "overwrite_output_dir belongs to a folder that you name: add --output_dir, or unset it."
-        )
+        raise UserError("overwrite_output_dir needs a folder that you name: add --output_dir, or unset it.")
     elif newest:
         folder = _newest_interrupted(_candidates(options, data_name))
     elif resume:
@@ -109,7 +108,8 @@ def _check_named(folder: Path, options: RunOptions, resume: str) -> None:
     if options.overwrite_output_dir:
         if goes_on:
             raise UserError(
-                "overwrite_output_dir removes what resume_from_checkpoint goes on from: give one of them."
+                "overwrite_output_dir removes the checkpoint that resume_from_checkpoint continues"
+                " from: give one of them."
             )
         _refuse_foreign(folder)
     elif not goes_on:
@@ -175,7 +175,7 @@ def _refuse_used(folder: Path) -> None:
         )
     if (folder / METRICS).exists() or any(folder.glob("checkpoint-*")):
         raise UserError(
-            f"{folder} holds an unfinished run: go on with --resume_from_checkpoint, start over with"
+            f"{folder} holds an unfinished run: continue with --resume_from_checkpoint, start over with"
             " --overwrite_output_dir, or choose another --output_dir."
         )
     # A run that was killed before its first step has left its options alone.

@@ -108,14 +108,14 @@ def _held_out(options: RunOptions, rows: list[Row], name: str, seed: int) -> tup
     asked, total = number_of(options.eval_split), len(rows)
     others = "give more rows, or --eval_file"
     if total == 1:
-        raise UserError(f"{name} has a single row, so that none can be held out: {others}.")
+        raise UserError(f"{name} has a single row, so no row can be held out: {others}.")
     count = min(max(1, round(0.1 * total)), options.max_eval_rows)
     if asked is not None:
         count = max(1, round(asked * total)) if asked < 1 else int(asked)
         if count >= total:
             raise UserError(
-                f"eval_split={options.eval_split}: {name} has {total} rows, and none would be left to train"
-                f" on: hold out fewer, {others}."
+                f"eval_split={options.eval_split}: {name} has {total} rows, and no row would be left to"
+                f" train on: hold out fewer, {others}."
             )
         if count > options.max_eval_rows:
             raise UserError(
@@ -125,9 +125,7 @@ def _held_out(options: RunOptions, rows: list[Row], name: str, seed: int) -> tup
             )
     rows, held = hold_out(rows, seed=seed, count=count)
     if not held:
-        raise UserError(
-            f"all rows of {name} have one prompt, so that none can be held out: give --eval_file."
-        )
+        raise UserError(f"all rows of {name} have one prompt, so no row can be held out: give --eval_file.")
     return rows, held
 
 
@@ -145,7 +143,7 @@ def _mixed(parts: Sequence[tuple[str, list[Row]]], weights: Sequence[float], see
         taken = rows * int(times) + rng.sample(rows, round(share * len(rows)))
         if not taken:
             raise UserError(
-                f"train_weights: a weight of {weight:g} takes none of the {len(rows)} training rows of"
+                f"train_weights: a weight of {weight:g} takes no row of the {len(rows)} training rows of"
                 f" {name}: raise it, or leave {name} out."
             )
         said.append(f"{len(taken)} of {name} ({len(rows)} x {weight:g})")

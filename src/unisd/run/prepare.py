@@ -151,7 +151,7 @@ def prepare(
     rows = data.train
     written = options.agreement_contexts == "induction" or options.negatives == "model"
     if options.writer_url and not written:
-        logger.warning("writer_url is not asked: neither agreement_contexts=induction nor negatives=model.")
+        logger.warning("writer_url is not used: it needs agreement_contexts=induction or negatives=model.")
     server = ChatServer(options.writer_url, options.writer_model) if options.writer_url and written else None
     with_contexts = _wants_contexts(data, options, config)
     data.contexts = _contexts_line(data, options, with_contexts)

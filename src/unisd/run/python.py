@@ -39,18 +39,18 @@ def prepare(
 
     Args:
         rows: as `load_rows` takes them.
-        args: options of the training, of which `num_auxiliary_contexts` and `seed` are read.
-        agreement_contexts: `columns` (those that the rows bring), or built for all rows: `random`
-            (other problems, solved), `retrieval` (the nearest) or `induction` (instructions that
-            the model writes).
+        args: options of the training; only `num_auxiliary_contexts` and `seed` are used.
+        agreement_contexts: `columns` (those in the rows), or built for all rows: `random` (other
+            problems, solved), `retrieval` (the nearest) or `induction` (instructions that the model
+            writes).
         negatives: wrong references for rows that have none: `columns` (build none), `corrupt` (the
             last number or letter changed) or `model` (written by it).
         embedder: for retrieval: `tfidf`, `model` (its mean hidden states) or the name of a
             sentence-transformers model.
-        model: for what a model makes: its folder or hub id, or a loaded one.
+        model: needed for texts that a model writes: its folder or hub id, or a loaded one.
         tokenizer: of a loaded one.
-        grader: `(row, completion text) -> bool`, a share or a `Grade`: wrong references are proved
-            wrong by it.
+        grader: `(row, completion text) -> bool`, a share or a `Grade`: it proves that wrong
+            references are wrong.
 
     Returns:
         The rows with `auxiliary_contexts` and `negative_context`. No context shows the row's own
@@ -110,20 +110,20 @@ def compare(
     args: UniSDConfig | None = None,
     tokenizer: Any = None,
 ) -> Comparison:
-    """Measure what a model has learnt and forgotten, as `unisd train` does before and after.
+    """Measure what a model learned and forgot, as `unisd train` does before and after.
 
     Args:
         before: the model as it was: its folder or hub id, or a loaded one; None: `after` without
             its adapter.
         after: the same of the model as it is now.
-        rows: new problems, as `load_rows` takes them; those of the training tell little.
+        rows: new problems, as `load_rows` takes them; training rows say little.
         grader: `(row, completion text) -> bool`, a share or a `Grade`; without one there is no
             accuracy.
         retention: what must not be lost: `none`, `general`, tasks or files, as `unisd train` takes
-            them; None: `general`, and of the embedded model its own skills. Files are graded by
+            them; None: `general`, and for the embedded model its own skills. Files are graded by
             `grader` too.
-        retention_rows: most rows of each such set.
-        args: options of the training, of which the limits of answers and batches are read.
+        retention_rows: maximum rows per such set.
+        args: options of the training; only the limits of answers and batches are used.
         tokenizer: that of loaded models.
 
     Raises:

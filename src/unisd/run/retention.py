@@ -68,7 +68,7 @@ def load_sets(
     asked = options.retention
     if asked is not None and NONE in asked:
         if len(asked) > 1:
-            raise UserError(f"retention: {NONE} stands alone: leave it out, or the others.")
+            raise UserError(f"retention: {NONE} cannot be combined with others: leave it out, or the others.")
         return []
     limit = options.retention_rows or options.max_eval_rows
     own = _own(task, limit, others) if task is not None else None
@@ -87,7 +87,7 @@ def load_sets(
     if unmeasured := next((one for one in found if one.grade is None and one is not probed), None):
         raise UserError(
             f"retention: {unmeasured.name} has no grader, and drift is measured on"
-            f" {probed.name if probed else 'nothing'}: give {flag('grader')}, or {unmeasured.name} alone."
+            f" {probed.name if probed else 'nothing'}: give {flag('grader')}, or only {unmeasured.name}."
         )
     return found
 
@@ -128,7 +128,7 @@ def _named(
             other = tasks.get(name)
         except UserError as error:
             raise UserError(
-                f"retention: task {name} cannot be asked ({error}): give its rows as a file."
+                f"retention: task {name} cannot be used ({error}): give its rows as a file."
             ) from None
         if other.runs_code:
             sandbox.require_with(options.allow_unsafe_code_execution)

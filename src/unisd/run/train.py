@@ -229,7 +229,7 @@ def _measured(
     before = measurements.before()
     phases["eval"] = time.perf_counter() - clock
     if is_writer and data.retention:
-        said = f"measured before training in {phases['eval']:.0f} s; the same follows after it"
+        said = f"measured before training in {phases['eval']:.0f} s; the same follows after training"
         console.print(said, markup=False, highlight=False)
     energy = _trained(setting, checkpoint)
     if energy is None:
@@ -379,8 +379,8 @@ def _introduce(
         f"{options.recipe}: model {options.model_name_or_path} ({size.parameters / 1e6:.1f}M parameters,"
         f" {size.trained / 1e6:.1f}M trained), {data.name}: {len(data.train)} training rows,"
         f" {len(data.evaluation)} to report on"
-        + ("" if data.grade else f" ({kept_of(data)} answered before and after, as nothing grades them)")
-        + (f"; must not be lost: {', '.join(map(str, data.retention))}" if data.retention else "")
+        + ("" if data.grade else f" ({kept_of(data)} answered before and after, because nothing grades them)")
+        + (f"; retention: {', '.join(map(str, data.retention))}" if data.retention else "")
         + (f", {len(data.validation)} for evaluations during training" if data.validation else "")
         + f"; {steps} steps of {rows_per_step} rows",
         markup=False,
@@ -412,12 +412,12 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
         print(
-            f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps sets how"
-            " often it would)"
+            f"interrupted before the first checkpoint; {folder} holds nothing to resume (save_steps"
+            " sets how often a checkpoint is saved)"
         )
         return
     if not holds_optimizer(checkpoint):
-        print(f"interrupted; {checkpoint} holds the model, but no optimizer (save_only_model): start anew")
+        print(f"interrupted; {checkpoint} holds the model, but no optimizer (save_only_model): start again")
         return
     print(f"interrupted; resume from {checkpoint.name} with:\n  {outputs.resume_command(options, folder)}")
 

@@ -66,7 +66,8 @@ def _text(method: str, lines: Sequence[dict[str, Any]], pays: bool) -> str:
     from unisd.study.recommend import shown
 
     if pays:
-        return f"self-distillation pays here: {method} beats all {len(lines)} controls at equal forgetting"
+        return f"self-distillation is worthwhile here: {method} beats all {len(lines)} controls at"
+        " equal forgetting"
     open_ones = [line for line in lines if not line["beaten"]]
     worst = min(open_ones, key=_least)
     against = f"task {shown(worst['task'])}, retention {shown(worst['retention'])}"
@@ -74,6 +75,6 @@ def _text(method: str, lines: Sequence[dict[str, Any]], pays: bool) -> str:
     won = "wins" if lost and ONE_RUN not in worst["task"].note else "is not beaten"
     others = f"; {len(open_ones)} of {len(lines)} controls are not beaten" if len(open_ones) > 1 else ""
     return (
-        f"self-distillation is not shown to pay here: control {worst['name']} {won}"
+        f"self-distillation is not shown to be worthwhile here: control {worst['name']} {won}"
         f" ({method} against it: {against}){others}"
     )

@@ -63,7 +63,7 @@ def analyse(study: Study, store: Store, margin: float = 1.0) -> Figures | None:
                 " intervals are not adjusted."
             ),
             (
-                "Times were measured on whatever else the machine did; operations are an estimate, and the"
+                "Times were measured beside other work of the machine; operations are an estimate, and the"
                 " same on any machine."
             ),
             *([left_out] if others else []),
@@ -85,7 +85,7 @@ def _reach(tasks: dict[str, Figures]) -> str:
     notes = {line["note"] for task in tasks.values() for line in task["effects"] if line["outcome"] in POINTS}
     if any(ONE_RUN in note for note in notes):
         return (
-            "Their 95 % intervals do not contain the noise of training, which takes two seeds or more: no"
+            "Their 95 % intervals do not include training noise, which needs two seeds or more: no"
             " verdict follows from them."
         )
     problems = (
@@ -94,8 +94,8 @@ def _reach(tasks: dict[str, Figures]) -> str:
         else "and other problems of the same kind"
     )
     return (
-        f"Their 95 % intervals hold for other seeds {problems}, and take the noise of training to be alike in"
-        " all cells."
+        f"Their 95 % intervals hold for other seeds {problems}, and assume that training noise is equal"
+        " in all cells."
     )
 
 

@@ -62,13 +62,14 @@ def read(given: Any, where: str, base: Options) -> dict[str, Options]:
     found = {name: dict(options or {}) for name, options in asked.items()}
     if further := found.get(GRAFTED, {}).keys() - {SCALES}:
         raise UserError(
-            f"{where}: control {GRAFTED} takes {SCALES} alone, as its runs are those of {FINE_TUNED}: give"
+            f"{where}: control {GRAFTED} takes only {SCALES}, as its runs are those of {FINE_TUNED}: give"
             f" {min(further)} to that."
         )
     if GRAFTED in found:
         if not alone:
             raise UserError(
-                f"{where}: control {GRAFTED} needs one process and a model that is no adapter: leave it out."
+                f"{where}: control {GRAFTED} needs one process and a model that is not an adapter:"
+                " leave it out."
             )
         found[GRAFTED] = {SCALES: _numbers(found[GRAFTED].get(SCALES), where)}
     return found
@@ -132,7 +133,7 @@ def _as_many_answers(options: Options, method: Options) -> Options:
     generations = math.gcd(of_one_prompt, answers)
     if generations == 1 < of_one_prompt:
         raise UserError(
-            f"control {options['recipe']} draws {of_one_prompt} answers a prompt, and the method has"
+            f"control {options['recipe']} draws {of_one_prompt} answers per prompt, and the method has"
             f" {answers} in a micro-batch: give per_device_train_batch_size an even number, or leave it out."
         )
     wanted = {"num_generations": generations, "per_device_train_batch_size": answers // generations}

@@ -131,7 +131,8 @@ def load(path: Path, overrides: Options | None = None) -> Study:
 def from_dict(values: Options, where: str = "study") -> Study:
     if "'hub_token'" in repr(values):
         raise UserError(
-            f"{where}: hub_token would stand in the files of the study: leave it out, and set HF_TOKEN, which"
+            f"{where}: hub_token would be written into the files of the study: leave it out, and set"
+            " HF_TOKEN, which"
             " its runs inherit."
         )
     for key, value in values.items():
@@ -222,7 +223,7 @@ def _levels(cell: Any, factors: Sequence[Factor], where: str) -> Levels:
     for name, value in cell.items():
         label = {True: ON, False: OFF}.get(value, str(value)) if isinstance(value, bool) else _label(value)
         if name not in by_name or label not in by_name[name].levels:
-            raise UserError(f"{where}: cells: {name}={label} is no level of a factor of this study.")
+            raise UserError(f"{where}: cells: {name}={label} is not a level of a factor of this study.")
         levels[name] = label
     return levels
 

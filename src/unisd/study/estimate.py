@@ -33,7 +33,7 @@ from unisd.study.design import check_installed
 
 Values = NDArray[np.float64]
 LEVEL = 0.95
-ONE_RUN = "one run a cell: training noise is not in the interval"
+ONE_RUN = "one run per cell: training noise is not in the interval"
 NO_ANSWERS = "no single answers: holds for these problems only"
 
 

@@ -255,7 +255,7 @@ def seconds_of_a_run(
     run = max(runs, key=lambda run: _distance(run.cell, study))
     return (
         _calibrate(run, store, executor),
-        f"{CALIBRATION_STEPS} steps of {run.cell.name}, the costliest cell",
+        f"{CALIBRATION_STEPS} steps of {run.cell.name}, the most expensive cell",
     )
 
 

@@ -99,7 +99,7 @@ def from_flags(
             given[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise UserError(
-                f"--task_options {part!r}: {value!r} is no YAML value; put text in quotes"
+                f"--task_options {part!r}: {value!r} is not a YAML value; put text in quotes"
             ) from None
     if data_files:
         given["data_files"] = list(data_files)

@@ -27,15 +27,15 @@ Row = dict[str, Any]
 class Grade:
     """The verdict on one completion.
 
-    `extracted` is the answer read out of the completion, None where no answer could be found: so
-    that an answer's form and its content can be reported apart (the extraction rate). `reason` says
-    in a few words why an answer is wrong. `details` are further figures of this answer, each
-    between 0 and 1 (a report shows their means). `ambiguous`: there are several answers, and the
-    completion settles on none of them. `how` says how the answer was found ("final marker",
-    "stated", "boxed", "last line", "mention"). `passed_over` are answers that might have been
-    taken, best first, each with how it was found and why it was not taken. `feedback` tells the one
-    who answered what is wrong with this answer, without the right one. `score` is from 0 to 1, of
-    graders that tell how near an answer is; None: 1 if it is correct, else 0.
+    `extracted` is the answer found in the completion; None: no answer was found. So the form and
+    the content of an answer can be reported separately (the extraction rate). `reason` says in a
+    few words why an answer is wrong. `details` are more figures of this answer, each between 0 and
+    1 (a report shows their means). `ambiguous`: there are several answers, and the completion does
+    not choose one. `how` says how the answer was found ("final marker", "stated", "boxed", "last
+    line", "mention"). `passed_over` are answers that might have been taken, best first, each with
+    how it was found and why it was not taken. `feedback` says what is wrong with this answer,
+    without the right one. `score` is from 0 to 1, from graders that measure how close an answer is;
+    None: 1 if it is correct, else 0.
     """
 
     correct: bool
@@ -67,10 +67,10 @@ class Grade:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a student's answer, given before the teacher scores it.
+    """The grader's result for a student's answer, given before the teacher scores it.
 
     score: from 0 to 1. passed: whether it counts as solved. feedback: a few words about *this*
-    answer (the failing test and what it gave), never the reference; the teacher may be shown it.
+    answer (the failing test and what it gave), never the reference; the teacher may see it.
     """
 
     score: float
@@ -88,7 +88,7 @@ def is_right(answer: Any) -> bool:
 class Task:
     """The base class of tasks: override `load` and `grade`.
 
-    Override `retention_rows` too where the task has skills that it must not damage.
+    Override `retention_rows` too if the task has skills that it must not damage.
 
     The attributes are defaults of the class; an instance may set its own in `__init__`.
     """
@@ -124,7 +124,7 @@ class Task:
     def prepare_training(self) -> None:
         """Prepare for training, before its rows are loaded.
 
-        The place to hold rows out where there is no split for it.
+        Hold out rows here if there is no split for them.
         """
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, **options: Any) -> list[Row]:

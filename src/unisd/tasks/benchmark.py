@@ -77,12 +77,12 @@ class Benchmark(Task):
     def problem(self, raw: Raw, where: str) -> Problem:
         """Turn a checked record into this task's own dict.
 
-        It must have `key` (text that makes it the same problem), and `id` (str) where the dataset
-        has one, else the row's number is taken; `same` where problems with other keys are held out
-        with it.
+        It must have `key` (the text that identifies the problem), and `id` (str) if the dataset has
+        one, else the row's number is used. `same` names problems with other keys that are held out
+        together with it.
 
-        Raises `UserError` for a record that is no such problem; where a field holds something else,
-        any error will do.
+        Raises `UserError` for a record that is not such a problem; for a field of another kind, any
+        error is enough.
         """
         raise NotImplementedError
 
@@ -97,7 +97,7 @@ class Benchmark(Task):
     # -- loading -----------------------------------------------------------------------------------
 
     def prepare_training(self) -> None:
-        """Hold a tenth of all rows out where the files hold no training rows.
+        """Hold out a tenth of all rows if the files have no training rows.
 
         Training takes the rest.
         """
@@ -114,8 +114,8 @@ class Benchmark(Task):
 
         `data_files` may also be given here.
 
-        Auxiliary contexts and the wrong reference of a row depend on `seed` and the row alone,
-        never on `limit`.
+        Auxiliary contexts and the wrong reference of a row depend only on `seed` and the row, never
+        on `limit`.
 
         Raises `UserError`: unknown split, no such file, not JSON, a record with the wrong fields,
         an empty split.
@@ -217,7 +217,7 @@ class Benchmark(Task):
                 if isinstance(error, KeyError)
                 else f"a field holds something else ({error})"
             )
-            raise UserError(f"{self.name}: {where} is no record of this task: {reason}") from None
+            raise UserError(f"{self.name}: {where} is not a record of this task: {reason}") from None
 
     def _from_files(self) -> Iterator[tuple[Problem, str | None]]:
         assert self.data_files is not None

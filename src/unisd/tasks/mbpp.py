@@ -57,7 +57,7 @@ class MBPPTask(CodeTask):
     def problem(self, raw: Raw, where: str) -> Problem:
         text = raw.get("text") or raw.get("prompt")
         if not isinstance(text, str) or not all(isinstance(test, str) for test in raw["test_list"]):
-            raise UserError(f"mbpp: {where} has no text (or prompt), or tests that are no text")
+            raise UserError(f"mbpp: {where} has no text (or prompt), or tests that are not text")
         setup = [*(raw.get("test_imports") or []), raw.get("test_setup_code") or ""]
         return {
             "id": str(raw["task_id"]),

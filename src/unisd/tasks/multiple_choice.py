@@ -123,5 +123,5 @@ def check_options(options: Sequence[object], answer: object, where: str, name: s
     if isinstance(answer, str) and answer.strip().lstrip("-").isdecimal():  # a cell of a CSV file
         answer = int(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
-        raise UserError(f"{name}: {where}: the answer {answer!r} is no index of its {len(texts)} options")
+        raise UserError(f"{name}: {where}: the answer {answer!r} is not an index of its {len(texts)} options")
     return texts, answer

@@ -149,9 +149,9 @@ def require_whole(folder: str | Path, contents: bool = True) -> None:
         return
     good = last_complete_checkpoint(Path(folder).parent, contents=True)
     remedy = (
-        f"resume from {good}, the newest whole one"
+        f"resume from {good}, the newest complete one"
         if good is not None
-        else "there is no whole one beside it, start anew"
+        else "there is no complete one beside it, start again"
     )
     raise UserError(f"checkpoint {folder} is broken: {problem}: {remedy}.")
 
@@ -173,7 +173,7 @@ def require_optimizer(folder: str | Path) -> None:
         option = by_caller("--model_name_or_path", "model")
         raise UserError(
             f"{folder} holds no optimizer (save_only_model), so it cannot be resumed: start a new run from"
-            f" the model in it ({option}; an adapter is made a model by `unisd merge`), and unset"
+            f" the model in it ({option}; `unisd merge` makes a model of an adapter), and unset"
             " save_only_model if that run is to be resumed."
         )
 
@@ -191,7 +191,7 @@ def require_unused(output_dir: str | Path, checkpoint: str | Path | None = None)
     found = [path.name for _, path in sorted(_numbered(folder))][-1:] + found
     if found:
         raise UserError(
-            f"{folder} holds another run ({', '.join(found)}): go on with it by resume_from_checkpoint=True,"
+            f"{folder} holds another run ({', '.join(found)}): continue it with resume_from_checkpoint=True,"
             " choose another output_dir, or remove these files."
         )
 
@@ -202,9 +202,9 @@ def saving_failed(error: Exception, output_dir: str | Path, name: str) -> UserEr
     """
     good = last_complete_checkpoint(output_dir)
     kept = (
-        f"{good.name} is whole: free some space, then resume from it"
+        f"{good.name} is complete: free some space, then resume from it"
         if good
-        else "free some space, then start anew"
+        else "free some space, then start again"
     )
     reason = "" if isinstance(error, OSError) else f" ({type(error).__name__})"
     return UserError(

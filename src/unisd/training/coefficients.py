@@ -104,7 +104,7 @@ def idle_agreement(metrics: dict[str, float], args: UniSDConfig) -> str | None:
     return (
         "agreement weights differ by less than 1 % (range between their 1 % and 99 % quantiles:"
         f" {metrics['agreement/range']:.4f}; mean {metrics['agreement/mean']:.4f}, least"
-        f" {metrics['agreement/min']:.4f}): their forward passes buy nothing; raise"
+        f" {metrics['agreement/min']:.4f}): their forward passes have no effect; raise"
         f" agreement_gamma={args.agreement_gamma}, or set agreement=none."
     )
 

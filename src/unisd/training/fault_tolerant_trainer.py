@@ -441,8 +441,8 @@ class FaultTolerantTrainer(ShardedTrainer):
         if reason is None and raised and self.args.alarms == "stop":
             reason = (
                 f"stopped at step {step} by the alarm {raised[0].name!r} (alarms=stop): {raised[0].text} Look"
-                " at the answers with `unisd chat`, and resume from an earlier checkpoint; the present state"
-                " was saved."
+                " at the answers with `unisd chat`, and resume from an earlier checkpoint; the current"
+                " state was saved."
             )
         if reason is not None:
             self.stop_reason = reason

@@ -35,7 +35,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     A second Ctrl-C stops at once.
 
-    All ranks stop after the same step, whichever of them was told. A second SIGTERM changes
+    All ranks stop after the same step, whichever of them got the signal. A second SIGTERM changes
     nothing: schedulers and launchers both send one.
     """
 
@@ -47,7 +47,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take both signals while active; the callback must be the trainer's, too."""
+        """Handle both signals while active; add the callback to the trainer, too."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -57,8 +57,8 @@ def check_ready(trainer: UniSDTrainer) -> None:
     trainer.completions.check()
     if args.teacher_context == "plain" and _teaches_nothing(args):
         logger.warning(
-            "teacher_context=plain: student and teacher read the same, with the same weights at the start, so"
-            " that nothing is learnt."
+            "teacher_context=plain: student and teacher read the same, with the same weights at the"
+            " start, so that nothing is learned."
         )
     if args.uses_reference or args.teacher_context in BUILT:
         trainer.prompts.check_generation_prefix(trainer.rows[0])
@@ -86,7 +86,7 @@ def check_ready(trainer: UniSDTrainer) -> None:
         _check_optimizes(given, trainer.model)
     if not own and schedule is not None and getattr(schedule, "optimizer", given) is not given:
         raise UserError(
-            "the schedule in optimizers moves another optimizer: give (optimizer, schedule of it)."
+            "the schedule in optimizers belongs to another optimizer: give (optimizer, its schedule)."
         )
     if not trainer.is_deepspeed_enabled:  # its engine builds both, by a file of its own
         _try_optimizer(trainer)
@@ -174,8 +174,8 @@ def _check_optimizes(optimizer: Any, model: Any) -> None:
     missing = [p for p in trained if id(p) not in held]
     if len(missing) == len(trained):
         raise UserError(
-            "the optimizer in optimizers holds none of the weights that are trained: build it of"
-            " trainer.model's (with peft_config: wrap the model first, and give no peft_config)."
+            "the optimizer in optimizers holds none of the weights that are trained: build it from"
+            " trainer.model's weights (with peft_config: wrap the model first, and give no peft_config)."
         )
     if missing:
         logger.warning(
@@ -231,8 +231,8 @@ def _try_optimizer(trainer: UniSDTrainer) -> None:
     name = str(getattr(args.optim, "value", args.optim))
     if any(part in name for part in IN_BACKWARD):
         raise UserError(
-            f"optim={name} moves weights within the backward pass, before a step's gradient is whole and"
-            " checked: use another one."
+            f"optim={name} changes weights within the backward pass, before a step's gradient is"
+            " complete and checked: use another one."
         )
     if trainer.optimizer is not None:
         return
@@ -286,7 +286,7 @@ def _try_saving(trainer: UniSDTrainer) -> None:
             torch.save(trainer.args, Path(folder) / TRAINING_ARGS_NAME)
     except Exception as error:  # of a dozen libraries' kinds: of tokenizers, configs, pickle
         raise UserError(
-            f"what is trained could not be saved: {one_line(error)}: mend the files of model or tokenizer"
+            f"what is trained could not be saved: {one_line(error)}: fix the files of model or tokenizer"
             " before training."
         ) from error
 

@@ -242,7 +242,7 @@ def _refuse_options(
     for name in sorted(changed & kept):
         raise UserError(
             f"{name} is {_shown(old[name])} in {checkpoint} and {_shown(new[name])} in this run, which"
-            f" cannot go on from that: resume with {name}={_shown(old[name])}, or start a new run in"
+            f" cannot continue from that: resume with {name}={_shown(old[name])}, or start a new run in"
             " another output_dir."
         )
 

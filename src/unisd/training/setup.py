@@ -136,8 +136,8 @@ def check_routers(backbone: Backbone, coefficient: float, pad_id: int) -> None:
     if coefficient == 0:
         if quiet_routers(backbone.model):
             logger.warning(
-                "%s was saved with output_router_logits: its load-balancing loss is no part of the training"
-                " (router_aux_loss_coef=0.001 adds it).",
+                "%s was saved with output_router_logits: its load-balancing loss is not part of the"
+                " training (router_aux_loss_coef=0.001 adds it).",
                 kind,
             )
         return

@@ -108,7 +108,7 @@ class ColocatedEngine(common.VllmEngine):
             except (ValueError, RuntimeError, OSError) as error:
                 told = " ".join(str(error).split())[:300]
                 raise UserError(
-                    f"vLLM does not start: {told}: mend that (vllm_gpu_memory_utilization is its share of"
+                    f"vLLM does not start: {told}: fix that (vllm_gpu_memory_utilization is its share of"
                     " memory, vllm_max_model_length its longest sequence), or unset use_vllm."
                 ) from error
 

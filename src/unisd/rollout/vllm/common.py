@@ -145,7 +145,7 @@ def completion_of(
     ):
         raise BadAnswer(f"a token id outside of the vocabulary of {vocabulary}")
     if any(not isinstance(logp, int | float) or not math.isfinite(logp) or logp > 1e-3 for logp in logps):
-        raise BadAnswer("a log-probability that is none")
+        raise BadAnswer("an invalid log-probability")
     ends = set(eos_ids)
     truncated = len(ids) == limit and ids[-1] not in ends
     if not truncated and ids[-1] not in ends:

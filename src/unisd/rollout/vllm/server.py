@@ -98,7 +98,7 @@ class ServerEngine(common.VllmEngine):
         resume = by_caller("--resume_from_checkpoint", "train(resume_from_checkpoint=True)")
         return RolloutError(
             f"the vLLM server at {self.client.url} does not answer ({trouble}); start it with: {self._start};"
-            f" training goes on from the last checkpoint with {resume}."
+            f" training continues from the last checkpoint with {resume}."
         )
 
     def _unfit(self, what: str) -> RolloutError:
@@ -127,7 +127,7 @@ class ServerEngine(common.VllmEngine):
             )
         if not error.status:
             return RolloutError(
-                f"the vLLM server at {self.client.url} is not to be had ({error}): correct its address."
+                f"the vLLM server at {self.client.url} cannot be reached ({error}): correct its address."
             )
         return self._unfit(f"{refusal} ({error})")
 
@@ -140,7 +140,7 @@ class ServerEngine(common.VllmEngine):
         longest, needed = served[0].get("max_model_len"), args.max_completion_length + 1
         if isinstance(longest, int) and longest < needed:
             raise self._unfit(
-                f"takes {longest} tokens at most, fewer than"
+                f"takes at most {longest} tokens, fewer than"
                 f" max_completion_length={args.max_completion_length}"
             )
         if args.temperature != 1:
@@ -174,7 +174,7 @@ class ServerEngine(common.VllmEngine):
                 raise self._unfit(f"completes nothing ({error})") from error
             likely.append(max(top.values()))
         if abs(likely[0] - likely[1]) < 1e-6:
-            raise self._unfit("tells log-probabilities without the temperature")
+            raise self._unfit("returns log-probabilities without the temperature")
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -270,7 +270,7 @@ class ServerEngine(common.VllmEngine):
             if self._accelerator.num_processes > 1 or not self._tag:
                 raise self._gone(error) from error
             logger.warning(
-                "The vLLM server at %s was started anew (%s): it is given the weights again.",
+                "The vLLM server at %s was restarted (%s): it gets the weights again.",
                 self.client.url,
                 error,
             )

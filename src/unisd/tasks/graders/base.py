@@ -127,7 +127,7 @@ class AliasGrader(Grader):
 
     def refuse(self, value: object) -> UserError:
         """The error for gold that this grader cannot compare with."""
-        return UserError(f"gold {shown(value)} is no {self.takes.partition(' ')[2]}: {self.remedy}")
+        return UserError(f"gold {shown(value)} is not {self.takes}: {self.remedy}")
 
     remedy: str = "give a text, or a list of them"
 

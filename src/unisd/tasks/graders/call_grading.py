@@ -71,7 +71,7 @@ def _feedback(found: Sequence[ToolStep], gold: Sequence[ToolStep], placeholders:
 def _wrong_arguments(found: ToolStep, gold: ToolStep, placeholders: bool) -> str:
     ours, theirs = found.parsed(), gold.parsed()
     if ours is None or theirs is None:
-        return "its arguments are no JSON object" if ours is None else "its arguments are wrong"
+        return "its arguments are not a JSON object" if ours is None else "its arguments are wrong"
     ours, theirs = _given(ours), _given(theirs)
     wrong = [
         f"argument {shortened(name)} is {'wrong' if name in theirs else 'not wanted'}"

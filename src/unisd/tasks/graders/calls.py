@@ -30,7 +30,9 @@ class Call(Grader):
             found = []
         unread = next((step for step in found if step.parsed() is None), None)
         if unread is not None:
-            raise UserError(f"call: gold {shown(value)}: the arguments of {unread.name} are no JSON object")
+            raise UserError(
+                f"call: gold {shown(value)}: the arguments of {unread.name} are not a JSON object"
+            )
         if not found:
             raise UserError(
                 f'call: gold {shown(value)} holds no call: give {{"name": ..., "arguments": {{...}}}}, a list'

@@ -178,7 +178,8 @@ class Choice(Grader):
             return number
         if number >= len(options):
             raise UserError(
-                f"choice: gold {shown(value)} is no index of {len(options)} options, which count from 0: give"
+                f"choice: gold {shown(value)} is not an index of {len(options)} options, which count"
+                " from 0: give"
                 " the letter"
             )
         return number
@@ -193,8 +194,8 @@ class Choice(Grader):
     def refuse(self, value: object) -> UserError:
         """The error for gold that is no answer."""
         return UserError(
-            f'choice: gold {shown(value)} is no answer: give a letter, "Answer: B", a list of them, or with'
-            " the row's options (a column options or choices) an option's text or its index from 0"
+            f'choice: gold {shown(value)} is not an answer: give a letter, "Answer: B", a list of them, or,'
+            " with the row's options (a column options or choices), an option's text or its index from 0"
         )
 
     def read(self, completion: str, options: Sequence[str] = ()) -> Reading:
@@ -283,7 +284,8 @@ def read_options(value: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
     plain = all(isinstance(one, (str, int, float)) for one in texts)
     if not 2 <= len(texts) <= len(ALPHABET) or not plain or (labels and len(labels) != len(texts)):
         raise UserError(
-            f"choice: the options {shown(value)} are no list of 2 to {len(ALPHABET)} texts, nor an object of"
+            f"choice: the options {shown(value)} are not a list of 2 to {len(ALPHABET)} texts, nor an"
+            " object of"
             " letters and texts"
         )
     named = tuple(str(one).strip() for one in labels)

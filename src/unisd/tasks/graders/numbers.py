@@ -106,7 +106,7 @@ class Run:
                 return (result[0], numbers[0]), ""  # 22/7 = 3.14
             return result, hedge
         if not relations:
-            return ((numbers[0],), "") if numbers[0].readings else ((), f"{numbers[0].text} is no number")
+            return ((numbers[0],), "") if numbers[0].readings else ((), f"{numbers[0].text} is not a number")
         if relations[0] in ("operator", "minus"):
             return (), f"{self.text} is not worked out"
         if relations[0] == "parts":
@@ -205,7 +205,7 @@ class Number(AliasGrader):
         found = self.read(str(value))
         if found.chosen is None:
             why = UserError(f"gold {value!r} holds no single number: {found.hedge}")
-            raise self.refuse(value) if not found.hedge or found.hedge.endswith("is no number") else why
+            raise self.refuse(value) if not found.hedge or found.hedge.endswith("is not a number") else why
         meant: tuple[Numeral, ...] = found.chosen.value
         return meant
 

@@ -55,7 +55,7 @@ def read_gold(value: object) -> str:
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(
-            f"code takes {TAKES}; these are no Python ({error}): {text.strip().splitlines()[0][:60]!r}"
+            f"code takes {TAKES}; these are not Python ({error}): {text.strip().splitlines()[0][:60]!r}"
         ) from None
     listed = _listed(tree)
     return text if listed is None else read_gold(listed)
@@ -181,7 +181,7 @@ def run_tests(found: Reading, tests: str, timeout_s: float = 10.0) -> Grade:
 _WHAT_HAPPENED = {
     "wrong": "The program fails a test: {}",
     "error": "Under a test the program raises an error: {}",
-    "syntax": "The program is no Python: {}",
+    "syntax": "The program is not Python: {}",
     "timeout": "The program is too slow, or does not end: {}.",
     "memory": "The program needs too much memory.",
     "ended": "The program ends itself, or is killed, under a test.",

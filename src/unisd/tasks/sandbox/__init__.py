@@ -102,7 +102,7 @@ def require(allow_unsafe: bool | None = None) -> bool:
         allow = by_caller("pass --allow_unsafe_code_execution", "call unisd.tasks.sandbox.allow_unsafe(True)")
         raise UserError(
             f"model-written code cannot be run safely here: {missing}. {HOW_TO_ENABLE}, or {allow} to run"
-            " model-written code with your own rights."
+            " model-written code with your own permissions."
         )
     return missing is None
 
