@@ -70,8 +70,7 @@ def test_the_page_and_what_is_left_to_run() -> None:
     cells = [cell("healthy", seed=1), cell("collapse", ("collapse", 10), ("drift", 12), task=(0.4, 0.1))]
     text = provoke.page(cells)
     assert (
-        text.startswith("1 of 2 cells did what they should: ")
-        and f"{provoke.total()} cells make the whole." in text
+        text.startswith("1 of 2 cells succeeded: ") and f"There are {provoke.total()} cells in total." in text
     )
     assert (
         "| collapse | 0 | collapse (10), drift (12) | 10 | 5 | - | 40.0, 10.0 | 100.0, 100.0 | 9.0, 3.0 |"

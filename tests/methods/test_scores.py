@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "field.md"
 
 
 def test_docs_list_the_fields() -> None:
-    lines = ["| field | shape | what | need |", "|---|---|---|---|"]
+    lines = ["| field | shape | meaning | need |", "|---|---|---|---|"]
     for item in fields(StepScores):
         dims, what, need = (item.metadata[key] for key in ("dims", "what", "need"))
         what = what.replace("|", "\\|")

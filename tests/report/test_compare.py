@@ -33,6 +33,11 @@ def test_verdicts_need_more_than_chance(tmp_path: Path) -> None:
     assert (open_["task"].word, open_["retention"].word) == ("no clear change", "no clear loss")
     worse = tiles(judged(tmp_path / "worse", [True] * 2, lost=10, nats=0.2))
     assert (worse["retention"].word, worse["drift"].word) == ("forgotten", "far from the base")
+    small = judged(tmp_path / "small", [True] * 2, lost=10)
+    results = json.loads((small / "results.json").read_text())
+    results["retention"][0]["items"] = {"kept": 386, "lost": 14, "gained": 0, "neither": 0, "p": 0.00012}
+    (small / "results.json").write_text(json.dumps(results))
+    assert (tiles(small)["retention"].word, tiles(small)["retention"].kind) == ("small loss", "")
     earlier = tiles(a_run(tmp_path / "earlier"))  # of a schema without items and drift
     assert earlier["task"].word == "" and "drift" not in earlier and earlier["alarms"].kind == "bad"
 

@@ -67,13 +67,18 @@ def _retention(results: Figures) -> Iterator[Tile]:
     for one in results["retention"]:
         old, new = (side["retention"][one["name"]]["accuracy"] for side in (before, after))
         found, several = one["items"], len(results["retention"]) > 1
-        lost = clearly_lost(found)
+        if clearly_lost(found):
+            word, kind = "forgotten", BAD
+        elif direction(found) < 0:  # beyond chance, but below the share that is an alarm
+            word, kind = "small loss", OPEN
+        else:
+            word, kind = "no clear loss", GOOD
         yield Tile(
             f"retention of {one['name']}" if several else "retention",
             _from_to(old, new),
-            "forgotten" if lost else "no clear loss",
+            word,
             f"{found['lost']} lost, {found['gained']} gained, p {found['p']:.2g}",
-            BAD if lost else GOOD,
+            kind,
         )
 
 
