@@ -209,8 +209,8 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
             try:
                 INTEGRATION_TO_CALLBACK[name]()
             except (RuntimeError, ImportError) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(f"report_to={name} cannot be used: {reason} Or unset report_to.") from None
+                reason = " ".join(str(error).split()).rstrip(".")
+                raise UserError(f"report_to={name} cannot be used: {reason}. Or unset report_to.") from None
 
     def _check_rollout(self) -> None:
         if self.temperature <= 0:
