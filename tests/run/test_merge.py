@@ -309,7 +309,7 @@ def test_refusals(make: Make, tmp_path: Path, refused: Callable[..., str]) -> No
     assert "one is given twice" in refused(adapter, "--scale", 0.5, 0.50)
     assert "'x' is not a number (DIR comes before --scale)" in refused("--scale", 0.5, "x")
     assert "nan is not a finite number" in refused(adapter, "--scale", "nan")
-    assert "--dtype int8 is no precision" in refused(adapter, "--dtype", "int8")
+    assert "--dtype int8 is not a precision" in refused(adapter, "--dtype", "int8")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "other"}
 
 
