@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, PAGES = ROOT / "docs", ROOT / "build/docs"
-COPIED = {".md", ".svg", ".js", ".css", ".ipynb"}
+COPIED = {".md", ".png", ".svg", ".js", ".css", ".ipynb"}
 MARKER = re.compile(r"^<!-- site:(\w+) ?(.*?) -->$", re.M)
 LINK = re.compile(r"(\]\()([^)#\s]+)([^)]*\))")
 FENCED = re.compile(r"(^ *```.*?^ *```$)", re.M | re.S)

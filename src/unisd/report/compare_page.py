@@ -104,7 +104,7 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
                 str(results["recipe"]),
                 percent(results["after"]["task_accuracy"]),
                 *(said.get(name, "-") for name in names),
-                f"{results['wall_s']:.0f} s",
+                f"{results['wall_s']:.0f}\u00a0s",
                 "-" if cost is None else f"{cost['tokens']['trained']:,}",
                 "-" if cost is None else f"{cost['peak_memory_bytes'] / (1 << 20):,.0f} MiB",
             ]
