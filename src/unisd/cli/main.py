@@ -31,7 +31,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         "",
-        "train and measure (the pocket model: 2 to 3 minutes)",
+        "train and measure (the pocket model: about 3 minutes)",
         "unisd.cli.train",
         "train_command",
     ),
