@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def run(o: Options) -> tuple[Rows, Ratios]:
             words = _model_folder(shape, o, folder)
             job = _job(folder, words, STEPS.get(shape, 1), o)
             for length in lengths:
-                found = _measured(Job(**asdict(job) | {"completion": length}), o)
+                found = _measured(replace(job, completion=length), o)
                 rows += [{"impl": f"{shape}, {length} tokens: {side}", **row} for side, row in found.items()]
                 if {"ours", "trl"} <= found.keys():
                     for what, key in (("time", "time_s"), ("memory", "peak_memory_mb")):

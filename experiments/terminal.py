@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from unisd.console import make_progress
-from unisd.files import ANSWERS, METRICS, RESULTS
+from unisd.files import ANSWERS, METRICS, RESULTS, is_evaluation, read_lines
 from unisd.monitoring.progress import metrics_text
 from unisd.run.options import RunOptions
 from unisd.run.train import _report
@@ -33,14 +33,14 @@ Kept = dict[str, Any]
 def keep(folder: Path) -> Kept:
     """What a terminal shows of a run, from the run's folder."""
     results, pairs = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RESULTS, ANSWERS))
-    lines = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
+    lines = [line for line in read_lines(folder / METRICS) if not is_evaluation(line)]
     examples = [
         {name: one[name] for name in ("prompt", "before", "after")} for one in pairs["task"]["examples"]
     ]
     return {
         "folder": str(folder),
         "options": {name: results["config"][name] for name in OPTIONS},
-        "metrics": [{name: line[name] for name in LINE} for line in lines if "loss" in line],
+        "metrics": [{name: line[name] for name in LINE} for line in lines],
         "results": {name: value for name, value in results.items() if name not in ("config", "cost")},
         "answers": {"task": {"examples": examples}},
     }

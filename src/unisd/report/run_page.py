@@ -170,8 +170,7 @@ def _unfinished(folder: Path) -> str:
     said = (
         "There is no results.json: an alarm (alarms=stop), an error or a person ended this run, or it"
         " is still running. Its answers were not measured after training. Alarms are judged again from"
-        " its metrics,"
-        f" with the default alarm_window of {DEFAULT_WINDOW}."
+        f" its metrics, with the default alarm_window of {DEFAULT_WINDOW}."
     )
     steps = str(lines[-1]["step"]) if lines else "0"
     count = len(watch.alarms)
