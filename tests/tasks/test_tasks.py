@@ -71,7 +71,10 @@ def test_mbpp_counts_and_splits():
 
 @pytest.mark.sandbox
 @needs_data
-@pytest.mark.parametrize(("file", "count"), [("mbpp.jsonl", 974), ("sanitized-mbpp.json", 427)])
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [pytest.param("mbpp.jsonl", 974, marks=pytest.mark.slow), ("sanitized-mbpp.json", 427)],
+)
 def test_mbpp_references_pass_and_wrong_bodies_do_not(file, count):
     rows = tasks.get("mbpp", data_files=str(DATA / "mbpp" / file)).load("all")
     verdicts = sandbox.run_many(
@@ -81,10 +84,9 @@ def test_mbpp_references_pass_and_wrong_bodies_do_not(file, count):
     assert [
         (row["id"], v.reason) for row, v in zip(rows, verdicts, strict=True) if not v.passed
     ] == [] and len(rows) == count
-    if count == 974:
-        sentinel = "class Sentinel: pass\n"
-        bodies = [(sentinel + _emptied(row["completion"]), row["tests"]) for row in rows[:200]]
-        assert sum(verdict.passed for verdict in sandbox.run_many(bodies)) == 0
+    sentinel = "class Sentinel: pass\n"
+    bodies = [(sentinel + _emptied(row["completion"]), row["tests"]) for row in rows[:200]]
+    assert sum(verdict.passed for verdict in sandbox.run_many(bodies)) == 0
 
 
 @pytest.mark.long
