@@ -68,6 +68,8 @@ KEPT_SETS: dict[str, list[tuple[str, dict[str, Any], int, int]]] = {
 PILOT_KEPT = [("gsm8k", {}, 20, 256), ("cos_e", {"short": True}, 100, 16)]
 """Of other rows than those that are reported."""
 CHAT_ROWS = 34
+REFERENCES = 64
+"""Rows whose references' perplexity is measured: that of all takes as long as their answers."""
 SHARED_FLAGS = [
     "--dtype", "float32", "--use_peft", "--lora_r", "64", "--lora_alpha", "128",
     "--gradient_accumulation_steps", "4", "--rollout_batch_size", "128",
@@ -142,7 +144,7 @@ def examined(plan: Plan, options: RunOptions, config: UniSDConfig) -> Cell:
     data, adapter = rows_to_measure(plan, options), adapter_folder(plan)
     if plan.method == RAW:
         model, tokenizer = load_any(plan.model, "float32")
-        return _answered(*measure(model, tokenizer, data, config))
+        return _answered(*measure(model, tokenizer, data, config, REFERENCES))
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(
             f"{adapter} has no adapter, though {STORE} says that it was trained: remove that line, and it is"
@@ -150,13 +152,13 @@ def examined(plan: Plan, options: RunOptions, config: UniSDConfig) -> Cell:
         )
     model, tokenizer = load_any(str(adapter), "float32")
     with rescale_adapter_scale(model, plan.scale):
-        figures, answers = measure(model, tokenizer, data, config)
+        figures, answers = measure(model, tokenizer, data, config, REFERENCES)
         if plan.part != DRIFT:
             return _answered(figures, answers)
 
         def of_base() -> dict[str, Any]:
             with model.disable_adapter():
-                return {"answers": measure(model, tokenizer, data, config)[1]}
+                return {"answers": measure(model, tokenizer, data, config, REFERENCES)[1]}
 
         probed = data.retention[0]
         base = measured_once(str(cache_dir() / "qwen" / "base"), key_of(options, config, data), of_base)

@@ -10,12 +10,13 @@ Shapes: N rows, T tokens of a completion, H hidden size, V vocabulary, C tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unisd.console import show_progress
 from unisd.distributed.sharding import entry, in_step
 from unisd.errors import UserError
 from unisd.kernels.lora import inference
@@ -119,13 +120,19 @@ def _batches(prompts: Sequence[Ids], completions: Sequence[Ids], budget: int) ->
 
 
 def sequence_logprobs(
-    model: Any, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], *, token_budget: int = TOKEN_BUDGET
+    model: Any,
+    prompt_ids: Sequence[Ids],
+    completion_ids: Sequence[Ids],
+    *,
+    token_budget: int = TOKEN_BUDGET,
+    on_rows: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Total log-probability of each completion given its prompt, and its number of tokens.
 
     float64 [N], in nats, and int64 [N].
 
-    Memory: hidden states of `token_budget` tokens and `CHUNK_ENTRIES` logits.
+    Memory: hidden states of `token_budget` tokens and `CHUNK_ENTRIES` logits. `on_rows(n)` is told
+    of every `n` rows that were read.
     """
     _check_pairs(prompt_ids, completion_ids)
     check_embedded(embedded_tokens(model), [*prompt_ids, *completion_ids])
@@ -141,6 +148,8 @@ def sequence_logprobs(
                     part = slice(first, first + states.chunk)
                     picked = states.logp(hidden_TH[part]).gather(-1, target_T[part, None])
                     logp_N[i] += picked.double().sum().cpu()
+            if on_rows is not None:
+                on_rows(len(rows))
     return logp_N, count_N
 
 
@@ -167,7 +176,8 @@ def reference_nll(
         if reference:
             prompts.append(_ids(tokenizer, row["prompt"]) if prompt_ids is None else prompt_ids[i])
             completions.append(encode_completion(tokenizer, str(reference), ends, row["prompt"]))
-    logp_N, count_N = sequence_logprobs(model, prompts, completions)
+    with show_progress("reading references", len(prompts)) as advance:
+        logp_N, count_N = sequence_logprobs(model, prompts, completions, on_rows=advance)
     return -float(logp_N.sum()), int(count_N.sum())
 
 

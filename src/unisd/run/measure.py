@@ -78,10 +78,14 @@ def check_lengths(model: Any, tokenizer: Any, data: RunData) -> None:
             )
 
 
-def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> tuple[Figures, Figures]:
+def measure(
+    model: Any, tokenizer: Any, data: RunData, config: UniSDConfig, references: int | None = None
+) -> tuple[Figures, Figures]:
     """Measure one state of the model: the `before` or `after` of `results.json`, and answers.
 
     Skills without a grader are null.
+
+    references: of how many rows' references the perplexity is measured; None: of all.
     """
     cap, batch = config.eval_max_new_tokens or config.max_completion_length, config.rollout_batch_size
     task, skills, task_answers = graded(
@@ -107,7 +111,7 @@ def measure(model: Any, tokenizer: Any, data: RunData, config: UniSDConfig) -> t
         "retention_details": first.get("details"),
         "retention_skills": first.get("skills"),
         "retention": sets,
-        "gold_ppl": gold_ppl(model, tokenizer, data.evaluation),
+        "gold_ppl": gold_ppl(model, tokenizer, data.evaluation[:references]),
     }
     return figures, found
 
