@@ -31,9 +31,8 @@ from experiments.qwen_plan import DRIFT, GRAFT, RAW, TASK, TRAINING, Plan, hours
 from unisd.config import UniSDConfig
 from unisd.data.rows import prepare_rows
 from unisd.errors import UserError
-from unisd.files import METRICS, is_evaluation, read_lines
+from unisd.files import METRICS, cache_dir, is_evaluation, read_lines
 from unisd.memory import MIB
-from unisd.models.gguf import cache_dir
 from unisd.models.inference import load_any
 from unisd.monitoring.cost import peak_memory
 from unisd.run.baseline import key_of, measured_once

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from unisd.errors import UserError
-from unisd.models.gguf import cache_dir
+from unisd.files import cache_dir
 
 NAME = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"

@@ -35,8 +35,8 @@ from unisd.data.rows import Row
 from unisd.evaluation.accuracy import accuracy, generate_greedy
 from unisd.evaluation.likelihood import corpus_ppl, gold_ppl, sequence_logprobs
 from unisd.evaluation.retention import retention
+from unisd.files import cache_dir
 from unisd.memory import MIB
-from unisd.models.gguf import cache_dir
 from unisd.models.tokens import eos_ids
 from unisd.monitoring.cost import peak_memory
 from unisd.recipes import load as load_recipe

@@ -300,7 +300,9 @@ class Backbone:
             rows = self._rows_to_check()
             own = self._own_logits(rows)
             self._check_own(own)
-            if not all(self._agrees([row], logits, pad_id) for row, logits in zip(rows, own, strict=True)):
+            if not self._agrees(rows, torch.cat(own), pad_id):
+                if all(self._agrees([row], logits, pad_id) for row, logits in zip(rows, own, strict=True)):
+                    self._refuse("a padded row", "changes the logits of its neighbours")
                 if self.causal_lm.config._attn_implementation == self._own_attention:
                     self._refuse("the head", "does not reproduce its logits (an unknown scaling of logits)")
                 # More than the attention itself hangs on the name: it keeps its own.
@@ -308,8 +310,6 @@ class Backbone:
                 setattr(self.causal_lm, KEPT, True)
                 self.tells_rows = False
                 return self.check(pad_id, packing)
-            if not self._agrees(rows, torch.cat(own), pad_id):
-                self._refuse("a padded row", "changes the logits of its neighbours")
             setattr(self.causal_lm, CHECKED, type(self.model))
             if packing == "padded":
                 return False

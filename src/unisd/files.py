@@ -45,6 +45,11 @@ another removes those, so that none is left to be opened together with its own.
 Record = dict[str, Any]
 
 
+def cache_dir() -> Path:
+    """The root of the local cache (`UNISD_CACHE`, else ~/.cache/unisd); not created here."""
+    return Path(os.environ.get("UNISD_CACHE") or Path.home() / ".cache" / "unisd")
+
+
 def why_unwritable(folder: Path) -> str | None:
     """What keeps a folder from being made or written into, if anything. Leaves nothing behind."""
     existing = folder

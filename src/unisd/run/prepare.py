@@ -16,9 +16,9 @@ from unisd.data.prompts import encode_prompt
 from unisd.data.rendering import OPTIONS, rendered_with
 from unisd.data.rows import Row
 from unisd.data.thoughts import answer_of, completion_text
+from unisd.files import cache_dir
 from unisd.http_client import Unavailable
 from unisd.methods.registry import parse_weight
-from unisd.models.gguf import cache_dir
 from unisd.rollout.engine import seed_of
 from unisd.run.chat_server import ChatServer
 from unisd.run.inputs import RunData
