@@ -63,10 +63,12 @@ SHAPES = {
 }
 
 
-def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
+def build(
+    name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None, family: str | None = None
+) -> Any:
     """Build a random model of a shape, in evaluation mode.
 
-    `layers` cuts its depth, `name:8000` gives another vocabulary.
+    `layers` cuts its depth, `name:8000` gives another vocabulary, `family` another architecture.
     """
     name, _, vocabulary = name.partition(":")
     shape = SHAPES[name]
@@ -74,7 +76,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | Non
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
-    }[shape.family]
+    }[family or shape.family]
     routed = {
         "num_experts": shape.experts,
         "num_experts_per_tok": EXPERTS_A_TOKEN,

@@ -95,7 +95,8 @@ def _model_folder(shape: str, o: Options, folder: Path) -> list[str]:
         words = [word[1:] for word in tokens.get_vocab() if word[0] == "Ġ" and word[1:].isalpha()]
         words = sorted(word for word in words if word.isascii())
     else:
-        model = build(shape, o.device, o.dtype, o.layers)
+        # Beside a Qwen2 transformers takes every tokenizer for one of bytes: it knows no such word.
+        model = build(shape, o.device, o.dtype, o.layers, family="llama")
         model.save_pretrained(folder)
         tokens = tokenizer(model.config.vocab_size)
         words = [f"t{i}" for i in range(3, model.config.vocab_size)]

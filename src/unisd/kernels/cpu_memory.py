@@ -158,8 +158,7 @@ def outputs_in_own_blocks(layers: nn.ModuleList) -> Iterator[None]:
     """
 
     def make_room(_module: nn.Module, _args: Any) -> None:
-        if torch.is_grad_enabled():
-            give_back()
+        give_back()
 
     def hand_on(_module: nn.Module, _args: Any, output: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -35,6 +35,7 @@ from unisd.backbone import asks_for_attention, quiet_routers
 from unisd.batching import forward_batches
 from unisd.compat import cache_argument
 from unisd.distributed.sharding import in_step
+from unisd.errors import UserError
 from unisd.kernels.attention import PACKED_SDPA, disable_cudnn_sdpa
 from unisd.kernels.lora import inference
 from unisd.models.adapters import without_adapter
@@ -236,6 +237,11 @@ def decode(
     if max_new_tokens <= 0:
         return results
     check_embedded(embedded_tokens(model), prompts)
+    if empty := [number for number, prompt in enumerate(prompts) if not prompt]:
+        raise UserError(
+            f"prompt {empty[0]} of those to answer has no token: the tokenizer makes none of its text. Give the"
+            " model's own tokenizer, or another text."
+        )
     processors = _without_undefined(model, processors)
     ends = sorted(set(eos_ids))
     config = GenerationConfig(
