@@ -190,3 +190,8 @@ def test_text_that_the_model_has_no_embedding_of_is_one_line(
     assert len([line for line in told.strip().splitlines() if not line.startswith("note: ")]) == 1
     with pytest.raises(UserError, match=r"but the model's embedding has .* rows: take its text out of the"):
         generate(model, [[5, len(tokenizer) - 1]], SAMPLING, eos_ids=[1], pad_id=0)
+
+
+def test_a_prompt_without_a_token_is_named() -> None:
+    with pytest.raises(UserError, match="prompt 1 of those to answer has no token"):
+        generate(model_of(300), [[5], []], SAMPLING, eos_ids=[1], pad_id=0)

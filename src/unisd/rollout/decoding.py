@@ -239,8 +239,8 @@ def decode(
     check_embedded(embedded_tokens(model), prompts)
     if empty := [number for number, prompt in enumerate(prompts) if not prompt]:
         raise UserError(
-            f"prompt {empty[0]} of those to answer has no token: the tokenizer makes none of its text. Give the"
-            " model's own tokenizer, or another text."
+            f"prompt {empty[0]} of those to answer has no token: the tokenizer makes none of its text. Give"
+            " the model's own tokenizer, or another text."
         )
     processors = _without_undefined(model, processors)
     ends = sorted(set(eos_ids))
