@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 OWN, KEPT, CHECKED = "attention_before_unisd", "keeps_its_attention", "checked_by_unisd"
 CHECKED_TOKENS = 160
 """Of the longest row that a model is checked on: beyond short windows, and blocks of 128 tokens."""
+BEGINNING, ENDING = 32, 9
+"""Of the row with another ending: the tokens that come before it at most, and its own."""
 CHECKED_COLUMNS = 1024
 """Most columns of the logits that are compared: all would take more memory than a step does."""
 
@@ -346,11 +348,11 @@ class Backbone:
     def _own_logits(self, rows: list[list[int]]) -> list[Tensor]:
         """The logits `[T,V]` of each row, by the model as it was given: its attention, its wrapper.
 
-        The last row comes a second time: with an ending of its own, behind the first row's
-        beginning.
+        One row more comes last: an ending of its own behind the first row's beginning.
         """
         ours, device = self.causal_lm.config._attn_implementation, self.head_module.weight.device
-        ending = [(token + 1) % (max(rows[0]) + 1) for token in rows[0][-9:]]
+        ending = [(token + 1) % (max(rows[0]) + 1) for token in rows[0][-ENDING:]]
+        beginning = rows[0][: max(1, min(BEGINNING, len(rows[0]) - ENDING))]
         self.causal_lm.set_attn_implementation(self._own_attention)
         try:
             return [
@@ -359,7 +361,7 @@ class Backbone:
                         input_ids=torch.tensor([ids], device=device), use_cache=False, **self._quiet
                     ).logits[0]
                 )
-                for ids in (*rows, rows[0][:-9] + ending)
+                for ids in (*rows, beginning + ending)
             ]
         finally:
             self.causal_lm.set_attn_implementation(ours)
@@ -371,7 +373,8 @@ class Backbone:
 
     def _check_own(self, own: list[Tensor]) -> None:
         """Take the row with another ending off the list, and compare it."""
-        other, kept = own.pop(), len(own[0]) - 9
+        other = own.pop()
+        kept = len(other) - ENDING
         if not _alike(other[:kept], own[0][:kept]):
             raise UserError(
                 f"{type(self.causal_lm).__name__} reads later tokens, too: another ending of a text changes"

@@ -77,6 +77,19 @@ def test_weights_that_change_meanwhile_are_followed() -> None:
     assert_close(model(x), merged)
 
 
+@torch.no_grad()
+def test_a_new_adapter_needs_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(), torch.randn(5, 7)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.zero_()
+    monkeypatch.delattr(torch, "addmm")
+    with model.disable_adapter():
+        base = model(x)
+    with merged_lora(model, keep=True):
+        assert torch.equal(model(x), base)
+
+
 def test_an_error_leaves_nothing_behind() -> None:
     model = adapted()
     with pytest.raises(RuntimeError), merged_lora(model, keep=True):

@@ -141,12 +141,15 @@ def _merged(layer: Any, kept: dict[str, Tensor] | None, x: Tensor, *args: Any, *
         return linear(x, kept["weight"], base.bias)
     weight = base.weight
     for name in adapters:
+        if not layer.lora_B[name].weight.any():  # a new adapter adds nothing, and needs no copy
+            continue
         weight = torch.addmm(
             weight, layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name]
         )
     if kept is not None:
         kept["weight"] = weight
-        give_back_unchanged(base.weight)
+        if weight is not base.weight:
+            give_back_unchanged(base.weight)
     return linear(x, weight, base.bias)
 
 
