@@ -346,7 +346,7 @@ class Backbone:
         ]
 
     def _own_logits(self, rows: list[list[int]]) -> list[Tensor]:
-        """The logits `[T,V]` of each row, and of another ending of the first, by the model as given."""
+        """The model's own logits `[T,V]` of each row, and of another ending of the first."""
         ours, device = self.causal_lm.config._attn_implementation, self.head_module.weight.device
         ending = [(token + 1) % (max(rows[0]) + 1) for token in rows[0][-ENDING:]]
         beginning = rows[0][: max(1, min(BEGINNING, len(rows[0]) - ENDING))]
