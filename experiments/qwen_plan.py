@@ -75,7 +75,8 @@ def of(cell: Cell) -> Plan:
 def outline(task: str, cells: list[Cell], model: str = "", data: str = "") -> list[Plan]:
     """All cells of a task in their order, finished or not.
 
-    The untouched model, pilots, seed 1 of the first list, the second list, the other seeds.
+    The untouched model; pilots, and after those of a method its seed 1, so that there is something
+    to read early; the rest of the first list, the second list, the other seeds.
     """
     where = {"model": model, "data": data}
 
@@ -86,18 +87,21 @@ def outline(task: str, cells: list[Cell], model: str = "", data: str = "") -> li
         for scale in SCALES if method == GRAFT else (1.0,):
             yield from (Plan(task, method, seed, rate, part, pilot, scale, **where) for part in rest)
 
+    chosen = {method: chosen_rate(cells, method) for method in PILOTS}
     found = list(parts(RAW, 0, 0.0))
     if task == "mbpp":
         found += parts(RAW, 0, 0.0, pilot=True)
-        for method, rates in PILOTS.items():
+        for piloted, rates in PILOTS.items():
             for rate in rates:
-                found += parts(method, PILOT_SEED, rate, pilot=True)
-    chosen = {method: chosen_rate(cells, method) for method in PILOTS}
+                found += parts(piloted, PILOT_SEED, rate, pilot=True)
+            for method in FIRST:
+                if PILOTED.get(method, method) == piloted:
+                    found += parts(method, 1, chosen[piloted])
     lists = [(1, FIRST), (1, SECOND), *((seed, FIRST) for seed in SEEDS[1:])] if task == "mbpp" else []
     for seed, methods in lists or [(1, FIRST)]:
         for method in methods:
             found += parts(method, seed, chosen[_piloted(method)])
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _piloted(method: str) -> str:
