@@ -83,7 +83,7 @@ def test_a_step_waits_once_from_the_students_first_pass_to_the_optimizer(tmp_pat
     assert found["losses"] == pytest.approx(counts.losses_of(on_cpu), rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     env = {**os.environ, "TINY": "1", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT / "src")}
     script = subprocess.run(
