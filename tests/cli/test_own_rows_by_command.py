@@ -111,6 +111,7 @@ def test_of_a_training_file_the_rows_that_a_run_holds_out(
     (run / "results.json").write_text(json.dumps({"seed": 7, "config": config}))
     for given, rows in (
         ({}, 2),
+        ({"train_file": [f"{tmp_path}/run/../{Path(file).name}"]}, 2),  # the same file
         ({"eval_split": "3"}, 3),
         ({"eval_file": plain(tmp_path / "o.jsonl", 5)}, 5),
     ):

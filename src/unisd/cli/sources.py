@@ -164,8 +164,9 @@ def _run_of(own: argparse.Namespace) -> dict[str, Any]:
 
 
 def _files(given: Mapping[str, Any]) -> list[str]:
-    """Where the rows to train on are."""
-    return [*as_list(given.get("train_file")), *as_list(given.get("dataset_name"))]
+    """Where the rows to train on are; a file under one name, however it was typed."""
+    files = [str(Path(file).resolve()) for file in as_list(given.get("train_file"))]
+    return [*files, *as_list(given.get("dataset_name"))]
 
 
 def _files_by_task(names: Sequence[str], files: Sequence[str] | None) -> Mapping[str, list[str] | None]:
