@@ -25,12 +25,6 @@ with_onednn = pytest.mark.skipif(not products._has_onednn(), reason="this proces
 SHAPES = [(4096, 512), (512, 4096), (2048, 1024)]
 
 
-@pytest.fixture(autouse=True)
-def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is the faster one here."""
-    monkeypatch.setenv("UNISD_CPU_LIBRARY", "onednn")
-
-
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize(
     "rows",

@@ -5,7 +5,6 @@ chosen.
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -307,7 +306,6 @@ def test_weights_as_in_their_file_give_their_memory_back_and_changed_ones_do_not
 
 def kernels_kept(shapes: int) -> float:
     """MiB that kernels of so many shapes leave in this process."""
-    os.environ["UNISD_CPU_LIBRARY"] = "onednn"
     weight, x = torch.randn(512, 64), torch.ones(64 * shapes, 64)
     cpu_linear.matmul_nt(x, weight)
     heap.give_back()
