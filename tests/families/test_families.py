@@ -70,9 +70,10 @@ def test_reference(tmp_path: Path, family: str, lora: bool, monkeypatch: pytest.
         start, model = reference.initial_teacher(built.model), copy.deepcopy(built.model)
         found.append(by_trainer(built))
     theirs = by_reference(built, model, 2)
+    most = 2e-4 if family == "qwen3.5-vision" else 1e-4  # its linear attention: 1.1e-4 on a Xeon
     for ours in found:
         off = apart(ours, theirs, start)
-        assert max(off.values()) < 2e-4, off  # Qwen3.5's linear attention: 1.1e-4 on a Xeon
+        assert max(off.values()) < most, off
     assert any((found[0][1][key] != start[key]).any() for key in start)
 
 
