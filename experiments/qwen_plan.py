@@ -75,8 +75,8 @@ def of(cell: Cell) -> Plan:
 def outline(task: str, cells: list[Cell], model: str = "", data: str = "") -> list[Plan]:
     """All cells of a task in their order, finished or not.
 
-    The untouched model; pilots, and after those of a method its seed 1, so that there is something
-    to read early; the rest of the first list, the second list, the other seeds.
+    The untouched model; pilots, and after those of a method its seed 1, so that the main comparison
+    is there early; the rest of the first list, the second list, the other seeds.
     """
     where = {"model": model, "data": data}
 
@@ -94,9 +94,7 @@ def outline(task: str, cells: list[Cell], model: str = "", data: str = "") -> li
         for piloted, rates in PILOTS.items():
             for rate in rates:
                 found += parts(piloted, PILOT_SEED, rate, pilot=True)
-            for method in FIRST:
-                if PILOTED.get(method, method) == piloted:
-                    found += parts(method, 1, chosen[piloted])
+            found += parts(piloted, 1, chosen[piloted])
     lists = [(1, FIRST), (1, SECOND), *((seed, FIRST) for seed in SEEDS[1:])] if task == "mbpp" else []
     for seed, methods in lists or [(1, FIRST)]:
         for method in methods:
