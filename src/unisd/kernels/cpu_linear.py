@@ -89,8 +89,11 @@ def _padded(x_NI: Tensor) -> Tensor:
 
 def matmul_nt(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """`x @ weight.T`, without gradient. Either may be a transposed view."""
-    if not _suits(x_NI, weight_OI):
-        return x_NI @ weight_OI.T
+    return _product(x_NI, weight_OI) if _suits(x_NI, weight_OI) else x_NI @ weight_OI.T
+
+
+def _product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """The same by oneDNN, of numbers of rows that it has a kernel for."""
     (rows, inputs), outputs = x_NI.shape, len(weight_OI)
     if rows < ROW_MULTIPLE or outputs >= inputs:  # what goes in, and is copied, is less than what comes out
         return _onednn(_padded(x_NI), weight_OI)[:rows]
@@ -101,10 +104,10 @@ def matmul_nt(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
 
 def matmul_tn(y_NO: Tensor, x_NI: Tensor) -> Tensor:
     """`y.T @ x`: a weight's gradient."""
-    if not _suits(y_NO.T, x_NI.T):
-        return y_NO.T @ x_NI
     whole = len(x_NI) - len(x_NI) % ROW_MULTIPLE
-    found = matmul_nt(y_NO[:whole].T, x_NI[:whole].T)
+    if not whole or not _suits(y_NO.T, x_NI.T):
+        return y_NO.T @ x_NI
+    found = _product(y_NO[:whole].T, x_NI[:whole].T)
     return found if whole == len(x_NI) else found.addmm_(y_NO[whole:].T, x_NI[whole:])
 
 
@@ -131,9 +134,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, room: Ten
     else:
         out_NO, padded_NI = room[: len(rows_NI)], _padded(rows_NI)
         for start in range(0, len(weight_OI), BLOCK):
-            out_NO[:, start : start + BLOCK] = matmul_nt(padded_NI, weight_OI[start : start + BLOCK])[
-                : len(rows_NI)
-            ]
+            found = _product(padded_NI, weight_OI[start : start + BLOCK])
+            out_NO[:, start : start + BLOCK] = found[: len(rows_NI)]
     if bias_O is not None:
         out_NO += bias_O
     return out_NO.view(*x.shape[:-1], len(weight_OI))
