@@ -50,8 +50,11 @@ class Clock:
             seconds["update"] = seconds.pop("train") - seconds["rollout"] - seconds["score"]
 
 
-def ours(job: dict[str, Any], output: str, clock: Clock) -> int:
-    """`unisd train`, as it is typed; returns the new tokens."""
+def ours(job: dict[str, Any], output: str, clock: Clock, mode: str = "") -> int:
+    """`unisd train`, as it is typed; returns the new tokens.
+
+    mode: "default" leaves gradient checkpointing as it is by default, off; TRL's is on.
+    """
     from unisd.cli.main import main
     from unisd.monitoring.metrics import StepMetrics
     from unisd.run import train as run
@@ -74,7 +77,7 @@ def ours(job: dict[str, Any], output: str, clock: Clock) -> int:
     run._trained = clock.around("train", run._trained)
     run._save_model = clock.around("save", run._save_model)
     StepMetrics.timed = timed_too  # type: ignore[method-assign]
-    if code := main(["train", *flags(job, output)]):
+    if code := main(["train", *flags(job, output), *(() if mode else ("--gradient_checkpointing",))]):
         sys.exit(code)
     for seconds in (clock.wall, clock.cpu):
         seconds.pop("inside", None)
@@ -95,7 +98,7 @@ def flags(job: dict[str, Any], output: str) -> list[str]:
         "teacher_prompt_template": job["teacher_template"], "distillation_alpha": job["alpha"],
         "temperature": job["temperature"], "teacher_update_rate": job["ema_rate"],
         "learning_rate": job["learning_rate"], "lr_scheduler_type": "constant", "warmup_steps": 0,
-        "gradient_checkpointing": True, "use_cpu": True, "disable_tqdm": True,
+        "use_cpu": True, "disable_tqdm": True,
     }  # fmt: skip
     return [word for name, value in words.items() for word in (f"--{name}", str(value))]
 
@@ -178,7 +181,8 @@ def main(side: str, told: str, output: str, started: str) -> None:
     clock = Clock(float(started))
     job = json.loads(Path(told).read_text(encoding="utf-8"))
     name, _, mode = side.partition(" ")
-    tokens = ours(job, output, clock) if name == "ours" else trl(job, output, clock, mode or "full_logits")
+    carry_out = ours if name == "ours" else trl
+    tokens = carry_out(job, output, clock, *([mode] if mode else ()))
     clock.settle()
     from benchmarks.measure import status_mb
 

@@ -30,6 +30,8 @@ from unisd.models.load import SMOLLM2, resolve
 STEPS = {SMOLLM2: 4, "qwen2.5-0.5b": 1}
 """Optimizer steps by shape; these two are measured where none is named."""
 COMPLETIONS = (64, 128, 256)
+SIDES = ("ours", "ours default", "trl", "trl topk_logits")
+"""`unisd train` with gradient checkpointing as TRL's trainer, and without, its default."""
 PHASES = ("import", "load", "rollout", "score", "update", "save")
 
 
@@ -73,9 +75,10 @@ def run(o: Options) -> tuple[Rows, Ratios]:
             for length in lengths:
                 found = _measured(replace(job, completion=length), o)
                 rows += [{"impl": f"{shape}, {length} tokens: {side}", **row} for side, row in found.items()]
-                if {"ours", "trl"} <= found.keys():
+                for side in [side for side in SIDES[:2] if {side, "trl"} <= found.keys()]:
+                    name = "_".join([shape, str(length), *side.split()[1:]])
                     for what, key in (("time", "time_s"), ("memory", "peak_memory_mb")):
-                        ratios[f"{shape}_{length}_{what}_vs_trl"] = found["ours"][key] / found["trl"][key]
+                        ratios[f"{name}_{what}_vs_trl"] = found[side][key] / found["trl"][key]
             shutil.rmtree(folder)
     return rows, ratios
 
@@ -132,7 +135,7 @@ def _job(folder: Path, words: Sequence[str], steps: int, o: Options) -> Job:
 
 def _measured(job: Job, o: Options) -> dict[str, dict[str, Any]]:
     """Run both sides in turn, as often as `--repetitions` says; of each the median run."""
-    sides = [side for side in ("ours", "trl", "trl topk_logits") if side in (o.impls or ("ours", "trl"))]
+    sides = [side for side in SIDES if side in (o.impls or SIDES[:3])]
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(o.repetitions):
         for side in sides:

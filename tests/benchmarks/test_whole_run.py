@@ -20,11 +20,14 @@ def test_ours_and_trl_write_as_many_tokens_and_are_timed_by_phase(tmp_path: Path
     size = ["--shape", "tiny", "--prompt", "8", "--completion", "6", "--batch", "2", "--accumulation", "2"]
     assert main(["run", "--json", str(file), *size]) == 0
     result = json.loads(file.read_text(encoding="utf-8"))
-    assert set(result["ratios"]) == {"tiny_6_time_vs_trl", "tiny_6_memory_vs_trl"}
-    ours, trl = result["rows"]
-    assert ours["tokens"] == trl["tokens"] == 2 * 2 * 6
-    assert result["ratios"]["tiny_6_memory_vs_trl"] == ours["peak_memory_mb"] / trl["peak_memory_mb"]
-    for row in (ours, trl):
+    ours, default, trl = result["rows"]
+    assert ours["tokens"] == default["tokens"] == trl["tokens"] == 2 * 2 * 6
+    assert result["ratios"] == {
+        f"tiny_6{side}_{what}_vs_trl": row[key] / trl[key]
+        for side, row in (("", ours), ("_default", default))
+        for what, key in (("time", "time_s"), ("memory", "peak_memory_mb"))
+    }
+    for row in result["rows"]:
         for seconds, suffix in (("time_s", "s"), ("cpu_s", "cpu_s")):
             parts = [row[f"{phase}_{suffix}"] for phase in (*PHASES, "other")]
             assert min(parts) > 0 and sum(parts) == pytest.approx(row[seconds])
