@@ -19,7 +19,7 @@ from unisd.study.against import compare
 from unisd.study.analysis import analyse
 from unisd.study.controls import NAMES
 from unisd.study.design import Cell, cells_of, runs_of
-from unisd.study.estimate import Fit
+from unisd.study.estimate import Estimate, Fit
 
 
 def test_controls_are_runs_beside_the_design() -> None:
@@ -124,6 +124,45 @@ def test_the_flag_asks_for_all_or_for_some() -> None:
     assert tuple(_study_of(asked, []).controls) == ("sft",)
 
 
+def test_parts_of_fine_tuning_are_no_runs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have a part of their run's noise, and would make the noise of all runs look smaller."""
+    trained = {"sft": {"learning_rate": [1e-4, 3e-4]}, "rejection-sft": {}}
+    spec = study(controls={**trained, "sft-graft": {"graft_scales": [0.25, 0.5, 0.75]}})
+    _, store = carried_out(tmp_path, spec, FakeExecutor())
+
+    def intervals() -> dict[str, dict[str, float]]:
+        found = analyse(spec, store)
+        assert found is not None
+        return {line["name"]: line["task"] for line in found["tasks"]["pocket"]["controls"]["lines"]}
+
+    beside = intervals()
+    monkeypatch.setattr("unisd.study.analysis.parts_of", lambda name, options: {})
+    alone = intervals()
+    assert len(beside) == 3 + 2 * 3 and {name: beside[name] for name in alone} == alone
+
+
+def test_all_retention_sets_count(tmp_path: Path) -> None:
+    spec = study(controls=["other-solution"], seeds=list(range(1, 9)))
+    _, store = carried_out(tmp_path, spec, FakeExecutor())
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    for line in lines:
+        ids = [f"general-{i}" for i in range(40)]
+        has_ema = "ema" in line["cell"] or line["cell"] == "reference"
+        right = [int(i % 10 > 7 or not has_ema) for i in range(40)]
+        line["answers"]["retention general"] = {"ids": ids, "before": [1] * 40, "after": right}
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = analyse(spec, store)
+    assert found is not None
+    [ema] = [line for line in found["tasks"]["pocket"]["verdicts"] if line["name"] == "ema"]
+    assert ema["verdict"] == "trade" and "forgets more of general" in ema["text"]
+    [line] = found["tasks"]["pocket"]["controls"]["lines"]
+    assert set(line["further"]) == {"general"}
+    text = recommend.markdown(found)
+    assert "| general (points) |" in text and "p task / retention / general (Holm)" in text
+
+
 def fit(*shares: float, seeds: int = 4, problems: int = 200) -> Fit:
     """Cells that answer each problem right with these chances."""
     rng = np.random.default_rng(0)
@@ -171,7 +210,14 @@ def test_the_verdict_names_the_control_that_is_not_beaten(
         "task_accuracy": fit(*task, seeds=seeds, problems=800),
         "retention_accuracy": fit(*retention, seeds=seeds, problems=800),
     }
-    found = compare(CELLS[0], CELLS[1:], fits, margin=2.0)
+    places = {cell.name: place for place, cell in enumerate(CELLS)}
+
+    def less(control: Cell, outcome: str) -> Estimate | None:
+        weights = np.zeros(len(CELLS))
+        weights[0], weights[places[control.name]] = 100, -100
+        return fits[outcome].contrast(weights)
+
+    found = compare("all", CELLS[1:], less, ["retention_accuracy"], margin=2.0)
     assert text in found["text"] and found["pays"] == ("is worthwhile here" in text)
 
 

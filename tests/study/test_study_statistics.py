@@ -66,7 +66,7 @@ def test_intervals_cover_the_truth(
         for effect, estimate, p in zip(effects, estimates, adjusted, strict=True):
             assert estimate is not None and estimate.low is not None and estimate.high is not None
             covered[effect.name] += estimate.low <= TRUE[effect.name] <= estimate.high
-            recommended[effect.name] += verdict(estimate.scaled(100), p, None, None, 1.0, None)[0] == "keep"
+            recommended[effect.name] += verdict({"task": (estimate.scaled(100), p)}, 1.0, None)[0] == "keep"
     mean_coverage = sum(covered.values()) / (SIMULATIONS * len(MECHANISMS))
     assert 0.93 <= mean_coverage <= 0.97, covered
     assert all(0.92 <= count / SIMULATIONS <= 0.98 for count in covered.values()), covered
@@ -113,7 +113,7 @@ def test_one_seed_compares_problems_only() -> None:
     estimate = Fit(answers.mean(2), answers).contrast(np.array([-1.0, 1.0]))
     assert estimate is not None and "training noise" in estimate.note
     sure = Estimate(9.0, 8.0, 10.0, None, None, None, f"mean of 1 matched pairs; {estimate.note}; aliased")
-    decision, text = verdict(sure, 0.001, None, None, 1.0, None)
+    decision, text = verdict({"task": (sure, 0.001)}, 1.0, None)
     assert decision == "undecided" and "one seed" in text and text.endswith("[aliased]")
     assert estimate.p == pytest.approx(stats.ttest_rel(answers[1, 0], answers[0, 0]).pvalue)
 
@@ -126,7 +126,7 @@ def test_answers_that_never_differ_do_not_prove_equality() -> None:
     assert estimate.high == pytest.approx(stats.beta.ppf(0.95, 1, 40)) and estimate.low == pytest.approx(
         -estimate.high
     )
-    assert verdict(estimate.scaled(100), 1.0, None, None, 1.0, None)[0] == "undecided"
+    assert verdict({"task": (estimate.scaled(100), 1.0)}, 1.0, None)[0] == "undecided"
 
 
 def test_a_difference_without_variance_is_not_certain() -> None:
@@ -268,17 +268,28 @@ def test_verdicts(task: tuple[float, ...], retention: tuple[float, ...], expecte
     def estimate(value: float, low: float, high: float, _: float) -> Estimate:
         return Estimate(value, low, high, None, None, None)
 
-    decision, text = verdict(
-        estimate(*task), task[3], estimate(*retention), retention[3], 1.0, estimate(4.0, 3.0, 5.0, 0.0)
-    )
+    accuracies = {"task": (estimate(*task), task[3]), "retention": (estimate(*retention), retention[3])}
+    decision, text = verdict(accuracies, 1.0, estimate(4.0, 3.0, 5.0, 0.0))
     assert decision == expected[0] and expected[1] in text
     assert f"task {task[0]:+.1f} [{task[1]:.1f}, {task[2]:.1f}]" in text and "+4 [3, 5] % time" in text
+
+
+def test_a_gain_is_not_kept_while_any_retention_set_may_have_lost() -> None:
+    gains, same = Estimate(6.0, 4.0, 8.0, None, None, None), Estimate(0.0, -0.7, 0.7, None, None, None)
+    lost, unclear = (Estimate(v, v - 4, v + 4, None, None, None, "n") for v in (-30.0, 0.0))
+    known = {"task": (gains, 0.001), "retention": (same, 1.0)}
+    assert verdict({**known, "general": (same, 1.0)}, 1.0, None)[0] == "keep"
+    decision, text = verdict({**known, "general": (unclear, 1.0)}, 1.0, None)
+    assert (decision, "but perhaps forgets more of general" in text) == ("undecided", True)
+    decision, text = verdict({**known, "general": (lost, 0.001)}, 1.0, None)
+    assert (decision, "gains on the task, forgets more of general" in text) == ("trade", True)
+    assert "general -30.0 [-34.0, -26.0]" in text and text.endswith("[general: n]")
 
 
 def test_a_cost_that_is_not_told_from_none_is_no_price() -> None:
     small = Estimate(0.1, -0.2, 0.4, None, None, None)
     time, saved = Estimate(4.0, -3.0, 11.0, None, None, None), Estimate(-30.0, -40.0, -20.0, None, None, None)
-    assert verdict(small, 1.0, None, None, 1.0, time)[1].endswith(
+    assert verdict({"task": (small, 1.0)}, 1.0, time)[1].endswith(
         "+4 [-3, 11] % time: no gain (effects above 1 points are ruled out)"
     )
-    assert "saves 30 % operations" in verdict(small, 1.0, None, None, 1.0, saved, "operations")[1]
+    assert "saves 30 % operations" in verdict({"task": (small, 1.0)}, 1.0, saved, "operations")[1]

@@ -14,7 +14,16 @@ from unisd.report import plots
 from unisd.report.html import render
 from unisd.report.verdict import Tile
 from unisd.study.analysis import pareto
-from unisd.study.recommend import OUTCOMES, TITLES, control_table, cost_table, effect_table, notes_of, number
+from unisd.study.recommend import (
+    TITLES,
+    control_table,
+    cost_table,
+    effect_table,
+    judged_of,
+    notes_of,
+    number,
+    title_of,
+)
 from unisd.study.store import FOLDERS
 
 Figures = dict[str, Any]
@@ -114,13 +123,13 @@ def panels_of(figures: Figures, kind: str) -> list[plots.Panel]:
     names = list(dict.fromkeys(line["name"] for line in chosen))
     nothing = {"value": float("nan"), "low": None, "high": None}
     panels: list[plots.Panel] = []
-    for outcome in ("task_accuracy", "retention_accuracy", "train_s"):
+    for outcome in (*judged_of(chosen), "train_s"):
         by_name = {line["name"]: line for line in chosen if line["outcome"] == outcome}
         if by_name:
             lines = [by_name.get(name, nothing) for name in names]
             panels.append(
                 (
-                    OUTCOMES[outcome],
+                    title_of(outcome),
                     [(n, x["value"], x["low"], x["high"]) for n, x in zip(names, lines, strict=True)],
                 )
             )

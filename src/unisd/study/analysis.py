@@ -9,7 +9,7 @@ ratios, in percent.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,11 +20,16 @@ from unisd.study.contrasts import Effect, effects_of
 from unisd.study.controls import parts_of
 from unisd.study.design import Cell, Options, Study, cells_of, controls_of, method_levels, runs_of
 from unisd.study.estimate import NO_ANSWERS, ONE_RUN, Estimate, Fit, Values, holm
+from unisd.study.recommend import RETENTION, TASK, name_of, verdict
 from unisd.study.store import DONE, FAILED, Record, Store, with_a_part
 
 SCHEMA_VERSION = 1
-POINTS = {"task_accuracy": "task", "retention_accuracy": "retention"}
-RATIOS = ("train_s", "flops", "reference_ppl", "retention_ppl")
+POINTS = {"task_accuracy": TASK, "retention_accuracy": RETENTION}
+"""Accuracies, and the part of the answers that each is of.
+
+Further retention sets are outcomes by the name of their part, `retention NAME`.
+"""
+RATIOS = ("train_s", "flops", "reference_ppl", "retention_ppl", "base_ppl")
 Figures = dict[str, Any]
 
 
@@ -82,7 +87,9 @@ def of_study(study: Study, records: dict[str, Record]) -> dict[str, Record]:
 
 def _reach(tasks: dict[str, Figures]) -> str:
     """What the intervals of accuracies hold for."""
-    notes = {line["note"] for task in tasks.values() for line in task["effects"] if line["outcome"] in POINTS}
+    notes = {
+        line["note"] for task in tasks.values() for line in task["effects"] if line["outcome"] not in RATIOS
+    }
     if any(ONE_RUN in note for note in notes):
         return (
             "Their 95 % intervals do not include training noise, which needs two seeds or more: no"
@@ -105,7 +112,8 @@ def _of_task(
     table = {(record["cell"], record["seed"]): record for record in records if record["status"] == DONE}
     effects = effects_of(cells, study.factors)
     found: list[Figures] = []
-    for outcome in (*POINTS, *RATIOS):
+    accuracies = accuracies_of(list(table.values()))
+    for outcome in (*accuracies, *RATIOS):
         fit, notes = _fit(outcome, cells, study.seeds, table)
         for effect in effects if fit is not None else ():
             if outcome in RATIOS and effect.kind in ("shapley", "interaction"):
@@ -116,19 +124,19 @@ def _of_task(
     asked = [
         line
         for line in found
-        if line["kind"] == "main" and line["outcome"] in POINTS and line["p"] is not None
+        if line["kind"] == "main" and line["outcome"] in accuracies and line["p"] is not None
     ]
     for line, p in zip(asked, holm([line["p"] for line in asked]), strict=True):
         line["p_holm"] = p
 
-    verdicts = _verdicts(effects, found, margin)
+    verdicts = _verdicts(effects, found, accuracies, margin)
     runs = controls_of(study, cells, study.tasks[task])
     controls = [cell for cell, _ in runs]
     count, planned = len(table), (len(cells) + len(controls)) * len(study.seeds)
-    table, controls = _with_parts(runs, controls, table)
+    table, parts = _with_parts(runs, table)
     return {
         "runs": count,
-        "controls": _against(study, cells, controls, table, margin) if controls else None,
+        "controls": _against(study, cells, controls, parts, table, margin) if controls else None,
         "failed": sum(record["status"] == FAILED for record in records),
         "failures": [
             {name: record[name] for name in ("run", "cell", "seed", "reason")}
@@ -139,7 +147,7 @@ def _of_task(
         "seeds": sorted({seed for _, seed in table}),
         "cells": [
             _cell(cell, study, table)
-            for cell in [*cells, *controls]
+            for cell in [*cells, *controls, *(Cell(name, {}) for name in parts)]
             if any(name == cell.name for name, _ in table)
         ],
         "effects": found,
@@ -147,23 +155,33 @@ def _of_task(
     }
 
 
+def accuracies_of(records: Sequence[Record]) -> list[str]:
+    """The outcomes of runs that are accuracies: of the task, and of each graded retention set."""
+    parts = dict.fromkeys(part for record in records for part in record["answers"])
+    return [*POINTS, *(part for part in parts if part not in POINTS.values())]
+
+
 def _with_parts(
-    runs: Sequence[tuple[Cell, Options]], controls: Sequence[Cell], table: dict[tuple[str, int], Record]
-) -> tuple[dict[tuple[str, int], Record], list[Cell]]:
-    """The table and the controls with what the runs of controls bring beside their own cells."""
-    table, controls = dict(table), list(controls)
+    runs: Sequence[tuple[Cell, Options]], table: dict[tuple[str, int], Record]
+) -> tuple[dict[tuple[str, int], Record], dict[str, str]]:
+    """The table with what the runs of controls bring beside their own cells.
+
+    And the names of these cells, each with the name of the one whose runs they are parts of.
+    """
+    table, parts = dict(table), {}
     for cell, options in runs:
         of_cell = {seed: record for (name, seed), record in table.items() if name == cell.name}
         for scale, name in parts_of(cell.name, options).items():
-            parts = {seed: with_a_part(record, scale) for seed, record in of_cell.items()}
-            table |= {(name, seed): part for seed, part in parts.items() if part is not None}
-            controls.append(Cell(name, {}))
-    return table, controls
+            found = {seed: with_a_part(record, scale) for seed, record in of_cell.items()}
+            table |= {(name, seed): part for seed, part in found.items() if part is not None}
+            parts[name] = cell.name
+    return table, parts
 
 
-def _verdicts(effects: Sequence[Effect], found: Sequence[Figures], margin: float) -> list[Figures]:
+def _verdicts(
+    effects: Sequence[Effect], found: Sequence[Figures], accuracies: Sequence[str], margin: float
+) -> list[Figures]:
     """What to make of each main effect, in words."""
-    from unisd.study.recommend import verdict
 
     def main(name: str, outcome: str) -> Figures | None:
         return next(
@@ -172,15 +190,12 @@ def _verdicts(effects: Sequence[Effect], found: Sequence[Figures], margin: float
 
     verdicts = []
     for name in dict.fromkeys(effect.name for effect in effects if effect.kind == "main"):
-        lines = {outcome: main(name, outcome) for outcome in (*POINTS, "train_s", "flops")}
-        time, operations = _estimate(lines["train_s"]), _estimate(lines["flops"])
+        lines = {outcome: main(name, outcome) for outcome in accuracies}
+        time, operations = (_estimate(main(name, outcome)) for outcome in ("train_s", "flops"))
         # Operations are the same on any machine: they tell what a time that scatters cannot.
         unclear = time is None or (time.covers_zero and operations is not None)
         decision, text = verdict(
-            _estimate(lines["task_accuracy"]),
-            _p(lines["task_accuracy"]),
-            _estimate(lines["retention_accuracy"]),
-            _p(lines["retention_accuracy"]),
+            {name_of(outcome): (_estimate(line), _p(line)) for outcome, line in lines.items()},
             margin,
             operations if unclear else time,
             "operations" if unclear else "time",
@@ -193,22 +208,38 @@ def _against(
     study: Study,
     cells: Sequence[Cell],
     controls: Sequence[Cell],
+    parts: Mapping[str, str],
     table: dict[tuple[str, int], Record],
     margin: float,
 ) -> Figures:
-    """The method's cell against the study's controls."""
+    """The method's cell against the study's controls.
+
+    Training noise is told from cells that were trained: a part of a change has a part of its run's
+    noise, and takes that run's place where it is compared.
+    """
     levels = method_levels(study, cells)
     method = next(cell for cell in cells if cell.levels == levels)
-    fits = {outcome: _fit(outcome, [method, *controls], study.seeds, table)[0] for outcome in POINTS}
-    found = compare(method, controls, fits, margin)
+
+    def less(control: Cell, outcome: str) -> Estimate | None:
+        whole = parts.get(control.name, control.name)
+        chosen = [method, *(control if cell.name == whole else cell for cell in controls)]
+        fit, _ = _fit(outcome, chosen, study.seeds, table)
+        weights_C = np.array([float(cell == method) - float(cell == control) for cell in chosen])
+        return None if fit is None or (found := fit.contrast(weights_C)) is None else found.scaled(100)
+
+    kept = [outcome for outcome in accuracies_of(list(table.values())) if outcome not in POINTS]
+    first = "retention_accuracy"
+    kept = [first, *kept] if any(record[first] is not None for record in table.values()) else kept
+    found = compare(method.name, [*controls, *(Cell(name, {}) for name in parts)], less, kept, margin)
     for line in found["lines"]:
-        for outcome in ("task", "retention"):
-            line[outcome] = None if line[outcome] is None else asdict(line[outcome])
+        for name in ("task", "retention"):
+            line[name] = None if line[name] is None else asdict(line[name])
+        line["further"] = {name: one and asdict(one) for name, one in line["further"].items()}
     return found
 
 
 def _line(effect: Effect, outcome: str, estimate: Estimate, note: str) -> Figures:
-    if outcome in POINTS:
+    if outcome not in RATIOS:
         estimate, unit = estimate.scaled(100), "points"
     else:
         unit = "percent"
@@ -262,8 +293,8 @@ def _fit(
     if np.isnan(runs_CS).all():
         return None, ""
     answers_CSP, note = None, ""
-    if outcome in POINTS:
-        answers_CSP, note = _answers(POINTS[outcome], cells, seeds, table)
+    if outcome not in RATIOS:
+        answers_CSP, note = _answers(POINTS.get(outcome, outcome), cells, seeds, table)
         if answers_CSP is not None:
             runs_CS = answers_CSP.mean(axis=2)
     return Fit(runs_CS, answers_CSP), note
@@ -277,11 +308,15 @@ def outcome_of(record: Record, outcome: str) -> float | None:
     after = record["results"]["after"]
     if outcome in POINTS:
         return None if after[outcome] is None else float(after[outcome]["value"])
+    if outcome not in RATIOS:
+        marks = record["answers"].get(outcome, {}).get("after")
+        return sum(marks) / len(marks) if marks else None
     value = {
         "train_s": record["train_s"],
         "flops": None if record["resumed"] else record["results"]["cost"]["flops_estimated"]["total"],
         "reference_ppl": after["gold_ppl"],
         "retention_ppl": (after["retention_ppl"] or {}).get("forward"),
+        "base_ppl": (after["retention_ppl"] or {}).get("reverse"),
     }[outcome]
     return math.log(value) if value else None
 

@@ -1,14 +1,15 @@
 """A study's figures in plain words: verdicts, tables, and a configuration that keeps what has paid.
 
 A mechanism is kept only if its gain (or the forgetting it prevents) is beyond chance after
-adjustment for everything asked at once, may reach the margin, and a loss of more than the margin on
-the other side is ruled out; "not worth it" needs an interval that rules out effects above the
-margin; everything else is undecided, and says so.
+adjustment for everything asked at once, may reach the margin, and a loss of more than the margin is
+ruled out for all else that was measured: the task and each retention set. "Not worth it" needs an
+interval that rules out effects above the margin. Everything else is undecided, and says so.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from unisd.study.design import Study
 from unisd.study.estimate import ONE_RUN, Estimate
 
 ALPHA = 0.05
+TASK, RETENTION = "task", "retention"
+"""Accuracies by what a verdict calls them; further retention sets have their own names."""
 Figures = dict[str, Any]
+Accuracies = Mapping[str, tuple[Estimate | None, float | None]]
 
 
 def shown(estimate: Estimate | Figures | None, digits: int = 1) -> str:
@@ -42,24 +46,18 @@ def _plain(value: float, digits: int) -> str:
 
 
 def verdict(
-    task: Estimate | None,
-    p_task: float | None,
-    retention: Estimate | None,
-    p_retention: float | None,
-    margin: float,
-    cost: Estimate | None,
-    cost_of: str = "time",
+    accuracies: Accuracies, margin: float, cost: Estimate | None, cost_of: str = "time"
 ) -> tuple[str, str]:
     """`keep`, `drop`, `trade`, `no effect` or `undecided`, and why in one line.
 
-    Effects in points, p-values adjusted.
-
-    cost: of time or of operations (`cost_of`), in percent.
+    Args:
+        accuracies: of the task and of each retention set by its name, the effect in points with its
+            adjusted p-value.
+        cost: of time or of operations (`cost_of`), in percent.
     """
-    known = [estimate for estimate in (task, retention) if estimate is not None]
-    decision, why = _decide(
-        known, _sign(task, p_task), _sign(retention, p_retention), task, retention, margin
-    )
+    known = {name: found for name, (found, _) in accuracies.items() if found is not None}
+    signs = {name: _sign(*accuracies[name]) for name in known}
+    decision, why = _decide(known, signs, margin)
     if decision == "no effect":
         change = 0 if cost is None or cost.covers_zero else round(cost.value)
         worth = (
@@ -70,14 +68,22 @@ def verdict(
             else f"saves {-change} % {cost_of}"
         )
         why = f"{worth} ({why})"
-    figures = [
-        f"{name} {shown(found)}"
-        for name, found in (("task", task), ("retention", retention))
-        if found is not None
-    ]
+    figures = [f"{name} {shown(found)}" for name, found in known.items()]
     figures += [] if cost is None else [f"{shown(cost, digits=0)} % {cost_of}"]
-    notes = dict.fromkeys(note for estimate in known for note in _warnings(estimate.note) if note != ONE_RUN)
+    notes = _notes(known)
     return decision, f"{', '.join(figures)}: {why}" + (f" [{'; '.join(notes)}]" if notes else "")
+
+
+def _notes(known: Mapping[str, Estimate]) -> list[str]:
+    """What limits the estimates, each once, with their names where it is not about all."""
+    about: dict[str, list[str]] = {}
+    for name, estimate in known.items():
+        for note in dict.fromkeys(_warnings(estimate.note)):
+            if note != ONE_RUN:
+                about.setdefault(note, []).append(name)
+    return [
+        note if len(names) == len(known) else f"{', '.join(names)}: {note}" for note, names in about.items()
+    ]
 
 
 def _warnings(note: str) -> list[str]:
@@ -96,46 +102,36 @@ def _sign(estimate: Estimate | None, p: float | None) -> int:
     return 1 if estimate.value > 0 else -1
 
 
-def _decide(
-    known: list[Estimate],
-    on_task: int,
-    on_retention: int,
-    task: Estimate | None,
-    retention: Estimate | None,
-    margin: float,
-) -> tuple[str, str]:
-    if any(ONE_RUN in estimate.note for estimate in known):
+def _decide(known: Mapping[str, Estimate], signs: Mapping[str, int], margin: float) -> tuple[str, str]:
+    if any(ONE_RUN in estimate.note for estimate in known.values()):
         return "undecided", "undecided (one seed): training noise is not in the intervals"
-    if known and all(
-        e.low is not None and e.high is not None and -margin <= e.low and e.high <= margin for e in known
-    ):
+    if known and all(_most(estimate, side) <= margin for estimate in known.values() for side in (1, -1)):
         return "no effect", f"effects above {margin:g} points are ruled out"
-    if on_task * on_retention < 0:
-        return (
-            "trade",
-            "gains on the task, forgets more" if on_task > 0 else "forgets less, loses on the task",
-        )
-    side = on_task or on_retention
-    if side == 0:
+    clear = {side: [name for name, sign in signs.items() if sign == side] for side in (1, -1)}
+    if clear[1] and clear[-1]:
+        return "trade", f"{_moves(clear[1], 1)}, {_moves(clear[-1], -1)}"
+    side = 1 if clear[1] else -1
+    if not clear[side]:
         return "undecided", "undecided: more seeds or problems are needed"
-    pairs = ((task, on_task), (retention, on_retention))
-    moved = [estimate for estimate, moves in pairs if moves and estimate is not None]
-    other = next((estimate for estimate, moves in pairs if not moves), None)
-    what = {
-        (1, True): "gains on the task",
-        (1, False): "forgets less",
-        (-1, True): "loses on the task",
-        (-1, False): "forgets more",
-    }
-    clear = what[side, bool(on_task)]
-    if max(_most(estimate, side) for estimate in moved) <= margin:
-        return "undecided", f"undecided: {clear}, but by no more than {margin:g} points"
-    if other is not None and _most(other, -side) > margin:
-        may = what[-side, not on_task]
-        return "undecided", f"undecided: {clear}, but perhaps {may}; more seeds or problems are needed"
+    what = _moves(clear[side], side)
+    if max(_most(known[name], side) for name in clear[side]) <= margin:
+        return "undecided", f"undecided: {what}, but by no more than {margin:g} points"
+    perhaps = [name for name in known if not signs[name] and _most(known[name], -side) > margin]
+    if perhaps:
+        may = _moves(perhaps, -side)
+        return "undecided", f"undecided: {what}, but perhaps {may}; more seeds or problems are needed"
     if side < 0:
-        return "drop", f"drop: {clear}"
-    return "keep", "keep" if on_task else "keep: forgets less"
+        return "drop", f"drop: {what}"
+    return "keep", "keep" if TASK in clear[side] else f"keep: {what}"
+
+
+def _moves(names: Sequence[str], side: int) -> str:
+    """`gains on the task and forgets less of general`."""
+    said = [("gains" if side > 0 else "loses") + " on the task"] if TASK in names else []
+    forgets = "forgets less" if side > 0 else "forgets more"
+    said += [forgets] if RETENTION in names else []
+    said += [f"{forgets} of {name}" for name in names if name not in (TASK, RETENTION)]
+    return " and ".join(said)
 
 
 def _most(estimate: Estimate, side: int) -> float:
@@ -205,9 +201,11 @@ OUTCOMES = {
     "train_s": "training time (%)",
     "flops": "operations (%)",
     "reference_ppl": "perplexity of references (%)",
-    "retention_ppl": "retention perplexity (%)",
+    "retention_ppl": "perplexity under the base (%)",
+    "base_ppl": "perplexity of the base's answers (%)",
 }
 OUTCOMES_JUDGED = ("task_accuracy", "retention_accuracy")
+"""And those of further retention sets (`judged_of`)."""
 TITLES = {
     "main": "Main effects",
     "one-in": "Added alone to the reference",
@@ -217,20 +215,38 @@ TITLES = {
 }
 
 
+def judged_of(lines: Sequence[Figures]) -> list[str]:
+    """The accuracies among the outcomes of effects, the task's first."""
+    found = dict.fromkeys(line["outcome"] for line in lines)
+    further = [outcome for outcome in found if outcome not in OUTCOMES]
+    return [outcome for outcome in OUTCOMES_JUDGED if outcome in found] + further
+
+
+def title_of(outcome: str) -> str:
+    """The head of an outcome's column; that of a further retention set is its name."""
+    return OUTCOMES.get(outcome) or f"{name_of(outcome)} (points)"
+
+
+def name_of(accuracy: str) -> str:
+    """What a verdict calls an accuracy."""
+    return accuracy.removesuffix("_accuracy").removeprefix(f"{RETENTION} ")
+
+
 def effect_table(figures: Figures, kind: str) -> list[list[str]]:
     """Header and lines: one effect a line, its estimate for each outcome in a column."""
     chosen = [line for line in figures["effects"] if line["kind"] == kind]
-    outcomes = [name for name in OUTCOMES if any(line["outcome"] == name for line in chosen)]
+    judged = judged_of(chosen)
+    told = {line["outcome"] for line in chosen}
+    outcomes = judged + [name for name in OUTCOMES if name in told and name not in judged]
     with_p = kind == "main"
-    header = ["effect", *(OUTCOMES[name] for name in outcomes)] + (
-        ["p task / retention (Holm)"] if with_p else []
-    )
+    named = " / ".join(map(name_of, judged))
+    header = ["effect", *map(title_of, outcomes)] + ([f"p {named} (Holm)"] if with_p else [])
     table = [header]
     for name in dict.fromkeys(line["name"] for line in chosen):
         by_outcome = {line["outcome"]: line for line in chosen if line["name"] == name}
         cells = [name, *(shown(by_outcome.get(outcome)) for outcome in outcomes)]
         if with_p:
-            ps = [by_outcome.get(outcome, {}).get("p_holm") for outcome in OUTCOMES_JUDGED]
+            ps = [by_outcome.get(outcome, {}).get("p_holm") for outcome in judged]
             cells.append(" / ".join("-" if p is None else f"{p:.3f}" for p in ps))
         table.append(cells)
     return table
@@ -241,9 +257,9 @@ def notes_of(figures: Figures, kind: str) -> list[str]:
 
     With the effects that it is about where it is not about all.
     """
-    chosen = [
-        line for line in figures["effects"] if line["kind"] == kind and line["outcome"] in OUTCOMES_JUDGED
-    ]
+    of_kind = [line for line in figures["effects"] if line["kind"] == kind]
+    judged = judged_of(of_kind)
+    chosen = [line for line in of_kind if line["outcome"] in judged]
     about: dict[str, dict[str, None]] = {}
     for line in chosen:
         for note in _warnings(line["note"]):
@@ -290,18 +306,23 @@ def control_table(figures: Figures) -> list[list[str]]:
     if not found:
         return []
     seconds = {cell["name"]: cell["train_s"] for cell in figures["cells"]}
-    head = [f"{found['method']} against", "task (points)", "retention (points)", "beaten", "train s"]
+    further = list(dict.fromkeys(name for line in found["lines"] for name in line.get("further", {})))
+    sides = ["task", "retention", *further]
+    head = [f"{found['method']} against", *(f"{name} (points)" for name in sides), "beaten", "train s"]
     lines = [
         [
             line["name"],
-            shown(line["task"]),
-            shown(line["retention"]),
+            *(shown({**line, **line.get("further", {})}[name]) for name in sides),
             "yes" if line["beaten"] else "no",
             number(seconds.get(f"{PREFIX}{line['name']}")),
         ]
         for line in found["lines"]
     ]
-    return [head, *lines, [f"({found['method']} itself)", "", "", "", number(seconds.get(found["method"]))]]
+    return [
+        head,
+        *lines,
+        [f"({found['method']} itself)", *[""] * (1 + len(sides)), number(seconds.get(found["method"]))],
+    ]
 
 
 def control_lines(figures: Figures) -> list[str]:
