@@ -23,13 +23,14 @@ ANSWERS = "answers.json"
 GRAFTING = "grafting.json"
 JUDGE = "judge.json"
 PROBE = "probe.json"  # the answers that the diagnostics compare with
+TRAINED_ON = "trained_on.json"  # which problems, as marks (`data.text.problem_mark`)
 REPORT = "report.html"
 CONFIG = "config.yaml"  # the options of a run, for the same run again
 OF_A_RUN = (RESULTS, METRICS, SAMPLES, ANSWERS, PROBE)
 """What nothing else writes: a folder that holds one of them is a run's."""
 WRITTEN = (
     *OF_A_RUN,
-    *(GRAFTING, JUDGE, REPORT, CONFIG, "README.md", "training_args.bin", "config.json"),
+    *(GRAFTING, JUDGE, REPORT, CONFIG, TRAINED_ON, "README.md", "training_args.bin", "config.json"),
     "generation_config.json",
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model-*-of-*.safetensors"),
@@ -185,14 +186,25 @@ def append_line(path: Path, record: Record) -> None:
         os.fsync(file.fileno())
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that names a key twice, of which PyYAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.YAMLError(f"{key!r} is given twice{node.value[place][0].start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Record:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: not a file, not YAML, or not a mapping.
+        UserError: not a file, not YAML, a key that is given twice, or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ from unisd.cli import evaluate, probe
 from unisd.cli.main import COMMANDS, main
 from unisd.cli.sources import tasks_of
 from unisd.data.rows import hold_out, load_rows
+from unisd.data.text import problem_mark
 
 SHORT = ["--eval_max_new_tokens", "2"]
 
@@ -87,6 +88,16 @@ def test_a_file_in_any_layout_is_answered_and_graded(tmp_path: Path, kind: str) 
     assert graded["matched"] == {"rows": 4, "answered": 3, "answers": 3}
 
 
+@pytest.mark.parametrize("reference", ["response", "answer"])
+def test_a_layout_is_read_also_where_no_reference_is_needed(tmp_path: Path, reference: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n}+1?", reference: str(n + 1)} for n in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for grader in ([], ["--grader", "number"]):
+        figures, _ = answered(tmp_path, "--eval_file", str(file), *grader)
+        assert figures["gold_ppl"] > 1 and bool(figures["task_accuracy"]) == bool(grader)
+
+
 def test_of_a_training_file_the_rows_that_a_run_holds_out(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +130,24 @@ def test_of_a_training_file_the_rows_that_a_run_holds_out(
         [asked] = tasks_of(Namespace(**flags), ()).values()
         assert len(asked.load("test")) == rows and asked.max_new_tokens == 5
     assert ids("--eval_file", plain(tmp_path / "other.jsonl", 2)) == ["0", "1"]
+
+
+def test_rows_that_a_run_was_trained_on_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = plain(tmp_path / "rows.jsonl", 6)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    marks = [problem_mark(row["prompt"].upper()) for row in load_rows(file)[:4]]
+    (tmp_path / "run" / "trained_on.json").write_text(json.dumps({"problems": marks}))
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"seed": 7}))
+
+    def said(model: Path, *flags: str) -> str:
+        asked = ["--model", str(model), "--retention", "none", "--eval_file", file, *flags]
+        assert len(answered(tmp_path, *asked)[1]) == 6
+        return " ".join(capfd.readouterr().err.split())
+
+    for model in (tmp_path / "run", checkpoint):
+        assert f"rows: 4 of 6 rows are problems that {model} was trained on" in said(model)
+        assert "trained on" not in said(model, "--split", "all")
 
 
 def test_rows_without_a_grader_have_likelihoods_and_their_answers_are_kept(

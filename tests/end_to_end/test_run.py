@@ -17,6 +17,7 @@ import torch
 
 from tests.helpers.commands import ROWS, of_steps
 from unisd.cli.main import main
+from unisd.data.text import problem_mark
 from unisd.evaluation.accuracy import generate_greedy
 from unisd.models.load import load_model_and_tokenizer
 from unisd.run import measure
@@ -156,6 +157,8 @@ def test_evaluation_file_columns_and_grader(model_dir: Path, tmp_path: Path) -> 
     assert main(["train", "--config", str(tmp_path / "run.yaml"), *SHORT]) == 0
     results = read(tmp_path / "run")
     assert results["before"]["task_accuracy"]["n"] == results["after"]["n_task"] == 3
+    trained_on = json.loads((tmp_path / "run" / "trained_on.json").read_text())
+    assert trained_on == {"problems": sorted(problem_mark(row["prompt"]) for row in ROWS[:7])}
 
 
 def test_adapter_loads_in_plain_peft(adapter: Path, model_dir: Path) -> None:

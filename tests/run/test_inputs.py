@@ -72,6 +72,32 @@ def test_files_of_a_folder_are_read_as_they_stand(tmp_path: Path) -> None:
     assert {row["prompt"]: row["completion"] for row in [*data.train, *data.evaluation]} == answers
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in FIRST))
+    load_data(RunOptions(dataset_name=str(tmp_path)))
+    assert "not read" not in caplog.text
+    (tmp_path / "more.jsonl").write_text(json.dumps(SECOND[0]) + "\n")
+    (tmp_path / "b.csv").write_text("prompt,completion\na,b\n")
+    load_data(RunOptions(dataset_name=str(tmp_path)))
+    assert f"{tmp_path}: not read: b.csv, more.jsonl (of a folder" in caplog.text
+
+
+def test_rows_to_report_on_beyond_the_limit_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        lines = (json.dumps({"prompt": f"{name} {n}", "completion": "1"}) + "\n" for n in range(6))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    files = {"train_file": str(tmp_path / "a.jsonl"), "eval_file": str(tmp_path / "b.jsonl")}
+    assert len(load_data(RunOptions(**files)).evaluation) == 6 and not caplog.records
+    assert len(load_data(RunOptions(**files, max_eval_rows=4)).evaluation) == 4
+    told = f'{files["eval_file"]}: the first 4 of 6 rows are reported on; all of them: max_eval_rows="6".'
+    assert told in caplog.text
+
+
 def test_configuration_and_split_of_a_folder_of_files(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()

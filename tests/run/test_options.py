@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from unisd.cli.help import help_text
+from unisd.data.formats import parse_column_mapping
 from unisd.errors import UserError
 from unisd.run.resolve import parse, train_parser
 
@@ -68,6 +69,15 @@ def test_values_of_a_file_are_converted_like_flags(yaml_file) -> None:
     assert (options.lora_target_modules, options.columns) == (["q_proj"], "prompt=question")
 
 
+def test_what_yaml_reads_in_its_own_way_is_what_was_written(yaml_file) -> None:
+    file = yaml_file(
+        'save_strategy: no\ntrain_file: rows.jsonl\ncolumns: {prompt: "question, in words", completion: g}\n'
+    )
+    options, config = parse(["--config", file])
+    assert config.save_strategy == "no"
+    assert parse_column_mapping(options.columns) == {"prompt": "question, in words", "completion": "g"}
+
+
 def test_a_number_of_the_recipe_can_be_taken_back() -> None:
     assert parse([])[1].token_clip_quantile is not None
     assert parse(["--token_clip_quantile", "none"])[1].token_clip_quantile is None
@@ -101,6 +111,7 @@ def test_evaluations_come_with_checkpoints() -> None:
         ("max_steps: many", r"run\.yaml: max_steps: invalid int value: 'many'"),
         ("- 1", "must hold a mapping"),
         ("a: [", "is not YAML"),
+        ("max_steps: 2\nseed: 1\nmax_steps: 7", "'max_steps' is given twice"),
         ("config: x.yaml", r"unknown key 'config': a file does not name another"),
         ("agreement: tokens", "agreement='tokens' is not one of: none, token, sequence"),
     ],

@@ -383,6 +383,9 @@ def test_contamination_finds_exact_and_near_copies():
     ]
     report = contamination(train, test)
     assert report.exact == [("a", "3")] and report.near == [("b", "long")] and report.test == 3
+    same_id = [{**row, "id": "same"} for row in reversed(train)]  # several solutions of a problem, for one
+    report = contamination(same_id, test)
+    assert report.exact == [("a", "same")] and report.near == [("b", "same")]
 
 
 @pytest.mark.long

@@ -36,24 +36,24 @@ class Report:
 def contamination(train: Sequence[Row], test: Sequence[Row]) -> Report:
     """Each test row at most once, exact before near."""
     common = _common_lines([*train, *test])
-    known = [(str(row["id"]), _words(row, common)) for row in train]
-    exact_index = {found: name for name, found in known}
-    parts_of = {name: shingles(found) for name, found in known}
-    posting: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name, parts in parts_of.items():
+    known = [_words(row, common) for row in train]
+    place_of = {found: place for place, found in enumerate(known)}
+    parts_at = [shingles(found) for found in known]  # by place: several rows may have one id
+    posting: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for place, parts in enumerate(parts_at):
         for part in parts:
-            posting[part].append(name)
+            posting[part].append(place)
     exact, near = [], []
     for row in test:
         found = _words(row, common)
-        if found in exact_index:
-            exact.append((str(row["id"]), exact_index[found]))
+        if found in place_of:
+            exact.append((str(row["id"]), str(train[place_of[found]]["id"])))
             continue
         mine = shingles(found)
-        shared = Counter(name for part in mine for name in posting.get(part, ()))
-        for name, count in shared.most_common(20):
-            if count / (len(mine) + len(parts_of[name]) - count) >= NEAR_DUPLICATE_THRESHOLD:
-                near.append((str(row["id"]), name))
+        shared = Counter(place for part in mine for place in posting.get(part, ()))
+        for place, count in shared.most_common(20):
+            if count / (len(mine) + len(parts_at[place]) - count) >= NEAR_DUPLICATE_THRESHOLD:
+                near.append((str(row["id"]), str(train[place]["id"])))
                 break
     return Report(len(test), exact, near)
 

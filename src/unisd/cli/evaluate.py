@@ -18,7 +18,7 @@ from unisd import tasks
 from unisd.cli.completions import OURS
 from unisd.cli.grade import SCHEMA_VERSION, Figures, grade_answers, summary_lines
 from unisd.cli.parser import DATA, MEASURED, MODEL, OUTPUT, CommandParser, at_least_one, output_file
-from unisd.cli.sources import tasks_of
+from unisd.cli.sources import say_what_was_trained_on, tasks_of
 from unisd.console import loading_libraries, make_console, number, show_progress, show_table
 from unisd.data import rendering
 from unisd.data.prompts import encode_prompt, overlong
@@ -54,6 +54,8 @@ def eval_command(arguments: Sequence[str]) -> int:
     with loading_libraries():
         chosen = tasks_of(options, options.task or ())
     sets = {name: _sets(name, task, options) for name, task in chosen.items()}
+    for name in chosen if options.split not in ("train", "all") else ():
+        say_what_was_trained_on(options.model_name_or_path, name, sets[name]["task"])
     kept = {} if options.scales else _kept(options, chosen)
     options.task, options.seed = list(chosen), UniSDOptions.seed if options.seed is None else options.seed
     _refuse_nothing(options, chosen, sets)
@@ -252,7 +254,7 @@ def _refuse_nothing(options: Any, chosen: dict[str, Task], sets: dict[str, dict[
 
 def _write_rows(options: Any, records: Sequence[Figures]) -> None:
     if options.rows and records:
-        write_text(options.rows, "".join(json.dumps(record) + "\n" for record in records))
+        write_text(options.rows, "".join(json.dumps(record, default=str) + "\n" for record in records))
 
 
 def _write(

@@ -79,7 +79,7 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
         print(f"{options.eval_file}: read and compared with these rows, and not changed")
     _show(rows, prompts, config, limit, options.model_name_or_path)
     if output:
-        write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(output, "".join(json.dumps(row, default=str) + "\n" for row in rows))
         print(f"{len(rows)} rows written to {output}")
         if options.agreement_contexts != "columns" and data.task is None:
             print("a context may show any of these rows: report on others (unisd train --eval_file)")

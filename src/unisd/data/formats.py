@@ -137,9 +137,11 @@ def settled(
     needs_reference: bool = True,
     say: bool = True,
 ) -> dict[str, str]:
-    """The mapping with what a layout says of columns that are needed and not there.
+    """The mapping with what a layout says of columns that are not there.
 
     Args:
+        needs_reference: refuse rows without one. A layout is read all the same: a file is to be
+            the same rows for every command.
         say: tell which layout it is.
 
     Raises:
@@ -153,10 +155,11 @@ def settled(
         for column in joined(theirs, columns)
         if column not in columns
     ]
-    missing = _missing(rows, columns, mapping, needs_reference)
+    missing = _missing(rows, columns, mapping)
     layout = layout_of(columns, mapping, missing) if missing else None
-    if unknown or (missing and layout is None):
-        raise _problems(columns, mapping, unknown, [] if layout else missing, name)
+    needed = [ours for ours in missing if needs_reference or ours == "prompt"]
+    if unknown or (needed and layout is None):
+        raise _problems(columns, mapping, unknown, [] if layout else needed, name)
     if layout is None:
         return dict(mapping)
     if say:
@@ -177,9 +180,7 @@ def layout_of(
     return None
 
 
-def _missing(
-    rows: Sequence[Row], columns: Collection[str], mapping: Mapping[str, str], needs_reference: bool
-) -> list[str]:
+def _missing(rows: Sequence[Row], columns: Collection[str], mapping: Mapping[str, str]) -> list[str]:
     """Which of prompt and reference no column holds."""
     there = {*columns, *mapping}
     found = [] if "prompt" in there else ["prompt"]
@@ -189,7 +190,7 @@ def _missing(
         or prompt in conversations.COLUMNS
         or any(conversations.ends_in_answer(row.get(prompt)) for row in rows)
     )
-    return found if has_reference or not needs_reference else [*found, "privileged_context"]
+    return found if has_reference else [*found, "privileged_context"]
 
 
 def _problems(

@@ -6,6 +6,7 @@ character counts as a word.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any
 
@@ -47,6 +48,11 @@ def problem_key(prompt: Any) -> tuple[tuple[str, str], ...]:
     return tuple(
         (str(turn.get("role")), " ".join(str(turn.get("content")).casefold().split())) for turn in turns
     )
+
+
+def problem_mark(prompt: Any) -> str:
+    """Sixteen digits that tell a problem (`problem_key`) from others, and not what it asks."""
+    return hashlib.blake2b(repr(problem_key(prompt)).encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 
 def prompt_text(prompt: Any) -> str:

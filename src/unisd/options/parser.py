@@ -252,8 +252,11 @@ def unset(value: Any) -> Any:
 def _as_flag(name: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         if name == "columns":
-            return [f"--columns={','.join(f'{ours}={theirs}' for ours, theirs in value.items())}"]
+            quoted = {ours: f'"{theirs}"' if "," in str(theirs) else theirs for ours, theirs in value.items()}
+            return [f"--columns={','.join(f'{ours}={theirs}' for ours, theirs in quoted.items())}"]
         return [f"--{name}={json.dumps(value)}"]
+    if value is False:  # what YAML makes of `no`, which some options have among their choices
+        value = "no"
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
     return [f"--{name}={value}"]

@@ -14,10 +14,10 @@ from typing import Any
 from unisd import tasks
 from unisd.config import UniSDConfig
 from unisd.console import loading
-from unisd.data.reading import load_file
+from unisd.data.reading import KINDS, load_file
 from unisd.data.rows import Row, hold_out, prepare_rows
 from unisd.data.text import problem_key
-from unisd.errors import UserError
+from unisd.errors import UserError, flag
 from unisd.models.adapters import is_adapter, make_trainable
 from unisd.run.options import RunOptions, as_list, number_of
 from unisd.run.own_rows import apart, grader_of, load_own, named
@@ -113,6 +113,14 @@ def load_data(
         _named_grader(options, found, other)
         _say_what_is_trained_on(found, rows, other, " and ".join(name for name, _ in given))
         evaluation += found
+    if len(evaluation) > options.max_eval_rows:
+        logger.warning(
+            "%s: the first %d of %d rows are reported on; all of them: %s.",
+            " and ".join(name for name, _ in others),
+            options.max_eval_rows,
+            len(evaluation),
+            flag("max_eval_rows", str(len(evaluation))),
+        )
     return RunData(
         name=named([name for name, _ in given], bool(files)),
         train=rows[: options.max_train_rows],
@@ -243,6 +251,8 @@ def _load_dataset(options: RunOptions, name: str, split: str) -> list[Row]:
     try:
         if not whole and not (Path(name) / "state.json").is_file():
             builder = datasets.load_dataset_builder(name, options.dataset_config)
+            if options.dataset_config is None:
+                _say_what_is_not_read(name, builder)
             if (rows := _as_they_stand(builder, split)) is not None:
                 return rows
             loaded = datasets.load_dataset(name, options.dataset_config, split=split)
@@ -258,6 +268,27 @@ def _load_dataset(options: RunOptions, name: str, split: str) -> list[Row]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"dataset {name!r} cannot be loaded: {reason}") from None
     return [dict(row) for row in loaded]
+
+
+def _say_what_is_not_read(name: str, builder: Any) -> None:
+    """Name files of a folder that the library passes over: of another kind, or of no split."""
+    named = getattr(builder.config, "data_files", None) or {}
+    read = {Path(str(file)).resolve() for found in named.values() for file in found}
+    left = [
+        str(file.relative_to(name))
+        for file in sorted(Path(name).rglob("*"))
+        if set(file.suffixes) & set(KINDS) and file.is_file() and file.resolve() not in read
+    ]
+    left = [file for file in left if file not in ("dataset_info.json", "dataset_infos.json")]
+    if read and left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        logger.warning(
+            "%s: not read: %s%s (of a folder, files of one kind are read, and where names tell splits those"
+            " of a split alone); --train_file takes any files.",
+            name,
+            ", ".join(left[:3]),
+            more,
+        )
 
 
 def _as_they_stand(builder: Any, split: str) -> list[Row] | None:

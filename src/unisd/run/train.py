@@ -21,10 +21,11 @@ from unisd.console import make_console, show_example, show_table
 from unisd.data import rendering
 from unisd.data.outcomes import NO_LOSS, Outcome
 from unisd.data.rows import Row
+from unisd.data.text import problem_mark
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
-from unisd.files import ANSWERS, GRAFTING, SAMPLES, read_lines
+from unisd.files import ANSWERS, GRAFTING, SAMPLES, TRAINED_ON, read_lines
 from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM, can_checkpoint
 from unisd.monitoring.alarms import Alarm
@@ -202,6 +203,8 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             outputs.clear_earlier_run(folder)
         (folder / GRAFTING).unlink(missing_ok=True)  # of other weights than those to come
         outputs.write_config(folder, options, setting.config)
+        marks = sorted({problem_mark(row["prompt"]) for row in setting.data.train})
+        outputs.write_json(folder / TRAINED_ON, {"problems": marks})
         return _carried_out(setting, options, checkpoint, console, started)
 
 
