@@ -121,7 +121,7 @@ class UniSDTrainer(EvaluatingTrainer):
         self.prompts = build_prompts(args, processing_class, student)
         self.plan = Plan.of(args, engine)
         if self.rows:
-            check_data_serves(self.plan.needs, self.rows)
+            check_data_serves(self.plan, self.rows)
         if args.feature_layers and args.gradient_checkpointing:
             raise UserError("feature_layers cannot be read under gradient_checkpointing: unset one of them.")
         eval_dataset = None if eval_dataset is None else evaluation_rows(eval_dataset)

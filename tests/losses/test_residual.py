@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unisd import UniSDConfig, UserError
 from unisd.methods.divergence import DivergenceSpec, divergence
+from unisd.testing import trainer
 
 V, K = 40, 5
 RESIDUAL = DivergenceSpec(alpha=1.0, mode="topk", topk=K, topk_estimator="residual", temperature=0.7)
@@ -97,3 +98,9 @@ def test_what_it_needs_is_asked(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="residual"):
             UniSDConfig(output_dir=str(tmp_path), **{**usual, **wrong})
     assert UniSDConfig(output_dir=str(tmp_path), **usual).divergence_spec.topk_estimator == "residual"
+
+
+def test_contrast_compares_the_teachers_whatever_estimates_the_loss(tmp_path: Path) -> None:
+    options = {"distillation_mode": "topk", "distillation_alpha": 1.0, "topk_estimator": "residual"}
+    trained = trainer(tmp_path, **options, token_weights=["contrast_weight"], max_steps=1)
+    assert trained.train().training_loss != 0

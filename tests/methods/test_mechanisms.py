@@ -202,6 +202,19 @@ def test_corroboration_is_the_text(seed: int) -> None:
             assert float(found[b, t]) == pytest.approx(expected, abs=1e-6)
 
 
+def test_corroboration_of_empty_answers_is_empty() -> None:
+    empty = torch.zeros(2, 0)
+    scores = StepScores(
+        mask=empty.bool(),
+        tokens=empty.long(),
+        teacher_logp=empty,
+        untempered_logp=empty,
+        auxiliary_logp=torch.zeros(3, 2, 0),
+        auxiliary_present=torch.ones(3, 2, dtype=torch.bool),
+    )
+    assert parse_weight("corroboration")(scores).shape == (2, 0)
+
+
 def test_corroboration_tells_wrong_from_right_where_agreement_cannot() -> None:
     """Three contexts rule a token out, each to another degree; one teacher does too, the other is
     sure of it.

@@ -17,6 +17,7 @@ from unisd import testing as tiny
 from unisd.data.prompts import encode_completion
 from unisd.testing import gradients, trainer
 from unisd.training.plan import planned_steps
+from unisd.training.preflight import check_machine
 
 
 def with_a_vision_tower() -> Any:
@@ -91,6 +92,50 @@ def test_several_devices_without_a_launcher(
 def test_layers_that_are_not_there(tmp_path: Any, layer: int) -> None:
     with pytest.raises(UserError, match=f"feature_layers={layer}: the model has layers 0 to 1"):
         trainer(tmp_path, feature_weight=0.1, feature_layers=[layer])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feature_layers": [0]}, "feature_layers says what feature_weight matches"),
+        ({"target_reference_steps": 2}, "target_reference_steps is for a target that looks at earlier"),
+        ({"token_weights": ["corroboration"], "num_auxiliary_contexts": 0}, "no context to corroboration"),
+        ({"teacher_context": "wrong", "token_weights": ["contrast_weight"]}, "the two do not differ"),
+        ({"teacher_context": "wrong", "target": "contrast"}, "the two do not differ"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha has no effect here: its noise is scaled"),
+        ({"max_grad_norm": None}, "max_grad_norm=None is no number: give 0"),
+    ],
+)
+def test_options_that_nothing_would_look_at(tmp_path: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, **options)
+
+
+def test_corroboration_needs_one_context_of_a_row(tmp_path: Any) -> None:
+    rows = [{**row, "auxiliary_contexts": ["1 + 1 = 2"]} for row in tiny.rows(8)]
+    assert trainer(tmp_path, train_dataset=rows, token_weights=["corroboration"])
+    with pytest.raises(UserError, match=r"agreement_token needs .*no row has two of them.*agreement=none"):
+        trainer(tmp_path, train_dataset=rows, agreement="token")
+    rows = [{**row, "auxiliary_contexts": []} for row in rows]
+    with pytest.raises(UserError, match=r"corroboration needs .*no row has any.*unset token_weights"):
+        trainer(tmp_path, train_dataset=rows, token_weights=["corroboration"])
+
+
+@pytest.mark.parametrize("shares", [{"split_batches": True}, {"even_batches": False}])
+def test_rows_are_dealt_to_processes_in_one_way(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, shares: dict[str, bool]
+) -> None:
+    args = UniSDConfig(output_dir=str(tmp_path), use_cpu=True, accelerator_config=shares)
+    check_machine(args)
+    monkeypatch.setattr(UniSDConfig, "world_size", 2)
+    with pytest.raises(UserError, match="leave out split_batches, dispatch_batches and even_batches"):
+        check_machine(args)
+
+
+def test_an_adapter_that_changes_the_base_is_refused(tmp_path: Any) -> None:
+    adapter = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="pissa")
+    with pytest.raises(UserError, match="init_lora_weights=pissa changes the base's weights"):
+        trainer(tmp_path, peft_config=adapter)
 
 
 def test_references_end_as_the_model_ends_them() -> None:

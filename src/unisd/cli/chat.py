@@ -20,7 +20,7 @@ from unisd.data.rendering import Messages, as_messages, naming, set_options
 from unisd.data.text import MAX_TEXT
 from unisd.errors import UserError
 from unisd.files import ANSWERS, RESULTS, SAMPLES, read_lines
-from unisd.models.adapters import is_adapter
+from unisd.models.adapters import check_base_is_kept, is_adapter
 from unisd.models.inference import load_any
 from unisd.options.option import nearest
 
@@ -134,6 +134,7 @@ class Session:
 
         if name == "base":
             if is_adapter(self.options.folder):
+                check_base_is_kept(self.speaker.model.peft_config)
                 return Speaker(name, self.speaker.model, self.speaker.tokenizer, bare=True)
             name = _base_of(self.options.folder)
         return Speaker(name, *self._load(name))

@@ -17,6 +17,7 @@ from unisd.errors import UserError, flag
 from unisd.evaluation.accuracy import Interval, generate_greedy
 from unisd.evaluation.likelihood import TOKEN_BUDGET, Ids, _batches, _check_pairs, _ids, _States, corpus_ppl
 from unisd.kernels.lora import inference
+from unisd.models.adapters import check_base_is_kept
 from unisd.tasks.base import Row
 
 # ---------------------------------------------------------------- retention
@@ -111,6 +112,8 @@ def _check_base(model: Any, base: Any | None) -> None:
             f"retention needs the base model: give {flag('base')}, or a model with an adapter that can be"
             " taken off"
         )
+    if base is None:
+        check_base_is_kept(model.peft_config)
 
 
 @contextmanager

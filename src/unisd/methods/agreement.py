@@ -84,7 +84,7 @@ def corroboration(scores: StepScores, *, gamma: float = 1.0) -> Tensor:
     known_KBT = torch.where(chosen_KBT, auxiliary_KBT, math.nan).exp()
     # Not torch's nanmedian: that is the lower of the two middle values, and so not the same under
     # 1 - p.
-    middle_BT = known_KBT.nanquantile(0.5, dim=0) if len(known_KBT) else torch.zeros(scores.mask.shape)
+    middle_BT = known_KBT.nanquantile(0.5, dim=0) if known_KBT.numel() else torch.zeros(scores.mask.shape)
     if scores.untempered_logp is None:
         raise UserError("corroboration needs the teacher's scores at temperature 1, but this step has none.")
     apart_BT = (

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,24 @@ BASE = "base_model_name_or_path"
 def without_adapter(model: Any) -> Any:
     """The transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_base_is_kept(adapters: Mapping[str, Any]) -> None:
+    """Raise `UserError` if an adapter's initialisation takes its beginning out of the base.
+
+    Without the adapter the model is then not the initial one, which is what drift, a comparison
+    with it and a chat beside it take it for.
+
+    Args:
+        adapters: configurations of peft by name, as a model's `peft_config` holds them.
+    """
+    for config in adapters.values():
+        kind = getattr(config, "init_lora_weights", True)
+        if isinstance(kind, str) and kind.lower() not in ("gaussian", "eva", "orthogonal", "mica"):
+            raise UserError(
+                f"init_lora_weights={kind} changes the base's weights, so that the model without its adapter"
+                " is not the initial one: use True, gaussian or eva (of a trained adapter: give the base)."
+            )
 
 
 def is_adapter(name: str | Path) -> bool:

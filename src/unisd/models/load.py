@@ -23,7 +23,7 @@ from unisd.data.rendering import has_template
 from unisd.errors import UserError, by_caller
 from unisd.models import adapters
 from unisd.models import gguf as gguf_cache
-from unisd.models.adapters import without_adapter
+from unisd.models.adapters import check_base_is_kept, without_adapter
 from unisd.models.tokens import eos_ids, mark_defined
 from unisd.models.weights import open_model
 
@@ -353,6 +353,7 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
     from transformers import set_seed
 
     peft_config = _where_it_counts(model, peft_config)
+    check_base_is_kept({"new": peft_config})
 
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)

@@ -15,7 +15,7 @@ from unisd.errors import UserError
 
 _WORKS = """
     optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
-    lr_scheduler_kwargs neftune_noise_alpha
+    lr_scheduler_kwargs
     fp16 tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
     gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs use_cache
     logging_strategy logging_first_step log_on_each_node log_level log_level_replica disable_tqdm
@@ -47,6 +47,8 @@ REFUSED = {
     " teachers).",
     "bf16_full_eval": "an evaluation computes as training does: unset it, and set bf16.",
     "fp16_full_eval": "an evaluation computes as training does: unset it, and set fp16.",
+    "neftune_noise_alpha": "its noise is scaled by the length of a padded or packed row, so that the loss"
+    " would depend on how a step is cut: unset it.",
     "use_liger_kernel": "it replaces the forward pass that was checked at the start: unset it (the loss is"
     " computed in chunks anyway).",
     "liger_kernel_config": "use_liger_kernel cannot be used: unset both.",
@@ -79,6 +81,8 @@ def check_inherited(options: Any) -> None:
         default = item.default if item.default is not MISSING else _made(item.default_factory)
         if not _same(getattr(options, item.name), default):
             raise UserError(f"{item.name} has no effect here: {REFUSED[item.name]}")
+    if options.max_grad_norm is None:
+        raise UserError("max_grad_norm=None is no number: give 0 to leave gradients as they are.")
     strategy = str(getattr(options.train_sampling_strategy, "value", options.train_sampling_strategy))
     if strategy not in SAMPLING:
         raise UserError(

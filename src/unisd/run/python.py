@@ -12,6 +12,7 @@ from unisd.console import aligned, markdown_table
 from unisd.data import contexts, rendering
 from unisd.data.rows import Row, load_rows, prepare_rows
 from unisd.errors import UserError
+from unisd.models.adapters import check_base_is_kept
 from unisd.models.inference import opened
 from unisd.run import measure
 from unisd.run import prepare as preparing
@@ -142,6 +143,7 @@ def compare(
     if old is None or old is new or getattr(new, "get_base_model", lambda: None)() is old:
         if not hasattr(new, "disable_adapter"):
             raise UserError("before and after are one model without an adapter: give the one that it was.")
+        check_base_is_kept(new.peft_config)
         old, of_old = None, of_new
     if of_old.get_vocab() != of_new.get_vocab():
         raise UserError("before and after have other vocabularies: give the model that it was adapted from.")

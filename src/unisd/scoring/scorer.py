@@ -195,7 +195,8 @@ class Scorer:
         group = list(found.states.get(WRONG_REFERENCE.name, {}).values())
         if group and fields.divergence in found.scores:
             mode = "topk" if self.spec.mode == "topk" else "full"
-            spec = replace(self.spec, alpha=0.0, mode=mode, entry_clip=None, topk_support="teacher")
+            kind = {"mode": mode, "topk_support": "teacher", "topk_estimator": "support"}
+            spec = replace(self.spec, alpha=0.0, entry_clip=None, **kind)
             teacher = self._teacher_final(found, group[0].final_TH.device)
             _write(found, fields, [self._compare(group, teacher, (head, head), spec)])
 

@@ -33,6 +33,9 @@ class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
         if state.global_step == self._began:  # eval_on_start: nothing was trained since the last one
             return
+        name = args.metric_for_best_model
+        if f"eval_{name.removeprefix('eval_')}" not in metrics:  # of another part of the rows
+            return
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if self._is_over:
             self.stopped = state.global_step

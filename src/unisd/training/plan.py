@@ -62,7 +62,9 @@ class Plan:
             judged=args.needs_verdicts or any("verdict" in weight.needs for weight in weights),
             needs=frozenset(),
         )
-        return replace(plan, needs=needed_scores(args, plan))
+        plan = replace(plan, needs=needed_scores(args, plan))
+        _check_used(args, plan)
+        return plan
 
 
 def planned_steps(args: UniSDConfig, rows: int) -> int:
@@ -170,13 +172,44 @@ def needed_scores(args: UniSDConfig, plan: Plan) -> frozenset[str]:
     return needs
 
 
-def check_data_serves(needs: frozenset[str], rows: Sequence[Row]) -> None:
-    """Raise `UserError` if an active mechanism finds nothing in the data to work with."""
-    if "auxiliary" in needs and not any(len(row.get("auxiliary_contexts") or []) >= 2 for row in rows):
+def _check_used(args: UniSDConfig, plan: Plan) -> None:
+    """Raise `UserError` for an option that nothing would look at, or that leaves nothing to see."""
+    if args.feature_layers and not any("hidden" in term.needs for term in plan.terms):
         raise UserError(
-            "agreement needs auxiliary contexts, but no row has two of them: add a column auxiliary_contexts"
-            " (a list of solved examples of other problems), build them with"
-            f" {built_by('agreement_contexts', 'retrieval')}, or set agreement=none."
+            "feature_layers says what feature_weight matches: set feature_weight above 0, or unset it."
+        )
+    if args.target_reference_steps is not None and not any(s.weights == "step" for s in plan.sources):
+        raise UserError(
+            "target_reference_steps is for a target that looks at earlier weights of the student: unset it."
+        )
+    if args.teacher_context == "wrong" and "negative" in plan.needs:
+        raise UserError(
+            "teacher_context=wrong shows the teacher what contrast leads away from, so that the two do not"
+            " differ: unset what compares them (contrastive_weight, contrast_weight, the target contrast, the"
+            " term nsd)."
+        )
+    if not args.num_auxiliary_contexts and "auxiliary" in plan.needs:
+        raise UserError(
+            f"num_auxiliary_contexts=0 shows no context to {_of_contexts(plan)}: raise it, or unset that."
+        )
+
+
+def _of_contexts(plan: Plan) -> str:
+    """The weights that look at auxiliary contexts."""
+    return " and ".join(weight.name for weight in plan.weights if "auxiliary" in weight.needs)
+
+
+def check_data_serves(plan: Plan, rows: Sequence[Row]) -> None:
+    """Raise `UserError` if an active mechanism finds nothing in the data to work with."""
+    needs = plan.needs
+    least = 2 if any(weight.name.startswith("agreement") for weight in plan.weights) else 1
+    if "auxiliary" in needs and not any(len(row.get("auxiliary_contexts") or []) >= least for row in rows):
+        many = "two of them" if least == 2 else "any"
+        remedy = "set agreement=none" if least == 2 else "unset token_weights"
+        raise UserError(
+            f"{_of_contexts(plan)} needs auxiliary contexts, but no row has {many}: add a column"
+            " auxiliary_contexts (a list of solved examples of other problems), build them with"
+            f" {built_by('agreement_contexts', 'retrieval')}, or {remedy}."
         )
     if "negative" in needs and not any(row.get("negative_context") for row in rows):
         raise UserError(

@@ -42,9 +42,19 @@ ENOUGH_ANSWERS = 8
 
 
 def check_machine(args: UniSDConfig) -> None:
-    """Before the model is loaded: raise `UserError` for an option that the device cannot serve."""
+    """Before the model is loaded: raise `UserError` for an option that the device cannot serve.
+
+    Or that several processes cannot: how they share an epoch's rows is relied on (`rows_to_fill`,
+    `planned_steps`).
+    """
     if args.fp16 and shares_host(args.device):
         raise UserError("fp16 has no effect on a CPU: unset it, or set bf16.")
+    shares = args.accelerator_config
+    if args.world_size > 1 and (shares.split_batches or shares.dispatch_batches or not shares.even_batches):
+        raise UserError(
+            "accelerator_config: several processes get a step's rows in one way: leave out split_batches,"
+            " dispatch_batches and even_batches."
+        )
 
 
 def check_ready(trainer: UniSDTrainer) -> None:
