@@ -127,10 +127,13 @@ def drifted(cells: list[Cell], task: str) -> list[str]:
 
 
 def pilots(cells: list[Cell]) -> list[str]:
-    """Markdown lines: what each pilot saw, on rows that are not reported; the chosen in bold."""
+    """Markdown lines: what each pilot saw, on rows that are not reported; the chosen in bold.
+
+    The untouched model's line is first: where all pilots lie below it, a lower rate may be right.
+    """
     lines = []
-    for method, rates in PILOTS.items():
-        chosen = chosen_rate(cells, method)
+    for method, rates in {RAW: (0.0,), **PILOTS}.items():
+        chosen = chosen_rate(cells, method) if method in PILOTS else None
         for rate in rates:
             if pilot_score(cells, method, rate) is None:
                 continue

@@ -143,4 +143,8 @@ def test_tables_of_a_run_say_how_many_answers_settle_nothing():
     results = {"before": side(right=2, wrong=0, unanswered=1, ambiguous=1), "after": settled}
     line = ["task undecided answers", "1 unanswered, 1 ambiguous", "0", ""]
     assert change_lines(results)[1] == line
+    assert change_lines({**results, "before": side()})[1:] == []
+    assert change_lines({"before": settled, "after": side()})[1:] == []
+    unsaid = {"before": side(), "after": results["before"]}
+    assert change_lines(unsaid)[1] == ["task undecided answers", "-", *line[1:2], ""]
     assert len(change_lines({"before": side(), "after": settled})) == 1

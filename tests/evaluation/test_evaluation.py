@@ -261,6 +261,8 @@ def test_accuracy_overall_and_by_skill():
     plain = accuracy(model, tokenizer, rows[:2], lambda row, text: True, max_new_tokens=2)
     assert plain["overall"]["value"] == 1 and plain["extraction_rate"] is None
     assert accuracy(model, tokenizer, [], lambda row, text: True)["overall"]["n"] == 0
+    nothing = accuracy(model, tokenizer, rows[:2], lambda row, text: Grade(False, None, "no answer found"))
+    assert nothing["extraction_rate"] == 0 and nothing["outcomes"]["unanswered"] == 2
 
 
 # ---------------------------------------------------------------- likelihood

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from unisd import testing as tiny
 from unisd.cli.main import main
 from unisd.data.prompts import PromptBuilder
-from unisd.evaluation.teacher_probe import SIDE_ROWS, Limits, Probe, advice
+from unisd.evaluation.teacher_probe import SIDE_ROWS, Limits, Probe, advice, gain
 from unisd.run.recommended import RATES, STEP_ROWS, Recommendation, recommend
 from unisd.run.recommended import _rate as rate_of
 from unisd.run.recommended import _size as adapter_size
@@ -50,15 +51,18 @@ def test_without_a_grader_copying_never_drives_the_advice() -> None:
     assert "--grader" in before or "hardly" in before
 
 
-def _report(student: float, teacher: float, **changes: Any) -> dict[str, Any]:
-    def figures(value: float) -> dict[str, Any]:
-        return {
-            "accuracy": {"value": value, "low": value - 0.1, "high": value + 0.1},
-            "truncated": 0,
-            "divergence": 0.4,
-        }
+def _report(student: float, teacher: float, n: int = 60, **changes: Any) -> dict[str, Any]:
+    """The teacher is right where the student is, as far as it can be, and then in the last rows."""
 
-    base = {"n": 64, "layout": "turn", "student": figures(student), "teacher": {"turn": figures(teacher)}}
+    def figures(value: float, other_way: bool = False) -> dict[str, Any]:
+        marks = [int(row < value * n) for row in range(n)]
+        accuracy = {"value": sum(marks) / n, "low": value - 0.1, "high": value + 0.1}
+        marks = marks[::-1] if other_way else marks
+        return {"accuracy": accuracy, "correct": marks, "truncated": 0, "divergence": 0.4}
+
+    crossed = changes.pop("crossed", False)
+    base = {"n": n, "layout": "turn", "student": figures(student)}
+    base["teacher"] = {"turn": figures(teacher, crossed)}
     return {**base, "wrong_reference": None, "auxiliary": None, **changes}
 
 
@@ -67,9 +71,49 @@ def test_advice_in_plain_words() -> None:
     assert "teacher_prompt_layout=turn" in advice(_report(0.2, 0.8)) and "60 points" in advice(
         _report(0.2, 0.8)
     )
-    assert "not certain" in advice(_report(0.5, 0.6))
+    assert "not certain" in advice(_report(0.5, 0.6, crossed=True))
+    assert "not certain" not in advice(_report(0.5, 0.6))
     assert "agreement cannot run" in advice(_report(0.2, 0.8))
     assert "nothing to work with" in advice(_report(0.2, 0.8, auxiliary={"spread": 0.001}))
+
+
+def test_few_rows_show_no_headroom_and_rule_none_out() -> None:
+    said = advice(_report(0.5, 0.5, n=8))
+    assert "No headroom is shown" in said and "probe more rows (--n)" in said and "cannot help" not in said
+    assert "cannot help" in advice(_report(0.7, 0.4))
+
+
+def test_answers_that_were_cut_decide_nothing() -> None:
+    report = _report(0.0, 0.0)
+    report["student"]["truncated"], report["teacher"]["turn"]["truncated"] = 30, 40
+    said = advice(report)
+    assert said.startswith("Nothing can be said yet: 70 of 120 answers reached the limit: raise --eval_max")
+    learns = _report(0.0, 0.8)
+    learns["student"]["truncated"] = 30
+    assert "headroom of 80 points" in advice(learns) and advice(learns).endswith("--eval_max_new_tokens.")
+
+
+@pytest.mark.parametrize(
+    ("right", "words"),
+    [(0, "matters."), (12, "it matters little"), (9, "not certain")],
+)
+def test_the_price_of_a_wrong_reference_is_that_of_the_same_rows(right: int, words: str) -> None:
+    rows = list(range(12)) if right < 12 else list(range(40))
+    marks = [int(number < right) for number in range(12)] if right < 12 else [1] * 40
+    wrong = {"accuracy": {"value": sum(marks) / len(rows)}, "correct": marks, "rows": rows}
+    said = advice(_report(0.0, 0.8, wrong_reference=wrong))  # the teacher is right in all of them
+    assert f"costs the teacher {100 - 100 * sum(marks) / len(rows):.0f} points on {len(rows)} rows" in said
+    assert words in said
+
+
+def test_a_gain_has_an_interval_over_rows() -> None:
+    """Against draws of pairs with a known difference."""
+    rng, covered = random.Random(0), 0
+    for _ in range(400):
+        pairs = rng.choices([(0, 0), (0, 1), (1, 0), (1, 1)], weights=[3, 3, 1, 3], k=40)
+        found = gain(*zip(*pairs, strict=True))
+        covered += found["low"] <= 0.2 <= found["high"]
+    assert 0.92 <= covered / 400 <= 0.98
 
 
 # -- what to set -----------------------------------------------------------------------------------

@@ -33,6 +33,12 @@ def test_verdicts_need_more_than_chance(tmp_path: Path) -> None:
     assert (open_["task"].word, open_["retention"].word) == ("no clear change", "no clear loss")
     worse = tiles(judged(tmp_path / "worse", [True] * 2, lost=10, nats=0.2))
     assert (worse["retention"].word, worse["drift"].word) == ("forgotten", "far from the base")
+    far = json.loads((tmp_path / "well" / "results.json").read_text())
+    for kl, nats in ((0.8, (-0.6, -0.7, -0.5)), (0.05, (0.5, -0.1, 1.1))):  # sharper; too few rows
+        low = dict(zip(("value", "low", "high"), nats, strict=True))
+        far["drift"] |= {"kl": {**far["drift"]["kl"], "after": kl}, "nats": low}
+        [drift] = [tile for tile in tiles_of(far) if tile.name == "drift"]
+        assert (drift.word, drift.kind) == ("moved; no clear loss", "")
     small = judged(tmp_path / "small", [True] * 2, lost=10)
     results = json.loads((small / "results.json").read_text())
     results["retention"][0]["items"] = {"kept": 386, "lost": 14, "gained": 0, "neither": 0, "p": 0.00012}

@@ -117,11 +117,12 @@ def accuracy(
             groups[str(row["skill"])].append(verdict.correct)
     ends, tokens = set(eos_ids(model, tokenizer)), sum(map(len, ids))
     found = sum(verdict.extracted is not None for verdict in grades)
+    says = found > 0 or any(verdict.reason for verdict in grades)  # a plain bool does not
     return {
         "overall": wilson(sum(verdict.correct for verdict in grades), len(grades)),
         "by_skill": {name: wilson(sum(marks), len(marks)) for name, marks in sorted(groups.items())},
-        "extraction_rate": found / len(grades) if found else None,
-        "outcomes": outcomes(grades) if found else None,
+        "extraction_rate": found / len(grades) if says else None,
+        "outcomes": outcomes(grades) if says else None,
         "details": mean_details(grades),
         "completions": texts,
         "completion_ids": ids,

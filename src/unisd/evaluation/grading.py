@@ -143,9 +143,13 @@ def unsettled_lines(before: dict[str, Any], after: dict[str, Any]) -> list[list[
     """Lines of a table of before and after: undecided answers, where there are any."""
     lines = []
     for name in ("task", "retention"):
-        sides = [unsettled(side.get(f"{name}_outcomes")) for side in (before, after)]
+        counts = [side.get(f"{name}_outcomes") for side in (before, after)]
+        sides = [unsettled(of_side) for of_side in counts]
         if any(sides):
-            lines.append([f"{name} undecided answers", *(side or "0" for side in sides), ""])
+            shown = [
+                "-" if of_side is None else said or "0" for of_side, said in zip(counts, sides, strict=True)
+            ]
+            lines.append([f"{name} undecided answers", *shown, ""])
     return lines
 
 

@@ -11,7 +11,9 @@ Shapes: T tokens of a completion, H hidden size.
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,7 +26,7 @@ from unisd.backbone import Backbone
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.data.thoughts import answer_of, completion_text
-from unisd.evaluation.grading import wilson
+from unisd.evaluation.grading import Interval, wilson
 from unisd.evaluation.likelihood import reference_nll
 from unisd.kernels.attention import takes_packed
 from unisd.losses.chunked import chunked_loss, token_logprobs
@@ -129,7 +131,10 @@ class Probe:
         }
         if self.grade is not None:
             texts = [answer_of(completion_text(self.tokenizer, one.ids)) for one in completions]
-            figures["accuracy"] = wilson(sum(map(is_right, map(self.grade, rows, texts))), len(rows))
+            figures["correct"] = [
+                int(is_right(self.grade(row, text))) for row, text in zip(rows, texts, strict=True)
+            ]
+            figures["accuracy"] = wilson(sum(figures["correct"]), len(rows))
         return figures
 
     # -- how far its distributions lie from the student's ------------------------------------------
@@ -276,10 +281,10 @@ class Probe:
         if not chosen:
             return None
         prompts = [self.builders[layout].negative(self.rows[i]) for i in chosen]
-        figures: dict[str, Any] = {"n": len(chosen)}
+        figures: dict[str, Any] = {"n": len(chosen), "rows": chosen}
         if self.grade is not None:
             asked = {"wrong": ([self.rows[i] for i in chosen], prompts)}
-            figures = self.answers("teacher, wrong reference", asked)["wrong"][1]
+            figures |= self.answers("teacher, wrong reference", asked)["wrong"][1]
         both = [(i, prompt) for i, prompt in zip(chosen, prompts, strict=True) if i < len(own)]
         answers = [own[i] for i, _ in both]
         wrong = self.states([prompt for _, prompt in both], answers)
@@ -316,31 +321,58 @@ def teaches(report: dict[str, Any]) -> bool:
 
 def advice(report: dict[str, Any]) -> str:
     """Say the figures in plain words: layout, headroom, whether agreement can weigh anything."""
-    judge = _by_accuracy if "accuracy" in report["student"] else _by_divergence
-    lines = [*judge(report), *_of_wrong_reference(report), _of_contexts(report)]
-    truncated = report["student"]["truncated"]
-    if truncated > 0.1 * report["n"]:
-        lines.append(f"{truncated} of {report['n']} answers reached the limit: raise max_completion_length.")
-    return " ".join(lines)
+    graded = "accuracy" in report["student"]
+    cut, count = cut_answers(report)
+    told = f"{cut} of {count} answers reached the limit: raise --eval_max_new_tokens."
+    if graded and cut > 0.5 * count and not teaches(report):
+        return f"Nothing can be said yet: {told}"
+    judged = _by_accuracy(report) if graded else _by_divergence(report)
+    lines = [*judged, *_of_wrong_reference(report), _of_contexts(report)]
+    return " ".join([*lines, *([told] if cut > 0.1 * count else ())])
+
+
+def cut_answers(report: dict[str, Any]) -> tuple[int, int]:
+    """How many of the student's and the teacher's answers reached the limit, and of how many."""
+    sides = [report["student"], report["teacher"][report["layout"]]]
+    counted = [side["truncated"] for side in sides if "truncated" in side]
+    return sum(counted), len(counted) * int(report["n"])
+
+
+def gain(before: Sequence[int], after: Sequence[int]) -> Interval:
+    """The difference of two shares of right answers to the same rows, with a 95 % interval.
+
+    By the normal approximation, with half an answer added to each of the four kinds of pairs
+    (Agresti and Min 2005), which holds for few rows too.
+    """
+    pairs = Counter(zip(before, after, strict=True))
+    n, won, lost = len(before) + 2, pairs[0, 1] + 0.5, pairs[1, 0] + 0.5
+    middle = (won - lost) / n
+    half = 1.959963984540054 * math.sqrt(won + lost - n * middle**2) / n
+    value = (pairs[0, 1] - pairs[1, 0]) / max(1, len(before))
+    return {"value": value, "low": middle - half, "high": middle + half}
 
 
 def _by_accuracy(report: dict[str, Any]) -> list[str]:
     """Whether the teacher is right more often than the student."""
-    student, teacher = report["student"]["accuracy"], report["teacher"][report["layout"]]["accuracy"]
-    gain = teacher["value"] - student["value"]
-    if not teaches(report):
+    sides = report["student"], report["teacher"][report["layout"]]
+    student, teacher = (side["accuracy"]["value"] for side in sides)
+    found = gain(*(side["correct"] for side in sides))
+    shares = (
+        f"with the reference in its prompt the model is right in {teacher:.0%}, without it in {student:.0%}"
+    )
+    more = f"with {report['n']} rows the difference is not certain: probe more rows (--n)."
+    if not teaches(report) and found["high"] < HEADROOM:
         return [
-            "Self-distillation cannot help here: with the reference in its prompt the model is right in"
-            f" {teacher['value']:.0%}, without it in {student['value']:.0%}. Try another prompt, better"
-            " references or a larger model."
+            f"Self-distillation cannot help here: {shares}. Try another prompt, better references or a larger"
+            " model."
         ]
+    if not teaches(report):
+        return [f"No headroom is shown: {shares}; {more}"]
     lines = [
-        f"Use teacher_prompt_layout={report['layout']}: the teacher is right in {teacher['value']:.0%}, the"
-        f" student in {student['value']:.0%}: a headroom of {gain * 100:.0f} points."
+        f"Use teacher_prompt_layout={report['layout']}: the teacher is right in {teacher:.0%}, the"
+        f" student in {student:.0%}: a headroom of {found['value'] * 100:.0f} points."
     ]
-    if teacher["low"] <= student["high"]:
-        lines.append(f"With {report['n']} rows the difference is not certain: probe more rows (--n).")
-    return lines
+    return lines if found["low"] > 0 else [*lines, f"{more[0].upper()}{more[1:]}"]
 
 
 def _by_divergence(report: dict[str, Any]) -> list[str]:
@@ -369,10 +401,17 @@ def _of_wrong_reference(report: dict[str, Any]) -> list[str]:
     wrong, teacher = report["wrong_reference"], report["teacher"][report["layout"]]
     if not wrong or "accuracy" not in wrong or "accuracy" not in teacher:
         return []
-    fall = teacher["accuracy"]["value"] - wrong["accuracy"]["value"]
+    fall = gain(wrong["correct"], [teacher["correct"][row] for row in wrong["rows"]])
+    words = (
+        "the quality of your references matters."
+        if fall["low"] > 0
+        else "it matters little how good your references are."
+        if fall["high"] < 0.1
+        else "not certain."
+    )
     return [
-        f"A wrong reference costs the teacher {fall * 100:.0f} points: the quality of your references "
-        + ("matters." if fall > 0.1 else "matters little.")
+        f"A wrong reference costs the teacher {fall['value'] * 100:.0f} points on {len(wrong['rows'])} rows:"
+        f" {words}"
     ]
 
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisd.console import number
+from unisd.monitoring.alarms import FORGOTTEN_NATS
 from unisd.run.changes import clearly_lost, direction, moved_far
 
 GOOD, BAD, OPEN = "good", "bad", ""
 CHANGED = {1: ("learned", GOOD), 0: ("no clear change", OPEN), -1: ("worse", BAD)}
 TASK, ALARMS = "task", "alarms"
+MOVED_KL = 0.1
+"""Nats per token from the base, up to which a model still says about what it said."""
 Figures = Mapping[str, Any]
 
 
@@ -90,8 +93,9 @@ def _drift(results: Figures) -> Iterator[Tile]:
     note = "KL from the base, nats per token"
     if nats is not None:
         note += f"; its own answers lost {nats['value']:.3f} [{nats['low']:.3f}, {nats['high']:.3f}]"
-    word = "far from the base" if far else "near the base"
-    yield Tile("drift", f"{drift['kl']['after']:.3g}", word, note, BAD if far else GOOD)
+    near = drift["kl"]["after"] <= MOVED_KL and (nats is None or nats["high"] <= FORGOTTEN_NATS)
+    word = "far from the base" if far else "near the base" if near else "moved; no clear loss"
+    yield Tile("drift", f"{drift['kl']['after']:.3g}", word, note, BAD if far else GOOD if near else OPEN)
 
 
 def _alarms(alarms: Any) -> Tile:
