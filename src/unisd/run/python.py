@@ -143,7 +143,6 @@ def compare(
     if old is None or old is new or getattr(new, "get_base_model", lambda: None)() is old:
         if not hasattr(new, "disable_adapter"):
             raise UserError("before and after are one model without an adapter: give the one that it was.")
-        check_base_is_kept(new.peft_config)
         old, of_old = None, of_new
     if of_old.get_vocab() != of_new.get_vocab():
         raise UserError("before and after have other vocabularies: give the model that it was adapted from.")
@@ -177,6 +176,7 @@ def _bare(model: Any, without_adapter: bool) -> Iterator[Any]:
     if not without_adapter:
         yield model
         return
+    check_base_is_kept(model.peft_config)
     with model.disable_adapter():
         yield model
 
