@@ -195,7 +195,7 @@ class Scorer:
         group = list(found.states.get(WRONG_REFERENCE.name, {}).values())
         if group and fields.divergence in found.scores:
             mode = "topk" if self.spec.mode == "topk" else "full"
-            kind = {"mode": mode, "topk_support": "teacher", "topk_estimator": "support"}
+            kind: dict[str, Any] = {"mode": mode, "topk_support": "teacher", "topk_estimator": "support"}
             spec = replace(self.spec, alpha=0.0, entry_clip=None, **kind)
             teacher = self._teacher_final(found, group[0].final_TH.device)
             _write(found, fields, [self._compare(group, teacher, (head, head), spec)])
