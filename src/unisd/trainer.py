@@ -48,7 +48,7 @@ from unisd.scoring.scorer import Scorer, teacher_head
 from unisd.training import preflight
 from unisd.training.coefficients import (
     DeferredWeights,
-    idle_agreement,
+    idle_weights,
     loss_coefficients,
     most_uncertain,
     once,
@@ -306,7 +306,7 @@ class UniSDTrainer(EvaluatingTrainer):
             own, everywhere = gather_scores(self.accelerator, scores)
             found = loss_coefficients(args, self.plan, everywhere)
             metrics.values |= found.metrics
-            if not self._said_idle and (idle := idle_agreement(found.metrics, args)):
+            if not self._said_idle and (idle := idle_weights(found, everywhere, args)):
                 logger.warning("step %d: %s", self.state.global_step + 1, idle)
                 self._said_idle = True
             target = self.scorer.target_without_states(self._progress(), device)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from unisd.config import UniSDConfig
 from unisd.methods.aggregation import weight_stats
+from unisd.testing import trainer
 from unisd.training.coefficients import idle_agreement, weight_metrics
 
 
@@ -26,3 +29,11 @@ def test_a_few_tokens_that_stand_out_do_not_hide_idle_agreement(apart: int, idle
             " mean 0.9976, least 0.9090): their forward passes have no effect; raise agreement_gamma=0.1, or"
             " set agreement=none."
         )
+
+
+def test_weights_that_leave_nothing_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"token_weights": ["confidence_gate:threshold=0.0001"], "max_steps": 2}
+    trained = trainer(tmp_path, **options)
+    trained.train()
+    told = "step 1: the weights of all tokens are 0, so that nothing is learned: look at confidence_gate"
+    assert caplog.text.count(told) == 1 and caplog.text.count("nothing is learned") == 1

@@ -191,6 +191,14 @@ def loss_coefficients(args: UniSDConfig, plan: Plan, scores: StepScores) -> Coef
     return Coefficients(divergence_BT, terms, weights_BT, clip, clipped_BT, metrics)
 
 
+def idle_weights(found: Coefficients, scores: StepScores, args: UniSDConfig) -> str | None:
+    """What to tell the user of weights that leave nothing to learn, or hardly differ."""
+    if scores.mask.any() and not any(c.any() for c in (found.divergence_BT, *found.terms.values())):
+        named = ", ".join(args.token_weights) or "agreement"
+        return f"the weights of all tokens are 0, so that nothing is learned: look at {named}."
+    return idle_agreement(found.metrics, args)
+
+
 def weight_metrics(name: str, stats: Mapping[str, float]) -> dict[str, float]:
     prefix = "agreement" if name in AGREEMENT else f"weight/{name}"
     return {f"{prefix}/{key}": float(number) for key, number in stats.items()}
