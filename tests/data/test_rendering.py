@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaTokenizer
 
 from tests.helpers import templates
 from unisd.data import prompts as prompting
 from unisd.data import rendering
 from unisd.data.prompts import PromptBuilder, encode_completion, encode_prompt
 from unisd.data.thoughts import answer_of, completion_text
+from unisd.data.trajectories import encode_turns
 from unisd.errors import UserError
 
 SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
@@ -47,6 +49,59 @@ def test_a_reference_is_what_the_model_would_write(
 ) -> None:
     tokenizer = templates.tokenizer(template)
     assert written(tokenizer, reference) == expected
+
+
+GLM = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ '\\n' + m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_that_closes_no_answer_still_says_what_stands_before_it() -> None:
+    tokenizer = templates.tokenizer(GLM)
+    assert written(tokenizer, "Four.") == "<think></think>\nFour.<|im_end|>"
+
+
+def test_a_prompt_that_names_the_mark_of_a_thought_opens_none() -> None:
+    tokenizer, reference = templates.tokenizer(templates.CHATML), "<think>2+2</think>Four."
+    for prompt in ("Begin with <think>. How many?", "How many?"):
+        assert written(tokenizer, reference, prompt) == "<think>2+2</think>Four.<|im_end|>"
+
+
+def test_an_answer_ends_as_the_model_does_where_the_tokenizer_has_no_end() -> None:
+    tokenizer = templates.tokenizer(None)
+    tokenizer.eos_token = None
+    assert encode_completion(tokenizer, "a", [5])[-1] == 5
+
+
+def sentencepiece(template: str | None) -> Any:
+    """A tokenizer that begins every text with a space, as those of Llama 2 and Mistral do."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    for token in ("\u2581", *map(chr, range(33, 127)), "\u2581P"):
+        vocabulary.setdefault(token, len(vocabulary))
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[("\u2581", "P")])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_an_answer_gets_no_space_that_only_a_text_of_its_own_begins_with() -> None:
+    chat = sentencepiece(ZEPHYR)
+    turns = [{"role": "assistant", "content": "Paris"}]
+    ids, own = encode_turns(chat, "Capital?", turns, [2])
+    assert chat.decode(encode_prompt(chat, "Capital?") + ids).endswith("<|assistant|>\nParis</s>") and all(
+        own
+    )
+    for tokenizer, prompt in ((chat, "Capital?"), (sentencepiece(None), "Capital?\nA:\n")):
+        ids = encode_completion(tokenizer, "Paris", [2], prompt)
+        assert tokenizer.convert_ids_to_tokens(ids) == [*"Paris", "</s>"]
+    ids = encode_completion(sentencepiece(None), " Paris", [2], "Capital?\nA:")
+    assert sentencepiece(None).convert_ids_to_tokens(ids)[0] == "\u2581P"
 
 
 def test_a_thought_that_the_prompt_opens_is_not_opened_twice(caplog: pytest.LogCaptureFixture) -> None:
@@ -203,6 +258,7 @@ def test_the_token_that_closes_a_turn() -> None:
             "Four.",
         ),
         ("[THINK]Is it 4?[/THINK]Four.", "Four."),
+        ("<|channel>thought\nMaybe 5? No.\n<channel|>Four.", "Four."),
     ],
 )
 def test_graders_see_what_follows_the_thought(text: str, answer: str) -> None:

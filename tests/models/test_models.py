@@ -97,6 +97,21 @@ def test_a_hub_id_that_cannot_be_had():
     one_line(caught)
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ImportError("You need to install sentencepiece."), "cannot load the x of a/b: You need to install"),
+        (OSError("401 Client Error: gated repo."), r"no model a/b: .*\(401 Client Error: gated repo\.\)"),
+    ],
+)
+def test_why_a_hub_id_cannot_be_had_is_said(error, told):
+    def build():
+        raise error
+
+    with pytest.raises(UserError, match=told):
+        models._load("x", "a/b", "a/b", build)
+
+
 def test_a_broken_folder(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot load the weights") as caught:

@@ -93,6 +93,10 @@ def test_before_and_after_of_an_adapter(tmp_path: Path) -> None:
     found = [unisd.compare(before, adapted, rows, **given) for before in (None, base, tiny.model())]
     assert found[0] == found[1] and found[0]["before"]["gold_ppl"] != found[0]["after"]["gold_ppl"]
     assert found[0]["before"]["gold_ppl"] == pytest.approx(found[2]["before"]["gold_ppl"])
+    for options, told in ({"init_lora_weights": "pissa"}, "=pissa changes"), ({"bias": "all"}, "bias=all"):
+        changing = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules="all-linear", **options))
+        with pytest.raises(UserError, match=f"{told}.*give the base itself"):
+            unisd.compare(None, changing, rows, **given)
     model = tiny.model()
     with pytest.raises(UserError, match="before and after are one model"):
         unisd.compare(model, model, rows, **given)

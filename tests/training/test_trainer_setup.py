@@ -132,12 +132,6 @@ def test_rows_are_dealt_to_processes_in_one_way(
         check_machine(args)
 
 
-def test_an_adapter_that_changes_the_base_is_refused(tmp_path: Any) -> None:
-    adapter = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="pissa")
-    with pytest.raises(UserError, match="init_lora_weights=pissa changes the base's weights"):
-        trainer(tmp_path, peft_config=adapter)
-
-
 def test_references_end_as_the_model_ends_them() -> None:
     """The template closes a turn with another token than the tokenizer's EOS, as Gemma's and
     Phi-3's do.

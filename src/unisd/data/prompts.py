@@ -15,7 +15,7 @@ from typing import Any
 
 from unisd.data import rendering
 from unisd.data.privilege import reference_at
-from unisd.data.rendering import Messages, as_messages
+from unisd.data.rendering import Messages, as_messages, following_ids
 from unisd.data.thoughts import MARKS, opened_mark, split_thought
 from unisd.errors import UserError
 
@@ -103,27 +103,40 @@ def encode_completion(
     """
     closing = rendering.closing_token(tokenizer)
     end = closing if closing in ends else tokenizer.eos_token_id
+    end = next(iter(ends), None) if end is None else end
     stops = {*ends, end}
+    before = prompt if isinstance(prompt, str) else ""
     if prompt is not None and tokenizer.chat_template is not None:
         messages = as_messages(prompt)
         before = rendering.render(tokenizer, messages)
         written = _assistant_turn(tokenizer, messages, before, text)
         if written is not None:
-            ids = list(tokenizer(written, add_special_tokens=False)["input_ids"])
+            ids = following_ids(tokenizer, before, written)
             # The first one behind the answer: some templates write an end of the text after it.
-            place = written.rfind(split_thought(text).answer.strip())
-            spoken = tokenizer(written[: max(place, 0)], add_special_tokens=False)["input_ids"]
+            answer = split_thought(text).answer.strip()
+            place = max(written.rfind(answer), 0)
+            spoken = following_ids(tokenizer, before, written[:place])
             last = next((i for i in range(len(spoken), len(ids)) if ids[i] in stops), None)
             if last is not None:
                 return ids[: last + 1]
+            text = written[: place + len(answer)]  # a template that closes no answer
         else:
             _say_once(
                 "A chat with an answer does not begin with its prompt, as the chat template renders it:"
                 " reference answers are taken as they are, right after the prompt."
             )
-            text = _after(before, text)
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            text = _after(_prefix_of(tokenizer, messages, before), text)
+    ids = following_ids(tokenizer, before, text)
     return [*ids, end] if end is not None else ids
+
+
+def _prefix_of(tokenizer: Any, messages: Messages, before: str) -> str:
+    """What the template writes for the answer after the messages, which end `before`."""
+    try:
+        asked = rendering.render(tokenizer, messages, answering=False)
+    except UserError:
+        return rendering.generation_prefix(tokenizer)
+    return before[len(asked) :] if before.startswith(asked) else rendering.generation_prefix(tokenizer)
 
 
 def _assistant_turn(tokenizer: Any, messages: Messages, before: str, text: str) -> str | None:
@@ -134,7 +147,7 @@ def _assistant_turn(tokenizer: Any, messages: Messages, before: str, text: str) 
     parts = split_thought(text)
     turn = {"role": "assistant", "content": text}
     apart = {**turn, "content": parts.answer, "reasoning_content": parts.thought, "thinking": parts.thought}
-    opened = opened_mark(before)
+    opened = opened_mark(_prefix_of(tokenizer, messages, before))
     for form in (apart, turn) if parts.thought and parts.answer else (turn,):
         said = (parts.thought, parts.answer)
         try:
@@ -148,9 +161,9 @@ def _assistant_turn(tokenizer: Any, messages: Messages, before: str, text: str) 
     return None
 
 
-def _after(before: str, text: str) -> str:
-    """An answer right after a prompt that may have opened a thought."""
-    opened = opened_mark(before)
+def _after(prefix: str, text: str) -> str:
+    """An answer right after a prefix that may have opened a thought."""
+    opened = opened_mark(prefix)
     if opened is None:
         return text
     closing = dict(MARKS)[opened]

@@ -232,6 +232,22 @@ def generation_prefix(tokenizer: Any) -> str:
     return opened[len(closed) :] if opened.startswith(closed) else opened[-16:]
 
 
+def following_ids(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Token ids of `text` as they follow those of `before`.
+
+    A text of its own would begin with a space for SentencePiece's tokenizers, which a model that
+    goes on with a line does not write. Where a token would reach over the border, `text` stands at
+    the beginning of a line.
+    """
+    for start in (before, "\n"):
+        head, whole = (
+            tokenizer(part, add_special_tokens=False)["input_ids"] for part in (start, start + text)
+        )
+        if start and list(whole[: len(head)]) == list(head):
+            return list(whole[len(head) :])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def special_tokens(tokenizer: Any) -> set[str]:
     """The texts of all tokens that are no part of ordinary text."""
     added = getattr(tokenizer, "added_tokens_decoder", None)  # of some a function

@@ -18,6 +18,7 @@ MARKS = (
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
 )
 _CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
 _AFTER_MESSAGE = re.compile(r"<\|(?:end|return|call|start)\|>")

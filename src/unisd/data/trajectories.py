@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from unisd.data import rendering
-from unisd.data.rendering import Messages
+from unisd.data.rendering import Messages, following_ids
 from unisd.errors import UserError
 
 TURNS = "completion_turns"
@@ -69,7 +69,7 @@ def encode_turns(
                 f"the chat template writes turn {place} of the completion differently if others follow"
                 " it: give the tokenizer a chat_template that leaves earlier turns as they are."
             )
-        piece = tokenizer(text[len(seen) :], add_special_tokens=False)["input_ids"]
+        piece = following_ids(tokenizer, seen, text[len(seen) :])
         last = next((i for i, token in enumerate(piece) if token in stops), len(piece) - 1)
         is_last = place == len(turns) - 1
         ids += piece[: last + 1] if is_last else piece

@@ -29,10 +29,10 @@ def without_adapter(model: Any) -> Any:
 
 
 def check_base_is_kept(adapters: Mapping[str, Any]) -> None:
-    """Raise `UserError` if an adapter's initialisation takes its beginning out of the base.
+    """Raise `UserError` if a model without its adapters is not the one that they were made for.
 
-    Without the adapter the model is then not the initial one, which is what drift, a comparison
-    with it and a chat beside it take it for.
+    Drift, a comparison with it, a chat beside it and a part of its change take it for that. Some
+    initialisations take the adapter's beginning out of the base, and biases are trained in place.
 
     Args:
         adapters: configurations of peft by name, as a model's `peft_config` holds them.
@@ -42,7 +42,12 @@ def check_base_is_kept(adapters: Mapping[str, Any]) -> None:
         if isinstance(kind, str) and kind.lower() not in ("gaussian", "eva", "orthogonal", "mica"):
             raise UserError(
                 f"init_lora_weights={kind} changes the base's weights, so that the model without its adapter"
-                " is not the initial one: use True, gaussian or eva (of a trained adapter: give the base)."
+                " is not the initial one: give the base itself, or use True, gaussian or eva."
+            )
+        if (bias := getattr(config, "bias", "none")) != "none":
+            raise UserError(
+                f"the adapter trains the base's biases (bias={bias}), so that the model without it is not the"
+                " initial one: give the base itself, or use bias=none."
             )
 
 
@@ -187,7 +192,7 @@ def check_adapter(model: Any, peft_config: Any) -> None:
     if peft_config is not None:
         raise UserError(
             "peft_config is given with a model that has an adapter already: leave peft_config out to"
-            " continue with that adapter, or give model.merge_and_unload()."
+            " continue with that adapter, or merge it with `unisd merge` and give that folder."
         )
     if list(held) != ["default"]:
         raise UserError(

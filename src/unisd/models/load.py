@@ -23,7 +23,7 @@ from unisd.data.rendering import has_template
 from unisd.errors import UserError, by_caller
 from unisd.models import adapters
 from unisd.models import gguf as gguf_cache
-from unisd.models.adapters import check_base_is_kept, without_adapter
+from unisd.models.adapters import without_adapter
 from unisd.models.tokens import eos_ids, mark_defined
 from unisd.models.weights import open_model
 
@@ -165,9 +165,12 @@ def _load(what: str, name: str, path: str, build: Any) -> Any:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if Path(path).is_dir():
             raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
+        if not isinstance(error, OSError):  # a package that is missing, say, or an architecture too new
+            raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
         raise UserError(
-            f"no model {name}: neither a local folder nor available from the Hugging Face hub; check the"
-            f" spelling and the network, or give a local folder, {POCKET} or {SMOLLM2}"
+            f"no model {name}: neither a local folder nor available from the Hugging Face hub"
+            f" ({_one_line(error)}); check the spelling and the network, or give a local folder, {POCKET} or"
+            f" {SMOLLM2}"
         ) from error
 
 
@@ -353,7 +356,6 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
     from transformers import set_seed
 
     peft_config = _where_it_counts(model, peft_config)
-    check_base_is_kept({"new": peft_config})
 
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from unisd.errors import UserError
 from unisd.files import RESULTS, check_writable, follow_umask
-from unisd.models.adapters import base_of, is_adapter, without_adapter
+from unisd.models.adapters import base_of, check_base_is_kept, is_adapter, without_adapter
 from unisd.models.generation import mend_generation_config
 from unisd.models.load import load_model_and_tokenizer, load_tokenizer, resolve
 from unisd.models.saving import copy_processor, copy_tokenizer
@@ -288,6 +288,8 @@ def _adapted(asked: Merge) -> _Source:
     # Each matrix gets its own part of the change: one that is head and embedding would get both.
     ties = _Ties.cut(bare)
     parts = {*asked.outputs} != {1.0}
+    if parts:
+        check_base_is_kept(adapted.peft_config)
     base = {_plain(name): p.clone() for name, p in _weights(bare).items()} if parts else {}
     try:
         merged = adapted.merge_and_unload()

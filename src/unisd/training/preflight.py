@@ -126,9 +126,8 @@ def _check_references_carry_loss(trainer: UniSDTrainer) -> None:
     if not skipped or args.completion_source != "reference":
         return
     tokenizer, ends = trainer.prompts.tokenizer, trainer.eos_ids
-    if all(
-        len(encode_completion(tokenizer, str(row["completion"]), ends)) <= skipped for row in trainer.rows
-    ):
+    answers = ((str(row["completion"]), ends, row["prompt"]) for row in trainer.rows)
+    if all(len(encode_completion(tokenizer, *answer)) <= skipped for answer in answers):
         raise UserError(
             f"num_loss_tokens_to_skip={skipped} leaves no token of any reference with a loss: lower it."
         )
