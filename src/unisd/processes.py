@@ -37,6 +37,15 @@ def lock(path: Path, busy: str) -> IO[str]:
     return file
 
 
+def cores() -> int:
+    """How many cores this process may use: those that it is held to, and its share of them."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # of a container: microseconds in each period, or max
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        own = min(own, max(1, round(int(quota) / int(period))))
+    return own
+
+
 @contextmanager
 def alone_in(folder: Path, busy: str) -> Iterator[None]:
     """Hold a folder, without a file in it, where its file system can.

@@ -235,6 +235,11 @@ def test_mistakes() -> None:
         ("10 + 5 = 15.\n#### 15", "10 + 5 = "),
         ("It costs 1,200 in all.", "It costs "),
         ("So the answer is yes.", "So the answer is no."),
+        ("5 + 3 is 8, more than 7.\nAnswer: yes", "5 + 3 is 8, more than 7.\nAnswer: no"),
+        ("It is from 1605.\nSo the answer is no.", "It is from 1605.\nSo the answer is yes."),
+        ("Answer: False (see section 3)", "Answer: True (see section 3)"),
+        ("Yes, 12 is more than 7.", "No, 12 is more than 7."),
+        ("The answer is 42, because 6 * 7 = 42.", "The answer is "),
     ],
 )
 def test_corruption_changes_the_answer_and_little_else(reference: str, kept: str) -> None:
@@ -242,6 +247,14 @@ def test_corruption_changes_the_answer_and_little_else(reference: str, kept: str
         wrong = negatives.corrupted(reference, random.Random(seed))
         assert wrong is not None and wrong != reference and wrong.startswith(kept)
     assert negatives.corrupted("Nothing here could be changed", random.Random(0)) is None
+    wrong = negatives.corrupted("The answer is B because 12 > 7.", random.Random(0), "ABCD")
+    assert wrong in {f"The answer is {letter} because 12 > 7." for letter in "ACD"}
+
+
+def test_a_wrong_reference_does_not_state_the_same_answer() -> None:
+    given = [{"prompt": "Which?", "privileged_context": "It has 3 legs and 4 ears.\nAnswer: the hare"}]
+    [built] = negatives.build(given, "corrupt")
+    assert "negative_context" not in built or not built["negative_context"]
 
 
 def test_wrong_references_are_proved_wrong() -> None:

@@ -14,6 +14,7 @@ from tests.helpers.serving import Refusal, StandIn, serving
 from unisd import UserError
 from unisd import http_client as patient_http
 from unisd.cli.main import main
+from unisd.data.text import MAX_TEXT
 from unisd.evaluation.judge import Pair, Reply, judged, question, verdict_in
 
 
@@ -127,6 +128,24 @@ def test_the_command_judges_a_run_through_a_server(server: StandIn, tmp_path: Pa
     assert re.search(r"^verdict follows the position \(1 the first, 0 the second\) +33.3 %.* 3$", said, re.M)
     assert re.search(r"^after is better +25.0 % \[.*\] +1$", said, re.M)
     assert server.requests[0]["temperature"] == 0 and len(server.requests) == 16
+
+
+def test_texts_of_which_only_the_beginning_is_kept_are_not_judged(
+    server: StandIn, tmp_path: Path, capsys: Any
+) -> None:
+    server.reply = prefers_longer
+    folder = a_run(
+        tmp_path / "run", [("p" * MAX_TEXT, "ab", "abc"), ("p" * MAX_TEXT, "a", "b"), ("q", "a", "ab")]
+    )
+    kept = json.loads((folder / "answers.json").read_text())
+    whole = f"{'p' * MAX_TEXT} Which?"
+    kept["task"]["examples"][1]["messages"] = [{"role": "user", "content": whole}]
+    (folder / "answers.json").write_text(json.dumps(kept))
+    assert main(["judge", str(folder), "--judge_url", server.url]) == 0
+    assert (
+        "1 rows are left out: of texts over 20,000 characters only the beginning" in capsys.readouterr().out
+    )
+    assert len(server.requests) == 4 and any("Which?" in str(request) for request in server.requests)
 
 
 def test_the_command_judges_two_files(server: StandIn, tmp_path: Path, capsys: Any) -> None:

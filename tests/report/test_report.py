@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 from tests.helpers.report import HOSTILE, LONG, Browser, Tags, a_run, a_study, built, record
 from unisd.cli.main import main
 from unisd.evaluation import judge
-from unisd.report import plots
+from unisd.report import compare_page, plots, run_page, study_page
 from unisd.report.html import clean, data_block, escape, render
 from unisd.report.supervision import MAX_SHOWN, shades, spread, supervision
 from unisd.study.store import Store
@@ -251,6 +251,24 @@ def test_a_study_page_shows_effects_and_links_its_runs(tmp_path: Path) -> None:
         "analysis.md",
     }
     assert "#010203" not in (tmp_path / "figures" / "main.svg").read_text()
+
+
+def test_levels_may_hold_the_sign_between_two_factors() -> None:
+    names = {"size=8 x 1", "size=4 x 2", "rate=2"}
+    assert study_page._factors("size=8 x 1 x rate=2", names) == ("size=8 x 1", "rate=2")
+    assert study_page._factors("a x b", set()) == ("a", "b")
+
+
+def test_the_cost_of_a_resumed_run_says_what_it_counts(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    results["cost"]["steps"] = results["steps"] - 1
+    (folder / "results.json").write_text(json.dumps(results))
+    other = a_run(tmp_path / "other")
+    told = f"cost of the last {results['steps'] - 1} steps, since a resume"
+    assert told in run_page.build(folder) and f"(last {results['steps'] - 1} steps)" in str(
+        compare_page._table(compare_page.read([folder, other]))
+    )
 
 
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from unisd.errors import UserError
 from unisd.files import append_line, read_lines
 from unisd.run.inputs import load_data
 from unisd.run.resolve import parse
-from unisd.study import analysis, recommend
+from unisd.study import analysis, recommend, runner
 from unisd.study.design import Study, cells_of, from_dict, load, runs_of
 from unisd.study.executor import Finished, Job, LocalExecutor
 from unisd.study.store import DONE, FAILED, Store
@@ -190,6 +190,36 @@ def test_a_run_that_an_alarm_stopped_is_not_tried_again(tmp_path: Path) -> None:
     _, store = carried_out(tmp_path, study(), executor)
     assert executor.submitted.count(stopped) == 1
     assert store.runs()[stopped]["status"] == FAILED and "'collapse'" in store.runs()[stopped]["reason"]
+
+
+def test_a_run_that_an_alarm_stopped_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the checkpoint that the alarm has saved it would go on as if all were well."""
+    monkeypatch.setattr(runner, "_has_checkpoint", lambda folder: True)
+    store, (run, other) = Store(tmp_path, writes=False), runs_of(study())[:2]
+    assert runner.command_of(run, store)[-1] == "--resume_from_checkpoint"
+    store.note(run.id, "failed", reason="stopped at step 9 by the alarm 'collapse' (alarms=stop): lower it.")
+    assert runner.command_of(run, store)[-1] == "--overwrite_output_dir"
+    store.note(other.id, "failed", reason="out of memory")
+    assert runner.command_of(other, store)[-1] == "--resume_from_checkpoint"
+
+
+def test_a_study_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}")
+    spec = study(base={"train_file": str(file)})
+    _, store = carried_out(tmp_path / "study", spec, FakeExecutor())
+    command._refuse_other_data(store.runs(), runs_of(spec))
+    file.write_text("{} ")
+    with pytest.raises(UserError, match=r"rows\.jsonl has changed since 8 run\(s\) of this study"):
+        command._refuse_other_data(store.runs(), runs_of(spec))
+    earlier = {name: {**record, "data": None} for name, record in store.runs().items()}
+    command._refuse_other_data(earlier, runs_of(spec))  # of a version that kept none
+
+
+def test_a_long_level_makes_a_name_that_a_folder_can_have() -> None:
+    long = {"prompt": {"a": {}, "\u00e4" * 300: {"teacher_prompt_template": "{prompt} {privileged_context}"}}}
+    names = [run.id for run in runs_of(study(factors=long, mechanisms=[]))]
+    assert max(len(name.encode()) for name in names) < 200 and len({*names}) == len(names)
 
 
 def test_a_run_that_ended_before_its_record_is_not_run_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from unisd.cli.completions import match_completions
 from unisd.cli.parser import MEASURED, OUTPUT, CommandParser, at_least_one, output_file
 from unisd.cli.sources import OWN, one_task
 from unisd.console import loading_libraries, make_console, show_progress, show_table
-from unisd.data.text import as_text
+from unisd.data.text import MAX_TEXT, as_text
 from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.evaluation import judge
@@ -145,17 +145,23 @@ def _of_run(folder: Path) -> tuple[list[Pair], list[str]]:
         raise UserError(f"{path} cannot be read ({error}): give the folder of a finished run.") from None
     if not examples:
         raise UserError(f"{path} holds no texts of answers: train with --answers_kept 24.")
-    fewer = f"the texts of {len(examples)} of {len(ids)} rows are kept (unisd train --answers_kept)."
-    pairs = [
-        Pair(
-            one["id"],
-            one["prompt"],
-            one["reference"],
-            *(answer_of(one[s]["text"]) for s in ("before", "after")),
+    notes = []
+    if len(examples) < len(ids):
+        kept = f"{len(examples)} of {len(ids)}"
+        notes.append(f"the texts of {kept} rows are kept (unisd train --answers_kept).")
+    pairs = []
+    for one in examples:
+        prompt = as_text(one["messages"]) if "messages" in one else one["prompt"]  # messages are never cut
+        if max(len(one["reference"]), 0 if "messages" in one else len(prompt)) < MAX_TEXT:
+            answers = (answer_of(one[side]["text"]) for side in ("before", "after"))
+            pairs.append(Pair(one["id"], prompt, one["reference"], *answers))
+    if left_out := len(examples) - len(pairs):
+        notes.append(
+            f"{left_out} rows are left out: of texts over {MAX_TEXT:,} characters only the beginning is kept."
         )
-        for one in examples
-    ]
-    return pairs, [fewer] if len(examples) < len(ids) else []
+    if not pairs:
+        raise UserError(f"{path}: {notes[-1]} Judge answers that you have in files (--completions).")
+    return pairs, notes
 
 
 def _of_files(options: Any) -> tuple[list[Pair], list[str]]:

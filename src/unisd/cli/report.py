@@ -8,7 +8,7 @@ from pathlib import Path
 from unisd.cli.parser import CommandParser, output_file
 from unisd.console import loading
 from unisd.errors import UserError
-from unisd.files import METRICS, REPORT, RESULTS, write_text
+from unisd.files import GRAFTING, JUDGE, METRICS, REPORT, RESULTS, write_text
 
 COMPARISON = "comparison.html"
 PAGE_HEAD = b'name="generator" content="unisd"'
@@ -114,7 +114,9 @@ def _study(folder: Path, out: Path, figures: str | None, run_pages: bool) -> str
             one = store.run_folder(run_id)
             page, source = one / REPORT, one / RESULTS
             source = source if source.is_file() else one / METRICS  # of a run that failed
-            if source.is_file() and (not page.exists() or page.stat().st_mtime < source.stat().st_mtime):
+            shown = [file for file in (source, one / GRAFTING, one / JUDGE) if file.is_file()]
+            newest = max((file.stat().st_mtime for file in shown), default=0.0)
+            if source.is_file() and (not page.exists() or page.stat().st_mtime < newest):
                 write_text(page, run_page.build(one))
     if figures is not None:
         target = Path(figures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from unisd.cli.parser import DATA, MEASURED, OUTPUT, CommandParser
 from unisd.errors import UserError
 from unisd.run.resolve import check_names
 from unisd.study import design
-from unisd.study.store import FAILED, RUNS, Store
+from unisd.study.store import FAILED, RUNS, Store, data_of
 
 STUDY_FILE = "study.yaml"
 DEFAULT_FOLDER = "unisd-study"
@@ -225,6 +225,7 @@ def _run_left(options: Any, study: design.Study, runs: Sequence[design.Run], sto
             if run.id in known and known[run.id]["status"] == FAILED:
                 store.note(run.id, "anew")
                 del known[run.id]
+    _refuse_other_data(known, runs)
     left = [run for run in runs if run.id not in known]
     executor = executors.make(options.executor, options.jobs, options.ray_address)
     try:
@@ -239,6 +240,21 @@ def _run_left(options: Any, study: design.Study, runs: Sequence[design.Run], sto
         return runner.carry_out(study, left, store, executor, lambda line: print(line, flush=True))
     finally:
         executor.close()
+
+
+def _refuse_other_data(known: Mapping[str, Any], runs: Sequence[design.Run]) -> None:
+    """Raise `UserError` if the study has runs on rows that are others now."""
+    changed: dict[str, int] = {}
+    for run in runs:
+        held, now = known.get(run.id, {}).get("data") or {}, data_of(run.options)
+        for file in (file for file, mark in held.items() if now.get(file) != mark):
+            changed[file] = changed.get(file, 0) + 1
+    if changed:
+        file, count = max(changed.items(), key=lambda item: item[1])
+        raise UserError(
+            f"{file} has changed since {count} run(s) of this study, which cannot be compared with new ones:"
+            " give another --output_dir, or put the file back."
+        )
 
 
 def _remember(folder: Path, study: design.Study) -> None:

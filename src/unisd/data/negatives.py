@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from unisd.data.contexts import read_cache, write_cache
+from unisd.data.privilege import MARK, final_answer
 from unisd.data.prompts import fill
 from unisd.data.rows import Row
 from unisd.data.text import prompt_text, words
 from unisd.errors import UserError
 
 KINDS = ("columns", "corrupt", "model")
-FORMAT = 2  # of the cache: graders, too, are part of what is kept
+FORMAT = 3  # of the cache: graders, too, are part of what is kept
 TRIES = 3
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _FORM = re.compile(
@@ -41,6 +42,7 @@ _FORM = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _LETTER = re.compile(r"(?<![^\W\d_])([A-Ja-j])(?=[).:,\]]*\s*$)")
+_FIRST_LETTER = re.compile(r"\(?([A-Ja-j])(?![^\W_])")
 _OPTION = re.compile(r"(?:^|(?<=[\s(\[]))([A-Ja-j])[).:\]](?=\s)", re.MULTILINE)
 _YEARS = range(1500, 2100)
 _SWAPS = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
@@ -129,11 +131,17 @@ def _proved_wrong(
             if (
                 text
                 and words(text) != words(_reference(rows[i]))
+                and not _same_answer(text, _reference(rows[i]))
                 and not (grade is not None and grade(rows[i], text))
             ):
                 found[i] = text.strip()
         waiting = [i for i in waiting if i not in found]
     return found
+
+
+def _same_answer(text: str, reference: str) -> bool:
+    """Whether both state the same final answer, where the reference marks one."""
+    return bool(re.search(MARK, reference)) and final_answer(text) == final_answer(reference)
 
 
 def _reference(row: Row) -> str:
@@ -158,27 +166,37 @@ def corrupted(reference: str, rng: random.Random, options: str = "") -> str | No
     Args:
         options: letters that are options of the row; empty: not known.
     """
-    last = reference.rstrip().rpartition("\n")[2]
-    start = len(reference.rstrip()) - len(last)
-    letter = _LETTER.search(last)
+    start, marked = _stated(reference)
+    last = reference[start:].rstrip()
+    letter = _LETTER.search(last) or (_FIRST_LETTER.match(last) if marked and options else None)
     if letter and letter[1] in (options or "ABCDE"):
         other = rng.choice([c for c in options or "ABCDE" if c != letter[1]])
         return reference[: start + letter.start(1)] + other + reference[start + letter.end(1) :]
+    said = list(re.finditer(r"[A-Za-z]+", last))
+    if said and said[0][0].lower() in _SWAPS:  # the answer, before what it is given for
+        return _swapped(reference, start, said[0])
     forms = list(_FORM.finditer(reference))
     if forms:
-        old = forms[-1][0]
-        return _every(reference, old, _other(forms[-1], rng))
-    for word in re.findall(r"[A-Za-z]+", last)[::-1]:
-        if word.lower() in _SWAPS:
-            swapped = _SWAPS[word.lower()]
-            swapped = swapped.upper() if word.isupper() else swapped
-            place = start + last.rindex(word)
-            return (
-                reference[:place]
-                + (swapped.capitalize() if word.istitle() else swapped)
-                + reference[place + len(word) :]
-            )
-    return None
+        # of a marked answer its own, before those of its reasons
+        form = next((form for form in forms if marked and form.start() >= start), forms[-1])
+        return _every(reference, form[0], _other(form, rng))
+    swaps = [word for word in said if word[0].lower() in _SWAPS]
+    return _swapped(reference, start, swaps[-1]) if swaps else None
+
+
+def _stated(reference: str) -> tuple[int, bool]:
+    """Where the final answer begins, and whether a mark says so; else where the last line does."""
+    marks = list(re.finditer(MARK, reference))
+    if marks and reference[marks[-1].end() :].strip():
+        return marks[-1].end(), True
+    return reference.rstrip().rfind("\n") + 1, False
+
+
+def _swapped(reference: str, start: int, word: re.Match[str]) -> str:
+    """The reference with yes for no, or the reverse."""
+    other = _SWAPS[word[0].lower()]
+    other = other.upper() if word[0].isupper() else other.capitalize() if word[0].istitle() else other
+    return reference[: start + word.start()] + other + reference[start + word.end() :]
 
 
 def _other(form: re.Match[str], rng: random.Random) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from unisd.data.thoughts import answer_of
+from unisd.processes import cores
 from unisd.tasks.base import Grade, Row, is_right
 
 BOOTSTRAP = 2000  # resamples of an interval
@@ -35,7 +35,7 @@ def grade_many(
         on_done(1)
         return verdict if isinstance(verdict, Grade) else Grade(is_right(verdict))
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return list(pool.map(one, zip(rows, completions, strict=True)))
 
 

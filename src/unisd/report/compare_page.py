@@ -97,6 +97,8 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
     lines = [["run", "recipe", "task after", *names, "time", "tokens trained", "peak memory"]]
     for run in runs:
         results, cost = run.results, run.results.get("cost")
+        steps = None if cost is None else cost.get("steps")
+        since = "" if steps in (None, results["steps"]) else f" (last {steps} steps)"  # of a resumed run
         said = {tile.name: ", ".join(filter(None, (tile.value, tile.word))) for tile in tiles_of(results)}
         lines.append(
             [
@@ -104,8 +106,8 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
                 str(results["recipe"]),
                 percent(results["after"]["task_accuracy"]),
                 *(said.get(name, "-") for name in names),
-                f"{results['wall_s']:.0f}\u00a0s",
-                "-" if cost is None else f"{cost['tokens']['trained']:,}",
+                f"{results['wall_s']:.0f}\u00a0s{since}",
+                "-" if cost is None else f"{cost['tokens']['trained']:,}{since}",
                 "-" if cost is None else f"{cost['peak_memory_bytes'] / (1 << 20):,.0f} MiB",
             ]
         )

@@ -259,8 +259,9 @@ def _cost(results: Figures) -> Figures:
     if cost is None:
         return {"bars": bars, "lines": [], "mechanisms": []}
     tokens, energy, flops = cost["tokens"], cost["energy"], cost["flops_estimated"]
+    whole = cost.get("steps") in (None, results["steps"])
     lines = [
-        ["cost of training", ""],
+        ["cost of training" if whole else f"cost of the last {cost['steps']} steps, since a resume", ""],
         ["tokens generated", f"{tokens['generated']:,}"],
         ["tokens scored without gradient", f"{tokens['scored']:,}"],
         *[[f"  of the {view} view", f"{count:,}"] for view, count in tokens["scored_by_view"].items()],

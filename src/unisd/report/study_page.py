@@ -7,6 +7,7 @@ each run.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,13 @@ def panels_of(figures: Figures, kind: str) -> list[plots.Panel]:
     return panels
 
 
+def _factors(interaction: str, names: Collection[str]) -> tuple[str, str]:
+    """The two of an interaction, whose own names may hold the sign between them."""
+    parts = interaction.split(" x ")
+    halves = [(" x ".join(parts[:i]), " x ".join(parts[i:])) for i in range(1, len(parts))]
+    return next((pair for pair in halves if {*pair} <= {*names}), halves[0])
+
+
 def figures_of(figures: Figures, margin: float) -> dict[str, plots.Plot]:
     """Every figure of a task by name: kinds of effects, `interaction`, `trade-off`."""
     drawn = {}
@@ -143,8 +151,9 @@ def figures_of(figures: Figures, margin: float) -> dict[str, plots.Plot]:
         panels = panels_of(figures, kind)
         if panels:
             drawn[kind] = plots.forest(panels, margin)
+    alone = {line["name"] for line in figures["effects"] if line["kind"] != "interaction"}
     pairs = {
-        tuple(line["name"].split(" x ")): (
+        _factors(line["name"], alone): (
             line["value"],
             line["low"] is not None and not line["low"] <= 0 <= line["high"],
         )

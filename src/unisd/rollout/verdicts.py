@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -17,6 +16,7 @@ from typing import Any
 
 from unisd.data.rows import Row
 from unisd.data.text import contains, words
+from unisd.processes import cores
 from unisd.tasks.base import Grade, Verdict
 from unisd.tasks.graders.base import shortened
 
@@ -92,7 +92,7 @@ class Judge:
 
     def __init__(self, grader: Grader, limit_s: float = LIMIT_S, workers: int | None = None) -> None:
         self.grader, self.limit_s = grader, limit_s
-        self.workers = workers or os.cpu_count() or 1
+        self.workers = workers or cores()
         self.failures: Counter[str] = Counter()
         """Verdicts that were not given, and feedback that was taken away, by their kind."""
 

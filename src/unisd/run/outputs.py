@@ -298,7 +298,9 @@ def write_config(folder: Path, options: RunOptions, config: UniSDConfig) -> None
             values[name] = None if value is UNSET else _plain(taken_back.get(name, value))
     folder.mkdir(parents=True, exist_ok=True)
     body = yaml.safe_dump(without_password(values), sort_keys=False, allow_unicode=True)
-    (folder / CONFIG).write_text("\n".join([*head, body]), encoding="utf-8")
+    temporary = (folder / CONFIG).with_suffix(".tmp")  # whole or not at all: a file of nothing is no run's
+    temporary.write_text("\n".join([*head, body]), encoding="utf-8")
+    temporary.replace(folder / CONFIG)
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,7 @@ from unisd.data.text import problem_mark
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
-from unisd.files import ANSWERS, GRAFTING, SAMPLES, TRAINED_ON, read_lines
+from unisd.files import ANSWERS, GRAFTING, JUDGE, SAMPLES, TRAINED_ON, read_lines
 from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM, can_checkpoint
 from unisd.monitoring.alarms import Alarm
@@ -201,7 +202,8 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
     with alone_in(folder, busy):
         if checkpoint is None or options.overwrite_output_dir:
             outputs.clear_earlier_run(folder)
-        (folder / GRAFTING).unlink(missing_ok=True)  # of other weights than those to come
+        for name in (GRAFTING, JUDGE):  # of other weights than those to come
+            (folder / name).unlink(missing_ok=True)
         outputs.write_config(folder, options, setting.config)
         marks = sorted({problem_mark(row["prompt"]) for row in setting.data.train})
         outputs.write_json(folder / TRAINED_ON, {"problems": marks})
@@ -337,8 +339,11 @@ def _accounted(
     alarms = list(setting.trainer.health.alarms) if config.alarms != "off" else None
     if alarms is not None and results["forgotten"] is not None:
         alarms.append(Alarm("forgetting", results["steps"], results["forgotten"]))
+    cost = cost_of(setting.trainer, config, results["phases_s"], options.device_tdp, energy.kwh)
+    earlier = re.search(r"checkpoint-(\d+)/?$", str(config.resume_from_checkpoint or ""))
     return {
-        "cost": cost_of(setting.trainer, config, results["phases_s"], options.device_tdp, energy.kwh),
+        # nothing is known of what was spent before a resume
+        "cost": {**cost, "steps": results["steps"] - (int(earlier[1]) if earlier else 0)},
         "alarms": None if alarms is None else [asdict(alarm) for alarm in alarms],
         "config": outputs.resolved(options, config),
     }

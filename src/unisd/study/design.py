@@ -36,6 +36,7 @@ MECHANISMS: dict[str, Options] = {
 }
 """What switches each mechanism of a recipe off."""
 
+LONGEST_NAME = 150  # bytes, of what can be read in the name of a run's folder
 DESIGNS = ("one-in", "leave-one-out", "full", "fractional", "list")
 ON, OFF = "on", "off"
 
@@ -371,4 +372,6 @@ def _id(cell: str, task: str, seed: int, options: Options) -> str:
         if cell.startswith("+")
         else cell.replace("-", "without ", 1)
     )
-    return re.sub(r"[^\w.=]+", "-", f"{task} {words.strip()} s{seed} {digest}").strip("-")
+    readable = re.sub(r"[^\w.=]+", "-", f"{task} {words.strip()}").strip("-")
+    readable = readable.encode()[:LONGEST_NAME].decode(errors="ignore")
+    return f"{readable}-s{seed}-{digest}"

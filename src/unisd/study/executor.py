@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unisd.errors import UserError
-from unisd.processes import die_with_parent
+from unisd.processes import cores, die_with_parent
 
 POLL_S = 0.1
 GRACE_S = 10.0
@@ -53,10 +53,6 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """End everything that still runs."""
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def devices() -> int:

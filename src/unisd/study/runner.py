@@ -102,13 +102,15 @@ def _check_rows(options: RunOptions, needs_reference: bool, read: set[str]) -> N
 def command_of(run: Run, store: Store) -> tuple[str, ...]:
     """Write the run's configuration file, and return the command that trains it.
 
-    An interrupted run goes on from its checkpoint.
+    An interrupted run goes on from its checkpoint; one that an alarm has stopped would go on past
+    the alarm, and begins anew.
     """
     folder = store.run_folder(run.id)
     folder.mkdir(parents=True, exist_ok=True)
     config = folder.parent / f"{run.id}.yaml"  # beside the folder: a run starts in an empty one
     config.write_text(yaml.safe_dump(run.options, sort_keys=True), encoding="utf-8")
-    again = "--resume_from_checkpoint" if _has_checkpoint(folder) else "--overwrite_output_dir"
+    goes_on = _has_checkpoint(folder) and STOPPED not in store.last_reason(run.id)
+    again = "--resume_from_checkpoint" if goes_on else "--overwrite_output_dir"
     where = (
         "--config",
         str(config),

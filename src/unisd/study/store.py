@@ -9,6 +9,7 @@ lines=True)`, `read_json_auto('runs.jsonl')`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ from unisd.study.design import Run
 SCHEMA_VERSION = 1
 RUNS, ATTEMPTS, LOCK, FOLDERS = "runs.jsonl", "attempts.jsonl", ".lock", "runs"
 DONE, FAILED = "done", "failed"
+DATA = ("train_file", "eval_file", "data_files", "retention")
+"""Options that name files of rows."""
 Record = dict[str, Any]
 
 
@@ -58,6 +61,12 @@ class Store:
             events = events[len(events) - events[::-1].index("anew") :]
         return events.count("failed")
 
+    def last_reason(self, run_id: str) -> str:
+        """Why a run has failed the last time; empty where it has not."""
+        lines = [line for line in read_lines(self.folder / ATTEMPTS) if line["run"] == run_id]
+        reasons = [str(line.get("reason") or "") for line in lines if line["event"] == "failed"]
+        return reasons[-1] if reasons else ""
+
     def note(self, run_id: str, event: str, **details: Any) -> None:
         """Append to the attempts: `started`, `failed` or `anew`."""
         append_line(self.folder / ATTEMPTS, {"run": run_id, "event": event, "time": time.time(), **details})
@@ -74,6 +83,7 @@ class Store:
             "seed": run.seed,
             "factors": run.cell.levels,
             "options": run.options,
+            "data": data_of(run.options),
             "finished_at": time.time(),
             **details,
         }
@@ -81,6 +91,18 @@ class Store:
             record |= found_in(self.run_folder(run.id))
         append_line(self.folder / RUNS, record)
         return record
+
+
+def data_of(options: dict[str, Any]) -> dict[str, str]:
+    """The local files that a run reads its rows from, with marks of what they hold."""
+    named = [value for key, value in options.items() if key in DATA]
+    files = [file for value in named for file in (value if isinstance(value, list) else [value])]
+    return {str(file): _mark(Path(file)) for file in files if file is not None and Path(file).is_file()}
+
+
+def _mark(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
 def found_in(folder: Path) -> Record:

@@ -37,6 +37,7 @@ from shutil import which
 from typing import Any, NamedTuple
 
 from unisd.errors import UserError, by_caller
+from unisd.processes import cores
 from unisd.tasks.sandbox import syscalls
 
 __all__ = ["Verdict", "check_isolation", "run_many", "run_program"]
@@ -154,7 +155,7 @@ def run_many(
         on_done(1)
         return verdict
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         return list(pool.map(one, programs))
 
 
