@@ -158,3 +158,7 @@ def test_a_long_run_shows_all_evaluations(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*steps, *found]))
     kept = read_metrics(tmp_path / "metrics.jsonl")
     assert len(kept) == 1002 and kept[-2:] == found
+    for line in steps[49::50]:
+        line["probe"] = 1.0
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    assert sum("probe" in line for line in read_metrics(tmp_path / "metrics.jsonl")) == 60

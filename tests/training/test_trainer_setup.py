@@ -132,6 +132,18 @@ def test_rows_are_dealt_to_processes_in_one_way(
         check_machine(args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_on_a_base_that_was_changed_in_memory_is_refused(tmp_path: Any, dtype: Any) -> None:
+    tiny.model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    adapter = LoraConfig(r=2, target_modules="all-linear")
+    assert trainer(tmp_path, model=copy.deepcopy(model), peft_config=adapter)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    with pytest.raises(UserError, match=r"up_proj.weight differs.*save it first \(save_pretrained\)"):
+        trainer(tmp_path, model=model, peft_config=adapter)
+
+
 def test_references_end_as_the_model_ends_them() -> None:
     """The template closes a turn with another token than the tokenizer's EOS, as Gemma's and
     Phi-3's do.

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
+import torch
+from transformers.utils import CONFIG_NAME, cached_file
 
+from unisd.errors import UserError
 from unisd.files import follow_umask
 from unisd.models.adapters import name_base, without_adapter
 
@@ -52,6 +54,35 @@ def complete(folder: Path, model: Any) -> None:
     if source := getattr(base, "name_or_path", None):
         copy_processor(source, folder)
     follow_umask(folder)
+
+
+def check_as_saved(model: Any) -> None:
+    """Raise `UserError` if a base in memory is no longer the one of its files.
+
+    An adapter that is trained on it would be opened on those: by the first row of each weight, as
+    training and merging change all of them. A base whose files are not at hand is not compared.
+    """
+    from safetensors import safe_open
+
+    name = getattr(model, "opened_as", None) or getattr(model, "name_or_path", None) or ""
+    held = {key: weight for key, weight in model.named_parameters() if weight.is_floating_point()}
+    for file in _weight_files(str(name)):
+        with safe_open(str(file), framework="pt") as stored:
+            for key in held.keys() & {*stored.keys()}:
+                weight, saved = held[key], stored.get_slice(key)
+                if weight.is_meta or not weight.dim() or saved.get_shape() != list(weight.shape):
+                    continue
+                if not torch.equal(saved[:1].to(weight.dtype), weight[:1].detach().cpu()):
+                    raise UserError(
+                        f"the model is not the one of {name} any more ({key} differs), and an adapter is"
+                        " opened on that: save it first (save_pretrained), and load it from there."
+                    )
+
+
+def _weight_files(name: str) -> list[Path]:
+    """The files of a model's weights, in a folder or the cache of the hub."""
+    found = _file_of(name, CONFIG_NAME) if name else None
+    return [] if found is None else sorted(Path(found).parent.glob("model*.safetensors"))
 
 
 def _file_of(path: str, name: str) -> str | None:

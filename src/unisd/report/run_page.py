@@ -7,6 +7,7 @@ view.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -213,10 +214,17 @@ def read_json(path: Path) -> Figures:
 
 
 def read_metrics(path: Path) -> list[Figures]:
-    """Lines of `metrics.jsonl`: all evaluations, and so many steps as a plot can show."""
+    """Lines of `metrics.jsonl`: all evaluations, and so many steps as a plot can show.
+
+    With those that hold what is measured now and then (a probe).
+    """
     lines = read_lines(path)
     steps = [line for line in lines if not is_evaluation(line)]
-    return steps[:: max(1, -(-len(steps) // MAX_POINTS))] + [line for line in lines if is_evaluation(line)]
+    every = max(1, -(-len(steps) // MAX_POINTS))
+    counts = Counter(name for line in steps for name in line)
+    rare = {name for name, count in counts.items() if 2 * count < len(steps)}
+    shown = [line for place, line in enumerate(steps) if place % every == 0 or not rare.isdisjoint(line)]
+    return shown + [line for line in lines if is_evaluation(line)]
 
 
 def evaluations(metrics: Sequence[Figures]) -> plots.Wanted:

@@ -26,6 +26,7 @@ from unisd.memory import default_token_budget
 from unisd.methods.targets import Source
 from unisd.models.adapters import check_adapter, is_adapter, keep_new_tokens, make_trainable, without_adapter
 from unisd.models.load import can_checkpoint, load_model_and_tokenizer, with_adapter
+from unisd.models.saving import check_as_saved
 from unisd.models.tokens import embedded_tokens, known_tokens, mark_defined, mark_ends
 from unisd.rollout.engine import Engine
 from unisd.rollout.transformers_engine import TransformersEngine
@@ -85,6 +86,8 @@ def load_student(
     mark_defined(student, tokenizer)
     _join_ends(student, tokenizer, args)
     if peft_config is not None:
+        if student is model:
+            check_as_saved(student)
         student = with_adapter(student, peft_config, args.seed, args.gradient_checkpointing)
     if hasattr(student, "peft_config"):
         keep_new_tokens(student)
