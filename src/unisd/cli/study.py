@@ -66,7 +66,7 @@ def study_parser() -> CommandParser:
         help=f"the study's folder; the same again continues (default: {DEFAULT_FOLDER}/NAME)",
     )
     measured.add_argument(
-        "--mechanisms", nargs="+", help=f"factors on/off: {', '.join(design.MECHANISMS)} (default: all)"
+        "--mechanisms", nargs="+", help=f"of {', '.join(design.MECHANISMS)} (default: all; none with --factor)"
     )
     measured.add_argument(
         "--design", nargs="+", help=f"{', '.join(design.DESIGNS)} (default: one-in leave-one-out)"
@@ -90,8 +90,8 @@ def study_parser() -> CommandParser:
     measured.add_argument(
         "--controls",
         nargs="*",
-        help="add the controls that critics ask for, at equal tokens: reference-free, wrong-reference,"
-        " other-solution, sft, sft-graft, rejection-sft (default: all of them)",
+        help="add the controls that critics ask for, at equal steps and answers: reference-free,"
+        " wrong-reference, other-solution, sft, sft-graft, rejection-sft (default: all of them)",
     )
     runs.add_argument("--jobs", type=int, help="runs at once (default: one per GPU, else one per core)")
     runs.add_argument(

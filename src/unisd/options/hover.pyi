@@ -118,7 +118,9 @@ class UniSDOptions(table.UniSDOptions):
     """Maximum auxiliary contexts used per row (K). Default: 3."""
 
     agreement_gamma: float = ...
-    """Strength: the weight is 1 / (1 + gamma * scaled disagreement). Default: 0.01."""
+    """Strength. token: the weight is 1 / (1 + gamma * scaled disagreement); sequence: exp(-gamma *
+    disagreement). Default: 0.01.
+    """
 
     agreement_stat: str = ...
     """Measure of disagreement of the K log-probabilities: var or range. Default: 'var'."""

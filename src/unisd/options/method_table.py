@@ -150,7 +150,11 @@ class MethodOptions:
         "agreement", "Maximum auxiliary contexts used per row (K).", 3, low=0, shared=("probe", "prepare")
     )
     agreement_gamma: float = option(
-        "agreement", "Strength: the weight is 1 / (1 + gamma * scaled disagreement).", 0.01, low=0
+        "agreement",
+        "Strength. token: the weight is 1 / (1 + gamma * scaled disagreement); sequence: exp(-gamma *"
+        " disagreement).",
+        0.01,
+        low=0,
     )
     agreement_stat: str = option(
         "agreement",

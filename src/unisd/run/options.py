@@ -152,8 +152,9 @@ class RunOptions:
     eval_split: str | None = option(
         "data",
         "Rows to report on: a share of the training rows or (1 or more) a number of them, held out by"
-        " problem; or a split of dataset_name. Unset: a seeded 10 % (at most max_eval_rows). For a task: the"
-        " name of its split (unset: test; validation: for choosing settings, as a study does).",
+        " problem; or a split of dataset_name. Unset: a seeded 10 % (at most max_eval_rows). For a task that"
+        " is trained on: the name of its split (unset: test; validation: for choosing settings, as a study"
+        " does).",
         shared=_ROWS,
     )
     dataset_name: str | list[str] | None = option(
