@@ -66,7 +66,7 @@ def study_parser() -> CommandParser:
         help=f"the study's folder; the same again continues (default: {DEFAULT_FOLDER}/NAME)",
     )
     measured.add_argument(
-        "--mechanisms", nargs="+", help=f"of {', '.join(design.MECHANISMS)} (default: all; none with --factor)"
+        "--mechanisms", nargs="+", help=f"of {', '.join(design.MECHANISMS)} (unset: all; none with --factor)"
     )
     measured.add_argument(
         "--design", nargs="+", help=f"{', '.join(design.DESIGNS)} (default: one-in leave-one-out)"
