@@ -318,7 +318,12 @@ def test_merge_of_something_else(mistake: Any, model_dir: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 81344 vs 81236"),
+    ],
 )
 def test_full_disk(mistake: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(arguments: list[str]) -> int:

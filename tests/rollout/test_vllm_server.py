@@ -312,6 +312,9 @@ def test_one_process_alone_tries_what_the_server_can(
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"r": 1024}, "lora_r=1024"),
+        ({"r": 8, "rank_pattern": {"q_proj": 4}}, "leave rank_pattern and alpha_pattern"),
+        ({"r": 8, "alpha_pattern": {"q_proj": 64}}, "leave rank_pattern and alpha_pattern"),
+        ({"r": 8, "init_lora_weights": "pissa"}, "init_lora_weights=pissa changes"),
     ],
 )
 def test_adapters_that_vllm_cannot_serve(

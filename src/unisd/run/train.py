@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -340,10 +339,9 @@ def _accounted(
     if alarms is not None and results["forgotten"] is not None:
         alarms.append(Alarm("forgetting", results["steps"], results["forgotten"]))
     cost = cost_of(setting.trainer, config, results["phases_s"], options.device_tdp, energy.kwh)
-    earlier = re.search(r"checkpoint-(\d+)/?$", str(config.resume_from_checkpoint or ""))
     return {
         # nothing is known of what was spent before a resume
-        "cost": {**cost, "steps": results["steps"] - (int(earlier[1]) if earlier else 0)},
+        "cost": {**cost, "steps": results["steps"] - setting.trainer.began_at},
         "alarms": None if alarms is None else [asdict(alarm) for alarm in alarms],
         "config": outputs.resolved(options, config),
     }

@@ -216,9 +216,15 @@ def saving_failed(error: Exception, output_dir: str | Path, name: str) -> UserEr
 def disk_is_full(error: BaseException) -> bool:
     """Also as safetensors and torch say it, in exceptions of their own."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return (
-        full or "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error)
+    said = str(error)
+    texts = ("No space left on device", "PytorchStreamWriter failed writing", "iostream error")
+    # what torch says as it closes a file that it could not write
+    full = (
+        full
+        or any(text in said for text in texts)
+        or ("inline_container" in said and "unexpected pos" in said)
     )
+    return full or (error.__context__ is not None and disk_is_full(error.__context__))
 
 
 def _numbered(output_dir: str | Path) -> list[tuple[int, Path]]:

@@ -79,6 +79,7 @@ class FaultTolerantTrainer(ShardedTrainer):
             self.add_callback(EarlyStopping(args.early_stopping_patience))
         self.health = Watch(args.alarm_window)
         self.stop_reason: str | None = None
+        self.began_at = 0  # the step of the checkpoint that a training went on from
         self._run_folder: str | None = None  # where the Trainer puts checkpoints while one is being built
         self._done: list[list[int]] = []  # parts of this step that are in the gradient
         self._most_rows: int | None = None  # per micro-batch, since memory ran out
@@ -243,6 +244,14 @@ class FaultTolerantTrainer(ShardedTrainer):
             rotate_checkpoints(
                 folder, args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
             )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the newest checkpoint beside the best, as rotation did: transformers removes it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _place_best(self, name: str) -> None:
         """Name the best checkpoint by its place, not by where it was built: every rank may load it
@@ -447,3 +456,4 @@ class FaultTolerantTrainer(ShardedTrainer):
         if reason is not None:
             self.stop_reason = reason
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # after which the best alone may be saved

@@ -78,6 +78,17 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             control.should_evaluate = False  # whoever sent a SIGTERM waits for half a minute only
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Undo what transformers asks for where it takes a broken epoch for a whole one."""
+        if self.asked:
+            control.should_evaluate = control.should_save = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop after an evaluation, which a save follows (but where only the best is saved)."""
+        self.asked = on_any_rank(self.asked, args.world_size)
+        if self.asked and args.save_strategy != "best":
+            control.should_save = control.should_training_stop = True
+
 
 # ----------------------------------------------------------------------------------- non-finite
 # loss and gradient

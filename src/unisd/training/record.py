@@ -61,7 +61,7 @@ HARMLESS = {
     *("remove_unused_columns", "prediction_loss_only", "torch_empty_cache_steps", "debug", "tf32"),
     *("auto_find_batch_size", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"),
     *("record_samples", "max_skipped_steps", "rollout_batch_size", "token_budget", "loss_chunk_tokens"),
-    *("packing", "loss_implementation", "max_prompt_length", "max_teacher_prompt_length"),
+    *("packing", "loss_implementation", "max_prompt_length"),
     *("load_best_model_at_end", "length_column_name", "use_liger_kernel", "ddp_timeout"),
 }
 # Of an adapter's configuration: what does not change what its numbers mean.

@@ -26,7 +26,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop lines of steps that a resumed run does again, and watch the others again."""
-        metrics = self.trainer.metrics
+        metrics, self.trainer.began_at = self.trainer.metrics, state.global_step
         if self.trainer.is_world_process_zero():
             self.trainer.observer.samples.forget_after(state.global_step)
         lines = [metrics.forget_after(state.global_step) if self.trainer.is_world_process_zero() else []]
@@ -53,6 +53,11 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
                 # A restart comes at its step also where the student has stayed as it was.
                 if not self.skipping or teacher.restart_steps is not None:
                     teacher.update(state.global_step + 1)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave what was saved last: transformers ends a broken epoch as if it were whole."""
+        if self.trainer.stop_reason is not None:
+            control.should_evaluate = control.should_save = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from unisd.config import UniSDConfig
 from unisd.errors import UserError
 from unisd.files import follow_umask
 from unisd.http_client import BadAnswer
-from unisd.models.adapters import without_adapter
+from unisd.models.adapters import check_base_is_kept, without_adapter
 from unisd.models.tokens import defined_tokens
 from unisd.rollout.engine import Completion, NoiseKey, Sampling, seed_of
 
@@ -173,6 +174,14 @@ def lora_rank(model: Any) -> int:
         raise UserError(
             "use_vllm cannot take over an adapter's modules_to_save or bias: leave them out, or unset"
             " use_vllm."
+        )
+    check_base_is_kept(model.peft_config)  # the engine loads the base itself
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    found = [m.scaling[model.active_adapter] for m in model.modules() if isinstance(m, LoraLayer)]
+    if any(not math.isclose(one, scale) for one in found):
+        raise UserError(
+            "use_vllm takes lora_alpha / r for the scale of all layers: leave rank_pattern and alpha_pattern"
+            " out, or unset use_vllm."
         )
     rank = max([config.r, *(config.rank_pattern or {}).values()])
     fitting = [known for known in LORA_RANKS if known >= rank]
