@@ -189,12 +189,14 @@ def append_line(path: Path, record: Record) -> None:
 class _Loader(yaml.SafeLoader):
     """Refuses a mapping that names a key twice, of which PyYAML keeps the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        assert node is not None
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for place, key in enumerate(keys):
-            if key in keys[:place]:
-                raise yaml.YAMLError(f"{key!r} is given twice{node.value[place][0].start_mark}")
-        return super().construct_mapping(node, deep)
+            if key.value in [earlier.value for earlier in keys[:place]]:
+                raise yaml.YAMLError(f"{key.value!r} is given twice{key.start_mark}")
+        return node
 
 
 def read_yaml(path: Path) -> Record:

@@ -240,6 +240,9 @@ def test_mistakes() -> None:
         ("Answer: False (see section 3)", "Answer: True (see section 3)"),
         ("Yes, 12 is more than 7.", "No, 12 is more than 7."),
         ("The answer is 42, because 6 * 7 = 42.", "The answer is "),
+        ("No. of apples: 12", "No. of apples: "),
+        ("True positives: 42", "True positives: "),
+        ("Answer: No. 5", "Answer: No. "),
     ],
 )
 def test_corruption_changes_the_answer_and_little_else(reference: str, kept: str) -> None:

@@ -30,6 +30,9 @@ def written(tokenizer: Any, reference: str, prompt: Any = "How many?") -> str:
     ("template", "reference", "expected"),
     [
         (templates.CHATML, "Four.", "Four.<|im_end|>"),
+        (templates.CHATML, "e", "e<|im_end|>"),
+        (templates.CHATML, "im_end", "im_end<|im_end|>"),
+        (templates.CHATML, "", "<|im_end|>"),
         (templates.CHATML, "<think>2+2</think>Four.", "<think>2+2</think>Four.<|im_end|>"),
         (templates.THINKING, "Four.", "<think>\n\n</think>\n\nFour.<|im_end|>"),
         (templates.THINKING, "<think>2+2</think>Four.", "<think>\n2+2\n</think>\n\nFour.<|im_end|>"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from unisd.cli.help import help_text
 from unisd.data.formats import parse_column_mapping
 from unisd.errors import UserError
+from unisd.files import read_yaml
 from unisd.run.resolve import parse, train_parser
 
 
@@ -102,6 +104,12 @@ def test_an_empty_list_of_a_file_is_one(yaml_file) -> None:
 def test_evaluations_come_with_checkpoints() -> None:
     assert parse(["--eval_strategy", "steps", "--save_steps", "40"])[1].eval_steps == 40
     assert parse(["--eval_strategy", "steps", "--eval_steps", "7"])[1].eval_steps == 7
+
+
+def test_a_merged_key_may_be_given_again(tmp_path: Path) -> None:
+    merged = "b: &b {x: 1}\nc:\n  m: &m\n    <<: *b\n    x: 2\nd:\n  <<: *m\n  y: 3\n"
+    (tmp_path / "a.yaml").write_text(merged)
+    assert read_yaml(tmp_path / "a.yaml") == yaml.safe_load(merged)
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,6 @@ def test_layers_that_are_not_there(tmp_path: Any, layer: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"feature_layers": [0]}, "feature_layers says what feature_weight matches"),
-        ({"target_reference_steps": 2}, "target_reference_steps is for a target that looks at earlier"),
         ({"token_weights": ["corroboration"], "num_auxiliary_contexts": 0}, "no context to corroboration"),
         ({"teacher_context": "wrong", "token_weights": ["contrast_weight"]}, "the two do not differ"),
         ({"teacher_context": "wrong", "target": "contrast"}, "the two do not differ"),
@@ -109,6 +107,12 @@ def test_layers_that_are_not_there(tmp_path: Any, layer: int) -> None:
 def test_options_that_nothing_would_look_at(tmp_path: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, **options)
+
+
+def test_options_that_have_no_effect_are_told(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Not refused: a study may give them to all cells."""
+    trainer(tmp_path, feature_layers=[0], target_reference_steps=2)
+    assert "feature_layers has no effect" in caplog.text and "target_reference_steps has no" in caplog.text
 
 
 def test_corroboration_needs_one_context_of_a_row(tmp_path: Any) -> None:
@@ -137,7 +141,8 @@ def test_an_adapter_on_a_base_that_was_changed_in_memory_is_refused(tmp_path: An
     tiny.model().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
     adapter = LoraConfig(r=2, target_modules="all-linear")
-    assert trainer(tmp_path, model=copy.deepcopy(model), peft_config=adapter)
+    for same in (copy.deepcopy(model), copy.deepcopy(model).float()):
+        assert trainer(tmp_path, model=same, peft_config=adapter)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.add_(0.1)
     with pytest.raises(UserError, match=r"up_proj.weight differs.*save it first \(save_pretrained\)"):

@@ -140,8 +140,8 @@ def settled(
     """The mapping with what a layout says of columns that are not there.
 
     Args:
-        needs_reference: refuse rows without one. A layout is read all the same: a file is to be
-            the same rows for every command.
+        needs_reference: refuse rows without one. Where it is not needed, a layout gives one all the
+            same if it has the prompt that is read: a file is to be the same rows for every command.
         say: tell which layout it is.
 
     Raises:
@@ -157,6 +157,9 @@ def settled(
     ]
     missing = _missing(rows, columns, mapping)
     layout = layout_of(columns, mapping, missing) if missing else None
+    if not needs_reference and "prompt" not in missing and layout is not None:
+        own = mapping.get("prompt", "prompt")  # which a reference must not replace, nor what graders read
+        layout = layout if layout.prompt == own and layout.reference != "answer" else None
     needed = [ours for ours in missing if needs_reference or ours == "prompt"]
     if unknown or (needed and layout is None):
         raise _problems(columns, mapping, unknown, [] if layout else needed, name)

@@ -173,7 +173,10 @@ def corrupted(reference: str, rng: random.Random, options: str = "") -> str | No
         other = rng.choice([c for c in options or "ABCDE" if c != letter[1]])
         return reference[: start + letter.start(1)] + other + reference[start + letter.end(1) :]
     said = list(re.finditer(r"[A-Za-z]+", last))
-    if said and said[0][0].lower() in _SWAPS:  # the answer, before what it is given for
+    behind = last[said[0].end() :] if said else ""
+    # the answer, before what it is given for; "No. 5" and "True positives: 5" are none
+    ends = not re.match(r"\.?\s*\d", behind) if marked else re.match(r"[,;:]|\W*$", behind)
+    if said and said[0][0].lower() in _SWAPS and ends:
         return _swapped(reference, start, said[0])
     forms = list(_FORM.finditer(reference))
     if forms:

@@ -8,6 +8,7 @@ string prompts as plain text.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -112,14 +113,18 @@ def encode_completion(
         written = _assistant_turn(tokenizer, messages, before, text)
         if written is not None:
             ids = following_ids(tokenizer, before, written)
-            # The first one behind the answer: some templates write an end of the text after it.
+            # The first one behind the answer: some templates write an end of the text after it, and
+            # a short answer may be a part of what closes it.
             answer = split_thought(text).answer.strip()
-            place = max(written.rfind(answer), 0)
-            spoken = following_ids(tokenizer, before, written[:place])
-            last = next((i for i in range(len(spoken), len(ids)) if ids[i] in stops), None)
-            if last is not None:
-                return ids[: last + 1]
-            text = written[: place + len(answer)]  # a template that closes no answer
+            found = [match.start() for match in re.finditer(re.escape(answer), written)] if answer else []
+            places = found or [len(written)]
+            for place in reversed(places):
+                spoken = following_ids(tokenizer, before, written[:place])
+                last = next((i for i in range(len(spoken), len(ids)) if ids[i] in stops), None)
+                if last is not None:
+                    return ids[: last + 1]
+            if stops.isdisjoint(ids):  # a template that closes no answer
+                text = written[: places[-1] + len(answer)]
         else:
             _say_once(
                 "A chat with an answer does not begin with its prompt, as the chat template renders it:"

@@ -13,6 +13,7 @@ from unisd.errors import UserError
 from unisd.files import follow_umask
 from unisd.models.adapters import name_base, without_adapter
 
+_COMPARED = (torch.float32, torch.bfloat16, torch.float16)
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -64,15 +65,21 @@ def check_as_saved(model: Any) -> None:
     """
     from safetensors import safe_open
 
+    if getattr(model, "is_quantized", False):
+        return
     name = getattr(model, "opened_as", None) or getattr(model, "name_or_path", None) or ""
-    held = {key: weight for key, weight in model.named_parameters() if weight.is_floating_point()}
+    held = {key: weight for key, weight in model.named_parameters() if weight.dtype in _COMPARED}
     for file in _weight_files(str(name)):
         with safe_open(str(file), framework="pt") as stored:
             for key in held.keys() & {*stored.keys()}:
                 weight, saved = held[key], stored.get_slice(key)
                 if weight.is_meta or not weight.dim() or saved.get_shape() != list(weight.shape):
                     continue
-                if not torch.equal(saved[:1].to(weight.dtype), weight[:1].detach().cpu()):
+                row, mine = saved[:1], weight[:1].detach().cpu()
+                if row.dtype not in _COMPARED:
+                    continue
+                # It may have been loaded in 16 bits, and widened since.
+                if not any(torch.equal(row.to(kind).to(mine.dtype), mine) for kind in _COMPARED):
                     raise UserError(
                         f"the model is not the one of {name} any more ({key} differs), and an adapter is"
                         " opened on that: save it first (save_pretrained), and load it from there."

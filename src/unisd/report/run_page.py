@@ -223,8 +223,9 @@ def read_metrics(path: Path) -> list[Figures]:
     every = max(1, -(-len(steps) // MAX_POINTS))
     counts = Counter(name for line in steps for name in line)
     rare = {name for name, count in counts.items() if 2 * count < len(steps)}
-    shown = [line for place, line in enumerate(steps) if place % every == 0 or not rare.isdisjoint(line)]
-    return shown + [line for line in lines if is_evaluation(line)]
+    now_and_then = [place for place, line in enumerate(steps) if not rare.isdisjoint(line)]
+    kept = {*range(0, len(steps), every), *now_and_then[:: max(1, -(-len(now_and_then) // MAX_POINTS))]}
+    return [steps[place] for place in sorted(kept)] + [line for line in lines if is_evaluation(line)]
 
 
 def evaluations(metrics: Sequence[Figures]) -> plots.Wanted:

@@ -43,6 +43,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.asked = False
+        self._stops = False  # which all ranks have agreed on
         self._asked_at = -math.inf
 
     @contextmanager
@@ -73,6 +74,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.asked = on_any_rank(self.asked, args.world_size)
+        self._stops = self.asked
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
@@ -80,7 +82,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Undo what transformers asks for where it takes a broken epoch for a whole one."""
-        if self.asked:
+        if self._stops:
             control.should_evaluate = control.should_save = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from unisd.methods.targets import NEGATIVE, STUDENT, Source, Target, parse_targe
 from unisd.rollout.vllm.common import logps_compare
 
 STUDENT_NEEDS = frozenset({"student", "divergence"})
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -173,15 +176,14 @@ def needed_scores(args: UniSDConfig, plan: Plan) -> frozenset[str]:
 
 
 def _check_used(args: UniSDConfig, plan: Plan) -> None:
-    """Raise `UserError` for an option that nothing would look at, or that leaves nothing to see."""
+    """Tell of an option that nothing looks at; raise `UserError` for one that leaves nothing.
+
+    The former may be of all cells of a study, of which some lack what reads it.
+    """
     if args.feature_layers and not any("hidden" in term.needs for term in plan.terms):
-        raise UserError(
-            "feature_layers says what feature_weight matches: set feature_weight above 0, or unset it."
-        )
+        logger.warning("feature_layers has no effect: it says what feature_weight matches, which is 0.")
     if args.target_reference_steps is not None and not any(s.weights == "step" for s in plan.sources):
-        raise UserError(
-            "target_reference_steps is for a target that looks at earlier weights of the student: unset it."
-        )
+        logger.warning("target_reference_steps has no effect: the target looks at no earlier weights.")
     if args.teacher_context == "wrong" and "negative" in plan.needs:
         raise UserError(
             "teacher_context=wrong shows the teacher what contrast leads away from, so that the two do not"
