@@ -37,7 +37,6 @@ from shutil import which
 from typing import Any, NamedTuple
 
 from unisd.errors import UserError, by_caller
-from unisd.processes import cores
 from unisd.tasks.sandbox import syscalls
 
 __all__ = ["Verdict", "check_isolation", "run_many", "run_program"]
@@ -135,6 +134,11 @@ def run_program(
     return _run(code, tests, timeout_s, memory_mb, require(allow_unsafe))
 
 
+def _own_cores() -> int:
+    """Those that this process is held to: a host may have many more."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_many(
     programs: Iterable[tuple[str, str]],
     timeout_s: float = 10.0,
@@ -155,7 +159,7 @@ def run_many(
         on_done(1)
         return verdict
 
-    with ThreadPoolExecutor(workers or cores()) as pool:
+    with ThreadPoolExecutor(workers or _own_cores()) as pool:
         return list(pool.map(one, programs))
 
 
