@@ -132,9 +132,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Record) -> None:
-    """Whole or not at all: readers may look while the run writes."""
+    """As `write_whole`."""
+    write_whole(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: readers may look while the run writes."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -192,10 +197,11 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         assert node is not None
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for place, key in enumerate(keys):
-            if key.value in [earlier.value for earlier in keys[:place]]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 raise yaml.YAMLError(f"{key.value!r} is given twice{key.start_mark}")
+            seen.add(key.value)
         return node
 
 

@@ -154,38 +154,37 @@ def one_task(own: argparse.Namespace, runs_code: bool = True) -> tuple[str, Task
 
 def say_what_was_trained_on(model: str | None, name: str, rows: Sequence[Row]) -> None:
     """Warn of rows that the run which left the model was trained on."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        marks = json.loads((_folder_of_run(model) / TRAINED_ON).read_text(encoding="utf-8"))["problems"]
-        known = set(marks)
-        repeated = sum(problem_mark(row["prompt"]) in known for row in rows)
-        if repeated:
-            logger.warning(
-                "%s: %d of %d rows are problems that %s was trained on: their results do not show what it"
-                " does on new ones. Give the rows that it held out, or others.",
-                name,
-                repeated,
-                len(rows),
-                model,
-            )
+    known = set(_left_by_run(model, TRAINED_ON).get("problems", ()))
+    repeated = sum(problem_mark(row["prompt"]) in known for row in rows) if known else 0
+    if repeated:
+        logger.warning(
+            "%s: %d of %d rows are problems that %s was trained on: their results do not show what it"
+            " does on new ones. Give the rows that it held out, or others.",
+            name,
+            repeated,
+            len(rows),
+            model,
+        )
 
 
-def _folder_of_run(model: str | None) -> Path:
-    """Where the run of a model, or of one of its checkpoints, has left its files.
-
-    Raises:
-        TypeError: there is no model.
-    """
-    folder = Path(model)  # type: ignore[arg-type]
-    return folder.parent if folder.resolve().name.startswith("checkpoint-") else folder
+def _left_by_run(model: str | None, name: str) -> dict[str, Any]:
+    """A JSON file that the run of a model, or of one of its checkpoints, has left; else empty."""
+    if model is None:
+        return {}
+    folder = Path(model)
+    folder = folder.parent if folder.resolve().name.startswith("checkpoint-") else folder
+    with suppress(OSError, ValueError):  # no folder, or not of a run of ours
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _run_of(own: argparse.Namespace) -> dict[str, Any]:
     """The configuration of the run that left the model: it says which rows were held out, and how
     long answers may be. Empty for any other model.
     """
-    model = getattr(own, "model_name_or_path", None)
-    with suppress(OSError, ValueError, KeyError, TypeError):  # no folder, or not of a run of ours
-        results = json.loads((_folder_of_run(model) / RESULTS).read_text(encoding="utf-8"))
+    results = _left_by_run(getattr(own, "model_name_or_path", None), RESULTS)
+    with suppress(ValueError, KeyError, TypeError):  # another's file of this name
         return {"seed": int(results["seed"]), **results.get("config", {})}
     return {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -130,18 +131,23 @@ def encode_completion(
                 "A chat with an answer does not begin with its prompt, as the chat template renders it:"
                 " reference answers are taken as they are, right after the prompt."
             )
-            text = _after(_prefix_of(tokenizer, messages, before), text)
+            text = _after(_opened(tokenizer, messages, before), text)
     ids = following_ids(tokenizer, before, text)
     return [*ids, end] if end is not None else ids
 
 
-def _prefix_of(tokenizer: Any, messages: Messages, before: str) -> str:
-    """What the template writes for the answer after the messages, which end `before`."""
-    try:
+def _opened(tokenizer: Any, messages: Messages, before: str) -> str | None:
+    """The mark of a thought that the template leaves open in what it writes for the answer.
+
+    One that a user's turn names opens none.
+    """
+    if opened_mark(before) is None:
+        return None
+    prefix = rendering.generation_prefix(tokenizer)
+    with suppress(UserError):
         asked = rendering.render(tokenizer, messages, answering=False)
-    except UserError:
-        return rendering.generation_prefix(tokenizer)
-    return before[len(asked) :] if before.startswith(asked) else rendering.generation_prefix(tokenizer)
+        prefix = before[len(asked) :] if before.startswith(asked) else prefix
+    return opened_mark(prefix)
 
 
 def _assistant_turn(tokenizer: Any, messages: Messages, before: str, text: str) -> str | None:
@@ -152,7 +158,7 @@ def _assistant_turn(tokenizer: Any, messages: Messages, before: str, text: str) 
     parts = split_thought(text)
     turn = {"role": "assistant", "content": text}
     apart = {**turn, "content": parts.answer, "reasoning_content": parts.thought, "thinking": parts.thought}
-    opened = opened_mark(_prefix_of(tokenizer, messages, before))
+    opened = _opened(tokenizer, messages, before)
     for form in (apart, turn) if parts.thought and parts.answer else (turn,):
         said = (parts.thought, parts.answer)
         try:
@@ -166,9 +172,8 @@ def _assistant_turn(tokenizer: Any, messages: Messages, before: str, text: str) 
     return None
 
 
-def _after(prefix: str, text: str) -> str:
-    """An answer right after a prefix that may have opened a thought."""
-    opened = opened_mark(prefix)
+def _after(opened: str | None, text: str) -> str:
+    """An answer right after a prompt that may have opened a thought with this mark."""
     if opened is None:
         return text
     closing = dict(MARKS)[opened]

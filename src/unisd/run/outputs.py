@@ -24,6 +24,7 @@ from unisd.files import (
     check_not_the_model,
     check_writable,
     write_json,
+    write_whole,
     written_in,
 )
 from unisd.models.load import POCKET, SMOLLM2
@@ -298,9 +299,7 @@ def write_config(folder: Path, options: RunOptions, config: UniSDConfig) -> None
             values[name] = None if value is UNSET else _plain(taken_back.get(name, value))
     folder.mkdir(parents=True, exist_ok=True)
     body = yaml.safe_dump(without_password(values), sort_keys=False, allow_unicode=True)
-    temporary = (folder / CONFIG).with_suffix(".tmp")  # whole or not at all: a file of nothing is no run's
-    temporary.write_text("\n".join([*head, body]), encoding="utf-8")
-    temporary.replace(folder / CONFIG)
+    write_whole(folder / CONFIG, "\n".join([*head, body]))  # a file of nothing would be no run's
 
 
 def _plain(value: Any) -> Any:

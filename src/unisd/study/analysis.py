@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -220,10 +221,15 @@ def _against(
     levels = method_levels(study, cells)
     method = next(cell for cell in cells if cell.levels == levels)
 
+    @cache
+    def fitted(part: str | None, outcome: str) -> tuple[list[Cell], Fit | None]:
+        """Of all trained cells, a part of one in its place."""
+        whole = None if part is None else parts[part]
+        chosen = [method, *(Cell(str(part), {}) if cell.name == whole else cell for cell in controls)]
+        return chosen, _fit(outcome, chosen, study.seeds, table)[0]
+
     def less(control: Cell, outcome: str) -> Estimate | None:
-        whole = parts.get(control.name, control.name)
-        chosen = [method, *(control if cell.name == whole else cell for cell in controls)]
-        fit, _ = _fit(outcome, chosen, study.seeds, table)
+        chosen, fit = fitted(control.name if control.name in parts else None, outcome)
         weights_C = np.array([float(cell == method) - float(cell == control) for cell in chosen])
         return None if fit is None or (found := fit.contrast(weights_C)) is None else found.scaled(100)
 

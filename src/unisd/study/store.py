@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,6 +102,13 @@ def data_of(options: dict[str, Any]) -> dict[str, str]:
 
 
 def _mark(file: Path) -> str:
+    found = file.stat()
+    return _digest(file.resolve(), found.st_mtime_ns, found.st_size)
+
+
+@cache
+def _digest(file: Path, changed_ns: int, size: int) -> str:
+    """Read a file once for all runs of a study, unless it has changed."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 

@@ -26,7 +26,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop lines of steps that a resumed run does again, and watch the others again."""
-        metrics, self.trainer.began_at = self.trainer.metrics, state.global_step
+        metrics = self.trainer.metrics
+        self.trainer.began_at = state.global_step
         if self.trainer.is_world_process_zero():
             self.trainer.observer.samples.forget_after(state.global_step)
         lines = [metrics.forget_after(state.global_step) if self.trainer.is_world_process_zero() else []]
