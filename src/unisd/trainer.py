@@ -309,7 +309,7 @@ class UniSDTrainer(EvaluatingTrainer):
             if not self._said_idle and (idle := idle_weights(found, everywhere, args)):
                 logger.warning("step %d: %s", self.state.global_step + 1, idle)
                 self._said_idle = True
-            target = self.scorer.target_without_states(self._progress(), device)
+            target = self.scorer.target_without_states(self._progress())
         found = found.of_rows(own, scores.mask.shape[1])
         step = Step(
             rows=requests,

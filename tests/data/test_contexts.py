@@ -79,6 +79,22 @@ def test_duplicates_are_no_contexts() -> None:
     assert all(len(row["auxiliary_contexts"]) == 3 for row in built)
 
 
+@pytest.mark.parametrize("kind", ["random", "retrieval"])
+def test_a_short_answer_of_a_row_s_own_is_not_shown_but_a_label_is(kind: str) -> None:
+    ask = "What is the capital of {}?"
+    given = [
+        {"prompt": ask.format("Vanuatu"), "privileged_context": "It is Port Vila."},
+        {"prompt": "Where does the bank of Vanuatu sit?", "privileged_context": "It is Port Vila, on Efate."},
+        *({"prompt": ask.format(f"land {i}"), "privileged_context": f"Town {i}."} for i in range(4)),
+    ]
+    first, second, *_ = build(given, Settings(kind, k=4))
+    assert not any("Port Vila" in context for context in first["auxiliary_contexts"])
+    assert len(first["auxiliary_contexts"]) == 4
+    assert len(second["auxiliary_contexts"]) == 4  # what it says is more than the other one says
+    labels = [{"prompt": f"claim {i} about {i * i}", "privileged_context": "yes"} for i in range(4)]
+    assert all(len(row["auxiliary_contexts"]) == 3 for row in build(labels, Settings(kind, k=3)))
+
+
 def test_retrieval_is_brute_force_cosine() -> None:
     given = rows(60)
     rng = np.random.default_rng(0)

@@ -123,6 +123,25 @@ def asks_for_hardware(path: str, text: str) -> list[str]:
     return found
 
 
+def says_nothing(path: str, text: str) -> list[str]:
+    """A text that stands alone and documents nothing: mostly the second line of another."""
+    found = []
+    for node in ast.walk(parsed(text)):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            before: ast.AST = node
+            for line in block if isinstance(block, list) else ():
+                value = line.value if isinstance(line, ast.Expr) else None
+                is_text = isinstance(value, ast.JoinedStr) or isinstance(getattr(value, "value", None), str)
+                if is_text and not isinstance(before, DOCUMENTED):
+                    found.append(f"{path}:{line.lineno}: a text that nothing reads")
+                before = line
+    return found
+
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.Assign, ast.AnnAssign)
+
+
 def imported(text: str) -> Iterator[tuple[int, str]]:
     """Every absolute import, also one within a function: its line and the module's name."""
     for node in ast.walk(parsed(text)):
@@ -200,6 +219,10 @@ def test_files_and_functions_are_small() -> None:
     check_each(too_large, PACKAGE, ROOT / "benchmarks")
 
 
+def test_no_text_is_cut_off() -> None:
+    check_each(says_nothing, PACKAGE, ROOT / "benchmarks", ROOT / "experiments", ROOT / "tests")
+
+
 def test_every_exception_is_still_needed() -> None:
     over = {
         name
@@ -249,6 +272,11 @@ def test_what_is_small_enough_is_left_alone() -> None:
     text = "class A:\n    def f(self, a, b, c, d, e, f, g, h, *args, **kwargs):\n" + "        pass\n" * 59
     assert too_large("x.py", text) == []
     assert too_large("unisd/trainer.py", "pass\n" * 400) == ["unisd/trainer.py: 400 lines, over 399"]
+
+
+@pytest.mark.parametrize("cut", ['return "a"\n    "b"', 'a()\n    f"b {a}"', 'if a:\n        "b"'])
+def test_a_text_that_is_cut_off_is_found(cut: str) -> None:
+    assert len(says_nothing("x.py", f'"""Says."""\nA = 1\n"""Is."""\ndef f(a):\n    {cut}\n')) == 1
 
 
 @pytest.mark.parametrize(

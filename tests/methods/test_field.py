@@ -195,6 +195,15 @@ def test_view_consensus(seed: int, K: int, size: float) -> None:
     np.testing.assert_allclose(whole.exp().numpy(), softmax(expected), rtol=1e-6, atol=1e-9)
     if K == 1:
         torch.testing.assert_close(realised, views[0][:, 0])
+        return
+    # the first token's row lacks the last view: there it is the consensus of the others
+    has = {name: torch.ones(len(student), dtype=torch.bool) for name in sources}
+    has[list(has)[-1]][0] = False
+    found = target(
+        TargetInputs(student[:, 0], teacher[:, 0], {n: v[:, 0] for n, v in sources.items()}, 0.0, has)
+    )
+    expected[0] = consensus_oracle([v.numpy() for v in views[:-1]], student.numpy())[1][0]
+    np.testing.assert_allclose(found.numpy(), expected[:, 0], rtol=1e-7, atol=1e-7)
 
 
 @given(seed=seeds, a=st.floats(0, 1), size=st.sampled_from([0.1, 3.0, 1e4]))
@@ -243,12 +252,13 @@ SPECS = [
 
 
 def states_of(text: str, x: Any, seed: int = 1) -> TargetStates:
-    """Sources as hidden states of the teacher's width; every fourth token lacks one."""
+    """Sources as hidden states of the teacher's width; another quarter of the tokens lacks each."""
     g = torch.Generator().manual_seed(seed)
     target, count = parse_target(text), len(x.targets)
     names = [source for source in target.sources if source != STUDENT]
     states = {name: torch.randn(count, 24, generator=g, dtype=F64) for name in names}
-    return TargetStates(target, states, dict.fromkeys(names, x.teacher), torch.arange(count) % 4 != 0)
+    present = {name: torch.arange(count) % 4 != number for number, name in enumerate(names)}
+    return TargetStates(target, states, dict.fromkeys(names, x.teacher), present)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.mode}-{s.alpha}-{s.entry_clip}")
@@ -269,6 +279,7 @@ def test_a_target_is_a_constant_other_teacher(text: str, spec: DivergenceSpec) -
         )
         for source in states.target.sources
     }
+    present = {str(name): has for name, has in states.present.items()}
     if spec.mode == "sampled" and states.target.realised:
         at = x.targets[:, None]
         log_q = q.clone()
@@ -277,12 +288,16 @@ def test_a_target_is_a_constant_other_teacher(text: str, spec: DivergenceSpec) -
                 p.gather(1, at)[:, 0],
                 q.gather(1, at)[:, 0],
                 {n: v.gather(1, at)[:, 0] for n, v in sources.items()},
+                present=present,
             )
         )
         log_q.scatter_(1, at, one[:, None])
     else:
-        log_q = states.target(TargetInputs(p, q, sources))
-    log_q = torch.where(states.present_N[:, None], log_q, q)
+        log_q = states.target(TargetInputs(p, q, sources, present=present))
+    if present:
+        served = torch.stack([*present.values()])
+        served = served.any(0) if text.startswith("view_consensus") else served.all(0)
+        log_q = torch.where(served[:, None], log_q, q)
     D = divergence(
         Head(x.weight, x.bias).logits(x.hidden), log_q * spec.temperature, x.targets, replace(spec)
     )
@@ -312,7 +327,7 @@ def test_geometric_target_of_oneself_has_the_gradient_of_a_weight() -> None:
         chunked_loss,
         x,
         spec,
-        target=replace(states_of("geometric:a=0.3,source=student/plain", x), present_N=torch.ones(13).bool()),
+        target=states_of("geometric:a=0.3,source=student/plain", x),
     )
     for a, b in zip(mixed_grads, plain_grads, strict=True):
         torch.testing.assert_close(a, 0.7 * b)
@@ -339,12 +354,10 @@ def test_targets_refuse() -> None:
         ("geometric:source=nobody/plain", "unknown source"),
         ("view_consensus:views=full+quarter", "unknown source"),
         ("contrast:b=1", "no option 'b'"),
+        ("geometric:mixing=some", "mixing must be constant or disagreement, got 'some'"),
     ):
         with pytest.raises(UserError, match=message):
             parse_target(text)
-    p, q, b = random_logp(0, 3)
-    with pytest.raises(UserError, match="constant or disagreement"):
-        parse_target("geometric:mixing=some")(TargetInputs(p, q, {"teacher/plain": b}))
     with pytest.raises(UserError, match=r"already registered by unisd\.methods\.targets"):
         register_target("pmi", sources=())(lambda inputs: inputs.teacher_logp)
     with pytest.raises(UserError, match="nll trains without a teacher: unset target"):
@@ -514,6 +527,15 @@ def test_weights_add_no_pass(tmp_path: Any, weight: str) -> None:
             },
             {"step/full": 8},
         ),
+        (
+            {
+                "target": "geometric:source=step/same,a=0.3",
+                "target_reference_steps": 2,
+                "teacher_context": "half",
+                "teacher_model_kind": "live",
+            },
+            {"step/same": 8},
+        ),
         ({"target": "geometric:source=student/plain"}, {}),
         ({"target": "pmi"}, {"teacher/unconditioned": 8, "base/plain": 8}),
         (
@@ -535,6 +557,42 @@ def test_targets_score_what_they_declare(
         name: value for name, value in options.items() if name not in ("target", "target_reference_steps")
     }
     assert ours[0] != pytest.approx(gradients(trainer(tmp_path, **plain))[0], rel=1e-6)
+
+
+def test_sources_that_rows_cannot_serve(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """None can: refused. Some: told at the start, and a consensus is that of the other views."""
+    sampled: dict[str, Any] = {"distillation_mode": "sampled", "distillation_alpha": 1.0}
+    rows = [{**row, "hints": "Count them."} for row in tiny.rows(8)]
+    views = {"target": "view_consensus:views=half+hints", **sampled}
+    for i, row in enumerate(rows):
+        row["privileged_context"] = f"It is {i}."  # one sentence: no hints but those of the column
+    alone = views | {"target": "view_consensus:views=half"}
+    expected = gradients(trainer(tmp_path, train_dataset=rows, **alone))
+    for row in rows[1:]:
+        del row["hints"]
+    few = trainer(tmp_path, train_dataset=rows, **views)
+    assert "7 of 8 rows have nothing for the target's source teacher/hints" in caplog.text
+    requests = few._requests([(i, 0) for i in range(8)], few._rollout([(i, 0) for i in range(8)]))
+    assert [len(request.sources) for request in requests] == [2] + [1] * 7
+    del rows[0]["hints"]
+    with pytest.raises(UserError, match="reads teacher/hints, but no row of the training data has anything"):
+        trainer(tmp_path, train_dataset=rows, **views)
+    assert_same(gradients(trainer(tmp_path, train_dataset=rows, **alone)), expected)
+
+
+def test_a_source_that_is_too_long_is_counted(tmp_path: Any) -> None:
+    built = trainer(tmp_path, target="geometric:source=teacher/full", teacher_context="half")
+    row, completion = built.rows[0], built._rollout([(0, 0)])[0]
+    assert built.request_builder.of(row, 0, completion, True, 0)[1] == 0
+    built.request_builder.teacher_room = len(built.prompts.teacher(row)) - 1
+    request, overlong = built.request_builder.of(row, 0, completion, True, 0)
+    assert (overlong, request.sources) == (1, {})
+
+
+@pytest.mark.parametrize("source", ["teacher/full", "teacher/same"])
+def test_a_mixture_of_the_teacher_with_itself_is_refused(tmp_path: Any, source: str) -> None:
+    with pytest.raises(UserError, match=f"mixes the teacher with itself: {source} is what the teacher sees"):
+        trainer(tmp_path, target=f"geometric:source={source}")
 
 
 @pytest.mark.long
@@ -595,6 +653,10 @@ def test_levels() -> None:
         None,
     ]
     assert hints("one sentence") is None and first_half("one") == "one"
+    program = "```python\ndef f(x):\n    return x + 1\n```"
+    assert final_answer(program) is None and hints(program) is None
+    assert hints(f"Add 1 + 1 = 2. Then return.\n{program}") == "Add 1 + 1 = ?.\nThen return."
+    assert hints(f"Add one.\n{program}\nAnswer: 2") == "Add one."
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ CELLS = [Cell(name, {}) for name in ("all", "control sft", "control reference-fr
             (0.9, 0.5, 0.6),
             (0.8, 0.8, 0.8),
             12,
-            "self-distillation is worthwhile here: all beats all 2 controls",
+            "self-distillation is worthwhile here: all beats all 2 controls at equal forgetting",
         ),
         (
             (0.9, 0.5, 0.6),

@@ -97,6 +97,24 @@ def test_what_no_context_serves_is_left_out_or_told_the_reference(
         assert [request.teacher for request in requests] == [built.prompts.teacher(built.rows[1])] * 4
 
 
+def test_a_passed_answer_is_not_told_that_it_failed(tmp_path: Path) -> None:
+    def praise(row: dict[str, Any], text: str) -> Verdict:
+        return Verdict(1.0, True, "All tests passed.") if passed(row, text) else grader(row, text)
+
+    built = judged(tmp_path, grade=praise, rollout_contexts=["feedback", "none"])
+    completions, requests = requests_of(built, [0, 1, 2])
+    carry = [any(request.loss_mask) for request in requests]
+    assert carry == [not completion.verdict.passed for completion in completions]
+
+
+def test_a_step_without_loss_has_measured_nothing(tmp_path: Path) -> None:
+    built = judged(tmp_path, grade=lambda row, text: Verdict(0.0, False), max_steps=1)
+    built.train()
+    [line] = [json.loads(text) for text in (tmp_path / METRICS).read_text().splitlines()]
+    assert line["loss"] == 0 == line["completions/loss_tokens"]
+    assert not {"student/entropy", "teacher/divergence", "student/logp", "clip/share"} & line.keys()
+
+
 def test_prompts_that_are_too_long_fall_back_and_are_counted(tmp_path: Path) -> None:
     built = judged(tmp_path, rollout_contexts=["sibling"])
     built.request_builder.teacher_room = len(built.prompts.teacher(built.rows[0]))

@@ -8,8 +8,9 @@
 
 Inductions are checked, and tried again. Never the row itself, nor a near-duplicate of it (same
 words, or word triples that overlap by 0.8; rows with a `duplicate_key`: the same key), nor a text
-that holds the row's own reference. What is built is kept on disk under a key that covers data,
-kind, settings and model.
+that holds the row's own reference. One of fewer than 5 words that several rows have is a label
+(yes, B): other problems may show it, since to leave it out would tell it. What is built is kept on
+disk under a key that covers data, kind, settings and model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ from unisd.data.rows import Row
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, prompt_text, shingles, words
 from unisd.errors import UserError
 
-FORMAT = 2  # of the cache; a new number forgets what older versions built
+FORMAT = 3  # of the cache; a new number forgets what older versions built
 KINDS = ("columns", "random", "retrieval", "induction")
 EXAMPLE = "Problem: {prompt}\nSolution: {reference}"
 DEMONSTRATIONS = 4  # solved problems that an instruction is written from (3-5 published)
@@ -76,21 +78,24 @@ class _Problem:
     shingles: frozenset[tuple[str, ...]]
     key: Any
     reference: str
+    solution: str  # its words
+    is_label: bool
     example: str
 
     @classmethod
-    def of(cls, number: int, row: Row) -> _Problem:
-        text = prompt_text(row["prompt"])
-        found = words(text)
-        reference = str(row.get("privileged_context") or row.get("completion") or "")
-        return cls(
-            number,
-            found,
-            shingles(found),
-            row.get("duplicate_key"),
-            reference,
-            EXAMPLE.format(prompt=text, reference=reference),
-        )
+    def all_of(cls, rows: Sequence[Row]) -> list[_Problem]:
+        references = [str(row.get("privileged_context") or row.get("completion") or "") for row in rows]
+        solutions = [f" {' '.join(words(reference))} " for reference in references]
+        counts = Counter(solutions)
+        problems = []
+        for number, (row, reference, solution) in enumerate(zip(rows, references, solutions, strict=True)):
+            text = prompt_text(row["prompt"])
+            found = words(text)
+            example = EXAMPLE.format(prompt=text, reference=reference)
+            is_label = counts[solution] > 1 or len(solution.strip()) < 2
+            key = row.get("duplicate_key")
+            problems.append(cls(number, found, shingles(found), key, reference, solution, is_label, example))
+        return problems
 
     def is_same(self, other: _Problem) -> bool:
         """Whether `other` is this problem, or a near-duplicate of it."""
@@ -102,7 +107,8 @@ class _Problem:
 
     def allows(self, other: _Problem) -> bool:
         """Whether `other` may be shown to this problem's auxiliary teachers."""
-        return not self.is_same(other) and not contains(other.example, self.reference)
+        tells = not self.is_label and self.solution in other.solution
+        return not (self.is_same(other) or tells or contains(other.example, self.reference))
 
 
 def build(
@@ -137,7 +143,7 @@ def build(
     path = None if cache_dir is None else cache_dir / f"contexts-{_key(rows, settings, model_key)}.json"
     contexts = read_cache(path)
     if contexts is None:
-        problems = [_Problem.of(i, row) for i, row in enumerate(rows)]
+        problems = _Problem.all_of(rows)
         if settings.kind == "random":
             contexts = [_random(problems[i], problems, settings) for i in missing]
         elif settings.kind == "retrieval":
@@ -200,7 +206,7 @@ def _by_similarity(similarity_N: np.ndarray) -> Iterator[int]:
 
 
 class _TfIdf:
-    """Word and word-pair frequencies, weighted by rarity: needs no model."""
+    """Frequencies of words, weighted by rarity: needs no model."""
 
     name = "tfidf"
 

@@ -12,7 +12,8 @@
 | `other` | the problem after another one, solved: the first of `auxiliary_contexts` |
 
 The last three are controls of what a reference is worth.
-(*) Without such a column: the reference without its last sentence, results of equations hidden.
+(*) Without such a column: the reference without its last sentence, or without its blocks of code;
+results of equations hidden.
 (**) The row's `answer`, or what follows "Answer:", "####" or \\boxed in the reference.
 """
 
@@ -45,6 +46,7 @@ def what_gives(level: str) -> str:
 
 
 _RESULT = re.compile(r"(=\s*)[-+]?[\d.,]*\d")
+_CODE = re.compile(r"^ {0,3}```[^\n]*\n.*?(?:^ {0,3}```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 MARK = r"(?:(?:[Aa]nswer\s*(?:is|:)|####)\s*|\\boxed\{)"  # what a final answer is stated after
 _MARKED = re.compile(r"(?:[Aa]nswer\s*(?:is|:)|####)\s*(\S[^\n]*)")
@@ -95,16 +97,18 @@ def first_half(text: str) -> str:
 def hints(reference: str) -> str | None:
     """Return the steps without their results.
 
-    There is no last sentence (it holds the answer), and `?` for numbers after an equals sign.
+    There is no last sentence and no block of code (which hold the answer), and `?` for numbers
+    after an equals sign.
     """
-    sentences = [part for part in _SENTENCE.split(reference.strip()) if part]
-    return "\n".join(_RESULT.sub(r"\1?", sentence) for sentence in sentences[:-1]) or None
+    sentences = [part for part in _SENTENCE.split(_CODE.sub("\n", reference).strip()) if part]
+    steps = sentences if reference.rstrip().endswith("```") else sentences[:-1]
+    return "\n".join(_RESULT.sub(r"\1?", sentence) for sentence in steps) or None
 
 
 def final_answer(reference: str) -> str | None:
     """Return the last marked answer.
 
-    Where nothing is marked, the last line if it is short (at most 8 words).
+    Where nothing is marked, the last line if it is short (at most 8 words) and ends no code.
     """
     start = reference.rfind("\\boxed{")
     if start >= 0:
@@ -112,7 +116,7 @@ def final_answer(reference: str) -> str | None:
     if marked := _MARKED.findall(reference):
         return str(marked[-1]).strip().rstrip(".")
     last = reference.strip().rpartition("\n")[2]
-    return last if 0 < len(last.split()) <= 8 else None
+    return last if 0 < len(last.split()) <= 8 and not last.lstrip().startswith("```") else None
 
 
 def _braced(text: str) -> str | None:

@@ -300,6 +300,10 @@ class PromptBuilder:
         view = self._view(row, level, question)
         return None if view is None else self._encode(*view)
 
+    def lacks(self, row: dict[str, Any], level: str) -> bool:
+        """Whether the row has nothing for a level other than `plain`."""
+        return self._view(row, level) is None
+
     def _view(self, row: dict[str, Any], level: str, question: bool = True) -> View | None:
         """What the teacher reads, and what of it must not get lost."""
         if level == "full" and question and row.get("teacher_prompt"):

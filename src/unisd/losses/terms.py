@@ -32,7 +32,8 @@ class TargetStates:
     target: Target
     states: Mapping[Source, Tensor]
     heads: Mapping[Source, Head]
-    present_N: Tensor  # bool; where a row lacks a source, the target is the teacher's own distribution
+    # [N] bool: which tokens have it; where one is lacking, the target is the teacher's distribution
+    present: Mapping[Source, Tensor]
     progress: float = 0.0
 
     def rows(self, rows: slice) -> TargetStates:
@@ -40,7 +41,7 @@ class TargetStates:
         return replace(
             self,
             states={name: value[rows] for name, value in self.states.items()},
-            present_N=self.present_N[rows],
+            present={name: present_N[rows] for name, present_N in self.present.items()},
         )
 
     def with_heads(self, change: Callable[[Head], Head]) -> TargetStates:
@@ -65,9 +66,13 @@ class TargetStates:
                 sources[str(source)] = self._source(source, targets_N, spec, realised)
             else:  # the teacher itself
                 sources[str(source)] = teacher
-        changed = self.target(TargetInputs(student, teacher, sources, self.progress)).to(teacher.dtype)
-        present = self.present_N if realised else self.present_N[:, None]
-        changed = torch.where(present, changed, teacher)
+        present = {str(source): present_N for source, present_N in self.present.items()}
+        inputs = TargetInputs(student, teacher, sources, self.progress, present)
+        changed = self.target(inputs).to(teacher.dtype)
+        if present:
+            of_sources = torch.stack(list(present.values()))
+            served_N = of_sources.any(0) if self.target.partial else of_sources.all(0)
+            changed = torch.where(served_N if realised else served_N[:, None], changed, teacher)
         return teacher_logp_NV.scatter(-1, targets_N[:, None], changed[:, None]) if realised else changed
 
     def _source(self, source: Source, targets_N: Tensor, spec: DivergenceSpec, realised: bool) -> Tensor:

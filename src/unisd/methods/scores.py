@@ -26,6 +26,8 @@ class TargetInputs:
     teacher_logp: Tensor
     sources: Mapping[str, Tensor]  # by the names that the target declares, in its order
     progress: float = 0.0  # share of the run's optimizer steps that are done, for schedules
+    # [C] bool by source that has a pass of its own: whether the token's row has it
+    present: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ distributions over the same tokens; only those are scored, each at the cost of o
     weights: teacher (the run's own), base (initial model), step (the student of some steps ago),
         student
     context: full, half, hints, answer, unconditioned, plain (see :mod:`unisd.data.privilege`),
-        negative
+        negative; or same: what the teacher itself is shown, also of the step's answers
 
 `student/plain` is the student's own distribution and costs nothing. All are taken at the
 distillation temperature.
@@ -37,7 +37,8 @@ from unisd.methods.scores import TargetInputs
 KIND = "target"
 ENTRY_POINT_GROUP = "unisd.targets"
 WEIGHTS = ("teacher", "base", "step", "student")
-CONTEXTS = (*LEVELS, "negative")
+SAME = "same"
+CONTEXTS = (*LEVELS, "negative", SAME)
 LOWEST_LOGP = -1e4  # stands in for anything less likely where log-probabilities are subtracted
 
 
@@ -82,6 +83,8 @@ class Target:
     # can do with the realised tokens: `distillation_mode=sampled` then keeps one number per token
     # and source
     realised: bool
+    # does with the sources that a row has; else the target of one that lacks some is the teacher's
+    partial: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -115,13 +118,14 @@ _REGISTRY: dict[str, Target] = {}
 
 
 def register_target(
-    name: str, *, sources: Sequence[str] | Sources, realised: bool = False
+    name: str, *, sources: Sequence[str] | Sources, realised: bool = False, partial: bool = False
 ) -> Callable[[Function], Function]:
     """Decorator: make a function `(inputs, **options) -> log q'` known as the target `name`.
 
     sources: what it needs, or a function of its options that says so. realised: the function works
     entry by entry, so that it may be called with the realised tokens' log-probabilities `[C]`
-    alone.
+    alone. partial: it does with some of its sources (`inputs.present`); unset, the target of a row
+    that lacks one is the teacher's distribution.
     """
 
     def register(function: Function) -> Function:
@@ -130,7 +134,7 @@ def register_target(
         if known is not None and known.function.__module__ != function.__module__:
             raise UserError(f"target {name!r} is already registered by {known.function.__module__}.")
         declared: Sources = sources if callable(sources) else lambda options: sources
-        _REGISTRY[name] = Target(name, function, declared, realised)
+        _REGISTRY[name] = Target(name, function, declared, realised, partial)
         return function
 
     return register
@@ -149,7 +153,7 @@ def _views(options: Mapping[str, Any]) -> Sequence[str]:
     return tuple(f"teacher/{view}" for view in str(options["views"]).split("+"))
 
 
-@register_target("view_consensus", sources=_views, realised=True)
+@register_target("view_consensus", sources=_views, realised=True, partial=True)
 def view_consensus(
     inputs: TargetInputs, *, views: str = "full+half+answer", eps: float = 1e-8, residual: bool = True
 ) -> Tensor:
@@ -158,17 +162,26 @@ def view_consensus(
 
     delta^k = l^k - l, A = mean_k delta^k, J = logmeanexp_k l^k - mean_k l^k >= 0,
     lambda = |A| / (mean_k |delta^k| + eps) * |A| / (|A| + J + eps). Since lambda J < |A|, l* - l
-    has the sign of A: the views' consensus is never turned round. K = 1 gives l* = l^1.
+    has the sign of A: the views' consensus is never turned round. K = 1 gives l* = l^1. A view that
+    the row cannot serve is left out.
 
     Published on the realised tokens (`distillation_mode=sampled`, whose gradient -sg(l* - l) grad l
     is this loss's). In mode `full` the same holds for every vocabulary entry, and l* is normalised.
     residual: False leaves lambda J out (reported to lose).
     """
     l_K = torch.stack([at_least_float32(logp) for logp in inputs.sources.values()])
+    everywhere_C = torch.ones(l_K.shape[1], dtype=torch.bool, device=l_K.device)
+    has_K = torch.stack([inputs.present.get(name, everywhere_C) for name in inputs.sources])
+    has_K = has_K if l_K.dim() == 2 else has_K[..., None]
+    count = has_K.sum(0)
+
+    def mean_of(value_K: Tensor) -> Tensor:
+        return value_K.masked_fill(~has_K, 0.0).sum(0) / count
+
     delta_K = l_K - inputs.student_logp
-    A, mean = delta_K.mean(0), l_K.mean(0)
-    J = (l_K.logsumexp(0) - math.log(len(l_K)) - mean).clamp(min=0)
-    consensus = A.abs() / (delta_K.abs().mean(0) + eps)
+    A, mean = mean_of(delta_K), mean_of(l_K)
+    J = (l_K.masked_fill(~has_K, -math.inf).logsumexp(0) - count.log() - mean).clamp(min=0)
+    consensus = A.abs() / (mean_of(delta_K.abs()) + eps)
     target = mean + consensus * A.abs() / (A.abs() + J + eps) * J if residual else mean
     return target if target.dim() == 1 else target.log_softmax(-1)
 
@@ -185,7 +198,16 @@ def contrast(inputs: TargetInputs, *, a: float = 0.5, floor: float = -5.0) -> Te
     return ((1.0 + a) * inputs.teacher_logp - a * negative_CV.clamp(min=floor)).log_softmax(-1)
 
 
-@register_target("geometric", sources=lambda options: (options["source"],))
+MIXINGS = ("constant", "disagreement")
+
+
+def _mixed(options: Mapping[str, Any]) -> Sequence[str]:
+    if options["mixing"] not in MIXINGS:
+        raise UserError(f"mixing must be {' or '.join(MIXINGS)}, got {options['mixing']!r}.")
+    return (options["source"],)
+
+
+@register_target("geometric", sources=_mixed)
 def geometric(
     inputs: TargetInputs,
     *,
@@ -201,7 +223,7 @@ def geometric(
     mixing: `constant` a, or going linearly from a to `a_end` over the run; or `disagreement`, per
     token a = 2 a_max (sigmoid(beta d) - 1/2) with d = JSD(q, b) in nats. Published: b =
     `teacher/plain` of an EMA teacher, per token (DemoPSD, arXiv 2607.02502; its beta is set per
-    domain: 25, 50, 70, 100); b = `step/full`, a 0.05 (trust region of SDPO); b = `base/plain`
+    domain: 25, 50, 70, 100); b = `step/same`, a 0.05 (trust region of SDPO); b = `base/plain`
     (beta-OPSD). With b = `student/plain` and reverse KL the gradient is that of the weight 1 - a.
     """
     (b_CV,) = inputs.sources.values()
@@ -210,10 +232,8 @@ def geometric(
         share: Tensor | float = (2.0 * a_max * (torch.sigmoid(beta * jensen_shannon(q_CV, b_CV)) - 0.5))[
             :, None
         ]
-    elif mixing == "constant":
-        share = a if a_end is None else a + (a_end - a) * inputs.progress
     else:
-        raise UserError(f"target geometric: mixing must be constant or disagreement, got {mixing!r}.")
+        share = a if a_end is None else a + (a_end - a) * inputs.progress
     return ((1.0 - share) * q_CV + share * b_CV).log_softmax(-1)
 
 

@@ -104,8 +104,10 @@ def entropy_exploded(first: Values, last: Values) -> str | None:
     before, now = first["student/entropy"], last["student/entropy"]
     if now <= 3 * before + 0.5:
         return None
-    return f"the student's entropy rose from {before:.3g} to {now:.3g} nats: its answers become random;"
-    " lower the rate."
+    return (
+        f"the student's entropy rose from {before:.3g} to {now:.3g} nats: its answers become random; lower"
+        " the rate."
+    )
 
 
 def drift(first: Values, last: Values) -> str | None:

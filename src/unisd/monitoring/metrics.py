@@ -99,25 +99,16 @@ class StepMetrics:
             names = sorted(sums)
             of_rank = torch.tensor([sums[name] for name in names], device=self.device)
             sums = dict(zip(names, over_ranks(of_rank, "sum").tolist(), strict=True))
-        tokens = max(sums["tokens"], 1)
         values = self.values
         # Every rank's loss was multiplied by the number of ranks, against DDP's averaging.
         values["loss"] = sums["loss"] / self.world_size
         values["completions/loss_tokens"] = sums["tokens"]
-        values["teacher/divergence"] = sums["divergence"] / tokens
         values["teacher/overlong_views"] = sums["overlong_views"]
-        values["student/entropy"] = sums["entropy"] / tokens
-        values["student/logp"] = sums["student_logp"] / tokens
-        if "teacher_logp" in sums:
-            values["teacher/logp"] = sums["teacher_logp"] / tokens
         if "weight_distance" in sums:  # the same on every rank
             values["teacher/weight_distance"] = sums["weight_distance"] / self.world_size
-        values["clip/share"] = sums["clipped"] / tokens
+        if sums["tokens"]:
+            values |= _per_token(sums)
         values |= _of_terms(sums)
-        if "style_loss" in sums:
-            values["words/style_loss_share"] = sums["style_loss"] / (sums["whole_loss"] or 1.0)
-            values["leak/answer_loss_share"] = sums["answer_loss"] / (sums["whole_loss"] or 1.0)
-            values["leak/answer_token_share"] = sums["answer_tokens"] / tokens
         # a sync is within rollout
         values["step_time"] = sum(values.get(f"step_time/{phase}", 0.0) for phase in self.phases)
         if is_writer:
@@ -152,6 +143,28 @@ class StepMetrics:
         return [line for line in keep_until(self.path, step) if not is_evaluation(line)]
 
 
+PER_TOKEN = {
+    "teacher/divergence": "divergence",
+    "teacher/logp": "teacher_logp",
+    "student/entropy": "entropy",
+    "student/logp": "student_logp",
+    "clip/share": "clipped",
+    "leak/answer_token_share": "answer_tokens",
+}
+"""Means over the tokens with loss, and the sums that they are of.
+
+A step whose answers all carry none has not measured them: zero would read as a collapse.
+"""
+
+
+def _per_token(sums: Mapping[str, float]) -> dict[str, float]:
+    values = {name: sums[of] / sums["tokens"] for name, of in PER_TOKEN.items() if of in sums}
+    if "style_loss" in sums:
+        values["words/style_loss_share"] = sums["style_loss"] / (sums["whole_loss"] or 1.0)
+        values["leak/answer_loss_share"] = sums["answer_loss"] / (sums["whole_loss"] or 1.0)
+    return values
+
+
 TERM_METRICS = {
     "contrast": ("contrastive/loss", "contrastive/active_share"),
     "features": ("features/distance", ""),
@@ -163,7 +176,9 @@ def _of_terms(sums: Mapping[str, float]) -> dict[str, float]:
     """Means of the loss's terms over the tokens that have them."""
     values: dict[str, float] = {}
     for name in (key.removeprefix("term/") for key in sums if key.startswith("term/")):
-        tokens = max(sums[f"term_tokens/{name}"], 1)
+        tokens = sums[f"term_tokens/{name}"]
+        if not tokens:
+            continue
         of_mean, of_share = TERM_METRICS.get(name, (f"term/{name}/mean", f"term/{name}/active_share"))
         values[of_mean] = sums[f"term/{name}"] / tokens
         if f"term_active/{name}" in sums:
@@ -178,8 +193,3 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def masked_mean(value: Tensor, mask: Tensor) -> float:
-    """Mean over the masked-in entries, 0 if there are none."""
-    return float(value[mask].mean()) if mask.any() else 0.0

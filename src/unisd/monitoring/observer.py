@@ -25,7 +25,7 @@ from unisd.files import PROBE, SAMPLES
 from unisd.losses.terms import LossInputs, LossOutput
 from unisd.methods.scores import StepScores
 from unisd.monitoring.diagnostics import Answers, Counting, answer_tokens, answers_to_keep, means, probe_leak
-from unisd.monitoring.metrics import StepMetrics, masked_mean, mean
+from unisd.monitoring.metrics import StepMetrics, mean
 from unisd.monitoring.token_records import SampleRecorder
 from unisd.rollout.engine import Completion, Engine, Sampling
 from unisd.scoring.requests import ScoreRequest
@@ -155,7 +155,8 @@ class Observer:
         values["completions/truncated_share"] = mean([truncated for _, truncated in pairs])
         if everywhere.negative_logp is not None and everywhere.negative_present is not None:
             mask = everywhere.mask & everywhere.negative_present[:, None]
-            values["contrastive/negative_logp"] = masked_mean(everywhere.negative_logp, mask)
+            if mask.any():
+                values["contrastive/negative_logp"] = float(everywhere.negative_logp[mask].mean())
         if token_clip is not None:
             values["clip/threshold"] = token_clip
         if everywhere.score is not None:

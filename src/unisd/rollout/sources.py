@@ -123,12 +123,14 @@ class CompletionSource:
         if not self.args.rollout_contexts:
             return [Outcome()] * len(numbers)
         shown = siblings(*_groups(numbers, completions), self.args.sibling == "shortest")
+        verdicts = [completion.verdict for completion in completions]
         return [
             Outcome(
                 None if place is None else self._answer(completions[place]),
-                None if completion.verdict is None else completion.verdict.feedback or None,
+                # a passed answer has nothing to mend, and its teacher would be told that it failed
+                None if verdict is None or verdict.passed else verdict.feedback or None,
             )
-            for place, completion in zip(shown, completions, strict=True)
+            for place, verdict in zip(shown, verdicts, strict=True)
         ]
 
     def _without_end(self, completion: Completion) -> Completion:

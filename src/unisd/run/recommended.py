@@ -162,11 +162,15 @@ def _recipe(report: Figures) -> tuple[str, str]:
     """Distil where there is something to learn from the teacher, else train on the references."""
     graded = "accuracy" in report["student"]
     if not teaches(report):
-        return "sft", "the teacher is not shown to have anything to teach (see the verdict), so that only"
-        " the references are left"
+        return "sft", (
+            "the teacher is not shown to have anything to teach (see the verdict), so that only the"
+            " references are left"
+        )
     if not graded:
-        return "sdft", "the reference moves the teacher; without a grader it is unknown whether for the"
-        " better"
+        return (
+            "sdft",
+            "the reference moves the teacher; without a grader it is unknown whether for the better",
+        )
     teacher = report["teacher"][report["layout"]]["accuracy"]["value"]
     return "sdft", (
         f"the teacher is right in {teacher:.0%}, the student in"

@@ -34,16 +34,18 @@ class TeacherStates:
 
     def of_target(
         self, hidden: Callable[[Sequence[Tensor]], Tensor], scalar: Callable[[Tensor], Tensor], length: int
-    ) -> tuple[dict[Source, Tensor], Tensor]:
-        """Per source its states `[N,H]` or log-probabilities `[N]`, and which tokens have all
-        sources, by two ways to select.
+    ) -> tuple[dict[Source, Tensor], dict[Source, Tensor]]:
+        """Per source its states `[N,H]` or log-probabilities `[N]`, and which tokens have it.
+
+        By two ways to select.
         """
         values = {source: hidden(of_rows) for source, of_rows in self.sources.items()}
         values |= {source: scalar(logp_BT) for source, logp_BT in self.source_logp.items()}
-        present_B = torch.ones(len(self.final), dtype=torch.bool)
-        for of_rows_B in self.source_present.values():
-            present_B &= of_rows_B
-        return values, scalar(present_B[:, None].expand(-1, length))
+        present = {
+            source: scalar(of_rows_B[:, None].expand(-1, length))
+            for source, of_rows_B in self.source_present.items()
+        }
+        return values, present
 
 
 class Findings:

@@ -4,6 +4,7 @@ within the limits of length.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rendering import naming
 from unisd.data.rows import Row
 from unisd.errors import UserError
-from unisd.methods.targets import NEGATIVE, Source
+from unisd.methods.targets import NEGATIVE, SAME, Source
 from unisd.rollout.engine import Completion
 
 
@@ -50,6 +51,8 @@ def subsample_contexts(
         for k in sorted(random.Random(f"agreement {seed} {step} {row}").sample(range(len(views)), budget))
     ]
 
+
+logger = logging.getLogger(__name__)
 
 _UNLIMITED = 1 << 60
 NOTHING_TOLD = Outcome()
@@ -98,6 +101,7 @@ class RequestBuilder:
         for number, found in enumerate(rows):
             with naming(f"row {number} of the training data"):
                 self.prompts.check(found)
+        self._check_sources(rows)
         level = self.args.teacher_context
         level = level if self.args.uses_reference or level in BUILT else "plain"
         empty = [
@@ -186,6 +190,10 @@ class RequestBuilder:
         )
         if negative is not None and len(negative) > self.teacher_room:
             negative, overlong = None, overlong + 1
+        prompt = self.teacher_prompt(row) if teacher is None else teacher
+        sources = self._sources(row, prompt)
+        fitting_sources = {source: ids for source, ids in sources.items() if len(ids) <= self.teacher_room}
+        overlong += len(sources) - len(fitting_sources)
         own = completion.written or [True] * len(completion.ids)
         request = ScoreRequest(
             number=number,
@@ -194,10 +202,10 @@ class RequestBuilder:
                 carries_loss and mine and t >= args.num_loss_tokens_to_skip for t, mine in enumerate(own)
             ],
             student=self.prompts.student(row),
-            teacher=self.teacher_prompt(row) if teacher is None else teacher,
+            teacher=prompt,
             negative=negative,
             auxiliary=subsample_contexts(fitting, args.agreement_budget_contexts, args.seed, step, number),
-            sources=self._sources(row),
+            sources=fitting_sources,
         )
         return request, overlong
 
@@ -224,20 +232,32 @@ class RequestBuilder:
             untold += 1
         return self.teacher_prompt(row), untold
 
-    def _sources(self, row: Row) -> dict[Source, list[int]]:
-        """The prompts of the target's sources, without those that the row cannot serve or that are
-        too long.
-        """
+    def _sources(self, row: Row, teacher: list[int]) -> dict[Source, list[int]]:
+        """The prompts of the target's sources that the row can serve; `teacher`: the teacher's."""
         prompts = {
-            source: self.prompts.at_level(row, source.context)
+            source: teacher if source.context == SAME else self.prompts.at_level(row, source.context)
             for source in self.sources
             if source != NEGATIVE
         }
-        return {
-            source: ids
-            for source, ids in prompts.items()
-            if ids is not None and len(ids) <= self.teacher_room
-        }
+        return {source: ids for source, ids in prompts.items() if ids is not None}
+
+    def _check_sources(self, rows: Sequence[Row]) -> None:
+        """Refuse a source that no row can serve, and tell of one that some cannot."""
+        for source in self.sources:
+            if source == NEGATIVE or source.context in (SAME, "plain"):
+                continue
+            without = sum(self.prompts.lacks(row, source.context) for row in rows)
+            remedy = what_gives(source.context)
+            if without == len(rows):
+                raise UserError(
+                    f"target={self.args.target} reads {source}, but no row of the training data has anything"
+                    f" for {source.context!r}: {remedy}, or take it out of the target."
+                )
+            if without:
+                logger.warning(
+                    "%d of %d rows have nothing for the target's source %s, and do without it: %s.",
+                    *(without, len(rows), source, remedy),
+                )
 
 
 def _length_over(limit: int, encode: Callable[[Row], list[int]], row: Row) -> int:

@@ -72,18 +72,17 @@ class Scorer:
         self.target = target
         self.sources = tuple(sources)
 
-    def target_without_states(self, progress: float, device: torch.device | str) -> TargetStates | None:
+    def target_without_states(self, progress: float) -> TargetStates | None:
         """The target as the losses take it, with its sources' heads; None: there is no target.
 
-        The states of its sources and the tokens that have them all are filled in by each pass.
+        The states of its sources and the tokens that have them are filled in by each pass.
 
         Args:
             progress: share of the run's optimizer steps that are done, for targets with a schedule.
         """
         if self.target is None:
             return None
-        nothing_N = torch.zeros(0, dtype=torch.bool, device=device)
-        return TargetStates(self.target, {}, self._source_heads(), nothing_N, progress)
+        return TargetStates(self.target, {}, self._source_heads(), {}, progress)
 
     def _source_heads(self) -> dict[Source, Head]:
         """Gather the heads of the target's sources (of a sharded model: a collective)."""
@@ -235,12 +234,12 @@ class Scorer:
         head_of_teacher = teacher_head(backbone, self.weights["teacher"])
         with self.passes.under():
             heads = (backbone.head(), head_of_teacher)
-            target = self.target_without_states(progress, device)
+            target = self.target_without_states(progress)
             compared = []
             for group in self.passes.hidden_states(found.jobs(STUDENT), device):
                 if target is not None:
-                    values, present_N = _at_tokens(group, states, found.scores["mask"].shape[1])
-                    target = replace(target, states=values, present_N=present_N)
+                    values, present = _at_tokens(group, states, found.scores["mask"].shape[1])
+                    target = replace(target, states=values, present=present)
                 compared.append(self._compare(group, states.final, heads, self.spec, target))
             _write(found, STUDENT.compared, compared)
 
@@ -269,7 +268,7 @@ class Scorer:
 
 def _at_tokens(
     group: Sequence[JobStates], states: TeacherStates, width: int
-) -> tuple[dict[Source, Tensor], Tensor]:
+) -> tuple[dict[Source, Tensor], dict[Source, Tensor]]:
     """What the target needs of the tokens of a pass, end to end."""
     device = group[0].final_TH.device
 

@@ -65,8 +65,10 @@ def _sides(line: dict[str, Any]) -> list[tuple[str, Estimate | None]]:
 
 def _text(method: str, lines: Sequence[dict[str, Any]], pays: bool) -> str:
     if pays:
-        return f"self-distillation is worthwhile here: {method} beats all {len(lines)} controls at"
-        " equal forgetting"
+        return (
+            f"self-distillation is worthwhile here: {method} beats all {len(lines)} controls at equal"
+            " forgetting"
+        )
     open_ones = [line for line in lines if not line["beaten"]]
     worst = min(open_ones, key=_least)
     against = ", ".join(f"{name} {shown(found)}" for name, found in _sides(worst))

@@ -12,7 +12,7 @@ from unisd.data.privilege import built_by
 from unisd.data.rows import Row
 from unisd.errors import UserError
 from unisd.methods.registry import Term, WeightFunction, parse_term, parse_weight
-from unisd.methods.targets import NEGATIVE, STUDENT, Source, Target, parse_target
+from unisd.methods.targets import NEGATIVE, SAME, STUDENT, Source, Target, parse_target
 from unisd.rollout.vllm.common import logps_compare
 
 STUDENT_NEEDS = frozenset({"student", "divergence"})
@@ -147,13 +147,19 @@ def _scored_sources(args: UniSDConfig, target: Target | None) -> tuple[Source, .
     """
     if target is None:
         return ()
-    known = (STUDENT, *([] if args.rollout_contexts else [Source("teacher", args.teacher_context)]))
+    known = (STUDENT, *_teachers_own(args))
     sources = tuple(source for source in target.sources if source not in known)
     if any(source.weights == "step" for source in sources) and args.target_reference_steps is None:
         raise UserError(
             f"target {target.name!r} looks at earlier weights of the student: set target_reference_steps."
         )
     return sources
+
+
+def _teachers_own(args: UniSDConfig) -> tuple[Source, ...]:
+    """The names of the teacher's own distribution; a step's answers that it sees have no level."""
+    level = () if args.rollout_contexts else (Source("teacher", args.teacher_context),)
+    return (Source("teacher", SAME), *level)
 
 
 def needed_scores(args: UniSDConfig, plan: Plan) -> frozenset[str]:
@@ -184,6 +190,13 @@ def _check_used(args: UniSDConfig, plan: Plan) -> None:
         logger.warning("feature_layers has no effect: it says what feature_weight matches, which is 0.")
     if args.target_reference_steps is not None and not any(s.weights == "step" for s in plan.sources):
         logger.warning("target_reference_steps has no effect: the target looks at no earlier weights.")
+    if plan.target is not None and plan.target.name == "geometric":
+        [source] = plan.target.sources
+        if source in _teachers_own(args):
+            raise UserError(
+                f"target geometric mixes the teacher with itself: {source} is what the teacher sees: name"
+                " another source."
+            )
     if args.teacher_context == "wrong" and "negative" in plan.needs:
         raise UserError(
             "teacher_context=wrong shows the teacher what contrast leads away from, so that the two do not"

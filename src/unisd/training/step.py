@@ -109,10 +109,10 @@ class Step:
 
         target = self.target
         if target is not None:
-            values, present_N = self.states.of_target(
+            values, present = self.states.of_target(
                 states_at_loss_tokens, lambda value_BT: sent(at_loss_tokens(value_BT), device), width
             )
-            target = replace(target, states=values, present_N=present_N)
+            target = replace(target, states=values, present=present)
         return MicroBatch(
             step=self,
             part=list(part),
