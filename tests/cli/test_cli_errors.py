@@ -196,11 +196,11 @@ def test_empty_dataset(own: Any) -> None:
 def test_row_without_prompt(own: Any, prompt: Any, part: str) -> None:
     rows = [*ROWS[:3], {**ROWS[3], "prompt": prompt}]
     line = own(rows)
-    assert "row 3 of" in line and part in line
+    assert "rows.jsonl, line 4: " in line and part in line
 
 
 def test_row_without_reference(own: Any) -> None:
-    assert "row 1 of" in own([ROWS[0], {**ROWS[1], "privileged_context": None}, *ROWS[2:]])
+    assert "rows.jsonl, line 2: " in own([ROWS[0], {**ROWS[1], "privileged_context": None}, *ROWS[2:]])
 
 
 def test_single_row_cannot_be_split(own: Any) -> None:
@@ -245,7 +245,7 @@ def test_gold_that_the_grader_cannot_read(own: Any) -> None:
     rows = [{**row, "answer": answer} for row, answer in zip(ROWS, ["1", "2,5", "12,34,5"] * 2, strict=True)]
     for flags in ((), ("--dry_run",)):
         line = own(rows, "--grader", "number", *flags)
-        assert "rows.jsonl, row 2: gold '12,34,5' is not a number: give one number" in line
+        assert "rows.jsonl, line 3: gold '12,34,5' is not a number: give one number" in line
 
 
 # -- models and folders ----------------------------------------------------------------------------

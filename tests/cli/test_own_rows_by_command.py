@@ -205,7 +205,7 @@ def test_a_study_reads_own_rows(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "train-reference-s1-" in capsys.readouterr().out
     (tmp_path / "report.csv").write_text("question,gold\na,many\n")
     assert main(["study", *files, "--grader", "number", *flags]) == 2
-    assert "report.csv, row 0: gold 'many' is not a number" in capsys.readouterr().err
+    assert "report.csv, line 2: gold 'many' is not a number" in capsys.readouterr().err
     (tmp_path / "data").mkdir()
     table(tmp_path / "data" / "train.csv")
     dataset = ["--dataset_name", str(tmp_path / "data"), "--columns", "prompt=qestion"]

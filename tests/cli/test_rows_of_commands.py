@@ -33,7 +33,8 @@ def test_rows_over_the_context_are_left_out_and_said(
     assert evaluate(model_dir, write(tmp_path / "a.jsonl", "a", LONG, "b", LONG + "x"), figures) == 0
     told = " ".join(capfd.readouterr().err.split())
     assert (
-        "jsonl, task: row 1 has a prompt of 552 tokens, and the model's context is 512; 2 such row(s)" in told
+        "row 1 of jsonl, task has a prompt of 552 tokens, and the model's context is 512; 2 such row(s)"
+        in told
     )
     assert told.endswith("of 4 are left out and not counted.")
     found = json.loads(figures.read_text())
@@ -50,9 +51,32 @@ def test_rows_to_report_on_are_refused_as_training_rows(
     files = ["--train_file", train, "--eval_file", report]
     assert main(["train", "--model_name_or_path", str(model_dir), *files, *flags]) == 2
     assert (
-        "row 1 of the evaluation data: the prompt has 552 tokens, and the model's context is 512; 1 such"
+        "b.jsonl, line 2: the prompt has 552 tokens, and the model's context is 512; 1 such"
         " row(s): shorten or remove them" in capsys.readouterr().err
     )
+
+
+def test_a_row_is_named_by_its_place_in_the_file(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of the second file, and after rows were held out."""
+    first, second = write(tmp_path / "a.jsonl", *map(str, range(9))), tmp_path / "b.jsonl"
+    write(second, *map(str, range(9, 18)))
+    lines = second.read_text().splitlines()
+    long = json.dumps({**json.loads(lines[6]), "prompt": "word " * 300})
+    second.write_text("\n\n" + "\n".join([*lines[:6], long, *lines[7:]]) + "\n")
+    command = ["train", "--model_name_or_path", str(model_dir), "--recipe", "sft", "--dry_run"]
+    command += [
+        "--max_completion_length",
+        "8",
+        "--max_prompt_length",
+        "200",
+        "--train_file",
+        first,
+        str(second),
+    ]
+    assert main(command) == 2
+    assert f"{second}, line 9: the prompt has" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["--train_file", "--eval_file", "--data_files"])

@@ -39,7 +39,7 @@ def data_of(path: Path, *rows: dict[str, Any], **options: Any) -> Any:
 
 
 def test_code_is_graded_by_tests(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"row 0 of .* grader=\"code\" needs a column tests"):
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1: grader=\"code\" needs a column tests"):
         data_of(tmp_path, {"completion": ADD}, grader="code", allow_unsafe_code_execution=True)
     data = data_of(
         tmp_path,
@@ -65,7 +65,7 @@ def test_an_answer_column_is_what_graders_compare_with(tmp_path: Path) -> None:
     assert data.grade(data.train[0], "4") and not data.grade(data.train[0], "It is 4, or 5.")
     data = data_of(tmp_path, {"completion": "4"}, grader="exact")
     assert data.grade(data.train[0], "4")
-    with pytest.raises(UserError, match=r"row 0 of .* needs a column answer, or a reference"):
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1: .* needs a column answer, or a reference"):
         data_of(tmp_path, {"privileged_context": None, "teacher_prompt": "t"}, grader="exact")
 
 

@@ -121,7 +121,7 @@ def test_numbers_are_the_same_from_all_kinds(tmp_path: Path) -> None:
         ("a.json", b'{"data": []}', "must hold a list of objects"),
         ("a.csv", "a,äöü\n1,".encode() + b"\xff", "cannot be read: .*invalid start byte: save it as UTF-8"),
         ("a.csv", b"a\x81\x8d", "cannot be read: .*: save it as UTF-8"),
-        ("a.jsonl.gz", b"{}", "cannot be read: Not a gzipped file .*: decompress it, or name it without .gz"),
+        ("a.jsonl.gz", b"{}", "cannot be read: Not a gzipped file .*: copy it again, or name it without .gz"),
         ("a.parquet", b"", "a.parquet cannot be read: "),
         ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read: "),
         ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
@@ -149,6 +149,13 @@ def test_no_number_is_missing_where_tables_say_so_and_never_text() -> None:
     nan, inf = float("nan"), float("inf")
     row = load_rows([{"prompt": "a", "completion": "b", "negative_context": nan, "answer": nan}])[0]
     assert row["negative_context"] is None and row["answer"] is None
+    asks = [{"role": "user", "content": "q"}]
+    with pytest.raises(UserError, match="or a conversation that ends in the assistant's answer: fix or"):
+        load_rows([{"messages": asks}])
+    with pytest.raises(UserError, match="solution is missing, a non-empty string is needed"):
+        load_rows([{"problem": "p", "solution": None}])
+    with pytest.raises(UserError, match="has the role 'asistant': did you mean 'assistant'"):
+        load_rows([{"messages": [*asks, {"role": "asistant", "content": "a"}]}])
     with pytest.raises(UserError, match="row 1 of the dataset: privileged_context is missing"):
         load_rows([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": nan}])
     with pytest.raises(

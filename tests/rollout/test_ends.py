@@ -185,7 +185,7 @@ def test_text_that_the_model_has_no_embedding_of_is_one_line(
     capsys.readouterr()
     assert main(command) == 2
     told = capsys.readouterr().err
-    assert f"error: row 2 of the training data: it holds the token '<tool>' ({len(tokenizer) - 1})" in told
+    assert f"rows.jsonl, line 3: it holds the token '<tool>' ({len(tokenizer) - 1})" in told
     assert "take its text out" in told
     assert len([line for line in told.strip().splitlines() if not line.startswith("note: ")]) == 1
     with pytest.raises(UserError, match=r"but the model's embedding has .* rows: take its text out of the"):

@@ -54,16 +54,13 @@ def test_rows_that_the_template_refuses_or_cuts_are_one_line(
 ) -> None:
     row = {"prompt": SYSTEM, "privileged_context": "a"}
     line = told(capsys, *train(tmp_path, templates.NO_SYSTEM, row))
-    assert (
-        "row 2 of the evaluation data: the chat template refuses the prompt (System role not supported)"
-        in line
-    )
+    assert "rows.jsonl, line 3: the chat template refuses the prompt (System role not supported)" in line
     line = told(capsys, *train(tmp_path, templates.DROPS_SYSTEM, row))
-    assert "row 2 of the evaluation data: the chat template leaves a turn of the prompt out" in line
+    assert "rows.jsonl, line 3: the chat template leaves a turn of the prompt out" in line
     thought = {"prompt": "How many?", "privileged_context": "<think>2+2</think>Four."}
     command = train(tmp_path, templates.THINKING, thought)
     line = told(capsys, *command, "--teacher_prompt_layout", "turn")
-    assert "row 2 of the training data: the chat template leaves the reference, or a part of it, out" in line
+    assert "rows.jsonl, line 3: the chat template leaves the reference, or a part of it, out" in line
     assert "set teacher_prompt_layout=append" in line
 
 

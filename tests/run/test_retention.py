@@ -69,7 +69,7 @@ def test_files_are_read_and_graded_as_the_runs_own_rows(tmp_path: Path) -> None:
     [found] = sets([str(file)], columns="prompt=q", grader="choice")
     assert found.grade is not None and found.grade(found.rows[0], "The answer is A.").correct
     file.write_text(json.dumps({**row, "answer": None}) + "\n")
-    with pytest.raises(UserError, match=r"row 0 of .*needs a column answer"):
+    with pytest.raises(UserError, match=r"kept.jsonl, line 1: .*needs a column answer"):
         sets([str(file)], columns="prompt=q", grader="choice")
 
 

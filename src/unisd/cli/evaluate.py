@@ -21,6 +21,7 @@ from unisd.cli.parser import DATA, MEASURED, MODEL, OUTPUT, CommandParser, at_le
 from unisd.cli.sources import say_what_was_trained_on, tasks_of
 from unisd.console import loading_libraries, make_console, number, show_progress, show_table
 from unisd.data import rendering
+from unisd.data.origin import place_of
 from unisd.data.prompts import encode_prompt, overlong
 from unisd.data.thoughts import completion_text
 from unisd.errors import UserError
@@ -410,8 +411,8 @@ class _Evaluation:
             return rows
         number, length = next(iter(too_long.items()))
         said = (
-            f"{what}: row {number} has a prompt of {length} tokens, and the model's context is {context};"
-            f" {len(too_long)} such row(s) of {len(rows)}"
+            f"{place_of(rows[number], number, what)} has a prompt of {length} tokens, and the model's context"
+            f" is {context}; {len(too_long)} such row(s) of {len(rows)}"
         )
         if len(too_long) == len(rows):
             raise UserError(f"{said}: no row is left to answer; give a model with a longer context.")

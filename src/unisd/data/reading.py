@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
+from unisd.data.origin import Placed
 from unisd.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def _text(path: Path, say: bool) -> str:
         raise UserError(f"{path} cannot be read: {error}: save it as UTF-8.") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        hint = ": decompress it, or name it without .gz" if path.suffix == ".gz" else ""
+        hint = ": copy it again, or name it without .gz if it is text" if path.suffix == ".gz" else ""
         raise UserError(f"{path} cannot be read: {reason}{hint}.") from None
     if say and encoding in SAID:
         logger.warning(
@@ -115,7 +116,7 @@ def _json(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _jsonl(text: str, path: Path) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -124,7 +125,7 @@ def _jsonl(text: str, path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise UserError(f"{where} is {describe(row)}, an object is needed.")
         refuse_broken_text(row, where)
-        rows.append(row)
+        rows.append(Placed(row, where))
     return rows
 
 
@@ -197,21 +198,22 @@ def _csv(text: str, path: Path) -> list[dict[str, Any]]:
     raise refusal
 
 
-def _records(text: str, separator: str, path: Path) -> list[list[str]]:
-    """The cells of each row that is not blank, the header first."""
+def _records(text: str, separator: str, path: Path) -> list[tuple[int, list[str]]]:
+    """The line and the cells of each row that is not blank, the header first."""
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell may be a whole document
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    records: list[list[str]] = []
+    records: list[tuple[int, list[str]]] = []
     line = 1
     try:
         for cells in reader:
-            if cells and records and len(cells) != len(records[0]):
+            width = len(records[0][1]) if records else len(cells)
+            if cells and len(cells) != width:
                 raise UserError(
-                    f"{path}, line {line} has {len(cells)} cells and the header {len(records[0])} (separated"
+                    f"{path}, line {line} has {len(cells)} cells and the header {width} (separated"
                     f" by {SEPARATORS[separator]}): put text that holds the separator into double quotes."
                 )
             if cells:
-                records.append(cells)
+                records.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
@@ -223,14 +225,14 @@ def _records(text: str, separator: str, path: Path) -> list[list[str]]:
     return records
 
 
-def _table(records: list[list[str]], path: Path) -> list[dict[str, Any]]:
-    header = [name.strip() for name in records[0]]
+def _table(records: list[tuple[int, list[str]]], path: Path) -> list[dict[str, Any]]:
+    header = [name.strip() for name in records[0][1]]
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
         raise UserError(f"{path} has two columns {twice[0]!r}: give each column its own name.")
     return [
-        {name: cell if cell else None for name, cell in zip(header, cells, strict=True)}
-        for cells in records[1:]
+        Placed({name: cell or None for name, cell in zip(header, cells, strict=True)}, f"{path}, line {line}")
+        for line, cells in records[1:]
     ]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd.data.conversations import calls_of
+from unisd.data.origin import place_of
 from unisd.errors import UserError
 
 Messages = list[dict[str, Any]]
@@ -273,7 +274,7 @@ def check_rows(tokenizer: Any, rows: Sequence[dict[str, Any]], name: str) -> Non
     if tokenizer.chat_template is None:
         return
     for number, row in enumerate(rows):
-        with naming(f"row {number} of {name}"):
+        with naming(place_of(row, number, name)):
             render(tokenizer, as_messages(row["prompt"]))
 
 

@@ -22,12 +22,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from unisd.data import conversations, formats
 from unisd.data.conversations import answer_of, before_answer
 from unisd.data.formats import parse_column_mapping
+from unisd.data.origin import Placed, place_of
 from unisd.data.reading import describe, load_file, refuse_broken_text
 from unisd.data.text import problem_key
 from unisd.data.trajectories import TURNS, is_trajectory
@@ -36,6 +38,7 @@ from unisd.errors import UserError
 Row = dict[str, Any]
 
 # What only models for images, films and sound read.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -100,9 +103,10 @@ def prepare_rows(
     rows = _plain(dataset, name, of_stream)
     if not rows:
         raise UserError(f"{name} is empty: give at least one row.")
-    rows = in_our_form(rows, formats.settled(rows, mapping or {}, name, needs_reference), name)
+    found = formats.settled(rows, mapping or {}, name, needs_reference)
+    rows = in_our_form(rows, found, name)
     for number, row in enumerate(rows):
-        _check_row(row, f"row {number} of {name}", needs_reference)
+        _check_row(row, place_of(row, number, name), needs_reference, found.get("privileged_context"))
         if row.get("id") is None:
             row["id"] = str(number)
     return rows
@@ -113,8 +117,8 @@ def in_our_form(rows: Sequence[Row], mapping: Mapping[str, str], name: str) -> l
     columns = dict.fromkeys(column for row in rows for column in row)
     found = []
     for number, given in enumerate(rows):
-        where = f"row {number} of {name}"
-        row = {column: None if _is_nan(value) else value for column, value in given.items()}
+        where = place_of(given, number, name)
+        row: Row = Placed({name: None if _is_nan(value) else value for name, value in given.items()}, where)
         refuse_broken_text(row, where)
         formats.rename(row, mapping, columns, where)
         row |= {
@@ -158,7 +162,7 @@ def _plain(dataset: Any, name: str, of_stream: int | None) -> list[Row]:
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise UserError(f"row {number} of {name} is {describe(row)}, a dict of columns is needed.")
-    return [dict(row) for row in rows]
+    return [row if isinstance(row, Placed) else dict(row) for row in rows]
 
 
 def holds_columns(dataset: Mapping[str, Any]) -> bool:
@@ -201,7 +205,8 @@ def _as_text(row: Row, where: str) -> None:
         )
 
 
-def _check_row(row: Row, where: str, needs_reference: bool) -> None:
+def _check_row(row: Row, where: str, needs_reference: bool, called: str | None = None) -> None:
+    """called: the user's column that the reference is read from, where it has another name."""
     _refuse_images(row, where)
     check_prompt(row.get("prompt"), where)
     if row.get("privileged_context") is None and isinstance(row.get("completion"), str):
@@ -212,8 +217,9 @@ def _check_row(row: Row, where: str, needs_reference: bool) -> None:
     elif needs_reference:
         reference = row.get("privileged_context")
         if not isinstance(reference, str) or not reference.strip():
+            column = called or "privileged_context"
             raise UserError(
-                f"{where}: privileged_context is {describe(reference)}, a non-empty string is needed:"
+                f"{where}: {column} is {describe(reference)}, a non-empty string is needed{_or_answer(row)}:"
                 " fix or remove the row."
             )
     if row.get("completion") is None:
@@ -226,6 +232,13 @@ def _check_row(row: Row, where: str, needs_reference: bool) -> None:
     negative = row.get("negative_context")
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"{where}: negative_context is {describe(negative)}, a string is needed.")
+
+
+def _or_answer(row: Row) -> str:
+    """What would do as well in a row of messages."""
+    return (
+        ", or a conversation that ends in the assistant's answer" if isinstance(row["prompt"], list) else ""
+    )
 
 
 def _refuse_images(row: Row, where: str) -> None:
@@ -257,9 +270,14 @@ def check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
                 raise UserError(
                     f"{where}: {column} holds {describe(turn)}, messages with role and content are needed."
                 )
-        if prompt[-1]["role"] != "user":
+        roles = [turn["role"] for turn in prompt]
+        for role in roles:
+            if role not in ROLES and (close := get_close_matches(role, ROLES, n=1)):
+                raise UserError(f"{where}: {column} has the role {role!r}: did you mean {close[0]!r}?")
+        if roles[-1] != "user":
             raise UserError(
-                f"{where}: {column} ends in a {prompt[-1]['role']!r} turn, a user turn must come last."
+                f"{where}: {column} ends in a {roles[-1]!r} turn, a user turn must come last: fix or remove"
+                " the row."
             )
         return
     raise UserError(

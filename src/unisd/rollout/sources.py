@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from unisd.config import UniSDConfig
+from unisd.data.origin import place_of
 from unisd.data.outcomes import Outcome, kept, siblings
 from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rendering import naming
@@ -59,14 +60,14 @@ class CompletionSource:
         for number, row in enumerate(self.rows):
             if not row.get("completion"):
                 raise UserError(
-                    f"row {number} of the training data has no completion, which"
+                    f"{place_of(row, number, 'the training data')} has no completion, which"
                     f" completion_source={self.args.completion_source} trains on: add the column."
                 )
             if (TURNS in row or len(str(row["completion"]).encode()) >= limit) and (
                 length := len(self._reference(number).ids)
             ) > limit:
                 raise UserError(
-                    f"row {number} of the training data: the completion has {length} tokens, over"
+                    f"{place_of(row, number, 'the training data')}: the completion has {length} tokens, over"
                     f" max_completion_length={limit}: shorten or remove it, or raise max_completion_length."
                 )
 
@@ -179,7 +180,7 @@ class CompletionSource:
     def _reference(self, row: int) -> Completion:
         found = self.rows[row]
         if TURNS in found:
-            with naming(f"row {row} of the training data"):
+            with naming(place_of(found, row, "the training data")):
                 ids, own = encode_turns(self.prompts.tokenizer, found["prompt"], found[TURNS], self.eos_ids)
             return Completion(ids, truncated=False, sampled=False, written=own)
         ids = encode_completion(

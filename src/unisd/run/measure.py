@@ -10,6 +10,7 @@ from typing import Any
 
 from unisd.config import UniSDConfig
 from unisd.data import rendering
+from unisd.data.origin import place_of
 from unisd.data.prompts import overlong
 from unisd.data.rows import Row
 from unisd.data.thoughts import completion_text
@@ -72,9 +73,9 @@ def check_lengths(model: Any, tokenizer: Any, data: RunData) -> None:
         if too_long := overlong(tokenizer, rows, context):
             number, length = next(iter(too_long.items()))
             raise UserError(
-                f"row {number} of {name}: the prompt has {length} tokens, and the model's context is"
-                f" {context}; {len(too_long)} such row(s): shorten or remove them, or give a model with a"
-                " longer context."
+                f"{place_of(rows[number], number, name)}: the prompt has {length} tokens, and the model's"
+                f" context is {context}; {len(too_long)} such row(s): shorten or remove them, or give a model"
+                " with a longer context."
             )
 
 

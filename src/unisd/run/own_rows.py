@@ -13,6 +13,7 @@ from typing import Any
 
 from unisd.data import formats
 from unisd.data.formats import parse_column_mapping
+from unisd.data.origin import place_of
 from unisd.data.reading import load_file
 from unisd.data.rows import Row, hold_out, load_rows
 from unisd.errors import UserError, flag
@@ -57,13 +58,11 @@ def grader_of(
     code = name == "code"
     columns = ("tests",) if code else ("answer", "completion")
     for number, row in enumerate(rows):
-        gold = _gold(row, columns)
+        gold, place = _gold(row, columns), place_of(row, number, where)
         if gold is None:
             needed = "a column tests with Python assertions" if code else "a column answer, or a reference"
-            raise UserError(
-                f"row {number} of {where}: {flag('grader', name)} needs {needed}: add it, or remove the row."
-            )
-        check_gold(grader, row, gold, f"{where}, row {number}")
+            raise UserError(f"{place}: {flag('grader', name)} needs {needed}: add it, or remove the row.")
+        check_gold(grader, row, gold, place)
     if code:
         sandbox.require_with(unsafe)
     return lambda row, text: grader(text, grader.gold_of(row, _gold(row, columns)))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from unisd.config import UniSDConfig
+from unisd.data.origin import place_of
 from unisd.data.outcomes import NO_LOSS, Outcome
 from unisd.data.privilege import BUILT, reference_at, what_gives
 from unisd.data.prompts import PromptBuilder, encode_completion
@@ -54,6 +55,7 @@ def subsample_contexts(
 
 logger = logging.getLogger(__name__)
 
+TRAINED_ON = "the training data"
 _UNLIMITED = 1 << 60
 NOTHING_TOLD = Outcome()
 
@@ -99,7 +101,7 @@ class RequestBuilder:
         teach another task.
         """
         for number, found in enumerate(rows):
-            with naming(f"row {number} of the training data"):
+            with naming(place_of(found, number, TRAINED_ON)):
                 self.prompts.check(found)
         self._check_sources(rows)
         level = self.args.teacher_context
@@ -111,8 +113,8 @@ class RequestBuilder:
         ]
         if empty:
             raise UserError(
-                f"row {empty[0]} of the training data has nothing for teacher_context={level} ({len(empty)}"
-                f" such row(s)): {what_gives(level)}, or use teacher_context=full."
+                f"{place_of(rows[empty[0]], empty[0], TRAINED_ON)} has nothing for teacher_context={level}"
+                f" ({len(empty)} such row(s)): {what_gives(level)}, or use teacher_context=full."
             )
         limits = (
             ("prompt", "max_prompt_length", self.args.max_prompt_length, self.prompts.student),
@@ -129,7 +131,7 @@ class RequestBuilder:
                 (i, length) for i, row in enumerate(rows) if (length := _length_over(limit, encode, row))
             ]
             if too_long:
-                row, length = too_long[0]
+                (row, length), count = too_long[0], len(too_long)
                 name, remedy = (
                     (option, f"raise {option}")
                     if limit == own_limit
@@ -139,8 +141,8 @@ class RequestBuilder:
                     )
                 )
                 raise UserError(
-                    f"row {row} of the training data: the {what} has {length} tokens, over the limit of"
-                    f" {limit} ({name}); {len(too_long)} such row(s): shorten or remove them, or {remedy}."
+                    f"{place_of(rows[row], row, TRAINED_ON)}: the {what} has {length} tokens, over the limit"
+                    f" of {limit} ({name}); {count} such row(s): shorten or remove them, or {remedy}."
                 )
 
     def check_evaluated(self, rows: Sequence[Row], name: str, ends: Sequence[int], cap: int) -> None:
@@ -149,7 +151,7 @@ class RequestBuilder:
         """
         prompts, limit = self.prompts, self.context or _UNLIMITED
         for number, row in enumerate(rows):
-            with naming(f"row {number} of {name}"):
+            with naming(place_of(row, number, name)):
                 prompts.check_asked(row)
                 reference = str(row.get("completion") or row.get("privileged_context") or "")
                 if len(str(row["prompt"]).encode()) + len(reference.encode()) + cap + 1024 <= limit:
