@@ -314,27 +314,35 @@ def show_table(
     print("\n".join([*([title] if title else []), *aligned(header, rows)]))
 
 
-def one_line(text: str, width: int) -> str:
-    """The text on one line, without its middle where it is too long."""
+def one_line(text: str, width: int, around: str = "") -> str:
+    """The text on one line, without its middle where it is too long; or what is around a part."""
     text = " ".join(text.split())
-    part = (width - 5) // 2
-    return text if len(text) <= width else f"{text[:part]} ... {text[-part:]}"
+    if len(text) <= width:
+        return text
+    place = text.find(" ".join(around.split())[: width // 4]) if around.strip() else -1
+    if place < 0:
+        part = (width - 5) // 2
+        return f"{text[:part]} ... {text[-part:]}"
+    room = width - 8  # for the dots of both ends
+    start = min(max(0, place - room // 3), len(text) - room)
+    return f"... {text[start : start + room]} ..."
 
 
-def show_example(console: Console, student: str, teacher: str, completion: str, whole: bool = True) -> None:
+def show_example(
+    console: Console, student: str, teacher: str | None, completion: str, reference: str | None = None
+) -> None:
     """What the student sees, what the teacher sees, and an answer sampled from the student.
 
-    whole: else each on one line.
+    teacher: None where there is none. reference: shows each on one line, the teacher's around this.
     """
-    parts = (
-        ("student sees", student, "cyan"),
-        ("teacher sees", teacher, "magenta"),
-        ("student answers", completion, "green"),
-    )
-    if not whole:
+    parts = [("student sees", student, "cyan"), ("student answers", completion, "green")]
+    if teacher is not None:
+        parts.insert(1, ("teacher sees", teacher, "magenta"))
+    if reference is not None:
         for name, text, colour in parts:
             room = min(console.width, 110) - len(name) - 2
-            console.print(Text.assemble((f"{name}: ", colour), one_line(text, room)))
+            line = one_line(text, room, reference if text is teacher else "")
+            console.print(Text.assemble((f"{name}: ", colour), line))
         return
     if console.is_terminal:
         console.print(

@@ -333,11 +333,15 @@ class Closed(io.StringIO):
         (io.StringIO("\n \n"), "there is no prompt: give --prompt TEXT"),
         (Closed(), "standard input cannot be read (I/O operation on closed file.): give --prompt TEXT"),
         (io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"), "standard input cannot be read ('utf-8' codec"),
+        (
+            io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors="surrogateescape"),
+            "standard input cannot be read ('utf-8' codec",
+        ),
         (io.StringIO("/nwe\n"), "line 1: unknown command /nwe: did you mean /new?"),
         (io.StringIO("/base\n"), "line 1: /base answers the last prompt again: ask something first"),
         (io.StringIO("/examples\n"), "line 1: tiny has no answers.json"),
     ],
-    ids=["none", "empty", "closed", "not utf-8", "unknown", "no prompt", "no run"],
+    ids=["none", "empty", "closed", "not utf-8", "bytes let through", "unknown", "no prompt", "no run"],
 )
 def test_lines_that_are_mistakes(
     opened: list[str],

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.helpers.commands import ROWS, of_steps
 from unisd.cli.main import main
+from unisd.console import show_example
 from unisd.data.text import problem_mark
 from unisd.evaluation.accuracy import generate_greedy
 from unisd.models.load import load_model_and_tokenizer
@@ -238,7 +240,10 @@ def test_dry_run_writes_nothing(
     said = capsys.readouterr()
     lines = said.out.splitlines()
     assert len(lines) <= 10 and "learning_rate=0.01" in said.out and lines[-3].startswith("memory of one")
-    assert any(line.startswith("teacher sees: ") for line in lines)
+    [teacher] = [line for line in lines if line.startswith("teacher sees: ")]
+    rows = Path(own[own.index("--train_file") + 1]).read_text().splitlines()
+    references = [json.loads(row)["privileged_context"] for row in rows]
+    assert any(reference[:10] in teacher for reference in references)  # what a template may have hidden
     model = own[own.index("--model_name_or_path") + 1]
     told = [line for line in said.err.splitlines() if "loading" in line]
     assert told == ["note: loading libraries", f"note: loading model {model}"]
@@ -276,6 +281,18 @@ def test_ctrl_c_says_how_to_resume_and_resuming_ends_alike(
 
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, broken))
     assert set(expected) == set(found) and all(torch.equal(expected[name], found[name]) for name in expected)
+    finished = read(broken)
+    capsys.readouterr()
+    assert main([*three, "--output_dir", str(broken), "--resume_from_checkpoint"]) == 0
+    assert "nothing was left to train" in capsys.readouterr().out
+    assert [read(broken)[name] for name in ("wall_s", "cost")] == [finished[n] for n in ("wall_s", "cost")]
+
+
+def test_training_without_a_teacher_shows_none(capsys: Any) -> None:
+    for reference in (None, "b"):
+        show_example(Console(), "a", None, "b", reference)
+    shown = capsys.readouterr().out
+    assert shown.count("student sees") == 2 and "teacher" not in shown
 
 
 @pytest.mark.long

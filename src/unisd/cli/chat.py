@@ -172,6 +172,8 @@ class Session:
         elif self.takes_numbers and line.isdecimal() and 1 <= int(line) <= self.listed:
             self.take(self.examples[int(line) - 1])
         else:
+            if self.interactive and line.isdecimal() and 1 <= int(line) <= self.listed:
+                print("(sent as text: a number takes a prompt only after /examples)")
             self.takes_numbers = False
             self.ask(line)
         return True
@@ -271,6 +273,7 @@ def _piped() -> Iterator[str]:
     try:
         for line in iter(sys.stdin.readline, "") if sys.stdin is not None else ():
             if line.strip():
+                line.encode()  # fails on bytes that the terminal's encoding has only let through
                 yield line.strip()
     except (OSError, ValueError) as error:  # closed, or not in its encoding
         raise UserError(f"standard input cannot be read ({error}): give --prompt TEXT.") from None

@@ -139,6 +139,11 @@ def _value(text: str, where: str, hint: str = "") -> Any:
         if isinstance(error, _NoNumberError) and "\n" in text:
             found = next((match for match in _CONSTANT.finditer(text) if match[1]), None)
             more = "" if found is None else f" (line {text.count(chr(10), 0, found.start()) + 1})"
+        if isinstance(error, json.JSONDecodeError) and ", line " in where:
+            raise UserError(
+                f"{where} is not JSON: {error.msg} (column {error.colno}): fix or remove the line; each holds"
+                " one whole object."
+            ) from None
         raise UserError(f"{where} is not JSON: {error}{more}.") from None
 
 

@@ -159,6 +159,8 @@ A step whose answers all carry none has not measured them: zero would read as a 
 
 def _per_token(sums: Mapping[str, float]) -> dict[str, float]:
     values = {name: sums[of] / sums["tokens"] for name, of in PER_TOKEN.items() if of in sums}
+    if "teacher_logp" not in sums:  # there is no teacher: it is the loss's negative log-likelihood
+        del values["teacher/divergence"]
     if "style_loss" in sums:
         values["words/style_loss_share"] = sums["style_loss"] / (sums["whole_loss"] or 1.0)
         values["leak/answer_loss_share"] = sums["answer_loss"] / (sums["whole_loss"] or 1.0)

@@ -142,7 +142,10 @@ def _rows_to_report_on(options: RunOptions, needs_reference: bool) -> list[tuple
 
 
 def _say_what_is_trained_on(evaluation: list[Row], rows: list[Row], eval_file: str, name: str) -> None:
-    if Path(eval_file).resolve() == Path(name).resolve():  # on purpose
+    if Path(eval_file).resolve() == Path(name).resolve():
+        logger.warning(
+            "%s is trained on and reported on: the results do not show what the model does on new rows.", name
+        )
         return
     known = {problem_key(row["prompt"]) for row in rows}
     shared = sum(problem_key(row["prompt"]) in known for row in evaluation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from contextlib import suppress
@@ -56,6 +57,7 @@ from unisd.training.preflight import check_evaluated
 logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 48
+OFTEN = 20  # times that a run looks at a row, from which on it is said
 """Most tokens of the example's answer before a run, which is written to be looked at."""
 OPTION_HEAD = ("option", "group", "value", "set")
 Results = dict[str, Any]
@@ -260,6 +262,7 @@ def _measured(
         **compared(data, before, (after, answers)),
     }
     results |= _accounted(setting, options, config, results, energy)
+    results |= _spent_before(results, folder, trainer, console)
     pairs = pair_answers(data, before["answers"], answers)
     if is_writer:  # before results.json, which completes a run
         outputs.write_json(folder / ANSWERS, pairs)
@@ -347,6 +350,15 @@ def _accounted(
     }
 
 
+def _spent_before(results: Results, folder: Path, trainer: UniSDTrainer, console: Console) -> Results:
+    """Time and cost of a finished run that is resumed, so that nothing was left to train."""
+    if trainer.began_at < results["steps"] or not (folder / outputs.RESULTS).is_file():
+        return {}
+    console.print("nothing was left to train: time and cost are those of the finished run", markup=False)
+    earlier: Results = json.loads((folder / outputs.RESULTS).read_text(encoding="utf-8"))
+    return {name: earlier[name] for name in ("wall_s", "cost") if name in earlier}
+
+
 def _save_model(setting: Setting, folder: Path) -> None:
     # Pushed once, at the end, with our card: the Trainer would push each save and write a card of
     # its own.
@@ -381,6 +393,7 @@ def _introduce(
     size = memory.ModelSize.of(trainer.model)
     rows_per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     steps = planned_steps(config, len(data.train))
+    uses = steps * rows_per_step / len(data.train)
     console.print(
         f"{options.recipe}: model {options.model_name_or_path} ({size.parameters / 1e6:.1f}M parameters,"
         f" {size.trained / 1e6:.1f}M trained), {data.name}: {len(data.train)} training rows,"
@@ -388,7 +401,8 @@ def _introduce(
         + ("" if data.grade else f" ({kept_of(data)} answered before and after, because nothing grades them)")
         + (f"; retention: {', '.join(map(str, data.retention))}" if data.retention else "")
         + (f", {len(data.validation)} for evaluations during training" if data.validation else "")
-        + f"; {steps} steps of {rows_per_step} rows",
+        + f"; {steps} steps of {rows_per_step} rows"
+        + (f" (each row about {uses:.0f} times)" if uses >= OFTEN else ""),
         markup=False,
         highlight=False,
     )
@@ -401,8 +415,10 @@ def _introduce(
     trainer.engine.sleep()
     decode = setting.tokenizer.decode
     cut = " ..." if len(answer) == SHOWN_TOKENS else ""
-    teacher = decode(_shown_to_teacher(trainer, row))
-    show_example(console, decode(student), teacher, decode(answer) + cut, whole)
+    taught = config.distillation_mode != "nll"
+    teacher = decode(_shown_to_teacher(trainer, row)) if taught else None
+    reference = None if whole else str(row.get("privileged_context") or "")
+    show_example(console, decode(student), teacher, decode(answer) + cut, reference)
 
 
 def _shown_to_teacher(trainer: UniSDTrainer, row: Row) -> list[int]:

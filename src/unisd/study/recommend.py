@@ -175,7 +175,7 @@ def write(folder: Path, study: Study, found: Figures) -> None:
         name = "recommended.yaml" if len(found["tasks"]) == 1 else f"recommended-{task}.yaml"
         lines = [
             f"# From a study of {found['tasks'][task]['runs']} runs on {task}; run it with: unisd train"
-            f" --config {name}"
+            f" --config {folder / name}"
         ]
         lines += [f"# {line['text']}" for line in found["tasks"][task]["verdicts"]]
         body = yaml.safe_dump(recommended(study, found, task), sort_keys=False)
