@@ -277,10 +277,11 @@ class UniSDConfig(UniSDOptions, TrainingArguments):  # type: ignore[misc]
         if self.token_clip_quantile is not None:
             raise UserError("topk_estimator=residual cannot be clipped: unset token_clip_quantile.")
         told = any("feedback" in name for name in self.rollout_contexts)
-        if self.num_iterations > 1 or self.rollout_keep != "all" or told:
+        if self.num_iterations > 1 or self.rollout_keep != "all" or told or self.mask_truncated_completions:
             raise UserError(
                 "topk_estimator=residual is unbiased only over all answers, new and scored: unset"
-                " num_iterations, rollout_keep, and feedback in rollout_contexts."
+                " num_iterations, rollout_keep, mask_truncated_completions, and feedback in"
+                " rollout_contexts."
             )
 
     @property

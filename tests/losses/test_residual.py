@@ -13,6 +13,7 @@ from torch import Tensor
 from unisd import UniSDConfig, UserError
 from unisd.methods.divergence import DivergenceSpec, divergence
 from unisd.testing import trainer
+from unisd.training.plan import Plan
 
 V, K = 40, 5
 RESIDUAL = DivergenceSpec(alpha=1.0, mode="topk", topk=K, topk_estimator="residual", temperature=0.7)
@@ -91,12 +92,16 @@ def test_what_it_needs_is_asked(tmp_path: Path) -> None:
         {"token_clip_quantile": 0.99},
         {"completion_source": "reference"},
         {"num_iterations": 2},
+        {"mask_truncated_completions": True},
         {"rollout_keep": "passed"},
         {"rollout_contexts": ["feedback", "none"]},
     )
     for wrong in asked:
         with pytest.raises(UserError, match="residual"):
             UniSDConfig(output_dir=str(tmp_path), **{**usual, **wrong})
+    for weight in ("confidence_gate", "agreement_token"):
+        with pytest.raises(UserError, match=f"do not depend on the token that was drawn: unset {weight}"):
+            Plan.of(UniSDConfig(output_dir=str(tmp_path), token_weights=[weight], **usual))
     assert UniSDConfig(output_dir=str(tmp_path), **usual).divergence_spec.topk_estimator == "residual"
 
 

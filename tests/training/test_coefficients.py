@@ -31,6 +31,12 @@ def test_a_few_tokens_that_stand_out_do_not_hide_idle_agreement(apart: int, idle
         )
 
 
+def test_contexts_that_agree_to_rounding_are_not_blamed_on_gamma() -> None:
+    same = weight_metrics("agreement_token", weight_stats(torch.ones(2, 5), torch.ones(2, 5).bool()))
+    said = idle_agreement(same, UniSDConfig(agreement="token"))
+    assert said is not None and "the contexts give the same scores" in said and "gamma" not in said
+
+
 def test_weights_that_leave_nothing_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {"token_weights": ["confidence_gate:threshold=0.0001"], "max_steps": 2}
     trained = trainer(tmp_path, **options)

@@ -101,6 +101,11 @@ def idle_agreement(metrics: dict[str, float], args: UniSDConfig) -> str | None:
     """
     if not metrics.get("agreement/below_1pct"):
         return None
+    if metrics["agreement/min"] == 1:
+        return (
+            "agreement weights are all 1: the contexts give the same scores, up to rounding, so their forward"
+            " passes have no effect; give other contexts, or set agreement=none."
+        )
     return (
         "agreement weights differ by less than 1 % (range between their 1 % and 99 % quantiles:"
         f" {metrics['agreement/range']:.4f}; mean {metrics['agreement/mean']:.4f}, least"

@@ -16,6 +16,7 @@ from unisd.methods.targets import NEGATIVE, SAME, STUDENT, Source, Target, parse
 from unisd.rollout.vllm.common import logps_compare
 
 STUDENT_NEEDS = frozenset({"student", "divergence"})
+OF_THE_REALISED_TOKEN = frozenset({"student", "auxiliary"})
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +198,12 @@ def _check_used(args: UniSDConfig, plan: Plan) -> None:
                 f"target geometric mixes the teacher with itself: {source} is what the teacher sees: name"
                 " another source."
             )
+    reading = [weight.name for weight in plan.weights if weight.needs & OF_THE_REALISED_TOKEN]
+    if args.divergence_spec.topk_estimator == "residual" and reading:
+        raise UserError(
+            "topk_estimator=residual is unbiased only with weights that do not depend on the token that was"
+            f" drawn: unset {reading[0]}."
+        )
     if args.teacher_context == "wrong" and "negative" in plan.needs:
         raise UserError(
             "teacher_context=wrong shows the teacher what contrast leads away from, so that the two do not"
