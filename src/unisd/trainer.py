@@ -223,7 +223,7 @@ class UniSDTrainer(EvaluatingTrainer):
         with self.metrics.timed("score"):
             parts = group_by_length(requests, [G * len(batch["row"]) for batch in batches])
             micro_batches = [step.micro_batch(part).inputs for part in parts]
-        self.begin_student_phase()
+        self.begin_student_phase(step, everywhere)
         return micro_batches, int(everywhere.mask.sum())  # not None: the Trainer would divide again
 
     def _rollout(self, numbers: Sequence[tuple[int, int]]) -> list[Completion]:

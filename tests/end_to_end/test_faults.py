@@ -427,7 +427,7 @@ def test_student_out_of_memory_gives_the_same_step_in_smaller_micro_batches(
         limited,
     )
     built.train()
-    assert failures == [2] and built._most_rows == 1  # and it stays so in the second step
+    assert failures == [2] and built.most_rows == 1  # and it stays so in the second step
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(built)[name], value, rtol=1e-4, atol=1e-6)
     for a, b in zip(lines(tmp_path / "whole"), lines(tmp_path / "small"), strict=True):

@@ -433,6 +433,11 @@ class UniSDOptions(table.UniSDOptions):
     diagnostics_probe_rows: int = ...
     """Rows per probe. Default: 8."""
 
+    diagnostics_gradient_steps: int | None = ...
+    """Every N steps from the first on, measure how much of the gradient each mechanism makes (a
+    pass with gradient for each). Default: None.
+    """
+
     eval_max_new_tokens: int | None = ...
     """Maximum tokens per greedy answer in evaluations; unset: max_completion_length. Default:
     None.

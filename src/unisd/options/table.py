@@ -302,6 +302,12 @@ class UniSDOptions(MethodOptions):
         low=1,
     )
     diagnostics_probe_rows: int = option("diagnostics", "Rows per probe.", 8, low=1)
+    diagnostics_gradient_steps: int | None = option(
+        "diagnostics",
+        "Every N steps from the first on, measure how much of the gradient each mechanism makes (a pass with"
+        " gradient for each).",
+        low=1,
+    )
 
     # -- evaluation --------------------------------------------------------------------------------
     eval_max_new_tokens: int | None = option(

@@ -14,6 +14,7 @@ from unisd.monitoring.alarms import silence
 from unisd.report import plots
 from unisd.report.html import render
 
+GRADIENT = "gradient/"  # of metrics: what a mechanism makes of the gradient
 MAX_ALARMS = 50
 MAX_WORDS = 4  # words of doubt with a line of their own: those used most
 CURVES: plots.Wanted = (
@@ -73,9 +74,18 @@ def health(
         more=len(alarms or ()) - len(shown),
         silence=said,
         drawn=plots.curves(
-            (*CURVES, *_by_word(metrics)), metrics, sorted({int(alarm["step"]) for alarm in shown})
+            (*CURVES, *_by_word(metrics), *_by_mechanism(metrics)),
+            metrics,
+            sorted({int(alarm["step"]) for alarm in shown}),
         ),
     )
+
+
+def _by_mechanism(metrics: Sequence[Mapping[str, Any]]) -> plots.Wanted:
+    """One figure of what each mechanism makes of the gradient."""
+    keys = dict.fromkeys(key for line in metrics for key in line if key.startswith(GRADIENT))
+    names = {key.removeprefix(GRADIENT): key for key in keys}
+    return [("Share of the gradient", "share", names)] if names else []
 
 
 def _by_word(metrics: Sequence[Mapping[str, Any]]) -> plots.Wanted:

@@ -26,7 +26,7 @@ from unisd.data.text import problem_mark
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
-from unisd.files import ANSWERS, GRAFTING, JUDGE, SAMPLES, TRAINED_ON, read_lines
+from unisd.files import ANSWERS, GRAFTING, JUDGE, METRICS, SAMPLES, TRAINED_ON, read_lines
 from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM, can_checkpoint
 from unisd.monitoring.alarms import Alarm
@@ -50,6 +50,7 @@ from unisd.run.prepare import prepare
 from unisd.run.trackers import Trackers, told
 from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import holds_optimizer, last_complete_checkpoint
+from unisd.training.gradient_shares import PREFIX
 from unisd.training.guards import Interruption
 from unisd.training.plan import planned_steps
 from unisd.training.preflight import check_evaluated
@@ -444,6 +445,16 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
     print(f"interrupted; resume from {checkpoint.name} with:\n  {outputs.resume_command(options, folder)}")
 
 
+def _gradient_line(steps: list[Results]) -> str:
+    """What each mechanism made of the gradient when it was last measured."""
+    for step in reversed(steps):
+        shares = {name: value for name, value in step.items() if name.startswith(PREFIX)}
+        if shares:
+            told = (f"{name.removeprefix(PREFIX)} {100 * value:.1f} %" for name, value in shares.items())
+            return f"share of the gradient at step {step['step']}: {', '.join(told)}"
+    return "share of the gradient: there is no mechanism to leave out"
+
+
 def _report(
     console: Console, results: Results, folder: Path, options: RunOptions, points: list[Any], pairs: Results
 ) -> None:
@@ -455,6 +466,8 @@ def _report(
         say(line)
     for line in choice.lines(results):
         say(line)
+    if results["config"]["diagnostics_gradient_steps"] is not None:
+        say(_gradient_line(read_lines(folder / METRICS)))
     for alarm in results["alarms"] or ():
         say(f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}")
     seconds = results["phases_s"]

@@ -28,6 +28,7 @@ from unisd.errors import OutOfMemory, RolloutError, UserError
 from unisd.files import check_not_the_model
 from unisd.kernels.lora import fast_maps, fused_lora
 from unisd.memory import ROW_TOO_LARGE, is_out_of_memory, release_memory, smaller_until_it_fits
+from unisd.methods.scores import StepScores
 from unisd.models.adapters import without_adapter
 from unisd.monitoring.alarms import Watch
 from unisd.monitoring.metrics import StepMetrics
@@ -35,6 +36,7 @@ from unisd.rollout.replay import RepeatedSteps, RolloutStore
 from unisd.teacher import Teacher
 from unisd.training import checkpoints, record
 from unisd.training.early_stopping import EarlyStopping, is_over
+from unisd.training.gradient_shares import gradient_shares
 from unisd.training.guards import FiniteGuard, pieces_of
 from unisd.training.plan import planned_steps
 from unisd.training.sharded_trainer import ShardedTrainer
@@ -82,16 +84,22 @@ class FaultTolerantTrainer(ShardedTrainer):
         self.began_at = 0  # the step of the checkpoint that a training went on from
         self._run_folder: str | None = None  # where the Trainer puts checkpoints while one is being built
         self._done: list[list[int]] = []  # parts of this step that are in the gradient
-        self._most_rows: int | None = None  # per micro-batch, since memory ran out
+        self.most_rows: int | None = None  # per micro-batch, since memory ran out
 
     # -- memory ------------------------------------------------------------------------------------
 
-    def begin_student_phase(self) -> None:
+    def begin_student_phase(self, step: Step, scores: StepScores) -> None:
         """Before the first micro-batch of a step: the state to come back to when memory runs
-        out.
+        out; and now and then, what each mechanism makes of the gradient.
         """
         self._done = []
         self.metrics.mark()
+        every = self.args.diagnostics_gradient_steps
+        if every is not None and self.state.global_step % every == 0:
+            with self.metrics.timed("diagnostics"):
+                shares = gradient_shares(self, step, scores)
+            self.metrics.rewind()
+            self.metrics.values |= shares
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -115,13 +123,13 @@ class FaultTolerantTrainer(ShardedTrainer):
             # are done again.
             del inputs
             done = [*self._done, part]
-            largest = min(self._most_rows or len(part), len(part))
+            largest = min(self.most_rows or len(part), len(part))
             retry = partial(self._again, model, step, done, num_items_in_batch)
-            loss, self._most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
+            loss, self.most_rows = smaller_until_it_fits(retry, max(1, largest // 2))
             self._done.append(part)
             logger.warning(
                 "Memory ran out: micro-batches hold %d rows from now on; the gradient is the same.",
-                self._most_rows,
+                self.most_rows,
             )
             return loss
 
@@ -140,7 +148,7 @@ class FaultTolerantTrainer(ShardedTrainer):
         loss = torch.zeros((), device=self.args.device)
         for part in parts:
             loss = torch.zeros((), device=self.args.device)
-            pieces = pieces_of(part, self._most_rows or max(len(part), 1)) or [part]
+            pieces = pieces_of(part, self.most_rows or max(len(part), 1)) or [part]
             for piece in pieces:
                 at_hand = inputs is not None and piece == part
                 with fast_maps(self.model), fused_lora(self.model):
@@ -155,11 +163,11 @@ class FaultTolerantTrainer(ShardedTrainer):
         release_memory()
         model.zero_grad()
         self.metrics.rewind()
-        self._most_rows = most_rows
+        self.most_rows = most_rows
         return self._in_pieces(model, step, parts, items)
 
     def _check_can_be_smaller(self, rows: int, error: BaseException) -> None:
-        if self._most_rows == 1 or rows == 1:
+        if self.most_rows == 1 or rows == 1:
             raise OutOfMemory(ROW_TOO_LARGE) from error
         # the other ranks wait inside their own backward pass
         if self.accelerator.num_processes > 1 or self.is_deepspeed_enabled:

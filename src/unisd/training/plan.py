@@ -71,6 +71,13 @@ class Plan:
         return plan
 
 
+def without_weight(args: UniSDConfig, plan: Plan, weight: WeightFunction) -> Plan:
+    """The plan without one of its reliability weights, on the scores that it has asked for."""
+    kept = tuple(other for other in plan.weights if other is not weight)
+    deferred = tuple(other for other in plan.deferred if other is not weight)
+    return replace(plan, weights=kept, deferred=deferred, normalizer=_normalizer(args, kept))
+
+
 def planned_steps(args: UniSDConfig, rows: int) -> int:
     """Optimizer steps of a run from its first to its last, on all processes together."""
     if args.max_steps > 0:

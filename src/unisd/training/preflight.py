@@ -49,6 +49,11 @@ def check_machine(args: UniSDConfig) -> None:
     """
     if args.fp16 and shares_host(args.device):
         raise UserError("fp16 has no effect on a CPU: unset it, or set bf16.")
+    if args.diagnostics_gradient_steps is not None and (args.world_size > 1 or args.deepspeed):
+        raise UserError(
+            "diagnostics_gradient_steps compares whole gradients, in one process and without DeepSpeed: unset"
+            " it, or measure a short run on one device."
+        )
     shares = args.accelerator_config
     if args.world_size > 1 and (shares.split_batches or shares.dispatch_batches or not shares.even_batches):
         raise UserError(
