@@ -41,6 +41,7 @@ NARROW = 80
 """Columns below which a bar is left out."""
 NAME_WIDTH = 16
 """Columns that a table leaves to the names of its rows before it folds figures."""
+PROSE = 40  # a column with a longer cell is text, which starts at the left
 BETTER, WORSE, NOISE = "green", "red", "dim"
 """How a table shows a change: for the better, for the worse, within noise."""
 FRAME_S = 1.0  # least seconds between two frames in a notebook
@@ -300,7 +301,8 @@ def show_table(
             rows = [[cell.replace(" % [", " %\n[") for cell in row] for row in rows]
         whole = _left_to_names(console, header, rows) >= min(names, NAME_WIDTH // 2)
         for number, name in enumerate(header):
-            left = number == 0
+            prose = any(cell_len(row[number]) > PROSE for row in rows)
+            left = number == 0 or prose
             table.add_column(
                 name, justify="left" if left else "right", overflow="fold", no_wrap=whole and not left
             )

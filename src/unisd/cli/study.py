@@ -231,9 +231,9 @@ def _run_left(options: Any, study: design.Study, runs: Sequence[design.Run], sto
     try:
         if left:
             seconds, source = runner.seconds_of_a_run(study, left, store, executor)
-            minutes = seconds * -(-len(left) // executor.slots) / 60
+            minutes = max(1, round(seconds * -(-len(left) // executor.slots) / 60))
             print(
-                f"{len(left)} to run, {executor.slots} at once: about {minutes:.0f} minutes ({seconds:.0f} s"
+                f"{len(left)} to run, {executor.slots} at once: about {minutes} min ({seconds:.0f} s"
                 f" a run, from {source})",
                 flush=True,
             )

@@ -95,7 +95,7 @@ def _drift(results: Figures) -> Iterator[Tile]:
         note += f"; its own answers lost {nats['value']:.3f} [{nats['low']:.3f}, {nats['high']:.3f}]"
     near = drift["kl"]["after"] <= MOVED_KL and (nats is None or nats["high"] <= FORGOTTEN_NATS)
     word = "far from the base" if far else "near the base" if near else "moved; no clear loss"
-    yield Tile("drift", f"{drift['kl']['after']:.3g}", word, note, BAD if far else GOOD if near else OPEN)
+    yield Tile("drift", number(drift["kl"]["after"]), word, note, BAD if far else GOOD if near else OPEN)
 
 
 def _alarms(alarms: Any) -> Tile:
