@@ -6,7 +6,6 @@ It generates none.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
-from benchmarks.settings import Star
+from benchmarks.settings import Star, scratch_folder
 from benchmarks.shapes import AUXILIARY_TEMPLATE, TEACHER_TEMPLATE, Example, lora, tokenizer
 from unisd import UniSDConfig, UniSDTrainer
 from unisd.rollout.engine import Completion, NoiseKey, Sampling
@@ -62,7 +61,7 @@ def trainer(
 ) -> UniSDTrainer:
     """A trainer whose one optimizer step holds all `rows`, in micro-batches of `batch`."""
     settings: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(prefix="unisd-bench-"),
+        "output_dir": scratch_folder(),
         "use_cpu": model.device.type == "cpu",
         "bf16": model.dtype == torch.bfloat16,
         "max_steps": 1,

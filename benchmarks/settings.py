@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from dataclasses import dataclass
+
+
+def scratch_folder() -> str:
+    """An output folder that goes with the process: a benchmark keeps nothing."""
+    folder = tempfile.mkdtemp(prefix="unisd-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @dataclass(frozen=True)

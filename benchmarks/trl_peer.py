@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import PrinterCallback
 from trl.experimental.sdft.sdft_config import SDFTConfig
 from trl.experimental.sdft.sdft_trainer import SDFTTrainer
 
-from benchmarks.settings import Star
+from benchmarks.settings import Star, scratch_folder
 from benchmarks.shapes import TEACHER_TEMPLATE, Example, lora, tokenizer
 
 
@@ -25,7 +24,7 @@ def trainer(
 ) -> SDFTTrainer:
     """A trainer whose one optimizer step holds all `rows`; `mode` is TRL's `distillation_mode`."""
     args = SDFTConfig(
-        output_dir=tempfile.mkdtemp(prefix="trl-bench-"),
+        output_dir=scratch_folder(),
         use_cpu=model.device.type == "cpu",
         # TRL's default is autocast to bf16, which a CPU without bf16 emulates.
         bf16=model.dtype == torch.bfloat16,

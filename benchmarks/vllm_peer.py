@@ -5,13 +5,13 @@ It is asked for the same prompts and lengths.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
 
+from benchmarks.settings import scratch_folder
 from benchmarks.shapes import EOS
 from unisd import UniSDConfig
 
@@ -31,7 +31,7 @@ def writer(
 
     longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
     args = UniSDConfig(
-        output_dir=tempfile.mkdtemp(prefix="unisd-bench-"),
+        output_dir=scratch_folder(),
         use_cpu=model.device.type == "cpu",
         use_vllm=True,
         vllm_gpu_memory_utilization=0.1,
