@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from unisd import testing as tiny
-from unisd.cli import evaluate, probe
+from unisd.cli import eval as cli_eval
+from unisd.cli import probe
 from unisd.cli.main import COMMANDS, main
 from unisd.cli.sources import tasks_of
 from unisd.data.rows import hold_out, load_rows
@@ -23,7 +24,7 @@ SHORT = ["--eval_max_new_tokens", "2"]
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unisd.cli.evaluate.load_any", lambda *_: (tiny.model(), tiny.tokenizer()))
+    monkeypatch.setattr("unisd.cli.eval.load_any", lambda *_: (tiny.model(), tiny.tokenizer()))
 
 
 def plain(path: Path, count: int = 4, **more: Any) -> str:
@@ -159,7 +160,7 @@ def test_rows_without_a_grader_have_likelihoods_and_their_answers_are_kept(
     assert figures["gold_ppl"] > 1 and figures["task_accuracy"] is None
     assert figures["retention_ppl"]["forward"] == pytest.approx(figures["retention_ppl"]["reverse"])
     assert [set(row) for row in rows] == [{"task", "part", "id", "completion"}] * 2
-    monkeypatch.setattr(evaluate._Evaluation, "answers", None)  # nobody would look at them
+    monkeypatch.setattr(cli_eval._Evaluation, "answers", None)  # nobody would look at them
     assert main(["eval", "--eval_file", file]) == 0
 
 
@@ -222,7 +223,7 @@ def test_older_names_work_and_are_not_shown(
     old = ["--model", "m", "--n", "3", "--max_new_tokens", "4", "--batch_size", "5"]
     new = ["--model_name_or_path", "m", "--max_eval_rows", "3", "--eval_max_new_tokens", "4"]
     new += ["--rollout_batch_size", "5"]
-    parser = evaluate._parser()
+    parser = cli_eval._parser()
     assert parser.parse(old) == parser.parse(new)
     seen = []
 

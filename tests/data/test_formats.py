@@ -151,7 +151,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any, **__: Any) -> Any:
         raise UserError("the rows are read")
 
-    for place in ("unisd.run.train.load_model", "unisd.run.inputs.load_model", "unisd.cli.evaluate.load_any"):
+    for place in ("unisd.run.train.load_model", "unisd.run.inputs.load_model", "unisd.cli.eval.load_any"):
         monkeypatch.setattr(place, stop)
 
 

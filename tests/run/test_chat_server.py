@@ -114,7 +114,7 @@ def test_eval_lets_the_server_answer(server: StandIn, tmp_path: Path) -> None:
     assert found["model"] == "base" and found["gold_ppl"] is None
     assert found["task_accuracy"]["value"] == pytest.approx(0.75) and found["task_accuracy"]["n"] == 4
     with pytest.raises(UserError, match="--base"):
-        from unisd.cli.evaluate import eval_command
+        from unisd.cli.eval import eval_command
 
         eval_command([*asked, "--base", "pocket"])
 
