@@ -127,6 +127,7 @@ def results(lost: int, gained: int, nats: tuple[float, float]) -> dict[str, Any]
     return {
         "before": side(share(0.4, 0.3, 0.5), share(0.4, 0.2, 0.6), share(0.9, 0.8, 0.95)),
         "after": side(share(0.6, 0.55, 0.7), share(0.5, 0.3, 0.7), share(0.8, 0.7, 0.9)),
+        "acquisition": {"items": None},
         "retention": [{"name": "old", "items": items(was, now)}],
         "drift": drift,
     }

@@ -135,16 +135,19 @@ def test_tables_of_a_run_say_how_many_answers_settle_nothing():
     def side(**counts):
         share = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
         return {
-            "task_accuracy": share, "skills": None, "retention_accuracy": None, "retention_skills": None,
-            "gold_ppl": None, "retention_ppl": None, "task_outcomes": counts or None,
+            "task_accuracy": share, "skills": None, "retention": {}, "gold_ppl": None,
+            "task_outcomes": counts or None,
         }  # fmt: skip
 
+    def lines(before, after):
+        changes = {"acquisition": {"items": None}, "retention": [], "drift": None}
+        return change_lines({**changes, "before": before, "after": after})
+
     settled = side(right=2, wrong=2, unanswered=0, ambiguous=0)
-    results = {"before": side(right=2, wrong=0, unanswered=1, ambiguous=1), "after": settled}
+    unsettled = side(right=2, wrong=0, unanswered=1, ambiguous=1)
     line = ["task undecided answers", "1 unanswered, 1 ambiguous", "0", ""]
-    assert change_lines(results)[1] == line
-    assert change_lines({**results, "before": side()})[1:] == []
-    assert change_lines({"before": settled, "after": side()})[1:] == []
-    unsaid = {"before": side(), "after": results["before"]}
-    assert change_lines(unsaid)[1] == ["task undecided answers", "-", *line[1:2], ""]
-    assert len(change_lines({"before": side(), "after": settled})) == 1
+    assert lines(unsettled, settled)[1] == line
+    assert lines(side(), settled)[1:] == []
+    assert lines(settled, side())[1:] == []
+    assert lines(side(), unsettled)[1] == ["task undecided answers", "-", *line[1:2], ""]
+    assert len(lines(side(), settled)) == 1

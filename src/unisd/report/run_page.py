@@ -100,7 +100,7 @@ def build(folder: Path) -> str:
         ("time", f"{results['wall_s']:.0f} s"),
     ]
     shown, bars = tiles_of(results), _accuracy_rows(results)
-    retained = bool(results.get("retention"))
+    retained = bool(results["retention"])
     return render(
         "run.html",
         title=title_of(results),
@@ -242,14 +242,10 @@ def evaluations(metrics: Sequence[Figures]) -> plots.Wanted:
 def _accuracy_rows(results: Figures) -> list[tuple[str, Figures, Figures]]:
     """The accuracies of the plot, by name, before and after."""
     before, after = results["before"], results["after"]
-    sides = [side_of(side, "task_accuracy", "skills") for side in (before, after)]
-    pairs = [("task", sides[0], sides[1])]
-    if "retention" in results:
-        names = [one["name"] for one in results["retention"]]
-        pairs += [(name, before["retention"][name], after["retention"][name]) for name in names]
-    else:  # of an earlier version
-        sides = [side_of(side, "retention_accuracy", "retention_skills") for side in (before, after)]
-        pairs.append(("retention", sides[0], sides[1]))
+    old, new = (side_of(side, "task_accuracy", "skills") for side in (before, after))
+    names = [one["name"] for one in results["retention"]]
+    pairs = [("task", old, new)]
+    pairs += [(name, before["retention"][name], after["retention"][name]) for name in names]
     rows = []
     for name, old, new in pairs:
         if new["accuracy"] is not None:

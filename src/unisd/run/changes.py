@@ -133,13 +133,11 @@ def change_styles(results: Figures) -> list[str]:
 def _lines(results: Figures) -> list[Line]:
     before, after = results["before"], results["after"]
     old, new = (side_of(side, "task_accuracy", "skills") for side in (before, after))
-    lines = _accuracy_lines("task accuracy", old, new, (results.get("acquisition") or {}).get("items"))
+    lines = _accuracy_lines("task accuracy", old, new, results["acquisition"]["items"])
     lines += [(cells, "") for cells in detail_lines(before, after) + unsettled_lines(before, after)]
     if after["gold_ppl"] is not None and before["gold_ppl"] is not None:
         found = change(before["gold_ppl"], after["gold_ppl"])
         lines.append((_ppl_line("perplexity of the references", found), ""))
-    if "drift" not in results:  # of an earlier version
-        return lines + _earlier_lines(before, after)
     for one in results["retention"]:
         old, new, found = *(side["retention"][one["name"]] for side in (before, after)), one["items"]
         lines += _accuracy_lines(f"retention: {one['name']}", old, new, found)
@@ -205,16 +203,3 @@ def _drift_lines(drift: Figures | None) -> list[Line]:
         return []
     styles = {"reverse": _style_of_nats(drift["nats"])}
     return [(_ppl_line(name, drift[what]), styles.get(what, "")) for what, name in DRIFT.items()]
-
-
-def _earlier_lines(before: Figures, after: Figures) -> list[Line]:
-    """What schema 1 had in place of retention sets and drift."""
-    sides = (side_of(side, "retention_accuracy", "retention_skills") for side in (before, after))
-    whose = {"forward": "own answers under the base", "reverse": "base's answers under it"}
-    return [
-        *_accuracy_lines("retention accuracy", *sides),
-        *(
-            ([f"retention perplexity, {whose[way]}", "", number(value), ""], "")
-            for way, value in (after["retention_ppl"] or {}).items()
-        ),
-    ]
