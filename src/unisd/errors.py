@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _of_command = False
@@ -36,6 +37,19 @@ class UserError(ValueError):
 
     The command prints it and exits with code 2.
     """
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name that `name` was probably meant to be."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def unknown(kind: str, name: str, known: Iterable[str], cutoff: float = 0.4) -> UserError:
+    """Say that there is no such name: with the nearest one, or all."""
+    known = list(known)
+    close = nearest(name, known, cutoff)
+    hint = f"did you mean {close!r}?" if close else f"there are: {', '.join(known)}."
+    return UserError(f"unknown {kind} {name!r}: {hint}")
 
 
 class RolloutError(UserError):

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one
 from unisd.data.rendering import Messages, as_messages, naming, set_options
 from unisd.data.text import MAX_TEXT
-from unisd.errors import UserError
+from unisd.errors import UserError, nearest
 from unisd.files import ANSWERS, RESULTS, SAMPLES, read_lines
 from unisd.models.adapters import check_base_is_kept, is_adapter
 from unisd.models.inference import load_any
-from unisd.options.option import nearest
 
 if TYPE_CHECKING:  # heavy
     from unisd.cli.conversation import Speaker

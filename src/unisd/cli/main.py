@@ -14,8 +14,7 @@ from importlib import import_module
 from textwrap import TextWrapper
 
 from unisd import __version__
-from unisd.errors import UserError, worded_for_command
-from unisd.options.option import nearest
+from unisd.errors import UserError, unknown, worded_for_command
 
 COMMANDS = {
     "train": ("", "train and measure (the pocket model: about 3 minutes)"),
@@ -101,9 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        close = nearest(name, COMMANDS)
-        hint = f"did you mean {close!r}?" if close else f"there are: {', '.join(COMMANDS)}."
-        raise UserError(f"unknown command {name!r}: {hint}")
+        raise unknown("command", name, COMMANDS, cutoff=0.5)
     if os.name != "posix":
         raise UserError("unisd runs on POSIX systems only: on Windows, use WSL.")
     return run_command(name, rest)

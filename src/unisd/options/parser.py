@@ -20,8 +20,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from unisd.errors import UserError, by_caller
-from unisd.options.option import declared, nearest
+from unisd.errors import UserError, by_caller, nearest
+from unisd.options.option import declared
 
 Values = dict[str, Any]
 UNSET: Any = object()
