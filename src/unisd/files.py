@@ -143,6 +143,24 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def left_by_run(model: str | Path | None, name: str) -> Record:
+    """A JSON file that the run of a model, or of one of its checkpoints, has left; else empty."""
+    if not model:
+        return {}
+    folder = Path(model).expanduser()
+    folder = folder.parent if folder.resolve().name.startswith("checkpoint-") else folder
+    with suppress(OSError, ValueError):  # no folder, or not of a run of ours
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def config_of_run(model: str | Path | None) -> Record:
+    """The options of the run that left a model, as `results.json` keeps them; else empty."""
+    config = left_by_run(model, RESULTS).get("config")
+    return config if isinstance(config, dict) else {}
+
+
 def read_lines(path: Path) -> list[Record]:
     """The objects of a JSON-lines file; lines that a kill cut short are left out."""
     records = []
