@@ -143,6 +143,14 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def parsed(text: str | bytes) -> Any:
+    """What a text holds as JSON; None where it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # RecursionError: nested too deep
+        return None
+
+
 def left_by_run(model: str | Path | None, name: str) -> Record:
     """A JSON file that the run of a model, or of one of its checkpoints, has left; else empty."""
     if not model:
@@ -165,10 +173,7 @@ def read_lines(path: Path) -> list[Record]:
     """The objects of a JSON-lines file; lines that a kill cut short are left out."""
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+        record = parsed(line)
         if isinstance(record, dict):
             records.append(record)
     return records

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -24,6 +23,7 @@ import yaml
 from unisd.data import conversations
 from unisd.data.reading import describe
 from unisd.errors import UserError, flag, nearest
+from unisd.files import parsed
 
 logger = logging.getLogger(__name__)
 
@@ -306,10 +306,7 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
     """Descriptions of functions, which may be stored as JSON."""
     given = tools
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            tools = None
+        tools = parsed(tools)
     if not given or (isinstance(given, str) and not given.strip()):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -16,6 +16,7 @@ from typing import Any
 
 from unisd.data.text import contains
 from unisd.errors import UserError
+from unisd.files import parsed
 from unisd.pocket.expressions import mistake
 from unisd.pocket.skills import SKILLS, Item, Problem
 from unisd.pocket.world import (
@@ -154,10 +155,7 @@ def extract(skill: str, completion: str) -> str | None:
 def extract_call(completion: str) -> str | None:
     """The first JSON object of flat values, normalised."""
     for match in re.finditer(r"\{[^{}]{0,400}\}", completion[:4000]):
-        try:
-            call = json.loads(match.group())
-        except (ValueError, RecursionError):
-            continue
+        call = parsed(match.group())
         if isinstance(call, dict):
             return json.dumps(call, separators=(",", ":"))
     return None
