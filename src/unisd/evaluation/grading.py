@@ -93,7 +93,7 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        if row.get("skill"):
+        if row.get("skill") not in (None, ""):
             groups[str(row["skill"])].append(i)
 
     def share(chosen: Iterable[int]) -> Interval:
