@@ -342,7 +342,7 @@ def test_full_disk(mistake: Any, monkeypatch: pytest.MonkeyPatch, error: Excepti
 )
 def test_as_a_process(arguments: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "unisd.cli", *arguments], capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "unisd", *arguments], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2
     assert done.stdout == ""

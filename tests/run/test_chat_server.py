@@ -281,7 +281,7 @@ def test_negatives_go_on_without_what_was_refused_and_end_with_the_server(
 @pytest.mark.long
 def test_ctrl_c_ends_the_command_at_once(server: StandIn, tmp_path: Path) -> None:
     server.broken = "hang"
-    asked = [sys.executable, "-m", "unisd.cli", *own_rows(tmp_path, 60), "--server_url", server.url]
+    asked = [sys.executable, "-m", "unisd", *own_rows(tmp_path, 60), "--server_url", server.url]
     with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as command:
         while server.calls["/v1/chat/completions"] < 16 and command.poll() is None:
             time.sleep(0.05)

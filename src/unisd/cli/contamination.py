@@ -8,7 +8,6 @@ problems are compared without lines that most prompts share.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,9 +99,3 @@ def contamination_command(arguments: Sequence[str]) -> int:
         for test_id, train_id in pairs[:5]:
             print(f"{kind}: test {test_id} = train {train_id}")
     return 0
-
-
-if __name__ == "__main__":
-    from unisd.cli.main import main
-
-    sys.exit(main(["contamination", *sys.argv[1:]]))

@@ -104,7 +104,3 @@ def _dispatch(arguments: list[str]) -> int:
     if os.name != "posix":
         raise UserError("unisd runs on POSIX systems only: on Windows, use WSL.")
     return run_command(name, rest)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
