@@ -81,7 +81,10 @@ class Grader:
 
     def grade(self, completion: str, gold: Any) -> Grade:
         """Judge a completion by parsed gold; what it thought before its answer is not looked at."""
-        found = self.read(without_thought(completion))
+        return self.judged(self.read(answer_of(completion)), gold)
+
+    def judged(self, found: Reading, gold: Any) -> Grade:
+        """Judge what a completion settles on by parsed gold."""
         passed = passed_over(found)
         if found.chosen is None:
             reason = found.hedge or "no answer found"
@@ -181,11 +184,6 @@ def shortened(text: str, most: int = 80) -> str:
 def shown(value: object) -> str:
     """A value as messages show it, on one line."""
     return shortened(repr(value))
-
-
-def without_thought(completion: str) -> str:
-    """What follows the thought of a completion; nothing, where this has not ended."""
-    return answer_of(completion) if "<" in completion or "[" in completion else completion
 
 
 def as_text(value: object) -> str:
