@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,11 @@ def write_text(path: str | Path, text: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
+def write_lines(path: str | Path, records: Iterable[Record]) -> None:
+    """As `write_text`: one JSON object a line."""
+    write_text(path, "".join(json.dumps(record, default=str) + "\n" for record in records))
+
+
 def write_json(path: Path, content: Record) -> None:
     """As `write_whole`."""
     write_whole(path, json.dumps(content, indent=2, default=str) + "\n")
@@ -138,7 +144,7 @@ def write_json(path: Path, content: Record) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all: readers may look while the run writes."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two processes may write the same
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
@@ -191,9 +197,7 @@ def keep_until(path: Path, step: int) -> list[Record]:
     if not path.exists():
         return []
     kept = [record for record in read_lines(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 

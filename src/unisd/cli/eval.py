@@ -19,13 +19,13 @@ from unisd.cli.completions import OURS
 from unisd.cli.grade import SCHEMA_VERSION, Figures, grade_answers, summary_lines
 from unisd.cli.parser import DATA, MEASURED, MODEL, OUTPUT, CommandParser, at_least_one, output_file
 from unisd.cli.sources import say_what_was_trained_on, tasks_of
-from unisd.console import loading_libraries, make_console, number, show_progress, show_table
+from unisd.console import loading_libraries, make_console, markdown_table, number, show_progress, show_table
 from unisd.data import rendering
 from unisd.data.prompts import encode_prompt, overlong
 from unisd.data.thoughts import completion_text
 from unisd.errors import UserError
 from unisd.evaluation.grading import row_results, summarize
-from unisd.files import RESULTS, write_text
+from unisd.files import RESULTS, write_lines, write_text
 from unisd.http_client import check_server
 from unisd.models.inference import load_any
 from unisd.options.table import UniSDOptions
@@ -254,7 +254,7 @@ def _refuse_nothing(options: Any, chosen: dict[str, Task], sets: dict[str, dict[
 
 def _write_rows(options: Any, records: Sequence[Figures]) -> None:
     if options.rows and records:
-        write_text(options.rows, "".join(json.dumps(record, default=str) + "\n" for record in records))
+        write_lines(options.rows, records)
 
 
 def _write(
@@ -265,9 +265,8 @@ def _write(
         write_text(options.json, json.dumps(figures, indent=2) + "\n")
     _write_rows(options, records)
     if options.markdown:
-        rule = ["---"] * len(table[0])
-        cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in (table[0], rule, *table[1:])]
-        write_text(options.markdown, "".join(f"| {' | '.join(line)} |\n" for line in cells))
+        head, *lines = [[cell.strip() for cell in line] for line in table]
+        write_text(options.markdown, "\n".join(markdown_table(head, lines)) + "\n")
 
 
 def _sets(name: str, task: Task, options: Any) -> dict[str, list[Row]]:

@@ -17,7 +17,7 @@ from unisd.errors import UserError
 from unisd.evaluation import audit
 from unisd.evaluation.explain import as_record, explained, wrapped
 from unisd.evaluation.grading import grade_many, row_results, summarize, unsettled
-from unisd.files import write_text
+from unisd.files import write_lines, write_text
 from unisd.run.resolve import check_names, shared_names, shared_options
 from unisd.tasks.base import Grade, Row, Task
 
@@ -69,7 +69,7 @@ def grade_command(arguments: Sequence[str]) -> int:
                 {**result, "passed_over": as_record(one.grade)}
                 for result, one in zip(results, graded, strict=True)
             ]
-        write_text(options.rows, "".join(json.dumps(result) + "\n" for result in results))
+        write_lines(options.rows, results)
     if options.json:
         write_text(options.json, json.dumps(summary, indent=2) + "\n")
     return 0

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from unisd.console import show_progress
 from unisd.data.rows import Row
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, prompt_text, shingles, words
 from unisd.errors import UserError
+from unisd.files import write_whole
 
 FORMAT = 2  # of the cache; a new number forgets what older versions built
 KINDS = ("columns", "random", "retrieval", "induction")
@@ -328,6 +328,4 @@ def write_cache(path: Path | None, built: Any) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(built), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(built))
