@@ -351,8 +351,9 @@ def show_example(console: Console, student: str, teacher: str, completion: str, 
         print("\n".join(f"  {line}" for line in text.splitlines()))
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def number(value: float | None, form: str = ".3f", by: float = 1.0) -> str:
+    """A figure of a table, times `by`; what was not measured is a dash."""
+    return "-" if value is None else format(value * by, form)
 
 
 def show_answers(console: Console, answers: Sequence[tuple[str, str]]) -> None:

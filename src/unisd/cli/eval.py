@@ -393,7 +393,8 @@ class _Evaluation:
             assert moved is not None
             for what in ("reverse", "forward", "kl"):
                 side = moved[what]
-                value = "-" if side is None else f"{number(side['before'], 4)} to {number(side['after'], 4)}"
+                sides = () if side is None else (side["before"], side["after"])
+                value = " to ".join(number(one, ".4f") for one in sides) or "-"
                 self.lines.append([f"{prefix}{DRIFT[what]}", value, str(len(rows))])
         self.figures[name] = found
 

@@ -153,7 +153,7 @@ def summary_lines(summary: Figures, name: str = "accuracy") -> list[list[str]]:
     """Name, value with interval, and number of answers, one line a figure; the accuracy is called
     `name`.
     """
-    from unisd.run.changes import percent
+    from unisd.evaluation.grading import percent
 
     shown = {name: summary["accuracy"]}
     shown |= {f"  {skill}": value for skill, value in summary["by_skill"].items()}

@@ -14,7 +14,7 @@ from unisd.cli.completions import match_completions
 from unisd.cli.parser import MEASURED, OUTPUT, CommandParser, at_least_one, output_file
 from unisd.cli.sources import OWN, one_task
 from unisd.console import loading_libraries, make_console, show_progress, show_table
-from unisd.data.text import MAX_TEXT, as_text
+from unisd.data.text import MAX_TEXT, as_text, reference_of
 from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.evaluation import judge
@@ -182,17 +182,13 @@ def _of_files(options: Any) -> tuple[list[Pair], list[str]]:
         notes += matched.notes
     old, new = sides
     pairs = [
-        Pair(name, as_text(row["prompt"]), _reference(row), answer_of(old[name]), answer_of(new[name]))
+        Pair(name, as_text(row["prompt"]), reference_of(row), answer_of(old[name]), answer_of(new[name]))
         for row in every
         if (name := str(row["id"])) in old and name in new
     ]
     if not pairs:
         raise UserError("no row is answered in both files: give answers to the same rows.")
     return pairs, notes
-
-
-def _reference(row: dict[str, Any]) -> str:
-    return str(row.get("privileged_context") or row.get("completion") or "")
 
 
 def _asked(server: ChatServer, questions: list[str], options: Any) -> list[Reply]:

@@ -157,8 +157,8 @@ def _fitting(
 
 
 def _print(console: Console, report: dict[str, Any]) -> None:
+    from unisd.evaluation.grading import percent
     from unisd.evaluation.teacher_probe import LAYOUTS
-    from unisd.run.changes import percent
 
     lines = []
 
@@ -172,7 +172,7 @@ def _print(console: Console, report: dict[str, Any]) -> None:
                 percent(figures.get("accuracy")),
                 number(divergence),
                 number(likelihood),
-                number(figures.get("mean_length"), 0),
+                number(figures.get("mean_length"), ".0f"),
                 str(figures.get("truncated", "-")),
                 str(figures["n"]),
             ]

@@ -26,7 +26,15 @@ import numpy as np
 
 from unisd.console import show_progress
 from unisd.data.rows import Row
-from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, prompt_text, shingles, words
+from unisd.data.text import (
+    NEAR_DUPLICATE_THRESHOLD,
+    contains,
+    jaccard,
+    prompt_text,
+    reference_of,
+    shingles,
+    words,
+)
 from unisd.errors import UserError
 from unisd.files import write_whole
 
@@ -82,7 +90,7 @@ class _Problem:
     def of(cls, number: int, row: Row) -> _Problem:
         text = prompt_text(row["prompt"])
         found = words(text)
-        reference = str(row.get("privileged_context") or row.get("completion") or "")
+        reference = reference_of(row)
         return cls(
             number,
             found,

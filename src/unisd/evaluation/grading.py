@@ -153,8 +153,10 @@ def unsettled_lines(before: dict[str, Any], after: dict[str, Any]) -> list[list[
     return lines
 
 
-def percent(share: Interval) -> str:
-    """`62.3 % [57.1, 67.0]`."""
+def percent(share: Interval | None) -> str:
+    """`62.3 % [57.1, 67.0]`; what was not measured is a dash."""
+    if share is None:
+        return "-"
     value, low, high = (100 * share[name] for name in ("value", "low", "high"))
     return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from unisd.console import BETTER, NOISE, WORSE, number
 from unisd.errors import by_caller
-from unisd.evaluation import grading
-from unisd.evaluation.grading import detail_lines, unsettled_lines
+from unisd.evaluation.grading import detail_lines, percent, unsettled_lines
 from unisd.monitoring.alarms import FORGOTTEN_NATS, at_most
 
 CLEARLY = 0.01
@@ -110,11 +109,6 @@ def forgotten(retention: Sequence[Figures], drift: Figures | None) -> str | None
         return None
     part = by_caller("--graft_scales", "`unisd merge`")
     return f"{'; '.join(said)}: lower the rate, train for fewer steps, or keep a part of the change ({part})."
-
-
-def percent(accuracy: Figures | None) -> str:
-    """`62.3 % [57.1, 67.0]`."""
-    return "-" if accuracy is None else grading.percent(accuracy)
 
 
 def change_lines(results: Figures) -> list[list[str]]:

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from unisd.console import show_progress
 from unisd.errors import UserError
+from unisd.evaluation.grading import percent
 from unisd.files import GRAFTING, config_of_run, write_json
 from unisd.models.adapters import is_adapter
-from unisd.run.changes import percent
 
 NONE, ALL = 0.0, 1.0
 PREFIX = ".unisd-graft-"
