@@ -157,7 +157,7 @@ def recommended(study: Study, found: Figures, task: str) -> Figures:
     for factor in study.factors:
         kept = [
             (effects.get(effect_name(factor, level), 0.0), level)
-            for level in list(factor.levels)[1:]
+            for level in factor.others
             if verdicts.get(effect_name(factor, level)) == "keep"
         ]
         options |= factor.levels[max(kept)[1] if kept else factor.baseline]
