@@ -62,6 +62,12 @@ class OutOfMemory(UserError):
     """A step that fits in no size. The weights are those of the last finished step."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def one_line(error: BaseException) -> str:
     """What an error of a library says, within a sentence of ours."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

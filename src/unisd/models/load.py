@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from unisd.console import warnings_as_notes
-from unisd.errors import UserError, by_caller
+from unisd.errors import UserError, by_caller, first_line
 from unisd.models import adapters
 from unisd.models import gguf as gguf_cache
 from unisd.models.adapters import without_adapter
@@ -139,11 +139,6 @@ def _dtype(dtype: str, parameters: int) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
-
-
 def _load(what: str, name: str, path: str, build: Any) -> Any:
     """Run one transformers loader and turn what it says of a wrong name into one line."""
     try:
@@ -152,13 +147,13 @@ def _load(what: str, name: str, path: str, build: Any) -> Any:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if Path(path).is_dir():
-            raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
-        if not isinstance(error, OSError):  # a package that is missing, say, or an architecture too new
-            raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
+        reason = first_line(error)[:200]
+        # not of a wrong name: a package that is missing, say, or an architecture too new
+        if Path(path).is_dir() or not isinstance(error, OSError):
+            raise UserError(f"cannot load the {what} of {name}: {reason}") from error
         raise UserError(
             f"no model {name}: neither a local folder nor available from the Hugging Face hub"
-            f" ({_one_line(error)}); check the spelling and the network, or give a local folder, {POCKET} or"
+            f" ({reason}); check the spelling and the network, or give a local folder, {POCKET} or"
             f" {SMOLLM2}"
         ) from error
 
