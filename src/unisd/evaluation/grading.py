@@ -14,6 +14,7 @@ from unisd.processes import cores
 from unisd.tasks.base import Grade, Row, is_right
 
 BOOTSTRAP = 2000  # resamples of an interval
+Z95 = 1.959963984540054  # standard deviations to each side of a 95 % interval
 Interval = dict[str, Any]
 
 
@@ -39,14 +40,14 @@ def grade_many(
         return list(pool.map(one, zip(rows, completions, strict=True)))
 
 
-def wilson(correct: float, n: int, z: float = 1.959963984540054) -> Interval:
+def wilson(correct: float, n: int) -> Interval:
     """A share with its 95 % Wilson interval: `{"value", "low", "high", "n"}`.
 
     NaN, 0 and 1 for n = 0.
     """
     if n == 0:
         return {"value": math.nan, "low": 0.0, "high": 1.0, "n": 0}
-    share = correct / n
+    share, z = correct / n, Z95
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}

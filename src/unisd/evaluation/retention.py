@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unisd.errors import UserError, flag
 from unisd.evaluation.accuracy import Interval, generate_greedy
+from unisd.evaluation.grading import Z95
 from unisd.evaluation.likelihood import TOKEN_BUDGET, Ids, _batches, _check_pairs, _ids, _States, corpus_ppl
 from unisd.kernels.lora import inference
 from unisd.models.adapters import check_base_is_kept
@@ -170,7 +171,7 @@ def _along(
     }
 
 
-def paired_delta(difference_N: Tensor, count_N: Tensor, z: float = 1.959963984540054) -> Interval:
+def paired_delta(difference_N: Tensor, count_N: Tensor) -> Interval:
     """Total difference per token with a 95 % interval, rows as clusters.
 
     By the normal approximation of a ratio.
@@ -180,5 +181,5 @@ def paired_delta(difference_N: Tensor, count_N: Tensor, z: float = 1.95996398454
         return {"value": math.nan, "low": math.nan, "high": math.nan}
     value = float(difference_N.sum()) / tokens
     residual_N = difference_N - value * count_N
-    half = z * math.sqrt(n / (n - 1) * float(residual_N.square().sum())) / tokens if n > 1 else math.inf
+    half = Z95 * math.sqrt(n / (n - 1) * float(residual_N.square().sum())) / tokens if n > 1 else math.inf
     return {"value": value, "low": value - half, "high": value + half}

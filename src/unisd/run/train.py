@@ -25,7 +25,7 @@ from unisd.data.text import problem_mark
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
-from unisd.files import ANSWERS, GRAFTING, JUDGE, SAMPLES, TRAINED_ON, read_lines
+from unisd.files import ANSWERS, GRAFTING, JUDGE, RESULTS, SAMPLES, TRAINED_ON, read_lines, write_json
 from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM, can_checkpoint
 from unisd.monitoring.alarms import Alarm
@@ -205,7 +205,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             (folder / name).unlink(missing_ok=True)
         outputs.write_config(folder, options, setting.config)
         marks = sorted({problem_mark(row["prompt"]) for row in setting.data.train})
-        outputs.write_json(folder / TRAINED_ON, {"problems": marks})
+        write_json(folder / TRAINED_ON, {"problems": marks})
         return _carried_out(setting, options, checkpoint, console, started)
 
 
@@ -262,7 +262,7 @@ def _measured(
     results |= _accounted(setting, options, config, results, energy)
     pairs = pair_answers(data, before["answers"], answers)
     if is_writer:  # before results.json, which completes a run
-        outputs.write_json(folder / ANSWERS, pairs)
+        write_json(folder / ANSWERS, pairs)
     _finish(setting, options, folder, results, pairs)
     if is_writer:
         _report(console, results, folder, options, points, pairs)
@@ -364,7 +364,7 @@ def _finish(setting: Setting, options: RunOptions, folder: Path, results: Result
         (folder / "README.md").write_text(
             outputs.model_card(results, options, config, change_lines(results)), encoding="utf-8"
         )
-        outputs.write_json(folder / outputs.RESULTS, results)
+        write_json(folder / RESULTS, results)
         settings = results["config"]  # without tokens and passwords
         given = {name: settings[name] for name in options.values if name in settings}
         setting.trackers.tell(lambda: told(results, pairs, read_lines(folder / SAMPLES), given))
