@@ -98,7 +98,7 @@ def test_unknown_key_in_yaml(mistake: Any, tmp_path: Path) -> None:
         (["train", "--train_file", "missing.jsonl"], "missing.jsonl is not a file"),
         (["recipes", "sdfd"], "did you mean 'sdft'?"),
         (["eval", "--task", "pockett"], "did you mean pocket?"),
-        (["eval", "--n", "x"], "invalid int value"),
+        (["eval", "--max_eval_rows", "x"], "invalid int value"),
         (["merge"], "DIR"),
         (["chat"], "DIR"),
     ],

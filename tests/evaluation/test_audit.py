@@ -61,7 +61,7 @@ def test_outcomes_are_counted_apart(grade, tmp_path):
 
 
 def test_explain_says_what_was_taken_and_what_was_not(grade, tmp_path):
-    said = grade("--explain", "--out", tmp_path / "o.jsonl")
+    said = grade("--explain", "--rows", tmp_path / "o.jsonl")
     assert "r0: unanswered\n  taken: nothing (no answer found)\n" in said
     assert "r1: ambiguous\n  taken: nothing (1 or 2 are several numbers)\n" in said
     assert "r2: wrong\n  taken: 2 (stated)\n" in said and "r3: right\n  taken: 4 (stated)\n" in said

@@ -46,7 +46,7 @@ def test_the_command_grades_by_id_or_in_order(tmp_path, capsys):
         {"id": "r1", "completion": "It is 7."}
     ]
     out, figures = tmp_path / "o" / "out.jsonl", tmp_path / "f.json"
-    flags = ["--data_files", data, "--grader", "number", "--out", str(out), "--json", str(figures)]
+    flags = ["--data_files", data, "--grader", "number", "--rows", str(out), "--json", str(figures)]
     assert main(["grade", "jsonl", *flags, "--completions", completions_file(tmp_path, by_id)]) == 0
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["id"], r["correct"], r["score"]) for r in results] == [

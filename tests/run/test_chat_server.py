@@ -147,7 +147,7 @@ def test_eval_counts_what_failed_and_what_was_cut_off(
         "--stop",
         "\n\n",
         "What",
-        "--max_new_tokens",
+        "--eval_max_new_tokens",
         "7",
     ]
     assert main([*asked, *(word for name, file in files.items() for word in (f"--{name}", str(file)))]) == 0
@@ -228,7 +228,7 @@ def test_a_model_that_is_loaded_stops_too(tmp_path: Path, model_dir: Path) -> No
     file = tmp_path / "out.jsonl"
 
     def texts(*flags: str) -> list[str]:
-        asked = [*own_rows(tmp_path, 2), "--model", str(model_dir), "--max_new_tokens", "6", *flags]
+        asked = [*own_rows(tmp_path, 2), "--model", str(model_dir), "--eval_max_new_tokens", "6", *flags]
         assert main([*asked, "--rows", str(file)]) == 0
         return [json.loads(line)["completion"] for line in file.read_text().splitlines()]
 

@@ -140,7 +140,7 @@ def _parser() -> CommandParser:
         " rows, test is --eval_file, else what `unisd train` with this --seed holds out",
     )
     data.add_argument(
-        "--max_eval_rows", "--n", dest="n", type=int, default=500, help="maximum rows per evaluation (500)"
+        "--max_eval_rows", dest="n", type=int, default=500, help="maximum rows per evaluation (500)"
     )
     _add_answers(parser)
     output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to this file")
@@ -178,7 +178,6 @@ def _add_answers(parser: CommandParser) -> None:
     measured.add_argument("--top_p", type=float, default=1.0, help="nucleus: probability to sample from (1)")
     measured.add_argument(
         "--eval_max_new_tokens",
-        "--max_new_tokens",
         dest="max_new_tokens",
         type=int,
         help="maximum tokens per answer (default: the task's; for your own rows the model's run's, else 256)",
@@ -186,7 +185,6 @@ def _add_answers(parser: CommandParser) -> None:
     measured.add_argument("--stop", nargs="+", metavar="TEXT", help="end an answer before any of these texts")
     measured.add_argument(
         "--rollout_batch_size",
-        "--batch_size",
         dest="batch_size",
         type=int,
         help="answers at once (default: 64; for a server: 16 requests)",

@@ -105,7 +105,6 @@ def _parser() -> CommandParser:
     )
     output.add_argument(
         "--rows",
-        "--out",
         type=output_file,
         metavar="R.jsonl",
         help="write one object per answer to this file",

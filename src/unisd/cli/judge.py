@@ -76,14 +76,12 @@ def _parser() -> CommandParser:
     )
     measured.add_argument(
         "--max_eval_rows",
-        "--n",
         dest="n",
         type=int,
         help="maximum pairs (default: all whose answers are kept)",
     )
     measured.add_argument(
         "--eval_max_new_tokens",
-        "--max_tokens",
         dest="max_tokens",
         type=int,
         default=1024,
@@ -97,7 +95,6 @@ def _parser() -> CommandParser:
     )
     measured.add_argument(
         "--rollout_batch_size",
-        "--batch_size",
         dest="batch_size",
         type=int,
         default=16,
@@ -117,7 +114,11 @@ def _parser() -> CommandParser:
 
 def _check(options: Any) -> None:
     """Refuse what is missing, out of range or contradicts, before anything is loaded."""
-    at_least_one(n=options.n, max_tokens=options.max_tokens, batch_size=options.batch_size)
+    at_least_one(
+        max_eval_rows=options.n,
+        eval_max_new_tokens=options.max_tokens,
+        rollout_batch_size=options.batch_size,
+    )
     if options.temperature < 0:
         raise UserError(f"--temperature {options.temperature}: 0 or more is needed.")
     check_server("--judge_url", options.judge_url)

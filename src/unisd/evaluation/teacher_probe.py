@@ -360,7 +360,7 @@ def _by_accuracy(report: dict[str, Any]) -> list[str]:
     shares = (
         f"with the reference in its prompt the model is right in {teacher:.0%}, without it in {student:.0%}"
     )
-    more = f"with {report['n']} rows the difference is not certain: probe more rows (--n)."
+    more = f"with {report['n']} rows the difference is not certain: probe more rows (--max_train_rows)."
     if not teaches(report) and found["high"] < HEADROOM:
         return [
             f"Self-distillation cannot help here: {shares}. Try another prompt, better references or a larger"
