@@ -188,8 +188,6 @@ def test_grading_needs_one_task_or_a_grader(tmp_path: Path, capsys: pytest.Captu
     file = plain(tmp_path / "rows.jsonl")
     assert main(["grade", "--eval_file", file, "--completions", file]) == 2
     assert "rows has no grader: give --grader" in capsys.readouterr().err
-    assert main(["grade", "gsm8k", "--task", "mbpp", "--completions", file]) == 2
-    assert "the task is given twice, gsm8k and --task mbpp" in capsys.readouterr().err
 
 
 def test_contamination_of_own_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

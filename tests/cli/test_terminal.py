@@ -34,8 +34,8 @@ for arguments in CALLS:
 
 
 def test_the_first_line_comes_before_anything_heavy(tmp_path: Path) -> None:
-    calls = [["train"], ["probe"], ["prepare"], ["eval"], ["contamination", "pocket"], ["chat", "d"]]
-    calls += [["grade", "pocket", "--completions", "c"], ["study"], ["merge", "d"]]
+    calls = [["train"], ["probe"], ["prepare"], ["eval"], ["contamination", "--task", "pocket"]]
+    calls += [["chat", "d"], ["grade", "--task", "pocket", "--completions", "c"], ["study"], ["merge", "d"]]
     calls += [["judge", "d", "--judge_url", "http://127.0.0.1:1"], ["report", "."]]
     calls += [["train", "--weight_decay", "0.1"]]  # of transformers' own
     code = FIRST.replace("CALLS", repr(calls))

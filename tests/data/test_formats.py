@@ -141,7 +141,7 @@ def arguments(command: str, file: Path, columns: str | None) -> list[str]:
     if command == "eval":
         return ["eval", "--task", "jsonl", *given]
     (file.parent / "theirs.jsonl").write_text('{"completion": "r"}\n' * 3)
-    return ["grade", "jsonl", *given, "--completions", str(file.parent / "theirs.jsonl")]
+    return ["grade", "--task", "jsonl", *given, "--completions", str(file.parent / "theirs.jsonl")]
 
 
 @pytest.fixture()

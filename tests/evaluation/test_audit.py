@@ -32,7 +32,7 @@ def grade(tmp_path, capsys):
     files = ["--data_files", str(tmp_path / "rows.jsonl"), "--completions", str(tmp_path / "given.jsonl")]
 
     def run(*flags, code=0):
-        assert main(["grade", "jsonl", "--grader", "number", *files, *map(str, flags)]) == code
+        assert main(["grade", "--task", "jsonl", "--grader", "number", *files, *map(str, flags)]) == code
         said = capsys.readouterr()
         return without_notes(said.err) if code else said.out
 

@@ -65,7 +65,7 @@ def _parser() -> CommandParser:
         " answers in two files. Each pair is judged twice, in both orders.",
         shared_options("judge"),
     )
-    parser.set_defaults(named=None, **dict.fromkeys(shared_names("judge")))
+    parser.set_defaults(**dict.fromkeys(shared_names("judge")))
     parser.add_argument("run", metavar="RUN_DIR", nargs="?", help="a folder that `unisd train` has written")
     measured, output = parser.under(MEASURED), parser.under(OUTPUT)
     measured.add_argument("--judge_url", metavar="URL", required=True, help="the judge's server")

@@ -133,21 +133,13 @@ def tasks_of(own: argparse.Namespace, names: Sequence[str], runs_code: bool = Tr
     return found
 
 
-def add_task_by_place(parser: argparse.ArgumentParser) -> None:
-    """Take the task also without its flag; `one_task` reads it."""
-    parser.add_argument("named", nargs="?", metavar="TASK", help=argparse.SUPPRESS)
-
-
 def one_task(own: argparse.Namespace, runs_code: bool = True) -> tuple[str, Task]:
     """As `tasks_of`, for commands that read a single task: its name, and the task.
 
     Raises:
-        UserError: as `tasks_of`; a task that is given twice.
+        UserError: as `tasks_of`.
     """
-    if own.named and own.task:
-        raise UserError(f"the task is given twice, {own.named} and --task {own.task}: give one of them.")
-    name = own.task or own.named
-    [found] = tasks_of(own, [name] if name else (), runs_code).items()
+    [found] = tasks_of(own, [own.task] if own.task else (), runs_code).items()
     return found
 
 
