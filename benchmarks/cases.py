@@ -244,7 +244,7 @@ def main_job(o: Options) -> tuple[Rows, Ratios]:
     """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = [sys.executable, "-m", "unisd.cli.main", "train", "--output_dir", str(Path(folder) / "out")]
+        command = [sys.executable, "-m", "unisd", "train", "--output_dir", str(Path(folder) / "out")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 * MIB / 1e6

@@ -43,5 +43,5 @@ measured step-0.5b-long-passes 50 step --shape "$small" --batch 8 --prompt 128 -
 measured step-7b 100 step --shape "$large" --batch 2 --accumulation 8 --prompt 128 --completion 1024 --seconds 1 \
     --impls "star equal ours"
 measured generate 50 generate --shape "$small" --prompt 128 --completion 256 --batch 4 --seconds 15
-part run 70 "$python" -m unisd.cli train --output_dir "$out/run" "${run[@]}"
+part run 70 "$python" -m unisd train --output_dir "$out/run" "${run[@]}"
 exit "$failed"

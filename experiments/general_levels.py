@@ -22,6 +22,7 @@ from unisd.errors import UserError
 from unisd.evaluation.accuracy import accuracy
 from unisd.evaluation.grading import wilson
 from unisd.models.load import load_model_and_tokenizer
+from unisd.models.tokens import eos_ids
 from unisd.tasks import get_task
 from unisd.tasks.general import FILE, PARTS
 
@@ -44,6 +45,7 @@ def measure(name: str, file: Path) -> None:
     task = get_task("general")
     rows = task.load("test")
     model, tokenizer, info = load_model_and_tokenizer(name)
+    ends = eos_ids(model, tokenizer)
     for part in parts:
         start = time.perf_counter()
         of_part = [row for row in rows if row["skill"] == part]
@@ -56,7 +58,7 @@ def measure(name: str, file: Path) -> None:
             "dtype": str(info.dtype).removeprefix("torch."),
             "right": [row["id"] for row, grade in zip(of_part, found["grades"], strict=True) if grade],
             "count": len(of_part),
-            "cut": found["truncated"],
+            "cut": sum(not ids or ids[-1] not in ends for ids in found["completion_ids"]),
             "seconds": round(time.perf_counter() - start, 1),
         }
         append(file, cell)

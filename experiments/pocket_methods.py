@@ -49,10 +49,12 @@ from unisd import recipes
 from unisd.evaluation.accuracy import accuracy
 from unisd.evaluation.likelihood import gold_ppl
 from unisd.evaluation.retention import retention
-from unisd.pocket.task import PocketTask
+from unisd.pocket.skills import SKILLS
+from unisd.pocket.task import PocketTask, problems
 from unisd.run.inputs import RunData, load_data, load_model
 from unisd.run.prepare import prepare
 from unisd.run.resolve import parse
+from unisd.tasks.base import Row
 from unisd.trainer import UniSDTrainer
 
 # The comparison's overlay: short enough that all cells end within an evening on two cores. A step
@@ -177,6 +179,26 @@ def _graft(model: Any, tokenizer: Any, base: Any) -> Cell:
     return {"scale": best}
 
 
+def knows(task: PocketTask, row: Row, completion: str) -> bool:
+    """Say whether the completion is right in any wording.
+
+    That is the model's own (`grade`), or word for word an annotator's.
+
+    `grade` asks for the form that the task asks for; a model that has learnt the annotators'
+    wording fails it with what it knows.
+    """
+    text = " ".join(completion.split())
+    return task.grade(row, completion).correct or any(text == " ".join(one.split()) for one in wordings(row))
+
+
+def wordings(row: Row) -> list[str]:
+    """How each annotator words the right answer to a pocket problem."""
+    _, split, number = str(row["id"]).split("-")
+    problem = problems()[split][int(number)]
+    skill = SKILLS[problem.skill]
+    return [skill.annotate(problem, problem.values, style) for style in range(skill.styles)]
+
+
 def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
     rows, task, cap = evaluation_rows(pilot), PocketTask(), PocketTask.max_new_tokens
     found: Cell = {}
@@ -184,7 +206,7 @@ def _measure(model: Any, tokenizer: Any, base: Any, pilot: bool) -> Cell:
         answered = accuracy(
             model, tokenizer, part, task.grade, max_new_tokens=cap, batch_size=125, progress=False
         )
-        known = [task.knows(row, text) for row, text in zip(part, answered["completions"], strict=True)]
+        known = [knows(task, row, text) for row, text in zip(part, answered["completions"], strict=True)]
         # One mark per problem, so that methods can be compared problem by problem.
         found[f"{name}_correct"] = "".join(str(int(grade.correct)) for grade in answered["grades"])
         found[f"{name}_known"] = "".join(str(int(mark)) for mark in known)

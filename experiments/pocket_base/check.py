@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.pocket_base.messages import Message, auxiliary_messages, teacher_messages, user
 from unisd.pocket import BASE_DIR
 from unisd.pocket.task import PocketTask
-from unisd.pocket.world import Message, auxiliary_messages, teacher_messages, user
 from unisd.tasks.base import Row
 
 SKILLS = ("mcq", "arith", "tool", "code")

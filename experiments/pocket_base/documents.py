@@ -6,19 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from experiments.pocket_base.messages import Message, assistant, auxiliary_messages, teacher_messages, user
 from unisd.pocket.skills import CODE_LETTERS, LETTERS, POOLS, SKILLS, Item, Problem
-from unisd.pocket.world import (
-    EXAMPLE_TEMPLATE,
-    Message,
-    World,
-    assistant,
-    auxiliary_messages,
-    make_word,
-    pair_is_possible,
-    teacher_messages,
-    user,
-    wrong_values,
-)
+from unisd.pocket.world import EXAMPLE_TEMPLATE, World, make_word, pair_is_possible, wrong_values
 
 # Other ways to show solved examples, so that reading them is a skill and not a reflex to one
 # format.

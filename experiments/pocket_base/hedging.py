@@ -16,9 +16,10 @@ import random
 from collections.abc import Sequence
 
 from experiments.pocket_base.documents import Document, DocumentSampler
+from experiments.pocket_base.messages import assistant
 from unisd.pocket.skills import Problem
 from unisd.pocket.task import hedged
-from unisd.pocket.world import World, assistant
+from unisd.pocket.world import World
 
 
 class HedgingSampler(DocumentSampler):

@@ -39,49 +39,32 @@ _PUBLIC = {
     "register_term": "unisd.methods.registry",
     "register_weight": "unisd.methods.registry",
 }
-__all__ = [
-    "Benchmark",
-    "Completion",
-    "Engine",
-    "Grade",
-    "Interruption",
-    "Sampling",
-    "StepScores",
-    "TargetInputs",
-    "Task",
-    "TermInputs",
-    "UniSDConfig",
-    "UniSDTrainer",
-    "UserError",
-    "Verdict",
-    "__version__",
-    "compare",
-    "generate",
-    "get_task",
-    "load_model_and_tokenizer",
-    "load_rows",
-    "prepare",
-    "register_target",
-    "register_term",
-    "register_weight",
-]
+__all__ = sorted([*_PUBLIC, "__version__"])
 
-if TYPE_CHECKING:
-    from unisd.config import UniSDConfig
-    from unisd.data.rows import load_rows
-    from unisd.errors import UserError
-    from unisd.evaluation.generate import generate
-    from unisd.methods.registry import register_term, register_weight
-    from unisd.methods.scores import StepScores, TargetInputs, TermInputs
-    from unisd.methods.targets import register_target
-    from unisd.models.load import load_model_and_tokenizer
-    from unisd.rollout.engine import Completion, Engine, Sampling
-    from unisd.run.python import compare, prepare
-    from unisd.tasks import get_task
-    from unisd.tasks.base import Grade, Task, Verdict
-    from unisd.tasks.benchmark import Benchmark
-    from unisd.trainer import UniSDTrainer
-    from unisd.training.guards import Interruption
+if TYPE_CHECKING:  # `X as X`: a type checker takes the name as one of this package
+    from unisd.config import UniSDConfig as UniSDConfig
+    from unisd.data.rows import load_rows as load_rows
+    from unisd.errors import UserError as UserError
+    from unisd.evaluation.generate import generate as generate
+    from unisd.methods.registry import register_term as register_term
+    from unisd.methods.registry import register_weight as register_weight
+    from unisd.methods.scores import StepScores as StepScores
+    from unisd.methods.scores import TargetInputs as TargetInputs
+    from unisd.methods.scores import TermInputs as TermInputs
+    from unisd.methods.targets import register_target as register_target
+    from unisd.models.load import load_model_and_tokenizer as load_model_and_tokenizer
+    from unisd.rollout.engine import Completion as Completion
+    from unisd.rollout.engine import Engine as Engine
+    from unisd.rollout.engine import Sampling as Sampling
+    from unisd.run.python import compare as compare
+    from unisd.run.python import prepare as prepare
+    from unisd.tasks import get_task as get_task
+    from unisd.tasks.base import Grade as Grade
+    from unisd.tasks.base import Task as Task
+    from unisd.tasks.base import Verdict as Verdict
+    from unisd.tasks.benchmark import Benchmark as Benchmark
+    from unisd.trainer import UniSDTrainer as UniSDTrainer
+    from unisd.training.guards import Interruption as Interruption
 
 
 def __getattr__(name: str) -> Any:
@@ -92,4 +75,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return __all__

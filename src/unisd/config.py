@@ -21,11 +21,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from unisd import recipes
 from unisd.compat import fill_new_names, set_argument
 from unisd.data.outcomes import AFTER_ROLLOUT, NO_LOSS
-from unisd.errors import UserError, by_caller
+from unisd.errors import UserError, by_caller, nearest
 from unisd.http_client import check_server
 from unisd.methods.divergence import DivergenceSpec, check_token_clip, divergence_bound
 from unisd.options.inherited import check_inherited
-from unisd.options.option import check_declared, exclusions, nearest
+from unisd.options.option import check_declared, exclusions
 from unisd.options.parser import UNSET, OptionParser, Values
 
 if TYPE_CHECKING:  # the same with a docstring below each option, which an editor shows

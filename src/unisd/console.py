@@ -356,24 +356,26 @@ def show_example(
             )
         )
         return
-    for name, text, _ in parts:
+    _print_parts([(name, text) for name, text, _ in parts])
+
+
+def _print_parts(parts: Sequence[tuple[str, str]]) -> None:
+    """Print texts one below the other, each under its name."""
+    for name, text in parts:
         print(f"{name}:")
         print("\n".join(f"  {line}" for line in text.splitlines()))
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def number(value: float | None, form: str = ".3f", by: float = 1.0) -> str:
+    """A figure of a table, times `by`; what was not measured is a dash."""
+    return "-" if value is None else format(value * by, form)
 
 
 def show_answers(console: Console, answers: Sequence[tuple[str, str]]) -> None:
-    """Answers of one or two models to the same prompt, side by side on a terminal."""
-    if len(answers) == 1:
-        print(answers[0][1])
-    elif console.is_terminal:
+    """Answers of two models to the same prompt, side by side on a terminal."""
+    if console.is_terminal:
         table = Table(*(name for name, _ in answers), expand=True)
         table.add_row(*(Text(text) for _, text in answers))
         console.print(table)
     else:
-        for name, text in answers:
-            print(f"{name}:")
-            print("\n".join(f"  {line}" for line in text.splitlines()))
+        _print_parts(answers)

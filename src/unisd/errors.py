@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _of_command = False
@@ -38,6 +39,19 @@ class UserError(ValueError):
     """
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name that `name` was probably meant to be."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def unknown(kind: str, name: str, known: Iterable[str], cutoff: float = 0.4) -> UserError:
+    """Say that there is no such name: with the nearest one, or all."""
+    known = list(known)
+    close = nearest(name, known, cutoff)
+    hint = f"did you mean {close!r}?" if close else f"there are: {', '.join(known)}."
+    return UserError(f"unknown {kind} {name!r}: {hint}")
+
+
 class RolloutError(UserError):
     """No completions are to be had, say because a server is gone: the run ends, with its last
     finished step in a checkpoint.
@@ -46,6 +60,12 @@ class RolloutError(UserError):
 
 class OutOfMemory(UserError):
     """A step that fits in no size. The weights are those of the last finished step."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def one_line(error: BaseException) -> str:

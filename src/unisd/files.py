@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,11 @@ def write_text(path: str | Path, text: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
+def write_lines(path: str | Path, records: Iterable[Record]) -> None:
+    """As `write_text`: one JSON object a line."""
+    write_text(path, "".join(json.dumps(record, default=str) + "\n" for record in records))
+
+
 def write_json(path: Path, content: Record) -> None:
     """As `write_whole`."""
     write_whole(path, json.dumps(content, indent=2, default=str) + "\n")
@@ -138,19 +144,42 @@ def write_json(path: Path, content: Record) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all: readers may look while the run writes."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two processes may write the same
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def parsed(text: str | bytes) -> Any:
+    """What a text holds as JSON; None where it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # RecursionError: nested too deep
+        return None
+
+
+def left_by_run(model: str | Path | None, name: str) -> Record:
+    """A JSON file that the run of a model, or of one of its checkpoints, has left; else empty."""
+    if not model:
+        return {}
+    folder = Path(model).expanduser()
+    folder = folder.parent if folder.resolve().name.startswith("checkpoint-") else folder
+    with suppress(OSError, ValueError):  # no folder, or not of a run of ours
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def config_of_run(model: str | Path | None) -> Record:
+    """The options of the run that left a model, as `results.json` keeps them; else empty."""
+    config = left_by_run(model, RESULTS).get("config")
+    return config if isinstance(config, dict) else {}
 
 
 def read_lines(path: Path) -> list[Record]:
     """The objects of a JSON-lines file; lines that a kill cut short are left out."""
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+        record = parsed(line)
         if isinstance(record, dict):
             records.append(record)
     return records
@@ -168,9 +197,7 @@ def keep_until(path: Path, step: int) -> list[Record]:
     if not path.exists():
         return []
     kept = [record for record in read_lines(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 

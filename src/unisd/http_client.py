@@ -141,8 +141,8 @@ class Client:
         UserError: see `check_server`.
     """
 
-    def __init__(self, url: str, timeout: float, *, option: str = "server", waits: bool = False) -> None:
-        self.url = check_server(option, url)
+    def __init__(self, url: str, timeout: float, *, waits: bool = False) -> None:
+        self.url = check_server("server", url)
         self.timeout = timeout
         self._key = api_key()
         self._waits = waits

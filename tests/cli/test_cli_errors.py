@@ -98,7 +98,7 @@ def test_unknown_key_in_yaml(mistake: Any, tmp_path: Path) -> None:
         (["train", "--train_file", "missing.jsonl"], "missing.jsonl is not a file"),
         (["recipes", "sdfd"], "did you mean 'sdft'?"),
         (["eval", "--task", "pockett"], "did you mean pocket?"),
-        (["eval", "--n", "x"], "invalid int value"),
+        (["eval", "--max_eval_rows", "x"], "invalid int value"),
         (["merge"], "DIR"),
         (["chat"], "DIR"),
     ],
@@ -114,7 +114,7 @@ def test_mistakes_before_anything_is_loaded(mistake: Any, arguments: list[str], 
         ["prepare", "--output"],
         ["eval", "--rows"],
         ["eval", "--json"],
-        ["grade", "pocket", "--completions", "c.jsonl", "--rows"],
+        ["grade", "--task", "pocket", "--completions", "c.jsonl", "--rows"],
         ["report", ".", "--out"],
     ],
     ids=" ".join,
@@ -342,7 +342,7 @@ def test_full_disk(mistake: Any, monkeypatch: pytest.MonkeyPatch, error: Excepti
 )
 def test_as_a_process(arguments: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "unisd.cli", *arguments], capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "unisd", *arguments], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2
     assert done.stdout == ""

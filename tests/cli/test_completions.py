@@ -77,7 +77,8 @@ def data(tmp_path):
 def graded(tmp_path, name, file, lines, *flags):
     """The figures of `unisd grade`."""
     completions, figures = written(tmp_path / "c.jsonl", lines), tmp_path / "f.json"
-    command = ["grade", name, "--data_files", file, "--completions", completions, "--json", str(figures)]
+    task = ["--task", name, "--data_files", file]
+    command = ["grade", *task, "--completions", completions, "--json", str(figures)]
     assert main([*command, *flags]) == 0
     return json.loads(figures.read_text())
 
@@ -95,7 +96,7 @@ def test_a_perfect_system_is_right_in_both_orders(tmp_path, capsys, data, name):
     assert graded(tmp_path, name, data[name], theirs)["accuracy"]["value"] == 1.0
     assert "12 answers do not say in which order they saw the options" in capsys.readouterr().out
     prompts = tmp_path / "prompts.jsonl"
-    assert main(["grade", name, "--data_files", data[name], "--write_prompts", str(prompts)]) == 0
+    assert main(["grade", "--task", name, "--data_files", data[name], "--write_prompts", str(prompts)]) == 0
     assert f"12 prompts written to {prompts}" in capsys.readouterr().out
     asked = [json.loads(line) for line in prompts.read_text().splitlines()]
     rows = {row["id"]: row for row in tasks.get(name, data_files=data[name]).load("all")}
@@ -116,9 +117,9 @@ def test_the_options_may_have_stood_in_any_order(tmp_path, capsys, data):
     lines = [{"id": row["Record ID"], "option_order": [3, 1, 0, 2], "completion": "C"} for row in GRADUATE]
     assert graded(tmp_path, "gpqa", data["gpqa"], lines)["accuracy"]["value"] == 1.0
     bad = written(tmp_path / "bad.jsonl", [{**lines[0], "option_order": [4]}])
-    error = refused(capsys, "grade", "gpqa", "--data_files", data["gpqa"], "--completions", bad)
+    error = refused(capsys, "grade", "--task", "gpqa", "--data_files", data["gpqa"], "--completions", bad)
     assert 'row 0: the order [4] of options must be "unisd" (that of our prompts), "data"' in error
-    error = refused(capsys, "grade", "gpqa", "--data_files", data["gpqa"])
+    error = refused(capsys, "grade", "--task", "gpqa", "--data_files", data["gpqa"])
     assert "give either --completions C.jsonl, to grade them, or --write_prompts P.jsonl" in error
 
 
@@ -177,7 +178,7 @@ def test_order_is_used_only_where_it_is_asked_for_or_nothing_else_is_there(tmp_p
     )
     named = [{"id": f"other-{i}", "completion": str(i + 1)} for i in range(6)]
     given = written(tmp_path / "n.jsonl", named)
-    command = ("grade", "jsonl", "--data_files", numbers, "--grader", "number", "--completions")
+    command = ("grade", "--task", "jsonl", "--data_files", numbers, "--grader", "number", "--completions")
     error = refused(capsys, *command, given)
     assert "row 0: id 'other-0' is not among the 6 rows (ids like 'r0'); --in_order takes lines in" in error
     found = graded(tmp_path, "jsonl", numbers, named, "--grader", "number", "--in_order")
@@ -198,7 +199,7 @@ def test_rows_of_one_id_share_no_answers(tmp_path, capsys):
     )
     lines = [{"id": key, "completion": text} for key, text in (("x", "4"), ("x", "6"), ("y", "2"))]
     given = written(tmp_path / "g.jsonl", lines)
-    command = ("grade", "jsonl", "--data_files", data, "--grader", "number", "--completions", given)
+    command = ("grade", "--task", "jsonl", "--data_files", data, "--grader", "number", "--completions", given)
     error = refused(capsys, *command)
     assert "2 rows of the data have the id 'x' (rows 0 and 1): give each row its own, or --in_order" in error
     assert (
@@ -212,12 +213,13 @@ def test_no_command_writes_over_what_it_reads(tmp_path, capsys, numbers, monkeyp
     given = written(tmp_path / "c.jsonl", [{"id": "r0", "completion": "1"}])
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    grade = ["grade", "jsonl", "--data_files", numbers, "--grader", "number", "--completions", given]
+    files = ["grade", "--task", "jsonl", "--data_files"]
+    grade = [*files, numbers, "--grader", "number", "--completions", given]
     commands = [
         ([*grade, "--rows", given], "--rows"),
         ([*grade, "--json", numbers], "--json"),
-        (["grade", "jsonl", "--data_files", "r*.jsonl", "--completions", given, "--rows", numbers], "--rows"),
-        (["grade", "jsonl", "--data_files", numbers, "--write_prompts", "rows.jsonl"], "--write_prompts"),
+        ([*files, "r*.jsonl", "--completions", given, "--rows", numbers], "--rows"),
+        ([*files, numbers, "--write_prompts", "rows.jsonl"], "--write_prompts"),
         (["eval", "--task", "jsonl", "--data_files", f"jsonl={numbers}", "--rows", numbers], "--rows"),
         (["probe", "--task", "jsonl", "--data_files", numbers, "--json", numbers], "--json"),
         (["prepare", "--train_file", numbers, "--output", numbers], "--output"),
@@ -251,6 +253,7 @@ def test_answers_that_failed_are_no_answers(tmp_path, capsys):
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [
         "grade",
+        "--task",
         "jsonl",
         "--data_files",
         str(data),

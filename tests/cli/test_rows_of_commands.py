@@ -22,7 +22,7 @@ def write(path: Path, *prompts: str) -> str:
 
 
 def evaluate(model: Path, file: str, figures: Path) -> int:
-    flags = ["--data_files", file, "--max_new_tokens", "2", "--json", str(figures)]
+    flags = ["--data_files", file, "--eval_max_new_tokens", "2", "--json", str(figures)]
     return main(["eval", "--model", str(model), "--task", "jsonl", *flags])
 
 

@@ -34,8 +34,8 @@ for arguments in CALLS:
 
 
 def test_the_first_line_comes_before_anything_heavy(tmp_path: Path) -> None:
-    calls = [["train"], ["probe"], ["prepare"], ["eval"], ["contamination", "pocket"], ["chat", "d"]]
-    calls += [["grade", "pocket", "--completions", "c"], ["study"], ["merge", "d"]]
+    calls = [["train"], ["probe"], ["prepare"], ["eval"], ["contamination", "--task", "pocket"]]
+    calls += [["chat", "d"], ["grade", "--task", "pocket", "--completions", "c"], ["study"], ["merge", "d"]]
     calls += [["judge", "d", "--judge_url", "http://127.0.0.1:1"], ["report", "."]]
     calls += [["train", "--weight_decay", "0.1"]]  # of transformers' own
     code = FIRST.replace("CALLS", repr(calls))
@@ -127,6 +127,7 @@ def results(lost: int, gained: int, nats: tuple[float, float]) -> dict[str, Any]
     return {
         "before": side(share(0.4, 0.3, 0.5), share(0.4, 0.2, 0.6), share(0.9, 0.8, 0.95)),
         "after": side(share(0.6, 0.55, 0.7), share(0.5, 0.3, 0.7), share(0.8, 0.7, 0.9)),
+        "acquisition": {"items": None},
         "retention": [{"name": "old", "items": items(was, now)}],
         "drift": drift,
     }

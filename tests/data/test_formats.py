@@ -141,7 +141,7 @@ def arguments(command: str, file: Path, columns: str | None) -> list[str]:
     if command == "eval":
         return ["eval", "--task", "jsonl", *given]
     (file.parent / "theirs.jsonl").write_text('{"completion": "r"}\n' * 3)
-    return ["grade", "jsonl", *given, "--completions", str(file.parent / "theirs.jsonl")]
+    return ["grade", "--task", "jsonl", *given, "--completions", str(file.parent / "theirs.jsonl")]
 
 
 @pytest.fixture()
@@ -151,7 +151,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any, **__: Any) -> Any:
         raise UserError("the rows are read")
 
-    for place in ("unisd.run.train.load_model", "unisd.run.inputs.load_model", "unisd.cli.evaluate.load_any"):
+    for place in ("unisd.run.train.load_model", "unisd.run.inputs.load_model", "unisd.cli.eval.load_any"):
         monkeypatch.setattr(place, stop)
 
 

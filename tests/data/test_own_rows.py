@@ -166,7 +166,7 @@ def answers_to(tmp_path: Path, model_dir: Path, *more: str) -> list[str]:
         "--data_files",
         rows,
     ]
-    short = [] if "--max_new_tokens" in more else ["--max_new_tokens", "2"]
+    short = [] if "--eval_max_new_tokens" in more else ["--eval_max_new_tokens", "2"]
     return ["eval", *flags, *short, *more]
 
 
@@ -177,15 +177,15 @@ def test_eval_answers_all_of_the_users_rows(
     assert main(answers_to(tmp_path, model_dir, "--json", str(figures))) == 0
     assert json.loads(figures.read_text())["task_accuracy"]["n"] == 6
     capfd.readouterr()
-    assert main(answers_to(tmp_path, model_dir, "--json", str(figures), "--n", "4")) == 0
+    assert main(answers_to(tmp_path, model_dir, "--json", str(figures), "--max_eval_rows", "4")) == 0
     assert "jsonl: 4 of 6 rows (split all)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--batch_size", "0"], "--rollout_batch_size 0: at least 1 is needed"),
-        (["--max_new_tokens", "-3"], "--eval_max_new_tokens -3: at least 1 is needed"),
+        (["--rollout_batch_size", "0"], "--rollout_batch_size 0: at least 1 is needed"),
+        (["--eval_max_new_tokens", "-3"], "--eval_max_new_tokens -3: at least 1 is needed"),
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--base", "pocket"], "--base pocket has another vocabulary"),
     ],

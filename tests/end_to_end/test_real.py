@@ -33,10 +33,10 @@ def test_probe_of_smollm2_on_gsm8k(tmp_path: Path, capsys: pytest.CaptureFixture
         "gsm8k",
         "--data_files",
         str(GSM8K),
-        "--n",
+        "--max_train_rows",
         "12",
     ]
-    assert main(["probe", *arguments, "--max_new_tokens", "160", "--json", str(figures)]) == 0
+    assert main(["probe", *arguments, "--eval_max_new_tokens", "160", "--json", str(figures)]) == 0
     report = json.loads(figures.read_text())
     assert report["model"] == "smollm2-135m" and report["task"] == "gsm8k" and report["n"] == 12
     # The model cannot solve these problems, but it can follow a solution.
@@ -127,7 +127,7 @@ def test_every_trainable_task_trains_and_probes_on_smollm2(
     )
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
-    assert main(["probe", *model, "--n", "3", "--max_new_tokens", "48"]) == 0
+    assert main(["probe", *model, "--max_train_rows", "3", "--eval_max_new_tokens", "48"]) == 0
     assert "teacher, turn" in capsys.readouterr().out
 
 

@@ -210,9 +210,9 @@ def test_chat_beside_the_base(
 
 def test_eval_of_the_pocket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
-        "--n",
+        "--max_eval_rows",
         "8",
-        "--max_new_tokens",
+        "--eval_max_new_tokens",
         "8",
         "--base",
         "pocket",

@@ -316,7 +316,7 @@ def served_as_trained(configuration: Path, folder: Path, server: Server) -> None
     first with the adapter beside its base, then with the merged model.
     """
     asked = ["eval", "--train_file", str(configuration.with_name("rows.jsonl")), "--split", "all"]
-    asked += ["--grader", "contains", "--n", "4", "--max_new_tokens", "12", "--rows"]
+    asked += ["--grader", "contains", "--max_eval_rows", "4", "--eval_max_new_tokens", "12", "--rows"]
 
     def answers(*where: str) -> list[str]:
         file = folder.with_name("answers.jsonl")

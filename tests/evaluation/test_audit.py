@@ -32,7 +32,7 @@ def grade(tmp_path, capsys):
     files = ["--data_files", str(tmp_path / "rows.jsonl"), "--completions", str(tmp_path / "given.jsonl")]
 
     def run(*flags, code=0):
-        assert main(["grade", "jsonl", "--grader", "number", *files, *map(str, flags)]) == code
+        assert main(["grade", "--task", "jsonl", "--grader", "number", *files, *map(str, flags)]) == code
         said = capsys.readouterr()
         return without_notes(said.err) if code else said.out
 
@@ -61,7 +61,7 @@ def test_outcomes_are_counted_apart(grade, tmp_path):
 
 
 def test_explain_says_what_was_taken_and_what_was_not(grade, tmp_path):
-    said = grade("--explain", "--out", tmp_path / "o.jsonl")
+    said = grade("--explain", "--rows", tmp_path / "o.jsonl")
     assert "r0: unanswered\n  taken: nothing (no answer found)\n" in said
     assert "r1: ambiguous\n  taken: nothing (1 or 2 are several numbers)\n" in said
     assert "r2: wrong\n  taken: 2 (stated)\n" in said and "r3: right\n  taken: 4 (stated)\n" in said
@@ -135,16 +135,19 @@ def test_tables_of_a_run_say_how_many_answers_settle_nothing():
     def side(**counts):
         share = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
         return {
-            "task_accuracy": share, "skills": None, "retention_accuracy": None, "retention_skills": None,
-            "gold_ppl": None, "retention_ppl": None, "task_outcomes": counts or None,
+            "task_accuracy": share, "skills": None, "retention": {}, "gold_ppl": None,
+            "task_outcomes": counts or None,
         }  # fmt: skip
 
+    def lines(before, after):
+        changes = {"acquisition": {"items": None}, "retention": [], "drift": None}
+        return change_lines({**changes, "before": before, "after": after})
+
     settled = side(right=2, wrong=2, unanswered=0, ambiguous=0)
-    results = {"before": side(right=2, wrong=0, unanswered=1, ambiguous=1), "after": settled}
+    unsettled = side(right=2, wrong=0, unanswered=1, ambiguous=1)
     line = ["task undecided answers", "1 unanswered, 1 ambiguous", "0", ""]
-    assert change_lines(results)[1] == line
-    assert change_lines({**results, "before": side()})[1:] == []
-    assert change_lines({"before": settled, "after": side()})[1:] == []
-    unsaid = {"before": side(), "after": results["before"]}
-    assert change_lines(unsaid)[1] == ["task undecided answers", "-", *line[1:2], ""]
-    assert len(change_lines({"before": side(), "after": settled})) == 1
+    assert lines(unsettled, settled)[1] == line
+    assert lines(side(), settled)[1:] == []
+    assert lines(settled, side())[1:] == []
+    assert lines(side(), unsettled)[1] == ["task undecided answers", "-", *line[1:2], ""]
+    assert len(lines(side(), settled)) == 1

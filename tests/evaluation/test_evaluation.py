@@ -256,13 +256,12 @@ def test_accuracy_overall_and_by_skill():
     assert result["by_skill"]["odd"]["value"] == pytest.approx(2 / 3) and result["by_skill"]["even"][
         "value"
     ] == pytest.approx(1 / 3)
-    assert result["extraction_rate"] == pytest.approx(5 / 6)
-    assert len(result["completions"]) == 6 and result["truncated"] == 6 and result["mean_tokens"] == 4
+    assert len(result["completions"]) == 6 and [*map(len, result["completion_ids"])] == [4] * 6
     plain = accuracy(model, tokenizer, rows[:2], lambda row, text: True, max_new_tokens=2)
-    assert plain["overall"]["value"] == 1 and plain["extraction_rate"] is None
+    assert plain["overall"]["value"] == 1 and plain["outcomes"] is None
     assert accuracy(model, tokenizer, [], lambda row, text: True)["overall"]["n"] == 0
     nothing = accuracy(model, tokenizer, rows[:2], lambda row, text: Grade(False, None, "no answer found"))
-    assert nothing["extraction_rate"] == 0 and nothing["outcomes"]["unanswered"] == 2
+    assert nothing["outcomes"]["unanswered"] == 2
 
 
 # ---------------------------------------------------------------- likelihood
@@ -440,9 +439,8 @@ def test_smollm2_uses_a_reference():
     builder = PromptBuilder(tokenizer)
     grade = GSM8KTask().grade
     plain = accuracy(model, tokenizer, rows, grade, max_new_tokens=96)
-    taught = accuracy(
-        model, tokenizer, rows, grade, prompt_ids=[builder.teacher(row) for row in rows], max_new_tokens=96
-    )
+    told = [{**row, "prompt": builder.teacher(row)} for row in rows]
+    taught = accuracy(model, tokenizer, told, grade, max_new_tokens=96)
     assert taught["overall"]["value"] >= plain["overall"]["value"] + 0.25
 
 

@@ -46,8 +46,8 @@ def test_the_command_grades_by_id_or_in_order(tmp_path, capsys):
         {"id": "r1", "completion": "It is 7."}
     ]
     out, figures = tmp_path / "o" / "out.jsonl", tmp_path / "f.json"
-    flags = ["--data_files", data, "--grader", "number", "--out", str(out), "--json", str(figures)]
-    assert main(["grade", "jsonl", *flags, "--completions", completions_file(tmp_path, by_id)]) == 0
+    flags = ["--data_files", data, "--grader", "number", "--rows", str(out), "--json", str(figures)]
+    assert main(["grade", "--task", "jsonl", *flags, "--completions", completions_file(tmp_path, by_id)]) == 0
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["id"], r["correct"], r["score"]) for r in results] == [
         ("r0", True, 1.0), ("r1", False, 0.0), ("r2", True, 1.0), ("r4", True, 1.0),
@@ -55,7 +55,8 @@ def test_the_command_grades_by_id_or_in_order(tmp_path, capsys):
     assert results[1]["extracted"].rstrip(".") == "7" and results[1]["reason"] == "wrong"
     assert json.loads(figures.read_text())["accuracy"]["value"] == 0.75
     in_order = [{"completion": str(i + 1)} for i in range(6)]
-    assert main(["grade", "jsonl", *flags, "--completions", completions_file(tmp_path, in_order)]) == 0
+    file = completions_file(tmp_path, in_order)
+    assert main(["grade", "--task", "jsonl", *flags, "--completions", file]) == 0
     assert json.loads(figures.read_text())["accuracy"]["value"] == 1.0
     assert "accuracy" in capsys.readouterr().out
 
@@ -68,7 +69,8 @@ def test_several_answers_a_row_give_pass_at_k(tmp_path):
     ]
     figures = tmp_path / "f.json"
     flags = ["--data_files", rows_file(tmp_path), "--grader", "number", "--json", str(figures)]
-    assert main(["grade", "jsonl", *flags, "--completions", completions_file(tmp_path, answers)]) == 0
+    file = completions_file(tmp_path, answers)
+    assert main(["grade", "--task", "jsonl", *flags, "--completions", file]) == 0
     found = json.loads(figures.read_text())
     assert found["pass_at_k"]["1"]["value"] == pytest.approx((0 + 1 + 2 + 3) / 20)
     assert found["pass_at_k"]["5"]["value"] == pytest.approx(3 / 4)
@@ -88,6 +90,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, lines, message):
         main(
             [
                 "grade",
+                "--task",
                 "jsonl",
                 "--data_files",
                 rows_file(tmp_path),
@@ -117,6 +120,7 @@ def test_gold_of_toolalpaca_and_gsm8k_grades_right_by_the_command(tmp_path):
             main(
                 [
                     "grade",
+                    "--task",
                     name,
                     "--data_files",
                     str(DATA / file),

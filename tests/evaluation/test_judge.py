@@ -179,7 +179,7 @@ def test_the_command_judges_two_files(server: StandIn, tmp_path: Path, capsys: A
         (["RUN", "--completions", "a", "b"], "give either the folder"),
         (["--completions", "a", "b"], "name their --task"),
         (["RUN", "--grader", "exact"], "--grader belongs to --completions"),
-        (["RUN", "--n", "0"], "--n 0"),
+        (["RUN", "--max_eval_rows", "0"], "--max_eval_rows 0"),
         (["EMPTY"], "--answers_kept"),
         (["NOWHERE"], "holds no answers.json"),
         (["RUN", "--judge_url", "ftp://x"], "--judge_url"),

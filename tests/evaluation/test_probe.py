@@ -23,7 +23,7 @@ from unisd.run.resolve import parse
 @pytest.mark.long
 def test_pocket_probe_finds_the_headroom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = ["--json", str(tmp_path / "p.json"), "--write_config", str(tmp_path / "run.yaml")]
-    assert main(["probe", "--n", "24", *written]) == 0
+    assert main(["probe", "--max_train_rows", "24", *written]) == 0
     report = json.loads((tmp_path / "p.json").read_text())
     assert {"model", "task", "n", "student", "teacher", "wrong_reference", "advice"} <= report.keys()
     assert report["teacher"]["append"]["accuracy"]["value"] >= 0.9 > report["student"]["accuracy"]["value"]
@@ -79,7 +79,11 @@ def test_advice_in_plain_words() -> None:
 
 def test_few_rows_show_no_headroom_and_rule_none_out() -> None:
     said = advice(_report(0.5, 0.5, n=8))
-    assert "No headroom is shown" in said and "probe more rows (--n)" in said and "cannot help" not in said
+    assert (
+        "No headroom is shown" in said
+        and "probe more rows (--max_train_rows)" in said
+        and "cannot help" not in said
+    )
     assert "cannot help" in advice(_report(0.7, 0.4))
 
 

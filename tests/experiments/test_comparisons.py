@@ -68,11 +68,11 @@ def test_the_pocket_comparison_runs_every_cell_once_and_pilots_first() -> None:
 def test_knowledge_is_graded_in_any_wording() -> None:
     task = PocketTask()
     for row in task.load("test", limit=40):
-        assert all(task.knows(row, text) for text in row["wordings"])
-        assert not task.knows(row, row["negative_context"])
+        assert all(compare.knows(task, row, text) for text in compare.wordings(row))
+        assert not compare.knows(task, row, row["negative_context"])
     own = PocketTask(reference_style="own")
     assert all(
-        task.knows(row, row["completion"]) and task.grade(row, row["completion"])
+        compare.knows(task, row, row["completion"]) and task.grade(row, row["completion"])
         for row in own.load("test", limit=40)
     )
 

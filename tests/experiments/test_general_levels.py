@@ -20,10 +20,12 @@ def test_parts_are_measured_once_and_written(tmp_path, monkeypatch, capsys):
         if len(asked) == 3:
             raise KeyboardInterrupt
         right = {"facts": 34, "arithmetic": 0}.get(asked[-1], 17)
-        return {"grades": [Grade(i < right) for i in range(len(rows))], "truncated": 2}
+        ids = [[5, 2] if i > 1 else [5, 6] for i in range(len(rows))]  # two are cut
+        return {"grades": [Grade(i < right) for i in range(len(rows))], "completion_ids": ids}
 
     info = SimpleNamespace(parameters=135e6, dtype="torch.float32")
     monkeypatch.setattr(levels, "accuracy", accuracy)
+    monkeypatch.setattr(levels, "eos_ids", lambda model, tokenizer: [2])
     monkeypatch.setattr(levels, "load_model_and_tokenizer", lambda name: (None, None, info))
     command = ["some/folder/tiny", "--folder", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):

@@ -193,8 +193,8 @@ def test_probe(tmp_path: Path, folder: Path, family: str) -> None:
     """`unisd probe` measures what the reference is worth to the model."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(8)))
-    words = ["probe", "--train_file", str(rows), "--model_name_or_path", str(folder), "--n", "4"]
-    assert main([*words, "--max_new_tokens", "6"]) == 0
+    words = ["probe", "--train_file", str(rows), "--model_name_or_path", str(folder), "--max_train_rows", "4"]
+    assert main([*words, "--eval_max_new_tokens", "6"]) == 0
 
 
 @pytest.mark.families

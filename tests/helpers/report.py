@@ -55,6 +55,7 @@ def a_run(folder: Path, text: str = "an answer", records: list[dict[str, Any]] |
         "skills": {text[:50]: share},
         "retention_accuracy": share,
         "retention_skills": None,
+        "retention": {},
         "gold_ppl": 2.0,
     }
     after = {
@@ -86,6 +87,9 @@ def a_run(folder: Path, text: str = "an answer", records: list[dict[str, Any]] |
         "before": figures,
         "after": after,
         "cost": cost,
+        "acquisition": {"accuracy": None, "items": None},
+        "retention": [],
+        "drift": None,
     }
     results |= {"config": {"note": text}, "alarms": [{"name": "collapse", "step": 2, "text": text[:300]}]}
     (folder / "results.json").write_text(json.dumps(results))

@@ -77,6 +77,7 @@ def write_run(folder: Path, options: dict[str, Any], problems: int = 40) -> None
             **found,
             "skills": None,
             "retention_skills": None,
+            "retention": {},
             "gold_ppl": 1.5,
             "retention_ppl": {"forward": 1.01, "reverse": 1.02},
         }
@@ -101,6 +102,7 @@ def write_run(folder: Path, options: dict[str, Any], problems: int = 40) -> None
     }
     named = {"recipe": "unisd-star", "model": "pocket", "task": "task", "seed": options["seed"], "steps": 1}
     results = named | {"before": figures("before"), "after": figures("after"), "cost": cost}
+    results |= {"acquisition": {"accuracy": None, "items": None}, "retention": [], "drift": None}
     results |= {"wall_s": 3.0, "config": {}, "phases_s": {"eval": 1.0}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_text("weights")

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from unisd import testing as tiny
+from unisd.data.rendering import has_template
 from unisd.errors import UserError
 from unisd.files import cache_dir
 from unisd.models import gguf as gguf_cache
@@ -36,10 +37,10 @@ def one_line(caught) -> str:
 
 def test_a_folder(folder):
     model, tokenizer, info = load_model_and_tokenizer(str(folder))
-    assert isinstance(info, ModelInfo) and info.path == str(folder) == os.fspath(info) == str(info)
-    assert info.model_type == "llama" and info.dtype == model.dtype == torch.float32
+    assert isinstance(info, ModelInfo) and info.path == str(folder)
+    assert model.config.model_type == "llama" and info.dtype == model.dtype == torch.float32
     assert info.parameters == sum(p.numel() for p in model.parameters())
-    assert info.vocab_size == model.config.vocab_size and info.has_chat_template and info.eos_ids == (2,)
+    assert has_template(tokenizer) and eos_ids(model, tokenizer) == [2]
     assert not model.training and tokenizer.pad_token is not None
 
 
@@ -241,8 +242,8 @@ def test_losing_the_race_of_two_conversions(tmp_path):
 @pytest.mark.real
 def test_smollm2():
     model, tokenizer, info = load_model_and_tokenizer("smollm2-135m")
-    assert info.parameters == 134_515_008 and info.vocab_size == 49_152 and info.has_chat_template
-    assert info.eos_ids == (2,) and tokenizer.decode([2]) == "<|im_end|>"
+    assert info.parameters == 134_515_008 and model.config.vocab_size == 49_152 and has_template(tokenizer)
+    assert eos_ids(model, tokenizer) == [2] and tokenizer.decode([2]) == "<|im_end|>"
     from unisd.evaluation.accuracy import generate_greedy
 
     out = generate_greedy(model, tokenizer, ["What is the capital of France?"], 16)
@@ -261,8 +262,9 @@ def test_gemma3():
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         assemble(target)
-    model, tokenizer, info = load_model_and_tokenizer(str(target))
-    assert info.model_type == "gemma3_text" and info.vocab_size > 262_000 and not info.has_chat_template
+    model, tokenizer, _ = load_model_and_tokenizer(str(target))
+    assert model.config.model_type == "gemma3_text" and model.config.vocab_size > 262_000
+    assert not has_template(tokenizer)
     from unisd.data.prompts import encode_prompt
     from unisd.evaluation.accuracy import generate_greedy
 

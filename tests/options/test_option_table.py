@@ -64,7 +64,7 @@ def test_help_and_the_check_of_names_import_nothing_heavy() -> None:
               for name, (wrong, _) in MISSPELT.items()]  # fmt: skip
     calls += [[name, *wrong] for name in ("train", "study") for wrong in NAMES]
     calls += [[name, *wrong] for name in ("eval", "probe", "prepare", "grade") for wrong in NAMES[:2]]
-    calls += [[name, "pockett"] for name in ("grade", "contamination")]
+    calls += [[name, "--task", "pockett"] for name in ("grade", "contamination")]
     done = subprocess.run(
         [sys.executable, "-c", LIGHT.format(calls=calls)], capture_output=True, text=True, timeout=120
     )

@@ -14,6 +14,7 @@ import torch
 from experiments.pocket_base import check
 from experiments.pocket_base.documents import DocumentSampler
 from experiments.pocket_base.hedging import HedgingSampler
+from experiments.pocket_base.messages import teacher_messages
 from experiments.pocket_base.pretrain import Muon, encode, make_batch, pretrain, rate
 from unisd.errors import UserError
 from unisd.monitoring.diagnostics import load_words
@@ -21,7 +22,7 @@ from unisd.pocket import BASE_DIR
 from unisd.pocket.expressions import ExpressionError, evaluate, mistake
 from unisd.pocket.skills import SKILLS
 from unisd.pocket.task import DOUBTS, NUM_CONTEXTS, SIZES, PocketTask, extract, problems
-from unisd.pocket.world import make_world, teacher_messages, wrong_values
+from unisd.pocket.world import make_world, wrong_values
 from unisd.tasks import get
 
 ALL_SPLITS = PocketTask.splits

@@ -44,8 +44,8 @@ def test_verdicts_need_more_than_chance(tmp_path: Path) -> None:
     results["retention"][0]["items"] = {"kept": 386, "lost": 14, "gained": 0, "neither": 0, "p": 0.00012}
     (small / "results.json").write_text(json.dumps(results))
     assert (tiles(small)["retention"].word, tiles(small)["retention"].kind) == ("small loss", "")
-    earlier = tiles(a_run(tmp_path / "earlier"))  # of a schema without items and drift
-    assert earlier["task"].word == "" and "drift" not in earlier and earlier["alarms"].kind == "bad"
+    plain = tiles(a_run(tmp_path / "plain"))  # neither items nor drift were measured
+    assert plain["task"].word == "" and "drift" not in plain and plain["alarms"].kind == "bad"
 
 
 def compared(*folders: Path, out: Path) -> tuple[str, Tags]:

@@ -114,7 +114,7 @@ def test_eval_lets_the_server_answer(server: StandIn, tmp_path: Path) -> None:
     assert found["model"] == "base" and found["gold_ppl"] is None
     assert found["task_accuracy"]["value"] == pytest.approx(0.75) and found["task_accuracy"]["n"] == 4
     with pytest.raises(UserError, match="--base"):
-        from unisd.cli.evaluate import eval_command
+        from unisd.cli.eval import eval_command
 
         eval_command([*asked, "--base", "pocket"])
 
@@ -147,7 +147,7 @@ def test_eval_counts_what_failed_and_what_was_cut_off(
         "--stop",
         "\n\n",
         "What",
-        "--max_new_tokens",
+        "--eval_max_new_tokens",
         "7",
     ]
     assert main([*asked, *(word for name, file in files.items() for word in (f"--{name}", str(file)))]) == 0
@@ -228,7 +228,7 @@ def test_a_model_that_is_loaded_stops_too(tmp_path: Path, model_dir: Path) -> No
     file = tmp_path / "out.jsonl"
 
     def texts(*flags: str) -> list[str]:
-        asked = [*own_rows(tmp_path, 2), "--model", str(model_dir), "--max_new_tokens", "6", *flags]
+        asked = [*own_rows(tmp_path, 2), "--model", str(model_dir), "--eval_max_new_tokens", "6", *flags]
         assert main([*asked, "--rows", str(file)]) == 0
         return [json.loads(line)["completion"] for line in file.read_text().splitlines()]
 
@@ -281,7 +281,7 @@ def test_negatives_go_on_without_what_was_refused_and_end_with_the_server(
 @pytest.mark.long
 def test_ctrl_c_ends_the_command_at_once(server: StandIn, tmp_path: Path) -> None:
     server.broken = "hang"
-    asked = [sys.executable, "-m", "unisd.cli", *own_rows(tmp_path, 60), "--server_url", server.url]
+    asked = [sys.executable, "-m", "unisd", *own_rows(tmp_path, 60), "--server_url", server.url]
     with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as command:
         while server.calls["/v1/chat/completions"] < 16 and command.poll() is None:
             time.sleep(0.05)

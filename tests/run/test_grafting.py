@@ -56,7 +56,7 @@ def test_a_run_measures_parts_of_its_change(
     assert all(len(point["correct"]["task"]) == 8 for point in curve)
 
     # another curve, on other rows, is added, and nothing of the first is lost
-    assert main(["eval", "--model", str(folder), "--scales", "0.5", "--n", "4"]) == 0
+    assert main(["eval", "--model", str(folder), "--scales", "0.5", "--max_eval_rows", "4"]) == 0
     first, second = grafting.read(folder)
     assert first == curve and [point["scale"] for point in second] == [0.0, 0.5, 1.0]
     assert second[0]["task_accuracy"]["n"] == 4

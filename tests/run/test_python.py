@@ -33,7 +33,7 @@ def test_answers_are_those_of_eval(
     trainer = tiny.trainer(tmp_path, **SHORT)
     for temperature in (0.0, 1.0):
         command = ["eval", "--model", str(model_dir), "--eval_file", str(file), "--seed", "3"]
-        flags = ["--max_new_tokens", "6", "--rows", str(out), "--temperature", str(temperature)]
+        flags = ["--eval_max_new_tokens", "6", "--rows", str(out), "--temperature", str(temperature)]
         assert main([*command, *flags, "--retention", "none"]) == 0
         by_eval = [json.loads(line)["completion"] for line in out.read_text().splitlines()]
         assert trainer.generate(prompts, temperature=temperature) == by_eval

@@ -70,7 +70,7 @@ def test_options_of_the_template(tmp_path: Path, capsys: pytest.CaptureFixture[s
         line = told(capsys, *command, f"--{name}", OFF)
         assert f"{name}: the chat template does not read 'enable_thinking': correct or remove it" in line
     folder = str(tmp_path / "model")
-    for other in (["chat", folder, "--prompt", "q"], ["eval", "--model", folder, "--n", "2"]):
+    for other in (["chat", folder, "--prompt", "q"], ["eval", "--model", folder, "--max_eval_rows", "2"]):
         assert "does not read 'enable_thinking'" in told(capsys, *other, "--chat_template_kwargs", OFF)
 
 

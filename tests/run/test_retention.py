@@ -88,7 +88,7 @@ def test_eval_asks_what_must_not_be_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "figures.json"
-    flags = ["--n", "4", "--retention", "general", "--retention_rows", "6", "--base", "pocket"]
+    flags = ["--max_eval_rows", "4", "--retention", "general", "--retention_rows", "6", "--base", "pocket"]
     assert main(["eval", *flags, "--json", str(file)]) == 0
     found = json.loads(file.read_text())["tasks"]
     assert list(found) == ["pocket", "general"] and found["general"]["task_accuracy"]["n"] == 6

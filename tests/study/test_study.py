@@ -549,7 +549,7 @@ def test_kills_change_nothing(tmp_path: Path) -> None:
 
     def command(folder: str) -> list[str]:
         where = ["--output_dir", str(tmp_path / folder)]
-        return [sys.executable, "-m", "unisd.cli", "study", "--config", str(file), "--jobs", "1", *where]
+        return [sys.executable, "-m", "unisd", "study", "--config", str(file), "--jobs", "1", *where]
 
     start = time.perf_counter()
     subprocess.run(command("calm"), check=True)
@@ -587,7 +587,7 @@ def test_ray_gives_the_same_and_retries_a_killed_worker(tmp_path: Path) -> None:
     try:
         cluster = ["--executor", "ray", "--ray_address", ray.get_runtime_context().gcs_address]
         ours = ["2", "--output_dir", str(tmp_path / "ray"), *cluster]
-        process = subprocess.Popen([sys.executable, "-m", "unisd.cli", "study", *where, *ours])
+        process = subprocess.Popen([sys.executable, "-m", "unisd", "study", *where, *ours])
         victim = None
         while victim is None and process.poll() is None:
             trains = [

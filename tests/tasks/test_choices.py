@@ -8,7 +8,7 @@ import pytest
 from unisd import tasks
 from unisd.errors import UserError
 from unisd.tasks.graders import GRADERS
-from unisd.tasks.graders.choices import choice, extract_choice
+from unisd.tasks.graders.choices import choice
 
 TABLES = Path(__file__).parent / "tables"
 OPTIONS = ["hell", "paradise", "limbo", "earth"]
@@ -153,7 +153,7 @@ def test_a_number_of_a_row_without_options_is_refused(gold):
 
 
 def test_letters_alone_are_extracted():
-    assert extract_choice("The answer is c.") == "C" and extract_choice("B or C") is None
+    assert choice("The answer is c.", "A").extracted == "C" and choice("B or C", "A").extracted is None
 
 
 def test_own_rows_bring_their_options(tmp_path):

@@ -93,8 +93,8 @@ def test_own_rows_are_graded_alike_by_task_command_and_training(form, tmp_path):
     wrong = "```python\ndef add(a, b):\n    return 'wrong'\n```"
     texts = [{"id": "a", "completion": wrong}, {"id": "b", "completion": f"```python\n{SUB}```"}]
     answers.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    command = ["grade", "jsonl", "--data_files", str(file), "--grader", "code"]
-    assert main([*command, "--completions", str(answers), "--out", str(out)]) == 0
+    command = ["grade", "--task", "jsonl", "--data_files", str(file), "--grader", "code"]
+    assert main([*command, "--completions", str(answers), "--rows", str(out)]) == 0
     assert [json.loads(line)["correct"] for line in out.read_text().splitlines()] == [False, True]
     task = tasks.get("jsonl", data_files=str(file), grader="code")
     rows = task.load("all")

@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -1242,6 +1243,12 @@ def host():
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def run_many(programs, workers, *limits):
+    """The verdict of each program and its tests, `workers` of them at once."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda program: sandbox.run_program(*program, *limits), programs))
+
+
 def children():
     """State of each child of this process."""
     states = {}
@@ -1267,7 +1274,7 @@ def attacked(host):
 
     sandbox.check_isolation()
     before = state()
-    verdicts = sandbox.run_many(host.programs(), TIMEOUT_S, MEMORY_MB, workers=4)
+    verdicts = run_many(host.programs(), 4, TIMEOUT_S, MEMORY_MB)
     return {name: verdict for (name, _, _), verdict in zip(ATTACKS, verdicts, strict=True)}, before, state()
 
 
@@ -1297,13 +1304,15 @@ def test_attacks_leave_nothing_behind(host, attacked):
 
 DRIVER = lines("""
     import json, sys
+    from concurrent.futures import ThreadPoolExecutor
     from unisd.tasks import sandbox
     given = json.load(open(sys.argv[1]))
     if sandbox.check_isolation() is not None:
         print(json.dumps({"cannot": sandbox.check_isolation()}))
         sys.exit()
     programs, limits = [tuple(p) for p in given["programs"]], (given["timeout_s"], given["memory_mb"])
-    verdicts = sandbox.run_many(programs, *limits, workers=4)
+    with ThreadPoolExecutor(4) as pool:
+        verdicts = list(pool.map(lambda program: sandbox.run_program(*program, *limits), programs))
     print(json.dumps({"verdicts": [[v.passed, v.reason, v.detail, v.seconds] for v in verdicts]}))
 """)
 
@@ -1402,14 +1411,9 @@ def test_check_says_what_is_missing(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_isolation")
-@pytest.mark.parametrize(
-    "call",
-    [lambda: sandbox.run_program("x = 1", ""), lambda: sandbox.run_many([("x = 1", "")])],
-    ids=["one", "many"],
-)
-def test_nothing_runs_without_isolation(call):
+def test_nothing_runs_without_isolation():
     with pytest.raises(UserError) as error:
-        call()
+        sandbox.run_program("x = 1", "")
     for part in (
         "bubblewrap (bwrap) is not installed",
         "apt install bubblewrap",
@@ -1441,8 +1445,8 @@ def test_unsafe_runs_keep_the_limits(code, tests, reason):
 # ---------------------------------------------------------------- many programs
 
 
-def test_run_many_is_ordered_bounded_fast_and_tidy(monkeypatch):
-    real, lock, running, most, done = sandbox._run, threading.Lock(), [], [], []
+def test_many_at_once_are_fast_and_tidy(monkeypatch):
+    real, lock, running, most = sandbox._run, threading.Lock(), [], []
 
     def counted(*args, **kwargs):
         with lock:
@@ -1463,13 +1467,9 @@ def test_run_many_is_ordered_bounded_fast_and_tidy(monkeypatch):
         children(),
         time.monotonic(),
     )
-    verdicts = sandbox.run_many(programs, workers=2, on_done=done.append)
+    verdicts = run_many(programs, 2)
     assert [verdict.passed for verdict in verdicts] == [n % 3 != 0 for n in range(30)]
-    assert sum(done) == 30 and max(most) == 2
+    assert max(most) == 2
     assert time.monotonic() - start < 30 / 150 * 60
     assert len(os.listdir("/proc/self/fd")) == files_before  # noqa: PTH208
     assert children() == children_before
-
-
-def test_run_many_of_nothing():
-    assert sandbox.run_many([]) == []

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.helpers.data import DATA, needs_data
 from unisd import tasks
 from unisd.cli.contamination import contamination
 from unisd.errors import UserError
+from unisd.processes import cores
 from unisd.tasks import sandbox
 from unisd.tasks.code import fenced, mutants
 from unisd.tasks.graders.programs import read_program
@@ -77,16 +79,20 @@ def test_mbpp_counts_and_splits():
 )
 def test_mbpp_references_pass_and_wrong_bodies_do_not(file, count):
     rows = tasks.get("mbpp", data_files=str(DATA / "mbpp" / file)).load("all")
-    verdicts = sandbox.run_many(
-        [(row["completion"].removeprefix("```python\n").removesuffix("\n```"), row["tests"]) for row in rows],
-        timeout_s=30.0,  # one needs six seconds on an idle core
+
+    def verdicts_of(programs):
+        with ThreadPoolExecutor(cores()) as pool:  # one needs six seconds on an idle core
+            return list(pool.map(lambda program: sandbox.run_program(*program, timeout_s=30.0), programs))
+
+    verdicts = verdicts_of(
+        [(row["completion"].removeprefix("```python\n").removesuffix("\n```"), row["tests"]) for row in rows]
     )
     assert [
         (row["id"], v.reason) for row, v in zip(rows, verdicts, strict=True) if not v.passed
     ] == [] and len(rows) == count
     sentinel = "class Sentinel: pass\n"
     bodies = [(sentinel + _emptied(row["completion"]), row["tests"]) for row in rows[:200]]
-    assert sum(verdict.passed for verdict in sandbox.run_many(bodies)) == 0
+    assert sum(verdict.passed for verdict in verdicts_of(bodies)) == 0
 
 
 @pytest.mark.long

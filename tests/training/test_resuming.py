@@ -155,14 +155,10 @@ def test_a_resumed_run_counts_from_what_was_best_only_by_the_same_measure(tmp_pa
         ),
     ],
 )
-@pytest.mark.parametrize("older", [False, True])
 def test_another_adapter_is_refused(
-    adapted: Path, tmp_path: Path, options: dict[str, Any], told: str, older: bool
+    adapted: Path, tmp_path: Path, options: dict[str, Any], told: str
 ) -> None:
-    folder = copy(adapted, tmp_path)
-    if older:
-        forget(folder)
-    text = refusal(folder, peft_config=lora(**options))
+    text = refusal(copy(adapted, tmp_path), peft_config=lora(**options))
     assert told in text and "resume with the checkpoint's, or start a new run in another output_dir" in text
 
 
@@ -201,31 +197,13 @@ def test_a_checkpoint_of_weights_alone_is_refused(tmp_path: Path) -> None:
             build(tmp_path, max_steps=3).train(resume_from_checkpoint=asked)
 
 
-# -- checkpoints of older versions -----------------------------------------------------------------
-
-
-def forget(folder: Path) -> None:
-    """Make checkpoints those of a version that did not write what it trained with."""
-    from unisd.training.checkpoints import write_manifest
-
-    for checkpoint in folder.glob("checkpoint-*"):
-        (checkpoint / record.FILE).unlink()
-        (checkpoint / "manifest.json").unlink()
-        write_manifest(checkpoint)
-
-
-def test_checkpoints_of_older_versions_resume(
-    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = copy(trained, tmp_path)
-    forget(folder)
-    resumed = build(folder, max_steps=3, learning_rate=2e-3)
-    resumed.train(resume_from_checkpoint=True)
-    assert len(said(caplog)) == 1
-    assert (
-        "checkpoint-2 was written by an older version: whether options, rows and initial model" in caplog.text
-    )
-    assert rates(folder) == pytest.approx([1e-3, 1e-3, 2e-3])
+def test_a_checkpoint_without_a_record_is_refused(trained: Path, tmp_path: Path) -> None:
+    checkpoint = copy(trained, tmp_path) / "checkpoint-2"
+    (checkpoint / record.FILE).unlink()
+    with pytest.raises(UserError, match=f"checkpoint-2 is broken: {record.FILE} is missing"):
+        build(tmp_path / "run", max_steps=3).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(UserError, match=f"checkpoint-2/{record.FILE} is missing"):
+        record.read(checkpoint)
 
 
 # -- the fingerprint of a model --------------------------------------------------------------------

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 from unisd.cli.parser import CommandParser, add_template_options, add_trust, at_least_one
 from unisd.data.rendering import Messages, as_messages, naming, set_options
 from unisd.data.text import MAX_TEXT
-from unisd.errors import UserError
-from unisd.files import ANSWERS, RESULTS, SAMPLES, read_lines
+from unisd.errors import UserError, nearest
+from unisd.files import ANSWERS, RESULTS, SAMPLES, left_by_run, read_lines
 from unisd.models.adapters import check_base_is_kept, is_adapter
 from unisd.models.inference import load_any
-from unisd.options.option import nearest
 
 if TYPE_CHECKING:  # heavy
     from unisd.cli.conversation import Speaker
@@ -337,10 +336,7 @@ def _system_of_run(folder: str, examples: Sequence[Messages]) -> str | None:
 
 def _base_of(folder: str) -> str:
     """The model that a run of ours started from."""
-    try:
-        name = json.loads((Path(folder).expanduser() / RESULTS).read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"{folder} has no {RESULTS} that names its base: give it with --compare MODEL."
-        ) from None
+    name = left_by_run(folder, RESULTS).get("model")
+    if name is None:
+        raise UserError(f"{folder} has no {RESULTS} that names its base: give it with --compare MODEL.")
     return str(name)

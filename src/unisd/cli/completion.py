@@ -9,9 +9,9 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from importlib import import_module
 
 from unisd import recipes, tasks
+from unisd.cli.main import COMMANDS, run_command
 from unisd.cli.parser import CommandParser
 from unisd.run.resolve import train_parser
 from unisd.tasks.graders import GRADERS
@@ -48,19 +48,17 @@ def completion_command(arguments: Sequence[str]) -> int:
     options = parser.parse(arguments)
     if options is None:
         return 0
-    from unisd.cli.main import COMMANDS
-
-    flags = {name: _flags(command.module, command.function) for name, command in COMMANDS.items()}
+    flags = {name: _flags(name) for name in COMMANDS}
     flags["study"] = [*dict.fromkeys([*flags["study"], *flags["train"]])]  # passed on to its runs
     print(_fish(flags) if options.shell == "fish" else _bash(flags, options.shell), end="")
     return 0
 
 
-def _flags(module: str, function: str) -> list[str]:
+def _flags(command: str) -> list[str]:
     """The options that a command's help shows."""
     page = io.StringIO()
     with redirect_stdout(page):
-        getattr(import_module(module), function)(["--help"])
+        run_command(command, ["--help"])
     shown = re.findall(r"^  (?:-h, )?(--\w+)", page.getvalue(), re.M)
     return [*dict.fromkeys([*shown, "--help"])]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from unisd.data.reading import load_file
 from unisd.errors import UserError
-from unisd.files import write_text
+from unisd.files import write_lines
 from unisd.tasks.base import Row, Task
 
 KEYS = ("prompt_id", "id", "task_id", "question_id")
@@ -180,5 +179,5 @@ def write_prompts(rows: Sequence[Row], path: Path) -> None:
                 "order": OURS,
                 "option_order": [row["published_options"].index(one) for one in row["options"]],
             }
-        lines.append(json.dumps(line) + "\n")
-    write_text(path, "".join(lines))
+        lines.append(line)
+    write_lines(path, lines)

@@ -8,17 +8,16 @@ problems are compared without lines that most prompts share.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unisd.cli.parser import CommandParser
-from unisd.cli.sources import add_task_by_place, one_task
+from unisd.cli.sources import one_task
 from unisd.console import loading_libraries, make_console, show_table
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, prompt_text, shingles, words
 from unisd.errors import UserError
-from unisd.run.resolve import check_names, shared_names, shared_options
+from unisd.run.resolve import shared_names, shared_options
 from unisd.tasks.base import Row
 
 COMMON_LINE = 0.5  # a line in more than this share of the prompts is the task's own wording
@@ -80,11 +79,9 @@ def contamination_command(arguments: Sequence[str]) -> int:
         shared_options("contamination"),
     )
     parser.set_defaults(**dict.fromkeys(shared_names("contamination")))
-    add_task_by_place(parser)
     options = parser.parse(arguments)
     if options is None:
         return 0
-    check_names({"task": options.named})
     with loading_libraries():
         name, task = one_task(options, runs_code=False)
     if task.evaluation_only:
@@ -100,9 +97,3 @@ def contamination_command(arguments: Sequence[str]) -> int:
         for test_id, train_id in pairs[:5]:
             print(f"{kind}: test {test_id} = train {train_id}")
     return 0
-
-
-if __name__ == "__main__":
-    from unisd.cli.main import main
-
-    sys.exit(main(["contamination", *sys.argv[1:]]))

@@ -11,14 +11,14 @@ from typing import Any
 
 from unisd.cli.completions import match_completions, write_prompts
 from unisd.cli.parser import DATA, MEASURED, OUTPUT, CommandParser, output_file
-from unisd.cli.sources import add_task_by_place, one_task
+from unisd.cli.sources import one_task
 from unisd.console import loading_libraries, make_console, show_progress, show_table
 from unisd.errors import UserError
 from unisd.evaluation import audit
 from unisd.evaluation.explain import as_record, explained, wrapped
 from unisd.evaluation.grading import grade_many, row_results, summarize, unsettled
-from unisd.files import write_text
-from unisd.run.resolve import check_names, shared_names, shared_options
+from unisd.files import write_lines, write_text
+from unisd.run.resolve import shared_names, shared_options
 from unisd.tasks.base import Grade, Row, Task
 
 SCHEMA_VERSION = 1
@@ -35,7 +35,6 @@ def grade_command(arguments: Sequence[str]) -> int:
     options = _parser().parse(arguments)
     if options is None:
         return 0
-    check_names({"task": options.named})
     if (options.completions is None) == (options.write_prompts is None):
         raise UserError("give either --completions C.jsonl, to grade them, or --write_prompts P.jsonl.")
     with loading_libraries():
@@ -69,7 +68,7 @@ def grade_command(arguments: Sequence[str]) -> int:
                 {**result, "passed_over": as_record(one.grade)}
                 for result, one in zip(results, graded, strict=True)
             ]
-        write_text(options.rows, "".join(json.dumps(result) + "\n" for result in results))
+        write_lines(options.rows, results)
     if options.json:
         write_text(options.json, json.dumps(summary, indent=2) + "\n")
     return 0
@@ -78,7 +77,6 @@ def grade_command(arguments: Sequence[str]) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser("grade", "Grade completions that any system wrote.", shared_options("grade"))
     parser.set_defaults(**dict.fromkeys(shared_names("grade")))
-    add_task_by_place(parser)
     parser.under(DATA).add_argument(
         "--split",
         help="rows that the completions answer (default: --eval_file, else all, in the order of the files)",
@@ -105,7 +103,6 @@ def _parser() -> CommandParser:
     )
     output.add_argument(
         "--rows",
-        "--out",
         type=output_file,
         metavar="R.jsonl",
         help="write one object per answer to this file",
@@ -153,7 +150,7 @@ def summary_lines(summary: Figures, name: str = "accuracy") -> list[list[str]]:
     """Name, value with interval, and number of answers, one line a figure; the accuracy is called
     `name`.
     """
-    from unisd.run.changes import percent
+    from unisd.evaluation.grading import percent
 
     shown = {name: summary["accuracy"]}
     shown |= {f"  {skill}": value for skill, value in summary["by_skill"].items()}

@@ -14,7 +14,7 @@ from unisd.cli.completions import match_completions
 from unisd.cli.parser import MEASURED, OUTPUT, CommandParser, at_least_one, output_file
 from unisd.cli.sources import OWN, one_task
 from unisd.console import loading_libraries, make_console, show_progress, show_table
-from unisd.data.text import MAX_TEXT, as_text
+from unisd.data.text import MAX_TEXT, as_text, reference_of
 from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.evaluation import judge
@@ -65,7 +65,7 @@ def _parser() -> CommandParser:
         " answers in two files. Each pair is judged twice, in both orders.",
         shared_options("judge"),
     )
-    parser.set_defaults(named=None, **dict.fromkeys(shared_names("judge")))
+    parser.set_defaults(**dict.fromkeys(shared_names("judge")))
     parser.add_argument("run", metavar="RUN_DIR", nargs="?", help="a folder that `unisd train` has written")
     measured, output = parser.under(MEASURED), parser.under(OUTPUT)
     measured.add_argument("--judge_url", metavar="URL", required=True, help="the judge's server")
@@ -76,14 +76,12 @@ def _parser() -> CommandParser:
     )
     measured.add_argument(
         "--max_eval_rows",
-        "--n",
         dest="n",
         type=int,
         help="maximum pairs (default: all whose answers are kept)",
     )
     measured.add_argument(
         "--eval_max_new_tokens",
-        "--max_tokens",
         dest="max_tokens",
         type=int,
         default=1024,
@@ -97,7 +95,6 @@ def _parser() -> CommandParser:
     )
     measured.add_argument(
         "--rollout_batch_size",
-        "--batch_size",
         dest="batch_size",
         type=int,
         default=16,
@@ -117,7 +114,11 @@ def _parser() -> CommandParser:
 
 def _check(options: Any) -> None:
     """Refuse what is missing, out of range or contradicts, before anything is loaded."""
-    at_least_one(n=options.n, max_tokens=options.max_tokens, batch_size=options.batch_size)
+    at_least_one(
+        max_eval_rows=options.n,
+        eval_max_new_tokens=options.max_tokens,
+        rollout_batch_size=options.batch_size,
+    )
     if options.temperature < 0:
         raise UserError(f"--temperature {options.temperature}: 0 or more is needed.")
     check_server("--judge_url", options.judge_url)
@@ -182,17 +183,13 @@ def _of_files(options: Any) -> tuple[list[Pair], list[str]]:
         notes += matched.notes
     old, new = sides
     pairs = [
-        Pair(name, as_text(row["prompt"]), _reference(row), answer_of(old[name]), answer_of(new[name]))
+        Pair(name, as_text(row["prompt"]), reference_of(row), answer_of(old[name]), answer_of(new[name]))
         for row in every
         if (name := str(row["id"])) in old and name in new
     ]
     if not pairs:
         raise UserError("no row is answered in both files: give answers to the same rows.")
     return pairs, notes
-
-
-def _reference(row: dict[str, Any]) -> str:
-    return str(row.get("privileged_context") or row.get("completion") or "")
 
 
 def _asked(server: ChatServer, questions: list[str], options: Any) -> list[Reply]:

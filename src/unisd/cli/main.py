@@ -12,89 +12,36 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from textwrap import TextWrapper
-from typing import NamedTuple
 
 from unisd import __version__
-from unisd.errors import UserError, worded_for_command
-from unisd.options.option import nearest
-
-
-class Command(NamedTuple):
-    """A command: the function that carries it out, and its line in the overview."""
-
-    usage: str
-    help: str
-    module: str
-    function: str
-
+from unisd.errors import UserError, unknown, worded_for_command
 
 COMMANDS = {
-    "train": Command(
-        "",
-        "train and measure (the pocket model: about 3 minutes)",
-        "unisd.cli.train",
-        "train_command",
-    ),
-    "probe": Command(
-        "",
-        "test whether the teacher is worth learning from",
-        "unisd.cli.probe",
-        "probe_command",
-    ),
-    "prepare": Command(
-        "",
-        "build auxiliary contexts and wrong references",
-        "unisd.cli.prepare",
-        "prepare_command",
-    ),
-    "eval": Command(
-        "",
-        "measure accuracy, retention and drift of a model",
-        "unisd.cli.evaluate",
-        "eval_command",
-    ),
-    "grade": Command("", "grade completions that any system wrote", "unisd.cli.grade", "grade_command"),
-    "judge": Command(
-        "DIR",
-        "let a model compare the answers before and after",
-        "unisd.cli.judge",
-        "judge_command",
-    ),
-    "contamination": Command(
-        "",
-        "find evaluation problems in the training rows",
-        "unisd.cli.contamination",
-        "contamination_command",
-    ),
-    "study": Command(
-        "",
-        "find which mechanisms matter for a task",
-        "unisd.cli.study",
-        "study_command",
-    ),
-    "report": Command(
-        "DIR ...",
-        "show a run, several runs or a study as an HTML page",
-        "unisd.cli.report",
-        "report_command",
-    ),
-    "recipes": Command(
-        "[NAME]", "list published methods, or print one as a file", "unisd.cli.recipes", "recipes_command"
-    ),
-    "merge": Command("DIR", "merge an adapter into a full model", "unisd.cli.merge", "merge_command"),
-    "chat": Command("DIR", "talk with a model, with its base beside it", "unisd.cli.chat", "chat_command"),
-    "completion": Command(
-        "SHELL",
-        "print a script for completion in a shell",
-        "unisd.cli.completion",
-        "completion_command",
-    ),
+    "train": ("", "train and measure (the pocket model: about 3 minutes)"),
+    "probe": ("", "test whether the teacher is worth learning from"),
+    "prepare": ("", "build auxiliary contexts and wrong references"),
+    "eval": ("", "measure accuracy, retention and drift of a model"),
+    "grade": ("", "grade completions that any system wrote"),
+    "judge": ("DIR", "let a model compare the answers before and after"),
+    "contamination": ("", "find evaluation problems in the training rows"),
+    "study": ("", "find which mechanisms matter for a task"),
+    "report": ("DIR ...", "show a run, several runs or a study as an HTML page"),
+    "recipes": ("[NAME]", "list published methods, or print one as a file"),
+    "merge": ("DIR", "merge an adapter into a full model"),
+    "chat": ("DIR", "talk with a model, with its base beside it"),
+    "completion": ("SHELL", "print a script for completion in a shell"),
 }
+"""Each command's arguments and its line in the overview."""
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Call the function of a command, in the module of its name; returns the exit code."""
+    return int(getattr(import_module(f"unisd.cli.{name}"), f"{name}_command")(arguments))
 
 
 def overview() -> str:
     """What there is, a line a command; what is longer than the terminal goes on below itself."""
-    lines = [(f"{name} {command.usage}".rstrip(), command.help) for name, command in COMMANDS.items()]
+    lines = [(f"{name} {usage}".rstrip(), line) for name, (usage, line) in COMMANDS.items()]
     lines.insert(1, ("train --help", "every option, grouped by mechanism"))
     wrapped = TextWrapper(shutil.get_terminal_size().columns, break_on_hyphens=False)
     head = wrapped.fill(
@@ -153,14 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        close = nearest(name, COMMANDS)
-        hint = f"did you mean {close!r}?" if close else f"there are: {', '.join(COMMANDS)}."
-        raise UserError(f"unknown command {name!r}: {hint}")
+        raise unknown("command", name, COMMANDS, cutoff=0.5)
     if os.name != "posix":
         raise UserError("unisd runs on POSIX systems only: on Windows, use WSL.")
-    command = COMMANDS[name]
-    return int(getattr(import_module(command.module), command.function)(rest))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(name, rest)

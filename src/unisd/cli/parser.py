@@ -11,9 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from unisd.errors import UserError
+from unisd.errors import UserError, nearest
 from unisd.files import REPORT, why_unwritable, written_in
-from unisd.options.option import nearest
 from unisd.options.parser import OptionParser, json_mapping, refuse_repeats
 from unisd.run.resolve import check_names
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from unisd.data.prompts import PromptBuilder
 from unisd.data.rendering import set_options
 from unisd.data.rows import Row
 from unisd.data.text import prompt_text
-from unisd.files import write_text
+from unisd.files import write_lines
 from unisd.run.options import RunOptions
 from unisd.run.resolve import resolve_shared, shared_options
 
@@ -79,7 +78,7 @@ def _prepare(options: RunOptions, config: UniSDConfig, output: Path | None) -> N
         print(f"{options.eval_file}: read and compared with these rows, and not changed")
     _show(rows, prompts, config, limit, options.model_name_or_path)
     if output:
-        write_text(output, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+        write_lines(output, rows)
         print(f"{len(rows)} rows written to {output}")
         if options.agreement_contexts != "columns" and data.task is None:
             print("a context may show any of these rows: report on others (unisd train --eval_file)")

@@ -47,9 +47,8 @@ def probe_command(arguments: Sequence[str]) -> int:
         ("eval_max_new_tokens", "max_new_tokens", 256, "maximum tokens per answer"),
         ("rollout_batch_size", "batch_size", 64, "rows generated at once"),
     ):
-        names = (f"--{name}", f"--{dest}")
         measured.add_argument(
-            *names, dest=dest, type=int, default=default, help=f"{text} (default: {default})"
+            f"--{name}", dest=dest, type=int, default=default, help=f"{text} (default: {default})"
         )
     output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to this file")
     output.add_argument(
@@ -151,14 +150,14 @@ def _fitting(
     if not fitting:
         raise UserError(
             f"no row leaves room for {max_new_tokens} new tokens in the model's context of {context}: "
-            "lower --max_new_tokens or shorten the rows."
+            "lower --eval_max_new_tokens or shorten the rows."
         )
     return fitting, len(rows) - len(fitting)
 
 
 def _print(console: Console, report: dict[str, Any]) -> None:
+    from unisd.evaluation.grading import percent
     from unisd.evaluation.teacher_probe import LAYOUTS
-    from unisd.run.changes import percent
 
     lines = []
 
@@ -172,7 +171,7 @@ def _print(console: Console, report: dict[str, Any]) -> None:
                 percent(figures.get("accuracy")),
                 number(divergence),
                 number(likelihood),
-                number(figures.get("mean_length"), 0),
+                number(figures.get("mean_length"), ".0f"),
                 str(figures.get("truncated", "-")),
                 str(figures["n"]),
             ]

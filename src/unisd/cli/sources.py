@@ -6,7 +6,6 @@ The flags are those of `unisd train`, and so are the readers.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from unisd import tasks
 from unisd.data.text import problem_mark
 from unisd.errors import UserError
-from unisd.files import RESULTS, TRAINED_ON
+from unisd.files import RESULTS, TRAINED_ON, left_by_run
 from unisd.options.option import declared
 from unisd.options.table import UniSDOptions
 from unisd.run.options import RunOptions, as_list, number_of
@@ -134,27 +133,19 @@ def tasks_of(own: argparse.Namespace, names: Sequence[str], runs_code: bool = Tr
     return found
 
 
-def add_task_by_place(parser: argparse.ArgumentParser) -> None:
-    """Take the task also without its flag; `one_task` reads it."""
-    parser.add_argument("named", nargs="?", metavar="TASK", help=argparse.SUPPRESS)
-
-
 def one_task(own: argparse.Namespace, runs_code: bool = True) -> tuple[str, Task]:
     """As `tasks_of`, for commands that read a single task: its name, and the task.
 
     Raises:
-        UserError: as `tasks_of`; a task that is given twice.
+        UserError: as `tasks_of`.
     """
-    if own.named and own.task:
-        raise UserError(f"the task is given twice, {own.named} and --task {own.task}: give one of them.")
-    name = own.task or own.named
-    [found] = tasks_of(own, [name] if name else (), runs_code).items()
+    [found] = tasks_of(own, [own.task] if own.task else (), runs_code).items()
     return found
 
 
 def say_what_was_trained_on(model: str | None, name: str, rows: Sequence[Row]) -> None:
     """Warn of rows that the run which left the model was trained on."""
-    known = set(_left_by_run(model, TRAINED_ON).get("problems", ()))
+    known = set(left_by_run(model, TRAINED_ON).get("problems", ()))
     repeated = sum(problem_mark(row["prompt"]) in known for row in rows) if known else 0
     if repeated:
         logger.warning(
@@ -167,23 +158,11 @@ def say_what_was_trained_on(model: str | None, name: str, rows: Sequence[Row]) -
         )
 
 
-def _left_by_run(model: str | None, name: str) -> dict[str, Any]:
-    """A JSON file that the run of a model, or of one of its checkpoints, has left; else empty."""
-    if model is None:
-        return {}
-    folder = Path(model)
-    folder = folder.parent if folder.resolve().name.startswith("checkpoint-") else folder
-    with suppress(OSError, ValueError):  # no folder, or not of a run of ours
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
 def _run_of(own: argparse.Namespace) -> dict[str, Any]:
     """The configuration of the run that left the model: it says which rows were held out, and how
     long answers may be. Empty for any other model.
     """
-    results = _left_by_run(getattr(own, "model_name_or_path", None), RESULTS)
+    results = left_by_run(getattr(own, "model_name_or_path", None), RESULTS)
     with suppress(ValueError, KeyError, TypeError):  # another's file of this name
         return {"seed": int(results["seed"]), **results.get("config", {})}
     return {}

@@ -11,6 +11,7 @@ import yaml
 
 from unisd.cli.parser import DATA, MEASURED, OUTPUT, CommandParser
 from unisd.errors import UserError
+from unisd.files import write_whole
 from unisd.run.resolve import check_names
 from unisd.study import design
 from unisd.study.store import FAILED, RUNS, Store, data_of
@@ -271,9 +272,7 @@ def _remember(folder: Path, study: design.Study) -> None:
             )
         if earlier.source == study.source:
             return
-    temporary = path.with_suffix(".tmp")  # the study reads the file again: it must be whole or as it was
-    temporary.write_text(yaml.safe_dump(study.source, sort_keys=False), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, yaml.safe_dump(study.source, sort_keys=False))  # the study reads it again
 
 
 def _analyse(folder: Path, margin: float) -> int:

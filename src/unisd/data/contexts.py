@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +28,17 @@ import numpy as np
 
 from unisd.console import show_progress
 from unisd.data.rows import Row
-from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, prompt_text, shingles, words
+from unisd.data.text import (
+    NEAR_DUPLICATE_THRESHOLD,
+    contains,
+    jaccard,
+    prompt_text,
+    reference_of,
+    shingles,
+    words,
+)
 from unisd.errors import UserError
+from unisd.files import write_whole
 
 FORMAT = 3  # of the cache; a new number forgets what older versions built
 KINDS = ("columns", "random", "retrieval", "induction")
@@ -84,7 +92,7 @@ class _Problem:
 
     @classmethod
     def all_of(cls, rows: Sequence[Row]) -> list[_Problem]:
-        references = [str(row.get("privileged_context") or row.get("completion") or "") for row in rows]
+        references = [reference_of(row) for row in rows]
         solutions = [f" {' '.join(words(reference))} " for reference in references]
         counts = Counter(solutions)
         problems = []
@@ -334,6 +342,4 @@ def write_cache(path: Path | None, built: Any) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(built), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(built))

@@ -17,6 +17,7 @@ from typing import Any
 
 from unisd.data.reading import describe
 from unisd.errors import UserError
+from unisd.files import parsed
 
 Turn = dict[str, Any]
 WRITTEN = ("assistant", "tool", "function", "ipython")
@@ -54,10 +55,7 @@ def of_text(value: Any, where: str) -> Any:
     """
     if not isinstance(value, str) or not value.strip():
         return value
-    try:
-        found = json.loads(value)
-    except ValueError:
-        found = None
+    found = parsed(value)
     if not isinstance(found, list):
         raise UserError(f"{where} is {describe(value)}, a list of turns is needed: fix or remove the row.")
     return found
@@ -104,12 +102,7 @@ def _call(call: Any, where: str) -> Any:
 
 
 def _object(value: Any, where: str) -> Any:
-    found = value
-    if isinstance(value, str):
-        try:
-            found = json.loads(value)
-        except ValueError:
-            found = None
+    found = parsed(value) if isinstance(value, str) else value
     if not isinstance(found, Mapping):
         raise UserError(
             f"{where}: a tool call holds {describe(value)}, a JSON object is needed: fix or remove the row."

@@ -12,19 +12,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import yaml
 
 from unisd.data import conversations
 from unisd.data.reading import describe
-from unisd.errors import UserError, flag
+from unisd.errors import UserError, flag, nearest
+from unisd.files import parsed
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +111,8 @@ def parse_column_mapping(text: str | None) -> dict[str, str]:
         if len(theirs) > 1 and theirs[0] == theirs[-1] == '"':
             theirs = theirs[1:-1]
         if not theirs or ours not in COLUMNS:
-            close = get_close_matches(ours, COLUMNS, n=1)
-            hint = f" (did you mean {close[0]}?)" if close and ours not in COLUMNS else ""
+            close = nearest(ours, COLUMNS, cutoff=0.6)
+            hint = f" (did you mean {close}?)" if close and ours not in COLUMNS else ""
             raise UserError(
                 f"columns: {f'{ours}={theirs}' if theirs else ours!r} is not of the form ours=theirs with"
                 f" ours one of {', '.join(COLUMNS)}{hint}; a name that holds a comma is put into double"
@@ -208,7 +207,7 @@ def _problems(
     said += [f"{column!r}" for column in missing]
     fits = {
         ours: "+".join(
-            part if part in columns else _nearest(part, columns, 0.6) or "NAME"
+            part if part in columns else _similar_column(part, columns, 0.6) or "NAME"
             for part in joined(theirs, columns)
         )
         for ours, theirs in mapping.items()
@@ -235,14 +234,15 @@ def suggested(ours: str, columns: Collection[str]) -> list[str]:
     found = [theirs for theirs in names if all(part in columns for part in theirs.split("+"))]
     joint = {part for theirs in found if "+" in theirs for part in theirs.split("+")}
     found = [theirs for theirs in found if theirs not in joint]
-    similar = [_nearest(theirs, columns) for theirs in (ours, *names)]
+    similar = [_similar_column(theirs, columns) for theirs in (ours, *names)]
     return list(dict.fromkeys([*found, *filter(None, similar)]))
 
 
-def _nearest(name: str, columns: Collection[str], cutoff: float = 0.8) -> str | None:
+def _similar_column(name: str, columns: Collection[str], cutoff: float = 0.8) -> str | None:
     """The column that is spelt nearly so, but for case."""
     folded = {str(column).casefold(): str(column) for column in columns}
-    return next((folded[close] for close in get_close_matches(name.casefold(), folded, 1, cutoff)), None)
+    close = nearest(name.casefold(), folded, cutoff)
+    return None if close is None else folded[close]
 
 
 def rename(row: Row, mapping: Mapping[str, str], columns: Collection[str], where: str) -> None:
@@ -306,10 +306,7 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
     """Descriptions of functions, which may be stored as JSON."""
     given = tools
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            tools = None
+        tools = parsed(tools)
     if not given or (isinstance(given, str) and not given.strip()):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -25,7 +25,7 @@ from unisd.data.contexts import read_cache, write_cache
 from unisd.data.privilege import MARK, final_answer
 from unisd.data.prompts import fill
 from unisd.data.rows import Row
-from unisd.data.text import prompt_text, words
+from unisd.data.text import prompt_text, reference_of, words
 from unisd.errors import UserError
 
 KINDS = ("columns", "corrupt", "model")
@@ -113,7 +113,7 @@ def _proved_wrong(
         if kind == "corrupt":
             texts = [
                 corrupted(
-                    _reference(rows[i]),
+                    reference_of(rows[i]),
                     random.Random(f"{seed} {attempt} {rows[i].get('id', i)}"),
                     options_of(prompt_text(rows[i]["prompt"])),
                 )
@@ -122,7 +122,7 @@ def _proved_wrong(
         else:
             assert write is not None
             asked = [
-                {"prompt": prompt_text(rows[i]["prompt"]), "privileged_context": _reference(rows[i])}
+                {"prompt": prompt_text(rows[i]["prompt"]), "privileged_context": reference_of(rows[i])}
                 for i in waiting
             ]
             prompts = [fill(template, **of_row) for of_row in asked]
@@ -130,8 +130,8 @@ def _proved_wrong(
         for i, text in zip(waiting, texts, strict=True):
             if (
                 text
-                and words(text) != words(_reference(rows[i]))
-                and not _same_answer(text, _reference(rows[i]))
+                and words(text) != words(reference_of(rows[i]))
+                and not _same_answer(text, reference_of(rows[i]))
                 and not (grade is not None and grade(rows[i], text))
             ):
                 found[i] = text.strip()
@@ -142,10 +142,6 @@ def _proved_wrong(
 def _same_answer(text: str, reference: str) -> bool:
     """Whether both state the same final answer, where the reference marks one."""
     return bool(re.search(MARK, reference)) and final_answer(text) == final_answer(reference)
-
-
-def _reference(row: Row) -> str:
-    return str(row.get("privileged_context") or row.get("completion") or "")
 
 
 def options_of(prompt: str) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from unisd.data.origin import Placed
-from unisd.errors import UserError
+from unisd.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = pyarrow.parquet.ParquetFile(path).read().to_pylist()
         return rows
     except Exception as error:  # of a dozen kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read: {reason.rstrip('.')}.") from None
+        raise UserError(f"{path} cannot be read: {first_line(error).rstrip('.')}.") from None
 
 
 # ---------------------------------------------------------------- JSON

@@ -22,7 +22,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from unisd.data.origin import Placed, place_of
 from unisd.data.reading import describe, load_file, refuse_broken_text
 from unisd.data.text import problem_key
 from unisd.data.trajectories import TURNS, is_trajectory
-from unisd.errors import UserError
+from unisd.errors import UserError, nearest
 
 Row = dict[str, Any]
 
@@ -272,8 +271,8 @@ def check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
                 )
         roles = [turn["role"] for turn in prompt]
         for role in roles:
-            if role not in ROLES and (close := get_close_matches(role, ROLES, n=1)):
-                raise UserError(f"{where}: {column} has the role {role!r}: did you mean {close[0]!r}?")
+            if role not in ROLES and (close := nearest(role, ROLES)):
+                raise UserError(f"{where}: {column} has the role {role!r}: did you mean {close!r}?")
         if roles[-1] != "user":
             raise UserError(
                 f"{where}: {column} ends in a {roles[-1]!r} turn, a user turn must come last: fix or remove"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 MAX_TEXT = 20_000
@@ -19,6 +20,11 @@ def as_text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
+
+
+def reference_of(row: Mapping[str, Any]) -> str:
+    """What the teacher of a row is told, else the row's answer; empty where it has neither."""
+    return str(row.get("privileged_context") or row.get("completion") or "")
 
 
 def record_of(prompt: Any) -> dict[str, Any]:

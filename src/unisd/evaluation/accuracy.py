@@ -5,8 +5,6 @@ The model is as before afterwards: training mode, generation config and adapters
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch.distributed as dist
 
 from unisd.console import show_progress
 from unisd.data.thoughts import completion_text
-from unisd.evaluation.grading import grade_many, mean_details, outcomes, wilson
+from unisd.evaluation.grading import grade_many, summarize
 from unisd.evaluation.likelihood import Ids, _ids
 from unisd.models.tokens import eos_ids, pad_id
 from unisd.rollout.decoding import decode, default_batch_size
@@ -82,7 +80,6 @@ def accuracy(
     rows: Sequence[Row],
     grade: Callable[[Row, str], Grade | bool],
     *,
-    prompt_ids: Sequence[Ids] | None = None,
     max_new_tokens: int = 256,
     batch_size: int | None = None,
     progress: bool | None = None,
@@ -91,43 +88,28 @@ def accuracy(
 
     Args:
         grade: `(row, completion) -> Grade` (a task's `grade`) or a bool.
-        prompt_ids: other prompts than the rows' own (a teacher's, for example).
 
     Returns:
-        `overall` and each of `by_skill` as `wilson` gives them; `extraction_rate` (share of answers
-        in which an answer was found; None where the grader does not say), `outcomes` (how many are
-        right, wrong, unanswered and ambiguous; likewise None), `details` (means of the grader's
-        further figures), `completions` (texts),
-        `completion_ids`, `grades`, `mean_tokens`, `truncated` (rows cut by `max_new_tokens`),
-        `tokens_per_s`.
+        `overall` and each of `by_skill` as `wilson` gives them; `outcomes` (how many are right,
+        wrong, unanswered and ambiguous; None where the grader only says right or wrong), `details`
+        (means of the grader's further figures), `completions` (texts), `completion_ids`, `grades`.
     """
-    prompts = [row["prompt"] for row in rows] if prompt_ids is None else prompt_ids
-    start = time.perf_counter()
+    prompts = [row["prompt"] for row in rows]
     ids = generate_greedy(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
-    seconds = time.perf_counter() - start
     texts = [completion_text(tokenizer, one) for one in ids]
 
     def graded(pairs: Sequence[tuple[Row, str]]) -> list[Grade]:
         return grade_many(grade, [row for row, _ in pairs], [text for _, text in pairs])
 
     grades = _in_shares(graded, list(zip(rows, texts, strict=True)))
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for row, verdict in zip(rows, grades, strict=True):
-        if row.get("skill") is not None:
-            groups[str(row["skill"])].append(verdict.correct)
-    ends, tokens = set(eos_ids(model, tokenizer)), sum(map(len, ids))
-    found = sum(verdict.extracted is not None for verdict in grades)
-    says = found > 0 or any(verdict.reason for verdict in grades)  # a plain bool does not
+    found = summarize(rows, [[one] for one in grades])
+    says = any(one.extracted is not None or one.reason for one in grades)  # a plain bool does not
     return {
-        "overall": wilson(sum(verdict.correct for verdict in grades), len(grades)),
-        "by_skill": {name: wilson(sum(marks), len(marks)) for name, marks in sorted(groups.items())},
-        "extraction_rate": found / len(grades) if says else None,
-        "outcomes": outcomes(grades) if says else None,
-        "details": mean_details(grades),
+        "overall": found["accuracy"],
+        "by_skill": found["by_skill"],
+        "outcomes": found["outcomes"] if says else None,
+        "details": found["details"],
         "completions": texts,
         "completion_ids": ids,
         "grades": grades,
-        "mean_tokens": tokens / max(len(ids), 1),
-        "truncated": sum(not one or one[-1] not in ends for one in ids),
-        "tokens_per_s": tokens / max(seconds, 1e-9),
     }

@@ -14,6 +14,7 @@ from unisd.processes import cores
 from unisd.tasks.base import Grade, Row, is_right
 
 BOOTSTRAP = 2000  # resamples of an interval
+Z95 = 1.959963984540054  # standard deviations to each side of a 95 % interval
 Interval = dict[str, Any]
 
 
@@ -39,14 +40,14 @@ def grade_many(
         return list(pool.map(one, zip(rows, completions, strict=True)))
 
 
-def wilson(correct: float, n: int, z: float = 1.959963984540054) -> Interval:
+def wilson(correct: float, n: int) -> Interval:
     """A share with its 95 % Wilson interval: `{"value", "low", "high", "n"}`.
 
     NaN, 0 and 1 for n = 0.
     """
     if n == 0:
         return {"value": math.nan, "low": 0.0, "high": 1.0, "n": 0}
-    share = correct / n
+    share, z = correct / n, Z95
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
@@ -93,7 +94,7 @@ def summarize(rows: Sequence[Row], grades: Sequence[Sequence[Grade]]) -> dict[st
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        if row.get("skill"):
+        if row.get("skill") not in (None, ""):
             groups[str(row["skill"])].append(i)
 
     def share(chosen: Iterable[int]) -> Interval:
@@ -153,8 +154,10 @@ def unsettled_lines(before: dict[str, Any], after: dict[str, Any]) -> list[list[
     return lines
 
 
-def percent(share: Interval) -> str:
-    """`62.3 % [57.1, 67.0]`."""
+def percent(share: Interval | None) -> str:
+    """`62.3 % [57.1, 67.0]`; what was not measured is a dash."""
+    if share is None:
+        return "-"
     value, low, high = (100 * share[name] for name in ("value", "low", "high"))
     return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 

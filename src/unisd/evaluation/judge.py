@@ -121,7 +121,7 @@ def judged(pairs: Sequence[Pair], ask: Callable[[list[str]], list[Reply]]) -> Ju
     if not told:
         raise UserError(
             f"no pair has a verdict (the first: {failed[0]['reason'] if failed else 'there are no pairs'}):"
-            " let another model judge, or allow longer replies (--max_tokens)."
+            " let another model judge, or allow longer replies (--eval_max_new_tokens)."
         )
     return {**_figures(told, places), "failed": failed, "pairs": told}
 

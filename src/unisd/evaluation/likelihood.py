@@ -10,12 +10,13 @@ Shapes: N rows, T tokens of a completion, H hidden size, V vocabulary, C tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unisd.batching import forward_batches
 from unisd.console import show_progress
 from unisd.distributed.sharding import entry, in_step
 from unisd.errors import UserError
@@ -103,20 +104,11 @@ def _check_pairs(prompts: Sequence[Ids], completions: Sequence[Ids]) -> None:
             )
 
 
-def _batches(prompts: Sequence[Ids], completions: Sequence[Ids], budget: int) -> Iterator[list[int]]:
-    """Rows of similar length, longest first, at most `budget` tokens with padding.
-
-    A longer row stands alone.
-    """
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    batch: list[int] = []
-    for i in sorted((i for i in range(len(lengths)) if completions[i]), key=lambda i: (-lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def _batches(prompts: Sequence[Ids], completions: Sequence[Ids], budget: int) -> list[list[int]]:
+    """Group rows that have a completion, longest first: at most `budget` tokens with padding."""
+    rows = [i for i, completion in enumerate(completions) if completion]
+    lengths = [len(prompts[i]) + len(completions[i]) for i in rows]
+    return [[rows[i] for i in batch] for batch in forward_batches(lengths, budget, packed=False)]
 
 
 def sequence_logprobs(

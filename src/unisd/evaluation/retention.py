@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unisd.errors import UserError, flag
 from unisd.evaluation.accuracy import Interval, generate_greedy
+from unisd.evaluation.grading import Z95
 from unisd.evaluation.likelihood import TOKEN_BUDGET, Ids, _batches, _check_pairs, _ids, _States, corpus_ppl
 from unisd.kernels.lora import inference
 from unisd.models.adapters import check_base_is_kept
@@ -64,14 +65,14 @@ def retention(
 
     Returns, raises: see `retention_along`.
     """
-    _check_base(model, base)
+    check_base(model, base)
     prompts = [_ids(tokenizer, row["prompt"]) for row in rows]
 
     def written(which: Any, description: str) -> list[list[int]]:
         return generate_greedy(which, tokenizer, prompts, max_new_tokens, batch_size, progress, description)
 
     of_model = written(model, "answers of the adapted model")
-    with _as_base(model, base) as bare:
+    with as_base(model, base) as bare:
         of_base = written(bare, "answers of the base model")
     return retention_along(model, base, tokenizer, rows, (of_model, of_base), token_budget)
 
@@ -97,7 +98,7 @@ def retention_along(
     Raises:
         UserError: no base, and no adapter to take off.
     """
-    _check_base(model, base)
+    check_base(model, base)
     prompts = [_ids(tokenizer, row["prompt"]) for row in rows]
     return {
         "forward": _along(model, base, prompts, answers[0], token_budget, written_by_base=False),
@@ -106,7 +107,8 @@ def retention_along(
     }
 
 
-def _check_base(model: Any, base: Any | None) -> None:
+def check_base(model: Any, base: Any | None) -> None:
+    """Raise `UserError` if the base is neither given nor what is left without the adapter."""
     if base is None and not hasattr(model, "disable_adapter"):
         raise UserError(
             f"retention needs the base model: give {flag('base')}, or a model with an adapter that can be"
@@ -117,7 +119,8 @@ def _check_base(model: Any, base: Any | None) -> None:
 
 
 @contextmanager
-def _as_base(model: Any, base: Any | None) -> Iterator[Any]:
+def as_base(model: Any, base: Any | None) -> Iterator[Any]:
+    """Give the base of a model: the model without its adapter, where there is no other."""
     off: AbstractContextManager[Any] = nullcontext() if base is not None else model.disable_adapter()
     with off:
         yield model if base is None else base
@@ -143,14 +146,14 @@ def _along(
         for rows in _batches(prompts, answers, budget):
             picked = [prompts[i] for i in rows], [answers[i] for i in rows]
             adapted_hidden = adapted_states.of(*picked)
-            with _as_base(model, base):
+            with as_base(model, base):
                 base_hidden = base_states.of(*picked)
             for i, ours_TH, theirs_TH in zip(rows, adapted_hidden, base_hidden, strict=True):
                 target_T = torch.tensor(answers[i], device=ours_TH.device)
                 for first in range(0, len(target_T), adapted_states.chunk):
                     part = slice(first, first + adapted_states.chunk)
                     ours_CV = adapted_states.logp(ours_TH[part])
-                    with _as_base(model, base):  # an adapter may sit on the head
+                    with as_base(model, base):  # an adapter may sit on the head
                         theirs_CV = base_states.logp(theirs_TH[part].to(base_states.model.device)).to(ours_CV)
                     for side, logp_CV in enumerate((ours_CV, theirs_CV)):
                         logp_N2[i, side] += logp_CV.gather(-1, target_T[part, None]).double().sum().cpu()
@@ -168,7 +171,7 @@ def _along(
     }
 
 
-def paired_delta(difference_N: Tensor, count_N: Tensor, z: float = 1.959963984540054) -> Interval:
+def paired_delta(difference_N: Tensor, count_N: Tensor) -> Interval:
     """Total difference per token with a 95 % interval, rows as clusters.
 
     By the normal approximation of a ratio.
@@ -178,5 +181,5 @@ def paired_delta(difference_N: Tensor, count_N: Tensor, z: float = 1.95996398454
         return {"value": math.nan, "low": math.nan, "high": math.nan}
     value = float(difference_N.sum()) / tokens
     residual_N = difference_N - value * count_N
-    half = z * math.sqrt(n / (n - 1) * float(residual_N.square().sum())) / tokens if n > 1 else math.inf
+    half = Z95 * math.sqrt(n / (n - 1) * float(residual_N.square().sum())) / tokens if n > 1 else math.inf
     return {"value": value, "low": value - half, "high": value + half}

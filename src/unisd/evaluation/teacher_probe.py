@@ -26,7 +26,7 @@ from unisd.backbone import Backbone
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row
 from unisd.data.thoughts import answer_of, completion_text
-from unisd.evaluation.grading import Interval, wilson
+from unisd.evaluation.grading import Z95, Interval, wilson
 from unisd.evaluation.likelihood import reference_nll
 from unisd.kernels.attention import takes_packed
 from unisd.losses.chunked import chunked_loss, token_logprobs
@@ -347,7 +347,7 @@ def gain(before: Sequence[int], after: Sequence[int]) -> Interval:
     pairs = Counter(zip(before, after, strict=True))
     n, won, lost = len(before) + 2, pairs[0, 1] + 0.5, pairs[1, 0] + 0.5
     middle = (won - lost) / n
-    half = 1.959963984540054 * math.sqrt(won + lost - n * middle**2) / n
+    half = Z95 * math.sqrt(won + lost - n * middle**2) / n
     value = (pairs[0, 1] - pairs[1, 0]) / max(1, len(before))
     return {"value": value, "low": middle - half, "high": middle + half}
 
@@ -360,7 +360,7 @@ def _by_accuracy(report: dict[str, Any]) -> list[str]:
     shares = (
         f"with the reference in its prompt the model is right in {teacher:.0%}, without it in {student:.0%}"
     )
-    more = f"with {report['n']} rows the difference is not certain: probe more rows (--n)."
+    more = f"with {report['n']} rows the difference is not certain: probe more rows (--max_train_rows)."
     if not teaches(report) and found["high"] < HEADROOM:
         return [
             f"Self-distillation cannot help here: {shares}. Try another prompt, better references or a larger"

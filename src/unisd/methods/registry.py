@@ -9,7 +9,6 @@ weights`; it declares what it needs of the scoring phase, and only that is compu
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import logging
 import re
@@ -20,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from unisd.errors import UserError
+from unisd.errors import UserError, nearest
 from unisd.methods.scores import NEEDS, NORMALIZERS, StepScores, TermInputs
 
 logger = logging.getLogger(__name__)
@@ -65,8 +64,8 @@ def find(kind: str, name: str, registry: Mapping[str, Plugin], group: str) -> Pl
                 f"{kind} {name!r}: {entry.value} was loaded but registers no {kind} of that name."
             )
     names = sorted(registry.keys() | {entry.name for entry in offered})
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    close = nearest(name, names, cutoff=0.0)
+    hint = f" Did you mean {close!r}?" if close else ""
     raise UserError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from unisd.errors import UserError
+from unisd.errors import UserError, first_line
 from unisd.files import cache_dir, follow_umask
 
 logger = logging.getLogger(__name__)
@@ -114,9 +114,8 @@ def _convert(file: Path, folder: Path) -> None:
             loaded = AutoModelForCausalLM.from_pretrained(place, gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
     except Exception as error:  # a malformed file makes the reader stumble anywhere
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"transformers cannot read {file.name}: {reason}; use a safetensors checkpoint"
+            f"transformers cannot read {file.name}: {first_line(error)}; use a safetensors checkpoint"
         ) from error
     # `save_pretrained` refuses a model that says it is GGUF-quantised; its weights are plain
     # float32 by now.

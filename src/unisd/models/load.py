@@ -19,12 +19,11 @@ import torch
 from safetensors import SafetensorError
 
 from unisd.console import warnings_as_notes
-from unisd.data.rendering import has_template
-from unisd.errors import UserError, by_caller
+from unisd.errors import UserError, by_caller, first_line
 from unisd.models import adapters
 from unisd.models import gguf as gguf_cache
 from unisd.models.adapters import without_adapter
-from unisd.models.tokens import eos_ids, mark_defined
+from unisd.models.tokens import mark_defined
 from unisd.models.weights import open_model
 
 logger = logging.getLogger(__name__)
@@ -48,19 +47,9 @@ class ModelInfo:
 
     name: str  # as asked for
     path: str  # local folder or hub id given to transformers
-    model_type: str  # architecture family, e.g. "llama"
     parameters: int  # without adapter
-    vocab_size: int
     dtype: torch.dtype
-    eos_ids: tuple[int, ...]
-    has_chat_template: bool
     adapter: str | None = None  # folder of a peft adapter, if one was loaded
-
-    def __fspath__(self) -> str:
-        return self.path
-
-    def __str__(self) -> str:
-        return self.path
 
 
 def resolve(name_or_path: str) -> str:
@@ -150,11 +139,6 @@ def _dtype(dtype: str, parameters: int) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
-
-
 def _load(what: str, name: str, path: str, build: Any) -> Any:
     """Run one transformers loader and turn what it says of a wrong name into one line."""
     try:
@@ -163,13 +147,13 @@ def _load(what: str, name: str, path: str, build: Any) -> Any:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if Path(path).is_dir():
-            raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
-        if not isinstance(error, OSError):  # a package that is missing, say, or an architecture too new
-            raise UserError(f"cannot load the {what} of {name}: {_one_line(error)}") from error
+        reason = first_line(error)[:200]
+        # not of a wrong name: a package that is missing, say, or an architecture too new
+        if Path(path).is_dir() or not isinstance(error, OSError):
+            raise UserError(f"cannot load the {what} of {name}: {reason}") from error
         raise UserError(
             f"no model {name}: neither a local folder nor available from the Hugging Face hub"
-            f" ({_one_line(error)}); check the spelling and the network, or give a local folder, {POCKET} or"
+            f" ({reason}); check the spelling and the network, or give a local folder, {POCKET} or"
             f" {SMOLLM2}"
         ) from error
 
@@ -246,17 +230,7 @@ def load_model_and_tokenizer(
     model.opened_as = adapters.from_everywhere(name)
     model = _settle_quantized(model, options["dtype"], **quantized)
     mark_defined(model, tokenizer)
-    info = ModelInfo(
-        name=name,
-        path=path,
-        model_type=config.model_type,
-        parameters=parameters,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
-        dtype=options["dtype"],
-        eos_ids=tuple(eos_ids(model, tokenizer)),
-        has_chat_template=has_template(tokenizer),
-    )
-    return model, tokenizer, info
+    return model, tokenizer, ModelInfo(name, path, parameters, options["dtype"])
 
 
 def _settle_quantized(model: Any, dtype: torch.dtype, load_in_4bit: bool, dequantize: bool) -> Any:
@@ -300,7 +274,6 @@ def _load_adapter(name: str, folder: Path, **options: Any) -> tuple[Any, Any, Mo
         tokenizer = load_tokenizer(str(folder), trust_remote_code=options["trust_remote_code"])
     adapted = _load("adapter", name, str(folder), lambda: adapters.open_adapter(model, name, folder))
     mark_defined(adapted, tokenizer)
-    info = replace(info, eos_ids=tuple(eos_ids(model, tokenizer)), has_chat_template=has_template(tokenizer))
     return adapted.eval(), tokenizer, replace(info, name=name, adapter=str(folder))
 
 

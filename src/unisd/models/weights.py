@@ -17,7 +17,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from unisd.errors import UserError
+from unisd.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ def weights_for(model: Any, own: Mapping[str, Tensor], folder: Path) -> dict[str
     try:
         saved, info = kind.from_pretrained(str(folder), dtype=widest, **INFORMED)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the weights in {folder} cannot be read, {reason}: {REMEDY}") from error
+        raise UserError(f"the weights in {folder} cannot be read, {first_line(error)}: {REMEDY}") from error
     found: dict[str, Tensor] = saved.state_dict()
     for name in info["missing_keys"]:
         found.pop(name, None)

@@ -69,9 +69,9 @@ def load_words(kind: str, name: str) -> dict[str, str]:
     return forms
 
 
-def repeated_share(ids: Sequence[int], n: int = NGRAM) -> float:
-    """Share of an answer's n-grams that occurred in it before; 0 for answers shorter than n."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+def repeated_share(ids: Sequence[int]) -> float:
+    """Share of an answer's n-grams (`NGRAM`) that occurred in it before; 0 for shorter answers."""
+    grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 

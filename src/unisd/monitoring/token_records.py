@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unisd.data.rows import Row
-from unisd.data.text import MAX_TEXT, record_of
+from unisd.data.text import MAX_TEXT, record_of, reference_of
 from unisd.data.thoughts import answer_of, completion_text
 from unisd.files import keep_until
 from unisd.losses.head import Head
@@ -113,7 +113,7 @@ class SampleRecorder:
         return {
             "id": str(row.get("id", "")),
             **record_of(row["prompt"]),
-            "reference": str(row.get("privileged_context") or row.get("completion") or "")[:MAX_TEXT],
+            "reference": reference_of(row)[:MAX_TEXT],
             **self._judged(row, completion, answer),
             "tokens": token_texts(self.tokenizer, completion.ids[:MAX_TOKENS]),
         }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import Field, field, fields
 from typing import Any
 
@@ -80,8 +78,3 @@ def check_declared(options: Any, outside: str = OUTSIDE) -> None:
     for one, other in exclusions(options):
         if getattr(options, one) is not None and getattr(options, other) is not None:
             raise UserError(f"{one} and {other} exclude each other: unset one of them.")
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name that `name` was probably meant to be."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

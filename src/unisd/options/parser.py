@@ -20,8 +20,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from unisd.errors import UserError, by_caller
-from unisd.options.option import declared, nearest
+from unisd.errors import UserError, by_caller, nearest
+from unisd.files import parsed
+from unisd.options.option import declared
 
 Values = dict[str, Any]
 UNSET: Any = object()
@@ -217,10 +218,7 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
 
 def json_mapping(text: str) -> dict[str, Any]:
     """The value of a flag that takes several named values at once."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
+    found = parsed(text)
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"name": false}}')
     return found

@@ -16,6 +16,7 @@ from typing import Any
 
 from unisd.data.text import contains
 from unisd.errors import UserError
+from unisd.files import parsed
 from unisd.pocket.expressions import mistake
 from unisd.pocket.skills import SKILLS, Item, Problem
 from unisd.pocket.world import (
@@ -104,25 +105,11 @@ class PocketTask(Task):
                     "variable": problem.slots.get("x", ""),
                     "words": " ".join(item.word for item in problem.items),
                     "noisy": noisy,
-                    "wordings": [skill.annotate(problem, problem.values, i) for i in range(skill.styles)],
                     # Templates differ in their slots only: the same problem is the same slots.
                     "duplicate_key": json.dumps([problem.skill, problem.slots], sort_keys=True, default=str),
                 }
             )
         return rows
-
-    def knows(self, row: Row, completion: str) -> bool:
-        """Say whether the completion is right in any wording.
-
-        That is the model's own (`grade`), or word for word an annotator's.
-
-        `grade` asks for the form that the task asks for; a model that has learnt the annotators'
-        wording fails it with what it knows.
-        """
-        text = " ".join(completion.split())
-        return self.grade(row, completion).correct or any(
-            text == " ".join(wording.split()) for wording in row["wordings"]
-        )
 
     def grade(self, row: Row, completion: str) -> Grade:
         extracted = extract(row["skill"], completion)
@@ -154,10 +141,7 @@ def extract(skill: str, completion: str) -> str | None:
 def extract_call(completion: str) -> str | None:
     """The first JSON object of flat values, normalised."""
     for match in re.finditer(r"\{[^{}]{0,400}\}", completion[:4000]):
-        try:
-            call = json.loads(match.group())
-        except (ValueError, RecursionError):
-            continue
+        call = parsed(match.group())
         if isinstance(call, dict):
             return json.dumps(call, separators=(",", ":"))
     return None

@@ -21,8 +21,6 @@ POCKET_TEACHER_TEMPLATE = "{prompt}\nExample response: {privileged_context}\nNow
 POCKET_AUXILIARY_TEMPLATE = "{context}\n{prompt}\nNow answer in your own way."
 EXAMPLE_TEMPLATE = "Example: {problem}\nResponse: {solution}"
 
-Message = dict[str, str]
-
 
 @dataclass(frozen=True)
 class World:
@@ -94,22 +92,3 @@ def wrong_values(rng: random.Random, problem: Problem) -> tuple[str, ...] | None
         if possible and values != problem.values and skill.answer(problem, values) != right:
             return values
     return None
-
-
-def teacher_messages(prompt: str, reference: str, layout: str = "append") -> list[Message]:
-    """The two ways to show a reference: after the problem, or as an earlier answer to it."""
-    if layout == "append":
-        return [user(POCKET_TEACHER_TEMPLATE.format(prompt=prompt, privileged_context=reference))]
-    return [user(prompt), assistant(reference), user(prompt)]
-
-
-def auxiliary_messages(prompt: str, context: str) -> list[Message]:
-    return [user(POCKET_AUXILIARY_TEMPLATE.format(context=context, prompt=prompt))]
-
-
-def user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}

@@ -9,14 +9,13 @@ the path of its file.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from unisd.errors import UserError, by_caller, one_line
+from unisd.errors import UserError, by_caller, one_line, unknown
 
 FOLDER = Path(__file__).parent
 DEFAULT = "unisd-star"
@@ -51,9 +50,7 @@ def load(name: str) -> Recipe:
     """
     is_file = Path(name).suffix in (".yaml", ".yml")
     if not is_file and name not in names():
-        close = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names())}."
-        raise UserError(f"unknown recipe {name!r}: {hint}")
+        raise unknown("recipe", name, names())
     file = Path(name) if is_file else FOLDER / f"{name}.yaml"
     own = _of_the_user(file) if is_file else _read(file)
     files = (file, *(FOLDER / f"{base}.yaml" for base in [own.get("based_on")] if base))

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from unisd.errors import UserError
+from unisd.evaluation.grading import percent
 from unisd.files import METRICS, RESULTS
 from unisd.report import plots
 from unisd.report.html import render
 from unisd.report.run_page import MAIN, MORE, PARTS, evaluations, read_answers, read_json, read_metrics
 from unisd.report.verdict import tiles_of
-from unisd.run.changes import items, percent
+from unisd.run.changes import items
 
 MAX_RUNS = 8
 """As many as eight kinds of lines can tell apart."""

@@ -28,16 +28,12 @@ PRINTED |= dict(zip(SERIES, ("#1f6fb4", "#c2571a", "#2f7d4f", "#8a4a9e"), strict
 _numbers = itertools.count(1)
 
 
-def _colour(name: str) -> str:
-    return COLOURS[name]
-
-
 @contextmanager
 def _figure(width: float, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
     import matplotlib  # takes a second
     from matplotlib.figure import Figure
 
-    ink, soft, line = _colour("--ink"), _colour("--soft"), _colour("--line")
+    ink, soft, line = COLOURS["--ink"], COLOURS["--soft"], COLOURS["--line"]
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": "unisd",
@@ -137,15 +133,15 @@ def curve(
         for (name, points), (dash, colour) in zip(series.items(), itertools.cycle(styles)):
             x = [step for step, _ in points]
             y = [float("nan") if value is None else value for _, value in points]
-            look = {"color": _colour(colour), "linestyle": dash, "label": clean(name)}
+            look = {"color": COLOURS[colour], "linestyle": dash, "label": clean(name)}
             if len(points) < FEW_POINTS:
                 axes.plot(x, y, linewidth=1.4, marker="o", markersize=2.5, **look)
                 continue
             if pale:
-                axes.plot(x, y, color=_colour(colour), linewidth=0.8, alpha=0.35)
+                axes.plot(x, y, color=COLOURS[colour], linewidth=0.8, alpha=0.35)
             axes.plot(x, _moving_mean(y), linewidth=1.6, **look)
         for step in marks:
-            axes.axvline(step, color=_colour("--soft"), linewidth=1.0, linestyle="--")
+            axes.axvline(step, color=COLOURS["--soft"], linewidth=1.0, linestyle="--")
         axes.set_title(clean(title), loc="left")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step")
@@ -223,7 +219,7 @@ def before_after(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, flo
                 value, low, high = (100 * side[key] for key in ("value", "low", "high"))
                 gid = f"told-{len(told)}"
                 told[gid] = f"{row.strip()}, {name}: {value:.1f} % [{low:.1f}, {high:.1f}]"
-                look = {"color": _colour(colour), "gid": gid}
+                look = {"color": COLOURS[colour], "gid": gid}
                 axes.plot([low, high], [place + offset] * 2, linewidth=1.6, **look)
                 label = None if place else name
                 axes.plot([value], [place + offset], mark, markersize=5, label=label, **look)
@@ -239,9 +235,9 @@ def bars(title: str, values: Mapping[str, float], unit: str) -> Plot:
     """Horizontal bars with their numbers."""
     with _figure(5.5, 0.7 + 0.3 * len(values)) as (figure, axes):
         places = range(len(values))
-        axes.barh(places, list(values.values()), color=_colour(SERIES[0]), height=0.6)
+        axes.barh(places, list(values.values()), color=COLOURS[SERIES[0]], height=0.6)
         for place, value in zip(places, values.values(), strict=True):
-            axes.text(value, place, f" {value:,.1f}", va="center", color=_colour("--ink"))
+            axes.text(value, place, f" {value:,.1f}", va="center", color=COLOURS["--ink"])
         axes.set_yticks(places, [clean(name) for name in values])
         axes.invert_yaxis()
         axes.margins(x=0.15)
@@ -270,11 +266,11 @@ def forest(panels: Sequence[Panel], margin: float) -> Plot:
         for axes, (title, lines) in zip(grid[0], panels, strict=True):
             judged = title.endswith("(points)")
             if judged:
-                axes.axvspan(-margin, margin, color=_colour("--line"), alpha=0.4, linewidth=0)
-            axes.axvline(0, color=_colour("--soft"), linewidth=0.8)
+                axes.axvspan(-margin, margin, color=COLOURS["--line"], alpha=0.4, linewidth=0)
+            axes.axvline(0, color=COLOURS["--soft"], linewidth=0.8)
             for place, (name, value, low, high) in enumerate(lines):
                 clear = low is not None and high is not None and (low > 0 or high < 0)
-                colour = _colour(
+                colour = COLOURS[
                     SERIES[0]
                     if not judged
                     else "--soft"
@@ -282,7 +278,7 @@ def forest(panels: Sequence[Panel], margin: float) -> Plot:
                     else SERIES[2]
                     if value > 0
                     else SERIES[1]
-                )
+                ]
                 gid = f"told-{len(told)}"
                 told[gid] = f"{name}: {value:+.2f}"
                 if low is not None and high is not None:
@@ -303,20 +299,17 @@ def trade_off(cells: Sequence[tuple[str, float, float]], front: Sequence[str]) -
             [c[2] for c in best],
             [c[1] for c in best],
             where="pre",
-            color=_colour(SERIES[1]),
+            color=COLOURS[SERIES[1]],
             linewidth=1,
             label="Pareto front",
         )
         told: dict[str, str] = {}
         for number, (name, gain, kept) in enumerate(cells):
-            colour, gid = _colour(SERIES[1] if name in front else SERIES[0]), f"told-{number}"
+            colour, gid = COLOURS[SERIES[1] if name in front else SERIES[0]], f"told-{number}"
             told[gid] = f"{name}: task {gain:+.1f}, retention {kept:+.1f} points"
             axes.plot([kept], [gain], "o", color=colour, markersize=6, gid=gid)
-        axes.set_xlabel("change in retention, points (right: less forgotten)")
-        axes.set_ylabel("gain on the task, points")
-        axes.margins(0.15)
         axes.legend()
-        _label(figure, axes, [(clean(name), kept, gain) for name, gain, kept in cells])
+        _name_gains(figure, axes, cells)
         return Plot(figure, "task gain against forgetting", told)
 
 
@@ -327,15 +320,20 @@ def grafting(points: Sequence[tuple[str, float, float]]) -> Plot:
             [kept for _, _, kept in points],
             [gain for _, gain, _ in points],
             "o-",
-            color=_colour(SERIES[0]),
+            color=COLOURS[SERIES[0]],
             linewidth=1.2,
             markersize=6,
         )
-        axes.set_xlabel("change in retention, points (right: less forgotten)")
-        axes.set_ylabel("gain on the task, points")
-        axes.margins(0.15)
-        _label(figure, axes, [(clean(name), kept, gain) for name, gain, kept in points])
+        _name_gains(figure, axes, points)
         return Plot(figure, "task gain against forgetting, of parts of the change")
+
+
+def _name_gains(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Name the axes of task gain against the change in retention, and each point."""
+    axes.set_xlabel("change in retention, points (right: less forgotten)")
+    axes.set_ylabel("gain on the task, points")
+    axes.margins(0.15)
+    _label(figure, axes, [(clean(name), kept, gain) for name, gain, kept in points])
 
 
 def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
@@ -360,14 +358,14 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -
             ):
                 break
         taken.append(box)
-        arrow = {"arrowstyle": "-", "color": _colour("--line"), "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
+        arrow = {"arrowstyle": "-", "color": COLOURS["--line"], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(
             name,
             point,
             xytext=(box[0] - x, box[1] - y + 1),
             textcoords="offset points",
             fontsize=8,
-            color=_colour("--ink"),
+            color=COLOURS["--ink"],
             arrowprops=arrow if abs(step) > 2 else None,
         )
 
@@ -381,8 +379,8 @@ def interaction_map(names: Sequence[str], values: Mapping[tuple[str, str], tuple
         largest = max((abs(value) for value, _ in values.values()), default=1.0) or 1.0
         for (one, two), (value, clear) in values.items():
             x, y = names.index(one), names.index(two)
-            colour = _colour(SERIES[2] if value > 0 else SERIES[1])
-            edge = _colour("--ink") if clear else "none"
+            colour = COLOURS[SERIES[2] if value > 0 else SERIES[1]]
+            edge = COLOURS["--ink"] if clear else "none"
             axes.scatter(
                 [x],
                 [y],
@@ -392,7 +390,7 @@ def interaction_map(names: Sequence[str], values: Mapping[tuple[str, str], tuple
                 edgecolors=edge,
                 linewidths=1.5,
             )
-            axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=_colour("--ink"))
+            axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=COLOURS["--ink"])
         axes.set_xticks(range(len(names)), [clean(name) for name in names], rotation=20)
         axes.set_yticks(range(len(names)), [clean(name) for name in names])
         axes.set_xlim(-0.5, len(names) - 0.5)

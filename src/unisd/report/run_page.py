@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from unisd.console import number
 from unisd.errors import UserError
 from unisd.evaluation import judge
 from unisd.files import ANSWERS, METRICS, RESULTS, SAMPLES, is_evaluation, read_lines
@@ -100,7 +101,7 @@ def build(folder: Path) -> str:
         ("time", f"{results['wall_s']:.0f} s"),
     ]
     shown, bars = tiles_of(results), _accuracy_rows(results)
-    retained = bool(results.get("retention"))
+    retained = bool(results["retention"])
     return render(
         "run.html",
         title=title_of(results),
@@ -242,14 +243,10 @@ def evaluations(metrics: Sequence[Figures]) -> plots.Wanted:
 def _accuracy_rows(results: Figures) -> list[tuple[str, Figures, Figures]]:
     """The accuracies of the plot, by name, before and after."""
     before, after = results["before"], results["after"]
-    sides = [side_of(side, "task_accuracy", "skills") for side in (before, after)]
-    pairs = [("task", sides[0], sides[1])]
-    if "retention" in results:
-        names = [one["name"] for one in results["retention"]]
-        pairs += [(name, before["retention"][name], after["retention"][name]) for name in names]
-    else:  # of an earlier version
-        sides = [side_of(side, "retention_accuracy", "retention_skills") for side in (before, after)]
-        pairs.append(("retention", sides[0], sides[1]))
+    old, new = (side_of(side, "task_accuracy", "skills") for side in (before, after))
+    names = [one["name"] for one in results["retention"]]
+    pairs = [("task", old, new)]
+    pairs += [(name, before["retention"][name], after["retention"][name]) for name in names]
     rows = []
     for name, old, new in pairs:
         if new["accuracy"] is not None:
@@ -275,11 +272,11 @@ def _cost(results: Figures) -> Figures:
         ["tokens scored without gradient", f"{tokens['scored']:,}"],
         *[[f"  of the {view} view", f"{count:,}"] for view, count in tokens["scored_by_view"].items()],
         ["tokens trained on (prompt and completion)", f"{tokens['trained']:,}"],
-        ["million trained tokens per device-hour", _number(cost["million_tokens_per_device_hour"], ".2f")],
+        ["million trained tokens per device-hour", number(cost["million_tokens_per_device_hour"], ".2f")],
         [f"peak memory of {cost['peak_memory_of']}", f"{cost['peak_memory_bytes'] / (1 << 20):,.0f} MiB"],
         ["operations, estimated (10^12)", f"{flops['total'] / 1e12:,.2f}"],
-        ["kWh", _number(energy["kwh"], ".3g")],
-        ["kWh per million trained tokens", _number(energy["kwh_per_million_tokens"], ".3g")],
+        ["kWh", number(energy["kwh"], ".3g")],
+        ["kWh per million trained tokens", number(energy["kwh_per_million_tokens"], ".3g")],
         ["energy by", energy["method"]],
     ]
     mechanisms = [
@@ -293,10 +290,6 @@ def _cost(results: Figures) -> Figures:
     ]
     header = ["mechanism", "tokens scored for it", "share of operations", "seconds (estimated)"]
     return {"bars": bars, "lines": lines, "mechanisms": [header, *mechanisms] if mechanisms else []}
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _answers(parts: Figures) -> list[Figures]:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from unisd.console import number
 from unisd.report import plots
 from unisd.report.html import render
 from unisd.report.verdict import Tile
@@ -22,7 +23,6 @@ from unisd.study.recommend import (
     effect_table,
     judged_of,
     notes_of,
-    number,
     title_of,
 )
 from unisd.study.store import FOLDERS

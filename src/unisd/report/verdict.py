@@ -52,7 +52,7 @@ def _task(results: Figures) -> Iterator[Tile]:
         return
     change = after["value"] - before["value"]
     note = f"{100 * change:+.1f} points, {after['n']} rows"
-    found = (results.get("acquisition") or {}).get("items")
+    found = results["acquisition"]["items"]
     word, kind = "", OPEN
     if found is not None:
         note += f", p {found['p']:.2g}"
@@ -62,11 +62,6 @@ def _task(results: Figures) -> Iterator[Tile]:
 
 def _retention(results: Figures) -> Iterator[Tile]:
     before, after = results["before"], results["after"]
-    if "retention" not in results:  # of an earlier version, which did not compare item by item
-        old, new = before["retention_accuracy"], after["retention_accuracy"]
-        if old is not None and new is not None:
-            yield Tile("retention", _from_to(old, new), note=f"{new['n']} rows")
-        return
     for one in results["retention"]:
         old, new = (side["retention"][one["name"]]["accuracy"] for side in (before, after))
         found, several = one["items"], len(results["retention"]) > 1
@@ -86,7 +81,7 @@ def _retention(results: Figures) -> Iterator[Tile]:
 
 
 def _drift(results: Figures) -> Iterator[Tile]:
-    drift = results.get("drift")
+    drift = results["drift"]
     if drift is None or drift["kl"] is None:
         return
     far, nats = moved_far(drift), drift["nats"]

@@ -139,8 +139,8 @@ def _fields(c: Completion) -> tuple[Any, ...]:
 
 
 def _completion(*fields: Any) -> Completion:
-    """A completion of `_fields`; earlier versions wrote no verdict, and none of who wrote what."""
-    ids, truncated, logps, sampled, version, verdict, written = (*fields, None, None)[:7]
+    """A completion of `_fields`."""
+    ids, truncated, logps, sampled, version, verdict, written = fields
     return Completion(ids, truncated, logps, sampled, version, verdict and Verdict(*verdict), written)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from unisd.data.text import MAX_TEXT, record_of
+from unisd.data.text import MAX_TEXT, record_of, reference_of
 from unisd.data.thoughts import answer_of
 from unisd.tasks.base import Row
 
@@ -60,7 +60,7 @@ def paired(rows: Sequence[Row], before: dict[str, Any], after: dict[str, Any]) -
         {
             "id": str(row.get("id", number)),
             **record_of(row["prompt"]),
-            "reference": str(row.get("privileged_context") or row.get("completion") or "")[:MAX_TEXT],
+            "reference": reference_of(row)[:MAX_TEXT],
             **{
                 when: {
                     "text": side["texts"][number],

@@ -13,8 +13,7 @@ from typing import Any
 
 from unisd.console import BETTER, NOISE, WORSE, number
 from unisd.errors import by_caller
-from unisd.evaluation import grading
-from unisd.evaluation.grading import detail_lines, unsettled_lines
+from unisd.evaluation.grading import detail_lines, percent, unsettled_lines
 from unisd.monitoring.alarms import FORGOTTEN_NATS, at_most
 
 CLEARLY = 0.01
@@ -112,11 +111,6 @@ def forgotten(retention: Sequence[Figures], drift: Figures | None) -> str | None
     return f"{'; '.join(said)}: lower the rate, train for fewer steps, or keep a part of the change ({part})."
 
 
-def percent(accuracy: Figures | None) -> str:
-    """`62.3 % [57.1, 67.0]`."""
-    return "-" if accuracy is None else grading.percent(accuracy)
-
-
 def change_lines(results: Figures) -> list[list[str]]:
     """Measure, before, after and change, one line each; skills indented under their total.
 
@@ -133,13 +127,11 @@ def change_styles(results: Figures) -> list[str]:
 def _lines(results: Figures) -> list[Line]:
     before, after = results["before"], results["after"]
     old, new = (side_of(side, "task_accuracy", "skills") for side in (before, after))
-    lines = _accuracy_lines("task accuracy", old, new, (results.get("acquisition") or {}).get("items"))
+    lines = _accuracy_lines("task accuracy", old, new, results["acquisition"]["items"])
     lines += [(cells, "") for cells in detail_lines(before, after) + unsettled_lines(before, after)]
     if after["gold_ppl"] is not None and before["gold_ppl"] is not None:
         found = change(before["gold_ppl"], after["gold_ppl"])
         lines.append((_ppl_line("perplexity of the references", found), ""))
-    if "drift" not in results:  # of an earlier version
-        return lines + _earlier_lines(before, after)
     for one in results["retention"]:
         old, new, found = *(side["retention"][one["name"]] for side in (before, after)), one["items"]
         lines += _accuracy_lines(f"retention: {one['name']}", old, new, found)
@@ -205,16 +197,3 @@ def _drift_lines(drift: Figures | None) -> list[Line]:
         return []
     styles = {"reverse": _style_of_nats(drift["nats"])}
     return [(_ppl_line(name, drift[what]), styles.get(what, "")) for what, name in DRIFT.items()]
-
-
-def _earlier_lines(before: Figures, after: Figures) -> list[Line]:
-    """What schema 1 had in place of retention sets and drift."""
-    sides = (side_of(side, "retention_accuracy", "retention_skills") for side in (before, after))
-    whose = {"forward": "own answers under the base", "reverse": "base's answers under it"}
-    return [
-        *_accuracy_lines("retention accuracy", *sides),
-        *(
-            ([f"retention perplexity, {whose[way]}", "", number(value), ""], "")
-            for way, value in (after["retention_ppl"] or {}).items()
-        ),
-    ]

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from unisd.console import show_progress
 from unisd.errors import UserError
-from unisd.files import GRAFTING, RESULTS, write_json
+from unisd.evaluation.grading import percent
+from unisd.files import GRAFTING, config_of_run, write_json
 from unisd.models.adapters import is_adapter
-from unisd.run.changes import percent
 
 NONE, ALL = 0.0, 1.0
 PREFIX = ".unisd-graft-"
@@ -36,10 +36,7 @@ def base_of(folder: str, base: str | None) -> str | None:
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is not a folder: parts of a change are those of a run's folder.")
-    results = Path(folder) / RESULTS
-    said = None
-    if results.is_file():
-        said = json.loads(results.read_text(encoding="utf-8"))["config"].get("model_name_or_path")
+    said = config_of_run(folder).get("model_name_or_path")
     if is_adapter(folder):
         if base is not None:
             raise UserError(f"{folder} is an adapter, which names its base: leave --base out.")

@@ -17,7 +17,7 @@ from unisd.console import loading
 from unisd.data.reading import KINDS, load_file
 from unisd.data.rows import Row, hold_out, prepare_rows
 from unisd.data.text import problem_key
-from unisd.errors import UserError, flag
+from unisd.errors import UserError, first_line, flag
 from unisd.models.adapters import is_adapter, make_trainable
 from unisd.run.options import RunOptions, as_list, number_of
 from unisd.run.own_rows import apart, grader_of, load_own, named
@@ -268,8 +268,7 @@ def _load_dataset(options: RunOptions, name: str, split: str) -> list[Row]:
                 raise ValueError(f"it has no split {split!r}: set {option} to one of {', '.join(loaded)}.")
             loaded = loaded[split] if whole else loaded
     except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"dataset {name!r} cannot be loaded: {reason}") from None
+        raise UserError(f"dataset {name!r} cannot be loaded: {first_line(error)}") from None
     return [dict(row) for row in loaded]
 
 

@@ -6,7 +6,6 @@ compute: the adapter's logits. Folders appear whole and compared, or not at all.
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from unisd.errors import UserError
-from unisd.files import RESULTS, check_writable, follow_umask
+from unisd.files import check_writable, config_of_run, follow_umask
 from unisd.models.adapters import base_of, check_base_is_kept, is_adapter, without_adapter
 from unisd.models.generation import mend_generation_config
 from unisd.models.load import load_model_and_tokenizer, load_tokenizer, resolve
@@ -431,7 +430,4 @@ def _dtype(asked: Merge, path: str) -> torch.dtype:
 
 def _trained_in_4bit(folder: Path) -> bool:
     """Whether the run that wrote this folder, or this checkpoint, says so."""
-    for results in (folder / RESULTS, folder.parent / RESULTS):
-        if results.is_file():
-            return bool(json.loads(results.read_text(encoding="utf-8"))["config"].get("load_in_4bit"))
-    return False
+    return bool(config_of_run(folder).get("load_in_4bit"))

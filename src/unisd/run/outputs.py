@@ -23,7 +23,6 @@ from unisd.files import (
     RESULTS,
     check_not_the_model,
     check_writable,
-    write_json,
     write_whole,
     written_in,
 )
@@ -42,7 +41,6 @@ from unisd.training.checkpoints import (
     require_whole,
 )
 
-__all__ = ["RESULTS", "write_json"]
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
 DEFAULT_ROOT = "unisd-output"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from unisd.console import aligned, markdown_table
 from unisd.data import contexts, rendering
 from unisd.data.rows import Row, load_rows, prepare_rows
 from unisd.errors import UserError
-from unisd.models.adapters import check_base_is_kept
+from unisd.evaluation.retention import as_base, check_base
 from unisd.models.inference import opened
 from unisd.run import measure
 from unisd.run import prepare as preparing
@@ -149,15 +148,15 @@ def compare(
     for what, evaluated in data.evaluated.items():
         rendering.check_rows(of_new, evaluated, what)
     measure.check_lengths(new, of_new, data)
-    with _bare(new if old is None else old, without_adapter=old is None) as bare:
+    check_base(new, old)
+    with as_base(new, old) as bare:
         sides = measure.measure(bare, of_new, data, args)
     figures, answers = measure.measure(new, of_new, data, args)
     figures |= measure.drift_between(new, old, of_new, data, args, (answers, sides[1]))
-    earlier = {"figures": sides[0], "answers": sides[1]}
     return Comparison(
         before=sides[0],
         after=figures,
-        **measure.compared(data, earlier, (figures, answers)),
+        **measure.compared(data, {"figures": sides[0], "answers": sides[1]}, (figures, answers)),
         answers=measure.pair_answers(data, sides[1], answers),
     )
 
@@ -169,16 +168,6 @@ def _name(model: Any) -> str:
 def _opened(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """A model with its own tokenizer; a loaded one has the one that was given."""
     return opened(model, None if isinstance(model, (str, Path)) else tokenizer)
-
-
-@contextmanager
-def _bare(model: Any, without_adapter: bool) -> Iterator[Any]:
-    if not without_adapter:
-        yield model
-        return
-    check_base_is_kept(model.peft_config)
-    with model.disable_adapter():
-        yield model
 
 
 def _rows(rows: Any, needs_reference: bool = True) -> list[Row]:

@@ -197,7 +197,7 @@ def _length(report: Figures, references: Sequence[int], of_all: bool) -> tuple[i
     told.append(f"95 % of the probe's answers up to {answers}")
     cut, cap = sum(part.get("truncated", 0) for part in asked), report["max_new_tokens"]
     if cut:
-        told.append(f"{cut} of them were cut at {cap}: --max_new_tokens probes longer ones")
+        told.append(f"{cut} of them were cut at {cap}: --eval_max_new_tokens probes longer ones")
     longest = max(reference, answers, cap if cut else 0)
     return -(-longest // ROUNDED_TO) * ROUNDED_TO, ", ".join(told)
 

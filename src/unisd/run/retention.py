@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from unisd import tasks
 from unisd.data.rows import Row, load_rows
 from unisd.errors import UserError, flag
-from unisd.files import RESULTS
+from unisd.files import config_of_run
 from unisd.run.options import RunOptions
 from unisd.run.own_rows import grader_of
 from unisd.tasks import sandbox
@@ -102,14 +101,7 @@ def is_of_the_pocket(model: str) -> bool:
     seen: set[str] = set()
     while model != POCKET and model not in seen:
         seen.add(model)
-        folder = Path(model)
-        if folder.name.startswith("checkpoint-"):
-            folder = folder.parent
-        try:
-            results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-            model = str(results["config"]["model_name_or_path"])
-        except (OSError, ValueError, KeyError, TypeError):  # no folder, or not of a run of ours
-            return False
+        model = str(config_of_run(model).get("model_name_or_path", ""))
     return model == POCKET
 
 

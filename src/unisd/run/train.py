@@ -26,7 +26,17 @@ from unisd.data.text import problem_mark
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
-from unisd.files import ANSWERS, GRAFTING, JUDGE, METRICS, SAMPLES, TRAINED_ON, read_lines
+from unisd.files import (
+    ANSWERS,
+    GRAFTING,
+    JUDGE,
+    METRICS,
+    RESULTS,
+    SAMPLES,
+    TRAINED_ON,
+    read_lines,
+    write_json,
+)
 from unisd.kernels.devices import gains_from_bf16
 from unisd.models.load import AUTO_BF16_FROM, can_checkpoint
 from unisd.monitoring.alarms import Alarm
@@ -208,7 +218,7 @@ def train(options: RunOptions, config: UniSDConfig) -> Results | None:
             (folder / name).unlink(missing_ok=True)
         outputs.write_config(folder, options, setting.config)
         marks = sorted({problem_mark(row["prompt"]) for row in setting.data.train})
-        outputs.write_json(folder / TRAINED_ON, {"problems": marks})
+        write_json(folder / TRAINED_ON, {"problems": marks})
         return _carried_out(setting, options, checkpoint, console, started)
 
 
@@ -266,7 +276,7 @@ def _measured(
     results |= _spent_before(results, folder, trainer, console)
     pairs = pair_answers(data, before["answers"], answers)
     if is_writer:  # before results.json, which completes a run
-        outputs.write_json(folder / ANSWERS, pairs)
+        write_json(folder / ANSWERS, pairs)
     _finish(setting, options, folder, results, pairs)
     if is_writer:
         _report(console, results, folder, options, points, pairs)
@@ -353,10 +363,10 @@ def _accounted(
 
 def _spent_before(results: Results, folder: Path, trainer: UniSDTrainer, console: Console) -> Results:
     """Time and cost of a finished run that is resumed, so that nothing was left to train."""
-    if trainer.began_at < results["steps"] or not (folder / outputs.RESULTS).is_file():
+    if trainer.began_at < results["steps"] or not (folder / RESULTS).is_file():
         return {}
     console.print("nothing was left to train: time and cost are those of the finished run", markup=False)
-    earlier: Results = json.loads((folder / outputs.RESULTS).read_text(encoding="utf-8"))
+    earlier: Results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     return {name: earlier[name] for name in ("wall_s", "cost") if name in earlier}
 
 
@@ -377,7 +387,7 @@ def _finish(setting: Setting, options: RunOptions, folder: Path, results: Result
         (folder / "README.md").write_text(
             outputs.model_card(results, options, config, change_lines(results)), encoding="utf-8"
         )
-        outputs.write_json(folder / outputs.RESULTS, results)
+        write_json(folder / RESULTS, results)
         settings = results["config"]  # without tokens and passwords
         given = {name: settings[name] for name in options.values if name in settings}
         setting.trackers.tell(lambda: told(results, pairs, read_lines(folder / SAMPLES), given))

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from unisd.study.design import OFF, ON, Cell, Factor, Levels
 
 Weights = NDArray[np.float64]
-KINDS = ("main", "one-in", "leave-one-out", "interaction", "shapley")
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,17 @@ def effects_of(cells: Sequence[Cell], factors: Sequence[Factor]) -> list[Effect]
     """All effects that a design allows, by kind."""
     place = {_key(cell.levels, factors): number for number, cell in enumerate(cells)}
     found: list[Effect] = []
-    levels = [(factor, level) for factor in factors for level in list(factor.levels)[1:]]
+    levels = [(factor, level) for factor in factors for level in factor.others]
     for factor, level in levels:
         found += _main(cells, factors, place, factor, level)
     for factor, level in levels:
         base = {other.name: other.baseline for other in factors}
         found += _pair("one-in", place, factors, {**base, factor.name: level}, base, factor, level)
     if len(factors) > 1:
-        top = {factor.name: list(factor.levels)[-1] for factor in factors}
+        top = {factor.name: factor.top for factor in factors}
         for factor in factors:
-            level = top[factor.name]
-            found += _pair(
-                "leave-one-out", place, factors, top, {**top, factor.name: factor.baseline}, factor, level
-            )
+            without = {**top, factor.name: factor.baseline}
+            found += _pair("leave-one-out", place, factors, top, without, factor, factor.top)
         found += _interactions(cells, factors, place)
     found += _shapley(cells, factors, place)
     return found
@@ -114,7 +111,7 @@ def _interactions(cells: Sequence[Cell], factors: Sequence[Factor], place: dict[
     """
     found = []
     for one, two in itertools.combinations(factors, 2):
-        for level_one, level_two in itertools.product(list(one.levels)[1:], list(two.levels)[1:]):
+        for level_one, level_two in itertools.product(one.others, two.others):
             weights, quads = np.zeros(len(cells)), 0
             for cell in cells:
                 if (cell.levels[one.name], cell.levels[two.name]) != (level_one, level_two):
@@ -149,7 +146,7 @@ def _coefficient(
     matched pairs).
     """
     columns: dict[tuple[tuple[str, str], ...], Weights] = {}
-    single = [(factor.name, level) for factor in factors for level in list(factor.levels)[1:]]
+    single = [(factor.name, level) for factor in factors for level in factor.others]
     centred = {}
     for name, level in single:
         indicator = np.array([float(cell.levels[name] == level) for cell in cells])

@@ -53,6 +53,15 @@ class Factor:
     def baseline(self) -> str:
         return next(iter(self.levels))
 
+    @property
+    def others(self) -> list[str]:
+        """The levels beside the baseline."""
+        return list(self.levels)[1:]
+
+    @property
+    def top(self) -> str:
+        return list(self.levels)[-1]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -258,14 +267,12 @@ def cells_of(study: Study) -> list[Cell]:
     """
     factors = study.factors
     reference = {factor.name: factor.baseline for factor in factors}
-    top = {factor.name: list(factor.levels)[-1] for factor in factors}
+    top = {factor.name: factor.top for factor in factors}
     found: list[Levels] = []
     for design in study.design:
         if design == "one-in":
             found.append(reference)
-            found += [
-                {**reference, factor.name: label} for factor in factors for label in list(factor.levels)[1:]
-            ]
+            found += [{**reference, factor.name: label} for factor in factors for label in factor.others]
         elif design == "leave-one-out":
             found.append(top)
             found += [{**top, factor.name: factor.baseline} for factor in factors]
@@ -321,7 +328,7 @@ def cell_name(levels: Levels, factors: Sequence[Factor]) -> str:
 
     if not changed:
         return "reference"
-    if len(factors) > 2 and all(levels[factor.name] == list(factor.levels)[-1] for factor in changed):
+    if len(factors) > 2 and all(levels[factor.name] == factor.top for factor in changed):
         if len(changed) == len(factors):
             return "all"
         if len(changed) == len(factors) - 1:
@@ -353,7 +360,7 @@ def _options(study: Study, chosen: Options, levels: Levels) -> Options:
 
 def method_levels(study: Study, cells: Sequence[Cell]) -> Levels:
     """The levels of the cell that controls are made of and compared with."""
-    top = {factor.name: list(factor.levels)[-1] for factor in study.factors}
+    top = {factor.name: factor.top for factor in study.factors}
     return top if any(cell.levels == top for cell in cells) else cells[0].levels
 
 

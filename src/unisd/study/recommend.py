@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from unisd.console import markdown_table
+from unisd.console import markdown_table, number
 from unisd.files import write_json
 from unisd.study.controls import PREFIX
 from unisd.study.design import Study
@@ -157,7 +157,7 @@ def recommended(study: Study, found: Figures, task: str) -> Figures:
     for factor in study.factors:
         kept = [
             (effects.get(effect_name(factor, level), 0.0), level)
-            for level in list(factor.levels)[1:]
+            for level in factor.others
             if verdicts.get(effect_name(factor, level)) == "keep"
         ]
         options |= factor.levels[max(kept)[1] if kept else factor.baseline]
@@ -271,10 +271,6 @@ def notes_of(figures: Figures, kind: str) -> list[str]:
     ]
 
 
-def number(value: float | None, form: str = ".1f", by: float = 1.0) -> str:
-    return "-" if value is None else format(value * by, form)
-
-
 def cost_table(figures: Figures) -> list[list[str]]:
     """One cell a line: what it reached and what it cost, means over its runs (memory: the most)."""
     header = [
@@ -288,7 +284,7 @@ def cost_table(figures: Figures) -> list[list[str]]:
             number(cell["task_accuracy"], ".1f", 100),
             number(cell["gain"], "+.1f"),
             number(cell["retention_change"], "+.1f"),
-            number(cell["train_s"]),
+            number(cell["train_s"], ".1f"),
             number(cell["tokens_generated"], ",.0f"),
             number(cell["tokens_scored"], ",.0f"),
             number(cell["million_tokens_per_device_hour"], ".2f"),
@@ -305,23 +301,23 @@ def control_table(figures: Figures) -> list[list[str]]:
     found = figures.get("controls")
     if not found:
         return []
-    seconds = {cell["name"]: cell["train_s"] for cell in figures["cells"]}
+    method, seconds = found["method"], {cell["name"]: cell["train_s"] for cell in figures["cells"]}
     further = list(dict.fromkeys(name for line in found["lines"] for name in line.get("further", {})))
     sides = ["task", "retention", *further]
-    head = [f"{found['method']} against", *(f"{name} (points)" for name in sides), "beaten", "train s"]
+    head = [f"{method} against", *(f"{name} (points)" for name in sides), "beaten", "train s"]
     lines = [
         [
             line["name"],
             *(shown({**line, **line.get("further", {})}[name]) for name in sides),
             "yes" if line["beaten"] else "no",
-            number(seconds.get(f"{PREFIX}{line['name']}")),
+            number(seconds.get(f"{PREFIX}{line['name']}"), ".1f"),
         ]
         for line in found["lines"]
     ]
     return [
         head,
         *lines,
-        [f"({found['method']} itself)", *[""] * (1 + len(sides)), number(seconds.get(found["method"]))],
+        [f"({method} itself)", *[""] * (1 + len(sides)), number(seconds.get(method), ".1f")],
     ]
 
 

@@ -119,7 +119,7 @@ def command_of(run: Run, store: Store) -> tuple[str, ...]:
         "--before_cache",
         str(store.folder / CACHE),
     )
-    return (sys.executable, "-m", "unisd.cli", "train", *where, again)
+    return (sys.executable, "-m", "unisd", "train", *where, again)
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -284,7 +284,7 @@ def _calibrate(run: Run, store: Store, executor: Executor) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(yaml.safe_dump(short), encoding="utf-8")
     where = ("--config", str(folder / CONFIG), "--output_dir", str(folder / "run"), "--overwrite_output_dir")
-    executor.submit(Job("calibration", (sys.executable, "-m", "unisd.cli", "train", *where), folder / LOG))
+    executor.submit(Job("calibration", (sys.executable, "-m", "unisd", "train", *where), folder / LOG))
     if executor.wait().returncode != 0:
         raise UserError(
             f"the calibration run failed: {_last_words(folder / LOG)} (its output: {folder / LOG})."

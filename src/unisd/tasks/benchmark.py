@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import logging
 import random
 import re
@@ -24,6 +23,7 @@ from typing import Any, ClassVar
 from unisd.data.reading import load_file
 from unisd.data.text import NEAR_DUPLICATE_THRESHOLD, contains, jaccard, problem_key, shingles, words
 from unisd.errors import UserError, flag
+from unisd.files import parsed
 from unisd.tasks.base import Row, Task
 
 logger = logging.getLogger(__name__)
@@ -311,8 +311,5 @@ def own_id(raw: Raw, field: str) -> Problem:
 def as_list(value: Any) -> list[Any]:
     """A list that may have been stored as JSON text."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return []
+        value = parsed(value)
     return list(value) if isinstance(value, (list, tuple)) else []

@@ -15,10 +15,11 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.tasks.base import Grade, Row, Task
 from unisd.tasks.graders import get_grader
-from unisd.tasks.graders.base import as_text, shortened, without_thought
+from unisd.tasks.graders.base import as_text, shortened
 from unisd.tasks.graders.choices import ALPHABET
 from unisd.tasks.instructions import unmet
 from unisd.tasks.python_values import python
@@ -66,7 +67,7 @@ class General(Task):
 
 
 def _form(row: Row, completion: str) -> Grade:
-    text = without_thought(as_text(completion)).strip()
+    text = answer_of(as_text(completion)).strip()
     if not text:
         return Grade(False, None, "no answer found")
     failed = unmet(text, row["checks"])

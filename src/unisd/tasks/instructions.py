@@ -6,10 +6,11 @@ checks of a row that fail. No check raises, whatever the text.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from unisd.files import parsed
 
 _FENCE = re.compile(r"\A```[a-z]{0,10}\n(.*?)\n?```\Z", re.DOTALL)
 _PUNCTUATION = ".!?\"')*_ \n"
@@ -48,10 +49,7 @@ def _ends(text: str, ending: str) -> bool:
 
 def _json(text: str) -> Any:
     match = _FENCE.match(text)
-    try:
-        return json.loads(match[1] if match else text)
-    except (ValueError, RecursionError):
-        return None
+    return parsed(match[1] if match else text)
 
 
 def _json_list(text: str, count: int) -> bool:

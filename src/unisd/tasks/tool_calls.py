@@ -169,9 +169,9 @@ def _python(node: ast.expr) -> Any:
     raise ValueError("no literal")
 
 
-def extract_calls(completion: str, tail: int = TAIL) -> list[ToolStep]:
+def extract_calls(completion: str) -> list[ToolStep]:
     """The calls of a completion's last part, in order; empty where there are none."""
-    return find_calls(completion, tail)[0]
+    return find_calls(completion)[0]
 
 
 def find_calls(completion: str, tail: int = TAIL) -> tuple[list[ToolStep], str]:

@@ -22,11 +22,10 @@ from unisd.data.privilege import BUILT
 from unisd.data.prompts import encode_completion
 from unisd.data.rows import Row
 from unisd.distributed.collectives import on_all_ranks
-from unisd.errors import UserError, by_caller, one_line
+from unisd.errors import UserError, by_caller, nearest, one_line
 from unisd.kernels.devices import shares_host
 from unisd.methods.scores import StepScores
 from unisd.models.generation import mend_generation_config
-from unisd.options.option import nearest
 from unisd.rollout.engine import Completion
 from unisd.training.plan import planned_steps
 

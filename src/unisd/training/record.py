@@ -159,15 +159,16 @@ def write(folder: str | Path, record: Values) -> None:
 
 
 def read(folder: str | Path) -> Values:
-    """The record of a checkpoint; of one that an older version wrote, what else tells of it."""
+    """The record of a checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
     path = Path(folder) / FILE
-    if path.is_file():
-        found: Values = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    adapter = Path(folder) / "adapter_config.json"
-    if adapter.is_file():
-        return {"adapter": json.loads(adapter.read_text(encoding="utf-8"))}
-    return {"adapter": None} if any(Path(folder).glob("model*.safetensors")) else {}
+    if not path.is_file():
+        raise UserError(f"{path} is missing, which says what the checkpoint was trained with: start again.")
+    found: Values = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def differences(checkpoint: str | Path, now: Values, engine: bool = False) -> tuple[list[str], set[str]]:
@@ -178,7 +179,7 @@ def differences(checkpoint: str | Path, now: Values, engine: bool = False) -> tu
         engine: the optimizer is DeepSpeed's, which takes its settings from the checkpoint.
 
     Raises:
-        UserError: another adapter shape, initial model or optimizer.
+        UserError: another adapter shape, initial model or optimizer, or no record.
     """
     was = read(checkpoint)
     if wrong := _other_model(was, now):
@@ -186,36 +187,27 @@ def differences(checkpoint: str | Path, now: Values, engine: bool = False) -> tu
             f"{checkpoint} belongs to another model: {'; '.join(wrong)}: resume with the checkpoint's, or"
             " start a new run in another output_dir."
         )
-    lines = []
-    if "options" not in was:
-        lines.append(
-            f"{Path(checkpoint).name} was written by an older version: whether options"
-            f"{'' if 'adapter' in was else ', adapter'}, rows and initial model are the same could not be"
-            " compared; this run's take effect."
-        )
-    old, new = was.get("options", {}), now["options"]
+    old, new = was["options"], now["options"]
     changed = {name for name in new if name in old and old[name] != new[name]}
     _refuse_options(checkpoint, old, new, changed, engine)
-    lines += [_line(name, old[name], new[name]) for name in sorted(changed)]
-    if was.get("adapter") and now["adapter"]:
+    lines = [_line(name, old[name], new[name]) for name in sorted(changed)]
+    if was["adapter"] and now["adapter"]:
         dropout = [side["adapter"].get("lora_dropout") for side in (was, now)]
         lines += [_line("lora_dropout", *dropout)] if dropout[0] != dropout[1] else []
     for name, what in (("rows", "training rows"), ("evaluation", "evaluation rows")):
-        if name in was and was[name] != now[name]:
+        if was[name] != now[name]:
             lines.append(f"{what}: {_told(was[name])} -> {_told(now[name])}, take effect")
             changed.add(name)
-    if "rows_per_step" in was and was["rows_per_step"] != now["rows_per_step"]:
+    if was["rows_per_step"] != now["rows_per_step"]:
         lines.append(
             f"rows of a step: {was['rows_per_step']} -> {now['rows_per_step']}, takes effect: in the epoch"
             " that was begun some rows may come twice, or not at all"
         )
-    return lines, changed if "options" in was else {*OF_THE_OPTIMIZER}
+    return lines, changed
 
 
 def _other_model(was: Values, now: Values) -> list[str]:
     """What of the adapter and of the initial model does not fit."""
-    if "adapter" not in was:
-        return []
     old, new = was["adapter"], now["adapter"]
     if (old is None) != (new is None):
         return [f"use_peft is {old is not None} in it and {new is not None} in this run"]
@@ -226,7 +218,7 @@ def _other_model(was: Values, now: Values) -> list[str]:
         for name in sorted(shape)
         if _sorted(old[name]) != _sorted(new[name])
     ]
-    if was.get("base", now["base"]) != now["base"]:
+    if was["base"] != now["base"]:
         names = [f"{side['base_name']} ({side['base']})" for side in (was, now)]
         wrong.append(f"its initial model was {names[0]} and this run's is {names[1]}, with other weights")
     return wrong

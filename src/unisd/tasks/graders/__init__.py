@@ -18,11 +18,10 @@ completion, and each takes time linear in its length.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from unisd.errors import UserError
+from unisd.errors import UserError, unknown
 from unisd.tasks.graders.base import Grader
 from unisd.tasks.graders.calls import call
 from unisd.tasks.graders.choices import choice
@@ -40,9 +39,7 @@ GRADERS: dict[str, Grader] = {
 def get_grader(name: str) -> Grader:
     """The grader of that name; raises `UserError` where there is none, with the nearest."""
     if name not in GRADERS:
-        close = difflib.get_close_matches(name, GRADERS, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(GRADERS))}."
-        raise UserError(f"unknown grader {name!r}: {hint}")
+        raise unknown("grader", name, sorted(GRADERS))
     return GRADERS[name]
 
 

@@ -8,7 +8,6 @@ linear in its length: an answer is looked for in what a model writes last, `TAIL
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
+from unisd.files import parsed
 from unisd.tasks.base import Grade
 
 TAIL = 20_000  # characters
@@ -81,7 +81,10 @@ class Grader:
 
     def grade(self, completion: str, gold: Any) -> Grade:
         """Judge a completion by parsed gold; what it thought before its answer is not looked at."""
-        found = self.read(without_thought(completion))
+        return self.judged(self.read(answer_of(completion)), gold)
+
+    def judged(self, found: Reading, gold: Any) -> Grade:
+        """Judge what a completion settles on by parsed gold."""
         passed = passed_over(found)
         if found.chosen is None:
             reason = found.hedge or "no answer found"
@@ -142,7 +145,7 @@ def aliases(value: object, from_json: bool = False) -> list[object]:
     from_json: whether a text that is a JSON list stands for that list.
     """
     if isinstance(value, str):
-        if from_json and value.lstrip()[:1] == "[" and isinstance(listed := _json(value), list):
+        if from_json and value.lstrip()[:1] == "[" and isinstance(listed := parsed(value), list):
             return aliases(listed)
         return [value] if value.strip() else []
     if isinstance(value, dict):
@@ -181,18 +184,6 @@ def shortened(text: str, most: int = 80) -> str:
 def shown(value: object) -> str:
     """A value as messages show it, on one line."""
     return shortened(repr(value))
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def without_thought(completion: str) -> str:
-    """What follows the thought of a completion; nothing, where this has not ended."""
-    return answer_of(completion) if "<" in completion or "[" in completion else completion
 
 
 def as_text(value: object) -> str:

@@ -21,14 +21,14 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.tasks.base import Grade
 from unisd.tasks.graders import phrases
-from unisd.tasks.graders.base import Candidate, Grader, Reading, as_text, passed_over, shown
+from unisd.tasks.graders.base import Candidate, Grader, Reading, shown
 from unisd.tasks.graders.letters import LEADING, LOOSE, MARKER, NAMED, Said, clean, say, without_run_on
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -230,24 +230,14 @@ class Choice(Grader):
     def grade(self, completion: str, gold: Gold) -> Grade:
         """Judge a completion by parsed gold; options that gold knows are read by their texts."""
         found = self.read(answer_of(completion), gold.options or tuple(sorted(gold.texts)))
-        passed = passed_over(found)
-        if found.chosen is None:
-            reason = found.hedge or "no answer found"
-            return Grade(False, None, reason, ambiguous=bool(found.hedge), passed_over=passed)
-        correct = self.equal(found.chosen.value, gold)
-        reason = "" if correct else "wrong"
-        if not correct and not gold.letters and not found.chosen.value.text:
-            reason = "a letter alone cannot be compared with gold's text: give the row's options"
-        return Grade(correct, found.chosen.text, reason, how=found.chosen.how, passed_over=passed)
+        grade = self.judged(found, gold)
+        if found.chosen is None or grade.correct or gold.letters or found.chosen.value.text:
+            return grade
+        reason = "a letter alone cannot be compared with gold's text: give the row's options"
+        return replace(grade, reason=reason)
 
 
 choice = Choice()
-
-
-def extract_choice(completion: str) -> str | None:
-    """Extract the option letter that a completion settles on; None where it settles on none."""
-    chosen = choice.read(as_text(completion)).chosen
-    return chosen.value.letter or None if chosen else None
 
 
 def fold(text: str) -> str:

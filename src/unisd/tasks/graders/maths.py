@@ -15,9 +15,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from unisd.data.thoughts import answer_of
 from unisd.errors import UserError
 from unisd.tasks.base import Grade
-from unisd.tasks.graders.base import TAIL, AliasGrader, without_thought
+from unisd.tasks.graders.base import TAIL, AliasGrader
 
 SECONDS = 30  # for one answer, with the start of the process
 
@@ -42,7 +43,7 @@ class Math(AliasGrader):
         return text
 
     def grade(self, completion: str, gold: tuple[str, ...]) -> Grade:
-        text = without_thought(completion)[-TAIL:]
+        text = answer_of(completion)[-TAIL:]
         if not text.strip():
             return Grade(False, None, "no answer found")
         found = self._ask(gold=list(gold), completion=text.encode("utf-8", "replace").decode())

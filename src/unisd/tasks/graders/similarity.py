@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from unisd.data.text import words
+from unisd.data.thoughts import answer_of
 from unisd.tasks.base import Grade
-from unisd.tasks.graders.base import TAIL, shortened, without_thought
+from unisd.tasks.graders.base import TAIL, shortened
 from unisd.tasks.graders.text import Text, fold
 
 THRESHOLD = 0.5
@@ -62,7 +63,7 @@ class Similarity(Text):
     name = "similarity"
 
     def grade(self, completion: str, gold: tuple[str, ...]) -> Grade:
-        text = without_thought(completion)
+        text = answer_of(completion)
         if not text.strip():
             return Grade(False, None, "no answer found", {"token_f1": 0.0, "rouge_l": 0.0}, score=0.0)
         found, wanted = tokens(text), [tokens(one) for one in gold]

@@ -10,8 +10,9 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
+from unisd.data.thoughts import answer_of
 from unisd.tasks.base import Grade
-from unisd.tasks.graders.base import TAIL, AliasGrader, shortened, without_thought
+from unisd.tasks.graders.base import TAIL, AliasGrader, shortened
 from unisd.tasks.graders.numerals import Numeral, in_ascii_fractions, numerals, plain
 
 CONTAINS_TAIL = 50_000
@@ -74,7 +75,7 @@ class Exact(Text):
     name = "exact"
 
     def grade(self, completion: str, gold: tuple[str, ...]) -> Grade:
-        text = " ".join(without_thought(completion).split())
+        text = " ".join(answer_of(completion).split())
         if not text:
             return Grade(False, None, "no answer found")
         if len(text) > max(TAIL, 20 * max(map(len, gold))):  # no folding makes that equal
@@ -90,7 +91,7 @@ class Contains(Text):
     reads_json_lists = True
 
     def grade(self, completion: str, gold: tuple[str, ...]) -> Grade:
-        answer = without_thought(completion)[-CONTAINS_TAIL:]
+        answer = answer_of(completion)[-CONTAINS_TAIL:]
         if not answer.strip():
             return Grade(False, None, "no answer found")
         text = rejected = ""

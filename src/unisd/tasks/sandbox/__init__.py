@@ -27,8 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -39,7 +37,7 @@ from typing import Any, NamedTuple
 from unisd.errors import UserError, by_caller
 from unisd.tasks.sandbox import syscalls
 
-__all__ = ["Verdict", "check_isolation", "run_many", "run_program"]
+__all__ = ["Verdict", "check_isolation", "run_program"]
 
 MAX_PROCESSES = 8  # and threads, of the code
 THREADS = {"OPENBLAS_NUM_THREADS": "1"}  # of numpy, which would count as processes
@@ -132,35 +130,6 @@ def run_program(
         UserError: as `require`. Never because of what the code does.
     """
     return _run(code, tests, timeout_s, memory_mb, require(allow_unsafe))
-
-
-def _own_cores() -> int:
-    """Those that this process is held to: a host may have many more."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def run_many(
-    programs: Iterable[tuple[str, str]],
-    timeout_s: float = 10.0,
-    memory_mb: int = 1024,
-    *,
-    allow_unsafe: bool | None = None,
-    workers: int | None = None,
-    on_done: Callable[[int], None] = lambda count: None,
-) -> list[Verdict]:
-    """Do `run_program` for many (code, tests); `on_done(1)` is called after each.
-
-    At most `workers` run at once (default: one per core).
-    """
-    safe = require(allow_unsafe)
-
-    def one(program: tuple[str, str]) -> Verdict:
-        verdict = _run(*program, timeout_s, memory_mb, safe)
-        on_done(1)
-        return verdict
-
-    with ThreadPoolExecutor(workers or _own_cores()) as pool:
-        return list(pool.map(one, programs))
 
 
 # ---------------------------------------------------------------- one program

@@ -19,14 +19,14 @@ from unisd.cli.completions import OURS
 from unisd.cli.grade import SCHEMA_VERSION, Figures, grade_answers, summary_lines
 from unisd.cli.parser import DATA, MEASURED, MODEL, OUTPUT, CommandParser, at_least_one, output_file
 from unisd.cli.sources import say_what_was_trained_on, tasks_of
-from unisd.console import loading_libraries, make_console, number, show_progress, show_table
+from unisd.console import loading_libraries, make_console, markdown_table, number, show_progress, show_table
 from unisd.data import rendering
 from unisd.data.origin import place_of
 from unisd.data.prompts import encode_prompt, overlong
 from unisd.data.thoughts import completion_text
 from unisd.errors import UserError
 from unisd.evaluation.grading import row_results, summarize
-from unisd.files import RESULTS, write_text
+from unisd.files import RESULTS, write_lines, write_text
 from unisd.http_client import check_server
 from unisd.models.inference import load_any
 from unisd.options.table import UniSDOptions
@@ -141,7 +141,7 @@ def _parser() -> CommandParser:
         " rows, test is --eval_file, else what `unisd train` with this --seed holds out",
     )
     data.add_argument(
-        "--max_eval_rows", "--n", dest="n", type=int, default=500, help="maximum rows per evaluation (500)"
+        "--max_eval_rows", dest="n", type=int, default=500, help="maximum rows per evaluation (500)"
     )
     _add_answers(parser)
     output.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to this file")
@@ -179,7 +179,6 @@ def _add_answers(parser: CommandParser) -> None:
     measured.add_argument("--top_p", type=float, default=1.0, help="nucleus: probability to sample from (1)")
     measured.add_argument(
         "--eval_max_new_tokens",
-        "--max_new_tokens",
         dest="max_new_tokens",
         type=int,
         help="maximum tokens per answer (default: the task's; for your own rows the model's run's, else 256)",
@@ -187,7 +186,6 @@ def _add_answers(parser: CommandParser) -> None:
     measured.add_argument("--stop", nargs="+", metavar="TEXT", help="end an answer before any of these texts")
     measured.add_argument(
         "--rollout_batch_size",
-        "--batch_size",
         dest="batch_size",
         type=int,
         help="answers at once (default: 64; for a server: 16 requests)",
@@ -255,7 +253,7 @@ def _refuse_nothing(options: Any, chosen: dict[str, Task], sets: dict[str, dict[
 
 def _write_rows(options: Any, records: Sequence[Figures]) -> None:
     if options.rows and records:
-        write_text(options.rows, "".join(json.dumps(record, default=str) + "\n" for record in records))
+        write_lines(options.rows, records)
 
 
 def _write(
@@ -266,9 +264,8 @@ def _write(
         write_text(options.json, json.dumps(figures, indent=2) + "\n")
     _write_rows(options, records)
     if options.markdown:
-        rule = ["---"] * len(table[0])
-        cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in (table[0], rule, *table[1:])]
-        write_text(options.markdown, "".join(f"| {' | '.join(line)} |\n" for line in cells))
+        head, *lines = [[cell.strip() for cell in line] for line in table]
+        write_text(options.markdown, "\n".join(markdown_table(head, lines)) + "\n")
 
 
 def _sets(name: str, task: Task, options: Any) -> dict[str, list[Row]]:
@@ -395,7 +392,8 @@ class _Evaluation:
             assert moved is not None
             for what in ("reverse", "forward", "kl"):
                 side = moved[what]
-                value = "-" if side is None else f"{number(side['before'], 4)} to {number(side['after'], 4)}"
+                sides = () if side is None else (side["before"], side["after"])
+                value = " to ".join(number(one, ".4f") for one in sides) or "-"
                 self.lines.append([f"{prefix}{DRIFT[what]}", value, str(len(rows))])
         self.figures[name] = found
 

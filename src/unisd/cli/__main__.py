@@ -1,5 +1,0 @@
-import sys
-
-from unisd.cli.main import main
-
-sys.exit(main())
