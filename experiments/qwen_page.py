@@ -176,7 +176,7 @@ def write(folder: Path, cells: list[Cell]) -> None:
 
 def _mean(group: Sequence[Cell], value: Callable[[Cell], float], digits: int) -> str:
     values = [value(cell) for cell in group]
-    return number(float(np.mean(values)), digits) if values else "-"
+    return number(float(np.mean(values)), f".{digits}f") if values else "-"
 
 
 if __name__ == "__main__":

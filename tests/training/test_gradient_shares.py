@@ -60,6 +60,11 @@ def test_measuring_changes_nothing(tmp_path: Path) -> None:
     assert runs[None][0] == runs[2][0] and torch.equal(runs[None][1], runs[2][1])
 
 
+def test_a_run_without_mechanisms_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path, diagnostics_gradient_steps=1)
+    assert "diagnostics_gradient_steps has no effect" in caplog.text
+
+
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from unisd.training.preflight import check_machine
 

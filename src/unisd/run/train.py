@@ -455,14 +455,14 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
     print(f"interrupted; resume from {checkpoint.name} with:\n  {outputs.resume_command(options, folder)}")
 
 
-def _gradient_line(steps: list[Results]) -> str:
+def _gradient_lines(steps: list[Results]) -> list[str]:
     """What each mechanism made of the gradient when it was last measured."""
     for step in reversed(steps):
         shares = {name: value for name, value in step.items() if name.startswith(PREFIX)}
         if shares:
             told = (f"{name.removeprefix(PREFIX)} {100 * value:.1f} %" for name, value in shares.items())
-            return f"share of the gradient at step {step['step']}: {', '.join(told)}"
-    return "share of the gradient: there is no mechanism to leave out"
+            return [f"share of the gradient at step {step['step']}: {', '.join(told)}"]
+    return []
 
 
 def _report(
@@ -476,8 +476,8 @@ def _report(
         say(line)
     for line in choice.lines(results):
         say(line)
-    if results["config"]["diagnostics_gradient_steps"] is not None:
-        say(_gradient_line(read_lines(folder / METRICS)))
+    for line in _gradient_lines(read_lines(folder / METRICS)):
+        say(line)
     for alarm in results["alarms"] or ():
         say(f"alarm at step {alarm['step']}, {alarm['name']}: {alarm['text']}")
     seconds = results["phases_s"]

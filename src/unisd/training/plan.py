@@ -198,6 +198,9 @@ def _check_used(args: UniSDConfig, plan: Plan) -> None:
         logger.warning("feature_layers has no effect: it says what feature_weight matches, which is 0.")
     if args.target_reference_steps is not None and not any(s.weights == "step" for s in plan.sources):
         logger.warning("target_reference_steps has no effect: the target looks at no earlier weights.")
+    parts = (plan.weights, plan.terms, plan.target, args.token_clip, args.token_clip_quantile)
+    if args.diagnostics_gradient_steps is not None and not any(parts):
+        logger.warning("diagnostics_gradient_steps has no effect: there is no mechanism to leave out.")
     if plan.target is not None and plan.target.name == "geometric":
         [source] = plan.target.sources
         if source in _teachers_own(args):
