@@ -355,6 +355,15 @@ def test_lines_that_are_mistakes(
     assert told in capsys.readouterr().err
 
 
+def test_a_mistake_in_a_pipe_costs_its_own_line(
+    opened: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/nwe\nHow many?\n"))
+    assert main(["chat", "tiny", "--max_new_tokens", "3"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.strip() and "1 of 2 lines were not answered" in shown.err
+
+
 def test_every_command_has_a_line_in_help(
     opened: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -252,18 +252,23 @@ class Session:
 
 
 def _answer_lines(session: Session) -> None:
-    """Take each line of standard input; only answers come out.
+    """Take each line of standard input; only answers come out. A mistake costs its own line only.
 
     Raises:
-        UserError: of a line, or there is none.
+        UserError: there was a mistake, or no line.
     """
-    found = False
+    number, mistakes = 0, 0
     for number, line in enumerate(_piped(), 1):
-        found = True
-        with naming(f"line {number}"):
-            if not session.do(line):
-                return
-    if not found:
+        try:
+            with naming(f"line {number}"):
+                if not session.do(line):
+                    break
+        except UserError as error:
+            print(f"unisd: error: {error}", file=sys.stderr)
+            mistakes += 1
+    if mistakes:
+        raise UserError(f"{mistakes} of {number} lines were not answered.")
+    if not number:
         raise UserError("there is no prompt: give --prompt TEXT, or lines on standard input.")
 
 
