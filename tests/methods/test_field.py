@@ -575,6 +575,8 @@ def test_sources_that_rows_cannot_serve(tmp_path: Any, caplog: pytest.LogCapture
     requests = few._requests([(i, 0) for i in range(8)], few._rollout([(i, 0) for i in range(8)]))
     assert [len(request.sources) for request in requests] == [2] + [1] * 7
     del rows[0]["hints"]
+    assert_same(gradients(trainer(tmp_path, train_dataset=rows, **views)), expected)
+    views["target"] = "view_consensus:views=hints"
     with pytest.raises(UserError, match="reads teacher/hints, but no row of the training data has anything"):
         trainer(tmp_path, train_dataset=rows, **views)
     assert_same(gradients(trainer(tmp_path, train_dataset=rows, **alone)), expected)

@@ -17,7 +17,7 @@ from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rendering import naming
 from unisd.data.rows import Row
 from unisd.errors import UserError
-from unisd.methods.targets import NEGATIVE, SAME, Source
+from unisd.methods.targets import NEGATIVE, SAME, Source, parse_target
 from unisd.rollout.engine import Completion
 
 
@@ -244,13 +244,17 @@ class RequestBuilder:
         return {source: ids for source, ids in prompts.items() if ids is not None}
 
     def _check_sources(self, rows: Sequence[Row]) -> None:
-        """Refuse a source that no row can serve, and tell of one that some cannot."""
-        for source in self.sources:
-            if source == NEGATIVE or source.context in (SAME, "plain"):
-                continue
-            without = sum(self.prompts.lacks(row, source.context) for row in rows)
+        """Refuse a source that no row can serve, and tell of one that some cannot.
+
+        A target that does with some of its sources needs one that a row can serve.
+        """
+        asked = [one for one in self.sources if one != NEGATIVE and one.context not in (SAME, "plain")]
+        lacking = {one: sum(self.prompts.lacks(row, one.context) for row in rows) for one in asked}
+        enough = self.args.target is not None and parse_target(self.args.target).partial
+        enough = enough and min(lacking.values(), default=0) < len(rows)
+        for source, without in lacking.items():
             remedy = what_gives(source.context)
-            if without == len(rows):
+            if without == len(rows) and not enough:
                 raise UserError(
                     f"target={self.args.target} reads {source}, but no row of the training data has anything"
                     f" for {source.context!r}: {remedy}, or take it out of the target."
