@@ -101,7 +101,7 @@ class UniSDTrainer(EvaluatingTrainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | Path | nn.Module,
         args: UniSDConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -115,11 +115,11 @@ class UniSDTrainer(EvaluatingTrainer):
     ) -> None:
         args = args if args is not None else UniSDConfig()
         preflight.check_machine(args)
-        student, processing_class = load_student(model, args, processing_class, peft_config)
-        self.grader = grader
+        # before the model, which an adapter changes in place
         self.rows: list[Row] = [] if train_dataset is None else training_rows(train_dataset, args)
+        student, processing_class = load_student(model, args, processing_class, peft_config)
         self.prompts = build_prompts(args, processing_class, student)
-        self.plan = Plan.of(args, engine)
+        self.grader, self.plan = grader, Plan.of(args, engine)
         if self.rows:
             check_data_serves(self.plan, self.rows)
         if args.feature_layers and args.gradient_checkpointing:

@@ -10,10 +10,12 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
+from unisd import UserError
 from unisd.rollout.verdicts import Judge, as_verdict, tells_reference
-from unisd.tasks.base import Grade, Verdict
+from unisd.tasks.base import Grade, Verdict, as_grade
 
 ROWS = [
     {"id": str(i), "prompt": f"{i}?", "privileged_context": f"reference number {i} is this one"}
@@ -25,9 +27,22 @@ def test_what_a_grader_may_return() -> None:
     assert as_verdict(True) == Verdict(1.0, True) and as_verdict(0) == Verdict(0.0, False)
     assert as_verdict(0.25) == Verdict(0.25, False) and as_verdict(1.0) == Verdict(1.0, True)
     assert as_verdict(Grade(False, "7", feedback="too low")) == Verdict(0.0, False, "too low")
-    assert as_verdict(given := Verdict(0.5, True, "half")) is given
-    for nonsense in (math.nan, math.inf, -0.1, 1.1, "right", [1], Verdict(math.nan, True)):
-        assert as_verdict(nonsense) is None
+    assert as_verdict(given := Verdict(0.5, True, "half")) == given
+    for right in (np.bool_(True), Grade(np.bool_(True)), Verdict(1.0, np.bool_(True)), Verdict(1.0, 1)):
+        assert as_verdict(right).passed is True and as_grade(right).correct is True
+    nonsense = (math.nan, math.inf, -0.1, 1.1, "right", "True", [1], None, {"score": 1.0}, 85.0, (True, ""))
+    objects = (
+        Verdict(math.nan, True),
+        Verdict(1.0, "no"),
+        Grade("no"),
+        Grade(True, score=7),
+        Verdict(0, False, {"a": 1}),
+    )
+    for value in (*nonsense, *objects):
+        with pytest.raises(UserError, match="a bool, a score from 0 to 1, a Grade or a Verdict is needed"):
+            as_verdict(value)
+    half = as_grade(Verdict(0.5, True, "half"))
+    assert (half.share, half.correct, half.feedback) == (0.5, True, "half") and as_grade(0.5).share == 0.5
 
 
 def test_verdicts_come_in_order_and_several_at_once() -> None:

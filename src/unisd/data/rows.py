@@ -21,7 +21,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,8 @@ def _plain(dataset: Any, name: str, of_stream: int | None) -> list[Row]:
                 f"{name} is a stream, which may never end: give a list of some of its rows, or (of training"
                 " rows) max_steps."
             )
+        dataset = itertools.islice(dataset, of_stream)
+    elif isinstance(dataset, Iterator) and of_stream is not None:  # it may never end
         dataset = itertools.islice(dataset, of_stream)
     rows = list(dataset)
     for number, row in enumerate(rows):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from unisd.models.load import context_length
 from unisd.models.tokens import eos_ids, pad_id
 from unisd.rollout import transformers_engine
 from unisd.rollout.engine import Sampling
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, Any]]
 SEED = 42  # of samples, where nobody says which
@@ -43,8 +47,10 @@ def generate(
         UserError: a single prompt, a bad one, one that leaves no room for an answer, or a model
             that cannot be opened.
     """
+    check_sampling(max_new_tokens, temperature)
     model, tokenizer = opened(model, tokenizer)
     ids = encode_prompts(model, tokenizer, prompts)
+    max_new_tokens = within_context(model, ids, max_new_tokens)
     with show_progress("answering", len(ids)) as advance:
         written = transformers_engine.generate(
             model,
@@ -59,13 +65,39 @@ def generate(
     return [completion_text(tokenizer, one.ids) for one in written]
 
 
+def check_sampling(max_new_tokens: int, temperature: float) -> None:
+    """Raise `UserError` for answers of no token, and for what is no temperature."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} writes nothing: give 1 or more.")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature={temperature} is no temperature: give 0 (greedy) or more.")
+
+
+def within_context(model: Any, ids: Sequence[list[int]], max_new_tokens: int) -> int:
+    """The most tokens of an answer for which the longest prompt leaves room; fewer are told."""
+    context = context_length(model)
+    room = max_new_tokens if context is None else context - max(map(len, ids), default=0)
+    if room < max_new_tokens:
+        logger.warning(
+            "answers end after %d tokens in place of %d: the longest prompt leaves no more of the model's"
+            " context of %d.",
+            *(room, max_new_tokens, context),
+        )
+    return min(room, max_new_tokens)
+
+
 def encode_prompts(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of several prompts.
 
     Raises:
         UserError: see `generate`.
     """
-    if isinstance(prompts, (str, Path)) or any(isinstance(prompt, dict) for prompt in prompts):
+    single = isinstance(prompts, (str, Path))
+    prompts = [] if single else list(prompts)
+    rows = [prompt for prompt in prompts if isinstance(prompt, dict)]
+    if rows and "prompt" in rows[0]:
+        raise UserError("prompts holds rows: give their prompts, as in [row['prompt'] for row in rows].")
+    if single or rows:
         raise UserError("prompts is a single prompt: give a list of prompts, as in [prompt].")
     context, found = context_length(model), []
     for number, prompt in enumerate(prompts):

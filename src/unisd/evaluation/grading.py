@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from unisd.data.thoughts import answer_of
+from unisd.errors import RolloutError, UserError, first_line
 from unisd.processes import cores
-from unisd.tasks.base import Grade, Row, is_right
+from unisd.tasks.base import Grade, Row, as_grade
 
 BOOTSTRAP = 2000  # resamples of an interval
 Z95 = 1.959963984540054  # standard deviations to each side of a 95 % interval
@@ -28,13 +29,23 @@ def grade_many(
 
     The grader sees what follows a thought: nothing, where this has not ended. A program runs in a
     process of its own.
+
+    Raises:
+        RolloutError: the grader raised, or gave what is no verdict; of a training its finished
+            steps are kept.
     """
 
     def one(pair: tuple[Row, str]) -> Grade:
         row, text = pair
-        verdict = grade(row, answer_of(text))
+        try:
+            found = as_grade(grade(row, answer_of(text)))
+        except UserError as error:
+            raise RolloutError(f"row {row.get('id')}: {error}") from None
+        except Exception as error:
+            told = f"the grader raised {type(error).__name__}: {first_line(error)}"
+            raise RolloutError(f"row {row.get('id')}: {told}") from error
         on_done(1)
-        return verdict if isinstance(verdict, Grade) else Grade(is_right(verdict))
+        return found
 
     with ThreadPoolExecutor(cores()) as pool:
         return list(pool.map(one, zip(rows, completions, strict=True)))

@@ -36,7 +36,7 @@ from unisd.models.tokens import eos_ids, mark_ends, pad_id
 from unisd.rollout.engine import Completion, Sampling
 from unisd.rollout.transformers_engine import generate
 from unisd.scoring.passes import Job, Passes, PassLayout
-from unisd.tasks.base import is_right
+from unisd.tasks.base import as_grade
 
 LAYOUTS = ("append", "turn")
 HEADROOM = 0.05  # least gain in accuracy that is worth a run
@@ -132,7 +132,7 @@ class Probe:
         if self.grade is not None:
             texts = [answer_of(completion_text(self.tokenizer, one.ids)) for one in completions]
             figures["correct"] = [
-                int(is_right(self.grade(row, text))) for row, text in zip(rows, texts, strict=True)
+                int(as_grade(self.grade(row, text)).correct) for row, text in zip(rows, texts, strict=True)
             ]
             figures["accuracy"] = wilson(sum(figures["correct"]), len(rows))
         return figures

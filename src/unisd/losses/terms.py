@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unisd.errors import UserError
 from unisd.losses.head import Head
 from unisd.methods.divergence import DivergenceSpec, pick
 from unisd.methods.registry import Term
@@ -124,8 +125,13 @@ class LossTerm:
         """d loss / d l [N]."""
         divergence_N, logp_N, entropy_N, teacher_logp_N = values
         if self.term.derivative is not None:
-            inputs = self._inputs(values, self.coefficient_N == 0)
-            return self.coefficient_N * self.term.derivative(inputs, **self.term.options)
+            slope_N = self.term.derivative(self._inputs(values, self.coefficient_N == 0), **self.term.options)
+            if slope_N.shape != logp_N.shape:
+                raise UserError(
+                    f"the derivative of loss term {self.term.name!r} must return shape {tuple(logp_N.shape)},"
+                    f" but returned {tuple(slope_N.shape)}."
+                )
+            return self.coefficient_N * slope_N
         with torch.enable_grad():
             leaf_N = logp_N.detach().requires_grad_()
             value_N = self.values((divergence_N, leaf_N, entropy_N, teacher_logp_N))

@@ -12,8 +12,9 @@ import ast
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from typing import Any, Protocol, TypeVar
 
@@ -105,6 +106,26 @@ def all_options(function: Callable[..., Any], options: Mapping[str, Any]) -> dic
     return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(options)
 
 
+def names_of(given: str | Iterable[str]) -> frozenset[str]:
+    """Several names, or a single one."""
+    return frozenset([given] if isinstance(given, str) else given)
+
+
+@contextmanager
+def naming_what_is_missing(kind: str, name: str, inputs: Any, declared: str) -> Iterator[None]:
+    """Say of a plug-in that reads what it has not asked for that it must declare it."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        missing = [each.name for each in fields(inputs) if getattr(inputs, each.name) is None]
+        if "None" not in str(error) or not missing:
+            raise
+        raise UserError(
+            f"{kind} {name!r} failed ({error}): without being named in its {declared} these are None:"
+            f" {', '.join(missing)}."
+        ) from error
+
+
 def parse(kind: str, text: str) -> tuple[str, dict[str, Any]]:
     """`name` or `name:option=value,option=value`; values are Python literals, or else strings."""
     name, _, tail = text.partition(":")
@@ -144,7 +165,8 @@ class WeightFunction:
     in_forward: bool = False
 
     def __call__(self, scores: StepScores) -> Tensor:
-        weights = self.function(scores, **self.options)
+        with naming_what_is_missing(KIND, self.name, scores, "needs"):
+            weights = self.function(scores, **self.options)
         expected = scores.mask.shape if self.level == "token" else scores.mask.shape[:1]
         if weights.shape != expected:
             raise UserError(
@@ -188,13 +210,14 @@ def register_weight(
         )
     if in_forward and level != "token":
         raise UserError(f"token weight {name!r}: only weights of level token can be in_forward.")
-    if unknown := sorted(frozenset(needs) - NEEDS):
+    needs = names_of(needs)
+    if unknown := sorted(needs - NEEDS):
         raise UserError(
             f"token weight {name!r} needs {unknown[0]!r}, which scoring does not offer: {sorted(NEEDS)}."
         )
 
     def register(function: Weight) -> Weight:
-        weight = WeightFunction(name, function, level, frozenset(needs), normalizer, in_forward=in_forward)
+        weight = WeightFunction(name, function, level, needs, normalizer, in_forward=in_forward)
         enter(KIND, weight, _REGISTRY)
         return function
 
@@ -233,7 +256,8 @@ class Term:
     derivative: Callable[..., Tensor] | None = None  # of the function, by l; None: left to autograd
 
     def __call__(self, inputs: TermInputs) -> Tensor:
-        values = self.function(inputs, **self.options)
+        with naming_what_is_missing(TERM_KIND, self.name, inputs, "needs"):
+            values = self.function(inputs, **self.options)
         if values.shape != inputs.student_logp.shape:
             raise UserError(
                 f"loss term {self.name!r} must return shape {tuple(inputs.student_logp.shape)}, but returned"
@@ -271,13 +295,14 @@ def register_term(
     derivative: the values' derivative by the student's log-probability, `(inputs, **options) ->
     Tensor`. Without it autograd finds the same, in some tens of small kernels for each chunk.
     """
-    if unknown := sorted(frozenset(needs) - TERM_NEEDS):
+    needs = names_of(needs)
+    if unknown := sorted(needs - TERM_NEEDS):
         raise UserError(
             f"loss term {name!r} needs {unknown[0]!r}, which is not offered: {sorted(TERM_NEEDS)}."
         )
 
     def register(function: Weight) -> Weight:
-        enter(TERM_KIND, Term(name, function, frozenset(needs), derivative=derivative), _TERMS)
+        enter(TERM_KIND, Term(name, function, needs, derivative=derivative), _TERMS)
         return function
 
     return register

@@ -39,6 +39,7 @@ ENTRY_POINT_GROUP = "unisd.targets"
 WEIGHTS = ("teacher", "base", "step", "student")
 SAME = "same"
 CONTEXTS = (*LEVELS, "negative", SAME)
+NORMALISED_WITHIN = 0.05  # nats: far above rounding, far below a missing log
 LOWEST_LOGP = -1e4  # stands in for anything less likely where log-probabilities are subtracted
 
 
@@ -86,6 +87,7 @@ class Target:
     # does with the sources that a row has; else the target of one that lacks some is the teacher's
     partial: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    _seen: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -93,20 +95,34 @@ class Target:
 
     def __call__(self, inputs: TargetInputs) -> Tensor:
         target: Tensor = self.function(inputs, **self.options)
-        if target.shape != inputs.teacher_logp.shape:
+        if not isinstance(target, Tensor) or target.shape != inputs.teacher_logp.shape:
             raise UserError(
                 f"target {self.name!r} must return shape {tuple(inputs.teacher_logp.shape)}, but returned"
-                f" {tuple(target.shape)}."
+                f" {tuple(getattr(target, 'shape', ()))}."
             )
+        if target.dim() == 2:
+            # what cannot occur is so unlikely: a share of 0 times an infinity is no number
+            target = target.clamp(min=LOWEST_LOGP)
+            if not self._seen:
+                self._check_normalised(target)
+                self._seen.append(True)
         return target
+
+    def _check_normalised(self, target_CV: Tensor) -> None:
+        """Look at the first tokens of a run: their shares must add up to 1."""
+        off = float(target_CV.float().logsumexp(-1).abs().max()) if len(target_CV) else 0.0
+        if not off < NORMALISED_WITHIN:
+            raise UserError(
+                f"target {self.name!r} must return log-probabilities, whose shares add up to 1: they are off"
+                f" by a factor of e^{off:.2g}; end it with .log_softmax(-1)."
+            )
 
     def with_options(self, **options: Any) -> Target:
         """The same with options bound; unknown ones, and sources that nobody offers, are refused
         here.
         """
-        bound = replace(
-            self, options=bound_options(KIND, self.name, self.function, {**self.options, **options})
-        )
+        options = bound_options(KIND, self.name, self.function, {**self.options, **options})
+        bound = replace(self, options=options, _seen=[])
         try:
             _ = bound.sources
         except UserError as error:
@@ -133,7 +149,8 @@ def register_target(
         # a reload replaces its own
         if known is not None and known.function.__module__ != function.__module__:
             raise UserError(f"target {name!r} is already registered by {known.function.__module__}.")
-        declared: Sources = sources if callable(sources) else lambda options: sources
+        named = (sources,) if isinstance(sources, str) else sources
+        declared: Sources = named if callable(named) else lambda options: named
         _REGISTRY[name] = Target(name, function, declared, realised, partial)
         return function
 

@@ -179,15 +179,25 @@ def check_adapter(model: Any, peft_config: Any) -> None:
     """Refuse an adapter that could not be trained, or not be opened again.
 
     Raises:
-        UserError: one by `add_adapter`, of another name, several, or one beside a `peft_config`.
+        UserError: one by `add_adapter`, of another name, several, or one beside a `peft_config`; a
+            `peft_config` that is none, or of another task.
     """
+    if peft_config is not None:
+        if not hasattr(peft_config, "peft_type"):
+            kind = type(peft_config).__name__
+            raise UserError(f"peft_config is a {kind}: give peft's LoraConfig, or another of its configs.")
+        if peft_config.task_type not in (None, "CAUSAL_LM"):
+            raise UserError(
+                f"peft_config has task_type={str(peft_config.task_type)!r}, so that the adapter could not be"
+                " opened as a language model again: set task_type='CAUSAL_LM'."
+            )
     held = getattr(model, "peft_config", None)
     if not held:
         return
     if not hasattr(model, "get_base_model"):
         raise UserError(
-            "the model has an adapter of transformers' add_adapter: give peft_config, or a model that"
-            " peft.get_peft_model has made."
+            "this model object has an adapter already, of add_adapter or of an earlier trainer: load the"
+            " model again, or give what peft.get_peft_model made (trainer.model) without peft_config."
         )
     if peft_config is not None:
         raise UserError(

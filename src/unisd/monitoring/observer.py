@@ -130,7 +130,9 @@ class Observer:
         self.tokenizer = tokenizer
         self.probes = probes
         recorded = args.record_samples if accelerator.is_main_process else 0
-        self.samples = SampleRecorder(Path(args.output_dir) / SAMPLES, recorded, tokenizer, grader)
+        self.samples = SampleRecorder(
+            Path(args.output_dir) / SAMPLES, recorded, tokenizer, grader, args.verdict_seconds
+        )
         self.counting = Counting(tokenizer, args.diagnostics_words) if args.diagnostics else None
         self._pending: Callable[[], dict[str, float]] | None = None
 

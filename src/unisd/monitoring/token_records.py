@@ -27,7 +27,7 @@ from unisd.losses.terms import LossInputs, LossOutput
 from unisd.methods.divergence import DivergenceSpec
 from unisd.methods.scores import StepScores
 from unisd.rollout.engine import Completion
-from unisd.tasks.base import is_right
+from unisd.rollout.verdicts import LIMIT_S, Judge
 
 MAX_RECORDS = 200
 MAX_TOKENS = 512
@@ -53,16 +53,21 @@ class SampleRecorder:
         path: `samples.jsonl`.
         per_step: completions of a logged step; 0 records nothing.
         tokenizer: splits a completion into the texts of its tokens.
-        grader: verdict on a completion, or None.
+        grader: verdict on a completion, or None; it has `verdict_seconds` for each.
     """
 
     def __init__(
-        self, path: Path, per_step: int, tokenizer: Any, grader: Callable[[Row, str], Any] | None
+        self,
+        path: Path,
+        per_step: int,
+        tokenizer: Any,
+        grader: Callable[[Row, str], Any] | None,
+        verdict_seconds: float = LIMIT_S,
     ) -> None:
         self.path = path
         self.per_step = per_step
         self.tokenizer = tokenizer
-        self.grader = grader
+        self.judge = None if grader is None else Judge(grader, verdict_seconds)
         self._pending: dict[int, dict[str, Any]] = {}
         self._taken: dict[int, Tensor] = {}  # values by row and loss token, on the device
         self._preferred: dict[int, Tensor] = {}  # the teacher's token, its log-probability, the sampled one
@@ -122,7 +127,8 @@ class SampleRecorder:
         """The verdict that the answer got already, else what the grader says."""
         if (verdict := completion.verdict) is not None:
             return {"correct": verdict.passed, "score": verdict.score, "feedback": verdict.feedback}
-        return {"correct": None if self.grader is None else is_right(self.grader(row, answer))}
+        [verdict] = [None] if self.judge is None else self.judge.verdicts([row], [answer])
+        return {"correct": None if verdict is None else verdict.passed}
 
     def spans(self, part: Sequence[int], mask_BT: Tensor) -> list[Span]:
         """Where the recorded rows' loss tokens lie in a micro-batch made of the rows `part`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import Field, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from unisd.errors import UserError
@@ -49,6 +50,18 @@ def declared(kind: Any) -> list[Field[Any]]:
     return [item for item in fields(kind) if "group" in item.metadata]
 
 
+def _check_type(name: str, value: Any, kinds: list[str]) -> None:
+    """Refuse one text for a list, and what is no number for a number."""
+    if value is None or "str" in kinds:
+        return
+    if any(kind.startswith("list[") for kind in kinds) and isinstance(value, str):
+        raise UserError(f"{name}={value!r} is a single text: give a list, as in [{value!r}].")
+    wanted = Integral if "int" in kinds and "float" not in kinds else Real
+    if {"int", "float"} & set(kinds) and (isinstance(value, bool) or not isinstance(value, wanted)):
+        what = "a whole number" if wanted is Integral else "a number"
+        raise UserError(f"{name}={value!r} is no number of its kind: give {what}.")
+
+
 def exclusions(kind: Any) -> list[tuple[str, str]]:
     """Pairs of options that exclude each other."""
     return [
@@ -67,6 +80,8 @@ def check_declared(options: Any, outside: str = OUTSIDE) -> None:
     Raises:
         UserError: for the first option that breaks its declaration.
     """
+    for item in declared(options):
+        _check_type(item.name, getattr(options, item.name), str(item.type).split(" | "))
     for item in declared(options):
         value, choices = getattr(options, item.name), item.metadata["choices"]
         if choices and value not in choices:

@@ -146,7 +146,7 @@ def _completion(*fields: Any) -> Completion:
 
 def behaviour_logp(completions: Sequence[Completion], width: int) -> Tensor:
     """l' [B,T] of completions that know it, NaN for all others."""
-    found = torch.full((len(completions), width), math.nan)
+    found = torch.full((len(completions), width), math.nan, dtype=torch.float32)
     for i, completion in enumerate(completions):
         if completion.logps is not None:
             found[i, : len(completion.logps)] = torch.tensor(completion.logps)

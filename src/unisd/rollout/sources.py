@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from unisd.config import UniSDConfig
 from unisd.data.origin import place_of
@@ -21,7 +22,7 @@ from unisd.data.rows import Row
 from unisd.data.thoughts import answer_of, completion_text
 from unisd.data.trajectories import TURNS, encode_turns
 from unisd.distributed.sharding import all_ranks_must_join
-from unisd.errors import UserError
+from unisd.errors import UserError, first_line
 from unisd.rollout.engine import Completion, Engine, NoiseKey, Sampling, uniform_noise
 from unisd.rollout.verdicts import Judge
 from unisd.teacher import Teacher
@@ -92,11 +93,11 @@ class CompletionSource:
                     self._sync()  # an engine with weights of its own must have these
                     written = [
                         replace(c, sampled=False, version=None if c.version is None else at_step)
-                        for c in self.engine.generate(prompts, keys, self.sampling)
+                        for c in self._written(prompts, keys)
                     ]
             else:
-                written = self.engine.generate(prompts, keys, self.sampling)
-            written = [self._without_end(_checked(c)) for c in written]
+                written = self._written(prompts, keys)
+            written = [self._without_end(c) for c in written]
             self.prefilled += sum(map(len, prompts))
             self.generated += sum(len(c.ids) if c.written is None else sum(c.written) for c in written)
             found.update(zip(chosen, written, strict=True))
@@ -104,6 +105,15 @@ class CompletionSource:
         if all(completion.version is None for completion in found.values()):
             self.seconds.pop("sync", None)  # the engine has the student's own weights
         return self._judged(numbers, [found[i] for i in range(len(numbers))])
+
+    def _written(self, prompts: list[list[int]], keys: Sequence[NoiseKey]) -> list[Completion]:
+        """What the engine writes to the prompts."""
+        try:
+            written = self.engine.generate(prompts, keys, self.sampling)
+        except OSError as error:  # of a connection, say
+            raise UserError(f"the engine raised {type(error).__name__}: {first_line(error)}.") from error
+        check_written(written, len(prompts), self.sampling.max_new_tokens)
+        return list(written)
 
     def _judged(self, numbers: Sequence[tuple[int, int]], completions: list[Completion]) -> list[Completion]:
         if self.judge is None:
@@ -189,14 +199,33 @@ class CompletionSource:
         return Completion(ids, truncated=False, sampled=False)
 
 
-def _checked(completion: Completion) -> Completion:
-    """Raise `UserError` for what an engine of the user's own must not return."""
-    if completion.written is not None and len(completion.written) != len(completion.ids):
-        raise UserError(
-            f"the engine returned {len(completion.ids)} tokens and {len(completion.written)} entries of"
-            " `written`: give one per token."
-        )
-    return completion
+def check_written(written: Any, prompts: int, limit: int) -> None:
+    """Raise `UserError` for what an engine of the user's own must not return.
+
+    Args:
+        prompts: how many it was given.
+        limit: tokens that a completion may have.
+    """
+    if not isinstance(written, (list, tuple)) or len(written) != prompts:
+        what = f"{len(written)} completions" if isinstance(written, (list, tuple)) else type(written).__name__
+        raise UserError(f"the engine returned {what} for {prompts} prompts: give a list with one for each.")
+    for one in written:
+        if not isinstance(one, Completion):
+            raise UserError(f"the engine returned {one!r:.80}: give unisd.Completion(ids, truncated).")
+        if not all(isinstance(token, int) and token >= 0 for token in one.ids):
+            raise UserError("the engine returned a Completion whose ids are not a list of token numbers.")
+        if len(one.ids) > limit:
+            raise UserError(
+                f"the engine returned {len(one.ids)} tokens, over the limit of {limit} that it was given"
+                " (sampling.max_new_tokens), which is that of all turns: end there, with truncated=True."
+            )
+        for name in ("written", "logps"):
+            values = getattr(one, name)
+            if values is not None and len(values) != len(one.ids):
+                raise UserError(
+                    f"the engine returned {len(one.ids)} tokens and {len(values)} entries of `{name}`: give"
+                    " one per token."
+                )
 
 
 def _groups(

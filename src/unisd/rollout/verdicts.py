@@ -7,7 +7,6 @@ the row, and the step goes on. What is left of a grader that hangs is a daemon t
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import Counter, deque
@@ -16,8 +15,9 @@ from typing import Any
 
 from unisd.data.rows import Row
 from unisd.data.text import contains, words
+from unisd.errors import UserError
 from unisd.processes import cores
-from unisd.tasks.base import Grade, Verdict
+from unisd.tasks.base import Grade, Verdict, as_grade
 from unisd.tasks.graders.base import shortened
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,9 @@ class Judge:
             return None
         if answer is None:
             return None
-        verdict = as_verdict(answer)
-        if verdict is None:
+        try:
+            verdict = as_verdict(answer)
+        except UserError:
             self._say("nonsense", row, f"gave {answer!r:.80}, a bool or a score from 0 to 1 is needed")
             return None
         if tells_reference(verdict.feedback, row):
@@ -143,29 +144,20 @@ class Judge:
             logger.warning("The grader %s, for row %s. More of this kind are counted only.", what, row["id"])
 
 
-def as_verdict(answer: Any) -> Verdict | None:
-    """What a grader returned, as a verdict; None for what is none."""
-    if isinstance(answer, Verdict):
-        return answer if _is_share(answer.score) else None
-    if isinstance(answer, Grade):
-        return Verdict(answer.share, answer.correct, answer.feedback or _in_words(answer))
-    return Verdict(float(answer), float(answer) == 1.0) if _is_share(answer) else None
+def as_verdict(answer: Any) -> Verdict:
+    """What a grader returned, as a verdict; raises `UserError` for what is none."""
+    grade = as_grade(answer)
+    said = _in_words(grade) if isinstance(answer, Grade) else ""
+    return Verdict(grade.share, grade.correct, grade.feedback or said)
 
 
 def _in_words(grade: Grade) -> str:
     """What a grade says of an answer that is not right, in a sentence."""
     if grade.outcome == "wrong":
-        return f"The answer {shortened(grade.extracted or '', 200)} is wrong."
+        return f"The answer {shortened(str(grade.extracted or ''), 200)} is wrong."
     if grade.outcome == "ambiguous":
         return f"No single answer is given: {grade.reason}."
     return "" if grade.correct else "No answer is given in the form that is asked for."
-
-
-def _is_share(value: Any) -> bool:
-    try:
-        return math.isfinite(value) and 0 <= value <= 1
-    except (TypeError, ValueError):
-        return False
 
 
 def tells_reference(feedback: str, row: Row) -> bool:

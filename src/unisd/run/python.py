@@ -19,7 +19,6 @@ from unisd.run.changes import HEAD, change_lines
 from unisd.run.inputs import RunData
 from unisd.run.options import RunOptions
 from unisd.run.retention import load_sets
-from unisd.tasks.base import is_right
 
 HEADER = ("", *HEAD[1:])
 
@@ -72,7 +71,7 @@ def prepare(
         raise UserError(f"{what} are made by a model: give model (and tokenizer, where it is loaded).")
     found = RunData("rows", _rows(rows), [])
     if grader is not None:
-        found.grade = lambda row, text: is_right(grader(row, text))  # type: ignore[assignment,return-value]
+        found.grade = grader
 
     def load() -> tuple[Any, Any]:
         loaded = opened(model, tokenizer)

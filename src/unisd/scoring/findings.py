@@ -63,7 +63,9 @@ class Findings:
         # fields of `StepScores`; log-probabilities of a target's source under its own name
         wanted = {name for name, need in NEED_OF.items() if need in needs}
         wanted |= {reading.logp for view in views for reading in view.readings} - NEED_OF.keys()
-        self.scores = {name: torch.zeros([size[d] for d in DIMS.get(name, "BT")]) for name in wanted}
+        self.scores = {
+            name: torch.zeros([size[d] for d in DIMS.get(name, "BT")], dtype=torch.float32) for name in wanted
+        }
         self.scores |= {"mask": torch.zeros(B, T).bool(), "tokens": torch.zeros(B, T).long()}
         for i, request in enumerate(requests):
             loss_mask = torch.tensor(request.loss_mask, dtype=torch.bool)

@@ -17,8 +17,10 @@ Everything else is kept for the task's own grader. A task knows nothing of model
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
+
+from unisd.errors import UserError
 
 Row = dict[str, Any]
 
@@ -78,11 +80,44 @@ class Verdict:
     feedback: str = ""
 
 
-def is_right(answer: Any) -> bool:
-    """Whether what a grader returned counts as right: a share does from 1 on."""
+def as_grade(answer: Any) -> Grade:
+    """What a grader returned, as a `Grade`: it may be a bool, a share, a `Grade` or a `Verdict`.
+
+    A share is right if it is 1.
+
+    Raises:
+        UserError: anything else.
+    """
     if isinstance(answer, Verdict):
-        return answer.passed
-    return answer.correct if isinstance(answer, Grade) else bool(answer == 1)
+        grade = Grade(answer.passed, score=answer.score, feedback=answer.feedback)
+    elif isinstance(answer, Grade):
+        grade = answer
+    elif _is_share(answer):
+        grade = Grade(float(answer) == 1, score=None if float(answer) in (0, 1) else float(answer))
+    else:
+        raise _no_grade(answer)
+    if not (_is_flag(grade.correct) and _is_share(grade.share) and isinstance(grade.feedback or "", str)):
+        raise _no_grade(answer)
+    score = None if grade.score is None else float(grade.score)
+    return replace(grade, correct=bool(grade.correct), score=score, feedback=grade.feedback or "")
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether it is true or false, also as a number of numpy's."""
+    return not isinstance(value, str) and _is_share(value) and float(value) in (0, 1)
+
+
+def _is_share(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and 0 <= float(value) <= 1
+    except (TypeError, ValueError):
+        return False
+
+
+def _no_grade(answer: Any) -> UserError:
+    return UserError(
+        f"the grader gave {answer!r:.80}: a bool, a score from 0 to 1, a Grade or a Verdict is needed."
+    )
 
 
 class Task:

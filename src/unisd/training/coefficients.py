@@ -120,7 +120,7 @@ def reliability(plan: Plan, scores: StepScores) -> tuple[Tensor, Tensor, dict[st
     Deferred ones are left to :class:`DeferredWeights`.
     """
     B, T = scores.mask.shape
-    token_BT, sequence_B = torch.ones(B, T), torch.ones(B)
+    token_BT, sequence_B = torch.ones(B, T, dtype=torch.float32), torch.ones(B, dtype=torch.float32)
     metrics: dict[str, float] = {}
     for weight in plan.weights:
         if weight in plan.deferred:
@@ -231,7 +231,7 @@ class DeferredWeights:
         """None where no weight waits."""
         if not plan.deferred:
             return None
-        found = {weight.name: torch.zeros(scores.mask.shape) for weight in plan.deferred}
+        found = {weight.name: torch.zeros(scores.mask.shape, dtype=torch.float32) for weight in plan.deferred}
         return cls(plan.deferred, scores, coefficients_BT, plan.normalizer, found)
 
     def factor(self, rows: Tensor, divergence_N: Tensor, logp_N: Tensor, entropy_N: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from unisd.data.prompts import PromptBuilder
 from unisd.data.rows import Row, holds_columns, prepare_rows
 from unisd.data.thoughts import completion_text
 from unisd.errors import UserError
-from unisd.evaluation.generate import Prompt, encode_prompts
+from unisd.evaluation.generate import Prompt, check_sampling, encode_prompts, within_context
 from unisd.evaluation.held_out import Predictions, held_out
 from unisd.monitoring.progress import ProgressDisplay
 from unisd.rollout.engine import Completion, Engine, Sampling
+from unisd.rollout.sources import check_written
 from unisd.training.fault_tolerant_trainer import FaultTolerantTrainer
 from unisd.training.preflight import check_evaluated, reach_hub
 
@@ -74,6 +75,8 @@ class EvaluatingTrainer(FaultTolerantTrainer):
                 self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items()
             ]
             return {key: value for part in parts for key, value in part.items()}
+        if eval_dataset is not None:  # the trainer's own were looked at when it was built
+            check_evaluated(self, rows, "the evaluation data")
         metrics = self._held_out(rows, metric_key_prefix).metrics
         self.log(dict(metrics))
         if self.is_in_train and metric_key_prefix.startswith("eval") and self.is_world_process_zero():
@@ -112,12 +115,16 @@ class EvaluatingTrainer(FaultTolerantTrainer):
         Raises:
             UserError: a single prompt, a bad one, or one that leaves no room for an answer.
         """
-        limit = max_new_tokens or self.args.eval_max_new_tokens or self.args.max_completion_length
+        limit = self.args.eval_max_new_tokens or self.args.max_completion_length
+        limit = limit if max_new_tokens is None else max_new_tokens
+        check_sampling(limit, temperature)
         ids = encode_prompts(self.model, self.processing_class, prompts)
+        limit = within_context(self.model, ids, limit)
         keys = [(self.args.seed, 0, i, 0) for i in range(len(ids))] if temperature > 0 else None
         self.engine.sync()
         written = self.engine.generate(ids, keys, Sampling(limit, temperature or 1.0))
         self.engine.sleep()
+        check_written(written, len(ids), limit)
         return [completion_text(self.processing_class, one.ids) for one in written]
 
     def _held_out(self, rows: Sequence[Row], prefix: str, asked: bool = False) -> Predictions:
@@ -139,4 +146,6 @@ class EvaluatingTrainer(FaultTolerantTrainer):
         """Greedy answers, for an evaluation."""
         limit = self.args.eval_max_new_tokens or self.args.max_completion_length
         prompts = [self.prompts.student(row) for row in rows]
-        return self.engine.generate(prompts, None, replace(self.sampling, max_new_tokens=limit))
+        written = self.engine.generate(prompts, None, replace(self.sampling, max_new_tokens=limit))
+        check_written(written, len(prompts), limit)
+        return written

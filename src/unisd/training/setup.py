@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from unisd.batching import collate
 from unisd.config import UniSDConfig
 from unisd.data.prompts import PromptBuilder
 from unisd.data.rendering import fix_date, set_options
-from unisd.data.rows import Row, prepare_rows
+from unisd.data.rows import Row, load_rows, prepare_rows
 from unisd.errors import UserError
 from unisd.kernels.attention import disable_cudnn_sdpa, packing_pays
 from unisd.kernels.devices import shares_host
@@ -61,9 +62,10 @@ def collate_numbers(numbers: list[int]) -> dict[str, Tensor]:
 
 
 def load_student(
-    model: str | nn.Module, args: UniSDConfig, tokenizer: Any, peft_config: Any
+    model: str | Path | nn.Module, args: UniSDConfig, tokenizer: Any, peft_config: Any
 ) -> tuple[Any, Any]:
     """The model to train, with an adapter if asked, and its tokenizer."""
+    model = str(model) if isinstance(model, Path) else model
     student: Any = model
     if isinstance(model, str):
         # bfloat16 weights cannot hold updates of 1e-5; an adapter is float32 on whatever base.
@@ -160,6 +162,8 @@ def training_rows(dataset: Any, args: UniSDConfig) -> list[Row]:
     """The rows to train on; of a stream as many as `max_steps` need."""
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = -(-args.max_steps // args.num_iterations)
+    if isinstance(dataset, (str, Path)):
+        return load_rows(dataset, needs_reference=args.uses_reference)
     return prepare_rows(
         dataset,
         name="the training data",
