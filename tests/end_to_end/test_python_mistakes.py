@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
 
 from tests.helpers.engines import ByKey
 from unisd import (
@@ -146,11 +146,27 @@ def test_a_plug_in_that_forgot_what_it_needs_is_told(tmp_path: Path, named: str)
         trainer(tmp_path / "b", terms=["far"], max_steps=1).train()
 
 
+def test_a_weight_that_is_no_number_is_not_blamed_on_rows(
+    tmp_path: Path, named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    register_weight(named)(lambda scores: torch.full(scores.mask.shape, torch.nan))
+    trainer(tmp_path, token_weights=[named], max_steps=1).train()
+    assert "though each token's divergence is: look at its weights and terms" in caplog.text
+
+
 def test_a_derivative_of_another_shape_is_refused(tmp_path: Path, named: str) -> None:
     derivative = lambda inputs: inputs.student_logp.sum()  # noqa: E731
     register_term(named, derivative=derivative)(lambda inputs: inputs.student_logp**2)
     with pytest.raises(UserError, match=r"the derivative of loss term 'mine' must return shape"):
         trainer(tmp_path, terms=[named], max_steps=1).train()
+
+
+def test_a_plug_in_needs_a_name_that_options_can_say() -> None:
+    for register in (register_weight, register_term):
+        with pytest.raises(UserError, match="is registered by a name"):
+            register(lambda inputs: inputs)  # type: ignore[call-overload,arg-type]
+    with pytest.raises(UserError, match="no colon"):
+        register_target("a:b", sources=())
 
 
 def test_one_name_may_be_given_as_a_text(named: str) -> None:
@@ -188,6 +204,11 @@ def test_options_of_another_type_are_told(options: dict[str, Any], said: str) ->
 def test_adapters_that_could_not_be_opened_again(tmp_path: Path, given: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         trainer(tmp_path, peft_config=given)
+
+
+def test_options_of_transformers_alone_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="args is TrainingArguments: give a UniSDConfig"):
+        trainer(tmp_path, args=TrainingArguments(str(tmp_path)))
 
 
 def test_rows_are_looked_at_before_the_model_is_changed(tmp_path: Path) -> None:

@@ -278,13 +278,19 @@ def test_a_routers_loss_that_is_not_there_is_refused(tmp_path: Path) -> None:
         tiny.trainer(tmp_path, router_aux_loss_coef=0.01)
 
 
-def test_experts_take_no_dropout(caplog: pytest.LogCaptureFixture) -> None:
+def test_experts_take_no_dropout(caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:
     config = LoraConfig(
         r=2, lora_dropout=0.05, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"]
     )
     model = with_adapter(build("qwen3-moe")[0], config, 0, False)
     assert "lora_dropout is 0 here instead of 0.05" in caplog.text
     assert "among them experts" in caplog.text
+    experts = model.config.num_experts
+    of_gate_and_up = model.get_parameter(
+        "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.default.weight"
+    )
+    assert len(of_gate_and_up) == 2 * config.r * experts  # though peft warned that it ignores this rank
+    assert not [one for one in recwarn if "_pattern keys did not match" in str(one.message)]
     assert config.lora_dropout == 0.05 and model.peft_config["default"].lora_dropout == 0.0
     caplog.clear()
     with_adapter(

@@ -70,6 +70,14 @@ def find(kind: str, name: str, registry: Mapping[str, Plugin], group: str) -> Pl
     raise UserError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
 
 
+def check_name(kind: str, name: Any) -> None:
+    """Raise `UserError` for a name that no option could say, or a decorator without one."""
+    if not isinstance(name, str):
+        raise UserError(f'a {kind} is registered by a name: write it as in @register...("name").')
+    if not name or ":" in name:
+        raise UserError(f"{kind} {name!r}: a name has a character or more, and no colon.")
+
+
 def enter(kind: str, plugin: Plugin, registry: dict[str, Plugin]) -> None:
     """Make a plug-in known by its name; raise `UserError` if another module has taken it."""
     known: Any = registry.get(plugin.name)
@@ -202,6 +210,7 @@ def register_weight(
     pass of their own. The function must treat each row separately, because it sees one micro-batch
     at a time, and leave each row some weight: rows are counted before.
     """
+    check_name(KIND, name)
     if level not in ("token", "sequence"):
         raise UserError(f"token weight {name!r}: level must be token or sequence, got {level!r}.")
     if normalizer not in NORMALIZERS:
@@ -295,6 +304,7 @@ def register_term(
     derivative: the values' derivative by the student's log-probability, `(inputs, **options) ->
     Tensor`. Without it autograd finds the same, in some tens of small kernels for each chunk.
     """
+    check_name(TERM_KIND, name)
     needs = names_of(needs)
     if unknown := sorted(needs - TERM_NEEDS):
         raise UserError(

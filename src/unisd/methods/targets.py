@@ -31,7 +31,7 @@ from torch import Tensor
 from unisd.data.privilege import LEVELS
 from unisd.errors import UserError
 from unisd.methods.divergence import at_least_float32
-from unisd.methods.registry import all_options, bound_options, find, parse
+from unisd.methods.registry import all_options, bound_options, check_name, enter, find, parse
 from unisd.methods.scores import TargetInputs
 
 KIND = "target"
@@ -144,14 +144,12 @@ def register_target(
     that lacks one is the teacher's distribution.
     """
 
+    check_name(KIND, name)
+
     def register(function: Function) -> Function:
-        known = _REGISTRY.get(name)
-        # a reload replaces its own
-        if known is not None and known.function.__module__ != function.__module__:
-            raise UserError(f"target {name!r} is already registered by {known.function.__module__}.")
         named = (sources,) if isinstance(sources, str) else sources
         declared: Sources = named if callable(named) else lambda options: named
-        _REGISTRY[name] = Target(name, function, declared, realised, partial)
+        enter(KIND, Target(name, function, declared, realised, partial), _REGISTRY)
         return function
 
     return register

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import warnings
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -131,7 +132,8 @@ def native_bf16() -> bool:
     return match is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(match[1].split())
 
 
-def _dtype(dtype: str, parameters: int) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, parameters: int) -> torch.dtype:
+    dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
         return torch.bfloat16 if parameters > AUTO_BF16_FROM and native_bf16() else torch.float32
     if dtype not in _DTYPES:
@@ -186,7 +188,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Any
 def load_model_and_tokenizer(
     name_or_path: str,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
     dequantize: bool = False,
@@ -320,6 +322,12 @@ def _four_bits(compute: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
+NOT_IGNORED = r"The following \w+_pattern keys did not match .*: \['\.\*\\\\\.gate_up_proj'\]"
+"""peft doubles the rank of experts' fused maps by a pattern of its own, and then looks for it among
+modules alone: experts are parameters, and have that rank.
+"""
+
+
 def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing: bool) -> Any:
     """Add a new adapter to the model; its factors are drawn with `seed`.
 
@@ -335,7 +343,9 @@ def with_adapter(model: Any, peft_config: Any, seed: int, gradient_checkpointing
     peft_config = _without_refused_dropout(model, peft_config)
     set_seed(seed)  # the Trainer would seed only after the adapter's factors are drawn
     try:
-        adapted = get_peft_model(model, peft_config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", NOT_IGNORED, RuntimeWarning)
+            adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         names = sorted(
             {

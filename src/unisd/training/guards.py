@@ -131,11 +131,11 @@ class FiniteGuard:
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if bad:
             self.skipped += 1
-            self.message = self._diagnosis(step)
+            self.message = self._diagnosis(step, math.isfinite(own_loss))
         self._seen = []
         return bad
 
-    def _diagnosis(self, step: int) -> str:
+    def _diagnosis(self, step: int, loss_is_finite: bool) -> str:
         culprits = {int(row) for row_N, value_N in self._seen for row in row_N[~value_N.isfinite()]}
         present = {row for row_N, _ in self._seen for row in row_N.tolist()}
         if self.world_size > 1:
@@ -143,10 +143,12 @@ class FiniteGuard:
             present = set().union(*gather_object([present]))
         if culprits:
             return f"step {step}: the loss is not finite, because of {_listed(culprits)} of the training data"
-        return (
-            f"step {step}: the loss is finite, but its gradient is not; the step held {_listed(present)} of"
-            " the training data"
+        what = (
+            "the loss is finite, but its gradient is not"
+            if loss_is_finite
+            else "the loss is not finite, though each token's divergence is: look at its weights and terms"
         )
+        return f"step {step}: {what}; the step held {_listed(present)} of the training data"
 
     @property
     def too_many(self) -> str | None:

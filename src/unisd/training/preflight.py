@@ -46,6 +46,8 @@ def check_machine(args: UniSDConfig) -> None:
     Or that several processes cannot: how they share an epoch's rows is relied on (`rows_to_fill`,
     `planned_steps`).
     """
+    if not isinstance(args, UniSDConfig):
+        raise UserError(f"args is {type(args).__name__}: give a UniSDConfig.")
     if args.fp16 and shares_host(args.device):
         raise UserError("fp16 has no effect on a CPU: unset it, or set bf16.")
     if args.diagnostics_gradient_steps is not None and (args.world_size > 1 or args.deepspeed):
