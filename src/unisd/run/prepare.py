@@ -23,6 +23,7 @@ from unisd.rollout.engine import seed_of
 from unisd.run.chat_server import ChatServer
 from unisd.run.inputs import RunData
 from unisd.run.options import RunOptions
+from unisd.tasks.base import as_grade
 
 logger = logging.getLogger(__name__)
 
@@ -241,12 +242,13 @@ def _with_negatives(
         model, tokenizer = load()
         write, key = writer(model, tokenizer, config.seed, "wrong answers"), model_key(model, tokenizer)
     # What a function in Python proves wrong cannot be found again under a name.
-    is_named = data.grade is None or data.task is not None or options.grader is not None
+    grade = data.grade
+    is_named = grade is None or data.task is not None or options.grader is not None
     return negatives.build(
         rows,
         options.negatives,
         seed=config.seed,
-        grade=data.grade,
+        grade=None if grade is None else lambda row, text: as_grade(grade(row, text)).correct,
         write=write,
         template=data.task.negative_prompt_template if data.task is not None else None,
         model_key=f"{key} {data.name} {options.grader} {options.task_options}",
