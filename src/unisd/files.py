@@ -27,6 +27,7 @@ PROBE = "probe.json"  # the answers that the diagnostics compare with
 TRAINED_ON = "trained_on.json"  # which problems, as marks (`data.text.problem_mark`)
 REPORT = "report.html"
 CONFIG = "config.yaml"  # the options of a run, for the same run again
+GRADIENT = "gradient/"  # in METRICS: what a mechanism makes of the gradient
 OF_A_RUN = (RESULTS, METRICS, SAMPLES, ANSWERS, PROBE)
 """What nothing else writes: a folder that holds one of them is a run's."""
 WRITTEN = (

@@ -302,7 +302,7 @@ class PromptBuilder:
 
     def lacks(self, row: dict[str, Any], level: str) -> bool:
         """Whether the row has nothing for a level other than `plain`."""
-        return self._view(row, level) is None
+        return not (level == "full" and row.get("teacher_prompt")) and reference_at(row, level) is None
 
     def _view(self, row: dict[str, Any], level: str, question: bool = True) -> View | None:
         """What the teacher reads, and what of it must not get lost."""

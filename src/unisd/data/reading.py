@@ -120,7 +120,7 @@ def _jsonl(text: str, path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        row = _value(line, where)
+        row = _value(line, where, of_line=True)
         if not isinstance(row, dict):
             raise UserError(f"{where} is {describe(row)}, an object is needed.")
         refuse_broken_text(row, where)
@@ -128,7 +128,7 @@ def _jsonl(text: str, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _value(text: str, where: str, hint: str = "") -> Any:
+def _value(text: str, where: str, hint: str = "", of_line: bool = False) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
     except RecursionError:
@@ -138,7 +138,7 @@ def _value(text: str, where: str, hint: str = "") -> Any:
         if isinstance(error, _NoNumberError) and "\n" in text:
             found = next((match for match in _CONSTANT.finditer(text) if match[1]), None)
             more = "" if found is None else f" (line {text.count(chr(10), 0, found.start()) + 1})"
-        if isinstance(error, json.JSONDecodeError) and ", line " in where:
+        if isinstance(error, json.JSONDecodeError) and of_line:
             raise UserError(
                 f"{where} is not JSON: {error.msg} (column {error.colno}): fix or remove the line; each holds"
                 " one whole object."

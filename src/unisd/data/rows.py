@@ -36,8 +36,8 @@ from unisd.errors import UserError, nearest
 
 Row = dict[str, Any]
 
-# What only models for images, films and sound read.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# What only models for images, films and sound read.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -207,7 +207,10 @@ def _as_text(row: Row, where: str) -> None:
 
 
 def _check_row(row: Row, where: str, needs_reference: bool, called: str | None = None) -> None:
-    """called: the user's column that the reference is read from, where it has another name."""
+    """Raise `UserError` for what breaks the contract.
+
+    called: the user's column that the reference is read from, where it has another name.
+    """
     _refuse_images(row, where)
     check_prompt(row.get("prompt"), where)
     if row.get("privileged_context") is None and isinstance(row.get("completion"), str):

@@ -10,11 +10,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from unisd.files import GRADIENT
 from unisd.monitoring.alarms import silence
 from unisd.report import plots
 from unisd.report.html import render
 
-GRADIENT = "gradient/"  # of metrics: what a mechanism makes of the gradient
 MAX_ALARMS = 50
 MAX_WORDS = 4  # words of doubt with a line of their own: those used most
 CURVES: plots.Wanted = (

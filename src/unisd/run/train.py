@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from contextlib import suppress
@@ -22,18 +21,20 @@ from unisd.console import make_console, show_example, show_table
 from unisd.data import rendering
 from unisd.data.outcomes import NO_LOSS, Outcome
 from unisd.data.rows import Row
-from unisd.data.text import problem_mark
+from unisd.data.text import problem_mark, reference_of
 from unisd.distributed.collectives import on_any_rank
 from unisd.distributed.sharding import all_ranks_must_join, number_of_shards
 from unisd.errors import UserError
 from unisd.files import (
     ANSWERS,
+    GRADIENT,
     GRAFTING,
     JUDGE,
     METRICS,
     RESULTS,
     SAMPLES,
     TRAINED_ON,
+    left_by_run,
     read_lines,
     write_json,
 )
@@ -60,7 +61,6 @@ from unisd.run.prepare import prepare
 from unisd.run.trackers import Trackers, told
 from unisd.trainer import UniSDTrainer
 from unisd.training.checkpoints import holds_optimizer, last_complete_checkpoint
-from unisd.training.gradient_shares import PREFIX
 from unisd.training.guards import Interruption
 from unisd.training.plan import planned_steps
 from unisd.training.preflight import check_evaluated
@@ -363,10 +363,10 @@ def _accounted(
 
 def _spent_before(results: Results, folder: Path, trainer: UniSDTrainer, console: Console) -> Results:
     """Time and cost of a finished run that is resumed, so that nothing was left to train."""
-    if trainer.began_at < results["steps"] or not (folder / RESULTS).is_file():
+    earlier = left_by_run(folder, RESULTS)
+    if trainer.began_at < results["steps"] or not earlier:
         return {}
     console.print("nothing was left to train: time and cost are those of the finished run", markup=False)
-    earlier: Results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     return {name: earlier[name] for name in ("wall_s", "cost") if name in earlier}
 
 
@@ -428,7 +428,7 @@ def _introduce(
     cut = " ..." if len(answer) == SHOWN_TOKENS else ""
     taught = config.distillation_mode != "nll"
     teacher = decode(_shown_to_teacher(trainer, row)) if taught else None
-    reference = None if whole else str(row.get("privileged_context") or "")
+    reference = None if whole else reference_of(row)
     show_example(console, decode(student), teacher, decode(answer) + cut, reference)
 
 
@@ -458,9 +458,9 @@ def _say_how_to_resume(options: RunOptions, folder: Path) -> None:
 def _gradient_lines(steps: list[Results]) -> list[str]:
     """What each mechanism made of the gradient when it was last measured."""
     for step in reversed(steps):
-        shares = {name: value for name, value in step.items() if name.startswith(PREFIX)}
+        shares = {name: value for name, value in step.items() if name.startswith(GRADIENT)}
         if shares:
-            told = (f"{name.removeprefix(PREFIX)} {100 * value:.1f} %" for name, value in shares.items())
+            told = (f"{name.removeprefix(GRADIENT)} {100 * value:.1f} %" for name, value in shares.items())
             return [f"share of the gradient at step {step['step']}: {', '.join(told)}"]
     return []
 

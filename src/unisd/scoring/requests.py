@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from unisd.config import UniSDConfig
 from unisd.data.origin import place_of
 from unisd.data.outcomes import NO_LOSS, Outcome
-from unisd.data.privilege import BUILT, reference_at, what_gives
+from unisd.data.privilege import BUILT, what_gives
 from unisd.data.prompts import PromptBuilder, encode_completion
 from unisd.data.rendering import naming
 from unisd.data.rows import Row
@@ -109,7 +109,7 @@ class RequestBuilder:
         empty = [
             i
             for i, row in enumerate(rows)
-            if level not in ("full", "plain") and reference_at(row, level) is None
+            if level not in ("full", "plain") and self.prompts.lacks(row, level)
         ]
         if empty:
             raise UserError(

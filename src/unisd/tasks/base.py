@@ -104,7 +104,7 @@ def as_grade(answer: Any) -> Grade:
 
 def _is_flag(value: Any) -> bool:
     """Whether it is true or false, also as a number of numpy's."""
-    return not isinstance(value, str) and _is_share(value) and float(value) in (0, 1)
+    return _is_share(value) and float(value) in (0, 1)
 
 
 def _is_share(value: Any) -> bool:

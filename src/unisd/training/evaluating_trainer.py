@@ -75,7 +75,8 @@ class EvaluatingTrainer(FaultTolerantTrainer):
                 self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items()
             ]
             return {key: value for part in parts for key, value in part.items()}
-        if eval_dataset is not None:  # the trainer's own were looked at when it was built
+        # In a training they are the trainer's own, which were looked at when it was built.
+        if eval_dataset is not None and not self.is_in_train:
             check_evaluated(self, rows, "the evaluation data")
         metrics = self._held_out(rows, metric_key_prefix).metrics
         self.log(dict(metrics))

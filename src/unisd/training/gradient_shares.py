@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unisd.files import GRADIENT
 from unisd.kernels.lora import fast_maps, fused_lora
 from unisd.methods.scores import StepScores
 from unisd.training.coefficients import AGREEMENT, DeferredWeights, loss_coefficients
 from unisd.training.plan import without_weight
 from unisd.training.step import Step
-
-PREFIX = "gradient/"
 
 
 def gradient_shares(trainer: Any, step: Step, scores: StepScores) -> dict[str, float]:
@@ -41,7 +40,7 @@ def gradient_shares(trainer: Any, step: Step, scores: StepScores) -> dict[str, f
     for name, less in _without_each(trainer, step, scores) if norm > 0 else ():
         apart = zip(_gradient(trainer, less), whole, strict=True)
         distance = sum(float((a.double() - b.double()).square().sum()) for a, b in apart)
-        shares[PREFIX + name] = math.sqrt(distance) / norm
+        shares[GRADIENT + name] = math.sqrt(distance) / norm
     return shares
 
 
